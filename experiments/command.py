@@ -1,0 +1,115 @@
+"""What every command shares: its flags, one line and exit status 2 for bad input, and how it ends."""
+
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from smallbatch_jax import experiment
+from smallbatch_jax.experiment import Experiment, InputError
+
+
+def define_config_flag() -> Any:
+    """--config, an ml_collections file, of which --config.FIELD=VALUE overrides any field."""
+    return config_flags.DEFINE_config_file("config", None, "Config file; --config.FIELD=VALUE overrides a field.")
+
+
+def given(flag: Any, example: str) -> Any:
+    """The value of a flag that must be there."""
+    if flag.value is None or flag.value == "":
+        raise InputError(f"--{flag.name}: not given; for example --{flag.name}={example}")
+    return flag.value
+
+
+def given_config(flag: Any) -> ConfigDict:
+    """The config, overrides applied."""
+    return given(flag, "configs/quickstart.py")
+
+
+def run(main: Callable[[], int]) -> None:
+    """Parses the flags, runs `main` and exits with what it returns; 2 and one line on stderr for bad input."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        logging.set_verbosity(logging.WARNING)  # absl would show every library's INFO lines
+        try:
+            if len(argv) > 1:
+                raise InputError(f"{argv[1]!r}: unknown argument; every option starts with --")
+            sys.exit(main())
+        except InputError as error:
+            fail(str(error))
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def fail(line: str, status: int = 2) -> None:
+    """One line on stderr, and the end."""
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Like absl's own parser, but --help exits 0 and a mistake takes one line."""
+    if any(arg in ("--help", "-h", "-help", "--helpfull", "--helpshort") for arg in argv[1:]):
+        print(f"{sys.modules['__main__'].__doc__}\nflags:\n{flags.FLAGS.main_module_help()}")
+        sys.exit(0)
+    try:
+        _refuse_unknown_fields(argv)
+        return flags.FLAGS(list(argv))
+    except (InputError, flags.Error) as error:
+        fail(_one_line(error))
+    except Exception as error:  # whatever a config file or an override raises is the user's to mend, not ours to trace
+        given_config = next((arg for arg in argv if arg.startswith("--config=")), "--config")
+        fail(f"{given_config}: {type(error).__name__}: {_one_line(error)}")
+    raise AssertionError("unreachable")
+
+
+def _refuse_unknown_fields(argv: Sequence[str]) -> None:
+    """Names the nearest field for each --config.FIELD that does not exist."""
+    for arg in argv[1:]:
+        match = re.match(r"--?config\.([^=]+)", arg)
+        if match:
+            experiment.require_field(match.group(1))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def train(chosen: Experiment, workdir: str, started: float) -> int:
+    """Trains an experiment into a workdir, draws its figures and prints its table; the exit status."""
+    from smallbatch_jax import data, driver, progress, results
+    from smallbatch_jax.workdir import refuse_difference
+
+    folder = Path(workdir)
+    refuse_difference(folder, chosen)
+    driver.use_all_cores()
+    imported = time.monotonic()
+    dataset = data.load(chosen.dataset.name, chosen.dataset.data_dir, chosen.dataset.image_size)
+    loaded = time.monotonic()
+    try:
+        driver.train_grid(chosen, folder, dataset, progress.for_stream())
+    except driver.Interrupted as interrupted:
+        fail(f"stopped; everything is saved in {folder}, the same command goes on", 128 + interrupted.signum)
+    trained = time.monotonic()
+    show(folder)
+    timings = results.Timings(folder)
+    for phase, seconds in (("import", imported - started), ("data", loaded - imported)):
+        timings.add(phase, seconds)
+    timings.add("draw", time.monotonic() - trained)
+    return 0
+
+
+def show(folder: Path, out: Path | None = None) -> None:
+    """Draws the figures of a workdir and prints its table."""
+    from smallbatch_jax import analysis, figures, results
+    from smallbatch_jax.workdir import read_experiment, read_facts
+
+    frame, grid = results.load(folder), read_experiment(folder).grid
+    drawn = figures.draw(frame, out or folder / "figures", (grid.batch_sizes, grid.base_lrs))
+    print(analysis.format_summary(analysis.summary(frame, 1 / read_facts(folder)["num_classes"])))
+    print(f"figures: {', '.join(path.name for path in drawn)} in {drawn[0].parent}")

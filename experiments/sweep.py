@@ -1,0 +1,27 @@
+"""Trains the grid of a config: every batch size × base learning rate, in a few compiled programs.
+
+    python experiments/sweep.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+The same command resumes. At the end it draws the figures into WORKDIR/figures and prints the table.
+"""
+
+import time
+
+STARTED = time.monotonic()
+
+import command  # noqa: E402
+from absl import flags  # noqa: E402
+
+from smallbatch_jax import experiment  # noqa: E402
+
+CONFIG = command.define_config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results; made if it is not there.")
+
+
+def main() -> int:
+    config = command.given_config(CONFIG)
+    return command.train(experiment.from_config(config), command.given(WORKDIR, "runs/quickstart"), STARTED)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,28 @@
+"""Trains one run, with the same step and the same store as a sweep.
+
+    python experiments/train.py --config=configs/quickstart.py --config.batch_size=8 --config.base_lr=0.0078125 \
+        --workdir=runs/one
+
+`--config.bn_batch_size` and `--config.seed` choose the rest; the config's grid is not used. The same command resumes.
+"""
+
+import time
+
+STARTED = time.monotonic()
+
+import command  # noqa: E402
+from absl import flags  # noqa: E402
+
+from smallbatch_jax import experiment  # noqa: E402
+
+CONFIG = command.define_config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results; made if it is not there.")
+
+
+def main() -> int:
+    config = command.given_config(CONFIG)
+    return command.train(experiment.single_run(config), command.given(WORKDIR, "runs/one"), STARTED)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,151 @@
+"""The one form in which data enters training: arrays in memory, checked once."""
+
+import operator
+from dataclasses import dataclass
+
+import numpy as np
+
+from smallbatch_jax.experiment import InputError
+
+_STATISTICS_CHUNK_BYTES = 2**22  # of uint8 images; the chunk's squares take four times as much
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Labelled examples for training and for testing.
+
+    Build one from your own arrays to train on them; anything `np.asarray` takes will do. Floating images of any width
+    become float32 and are used as given; uint8 images are normalised on the device with `channel_statistics`.
+    Features need not be pictures: images of shape [N, features] are fine.
+
+    Raises:
+      InputError: one line that names the argument, what it got and what it accepts.
+    """
+
+    train_images: np.ndarray  # uint8 or float32 [N, ...], pictures as [N, H, W, C]
+    train_labels: np.ndarray  # int32[N], in [0, num_classes)
+    test_images: np.ndarray  # [M, ...], of the training images' dtype and shape
+    test_labels: np.ndarray  # int32[M]
+    num_classes: int
+    class_names: tuple[str, ...] | None = None  # the name of each label, where the source has names
+
+    def __post_init__(self):
+        num_classes = _checked_num_classes(self.num_classes)
+        checked = {
+            "num_classes": num_classes,
+            "class_names": _checked_class_names(self.class_names, num_classes),
+            "train_images": _checked_images("train_images", self.train_images),
+            "test_images": _checked_images("test_images", self.test_images),
+            "train_labels": _checked_labels("train_labels", self.train_labels, num_classes),
+            "test_labels": _checked_labels("test_labels", self.test_labels, num_classes),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # the class is frozen for everyone else
+        for split in ("train", "test"):
+            images, labels = len(checked[f"{split}_images"]), len(checked[f"{split}_labels"])
+            if images != labels:
+                raise InputError(f"Dataset.{split}_labels: got {labels} labels for {images} images; one each is needed")
+        self._check_splits_agree()
+
+    def _check_splits_agree(self):
+        train, test = self.train_images, self.test_images
+        if test.shape[1:] != train.shape[1:]:
+            raise InputError(
+                f"Dataset.test_images: got examples of shape {test.shape[1:]}, "
+                f"but those of train_images have {train.shape[1:]}; both must have the same"
+            )
+        if test.dtype != train.dtype:
+            raise InputError(f"Dataset.test_images: got {test.dtype}, but train_images is {train.dtype}; both must be the same")
+
+    def channel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (mean, std), float32[C] each, that normalise the images over their last axis.
+
+        For uint8 images they are the mean and the (population) standard deviation of each channel over all training
+        images, in units of 0..255, exact to float32 rounding; the deviation of a constant channel is given as 1, so
+        that one can divide by it. Float images are used as given: their mean is 0 and their std is 1.
+        """
+        channels = self.train_images.shape[-1]
+        if self.train_images.dtype != np.uint8:
+            return np.zeros(channels, np.float32), np.ones(channels, np.float32)
+        total, total_squares = _channel_sums(self.train_images)
+        count = self.train_images.size // channels
+        mean = [x / count for x in total]
+        # Python's integers do not round, so a constant channel has a variance of exactly 0.
+        variance = [(count * xx - x * x) / count**2 for x, xx in zip(total, total_squares, strict=True)]
+        std = np.sqrt(np.array(variance))
+        return np.array(mean, np.float32), np.where(std > 0, std, 1).astype(np.float32)
+
+
+def _channel_sums(images: np.ndarray) -> tuple[list[int], list[int]]:
+    """Returns Σx and Σx² per channel of uint8[N, ..., C], as Python integers, a chunk of examples at a time."""
+    channels = images.shape[-1]
+    flat = images.reshape(len(images), -1)
+    total = np.zeros(flat.shape[1], np.uint64)
+    total_squares = np.zeros(flat.shape[1], np.uint64)
+    step = max(1, _STATISTICS_CHUNK_BYTES // flat.shape[1])
+    for start in range(0, len(flat), step):
+        chunk = flat[start : start + step]
+        total += chunk.sum(axis=0, dtype=np.uint64)
+        total_squares += np.square(chunk, dtype=np.uint32).sum(axis=0, dtype=np.uint64)
+    return total.reshape(-1, channels).sum(axis=0).tolist(), total_squares.reshape(-1, channels).sum(axis=0).tolist()
+
+
+def _checked_num_classes(value) -> int:
+    try:
+        num_classes = operator.index(value)
+    except TypeError:
+        num_classes = 0
+    if num_classes < 1 or isinstance(value, bool):
+        raise InputError(f"Dataset.num_classes: got {value!r}; it accepts an integer of at least 1")
+    return num_classes
+
+
+def _checked_class_names(names, num_classes: int) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if isinstance(names, str) or len(names) != num_classes or not all(isinstance(name, str) for name in names):
+        raise InputError(f"Dataset.class_names: got {names!r}; it accepts None or {num_classes} strings, one a class")
+    return tuple(names)
+
+
+def _as_array(name: str, value) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"Dataset.{name}: cannot be made an array ({reason}); it accepts a numpy array") from error
+
+
+def _checked_images(name: str, value) -> np.ndarray:
+    """Returns uint8 or finite float32 [N, ...] with N and every other axis at least 1."""
+    images = _as_array(name, value)
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        raise InputError(
+            f"Dataset.{name}: got dtype {images.dtype}; it accepts uint8 (0..255) or floating point, used as given"
+        )
+    if images.ndim < 2 or images.size == 0:
+        raise InputError(f"Dataset.{name}: got shape {images.shape}; it accepts [N, H, W, C] or [N, ...], no axis empty")
+    if images.dtype == np.uint8:
+        return images
+    with np.errstate(over="ignore", invalid="ignore"):
+        images = images.astype(np.float32, copy=False)
+        finite = np.isfinite(images.min()) and np.isfinite(images.max())
+    if not finite:
+        raise InputError(f"Dataset.{name}: got values that are not finite in float32; it accepts finite values alone")
+    return images
+
+
+def _checked_labels(name: str, value, num_classes: int) -> np.ndarray:
+    """Returns int32[N] in [0, num_classes)."""
+    labels = _as_array(name, value)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(
+            f"Dataset.{name}: got {labels.dtype} of shape {labels.shape}; it accepts integers of shape [N], "
+            "one class number for each image"
+        )
+    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise InputError(
+            f"Dataset.{name}: got labels from {labels.min()} to {labels.max()}; "
+            f"with num_classes={num_classes} it accepts 0 to {num_classes - 1}"
+        )
+    return labels.astype(np.int32, copy=False)

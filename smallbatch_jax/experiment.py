@@ -1,0 +1,251 @@
+"""What to train: frozen values made from a config, checked field by field; the grid → runs → programs.
+
+Nothing here imports JAX, so bad input is refused before anything heavy is loaded, compiled or written.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from smallbatch_jax import fields
+from smallbatch_jax.fields import InputError, config_field
+
+__all__ = ["Experiment", "InputError", "Run", "default_config", "from_config", "single_run"]
+
+DATASETS = ("digits", "folder")
+MODEL_NORMS = {"alexnet": ("none", "batch", "batch_conv_only")}
+PRECISIONS = ("float32", "tf32", "bfloat16")
+ALL_NORMS = tuple(dict.fromkeys(norm for norms in MODEL_NORMS.values() for norm in norms))
+
+# What may differ when a workdir is resumed: where the data lies, how the work is laid out, and train.py's own choice of
+# one run, which is in the grid by then.
+MAY_CHANGE = ("dataset.data_dir", "lanes", "segment_seconds", "checkpoint_seconds")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """`dataset`: where the images come from."""
+
+    name: str = config_field("digits", fields.choice(DATASETS, "dataset"))
+    data_dir: str | None = config_field(None, fields.optional(fields.text), str)
+    augment: bool = config_field(False, fields.boolean)  # pad 4, random crop, random flip (§3.1)
+    image_size: int | None = config_field(None, fields.optional(fields.integer(1)), int)
+
+
+@dataclass(frozen=True)
+class Model:
+    """`model`: the network and its normalisation."""
+
+    name: str = config_field("alexnet", fields.choice(tuple(MODEL_NORMS), "model"))
+    norm: str = config_field("none", fields.choice(ALL_NORMS, "norm"))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`schedule`: unitless multipliers of the base learning rate; see `optim.step_schedule`."""
+
+    boundaries: tuple[float, ...] = config_field((0.5, 0.75), fields.distinct(fields.number(0, 1)))
+    factor: float = config_field(0.1, fields.positive(1))
+    warmup_fraction: float = config_field(0.0, fields.number(0, 1))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`grid`: every batch size × BN batch size × base learning rate × seed is one run."""
+
+    batch_sizes: tuple[int, ...] = config_field((2, 8, 32), fields.distinct(fields.integer(1), least=1))
+    base_lrs: tuple[float, ...] = config_field((2**-8,), fields.distinct(fields.positive(), least=1))
+    bn_batch_sizes: tuple[int, ...] | None = config_field(
+        None, fields.optional(fields.distinct(fields.integer(1), least=1)), tuple
+    )
+    seeds: tuple[int, ...] = config_field((0,), fields.distinct(fields.integer(0, 2**31 - 1), least=1))
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """One training, from initialisation to the last epoch."""
+
+    batch_size: int
+    bn_batch_size: int
+    base_lr: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that decides the results of a workdir, and a few things that only decide how fast they come."""
+
+    name: str = config_field("experiment", fields.text)
+    dataset: Dataset = config_field(Dataset(), fields.nested(Dataset))
+    model: Model = config_field(Model(), fields.nested(Model))
+    epochs: int = config_field(8, fields.integer(1, 100_000))
+    weight_decay: float = config_field(0.0, fields.number(0, 1e6))
+    schedule: Schedule = config_field(Schedule(), fields.nested(Schedule))
+    grid: Grid = config_field(Grid(), fields.nested(Grid))
+    precision: str = config_field("float32", fields.choice(PRECISIONS, "precision"))
+    lanes: int | None = config_field(None, fields.optional(fields.integer(1, 4096)), int)  # None: chosen by the driver
+    segment_seconds: float = config_field(2.0, fields.positive(3600))  # work between two visits to the host
+    checkpoint_seconds: float = config_field(30.0, fields.number(0, 1e6))  # least time between two checkpoints
+
+    def __post_init__(self) -> None:
+        known = MODEL_NORMS[self.model.name]
+        if self.model.norm not in known:
+            raise InputError(f"model.norm: {self.model.name} has no norm {self.model.norm!r}; it accepts {', '.join(known)}.")
+        self.runs()
+
+    def runs(self) -> list[Run]:
+        """Every run of the grid: batch sizes in the order given, then BN batch sizes, base learning rates, seeds."""
+        pairs = [(m, b) for m in self.grid.batch_sizes for b in self._bn_batch_sizes(m)]
+        if not pairs:
+            raise InputError(
+                f"grid.bn_batch_sizes: {fields.shown(self.grid.bn_batch_sizes)} leaves no run, every one is larger than "
+                f"every batch size in {fields.shown(self.grid.batch_sizes)}. Use some that divide the batch sizes."
+            )
+        return [Run(m, b, lr, seed) for m, b in pairs for lr in self.grid.base_lrs for seed in self.grid.seeds]
+
+    def _bn_batch_sizes(self, batch_size: int) -> list[int]:
+        """The BN batch sizes that `batch_size` is crossed with: those not larger, each of which must divide it."""
+        if self.grid.bn_batch_sizes is None:
+            return [batch_size]
+        smaller = [b for b in self.grid.bn_batch_sizes if b <= batch_size]
+        for b in smaller:
+            require_divisor(b, batch_size, "grid.bn_batch_sizes")
+        return smaller
+
+    def require_examples(self, num_examples: int) -> None:
+        """Refuses a batch size larger than the training set."""
+        for m in self.grid.batch_sizes:
+            if m > num_examples:
+                raise InputError(
+                    f"grid.batch_sizes: {m} is larger than the training set of {num_examples} examples; "
+                    f"use 1 to {num_examples}."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, as stored in a workdir."""
+        return dataclasses.asdict(self)
+
+
+def require_divisor(bn_batch_size: int, batch_size: int, field: str) -> None:
+    """Refuses a BN batch size that does not cut the SGD batch into equal parts (§3.6)."""
+    if batch_size % bn_batch_size:
+        divisors = [str(b) for b in range(1, batch_size + 1) if batch_size % b == 0]
+        listed = ", ".join(divisors[:-1]) + " or " + divisors[-1] if len(divisors) > 1 else divisors[0]
+        raise InputError(
+            f"{field}: {bn_batch_size} does not divide batch size {batch_size}; each SGD batch is split into equal BN "
+            f"sub-batches. Use {listed}."
+        )
+
+
+@dataclass(frozen=True)
+class OneRun:
+    """The fields of a config that choose the one run of `train.py`."""
+
+    batch_size: int | None = config_field(None, fields.optional(fields.integer(1)), int)
+    base_lr: float | None = config_field(None, fields.optional(fields.positive()), float)
+    bn_batch_size: int | None = config_field(None, fields.optional(fields.integer(1)), int)
+    seed: int = config_field(0, fields.integer(0, 2**31 - 1))
+
+
+def default_config() -> ConfigDict:
+    """A config with every field there is, at its default; what a config file starts from."""
+    return ConfigDict({**_defaults(Experiment), **_defaults(OneRun)})
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    values = {}
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.default):
+            values[field.name] = _defaults(type(field.default))
+        elif field.default is None:  # a plain None could not be overridden from the command line
+            values[field.name] = config_dict.placeholder(field.metadata["type"])
+        else:
+            values[field.name] = field.default
+    return values
+
+
+def require_field(path: str) -> None:
+    """Refuses a dotted name that is no field of a config."""
+    known, prefix = _defaults(Experiment) | _defaults(OneRun), ""
+    for name in path.split("."):
+        if not isinstance(known, dict):
+            raise InputError(f"{path}: unknown field; {prefix[:-1]} has no fields of its own.")
+        fields.refuse_unknown({name: None}, list(known), prefix)
+        known, prefix = known[name], f"{prefix}{name}."
+
+
+def from_config(config: ConfigDict | Mapping[str, Any]) -> Experiment:
+    """The checked experiment of a config; fields that choose one run are checked and left out.
+
+    Raises:
+      InputError: naming the first field that cannot be used, what it got and what it accepts.
+    """
+    return _split(config)[0]
+
+
+def single_run(config: ConfigDict | Mapping[str, Any]) -> Experiment:
+    """The checked experiment of a config with its grid narrowed to the one run that the config's own fields choose."""
+    experiment, run = _split(config)
+    if run.batch_size is None or run.base_lr is None:
+        missing = "batch_size" if run.batch_size is None else "base_lr"
+        raise InputError(f"{missing}: not given; one run needs --config.batch_size and --config.base_lr.")
+    b = run.bn_batch_size
+    if b is not None:
+        require_divisor(b, run.batch_size, "bn_batch_size")
+    grid = Grid((run.batch_size,), (run.base_lr,), None if b is None else (b,), (run.seed,))
+    return dataclasses.replace(experiment, grid=grid)
+
+
+def _split(config: ConfigDict | Mapping[str, Any]) -> tuple[Experiment, OneRun]:
+    values = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    one_run = {field.name for field in dataclasses.fields(OneRun)}
+    known = [field.name for field in dataclasses.fields(Experiment)] + sorted(one_run)
+    fields.refuse_unknown(values, known, "")
+    run = fields.parse(OneRun, {k: v for k, v in values.items() if k in one_run}, "")
+    experiment = fields.parse(Experiment, {k: v for k, v in values.items() if k not in one_run}, "")
+    return experiment, run
+
+
+def programs(runs: Iterable[Run]) -> dict[tuple[int, int], list[Run]]:
+    """Runs by (batch size, BN batch size): what one program can train side by side, lowest base_lr first.
+
+    High rates tend to diverge, that is to end early: started last, they fill the slots that the others leave.
+    """
+    by_shape: dict[tuple[int, int], list[Run]] = {}
+    for run in runs:
+        by_shape.setdefault((run.batch_size, run.bn_batch_size), []).append(run)
+    return {shape: sorted(members, key=lambda r: (r.base_lr, r.seed)) for shape, members in by_shape.items()}
+
+
+def differences(stored: Experiment, asked: Experiment) -> list[str]:
+    """What stands in the way of going on with `stored`'s workdir as `asked`: one phrase per field, empty if nothing.
+
+    The grid may grow. Its old runs are kept, so none of them may be missing from the new grid.
+    """
+    old, new = _flat(stored.to_dict()), _flat(asked.to_dict())
+    found = [
+        f"{name} is {fields.shown(old[name])} there and {fields.shown(new[name])} here"
+        for name in new
+        if name not in MAY_CHANGE and not name.startswith("grid.") and old.get(name) != new[name]
+    ]
+    missing = sorted(set(stored.runs()) - set(asked.runs()))
+    if missing:
+        run = missing[0]
+        found.append(
+            f"grid lacks {len(missing)} run(s) there, the first with batch_size {run.batch_size}, bn_batch_size "
+            f"{run.bn_batch_size}, base_lr {run.base_lr:g}, seed {run.seed} (a grid may grow, not shrink)"
+        )
+    return found
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    return flat

@@ -1,0 +1,155 @@
+"""How one field of a config is checked: each check takes (field name, value) and returns the value or raises InputError."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+Check = Callable[[str, Any], Any]
+
+FLOAT32_MAX = 3.4028234663852886e38
+FLOAT32_TINY = 1.1754943508222875e-38
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: one line that names it, what it got and what it accepts (exit status 2)."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+def config_field(default: Any, check: Check, kind: type | None = None) -> Any:
+    """A dataclass field with its check; `kind` is the type of a field whose default is None."""
+    return dataclasses.field(default=default, metadata={"check": check, "type": kind})
+
+
+def parse(kind: type[T], values: Mapping[str, Any], prefix: str) -> T:
+    """A dataclass of `config_field`s from plain values, checked in the order of its fields."""
+    known = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
+    refuse_unknown(values, [field.name for field in known], prefix)
+    checked = {f.name: f.metadata["check"](prefix + f.name, values[f.name]) for f in known if f.name in values}
+    return kind(**checked)
+
+
+def refuse_unknown(values: Mapping[str, Any], known: Sequence[str], prefix: str) -> None:
+    """Raises InputError for the first name that is no field, with the nearest one that is."""
+    for name in values:
+        if name not in known:
+            raise InputError(f"{prefix}{name}: unknown field{nearest(str(name), known)}. Known: {', '.join(known)}.")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: in one short line."""
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def text(name: str, value: Any) -> str:
+    """A printable string that is not empty."""
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+        raise InputError(f"{name}: got {shown(value)}, accepts text that can be printed and is not empty.")
+    return value
+
+
+def boolean(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name}: got {shown(value)}, accepts True or False.")
+    return value
+
+
+def choice(known: Sequence[str], what: str) -> Check:
+    """One of `known`."""
+
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in known:
+            hint = nearest(value, known) if isinstance(value, str) else ""
+            raise InputError(f"{name}: unknown {what} {shown(value)}{hint}. Known: {', '.join(known)}.")
+        return value
+
+    return check
+
+
+def integer(low: int, high: int = 2**31 - 1) -> Check:
+    """An integer from low to high."""
+
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise InputError(f"{name}: got {shown(value)}, accepts an integer from {low} to {high}.")
+        return value
+
+    return check
+
+
+def number(low: float, high: float) -> Check:
+    """A number from low to high, as a float."""
+
+    def check(name: str, value: Any) -> float:
+        if not _is_number(value) or not low <= value <= high:
+            raise InputError(f"{name}: got {shown(value)}, accepts a number from {low:g} to {high:g}.")
+        return float(value)
+
+    return check
+
+
+def positive(high: float = FLOAT32_MAX) -> Check:
+    """A number above 0 that float32 can hold, up to `high`."""
+
+    def check(name: str, value: Any) -> float:
+        if not _is_number(value) or not FLOAT32_TINY <= value <= high:
+            upto = "finite" if high == FLOAT32_MAX else f"at most {high:g}"
+            raise InputError(f"{name}: got {shown(value)}, accepts a number above 0 and {upto} (in float32).")
+        return float(value)
+
+    return check
+
+
+def optional(inner: Check) -> Check:
+    """None, or what `inner` accepts."""
+    return lambda name, value: None if value is None else inner(name, value)
+
+
+def distinct(element: Check, least: int = 0) -> Check:
+    """A tuple or list of different values that each pass `element`, at least `least` of them."""
+
+    def check(name: str, value: Any) -> tuple:
+        if not isinstance(value, (tuple, list)):
+            raise InputError(f"{name}: got {shown(value)}, accepts a tuple of values such as (2, 8).")
+        if len(value) < least:
+            raise InputError(f"{name}: got {shown(value)}, accepts a tuple of at least {least} value(s).")
+        checked = tuple(element(name, item) for item in value)
+        for index, item in enumerate(checked):
+            if item in checked[:index]:
+                raise InputError(f"{name}: {shown(item)} stands twice in {shown(value)}; give every value once.")
+        return checked
+
+    return check
+
+
+def nested(kind: type) -> Check:
+    """A section of the config: a mapping with the fields of the dataclass `kind`."""
+
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise InputError(f"{name}: got {shown(value)}, accepts a section with the fields {_names(kind)}.")
+        return parse(kind, value, name + ".")
+
+    return check
+
+
+def _names(kind: type) -> str:
+    return ", ".join(field.name for field in dataclasses.fields(kind))  # pyright: ignore[reportArgumentType]
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return not isinstance(value, float) or math.isfinite(value)

@@ -1,0 +1,313 @@
+"""A program of many lanes: compile it, put a new run into a lane, run a segment, evaluate.
+
+Each lane holds one run. On CPU the lanes of a device are trained one after the other (`lax.map`), each in a loop that
+ends when the lane's share of the segment is done or its loss is not finite: an ended lane costs nothing, and no lane's
+arithmetic touches another's. On GPU and TPU they are trained side by side (`vmap`), and ended lanes are masked.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from smallbatch_jax.data import Dataset
+from smallbatch_jax.train import (
+    Batch,
+    Metrics,
+    Program,
+    Setting,
+    TrainState,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
+
+LARGEST_EVAL_BATCH = 256
+MATMUL_PRECISION = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "bfloat16"}
+COMPUTE_DTYPE = {"float32": jnp.float32, "tf32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class DeviceData(NamedTuple):
+    """A dataset on the device; images as they are stored, normalised when a batch is taken."""
+
+    train_images: jax.Array  # uint8 or float32 [N, …]
+    train_labels: jax.Array  # int32[N]
+    test_images: jax.Array  # uint8 or float32 [batches, n, …], padded with zeros
+    test_labels: jax.Array  # int32[batches, n]
+    test_counts: jax.Array  # bool[batches, n], False where padded
+    mean: jax.Array  # float32[C]
+    deviation: jax.Array  # float32[C]
+
+    def normalise(self, images: jax.Array) -> jax.Array:
+        """float32[n, …] by the training set's channel mean and deviation."""
+        leading = (1,) * (images.ndim - 1)
+        return (images.astype(jnp.float32) - self.mean.reshape(*leading, -1)) / self.deviation.reshape(*leading, -1)
+
+
+class LaneState(NamedTuple):
+    """One lane; all lanes of a program are stacked along a leading axis."""
+
+    train: TrainState
+    loss_sum: jax.Array  # float32[], of the epoch's batches so far
+    correct: jax.Array  # int32[], of the epoch's examples so far
+    alive: jax.Array  # bool[], False once a training loss was not finite
+
+
+class Segment(NamedTuple):
+    """What each lane does in a segment; all stacked by lane, int32 but for `evaluate`."""
+
+    indices: Any  # int32[S, m], the examples of each step; rows from `steps` on are not read
+    steps: Any  # int32[], updates to take, at most S
+    evaluate: Any  # bool[], whether the segment ends an epoch
+
+
+class Report(NamedTuple):
+    """What each lane found in a segment."""
+
+    step: jax.Array  # int32[], updates taken by the run
+    alive: jax.Array  # bool[]
+    loss_sum: jax.Array  # float32[], of the epoch so far, the loss that was not finite included
+    correct: jax.Array  # int32[], of the epoch so far
+    test_loss: jax.Array  # float32[], mean over the test set; NaN if not evaluated
+    test_correct: jax.Array  # int32[]; 0 if not evaluated
+
+
+LaneMapping = Literal["map", "vmap"]
+
+
+def lane_mapping() -> LaneMapping:
+    """How this backend trains the lanes of one device."""
+    return "map" if jax.default_backend() == "cpu" else "vmap"
+
+
+def lane_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """All devices along one axis of lanes."""
+    return Mesh(np.array(devices or jax.devices()), ("lane",))
+
+
+def to_device(dataset: Dataset, mesh: Mesh) -> DeviceData:
+    """The dataset, whole on every device of the mesh, its test set cut into even batches."""
+    mean, deviation = dataset.channel_statistics()
+    num_test = len(dataset.test_labels)
+    batches = -(-num_test // LARGEST_EVAL_BATCH)
+    size = -(-num_test // batches)
+
+    def in_batches(array: np.ndarray) -> np.ndarray:
+        padded = np.zeros((batches * size, *array.shape[1:]), array.dtype)
+        padded[:num_test] = array
+        return padded.reshape(batches, size, *array.shape[1:])
+
+    data = DeviceData(
+        dataset.train_images,
+        dataset.train_labels,
+        in_batches(dataset.test_images),
+        in_batches(dataset.test_labels),
+        in_batches(np.ones(num_test, bool)),
+        mean,
+        deviation,
+    )
+    return jax.device_put(data, NamedSharding(mesh, P()))
+
+
+@dataclass(frozen=True)
+class LaneProgram:
+    """Many lanes of one program, compiled. Every method is one dispatch; states given to it are used up (donated)."""
+
+    lanes: int
+    segment_steps: int  # S, the most steps of a segment
+    sharding: NamedSharding
+    _segment: Callable[..., Any]
+    _data: DeviceData
+    _template: LaneState  # shapes and dtypes of the stacked lanes
+
+    def empty(self) -> LaneState:
+        """Lanes that hold no run: not alive."""
+        return jax.tree.map(lambda x: self.put(np.zeros(x.shape, x.dtype)), self._template)
+
+    def start(self, state: LaneState, fresh: Mapping[int, TrainState]) -> LaneState:
+        """Puts a new run, given by its state before the first update, into each lane named; the others are as they were."""
+        mask = np.zeros(self.lanes, bool)
+        new = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._template)
+        for lane, train in fresh.items():
+            mask[lane] = new.alive[lane] = True
+            jax.tree.map(lambda stacked, leaf, at=lane: stacked.__setitem__(at, leaf), new.train, train)
+        return _replace_lanes(state, self.put(mask), self.put(new))
+
+    def run(self, state: LaneState, settings: Setting, segment: Segment) -> tuple[LaneState, Report]:
+        """One segment of every lane; settings and segment are stacked by lane."""
+        return self._segment(state, self.put(settings), self.put(segment), self._data)
+
+    def put(self, stacked: Any) -> Any:
+        """Arrays stacked by lane, to the devices of their lanes."""
+        return jax.device_put(stacked, self.sharding)
+
+    def device_of_lane(self, lane: int) -> int:
+        """Position in the mesh of the device that holds a lane."""
+        return lane * self.sharding.mesh.size // self.lanes
+
+
+def compile_lanes(
+    model: nn.Module,
+    program: Program,
+    data: DeviceData,
+    mesh: Mesh,
+    lanes: int,
+    segment_steps: int,
+    precision: str = "float32",
+    mapping: LaneMapping | None = None,
+) -> LaneProgram:
+    """Compiles a program of `lanes` lanes, a multiple of the devices in `mesh`, spread evenly over them.
+
+    Args:
+      model: linen module, `apply(variables, images, train=…)`.
+      program: what the runs share.
+      data: from `to_device`, on the same mesh.
+      mesh: from `lane_mesh`.
+      lanes: L, runs trained side by side.
+      segment_steps: S, the most steps between two visits to the host.
+      precision: of matrix products and convolutions: "float32", "tf32" or "bfloat16".
+      mapping: "map" or "vmap"; None takes `lane_mapping()`.
+    """
+    if lanes % mesh.size:
+        raise ValueError(f"lanes: {lanes} is not a multiple of {mesh.size} devices")
+    mapping = mapping or lane_mapping()
+    sharding = NamedSharding(mesh, P("lane"))
+    fresh = jax.eval_shape(lambda: init_state(model, _one_image(data), jnp.int32(0)))
+    template = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((lanes, *x.shape), x.dtype, sharding=sharding),
+        LaneState(fresh, *(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32, jnp.bool))),
+    )
+    segment = jax.shard_map(
+        _make_segment(model, program, segment_steps, mapping or lane_mapping()),
+        mesh=mesh,
+        in_specs=(P("lane"), P("lane"), P("lane"), P()),
+        out_specs=P("lane"),
+        check_vma=False,
+    )
+    abstract_data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), data)
+    arguments = _abstract_arguments(program.batch_size, lanes, segment_steps, sharding)
+    with jax.default_matmul_precision(MATMUL_PRECISION[precision]):
+        compiled = jax.jit(segment, donate_argnums=0).lower(template, *arguments, abstract_data).compile()
+    return LaneProgram(lanes, segment_steps, sharding, compiled, data, template)
+
+
+def initialiser(model: nn.Module, data: DeviceData) -> Callable[[int], TrainState]:
+    """seed → the state before the first update, as NumPy arrays; compiled once, each seed drawn once.
+
+    No program is named: initialisation depends on the seed alone, not on batch sizes or base learning rates.
+    """
+    init = jax.jit(lambda seed: init_state(model, _one_image(data), seed))
+    return functools.cache(lambda seed: jax.tree.map(np.asarray, init(np.int32(seed))))
+
+
+def _one_image(data: DeviceData) -> jax.Array:
+    return jnp.zeros((1, *data.train_images.shape[1:]), jnp.float32)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _replace_lanes(state: LaneState, mask: jax.Array, new: LaneState) -> LaneState:
+    return jax.tree.map(lambda old, n: jnp.where(_expand(mask, n), n, old), state, new)
+
+
+def _abstract_arguments(batch_size: int, lanes: int, segment_steps: int, sharding: NamedSharding) -> tuple[Setting, Segment]:
+    """Shapes of the settings and segments that a program is called with."""
+
+    def stacked(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((lanes, *shape), dtype, sharding=sharding)
+
+    settings = Setting(*(stacked(np.float32), stacked(np.int32), stacked(np.float32), stacked(np.float32)))
+    return settings, Segment(stacked(np.int32, segment_steps, batch_size), stacked(np.int32), stacked(bool))
+
+
+def _make_segment(model: nn.Module, program: Program, segment_steps: int, mapping: LaneMapping) -> Callable[..., Any]:
+    """(lanes, settings, segments, data) → (lanes, reports), for the lanes of one device."""
+    advance, evaluate = _make_advance(model, program), _make_evaluate(model)
+
+    def run_lane(state: LaneState, setting: Setting, segment: Segment, data: DeviceData) -> tuple[LaneState, Report]:
+        def unfinished(carry: tuple[jax.Array, LaneState]) -> jax.Array:
+            return (carry[0] < segment.steps) & carry[1].alive
+
+        def step(carry: tuple[jax.Array, LaneState]) -> tuple[jax.Array, LaneState]:
+            i, state = carry
+            return i + 1, advance(state, setting, segment.indices[i], data)
+
+        _, state = lax.while_loop(unfinished, step, (jnp.int32(0), state))
+        tested = lax.cond(segment.evaluate & state.alive, lambda: evaluate(state.train, data), _not_evaluated)
+        return _report(state, segment, tested)
+
+    def run_mapped(states, settings, segments, data):
+        return lax.map(lambda lane: run_lane(*lane, data), (states, settings, segments))
+
+    def run_vmapped(states, settings, segments, data):
+        def step(states: LaneState, i: jax.Array) -> tuple[LaneState, None]:
+            new = jax.vmap(advance, (0, 0, 0, None))(states, settings, segments.indices[:, i], data)
+            active = (i < segments.steps) & states.alive
+            return jax.tree.map(lambda n, o: jnp.where(_expand(active, n), n, o), new, states), None
+
+        states, _ = lax.scan(step, states, jnp.arange(segment_steps))
+        # One branch for the device: under vmap a branch per lane would run both.
+        tested = lax.cond(
+            jnp.any(segments.evaluate),
+            lambda: jax.vmap(evaluate, (0, None))(states.train, data),
+            lambda: jax.vmap(lambda _: _not_evaluated())(segments.steps),
+        )
+        return jax.vmap(_report)(states, segments, tested)
+
+    return run_mapped if mapping == "map" else run_vmapped
+
+
+def _make_advance(model: nn.Module, program: Program) -> Callable[..., LaneState]:
+    train_step = make_train_step(model, program)
+
+    def advance(state: LaneState, setting: Setting, indices: jax.Array, data: DeviceData) -> LaneState:
+        """One update of one lane. If its loss is not finite the lane dies, and the update is not counted."""
+        batch = Batch(data.normalise(data.train_images[indices]), data.train_labels[indices])
+        train, metrics = train_step(state.train, setting, batch)
+        finite = jnp.isfinite(metrics.loss)
+        train = train._replace(step=jnp.where(finite, train.step, state.train.step))
+        return LaneState(train, state.loss_sum + metrics.loss, state.correct + metrics.correct, finite)
+
+    return advance
+
+
+def _make_evaluate(model: nn.Module) -> Callable[[TrainState, DeviceData], Metrics]:
+    eval_step = make_eval_step(model)
+
+    def evaluate(state: TrainState, data: DeviceData) -> Metrics:
+        """Mean cross-entropy and number right over the whole test set."""
+
+        def one(total: Metrics, batch: Any) -> tuple[Metrics, None]:
+            images, labels, counts = batch
+            found = eval_step(state, Batch(data.normalise(images), labels), counts)
+            return Metrics(total.loss + found.loss, total.correct + found.correct), None
+
+        zero = Metrics(jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32))
+        total, _ = lax.scan(one, zero, (data.test_images, data.test_labels, data.test_counts))
+        return Metrics(total.loss / data.test_counts.sum(), total.correct)
+
+    return evaluate
+
+
+def _not_evaluated() -> Metrics:
+    return Metrics(jnp.array(jnp.nan, jnp.float32), jnp.zeros([], jnp.int32))
+
+
+def _report(state: LaneState, segment: Segment, tested: Metrics) -> tuple[LaneState, Report]:
+    """What a lane found, and the lane with its sums cleared if the segment ended an epoch."""
+    report = Report(state.train.step, state.alive, state.loss_sum, state.correct, tested.loss, tested.correct)
+    state = state._replace(
+        loss_sum=jnp.where(segment.evaluate, 0.0, state.loss_sum), correct=jnp.where(segment.evaluate, 0, state.correct)
+    )
+    return state, report
+
+
+def _expand(mask: jax.Array, like: jax.Array) -> jax.Array:
+    return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))

@@ -1,0 +1,48 @@
+"""The paper's models as Flax linen modules: pure `init(key, images)` and `apply(variables, images, train=…)`."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from smallbatch_jax import fields
+from smallbatch_jax.experiment import ALL_NORMS, MODEL_NORMS, InputError
+from smallbatch_jax.models.alexnet import AlexNet
+
+MODELS: dict[str, type[nn.Module]] = {"alexnet": AlexNet}
+
+
+def create_model(
+    name: str,
+    num_classes: int,
+    norm: str = "batch",
+    bn_batch_size: int | None = None,
+    *,
+    axis_name: str | None = None,
+    dtype: Any = jnp.float32,
+) -> nn.Module:
+    """A model of the paper, by name.
+
+    Args:
+      name: "alexnet", the reduced AlexNet of §3.1.
+      num_classes: logits per image.
+      norm: "none", "batch", or for alexnet "batch_conv_only" (Fig. 6).
+      bn_batch_size: b, examples per batch of the batch norm (§3.6), which must divide the batch; None takes it whole.
+      axis_name: mesh axis over which a batch is spread, if it is.
+      dtype: of the computation; parameters and statistics are float32.
+
+    Returns:
+      A linen Module: `init(key, images)` gives the variables, `apply(variables, images, train=False)` the logits
+      float32[N, num_classes]. Images are float32[N, H, W, C], normalised by the training set's channel mean and deviation.
+
+    Raises:
+      InputError: if there is no such model, or the model has no such norm.
+    """
+    fields.choice(tuple(MODEL_NORMS), "model")("model.name", name)
+    fields.choice(ALL_NORMS, "norm")("model.norm", norm)
+    if norm not in MODEL_NORMS[name]:
+        raise InputError(f"model.norm: {name} has no norm {norm!r}; it accepts {', '.join(MODEL_NORMS[name])}.")
+    fields.integer(1)("num_classes", num_classes)
+    fields.optional(fields.integer(1))("bn_batch_size", bn_batch_size)
+    model: Any = MODELS[name]
+    return model(num_classes=num_classes, norm=norm, bn_batch_size=bn_batch_size, axis_name=axis_name, dtype=dtype)

@@ -1,0 +1,38 @@
+"""Linear layers, initialised as the paper says (§3.1)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from smallbatch_jax.models.conv import Pads, conv
+
+# He et al. (2015b), Eq. 10: a Gaussian (not a truncated one) of variance 2 / fan-in; all layers, the logits' too.
+he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+class Conv(nn.Module):
+    """2-D convolution [N, H, W, C] → [N, H', W', features] by `models.conv`; float32 parameters, computed in `dtype`."""
+
+    features: int
+    kernel_size: tuple[int, int]
+    strides: Sequence[int] = (1, 1)
+    padding: str | Pads = "SAME"
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", he_normal, (*self.kernel_size, x.shape[-1], self.features), jnp.float32)
+        y = conv(x.astype(self.dtype), kernel.astype(self.dtype), self.strides, self.padding)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            y = y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+        return y
+
+
+def Dense(features: int, use_bias: bool = True, dtype: Any = jnp.float32, name: str | None = None) -> nn.Dense:
+    """A fully-connected layer [N, D] → [N, features] with He initialisation."""
+    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=he_normal, name=name)

@@ -1,0 +1,133 @@
+r"""SGD on the sum of the per-example gradients, and the unitless schedules of its base learning rate.
+
+Masters & Luschi (2018) write the update with the *sum* of the gradients over a batch (Eq. 5), so that one number, the base
+learning rate :math:`\tilde\eta = \eta/m` (Eq. 6), is the step length per example whatever the batch size m.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class SummedSgdState(NamedTuple):
+    count: jax.Array  # int32[], updates taken
+
+
+def summed_sgd(
+    base_lr: Any,
+    batch_size: Any,
+    schedule: optax.Schedule | None = None,
+    weight_decay: Any = 0.0,
+) -> optax.GradientTransformation:
+    r"""SGD on the sum of the per-example gradients (Masters & Luschi 2018, Eq. 5).
+
+    .. math:: \theta_{k+1} = \theta_k - s(k)\,\tilde\eta\, m\,(\bar g_k + \lambda\theta_k)
+
+    The sum over the batch is m times the mean, so this is Eq. 2-3 with :math:`\eta = \tilde\eta m` (Eq. 6). The penalty
+    belongs to the loss of every example, so the summed update contains :math:`m\lambda\theta`. Every leaf it is given is
+    decayed, kernels, biases and normalisation parameters alike; wrap it in ``optax.masked`` to decay fewer.
+
+    Args:
+      base_lr: η̃, step length per example; scalar, may be traced.
+      batch_size: m, examples per update; scalar, may be traced.
+      schedule: s(k), a unitless multiplier of η̃ at update k (from 0), 1 at its peak; None keeps 1.
+      weight_decay: λ of the penalty (λ/2)‖θ‖² added to the mean loss; scalar, may be traced.
+
+    Returns:
+      A GradientTransformation whose ``update`` takes the *mean* gradient ḡ over the batch, and the parameters unless
+      ``weight_decay`` is the number 0.
+
+    Raises:
+      ValueError: if base_lr or batch_size is a number (not traced) that is not positive and finite, or if weight_decay
+        is a negative one; from ``update``, if it decays and was given no parameters.
+    """
+    _require(base_lr, "base_lr", lambda v: v > 0, "a positive, finite number")
+    _require(batch_size, "batch_size", lambda v: v >= 1, "at least 1")
+    _require(weight_decay, "weight_decay", lambda v: v >= 0, "a number that is not negative")
+    decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
+
+    def init(params: optax.Params) -> SummedSgdState:
+        del params
+        return SummedSgdState(count=jnp.zeros([], jnp.int32))
+
+    def update(
+        mean_grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        assert isinstance(state, SummedSgdState)
+        multiplier = 1.0 if schedule is None else schedule(state.count)
+        length = -multiplier * base_lr * batch_size
+        if decays:
+            if params is None:
+                raise ValueError(optax.transforms.NO_PARAMS_MSG)
+            mean_grads = jax.tree.map(lambda g, p: g + weight_decay * p, mean_grads, params)
+        updates = jax.tree.map(lambda g: jnp.asarray(length * g, g.dtype), mean_grads)
+        return updates, SummedSgdState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
+def step_schedule(
+    total_steps: Any,
+    boundaries: Sequence[float] = (0.5, 0.75),
+    factor: Any = 0.1,
+    warmup_fraction: Any = 0.0,
+    warmup_start: Any = 1 / 32,
+) -> optax.Schedule:
+    r"""Unitless multiplier of η̃: reductions at fractions of training, after an optional linear warm-up (§3.1, §3.4).
+
+    With T = total_steps, update k (from 0) is multiplied by ``factor`` once for every boundary with k ≥ boundary·T. During
+    the first warmup_fraction·T updates it is also multiplied by a line from warmup_start (at k = 0) to 1 (Goyal et al.
+    2017), after which "the standard learning rate schedule is used for the rest of training".
+
+    Args:
+      total_steps: T, updates in the whole run; scalar, may be traced.
+      boundaries: fractions of T, each within [0, 1].
+      factor: multiplier at each boundary; may be traced.
+      warmup_fraction: fraction of T spent warming up; 0 means none; may be traced.
+      warmup_start: multiplier at k = 0 when warming up; may be traced.
+
+    Returns:
+      s(k) for an integer k ≥ 0, float32[], 1 at its peak.
+
+    Raises:
+      ValueError: if a number (not traced) is out of the range above.
+    """
+    _require(total_steps, "total_steps", lambda v: v >= 1, "at least 1")
+    _require(factor, "factor", lambda v: v > 0, "a positive, finite number")
+    _require(warmup_fraction, "warmup_fraction", lambda v: 0 <= v <= 1, "within [0, 1]")
+    _require(warmup_start, "warmup_start", lambda v: 0 < v <= 1, "within (0, 1]")
+    for boundary in boundaries:
+        _require(boundary, "boundaries", lambda v: 0 <= v <= 1, "fractions within [0, 1]")
+    first_reduced_steps = [_first_step_from(boundary, total_steps) for boundary in boundaries]
+
+    def schedule(count: Any) -> jax.Array:
+        step = jnp.asarray(count)
+        multiplier = jnp.ones([], jnp.float32)
+        for first_reduced in first_reduced_steps:
+            multiplier = jnp.where(step >= first_reduced, multiplier * factor, multiplier)
+        warmup_steps = jnp.asarray(warmup_fraction * total_steps, jnp.float32)
+        progress = step / jnp.maximum(warmup_steps, jnp.finfo(jnp.float32).tiny)
+        warming_up = warmup_start + (1 - warmup_start) * progress
+        return multiplier * jnp.where(step < warmup_steps, warming_up, 1.0)
+
+    return schedule
+
+
+def _first_step_from(fraction: float, total_steps: Any) -> Any:
+    """The first integer step k ≥ fraction·T.
+
+    A fraction such as 80/90 is not exact in binary: without the slack, 80/90 of 90,000 could begin at 80,001.
+    """
+    if isinstance(total_steps, int):
+        return math.ceil(fraction * total_steps - 1e-6)
+    return jnp.ceil(fraction * total_steps - 1e-3)
+
+
+def _require(value: Any, name: str, accepts: Any, what: str) -> None:
+    """Refuses a concrete Python number out of range; traced values and arrays pass."""
+    if isinstance(value, (int, float)) and not (math.isfinite(value) and accepts(value)):
+        raise ValueError(f"{name}: got {value}, must be {what}")

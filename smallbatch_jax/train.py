@@ -1,0 +1,117 @@
+"""One run's training and evaluation steps: pure functions of the state, the run's scalars and one batch.
+
+No I/O and no jit: callers choose `jit`, `scan`, `vmap`, `shard_map` or `pmap`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax import lax
+
+from smallbatch_jax import optim
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the runs of one compiled program share, beside the model and the data."""
+
+    batch_size: int  # m, over all devices
+    total_steps: int  # T, updates in a run
+    boundaries: tuple[float, ...] = (0.5, 0.75)
+    factor: float = 0.1
+    axis_name: str | None = None  # mesh axis over which each batch is spread; None if a device holds all of it
+
+
+class Setting(NamedTuple):
+    """The scalars of a run, traced: no value of theirs compiles anything anew."""
+
+    base_lr: jax.Array  # float32[], η̃
+    seed: jax.Array  # int32[]
+    weight_decay: jax.Array  # float32[], λ
+    warmup_fraction: jax.Array  # float32[]
+
+
+class TrainState(NamedTuple):
+    """Everything that changes during one run, and nothing else."""
+
+    step: jax.Array  # int32[], updates taken
+    params: PyTree
+    batch_stats: PyTree  # running means and variances; empty without batch norm
+    opt_state: optax.OptState
+
+
+class Batch(NamedTuple):
+    images: jax.Array  # float32[n, …], normalised
+    labels: jax.Array  # int32[n]
+
+
+class Metrics(NamedTuple):
+    loss: jax.Array  # float32[], mean cross-entropy over the batch, without the penalty
+    correct: jax.Array  # int32[], images classified rightly
+
+
+def init_state(model: nn.Module, images: jax.Array, seed: jax.Array) -> TrainState:
+    """The state before the first update; `images`, float32[n, …], only gives the shape."""
+    variables = dict(model.init(jax.random.fold_in(jax.random.key(seed), 0), images))
+    params = variables.pop("params")
+    opt_state = optim.summed_sgd(1.0, 1).init(params)
+    return TrainState(jnp.zeros([], jnp.int32), params, variables.pop("batch_stats", {}), opt_state)
+
+
+def make_train_step(model: nn.Module, program: Program) -> Callable[[TrainState, Setting, Batch], tuple[TrainState, Metrics]]:
+    """Eq. 5 as a pure function of the state, the run's scalars and one batch.
+
+    With `program.axis_name` the batch it is given is one device's share, of the same size on each, and the model must
+    have been made with the same axis_name; state and metrics are then equal on all devices. Under `shard_map` use
+    ``check_vma=False``: with the check on, the gradient of replicated parameters is already summed over the axis.
+    """
+    axis = program.axis_name
+
+    def train_step(state: TrainState, setting: Setting, batch: Batch) -> tuple[TrainState, Metrics]:
+        def mean_loss(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
+            logits, mutated = model.apply(
+                {"params": params, "batch_stats": state.batch_stats}, batch.images, train=True, mutable=["batch_stats"]
+            )
+            return cross_entropy(logits, batch.labels).mean(), (logits, mutated.get("batch_stats", state.batch_stats))
+
+        (loss, (logits, batch_stats)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        correct = count_correct(logits, batch.labels)
+        if axis is not None:
+            loss, grads, correct = lax.pmean(loss, axis), lax.pmean(grads, axis), lax.psum(correct, axis)
+        schedule = optim.step_schedule(
+            program.total_steps, program.boundaries, program.factor, warmup_fraction=setting.warmup_fraction
+        )
+        transform = optim.summed_sgd(setting.base_lr, program.batch_size, schedule, setting.weight_decay)
+        updates, opt_state = transform.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, batch_stats, opt_state), Metrics(loss, correct)
+
+    return train_step
+
+
+def make_eval_step(model: nn.Module) -> Callable[[TrainState, Batch, jax.Array], Metrics]:
+    """The *sum* of cross-entropies and the number right over the images with weight 1; bool[n] weights mask padding."""
+
+    def eval_step(state: TrainState, batch: Batch, counts: jax.Array) -> Metrics:
+        logits = model.apply({"params": state.params, "batch_stats": state.batch_stats}, batch.images, train=False)
+        losses = jnp.where(counts, cross_entropy(logits, batch.labels), 0.0)
+        return Metrics(losses.sum(), count_correct(logits, jnp.where(counts, batch.labels, -1)))
+
+    return eval_step
+
+
+def cross_entropy(logits: Any, labels: jax.Array) -> jax.Array:
+    """float32[n] of logits float[n, classes] and labels int32[n]."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+
+
+def count_correct(logits: Any, labels: jax.Array) -> jax.Array:
+    """int32[]; a logit that is NaN is never right."""
+    return jnp.sum((jnp.argmax(logits, -1) == labels) & jnp.isfinite(logits).all(-1), dtype=jnp.int32)

@@ -1,0 +1,143 @@
+"""The folder of one experiment: what it holds, who owns it, and where its results come from."""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from smallbatch_jax import fields
+from smallbatch_jax.experiment import Experiment, InputError, differences
+
+FORMAT = 1
+
+
+@contextmanager
+def open_workdir(path: Path, experiment: Experiment, facts: dict[str, Any]) -> Iterator[Path]:
+    """Makes or resumes the workdir of an experiment, and owns it until the block ends.
+
+    `facts` about the data are stored beside the experiment, for those who read the results without the data.
+
+    Raises:
+      InputError: if it holds another experiment (with the fields that differ), belongs to a process that is still at
+        work, or cannot be written. Nothing is written then.
+    """
+    refuse_difference(path, experiment)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / "lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"--workdir: {path} cannot be written: {error.strerror}.") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise InputError(f"--workdir: {path} belongs to {lock.read().strip() or 'another process'}.") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        refuse_difference(path, experiment)  # nobody else can change it now
+        content = {"format": FORMAT, "experiment": experiment.to_dict(), "facts": facts}
+        write_atomically(path / "experiment.json", json.dumps(content, indent=1) + "\n")
+        yield path
+
+
+def refuse_difference(path: Path, experiment: Experiment) -> None:
+    """Refuses to go on in a workdir with anything but what it holds already; a missing one is fine."""
+    if not (path / "experiment.json").exists():
+        if path.is_file():
+            raise InputError(f"--workdir: {path} is a file; give a folder.")
+        foreign = sorted(p.name for p in path.iterdir() if p.name != "lock") if path.is_dir() else []
+        if foreign:
+            raise InputError(
+                f"--workdir: {path} holds {foreign[0]!r} but no experiment; give a new or empty folder, or a workdir."
+            )
+        return
+    found = differences(read_experiment(path), experiment)
+    if found:
+        raise InputError(f"--workdir: {path} holds a different experiment: {'; '.join(found)}. Use another folder.")
+
+
+def read_experiment(path: Path) -> Experiment:
+    """The experiment that a workdir holds."""
+    return _read(path)[0]
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What is known of the data: num_classes, and examples, [training, test]."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[Experiment, dict[str, Any]]:
+    try:
+        content = json.loads((path / "experiment.json").read_text())
+        if content["format"] != FORMAT:
+            raise InputError(f"--workdir: {path} has format {content['format']}, this version reads {FORMAT}.")
+        return fields.parse(Experiment, content["experiment"], ""), dict(content["facts"])
+    except FileNotFoundError:
+        raise InputError(f"--workdir: {path} is no workdir, it has no experiment.json.") from None
+    except OSError as error:
+        raise InputError(f"--workdir: {path}/experiment.json cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"--workdir: {path}/experiment.json is damaged: {error}.") from None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that readers see the old one or the new one, never a part."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def record_provenance(path: Path, event: str, **facts: Any) -> None:
+    """Appends one line to WORKDIR/provenance.jsonl: when, where and with what the results are made."""
+    line = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}
+    with open(path / "provenance.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def surroundings() -> dict[str, Any]:
+    """Versions, machine and commit of this process."""
+    packages = ("smallbatch_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "host": socket.gethostname(),
+        "machine": platform.platform(),
+        "command": sys.argv,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The git commit of this code, with a + if files differ from it; None outside a repository."""
+    here = Path(__file__).resolve().parent
+    try:
+        git = ["git", "-C", str(here)]
+        top = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if top.returncode or head.returncode:
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
