@@ -27,8 +27,15 @@ def given(flag: Any, example: str) -> Any:
 
 
 def given_config(flag: Any) -> ConfigDict:
-    """The config, overrides applied."""
-    return given(flag, "configs/quickstart.py")
+    """The config, overrides applied.
+
+    absl loads the file when it parses the flags, but some failures show only when the config is first read.
+    """
+    config = given(flag, "configs/quickstart.py")
+    try:
+        return ConfigDict(config.to_dict())
+    except Exception as error:
+        raise InputError(_config_error(error)) from None
 
 
 def run(main: Callable[[], int]) -> None:
@@ -63,8 +70,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except (InputError, flags.Error) as error:
         fail(_one_line(error))
     except Exception as error:  # whatever a config file or an override raises is the user's to mend, not ours to trace
-        given_config = next((arg for arg in argv if arg.startswith("--config=")), "--config")
-        fail(f"{given_config}: {type(error).__name__}: {_one_line(error)}")
+        fail(_config_error(error))
     raise AssertionError("unreachable")
 
 
@@ -74,6 +80,11 @@ def _refuse_unknown_fields(argv: Sequence[str]) -> None:
         match = re.match(r"--?config\.([^=]+)", arg)
         if match:
             experiment.require_field(match.group(1))
+
+
+def _config_error(error: Exception) -> str:
+    given_config = next((arg for arg in sys.argv if re.match(r"--?config=", arg)), "--config")
+    return f"{given_config}: {type(error).__name__}: {_one_line(error)}"
 
 
 def _one_line(error: BaseException) -> str:

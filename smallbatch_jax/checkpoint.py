@@ -25,19 +25,19 @@ class Checkpoints:
 
     def _open(self) -> ocp.training.Checkpointer:
         if self._checkpointer is None:
-            self._checkpointer = ocp.training.Checkpointer(
-                self._folder.resolve(),
-                preservation_policy=ocp.training.preservation_policies.LatestN(KEEP),
-                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-                cleanup_tmp_directories=True,
-            )
+            policies: Any = {
+                "preservation_policy": ocp.training.preservation_policies.LatestN(KEEP),
+                "save_decision_policy": ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            }
+            folder: Any = self._folder.resolve()
+            self._checkpointer = ocp.training.Checkpointer(folder, cleanup_tmp_directories=True, **policies)
         return self._checkpointer
 
     def save(self, lanes: PyTree, runs: list[Run | None]) -> None:
         """Saves the stacked lanes and the run in each; returns once they are on the disk."""
         checkpointer = self._open()
         latest = checkpointer.latest
-        occupants = [None if run is None else dataclasses.asdict(run) for run in runs]
+        occupants: Any = [None if run is None else dataclasses.asdict(run) for run in runs]
         checkpointer.save(
             0 if latest is None else latest.step + 1,
             jax.tree.map(np.asarray, lanes),

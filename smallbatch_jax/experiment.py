@@ -120,7 +120,7 @@ class Experiment:
         for m in self.grid.batch_sizes:
             if m > num_examples:
                 raise InputError(
-                    f"grid.batch_sizes: {m} is larger than the training set of {num_examples} examples; "
+                    f"grid.batch_sizes (batch_size for one run): {m} is larger than the training set of {num_examples} examples; "
                     f"use 1 to {num_examples}."
                 )
 
@@ -150,8 +150,8 @@ class OneRun:
     seed: int = config_field(0, fields.integer(0, 2**31 - 1))
 
 
-def default_config() -> ConfigDict:
-    """A config with every field there is, at its default; what a config file starts from."""
+def default_config() -> Any:
+    """A ConfigDict with every field there is, at its default; what a config file starts from."""
     return ConfigDict({**_defaults(Experiment), **_defaults(OneRun)})
 
 

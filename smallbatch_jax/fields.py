@@ -37,13 +37,13 @@ def refuse_unknown(values: Mapping[str, Any], known: Sequence[str], prefix: str)
     """Raises InputError for the first name that is no field, with the nearest one that is."""
     for name in values:
         if name not in known:
-            raise InputError(f"{prefix}{name}: unknown field{nearest(str(name), known)}. Known: {', '.join(known)}.")
+            raise InputError(f"{prefix}{name}: unknown field{nearest(str(name), known)} Known: {', '.join(known)}.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` or nothing."""
+    """`; did you mean 'x'?`, or a full stop."""
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def shown(value: Any) -> str:
@@ -71,8 +71,8 @@ def choice(known: Sequence[str], what: str) -> Check:
 
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in known:
-            hint = nearest(value, known) if isinstance(value, str) else ""
-            raise InputError(f"{name}: unknown {what} {shown(value)}{hint}. Known: {', '.join(known)}.")
+            hint = nearest(value, known) if isinstance(value, str) else "."
+            raise InputError(f"{name}: unknown {what} {shown(value)}{hint} Known: {', '.join(known)}.")
         return value
 
     return check

@@ -6,7 +6,7 @@ arithmetic touches another's. On GPU and TPU they are trained side by side (`vma
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from smallbatch_jax.data import Dataset
 from smallbatch_jax.train import (
+    Array,
     Batch,
     Metrics,
     Program,
@@ -38,13 +39,13 @@ COMPUTE_DTYPE = {"float32": jnp.float32, "tf32": jnp.float32, "bfloat16": jnp.bf
 class DeviceData(NamedTuple):
     """A dataset on the device; images as they are stored, normalised when a batch is taken."""
 
-    train_images: jax.Array  # uint8 or float32 [N, …]
-    train_labels: jax.Array  # int32[N]
-    test_images: jax.Array  # uint8 or float32 [batches, n, …], padded with zeros
-    test_labels: jax.Array  # int32[batches, n]
-    test_counts: jax.Array  # bool[batches, n], False where padded
-    mean: jax.Array  # float32[C]
-    deviation: jax.Array  # float32[C]
+    train_images: Array  # uint8 or float32 [N, …]
+    train_labels: Array  # int32[N]
+    test_images: Array  # uint8 or float32 [batches, n, …], padded with zeros
+    test_labels: Array  # int32[batches, n]
+    test_counts: Array  # bool[batches, n], False where padded
+    mean: Array  # float32[C]
+    deviation: Array  # float32[C]
 
     def normalise(self, images: jax.Array) -> jax.Array:
         """float32[n, …] by the training set's channel mean and deviation."""
@@ -56,28 +57,28 @@ class LaneState(NamedTuple):
     """One lane; all lanes of a program are stacked along a leading axis."""
 
     train: TrainState
-    loss_sum: jax.Array  # float32[], of the epoch's batches so far
-    correct: jax.Array  # int32[], of the epoch's examples so far
-    alive: jax.Array  # bool[], False once a training loss was not finite
+    loss_sum: Array  # float32[], of the epoch's batches so far
+    correct: Array  # int32[], of the epoch's examples so far
+    alive: Array  # bool[], False once a training loss was not finite
 
 
 class Segment(NamedTuple):
     """What each lane does in a segment; all stacked by lane, int32 but for `evaluate`."""
 
-    indices: Any  # int32[S, m], the examples of each step; rows from `steps` on are not read
-    steps: Any  # int32[], updates to take, at most S
-    evaluate: Any  # bool[], whether the segment ends an epoch
+    indices: Array  # int32[S, m], the examples of each step; rows from `steps` on are not read
+    steps: Array  # int32[], updates to take, at most S
+    evaluate: Array  # bool[], whether the segment ends an epoch
 
 
 class Report(NamedTuple):
     """What each lane found in a segment."""
 
-    step: jax.Array  # int32[], updates taken by the run
-    alive: jax.Array  # bool[]
-    loss_sum: jax.Array  # float32[], of the epoch so far, the loss that was not finite included
-    correct: jax.Array  # int32[], of the epoch so far
-    test_loss: jax.Array  # float32[], mean over the test set; NaN if not evaluated
-    test_correct: jax.Array  # int32[]; 0 if not evaluated
+    step: Array  # int32[], updates taken by the run
+    alive: Array  # bool[]
+    loss_sum: Array  # float32[], of the epoch so far, the loss that was not finite included
+    correct: Array  # int32[], of the epoch so far
+    test_loss: Array  # float32[], mean over the test set; NaN if not evaluated
+    test_correct: Array  # int32[]; 0 if not evaluated
 
 
 LaneMapping = Literal["map", "vmap"]
@@ -88,9 +89,9 @@ def lane_mapping() -> LaneMapping:
     return "map" if jax.default_backend() == "cpu" else "vmap"
 
 
-def lane_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+def lane_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """All devices along one axis of lanes."""
-    return Mesh(np.array(devices or jax.devices()), ("lane",))
+    return Mesh(np.array(jax.devices() if devices is None else devices), ("lane",))
 
 
 def to_device(dataset: Dataset, mesh: Mesh) -> DeviceData:
@@ -244,7 +245,7 @@ def _make_segment(model: nn.Module, program: Program, segment_steps: int, mappin
         return _report(state, segment, tested)
 
     def run_mapped(states, settings, segments, data):
-        return lax.map(lambda lane: run_lane(*lane, data), (states, settings, segments))
+        return lax.map(lambda lane: run_lane(lane[0], lane[1], lane[2], data), (states, settings, segments))
 
     def run_vmapped(states, settings, segments, data):
         def step(states: LaneState, i: jax.Array) -> tuple[LaneState, None]:

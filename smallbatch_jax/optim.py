@@ -54,18 +54,16 @@ def summed_sgd(
         del params
         return SummedSgdState(count=jnp.zeros([], jnp.int32))
 
-    def update(
-        mean_grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        assert isinstance(state, SummedSgdState)
-        multiplier = 1.0 if schedule is None else schedule(state.count)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[optax.Updates, SummedSgdState]:
+        mean_grads = updates
+        multiplier: Any = 1.0 if schedule is None else schedule(state.count)
         length = -multiplier * base_lr * batch_size
         if decays:
             if params is None:
-                raise ValueError(optax.transforms.NO_PARAMS_MSG)
+                raise ValueError("params: not given to update(updates, state, params), but weight decay needs them")
             mean_grads = jax.tree.map(lambda g, p: g + weight_decay * p, mean_grads, params)
-        updates = jax.tree.map(lambda g: jnp.asarray(length * g, g.dtype), mean_grads)
-        return updates, SummedSgdState(count=optax.safe_increment(state.count))
+        steps = jax.tree.map(lambda g: jnp.asarray(length * g, g.dtype), mean_grads)
+        return steps, SummedSgdState(count=jnp.asarray(optax.safe_increment(state.count)))
 
     return optax.GradientTransformation(init, update)
 

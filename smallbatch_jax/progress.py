@@ -102,8 +102,8 @@ class LiveProgress:
 
 def for_stream(stream: TextIO | None = None) -> Progress:
     """The live bar on a terminal, plain lines elsewhere."""
-    stream = stream or sys.stderr
-    return LiveProgress() if stream.isatty() else PlainProgress(stream)
+    watched = stream if stream is not None else sys.stderr
+    return LiveProgress() if watched.isatty() else PlainProgress(watched)
 
 
 def _ending(status: Status) -> str:

@@ -60,7 +60,7 @@ class Row(NamedTuple):
         return math.isnan(self.test_accuracy)
 
 
-_TYPES = {name: int if kind is int else float for name, kind in Row.__annotations__.items()}
+_TYPES = [int if kind is int else float for kind in Row.__annotations__.values()]
 _HEADER = ",".join(Row._fields) + "\n"
 
 
@@ -70,13 +70,12 @@ class ProgramResults:
     def __init__(self, workdir: Path, batch_size: int, bn_batch_size: int):
         self.path = workdir / "results" / f"m{batch_size:05d}_b{bn_batch_size:05d}.csv"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        rows = _read_rows(self.path) if self.path.exists() else []
         self._epochs: dict[Run, int] = {}
         self._diverged: set[Run] = set()
-        for row in rows:
-            self._note(row)
         self._file = open(self.path, "r+b" if self.path.exists() else "w+b")  # noqa: SIM115
         self._cut_torn_line()
+        for row in _read_rows(self.path):
+            self._note(row)
 
     def _cut_torn_line(self) -> None:
         content = self._file.read()
@@ -120,9 +119,20 @@ class ProgramResults:
 
 
 def _read_rows(path: Path) -> list[Row]:
+    """The whole rows of a file; a damaged line is left out, and so is what follows the last line break, half written."""
     with open(path, newline="") as file:
-        lines = file.read().split("\n")[:-1]  # what follows the last line break is torn
-    return [Row(*(kind(v) for kind, v in zip(_TYPES.values(), line, strict=True))) for line in csv.reader(lines[1:])]
+        _, *lines, torn = file.read().split("\n") or [""]
+    rows, damaged = [], bool(torn)
+    for line in csv.reader(lines):
+        try:
+            values: Any = [kind(value) for kind, value in zip(_TYPES, line, strict=True)]
+        except ValueError:
+            damaged = True
+        else:
+            rows.append(Row(*values))
+    if damaged:
+        warnings.warn(f"{path}: left out lines that are not whole", stacklevel=3)
+    return rows
 
 
 def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
@@ -139,7 +149,7 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     import pandas as pd
 
     experiment = read_experiment(Path(workdir))
-    frames = [_load_file(path) for path in sorted((Path(workdir) / "results").glob("m*_b*.csv"))]
+    frames = [_frame(_read_rows(path)) for path in sorted((Path(workdir) / "results").glob("m*_b*.csv"))]
     frame = pd.concat(frames, ignore_index=True) if frames else _frame([])
     frame = frame.sort_values([*RUN_COLUMNS, "epoch"], kind="stable", ignore_index=True)
     frame = frame.drop_duplicates([*RUN_COLUMNS, "epoch"], ignore_index=True)
@@ -158,27 +168,11 @@ def _status(frame: "pd.DataFrame", experiment: Experiment) -> Any:
     return np.where(diverged, "diverged", np.where(finished, "finished", "running"))
 
 
-def _load_file(path: Path) -> "pd.DataFrame":
-    import io
-
-    import pandas as pd
-
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        warnings.warn(f"{path}: left out the last line, which is not whole", stacklevel=3)
-    if whole == 0:
-        return _frame([])
-    dtypes: Any = {name: "int64" if kind is int else "float64" for name, kind in _TYPES.items()}
-    # The default parser is not exact to the last bit.
-    return pd.read_csv(io.BytesIO(content[:whole]), dtype=dtypes, float_precision="round_trip")
-
-
 def _frame(rows: list[Row]) -> "pd.DataFrame":
     import pandas as pd
 
     frame = pd.DataFrame(rows, columns=list(Row._fields))
-    return frame.astype({name: "int64" if kind is int else "float64" for name, kind in _TYPES.items()})
+    return frame.astype({name: kind.__name__ + "64" for name, kind in zip(Row._fields, _TYPES, strict=True)})
 
 
 TIMING_COLUMNS = ("phase", "batch_size", "bn_batch_size", "lanes", "seconds", "steps", "images")
@@ -188,9 +182,7 @@ class Timings:
     """Appends to WORKDIR/timings.csv: seconds per phase (import, data, compile, segment, checkpoint, draw) and program."""
 
     def __init__(self, workdir: Path):
-        self._file = open(workdir / "timings.csv", "a")  # noqa: SIM115
-        if self._file.tell() == 0:
-            self._file.write(",".join(TIMING_COLUMNS) + "\n")
+        self._path = workdir / "timings.csv"
 
     def add(
         self,
@@ -204,8 +196,10 @@ class Timings:
     ) -> None:
         """One line; steps and images are summed over the lanes."""
         row = (phase, batch_size, bn_batch_size, lanes, round(seconds, 6), steps, images)
-        self._file.write(",".join(map(str, row)) + "\n")
-        self._file.flush()
+        with open(self._path, "a") as file:
+            if file.tell() == 0:
+                file.write(",".join(TIMING_COLUMNS) + "\n")
+            file.write(",".join(map(str, row)) + "\n")
 
 
 def load_timings(workdir: str | os.PathLike[str]) -> "pd.DataFrame":

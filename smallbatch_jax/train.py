@@ -16,6 +16,7 @@ from jax import lax
 from smallbatch_jax import optim
 
 PyTree = Any
+Array = Any  # a jax.Array; on the host an np.ndarray, and only a shape and dtype where a program is compiled ahead
 
 
 @dataclass(frozen=True)
@@ -32,29 +33,29 @@ class Program:
 class Setting(NamedTuple):
     """The scalars of a run, traced: no value of theirs compiles anything anew."""
 
-    base_lr: jax.Array  # float32[], η̃
-    seed: jax.Array  # int32[]
-    weight_decay: jax.Array  # float32[], λ
-    warmup_fraction: jax.Array  # float32[]
+    base_lr: Array  # float32[], η̃
+    seed: Array  # int32[]
+    weight_decay: Array  # float32[], λ
+    warmup_fraction: Array  # float32[]
 
 
 class TrainState(NamedTuple):
     """Everything that changes during one run, and nothing else."""
 
-    step: jax.Array  # int32[], updates taken
+    step: Array  # int32[], updates taken
     params: PyTree
     batch_stats: PyTree  # running means and variances; empty without batch norm
     opt_state: optax.OptState
 
 
 class Batch(NamedTuple):
-    images: jax.Array  # float32[n, …], normalised
-    labels: jax.Array  # int32[n]
+    images: Array  # float32[n, …], normalised
+    labels: Array  # int32[n]
 
 
 class Metrics(NamedTuple):
-    loss: jax.Array  # float32[], mean cross-entropy over the batch, without the penalty
-    correct: jax.Array  # int32[], images classified rightly
+    loss: Array  # float32[], mean cross-entropy over the batch, without the penalty
+    correct: Array  # int32[], images classified rightly
 
 
 def init_state(model: nn.Module, images: jax.Array, seed: jax.Array) -> TrainState:

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import zlib
 
 import numpy as np
 import pytest
@@ -336,10 +337,11 @@ def test_exif_orientation_is_applied(tmp_path):
     assert np.argwhere(picture).tolist() == [[0, 3]]  # the first stored row is the right-hand column
 
 
-def jpeg_bytes(size):
+def image_bytes(file_format):
+    """A sound file of 64 × 64 pixels of noise."""
     stream = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(stream, "JPEG")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(stream, file_format)
     return stream.getvalue()
 
 
@@ -348,9 +350,9 @@ def jpeg_bytes(size):
     [
         (b"", "is empty"),
         (b"I am a text file", "is not a JPEG or PNG image"),
-        (b"GIF89a\1\0\1\0\0\0\0;", "is not a JPEG or PNG image"),
-        (jpeg_bytes((64, 64))[:2000], "cannot be decoded"),
-        (jpeg_bytes((64, 64))[:30], "cannot be decoded"),
+        (image_bytes("GIF"), "is not a JPEG or PNG image"),
+        (image_bytes("JPEG")[:2000], "cannot be decoded"),
+        (image_bytes("JPEG")[:30], "cannot be decoded"),
     ],
     ids=["empty", "text", "gif", "truncated", "header cut"],
 )
@@ -482,7 +484,7 @@ def touch(root):
 
 
 def rename(root):
-    (root / "train" / "cat" / "0.png").rename(root / "train" / "cat" / "9.png")
+    (root / "train" / "cat" / "2.png").rename(root / "train" / "cat" / "3.png")  # still the last of its class
 
 
 def remove(root):
@@ -543,6 +545,10 @@ def npy_bytes(array, allow_pickle=False):
     return stream.getvalue()
 
 
+def with_checksum(array):
+    return npy_bytes(array) + npy_bytes(np.array(zlib.crc32(array.data), np.uint32))
+
+
 class _Bomb:
     """Leaves a mark if it is unpickled."""
 
@@ -566,9 +572,11 @@ def flipped(content):
         lambda content: b"\0" * len(content),
         flipped,
         lambda content: npy_bytes(np.zeros((10, 4, 6, 3), np.uint8)),
-        lambda content: npy_bytes(np.zeros((9, 4, 6, 3), np.uint8)) + content[-132:],
-        lambda content: npy_bytes(np.zeros((10, 4, 6, 3), np.float32)) + content[-132:],
-        lambda content: npy_bytes(np.zeros((), np.uint8)) + content[-132:],
+        lambda content: with_checksum(np.zeros((9, 4, 6, 3), np.uint8)),
+        lambda content: with_checksum(np.zeros((10, 4, 6, 2), np.uint8)),
+        lambda content: with_checksum(np.zeros((10, 72), np.uint8)),
+        lambda content: with_checksum(np.zeros((10, 4, 6, 3), np.float32)),
+        lambda content: with_checksum(np.zeros((), np.uint8)),
         lambda content: content.replace(b"(10, 4, 6, 3)", b"(10, 4, 6,2**62)"[:13]),
         lambda content: content.replace(b"(10, 4, 6, 3)", b"(10, 99999999)").ljust(300),
     ],

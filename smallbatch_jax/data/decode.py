@@ -105,7 +105,6 @@ def _decode_image(path: str) -> np.ndarray:
 def _pixels(image) -> np.ndarray:
     if image.mode.startswith("I"):  # I;16, I;16B, I: 16 bits a pixel, which Pillow would clip rather than scale
         return (np.asarray(image) >> 8).astype(np.uint8)[..., None]
-    image.info.pop("transparency", None)  # otherwise Pillow carries it along through the conversion
     if image.mode in ("1", "L", "LA", "La"):
         return np.asarray(image.convert("L"))[..., None]
     return np.asarray(image.convert("RGB"))

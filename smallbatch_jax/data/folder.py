@@ -55,10 +55,8 @@ def load_folder(data_dir: str | os.PathLike | None) -> Dataset:
 
 def _checked_root(data_dir: str | os.PathLike | None) -> str:
     """Returns the real path of a directory that holds one directory for each split."""
-    if data_dir is None:
-        raise InputError(f"dataset.data_dir: got None; dataset.name='folder' accepts a ROOT that holds {_LAYOUT}")
     if not isinstance(data_dir, (str, os.PathLike)):
-        raise InputError(f"dataset.data_dir: got {data_dir!r}; it accepts the path of a ROOT that holds {_LAYOUT}")
+        raise InputError(f"dataset.data_dir: got {data_dir!r}; 'folder' accepts the path of a ROOT that holds {_LAYOUT}")
     given = os.path.expanduser(os.fsdecode(data_dir))
     for path in (given, *(os.path.join(given, split) for split in SPLITS)):
         try:

@@ -1,0 +1,192 @@
+"""The commands as a user types them: one line and exit status 2 for a mistake, the same results however they are asked for."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from smallbatch_jax import results
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = "--config=configs/quickstart.py"
+
+
+def command(script, *arguments, **options):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return [sys.executable, f"experiments/{script}", *map(str, arguments)], {"cwd": ROOT, "env": environment, **options}
+
+
+def run(script, *arguments):
+    line, options = command(script, *arguments, capture_output=True, text=True, timeout=300)
+    return subprocess.run(line, **options)
+
+
+def sweep(workdir, *arguments):
+    """Two tiny programs of the reduced AlexNet on digits."""
+    small = ("--config.epochs=1", '--config.grid.batch_sizes="(128,512)"', '--config.grid.base_lrs="(0.001,8.0)"')
+    return command("sweep.py", QUICKSTART, f"--workdir={workdir}", *(s.replace('"', "") for s in small), *arguments)
+
+
+def finish(line_and_options):
+    line, options = line_and_options
+    return subprocess.run(line, **options, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("sweep") / "w"
+    return workdir, finish(sweep(workdir))
+
+
+@pytest.mark.parametrize("script", ["sweep.py", "train.py", "figures.py"])
+def test_help_says_how_and_exits_0_within_two_seconds(script):
+    began = time.perf_counter()
+    done = run(script, "--help")
+    assert done.returncode == 0
+    assert f"python experiments/{script}" in done.stdout
+    assert "--workdir" in done.stdout
+    assert time.perf_counter() - began < 2
+
+
+def test_a_sweep_trains_draws_and_prints_its_table(trained):
+    workdir, done = trained
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^128 +\d+\.\d\d % ", done.stdout, re.M)
+    assert "Converging:" in done.stdout
+    assert "4/4 runs done (2 diverged)" in done.stderr
+    assert len(list((workdir / "figures").glob("*.png"))) == len(list((workdir / "figures").glob("*.pdf"))) == 3
+    frame = results.load(workdir)
+    assert frame.groupby("base_lr").status.unique().map(list).to_dict() == {0.001: ["finished"], 8.0: ["diverged"]}
+
+
+def test_a_finished_sweep_is_redrawn_and_not_trained_again(trained):
+    workdir, first = trained
+    stored = {p: p.read_bytes() for p in (workdir / "results").iterdir()}
+    (workdir / "figures/heat_map.png").unlink()
+    again = finish(sweep(workdir))
+    assert again.returncode == 0
+    assert again.stdout == first.stdout
+    assert (workdir / "figures/heat_map.png").exists()
+    assert stored == {p: p.read_bytes() for p in (workdir / "results").iterdir()}
+
+
+def test_train_py_equals_the_same_run_of_the_sweep_bit_for_bit(trained, tmp_path):
+    one = ("--config.epochs=1", "--config.batch_size=512", "--config.base_lr=0.001")
+    assert run("train.py", QUICKSTART, f"--workdir={tmp_path / 'one'}", *one).returncode == 0
+    frame = results.load(trained[0])
+    of_sweep = frame[(frame.batch_size == 512) & (frame.base_lr == 0.001)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(of_sweep, results.load(tmp_path / "one"), check_exact=True)
+
+
+def test_figures_go_where_they_are_asked_to(trained, tmp_path):
+    done = run("figures.py", f"--workdir={trained[0]}", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[:-1] == trained[1].stdout.splitlines()[:-1]
+    assert len(list((tmp_path / "out").iterdir())) == 6
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_that_the_same_command_goes_on(tmp_path, signum):
+    line, options = sweep(tmp_path / "w", "--config.epochs=500")
+    process = subprocess.Popen(line, **options, stderr=subprocess.PIPE, text=True)
+    results_file = tmp_path / "w/results/m00128_b00128.csv"
+    while not (results_file.exists() and results_file.read_bytes().count(b"\n") > 3):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert errors.splitlines()[-1].endswith("the same command goes on")
+    assert list((tmp_path / "w/checkpoints/m00128_b00128").iterdir())
+
+
+MISTAKES = [
+    (["--config.grid.batch_size=(2,)"], "grid.batch_size: unknown field; did you mean 'batch_sizes'?"),
+    (["--config.grid.batch_sizes=(0,2)"], "grid.batch_sizes: got 0"),
+    (["--config.grid.batch_sizes=(2,5000)"], "grid.batch_sizes (batch_size for one run): 5000 is larger than"),
+    (["--config.grid.batch_sizes=()"], "grid.batch_sizes: got ()"),
+    (["--config.grid.batch_sizes=(2,"], "--config.grid.batch_sizes=(2,"),
+    (["--config.grid.base_lrs=(0.5,0.5)"], "grid.base_lrs: 0.5 stands twice"),
+    (["--config.grid.base_lrs=(1e999,)"], "grid.base_lrs: got inf"),
+    (["--config.grid.bn_batch_sizes=(6,)"], "grid.bn_batch_sizes: 6 does not divide batch size 8"),
+    (["--config.model.name=resnet9000"], "model.name: unknown model 'resnet9000'"),
+    (["--config.epochs=many"], "--config.epochs=many"),
+    (["--config.dataset.name=folder"], "dataset.data_dir: got None"),
+    (["--config.dataset.name=folder", "--config.dataset.data_dir=/nowhere"], "dataset.data_dir: cannot list '/nowhere'"),
+    (["--no_such_flag"], "no_such_flag"),
+    (["stray"], "'stray': unknown argument"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), MISTAKES)
+def test_a_mistake_is_one_line_exit_status_2_and_nothing_written(tmp_path, arguments, says):
+    refused(run("sweep.py", QUICKSTART, f"--workdir={tmp_path / 'w'}", *arguments), says)
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "says"),
+    [
+        ("sweep.py", [QUICKSTART], "--workdir: not given"),
+        ("sweep.py", ["--workdir=w"], "--config: not given"),
+        ("sweep.py", ["--config=configs/none.py", "--workdir=w"], "--config=configs/none.py"),
+        ("sweep.py", ["--config=README.md", "--workdir=w"], "--config=README.md"),
+        ("sweep.py", [QUICKSTART, "--workdir=configs"], "--workdir: configs holds 'quickstart.py' but no experiment"),
+        ("sweep.py", [QUICKSTART, "--workdir=README.md"], "--workdir: README.md is a file"),
+        ("train.py", [QUICKSTART, "--workdir=w"], "batch_size: not given"),
+        ("train.py", [QUICKSTART, "--workdir=w", "--config.batch_size=8", "--config.base_lr=nan"], "base_lr: got nan"),
+        ("figures.py", ["--workdir=configs"], "--workdir: configs is no workdir"),
+    ],
+)
+def test_a_mistake_in_what_to_do_is_one_line_and_exit_status_2(script, arguments, says):
+    refused(run(script, *arguments), says)
+    assert not (ROOT / "w").exists()
+
+
+def refused(done, says):
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert says in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("body", ["def get_config(:", "x = 1", "raise RuntimeError('a\\nb')", "def get_config(): return 3"])
+def test_a_config_file_that_cannot_be_read_is_one_line(tmp_path, body):
+    (tmp_path / "config.py").write_text(body)
+    refused(run("sweep.py", f"--config={tmp_path / 'config.py'}", "--workdir=w"), "config.py: ")
+
+
+def test_a_workdir_of_another_experiment_is_refused_with_the_fields_that_differ(trained):
+    line, options = sweep(trained[0], "--config.weight_decay=0.1")
+    refused(finish((line, options)), "weight_decay is 0.0005 there and 0.1 here")
+
+
+def test_a_folder_of_images_is_trained_and_a_broken_image_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("SMALLBATCH_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    for split, count in (("train", 12), ("test", 4)):
+        for kind, shade in (("dark", 40), ("light", 200)):
+            (data / split / kind).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8), (shade, shade + i, shade)).save(data / split / kind / f"{i}.png")
+    asked = (
+        QUICKSTART,
+        "--config.dataset.name=folder",
+        f"--config.dataset.data_dir={data}",
+        "--config.epochs=1",
+        "--config.grid.batch_sizes=(8,)",
+        "--config.grid.base_lrs=(0.001,)",
+    )
+    done = run("sweep.py", *asked, f"--workdir={tmp_path / 'w'}")
+    assert done.returncode == 0, done.stderr
+    assert results.load(tmp_path / "w").step.item() == 3
+    (data / "train/dark/3.png").write_text("this is no image")
+    refused(run("sweep.py", *asked, f"--workdir={tmp_path / 'v'}"), "dark/3.png")
+    assert not (tmp_path / "v").exists()

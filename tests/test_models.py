@@ -1,0 +1,336 @@
+"""Convolution, pooling, batch norm and the reduced AlexNet against their definitions."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+
+from smallbatch_jax.experiment import InputError
+from smallbatch_jax.models import conv as conv_module
+from smallbatch_jax.models import create_model
+from smallbatch_jax.models.conv import NHWC, conv, max_pool
+from smallbatch_jax.models.layers import Conv, Dense
+from smallbatch_jax.models.norm import BatchNorm
+
+# Image, kernel, strides, padding.
+CONVOLUTIONS = [
+    ((8, 8), (3, 3), (1, 1), "SAME"),
+    ((7, 5), (5, 5), (1, 1), "SAME"),
+    ((6, 9), (1, 1), (1, 1), "SAME"),
+    ((8, 7), (2, 3), (1, 1), "VALID"),
+    ((8, 8), (3, 3), (2, 2), "SAME"),
+    ((7, 9), (3, 4), (2, 2), "VALID"),
+    ((8, 7), (1, 1), (2, 2), "SAME"),
+    ((9, 8), (3, 3), (3, 2), "SAME"),
+    ((11, 10), (2, 2), (3, 3), "VALID"),
+    ((8, 9), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    ((5, 6), (3, 2), (3, 1), ((0, 4), (3, 0))),
+]
+
+
+@pytest.fixture(params=["canonical", "patches"])
+def implementation(request, monkeypatch):
+    limit = {"canonical": 0, "patches": 1 << 30}[request.param]
+    monkeypatch.setattr(conv_module, "PATCHES_UP_TO_PIXELS", {jax.default_backend(): limit})
+    return request.param
+
+
+def lax_conv(x, kernel, strides, padding):
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
+
+
+def normal(*shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def with_gradients(function, *primals):
+    """Output, and gradients of a random weighting of it."""
+
+    @jax.jit
+    def both(*primals):
+        y, pullback = jax.vjp(function, *primals)
+        return y, *pullback(normal(*y.shape, seed=9, dtype=y.dtype))
+
+    return both(*primals)
+
+
+def assert_all_close(ours, theirs, rtol=1e-5, atol=1e-5):
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol, atol)
+
+
+@pytest.mark.parametrize(("image", "window", "strides", "padding"), CONVOLUTIONS)
+def test_conv_and_its_gradients_are_those_of_lax(implementation, image, window, strides, padding):
+    """`canonical` bit for bit, `patches` to rounding; output, gradient of the image, gradient of the kernel."""
+    x, kernel = normal(2, *image, 3), normal(*window, 3, 4, seed=1)
+    ours = with_gradients(lambda x, k: conv(x, k, strides, padding), x, kernel)
+    theirs = with_gradients(lambda x, k: lax_conv(x, k, strides, padding), x, kernel)
+    if implementation == "canonical":
+        assert_all_close(ours, theirs, rtol=0, atol=0)
+    else:
+        assert_all_close(ours, theirs)
+
+
+def test_conv_under_vmap_over_kernels_is_each_lane_by_itself(implementation):
+    """Lanes with kernels and images of their own: output and both gradients as lax gives them one by one."""
+    x, kernels = normal(3, 2, 6, 5, 3), normal(3, 3, 3, 3, 4, seed=1)
+    ours = with_gradients(jax.vmap(lambda x, k: conv(x, k, (2, 1))), x, kernels)
+    theirs = with_gradients(lambda x, k: jnp.stack([lax_conv(x[i], k[i], (2, 1), "SAME") for i in range(3)]), x, kernels)
+    assert_all_close(ours, theirs)
+
+
+def test_conv_keeps_bfloat16(implementation):
+    """Output and gradients of bfloat16 are bfloat16, near those of float32."""
+    x, kernel = normal(2, 6, 6, 3), normal(3, 3, 3, 4, seed=1)
+    exact = with_gradients(conv, x, kernel)
+    rounded = with_gradients(conv, x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
+    assert {found.dtype for found in rounded} == {jnp.dtype(jnp.bfloat16)}
+    assert_all_close([r.astype(jnp.float32) for r in rounded], exact, rtol=0.05, atol=0.3)
+
+
+def test_patches_leave_no_convolution_and_the_table_chooses_them(monkeypatch):
+    """Up to so many output pixels per image, 4×3 here, `conv` is one matrix product; beyond, a convolution."""
+
+    def convolves(height):
+        text = str(jax.make_jaxpr(jax.grad(lambda x, k: conv(x, k).sum(), (0, 1)))(normal(1, height, 3, 2), normal(3, 3, 2, 2)))
+        return "conv_general_dilated" in text
+
+    monkeypatch.setattr(conv_module, "PATCHES_UP_TO_PIXELS", {jax.default_backend(): 12})
+    assert [convolves(height) for height in (3, 4, 5)] == [False, False, True]
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 9), (8, 2), (3, 7), (6, 4), (5, 5)])
+def test_max_pool_and_its_gradient_are_those_of_reduce_window(height, width):
+    """3×3 windows of stride 2, SAME, at every size from 1 to 9."""
+
+    def reduce_window(x):
+        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
+
+    x = normal(2, height, width, 3)
+    assert_all_close(with_gradients(max_pool, x), with_gradients(reduce_window, x), rtol=0, atol=1e-6)
+
+
+def test_max_pool_hands_on_every_nan():
+    """A window is NaN wherever in it the NaN stands, and other windows are not: 25 images with one NaN each."""
+    where_nan = jnp.eye(25, dtype=bool).reshape(25, 5, 5, 1)
+    found = max_pool(jnp.where(where_nan, jnp.nan, normal(25, 5, 5, 1)))
+    np.testing.assert_array_equal(jnp.isnan(found), max_pool(where_nan.astype(jnp.float32)) == 1)
+
+
+def test_gradient_of_equal_maxima_goes_to_the_first():
+    """Of a constant 4×4 image, the top left pixel of each of the four windows, the whole gradient."""
+    gradient = jax.grad(lambda x: max_pool(x).sum())(jnp.ones((1, 4, 4, 1)))
+    expected = np.zeros((4, 4))
+    expected[::2, ::2] = 1
+    np.testing.assert_array_equal(gradient[0, :, :, 0], expected)
+
+
+def batch_norm(batch_size=None, **options):
+    """(x, scale, bias) → the output in training."""
+    module = BatchNorm(batch_size, **options)
+    return lambda x, scale, bias: module.apply(norm_variables(scale, bias), x, True, mutable=["batch_stats"])[0]
+
+
+def norm_variables(scale, bias, mean=None, var=None):
+    mean = jnp.zeros(scale.shape) if mean is None else mean
+    var = jnp.ones(scale.shape) if var is None else var
+    return {"params": {"scale": scale, "bias": bias}, "batch_stats": {"mean": mean, "var": var}}
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 5), (6, 5), (2, 5)])
+def test_norm_over_the_whole_batch_is_that_of_flax(shape):
+    """b = N: output and gradients of image, scale and bias equal flax.linen.BatchNorm's, two-pass variance."""
+    flax_norm = nn.BatchNorm(use_running_average=False, epsilon=1e-5, use_fast_variance=False)
+
+    def theirs(x, scale, bias):
+        return flax_norm.apply(norm_variables(scale, bias), x, mutable=["batch_stats"])[0]
+
+    x, scale, bias = normal(*shape), normal(5, seed=1), normal(5, seed=2)
+    assert_all_close(
+        with_gradients(batch_norm(shape[0]), x, scale, bias), with_gradients(theirs, x, scale, bias), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(("shape", "batch_size"), [((6, 4, 3, 5), 2), ((6, 5), 3), ((4, 2, 1, 5), 1)])
+def test_sub_batches_are_normalised_each_by_itself(shape, batch_size):
+    """b < N equals the norm of b = N applied to consecutive chunks of b, and so do its gradients."""
+
+    def by_chunks(x, scale, bias):
+        chunks = [x[i : i + batch_size] for i in range(0, len(x), batch_size)]
+        return jnp.concatenate([batch_norm()(chunk, scale, bias) for chunk in chunks])
+
+    arrays = normal(*shape), normal(5, seed=1), normal(5, seed=2)
+    assert_all_close(with_gradients(batch_norm(batch_size), *arrays), with_gradients(by_chunks, *arrays))
+
+
+def test_variance_is_two_pass():
+    """Mean 10⁴, deviation 1, in float32: the output is right to 0.005, and the running variance to 1 %.
+
+    E[x²] - μ² would be lost in rounding: 10⁸ is held to ±4.
+    """
+    x = 1e4 + np.random.default_rng(0).normal(size=(4, 8, 8, 2)).astype(np.float32)
+    exact = x.astype(np.float64)
+    deviation = exact.std((0, 1, 2))
+    variables = norm_variables(jnp.ones(2), jnp.zeros(2))
+    found, state = BatchNorm().apply(variables, jnp.asarray(x), True, mutable=["batch_stats"])
+    np.testing.assert_allclose(found, (exact - exact.mean((0, 1, 2))) / deviation, atol=5e-3)
+    moved = (np.asarray(state["batch_stats"]["var"]) - 0.99) / 0.01
+    np.testing.assert_allclose(moved, exact.var((0, 1, 2), ddof=1), rtol=0.01)
+
+
+@pytest.mark.parametrize(("shape", "batch_size"), [((6, 4, 3, 5), 2), ((6, 5), 3), ((6, 5), None), ((4, 5), 1)])
+def test_running_averages_move_once_per_call_towards_the_mean_over_sub_batches(shape, batch_size):
+    """0.99 of the old, 0.01 of the mean of the sub-batches' means and unbiased variances (0 of a single value)."""
+    x, old_mean, old_var = normal(*shape), normal(5, seed=1), jnp.abs(normal(5, seed=2))
+    variables = norm_variables(jnp.ones(5), jnp.zeros(5), old_mean, old_var)
+    _, state = BatchNorm(batch_size).apply(variables, x, True, mutable=["batch_stats"])
+    groups = np.asarray(x, np.float64).reshape(shape[0] // (batch_size or shape[0]), -1, 5)
+    n = groups.shape[1]
+    variances = groups.var(1) * n / max(n - 1, 1)
+    expected = {"mean": 0.99 * old_mean + 0.01 * groups.mean(1).mean(0), "var": 0.99 * old_var + 0.01 * variances.mean(0)}
+    for name, values in expected.items():
+        np.testing.assert_allclose(state["batch_stats"][name], values, rtol=1e-5, atol=1e-7)
+
+
+def test_evaluation_uses_running_averages_with_epsilon_1e_5():
+    """(x - mean) / √(var + 10⁻⁵)·scale + bias, whatever b, and nothing moves; with var = 0 only ε is left."""
+    x, scale, bias, mean, var = normal(3, 2, 4), *(normal(4, seed=s) for s in (1, 2, 3)), jnp.array([0.0, 1e-5, 1.0, 4.0])
+    found, state = BatchNorm(2).apply(norm_variables(scale, bias, mean, var), x, False, mutable=["batch_stats"])
+    divisor = jnp.sqrt(jnp.array([1e-5, 2e-5, 1.00001, 4.00001]))
+    expected = (np.asarray(x) - np.asarray(mean)[None, None]) / divisor[None, None] * scale[None, None] + bias[None, None]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    np.testing.assert_array_equal(state["batch_stats"]["mean"], mean)
+    np.testing.assert_array_equal(state["batch_stats"]["var"], var)
+
+
+def test_statistics_of_bfloat16_are_float32():
+    """Means are taken in float32 (257 has no bfloat16), and the output is bfloat16 again."""
+    x = jnp.repeat(jnp.array([256.0, 258.0], jnp.bfloat16), 32).reshape(64, 1)
+    variables = norm_variables(jnp.ones(1), jnp.zeros(1))
+    found, state = BatchNorm().apply(variables, x, True, mutable=["batch_stats"])
+    assert (found.dtype, state["batch_stats"]["mean"].dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(found.astype(jnp.float32), [[-1.0]] * 32 + [[1.0]] * 32, rtol=1e-4)
+
+
+def test_norm_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="bn_batch_size: 4 does not divide the batch of 6"):
+        batch_norm(4)(normal(6, 5), jnp.ones(5), jnp.zeros(5))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "fan_in"),
+    [(Conv(64, (3, 3)), (1, 8, 8, 16), 144), (Dense(256), (1, 100), 100)],
+    ids=["Conv", "Dense"],
+)
+def test_kernels_start_as_he_gaussians_and_biases_at_zero(layer, shape, fan_in):
+    """Deviation √(2/fan-in); a Gaussian not cut off: 1.24 % of it lies beyond 2.5 deviations."""
+    params = layer.init(jax.random.key(0), jnp.zeros(shape))["params"]
+    kernel = np.asarray(params["kernel"]) / math.sqrt(2 / fan_in)
+    assert abs(kernel.mean()) < 0.03
+    assert kernel.std() == pytest.approx(1, abs=0.03)
+    assert np.mean(np.abs(kernel) > 2.5) == pytest.approx(0.0124, abs=0.004)
+    assert not params["bias"].any()
+
+
+def shapes_of(model, height=32, width=32, channels=3):
+    """Variables of a model by shape, and the shapes its layers put out; nothing is computed."""
+    images = jax.ShapeDtypeStruct((4, height, width, channels), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    apply = partial(model.apply, capture_intermediates=True, mutable=["intermediates"])
+    logits, state = jax.eval_shape(apply, variables, images)
+    outputs = {name: layer["__call__"][0].shape for name, layer in state["intermediates"].items() if name != "__call__"}
+    return variables, outputs | {"": logits.shape}
+
+
+def test_alexnet_has_472_794_parameters_and_halves_the_image_three_times():
+    """At 32×32×3 with 10 classes, without norm (§3.1): 32 → 16 → 8 → 4 pixels, then 256, 256, 10 units."""
+    variables, outputs = shapes_of(create_model("alexnet", 10, norm="none"))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables)) == 472_794
+    assert outputs == {
+        "conv1": (4, 32, 32, 16),
+        "conv2": (4, 16, 16, 48),
+        "conv3": (4, 8, 8, 96),
+        "conv4": (4, 8, 8, 64),
+        "conv5": (4, 8, 8, 64),
+        "dense1": (4, 256),
+        "dense2": (4, 256),
+        "logits": (4, 10),
+        "": (4, 10),
+    }
+    assert variables["params"]["dense1"]["kernel"].shape == (4 * 4 * 64, 256)
+    assert [variables["params"][f"conv{i}"]["kernel"].shape[0] for i in range(1, 6)] == [5, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 9), (11, 8), (8, 13), (33, 31)])
+def test_alexnet_takes_images_from_8_by_8(height, width):
+    """Odd sizes and other channel counts too."""
+    assert shapes_of(create_model("alexnet", 7, norm="none"), height, width, channels=1)[1][""] == (4, 7)
+
+
+@pytest.mark.parametrize(("height", "width"), [(7, 8), (8, 7), (1, 1)])
+def test_alexnet_refuses_smaller_images(height, width):
+    with pytest.raises(ValueError, match=f"{height}x{width} pixels, needs at least 8x8"):
+        shapes_of(create_model("alexnet", 10, norm="none"), height, width)
+
+
+@pytest.mark.parametrize(
+    ("norm", "normalised"),
+    [
+        ("none", []),
+        ("batch", ["conv1", "conv2", "conv3", "conv4", "conv5", "dense1", "dense2"]),
+        ("batch_conv_only", ["conv1", "conv2", "conv3", "conv4", "conv5"]),
+    ],
+)
+def test_alexnet_normalises_the_layers_that_its_norm_names(norm, normalised):
+    """Those have no bias of their own; the others and always the logits have one, and no norm."""
+    variables, _ = shapes_of(create_model("alexnet", 10, norm=norm))
+    layers = ["conv1", "conv2", "conv3", "conv4", "conv5", "dense1", "dense2", "logits"]
+    expected = {layer: {"kernel"} if layer in normalised else {"kernel", "bias"} for layer in layers}
+    expected |= {f"{layer}_norm": {"scale", "bias"} for layer in normalised}
+    assert {name: set(leaves) for name, leaves in variables["params"].items()} == expected
+    assert set(variables.get("batch_stats", {})) == {f"{layer}_norm" for layer in normalised}
+    assert set(variables) == ({"params", "batch_stats"} if normalised else {"params"})
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_train_defaults_to_false(norm):
+    """`apply(variables, images)` is what it is with train=False: running averages, nothing mutable, and any number of images."""
+    model = create_model("alexnet", 10, norm=norm, bn_batch_size=2)
+    variables, _ = shapes_of(model, 8, 8)
+    images = jax.ShapeDtypeStruct((3, 8, 8, 3), jnp.float32)  # b = 2 does not divide it: only training cares
+    by_default = jax.make_jaxpr(model.apply)(variables, images)
+    evaluation = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images)
+    assert str(by_default) == str(evaluation)
+    if norm == "batch":
+        with pytest.raises(ValueError, match="does not divide the batch of 3"):
+            jax.eval_shape(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]), variables, images)
+
+
+def test_bfloat16_model_has_float32_variables_and_logits():
+    model = create_model("alexnet", 10, norm="batch", dtype=jnp.bfloat16)
+    variables, _ = shapes_of(model, 8, 8)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+    logits = jax.eval_shape(model.apply, variables, jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32))
+    assert logits.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "alxnet"}, r"^model\.name: unknown model 'alxnet'; did you mean 'alexnet'\?.*Known: alexnet"),
+        ({"name": None}, r"^model\.name: unknown model None\. Known: alexnet"),
+        ({"norm": "bach"}, r"^model\.norm: unknown norm 'bach'; did you mean 'batch'\?.*Known: none, batch, batch_conv_only"),
+        ({"num_classes": 0}, r"^num_classes: got 0, accepts an integer from 1"),
+        ({"bn_batch_size": 0}, r"^bn_batch_size: got 0, accepts an integer from 1"),
+        ({"bn_batch_size": 2.0}, r"^bn_batch_size: got 2\.0, accepts an integer from 1"),
+    ],
+)
+def test_create_model_refuses_what_there_is_not(arguments, message):
+    """The message names the field and, where a name is near, suggests it."""
+    with pytest.raises(InputError, match=message):
+        create_model(**{"name": "alexnet", "num_classes": 10, **arguments})

@@ -1,0 +1,102 @@
+"""Which examples step k sees: constant work, nothing dropped, and an order that only (seed, epoch) decide."""
+
+import inspect
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from smallbatch_jax.data.order import batch_indices, epoch_end, epoch_of_step, epoch_permutation, total_steps
+
+# (examples, batch size): dividing and not, halves exactly (7 / 2), whole training sets, and m = 1.
+SIZES = [(1, 1), (5, 1), (5, 5), (6, 3), (7, 2), (7, 3), (7, 5), (9, 6), (10, 4), (10, 7), (13, 13)]
+
+
+def all_batches(num_examples, batch_size, epochs, seed=0):
+    return batch_indices(seed, 0, total_steps(epochs, num_examples, batch_size), batch_size, num_examples)
+
+
+def test_epoch_ends_at_the_rounded_number_of_steps():
+    """floor(e·N/m + 1/2), in exact arithmetic: halves round up, and no float is involved."""
+    sizes = [*SIZES, (1437, 512), (50_000, 3), (1_281_167, 2), (10**12 + 1, 2)]
+    for epoch in (0, 1, 2, 3, 7, 82, 164):
+        for n, m in sizes:
+            assert epoch_end(epoch, n, m) == math.floor(Fraction(epoch * n, m) + Fraction(1, 2))
+
+
+def test_a_run_is_the_same_work_for_every_batch_size():
+    """§3.1: E·N/m steps to the nearest, so that m·steps is within m/2 examples of E·N."""
+    for n, m in SIZES:
+        for epochs in range(1, 9):
+            assert abs(total_steps(epochs, n, m) * m - epochs * n) <= m / 2
+
+
+@pytest.mark.parametrize(("num_examples", "batch_size"), SIZES)
+def test_epoch_of_step_is_the_inverse_of_epoch_end(num_examples, batch_size):
+    """Every step from the end of epoch e - 1 to before the end of e belongs to e, and to no other epoch."""
+    ends = [epoch_end(e, num_examples, batch_size) for e in range(41)]
+    expected = [e for e in range(1, 41) for _ in range(ends[e - 1], ends[e])]
+    assert [epoch_of_step(k, num_examples, batch_size) for k in range(ends[-1])] == expected
+
+
+@pytest.mark.parametrize("segment", [1, 2, 3, 1000])
+@pytest.mark.parametrize(("num_examples", "batch_size"), SIZES)
+def test_batches_are_the_permutations_end_to_end_however_segments_cut_them(num_examples, batch_size, segment):
+    """Step k takes positions k·m … k·m+m-1 of permutation 0, permutation 1, …; a batch may straddle two."""
+    steps = total_steps(4, num_examples, batch_size)
+    segments = [
+        batch_indices(3, first, min(segment, steps - first), batch_size, num_examples) for first in range(0, steps, segment)
+    ]
+    stream = np.concatenate([epoch_permutation(3, e, num_examples) for e in range(6)])
+    np.testing.assert_array_equal(np.concatenate(segments), stream[: steps * batch_size].reshape(steps, batch_size))
+
+
+@pytest.mark.parametrize(("num_examples", "batch_size"), SIZES)
+def test_every_epoch_of_the_stream_holds_each_example_once(num_examples, batch_size):
+    """Nothing is dropped when m does not divide N: positions e·N … e·N+N-1 are all the examples."""
+    stream = all_batches(num_examples, batch_size, epochs=5).reshape(-1)
+    for epoch in range(len(stream) // num_examples):
+        one_epoch = stream[epoch * num_examples : (epoch + 1) * num_examples]
+        assert sorted(one_epoch) == list(range(num_examples))
+
+
+def test_order_is_the_same_for_every_batch_size():
+    """Only where the stream is cut depends on m."""
+    single = all_batches(10, 1, epochs=3).reshape(-1)
+    for m in range(2, 11):
+        stream = all_batches(10, m, epochs=3).reshape(-1)[: len(single)]
+        np.testing.assert_array_equal(stream, single[: len(stream)])
+
+
+def test_order_depends_on_seed_and_on_epoch():
+    """No two of five seeds × five epochs have the same order of 50 examples."""
+    orders = {epoch_permutation(seed, epoch, 50).tobytes() for seed in (0, 1, 2, 3, 2**31 - 1) for epoch in range(5)}
+    assert len(orders) == 25
+
+
+def test_order_depends_on_nothing_else():
+    """Neither base_lr nor any other setting of a run is an argument."""
+    assert list(inspect.signature(epoch_permutation).parameters) == ["seed", "epoch", "num_examples"]
+    names = ["seed", "first_step", "num_steps", "batch_size", "num_examples"]
+    assert list(inspect.signature(batch_indices).parameters) == names
+
+
+def test_order_is_pinned():
+    """Stored results are reproduced by later versions: this stream never changes."""
+    found = batch_indices(seed=3, first_step=1, num_steps=3, batch_size=4, num_examples=5)
+    np.testing.assert_array_equal(found, [[3, 0, 1, 3], [2, 4, 4, 1], [0, 3, 2, 3]])
+
+
+def test_a_batch_may_be_written_to_without_changing_the_order():
+    """What is handed out is the caller's own; the cached permutation is read-only."""
+    before = batch_indices(0, 0, 1, 4, 4).copy()
+    batch_indices(0, 0, 1, 4, 4)[:] = 0
+    np.testing.assert_array_equal(batch_indices(0, 0, 1, 4, 4), before)
+    assert not epoch_permutation(0, 0, 4).flags.writeable
+
+
+def test_no_steps_are_an_empty_batch():
+    """Shape [0, m], so that a segment without work needs no special case."""
+    found = batch_indices(0, 5, 0, 4, 10)
+    assert (found.shape, found.dtype) == ((0, 4), np.int32)

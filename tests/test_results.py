@@ -1,0 +1,156 @@
+"""The store: rows appended once and read back to the bit, whatever a crash left behind."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import tiny
+
+from smallbatch_jax import results, workdir
+from smallbatch_jax.experiment import InputError
+from smallbatch_jax.results import ProgramResults, Row
+
+NAN = float("nan")
+
+
+def row(epoch, base_lr=2**-7, seed=0, test_accuracy=0.5, **fields):
+    values = {"step": 13 * epoch, "train_loss": 1 / 3, "train_accuracy": 0.25, "test_loss": 0.1 + 0.2}
+    return Row(4, 4, base_lr, seed, epoch, test_accuracy=test_accuracy, **values | fields)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A workdir of a 3-epoch experiment without rows."""
+    with workdir.open_workdir(tmp_path / "w", tiny.grid(), {"num_classes": 3}) as folder:
+        yield folder
+
+
+def append(folder, *rows):
+    with ProgramResults(folder, 4, 4) as program:
+        program.append(rows)
+
+
+def test_rows_come_back_to_the_bit_with_the_columns_of_the_public_surface(store):
+    exact = row(1, base_lr=0.1, train_loss=float(np.nextafter(1, 2)), test_loss=5e-324, test_accuracy=1 / 3)
+    append(store, exact)
+    frame = results.load(store)
+    assert list(frame.columns) == list(results.COLUMNS)
+    found = frame.iloc[0]
+    assert (found.experiment, found.batch_size, found.base_lr, found.bn_batch_size) == ("experiment", 4, 0.1, 4)
+    assert (found.train_loss, found.test_loss, found.test_accuracy) == (exact.train_loss, 5e-324, 1 / 3)
+    assert [frame[c].dtype.kind for c in ("batch_size", "seed", "epoch", "step", "base_lr")] == list("iiiif")
+
+
+def test_status_is_that_of_the_run_on_all_its_rows(store):
+    append(store, *(row(e, seed=0) for e in (1, 2, 3)), row(1, seed=1), row(2, seed=1), row(1, seed=2))
+    append(store, row(2, seed=2, test_accuracy=NAN, train_accuracy=NAN, train_loss=math.inf))
+    frame = results.load(store)
+    assert frame.groupby("seed")["status"].unique().map(list).to_dict() == {
+        0: ["finished"],
+        1: ["running"],
+        2: ["diverged"],
+    }
+    assert math.isinf(frame[(frame.seed == 2) & (frame.epoch == 2)].train_loss.item())
+
+
+def test_a_row_is_written_once_even_by_another_process(store):
+    append(store, row(1), row(2))
+    append(store, row(1), row(2), row(3))
+    assert list(results.load(store).epoch) == [1, 2, 3]
+    assert (store / "results/m00004_b00004.csv").read_text().count("\n") == 4
+
+
+def test_a_diverged_run_takes_no_more_rows(store):
+    append(store, row(1, test_accuracy=NAN))
+    append(store, row(2))
+    assert list(results.load(store).epoch) == [1]
+
+
+def test_a_line_torn_by_a_crash_is_left_out_by_readers_and_cut_off_by_the_next_writer(store):
+    append(store, row(1), row(2))
+    path = store / "results/m00004_b00004.csv"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    with pytest.warns(UserWarning, match=r"m00004_b00004.csv: left out lines that are not whole"):
+        assert list(results.load(store).epoch) == [1]
+    append(store, row(2))
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", [b"", b"batch_si"])
+def test_a_file_torn_in_its_header_is_begun_anew(store, content):
+    (store / "results").mkdir()
+    (store / "results/m00004_b00004.csv").write_bytes(content)
+    append(store, row(1))
+    assert list(results.load(store).epoch) == [1]
+
+
+def test_a_damaged_line_in_the_middle_costs_that_line_alone(store):
+    append(store, row(1), row(2), row(3))
+    path = store / "results/m00004_b00004.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], lines[1], "\0garbage\n", lines[3]]))
+    with pytest.warns(UserWarning, match="not whole"):
+        assert list(results.load(store).epoch) == [1, 3]
+
+
+def test_no_rows_are_an_empty_frame_with_all_columns(store):
+    frame = results.load(store)
+    assert frame.empty
+    assert list(frame.columns) == list(results.COLUMNS)
+
+
+def test_a_read_only_reader_needs_no_lock(store):
+    """`store` owns the workdir throughout these tests."""
+    append(store, row(1))
+    assert len(results.load(str(store))) == 1
+
+
+def test_complete_says_which_runs_need_no_more_training(store):
+    append(store, *(row(e) for e in (1, 2, 3)), row(1, seed=1), row(1, seed=2, test_accuracy=NAN))
+    with ProgramResults(store, 4, 4) as program:
+        assert [program.complete(row(1, seed=s).run, 3) for s in (0, 1, 2, 3)] == [True, False, True, False]
+
+
+def test_a_folder_that_is_no_workdir_is_refused_in_one_line(tmp_path):
+    with pytest.raises(InputError, match="is no workdir"):
+        results.load(tmp_path)
+    (tmp_path / "experiment.json").write_text("{")
+    with pytest.raises(InputError, match=r"experiment.json is damaged"):
+        results.load(tmp_path)
+    (tmp_path / "experiment.json").write_text(json.dumps({"format": 999}))
+    with pytest.raises(InputError, match="has format 999"):
+        results.load(tmp_path)
+
+
+def test_a_folder_of_something_else_is_never_made_a_workdir(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match=r"holds 'thesis.tex' but no experiment"), open_(tmp_path):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("path", ["file", "file/below", "/proc/none"])
+def test_a_workdir_that_cannot_be_written_is_refused_in_one_line(tmp_path, path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--workdir: .*(is a file|cannot be written)"), open_(tmp_path / path):
+        pass
+
+
+def open_(path):
+    return workdir.open_workdir(path, tiny.grid(), {})
+
+
+def test_a_full_paper_grid_loads_within_two_seconds(store):
+    """143 runs × 164 epochs × 5 seeds."""
+    import time
+
+    with ProgramResults(store, 4, 4) as program:
+        program.append(row(e, base_lr=lr / 1000, seed=s) for lr in range(1, 144) for s in range(5) for e in range(1, 165))
+    began = time.perf_counter()
+    assert len(results.load(store)) == 143 * 164 * 5
+    assert time.perf_counter() - began < 2 * SLACK
+
+
+SLACK = 2  # for machines that are busy with other tests

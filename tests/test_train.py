@@ -1,0 +1,184 @@
+"""The training and evaluation steps of one run, alone and spread over devices."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from smallbatch_jax.models.layers import Conv, Dense
+from smallbatch_jax.models.norm import BatchNorm
+from smallbatch_jax.train import Batch, Program, Setting, TrainState, init_state, make_eval_step, make_train_step
+
+SETTING = Setting(jnp.float32(0.02), jnp.int32(0), jnp.float32(0.1), jnp.float32(0.2))
+CLASSES, EXAMPLES = 3, 8
+
+
+class Tiny(nn.Module):
+    """One convolution, with batch norm where b is given, and logits."""
+
+    bn_batch_size: int | None = None
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = Conv(4, (3, 3), strides=(2, 2), use_bias=self.bn_batch_size is None)(images)
+        if self.bn_batch_size is not None:
+            x = BatchNorm(self.bn_batch_size, axis_name=self.axis_name)(x, train)
+        return Dense(CLASSES)(nn.relu(x).mean((1, 2)))
+
+
+STEP_WITHOUT_NORM = jax.jit(make_train_step(Tiny(), Program(EXAMPLES, 20)))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(EXAMPLES, 8, 8, 2)).astype(np.float32)
+    return Batch(jnp.asarray(images), jnp.asarray(rng.integers(0, CLASSES, EXAMPLES), jnp.int32))
+
+
+@functools.cache
+def fresh_state(model):
+    return jax.jit(lambda: init_state(model, jnp.zeros((1, 8, 8, 2)), jnp.int32(1)))()
+
+
+def state_at(model, step=0):
+    """A fresh state, as if `step` updates had been taken."""
+    state = fresh_state(model)
+    return state._replace(step=jnp.int32(step), opt_state=state.opt_state._replace(count=jnp.int32(step)))
+
+
+@pytest.fixture(scope="module")
+def example_gradients(batch):
+    """Of every example by itself, float32[n, …], at the fresh parameters without norm."""
+    model = Tiny()
+
+    def loss(params, image, label):
+        return -jax.nn.log_softmax(model.apply({"params": params}, image[None])[0])[label]
+
+    return jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(fresh_state(model).params, *batch)
+
+
+def assert_trees_close(ours, theirs, rtol=1e-6, atol=1e-7):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, atol), ours, theirs)
+
+
+@pytest.mark.parametrize(("step", "multiplier"), [(0, 1 / 32), (2, 1 / 32 + 31 / 32 * 2 / 4), (4, 1), (10, 0.1), (15, 0.01)])
+def test_update_is_eq_5_by_hand(batch, example_gradients, step, multiplier):
+    """θ - s(k)·η̃·Σ∇(L_i + λ/2‖θ‖²), the sum over gradients of one example each; T = 20, warm-up over 4 updates."""
+    state = state_at(Tiny(), step)
+    expected = jax.tree.map(
+        lambda p, g: p - multiplier * 0.02 * (np.sum(g, 0) + EXAMPLES * 0.1 * np.asarray(p)), state.params, example_gradients
+    )
+    after, _ = STEP_WITHOUT_NORM(state, SETTING, batch)
+    assert_trees_close(after.params, expected, rtol=1e-5, atol=1e-6)
+    assert (int(after.step), int(after.opt_state.count)) == (step + 1, step + 1)
+    assert after.batch_stats == {}
+
+
+def test_metrics_are_of_the_batch_before_the_update_without_the_penalty(batch):
+    """Mean cross-entropy and the number right under the parameters the step began with; weight decay is not in it."""
+    state = state_at(Tiny())
+    logits = jax.jit(Tiny().apply)({"params": state.params}, batch.images)
+    _, metrics = STEP_WITHOUT_NORM(state, SETTING, batch)
+    losses = np.log(np.exp(logits).sum(-1)) - np.asarray(logits)[np.arange(EXAMPLES), batch.labels]
+    np.testing.assert_allclose(metrics.loss, losses.mean(), rtol=1e-6)
+    assert int(metrics.correct) == np.sum(np.argmax(logits, -1) == batch.labels)
+    assert (metrics.loss.dtype, metrics.correct.dtype) == (jnp.float32, jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(batch):
+    """State and metrics after a step of the whole batch with BN sub-batches of half of it."""
+    model = Tiny(EXAMPLES // 2)
+    return jax.jit(make_train_step(model, Program(EXAMPLES, 20)))(state_at(model), SETTING, batch)
+
+
+def test_running_averages_move_with_the_step(batch, on_one_device):
+    """0.99 of the old and 0.01 of what BN's own definition finds in the batch."""
+    model = Tiny(EXAMPLES // 2)
+    state = state_at(model)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    _, found = jax.jit(apply)(variables, batch.images)
+    after, _ = on_one_device
+    assert_trees_close(after.batch_stats, found["batch_stats"])
+    assert not np.allclose(after.batch_stats["BatchNorm_0"]["mean"], state.batch_stats["BatchNorm_0"]["mean"], atol=1e-5)
+
+
+def by_shard_map(step, state, batch):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    shared = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P(), check_vma=False)
+    return jax.tree.map(lambda leaf: leaf[None], jax.jit(shared)(state, SETTING, batch))
+
+
+def in_halves(batch):
+    return jax.tree.map(lambda leaf: leaf.reshape(2, EXAMPLES // 2, *leaf.shape[1:]), batch)
+
+
+def by_vmap(step, state, batch):
+    return jax.jit(jax.vmap(step, in_axes=(None, None, 0), axis_name="data"))(state, SETTING, in_halves(batch))
+
+
+def by_pmap(step, state, batch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return jax.pmap(step, in_axes=(None, None, 0), axis_name="data")(state, SETTING, in_halves(batch))
+
+
+@pytest.mark.parametrize("spread", [by_shard_map, by_vmap, by_pmap])
+def test_a_batch_spread_over_devices_is_the_same_step(batch, on_one_device, spread):
+    """Half the batch on each of two devices, one per-device step: parameters, statistics, loss and count are those of one.
+
+    The BN batch is a device's share, so that the sub-batches are the same ones.
+    """
+    half = EXAMPLES // 2
+    step = make_train_step(Tiny(half, axis_name="data"), Program(EXAMPLES, 20, axis_name="data"))
+    found = spread(step, state_at(Tiny(half)), batch)
+    for copy in range(len(found[1].loss)):
+        assert_trees_close(jax.tree.map(lambda leaf, copy=copy: leaf[copy], found), on_one_device)
+
+
+class Fixed(nn.Module):
+    """Logits are the image's own values: a model of which every output is chosen."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        return images
+
+
+def evaluate(logits, labels, counts):
+    state = TrainState(jnp.int32(0), {}, {}, ())
+    return make_eval_step(Fixed())(state, Batch(jnp.array(logits), jnp.array(labels)), jnp.array(counts))
+
+
+def test_evaluation_sums_over_what_counts():
+    """The sum of cross-entropies, ln 4 and nearly 0; an image that is masked counts neither in it nor as right."""
+    logits = [[jnp.log(2.0), 0.0, 0.0], [9.0, 0.0, 0.0]]
+    masked = evaluate(logits, [1, 0], [True, False])
+    np.testing.assert_allclose(masked.loss, np.log(4), rtol=1e-6)
+    assert int(masked.correct) == 0
+    counted = evaluate(logits, [1, 0], [True, True])
+    np.testing.assert_allclose(counted.loss, np.log(4) + np.log(1 + 2 * np.exp(-9)), rtol=1e-6)
+    assert int(counted.correct) == 1
+
+
+def test_masked_padding_may_hold_anything():
+    """NaN logits and a label of -1 in padding change nothing."""
+    found = evaluate([[2.0, 0.0], [jnp.nan, jnp.nan]], [0, -1], [True, False])
+    np.testing.assert_allclose(found.loss, np.log(1 + np.exp(-2)), rtol=1e-6)
+    assert int(found.correct) == 1
+
+
+@pytest.mark.parametrize("label", [0, 1, 2])
+def test_a_nan_logit_is_never_right(label):
+    """Whatever the label: argmax of NaNs is class 0, or the NaN itself."""
+    for logits in ([jnp.nan] * 3, [jnp.nan, 1.0, 2.0], [0.0, jnp.nan, 2.0], [0.0, 1.0, jnp.nan]):
+        assert int(evaluate([logits], [label], [True]).correct) == 0

@@ -1,0 +1,62 @@
+"""A model and data so small that a program of theirs compiles in a second; shared by the tests that train."""
+
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+
+from smallbatch_jax import experiment, results
+from smallbatch_jax.data import Dataset
+from smallbatch_jax.models.layers import Dense
+from smallbatch_jax.models.norm import BatchNorm
+
+
+class TinyModel(nn.Module):
+    """A hidden layer with batch norm, which the paper's tests need: 2·2·1 pixels → 8 → 3 classes."""
+
+    bn_batch_size: int | None = None
+
+    @nn.compact
+    def __call__(self, images: Any, train: bool = False) -> Any:
+        x = Dense(8)(images.reshape(images.shape[0], -1))
+        x = nn.relu(BatchNorm(self.bn_batch_size)(x, train))
+        return Dense(3)(x)
+
+
+class PlainModel(nn.Module):
+    """Without batch norm, so that a high rate makes its loss overflow within a few steps."""
+
+    @nn.compact
+    def __call__(self, images: Any, train: bool = False) -> Any:
+        x = nn.relu(Dense(8)(images.reshape(images.shape[0], -1)))
+        return Dense(3)(nn.relu(Dense(8)(x)))
+
+
+def dataset(num_train: int = 50, num_test: int = 20) -> Dataset:
+    """Three classes of 2×2 images, easy to tell apart."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, num_train + num_test)
+    centres = np.array([[200, 30, 30, 30], [30, 200, 30, 30], [30, 30, 200, 30]])
+    images = np.clip(centres[labels] + rng.normal(0, 25, (len(labels), 4)), 0, 255).astype(np.uint8).reshape(-1, 2, 2, 1)
+    return Dataset(images[:num_train], labels[:num_train], images[num_train:], labels[num_train:], 3)
+
+
+def grid(**fields: Any) -> experiment.Experiment:
+    """An experiment on it: 3 epochs, m = 4, three rates; `fields` replace those of the grid, or the experiment's own."""
+    config = experiment.default_config()
+    config.epochs = 3
+    config.weight_decay = 1e-3
+    config.checkpoint_seconds = 1e6
+    config.grid.batch_sizes, config.grid.base_lrs = (4,), (2**-9, 2**-7, 2**-5)
+    for name, value in fields.items():
+        section = config.grid if name in config.grid else config
+        section[name] = value
+    return experiment.from_config(config)
+
+
+def rows(workdir: Any, **where: Any) -> Any:
+    """The stored rows whose columns have the values given."""
+    frame = results.load(workdir)
+    for column, value in where.items():
+        frame = frame[frame[column] == value]
+    return frame.reset_index(drop=True)
