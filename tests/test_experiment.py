@@ -395,18 +395,20 @@ def mutate(rng, config):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_any_config_is_accepted_or_refused_in_one_line(seed):
-    """500 random configs, one to three places changed: an Experiment that can be stored, or an InputError, and nothing else."""
+    """500 random configs, one or two places changed: an Experiment that can be stored, or an InputError, and nothing else."""
     rng = np.random.default_rng(seed)
-    refused = 0
+    refusals = []
     for _ in range(100):
         config = changed()
-        for _ in range(rng.integers(1, 4)):
+        for _ in range(rng.integers(1, 3)):
             mutate(rng, config)
         try:
             found = from_config(config)
-            assert fields.parse(Experiment, json.loads(json.dumps(found.to_dict())), "") == found, config
         except InputError as error:
-            refused += 1
-            assert str(error).splitlines() == [str(error)], config
-            assert len(str(error)) < 2000, config
-    assert 20 <= refused < 100  # both ends are reached
+            refusals.append(str(error))
+        else:
+            assert fields.parse(Experiment, json.loads(json.dumps(found.to_dict())), "") == found, config
+    assert 20 <= len(refusals) < 100  # both ends are reached
+    for message in refusals:
+        assert message.splitlines() == [message]
+        assert len(message) < 1000

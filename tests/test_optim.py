@@ -1,6 +1,7 @@
 """Eq. 2-8: the step on summed gradients, and the unitless schedules."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,13 @@ GRADS = {"kernel": np.array([[1.0, 2.0], [-0.5, 0.125]], np.float32), "bias": np
 ZEROS = jax.tree.map(np.zeros_like, PARAMS)
 
 
-def updates(transform, grads, params=None):
+def updates(transform, grads, params=None) -> Any:
     return transform.update(grads, transform.init(PARAMS), params)[0]
+
+
+def multipliers(steps, total_steps, *arguments, **options) -> Any:
+    """s(k) at each of `steps`."""
+    return step_schedule(total_steps, *arguments, **options)(steps)
 
 
 def scaled(factor, tree):
@@ -103,7 +109,7 @@ def test_schedule_multiplies_both_gradient_and_decay_at_its_own_count():
     """Update k is s(k) times what it would be without a schedule; the count of updates rises by one each time."""
     scheduled = summed_sgd(0.5, 4, lambda count: 1 / (1 + count), weight_decay=0.25)
     plain = updates(summed_sgd(0.5, 4, weight_decay=0.25), GRADS, PARAMS)
-    state = scheduled.init(PARAMS)
+    state: Any = scheduled.init(PARAMS)
     for k in range(3):
         assert int(state.count) == k
         found, state = scheduled.update(GRADS, state, PARAMS)
@@ -153,10 +159,9 @@ def test_decay_without_parameters_is_refused():
 def test_reductions_begin_at_half_and_three_quarters_to_the_step(total_steps):
     """1, then 0.1 from the first k ≥ T/2, then 0.01 from the first k ≥ 3T/4."""
     half, three_quarters = -(-total_steps // 2), -(-3 * total_steps // 4)
-    schedule = step_schedule(total_steps)
     steps = sorted({0, half - 1, half, three_quarters - 1, three_quarters, total_steps - 1})
     expected = [0.1 ** ((k >= half) + (k >= three_quarters)) for k in steps]
-    np.testing.assert_allclose(jax.vmap(schedule)(jnp.array(steps)), expected, rtol=1e-6)
+    np.testing.assert_allclose(multipliers(jnp.array(steps), total_steps), expected, rtol=1e-6)
 
 
 # Updates per epoch: small ones, and 1,281,167 images over m = 256, 32, 16 and 2.
@@ -174,14 +179,14 @@ def around(steps):
 def test_imagenet_boundaries_fall_on_whole_epochs():
     """30, 60 and 80 of 90 epochs of n updates: reduced from k = 30n, 60n, 80n and not a step later, though 80/90 is inexact."""
     for n, steps in zip(PER_EPOCH, boundary_steps(PER_EPOCH), strict=True):
-        found = step_schedule(90 * n, IMAGENET)(around(steps))
+        found = multipliers(around(steps), 90 * n, IMAGENET)
         np.testing.assert_allclose(found, [1, 0.1, 0.1, 0.01, 0.01, 0.001], rtol=1e-6, err_msg=f"n={n}")
 
 
 def test_imagenet_boundaries_fall_on_whole_epochs_when_total_steps_is_traced():
     """The same to the step with T an argument of the compiled program, while k is exact in float32 (up to 2²⁴)."""
     per_epoch = np.array([n for n in PER_EPOCH if 90 * n <= 2**24], np.int32)
-    values = jax.jit(jax.vmap(lambda total, steps: step_schedule(total, IMAGENET)(around(steps))))
+    values = jax.jit(jax.vmap(lambda total, steps: multipliers(around(steps), total, IMAGENET)))
     for n, found in zip(per_epoch, values(90 * per_epoch, boundary_steps(per_epoch)), strict=True):
         np.testing.assert_allclose(found, [1, 0.1, 0.1, 0.01, 0.01, 0.001], rtol=1e-6, err_msg=f"n={n}")
 
@@ -192,25 +197,25 @@ def test_imagenet_boundaries_fall_on_whole_epochs_when_total_steps_is_traced():
 )
 def test_traced_total_steps_reduce_at_the_same_step_as_a_number(total_steps, boundary, first_reduced):
     """The first k ≥ boundary·T, also where float32 cannot hold boundary·T to the step."""
-    expected = [1, 0.1]
-    np.testing.assert_allclose(step_schedule(total_steps, (boundary,))(around(np.int32(first_reduced))), expected, rtol=1e-6)
-    traced = jax.jit(lambda total: step_schedule(total, (boundary,))(around(np.int32(first_reduced))))
+    expected, steps = [1, 0.1], around(np.int32(first_reduced))
+    np.testing.assert_allclose(multipliers(steps, total_steps, (boundary,)), expected, rtol=1e-6)
+    traced = jax.jit(lambda total: multipliers(steps, total, (boundary,)))
     np.testing.assert_allclose(traced(total_steps), expected, rtol=1e-6)
 
 
 def test_warmup_rises_linearly_from_a_32nd_and_then_the_standard_schedule_goes_on():
     """§3.4 with T = 200: ten steps up from 1/32, 1 from k = 10, then the reductions of the schedule without warm-up."""
     steps = jnp.arange(200)
-    found = step_schedule(200, warmup_fraction=0.05)(steps)
+    found = multipliers(steps, 200, warmup_fraction=0.05)
     np.testing.assert_allclose(found[:10], 1 / 32 + (31 / 32) * np.arange(10) / 10, rtol=1e-6)
-    np.testing.assert_array_equal(found[10:], step_schedule(200)(steps)[10:])
+    np.testing.assert_array_equal(found[10:], multipliers(steps, 200)[10:])
 
 
 @pytest.mark.parametrize("total_steps", [19, 20, 21, 99, 1000, 46_875, 2_050_000, 7_206_570])
 def test_warmup_first_reaches_its_peak_of_one_at_five_percent(total_steps):
     """s(k) < 1 for every k below T/20, exactly 1 from the first k ≥ T/20, and never above."""
     first = -(-total_steps // 20)
-    before, at, after = step_schedule(total_steps, warmup_fraction=0.05)(jnp.array([first - 1, first, first + 1]))
+    before, at, after = multipliers(jnp.array([first - 1, first, first + 1]), total_steps, warmup_fraction=0.05)
     assert before < 1
     assert at == after == 1
 
@@ -222,10 +227,10 @@ def test_traced_warmup_fraction_gives_the_same_values_without_compiling_again():
     @jax.jit
     def values(warmup_fraction):
         traces.append(warmup_fraction)
-        return step_schedule(300, warmup_fraction=warmup_fraction)(steps)
+        return multipliers(steps, 300, warmup_fraction=warmup_fraction)
 
     for fraction in (0.0, 0.05, 0.11, 1.0):
-        np.testing.assert_allclose(values(fraction), step_schedule(300, warmup_fraction=fraction)(steps), rtol=1e-6)
+        np.testing.assert_allclose(values(fraction), multipliers(steps, 300, warmup_fraction=fraction), rtol=1e-6)
     assert len(traces) == 1
 
 

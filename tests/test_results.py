@@ -134,7 +134,7 @@ def test_a_folder_of_something_else_is_never_made_a_workdir(tmp_path):
 @pytest.mark.parametrize("path", ["file", "file/below", "/proc/none"])
 def test_a_workdir_that_cannot_be_written_is_refused_in_one_line(tmp_path, path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="--workdir: .*(is a file|cannot be written)"), open_(tmp_path / path):
+    with pytest.raises(InputError, match=r"--workdir: .*(is a file|cannot be written)"), open_(tmp_path / path):
         pass
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,11 +45,11 @@ def batch():
 
 
 @functools.cache
-def fresh_state(model):
+def fresh_state(model: Any) -> Any:
     return jax.jit(lambda: init_state(model, jnp.zeros((1, 8, 8, 2)), jnp.int32(1)))()
 
 
-def state_at(model, step=0):
+def state_at(model: Any, step=0) -> Any:
     """A fresh state, as if `step` updates had been taken."""
     state = fresh_state(model)
     return state._replace(step=jnp.int32(step), opt_state=state.opt_state._replace(count=jnp.int32(step)))
@@ -62,7 +63,7 @@ def example_gradients(batch):
     def loss(params, image, label):
         return -jax.nn.log_softmax(model.apply({"params": params}, image[None])[0])[label]
 
-    return jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(fresh_state(model).params, *batch)
+    return jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(state_at(model).params, *batch)
 
 
 def assert_trees_close(ours, theirs, rtol=1e-6, atol=1e-7):
