@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from smallbatch_jax import optim as optim
     from smallbatch_jax import results as results
     from smallbatch_jax import train as train
+    from smallbatch_jax.driver import sweep as sweep
 
 __version__ = "0.1.0"
 _SUBMODULES = ("analysis", "data", "driver", "experiment", "figures", "lanes", "models", "optim", "results", "train")
@@ -25,8 +26,10 @@ _SUBMODULES = ("analysis", "data", "driver", "experiment", "figures", "lanes", "
 def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return importlib.import_module(f"smallbatch_jax.{name}")
+    if name == "sweep":
+        return importlib.import_module("smallbatch_jax.driver").sweep
     raise AttributeError(f"module 'smallbatch_jax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_SUBMODULES])
+    return sorted([*globals(), *_SUBMODULES, "sweep"])

@@ -1,30 +1,40 @@
 """Trains a grid: the experiment's programs one after the other, into a workdir, until all runs are there."""
 
 import os
+import shutil
 import signal
+import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 
-from smallbatch_jax import lanes
+from smallbatch_jax import data, results
+from smallbatch_jax import lanes as lane_programs
 from smallbatch_jax.checkpoint import Checkpoints
 from smallbatch_jax.data import Dataset
-from smallbatch_jax.experiment import Experiment, programs
+from smallbatch_jax.experiment import OWN, Experiment, from_config, programs
 from smallbatch_jax.feeder import Feeder, Interrupted, Job, ModelOf, Stop
 from smallbatch_jax.lanes import DeviceData, LaneProgram
 from smallbatch_jax.models import create_model
-from smallbatch_jax.progress import Progress, Status
+from smallbatch_jax.models.own import OwnModel
+from smallbatch_jax.progress import Progress, Status, for_stream
 from smallbatch_jax.results import ProgramResults, Timings
 from smallbatch_jax.workdir import open_workdir, record_provenance, surroundings
 
-__all__ = ["Interrupted", "train_grid", "use_all_cores"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Interrupted", "sweep", "train_grid", "use_all_cores"]
 
 
 def use_all_cores() -> None:
@@ -34,7 +44,8 @@ def use_all_cores() -> None:
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return  # the user's choice
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    with suppress(RuntimeError):  # a notebook may have begun already; then with the devices it has
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
 
 
 def train_grid(
@@ -54,15 +65,18 @@ def train_grid(
       Interrupted: on SIGINT or SIGTERM, after the segment at work ended and all lanes were saved.
     """
     experiment.require_examples(len(dataset.train_labels))
+    model_of = model_of or _named_model(experiment, dataset)
+    lane_programs.require_model(model_of(None), dataset)
+    for m, b in programs(experiment.runs()):
+        model_of(None if b == m else b)  # a model that takes no BN batch size is refused now
     facts = {"num_classes": dataset.num_classes, "examples": [len(dataset.train_labels), len(dataset.test_labels)]}
     with open_workdir(workdir, experiment, facts) as folder, _signals() as stop:
         timings = Timings(folder)
-        mesh = lanes.lane_mesh()
+        mesh = lane_programs.lane_mesh()
         device = {"kind": mesh.devices.flat[0].device_kind, "platform": jax.default_backend(), "count": mesh.size}
         record_provenance(folder, "start", **surroundings(), device=device, precision=experiment.precision)
-        data = lanes.to_device(dataset, mesh)
-        model_of = model_of or _named_model(experiment, dataset)
-        initial = lanes.initialiser(model_of(None), data)
+        on_device = lane_programs.to_device(dataset, mesh)
+        initial = lane_programs.initialiser(model_of(None), on_device)
         status = Status(len(experiment.runs()), _images(experiment, dataset), time.monotonic())
         try:
             with ExitStack() as stack:
@@ -72,11 +86,13 @@ def train_grid(
                 ]
                 for job in jobs:
                     job.count_complete(status)
+                pending = [job for job in jobs if job.pending()]
                 progress.show(status, "compiling")
-                for job, program in _compiled_ahead([job for job in jobs if job.pending()], data, mesh, timings):
+                for job, program in _compiled_ahead(pending, on_device, mesh, timings):
                     checkpoints = Checkpoints(folder / "checkpoints" / job.name)
                     Feeder(job, program, initial, checkpoints, status, progress, timings, stop).train()
                     checkpoints.delete()
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         finally:
             progress.close(status)
         record_provenance(folder, "finish", finished=status.finished, diverged=status.diverged)
@@ -88,18 +104,18 @@ def _images(experiment: Experiment, dataset: Dataset) -> int:
 
 
 def _named_model(experiment: Experiment, dataset: Dataset) -> ModelOf:
-    dtype = lanes.COMPUTE_DTYPE[experiment.precision]
+    dtype = lane_programs.COMPUTE_DTYPE[experiment.precision]
     return lambda bn_batch_size: create_model(
         experiment.model.name, dataset.num_classes, experiment.model.norm, bn_batch_size, dtype=dtype
     )
 
 
-def _compiled_ahead(jobs: list[Job], data: DeviceData, mesh: Mesh, timings: Timings) -> Iterator[tuple[Job, LaneProgram]]:
+def _compiled_ahead(jobs: list[Job], on_device: DeviceData, mesh: Mesh, timings: Timings) -> Iterator[tuple[Job, LaneProgram]]:
     """Each job with its program; while the caller trains one, the next compiles."""
 
     def compile_job(job: Job) -> LaneProgram:
         began = time.monotonic()
-        program = job.compile(data, mesh)
+        program = job.compile(on_device, mesh)
         timings.add("compile", time.monotonic() - began, job.batch_size, job.bn_batch_size, program.lanes)
         return program
 
@@ -132,3 +148,79 @@ def _signals() -> Iterator[Stop]:
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+
+
+def sweep(
+    model: str | nn.Module,
+    dataset: str | Dataset,
+    batch_sizes: Sequence[int],
+    base_lrs: Sequence[float],
+    epochs: int,
+    seeds: Sequence[int] = (0,),
+    workdir: str | os.PathLike[str] | None = None,
+    *,
+    bn_batch_sizes: Sequence[int] | None = None,
+    norm: str = "none",
+    weight_decay: float = 0.0,
+    boundaries: Sequence[float] = (0.5, 0.75),
+    factor: float = 0.1,
+    warmup_fraction: float = 0.0,
+    augment: bool = False,
+    precision: str = "float32",
+    data_dir: str | None = None,
+    lanes: int | None = None,
+    name: str = "sweep",
+    progress: Progress | None = None,
+) -> "pd.DataFrame":
+    """The grid batch_sizes × base_lrs × seeds on your own model and data, with the lanes, store and resume of the commands.
+
+    Args:
+      model: a name of `create_model`, with `norm`; or an own linen module: `init(key, images)`, and `apply(variables, images)`
+        to logits float[n, num_classes], called with `train=…` if it takes that; with or without "batch_stats" and dropout.
+      dataset: a name of `data.load`, with `data_dir`; or a `data.Dataset` of your own arrays, of any shape [n, …].
+      batch_sizes: m, each at most the number of training examples.
+      base_lrs: η̃ = η/m, the step length per example.
+      epochs: E, of every run, whatever m.
+      seeds: of initialisation and order: the replicates of a cell.
+      workdir: where the results are kept and resumed; None keeps nothing.
+      bn_batch_sizes: crossed with batch_sizes; None takes m. An own module must have a field `bn_batch_size`.
+      norm, weight_decay, boundaries, factor, warmup_fraction, augment, precision, lanes, name: as in a config.
+      progress: told after every segment; None shows lines or a bar on stderr.
+
+    Returns:
+      The rows of `results.load(workdir)`.
+
+    Raises:
+      InputError: naming what cannot be used.
+    """
+    own = None if isinstance(model, str) else OwnModel(model)
+    images = data.load(dataset, data_dir) if isinstance(dataset, str) else dataset
+    config = {
+        "name": name,
+        "dataset": {"name": dataset if isinstance(dataset, str) else f"{OWN}{images.digest()}", "augment": augment},
+        "model": {"name": model, "norm": norm} if own is None else {"name": own.name},
+        "epochs": epochs,
+        "weight_decay": weight_decay,
+        "schedule": {"boundaries": boundaries, "factor": factor, "warmup_fraction": warmup_fraction},
+        "grid": {"batch_sizes": batch_sizes, "base_lrs": base_lrs, "bn_batch_sizes": bn_batch_sizes, "seeds": seeds},
+        "precision": precision,
+        "lanes": lanes,
+    }
+    experiment = from_config(_plain(config))
+    use_all_cores()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if workdir is None else workdir)
+        model_of = None if own is None else own.with_bn_batch_size
+        train_grid(experiment, folder, images, progress or for_stream(), model_of)
+        return results.load(folder)
+
+
+def _plain(values: Any) -> Any:
+    """NumPy's arrays and scalars, ranges and tuples as the plain values that a config holds."""
+    if isinstance(values, dict):
+        return {name: _plain(value) for name, value in values.items()}
+    if isinstance(values, (np.ndarray, np.generic)):
+        return _plain(values.tolist())
+    if isinstance(values, (list, tuple, range)):
+        return tuple(_plain(value) for value in values)
+    return values

@@ -16,7 +16,9 @@ from smallbatch_jax.fields import InputError, config_field
 __all__ = ["Experiment", "InputError", "Run", "default_config", "from_config", "single_run"]
 
 DATASETS = ("digits", "folder")
-MODEL_NORMS = {"alexnet": ("none", "batch", "batch_conv_only")}
+NORMS = ("none", "batch", "group", "batch_renorm")
+MODEL_NORMS = {"alexnet": (*NORMS, "batch_conv_only"), "resnet8": NORMS, "resnet20": NORMS, "resnet32": NORMS}
+OWN = "own:"  # begins the name of a model or dataset that a Python caller brought; no command can make one
 PRECISIONS = ("float32", "tf32", "bfloat16")
 ALL_NORMS = tuple(dict.fromkeys(norm for norms in MODEL_NORMS.values() for norm in norms))
 
@@ -29,7 +31,7 @@ MAY_CHANGE = ("dataset.data_dir", "lanes", "segment_seconds", "checkpoint_second
 class Dataset:
     """`dataset`: where the images come from."""
 
-    name: str = config_field("digits", fields.choice(DATASETS, "dataset"))
+    name: str = config_field("digits", fields.choice(DATASETS, "dataset", OWN))
     data_dir: str | None = config_field(None, fields.optional(fields.text), str)
     augment: bool = config_field(False, fields.boolean)  # pad 4, random crop, random flip (§3.1)
     image_size: int | None = config_field(None, fields.optional(fields.integer(1)), int)
@@ -39,7 +41,7 @@ class Dataset:
 class Model:
     """`model`: the network and its normalisation."""
 
-    name: str = config_field("alexnet", fields.choice(tuple(MODEL_NORMS), "model"))
+    name: str = config_field("alexnet", fields.choice(tuple(MODEL_NORMS), "model", OWN))
     norm: str = config_field("none", fields.choice(ALL_NORMS, "norm"))
 
 
@@ -91,7 +93,7 @@ class Experiment:
     checkpoint_seconds: float = config_field(30.0, fields.number(0, 1e6))  # least time between two checkpoints
 
     def __post_init__(self) -> None:
-        known = MODEL_NORMS[self.model.name]
+        known = MODEL_NORMS.get(self.model.name, ALL_NORMS)
         if self.model.norm not in known:
             raise InputError(f"model.norm: {self.model.name} has no norm {self.model.norm!r}; it accepts {', '.join(known)}.")
         self.runs()
@@ -120,8 +122,8 @@ class Experiment:
         for m in self.grid.batch_sizes:
             if m > num_examples:
                 raise InputError(
-                    f"grid.batch_sizes (batch_size for one run): {m} is larger than the training set of {num_examples} examples; "
-                    f"use 1 to {num_examples}."
+                    f"grid.batch_sizes (batch_size for one run): {m} is larger than the training set of {num_examples} "
+                    f"examples; use 1 to {num_examples}."
                 )
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from smallbatch_jax import lanes as lane_programs
@@ -24,12 +23,13 @@ from smallbatch_jax.experiment import Experiment, Run
 from smallbatch_jax.lanes import DeviceData, LaneProgram, LaneState, Report, Segment
 from smallbatch_jax.progress import Progress, Status
 from smallbatch_jax.results import ProgramResults, Row, Timings
-from smallbatch_jax.train import Program, Setting, TrainState
+from smallbatch_jax.train import Model, Program, Setting, TrainState
 
 MOST_LANES = 16
 CHECKPOINT_SHARE = 0.02  # of the training time, at most
+FIXED_SEGMENT_IMAGES = 16384  # per lane, where a segment's length is compiled in
 
-ModelOf = Callable[[int | None], nn.Module]  # BN batch size, None for the whole batch → model
+ModelOf = Callable[[int | None], Model]  # BN batch size, None for the whole batch → model
 
 
 class Interrupted(Exception):
@@ -82,12 +82,22 @@ class Job:
 
     def compile(self, data: DeviceData, mesh: Mesh) -> LaneProgram:
         chosen = self.experiment
-        program = Program(self.batch_size, self.total_steps, chosen.schedule.boundaries, chosen.schedule.factor)
+        schedule = chosen.schedule
+        program = Program(
+            self.batch_size, self.total_steps, schedule.boundaries, schedule.factor, augment=chosen.dataset.augment
+        )
         model = self.model_of(None if self.bn_batch_size == self.batch_size else self.bn_batch_size)
         wanted = chosen.lanes or min(len(self.runs), MOST_LANES)
         lanes = -(-wanted // mesh.size) * mesh.size
+        return lane_programs.compile_lanes(model, program, data, mesh, lanes, self._segment_steps(), chosen.precision)
+
+    def _segment_steps(self) -> int:
+        """The most steps of a segment: an epoch's, or an even part of them where a segment's length is compiled in."""
         longest_epoch = self.num_examples // self.batch_size + 1
-        return lane_programs.compile_lanes(model, program, data, mesh, lanes, longest_epoch, chosen.precision)
+        if lane_programs.lane_mapping() == "map":
+            return longest_epoch
+        parts = -(-longest_epoch * self.batch_size // FIXED_SEGMENT_IMAGES)
+        return -(-longest_epoch // parts)
 
     def settings(self, runs: list[Run | None]) -> Setting:
         """The scalars of the run in each lane, stacked; any valid ones where there is none."""
@@ -134,7 +144,7 @@ class Feeder:
 
     def train(self) -> None:
         state = self._begin()
-        pace = Pace(self.job, self.program.segment_steps)
+        pace = Pace(self.job, self.program)
         saved, save_seconds = time.monotonic(), 0.0
         flight: Flight | None = None
         while True:
@@ -278,9 +288,9 @@ class Pace:
 
     FIRST_IMAGES = 256  # per lane, in the first segment
 
-    def __init__(self, job: Job, most: int):
-        self._target, self._most = job.experiment.segment_seconds, most
-        self.steps = max(1, min(most, self.FIRST_IMAGES // job.batch_size))
+    def __init__(self, job: Job, program: LaneProgram):
+        self._target, self._most, self._adapts = job.experiment.segment_seconds, program.segment_steps, program.any_length
+        self.steps = max(1, min(self._most, self.FIRST_IMAGES // job.batch_size)) if self._adapts else self._most
         self.restart()
 
     def restart(self) -> None:
@@ -291,7 +301,7 @@ class Pace:
         """Seconds since the last measure; adapts the pace if anything was trained."""
         seconds = time.monotonic() - self._since
         self.restart()
-        if trained:
+        if trained and self._adapts:
             factor = min(2.0, max(0.5, self._target / max(seconds, 1e-6)))
             self.steps = max(1, min(self._most, round(self.steps * factor)))
         return seconds

@@ -66,10 +66,12 @@ def boolean(name: str, value: Any) -> bool:
     return value
 
 
-def choice(known: Sequence[str], what: str) -> Check:
-    """One of `known`."""
+def choice(known: Sequence[str], what: str, prefix: str | None = None) -> Check:
+    """One of `known`, or if given something that begins with `prefix`."""
 
     def check(name: str, value: Any) -> str:
+        if isinstance(value, str) and prefix and value.startswith(prefix):
+            return text(name, value)
         if not isinstance(value, str) or value not in known:
             hint = nearest(value, known) if isinstance(value, str) else "."
             raise InputError(f"{name}: unknown {what} {shown(value)}{hint} Known: {', '.join(known)}.")

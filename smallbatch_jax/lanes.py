@@ -13,16 +13,18 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from smallbatch_jax.data import Dataset
+from smallbatch_jax.data.augment import crop_and_flip
+from smallbatch_jax.experiment import InputError
 from smallbatch_jax.train import (
     Array,
     Batch,
     Metrics,
+    Model,
     Program,
     Setting,
     TrainState,
@@ -124,6 +126,7 @@ class LaneProgram:
 
     lanes: int
     segment_steps: int  # S, the most steps of a segment
+    any_length: bool  # whether a shorter segment costs less; side by side, lanes take S masked steps whatever is asked
     sharding: NamedSharding
     _segment: Callable[..., Any]
     _data: DeviceData
@@ -156,7 +159,7 @@ class LaneProgram:
 
 
 def compile_lanes(
-    model: nn.Module,
+    model: Model,
     program: Program,
     data: DeviceData,
     mesh: Mesh,
@@ -187,7 +190,7 @@ def compile_lanes(
         LaneState(fresh, *(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32, jnp.bool))),
     )
     segment = jax.shard_map(
-        _make_segment(model, program, segment_steps, mapping or lane_mapping()),
+        _make_segment(model, program, segment_steps, mapping),
         mesh=mesh,
         in_specs=(P("lane"), P("lane"), P("lane"), P()),
         out_specs=P("lane"),
@@ -197,16 +200,33 @@ def compile_lanes(
     arguments = _abstract_arguments(program.batch_size, lanes, segment_steps, sharding)
     with jax.default_matmul_precision(MATMUL_PRECISION[precision]):
         compiled = jax.jit(segment, donate_argnums=0).lower(template, *arguments, abstract_data).compile()
-    return LaneProgram(lanes, segment_steps, sharding, compiled, data, template)
+    return LaneProgram(lanes, segment_steps, mapping == "map", sharding, compiled, data, template)
 
 
-def initialiser(model: nn.Module, data: DeviceData) -> Callable[[int], TrainState]:
+def initialiser(model: Model, data: DeviceData) -> Callable[[int], TrainState]:
     """seed → the state before the first update, as NumPy arrays; compiled once, each seed drawn once.
 
     No program is named: initialisation depends on the seed alone, not on batch sizes or base learning rates.
     """
     init = jax.jit(lambda seed: init_state(model, _one_image(data), seed))
     return functools.cache(lambda seed: jax.tree.map(np.asarray, init(np.int32(seed))))
+
+
+def require_model(model: Model, dataset: Dataset) -> None:
+    """Refuses a model that cannot take the dataset's images or gives other logits than one per class; runs nothing."""
+    one = jax.ShapeDtypeStruct((1, *dataset.train_images.shape[1:]), jnp.float32)
+
+    def logits(images: jax.Array) -> Any:
+        return model.apply(dict(model.init(jax.random.key(0), images)), images, train=False)
+
+    try:
+        shape = jax.eval_shape(logits, one).shape
+    except InputError:
+        raise
+    except Exception as error:  # whatever a model raises for a shape it was not made for
+        raise InputError(f"model: cannot take images of shape {one.shape[1:]}: {error}") from error
+    if shape != (1, dataset.num_classes):
+        raise InputError(f"model: gives {shape[1:]} logits per image, the dataset has {dataset.num_classes} classes.")
 
 
 def _one_image(data: DeviceData) -> jax.Array:
@@ -228,7 +248,7 @@ def _abstract_arguments(batch_size: int, lanes: int, segment_steps: int, shardin
     return settings, Segment(stacked(np.int32, segment_steps, batch_size), stacked(np.int32), stacked(bool))
 
 
-def _make_segment(model: nn.Module, program: Program, segment_steps: int, mapping: LaneMapping) -> Callable[..., Any]:
+def _make_segment(model: Model, program: Program, segment_steps: int, mapping: LaneMapping) -> Callable[..., Any]:
     """(lanes, settings, segments, data) → (lanes, reports), for the lanes of one device."""
     advance, evaluate = _make_advance(model, program), _make_evaluate(model)
 
@@ -265,13 +285,16 @@ def _make_segment(model: nn.Module, program: Program, segment_steps: int, mappin
     return run_mapped if mapping == "map" else run_vmapped
 
 
-def _make_advance(model: nn.Module, program: Program) -> Callable[..., LaneState]:
+def _make_advance(model: Model, program: Program) -> Callable[..., LaneState]:
     train_step = make_train_step(model, program)
 
     def advance(state: LaneState, setting: Setting, indices: jax.Array, data: DeviceData) -> LaneState:
         """One update of one lane. If its loss is not finite the lane dies, and the update is not counted."""
-        batch = Batch(data.normalise(data.train_images[indices]), data.train_labels[indices])
-        train, metrics = train_step(state.train, setting, batch)
+        images = data.normalise(data.train_images[indices])
+        if program.augment:
+            positions = state.train.step * program.batch_size + jnp.arange(program.batch_size)
+            images = crop_and_flip(images, setting.seed, positions // len(data.train_labels), indices)
+        train, metrics = train_step(state.train, setting, Batch(images, data.train_labels[indices]))
         finite = jnp.isfinite(metrics.loss)
         train = train._replace(step=jnp.where(finite, train.step, state.train.step))
         return LaneState(train, state.loss_sum + metrics.loss, state.correct + metrics.correct, finite)
@@ -279,7 +302,7 @@ def _make_advance(model: nn.Module, program: Program) -> Callable[..., LaneState
     return advance
 
 
-def _make_evaluate(model: nn.Module) -> Callable[[TrainState, DeviceData], Metrics]:
+def _make_evaluate(model: Model) -> Callable[[TrainState, DeviceData], Metrics]:
     eval_step = make_eval_step(model)
 
     def evaluate(state: TrainState, data: DeviceData) -> Metrics:

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from jax import lax
 
 from smallbatch_jax import optim
 
 PyTree = Any
+Model = Any  # a flax.linen.Module whose `apply` takes `train`, or an object with the same init and apply
 Array = Any  # a jax.Array; on the host an np.ndarray, and only a shape and dtype where a program is compiled ahead
 
 
@@ -28,6 +28,7 @@ class Program:
     boundaries: tuple[float, ...] = (0.5, 0.75)
     factor: float = 0.1
     axis_name: str | None = None  # mesh axis over which each batch is spread; None if a device holds all of it
+    augment: bool = False  # whether training images are cropped and flipped at random (§3.1)
 
 
 class Setting(NamedTuple):
@@ -58,7 +59,7 @@ class Metrics(NamedTuple):
     correct: Array  # int32[], images classified rightly
 
 
-def init_state(model: nn.Module, images: jax.Array, seed: jax.Array) -> TrainState:
+def init_state(model: Model, images: jax.Array, seed: jax.Array) -> TrainState:
     """The state before the first update; `images`, float32[n, …], only gives the shape."""
     variables = dict(model.init(jax.random.fold_in(jax.random.key(seed), 0), images))
     params = variables.pop("params")
@@ -66,7 +67,7 @@ def init_state(model: nn.Module, images: jax.Array, seed: jax.Array) -> TrainSta
     return TrainState(jnp.zeros([], jnp.int32), params, variables.pop("batch_stats", {}), opt_state)
 
 
-def make_train_step(model: nn.Module, program: Program) -> Callable[[TrainState, Setting, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(model: Model, program: Program) -> Callable[[TrainState, Setting, Batch], tuple[TrainState, Metrics]]:
     """Eq. 5 as a pure function of the state, the run's scalars and one batch.
 
     With `program.axis_name` the batch it is given is one device's share, of the same size on each, and the model must
@@ -77,8 +78,10 @@ def make_train_step(model: nn.Module, program: Program) -> Callable[[TrainState,
 
     def train_step(state: TrainState, setting: Setting, batch: Batch) -> tuple[TrainState, Metrics]:
         def mean_loss(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            dropout = jax.random.fold_in(jax.random.fold_in(jax.random.key(setting.seed), 2), state.step)
             logits, mutated = model.apply(
-                {"params": params, "batch_stats": state.batch_stats}, batch.images, train=True, mutable=["batch_stats"]
+                variables, batch.images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout}
             )
             return cross_entropy(logits, batch.labels).mean(), (logits, mutated.get("batch_stats", state.batch_stats))
 
@@ -97,7 +100,7 @@ def make_train_step(model: nn.Module, program: Program) -> Callable[[TrainState,
     return train_step
 
 
-def make_eval_step(model: nn.Module) -> Callable[[TrainState, Batch, jax.Array], Metrics]:
+def make_eval_step(model: Model) -> Callable[[TrainState, Batch, jax.Array], Metrics]:
     """The *sum* of cross-entropies and the number right over the images with weight 1; bool[n] weights mask padding."""
 
     def eval_step(state: TrainState, batch: Batch, counts: jax.Array) -> Metrics:

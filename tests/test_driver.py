@@ -110,7 +110,7 @@ def test_a_grid_may_grow_and_keeps_its_old_rows(tmp_path):
 
 def test_a_workdir_of_another_experiment_is_refused_with_the_fields_that_differ(tmp_path):
     before = train(tmp_path / "w", base_lrs=(2**-9,))
-    with pytest.raises(InputError, match="epochs is 3 there and 4 here; weight_decay is 0.001 there and 0.0 here"):
+    with pytest.raises(InputError, match=r"epochs is 3 there and 4 here; weight_decay is 0\.001 there and 0\.0 here"):
         train(tmp_path / "w", base_lrs=(2**-9,), epochs=4, weight_decay=0.0)
     with pytest.raises(InputError, match="grid lacks 1 run"):
         train(tmp_path / "w", base_lrs=(2**-7,))

@@ -80,7 +80,7 @@ NO_TUPLES = [8, 0.5, "8", "(2, 8)", {2: 8}, {2, 8}, range(3), np.array([2, 8])]
             for name in ("model.name", "model.norm", "dataset.name", "precision")
             for value in ["", "x", 3, None]
         ),
-        ("model.name", ["alexnet"]),
+        *(("model.name", value) for value in [["alexnet"], np.array(["alexnet", "alexnet"])]),
         *(("dataset.augment", value) for value in [0, 1, "True", None]),
         *(("dataset.image_size", value) for value in BAD_INTEGERS if value is not None),
         *(("epochs", value) for value in [*BAD_INTEGERS, 100_001]),

@@ -117,10 +117,10 @@ def test_schedule_multiplies_both_gradient_and_decay_at_its_own_count():
 
 
 def test_composes_in_a_chain():
-    """What stands before it in optax.chain changes the gradients it sums."""
+    """What stands before it in optax.chain changes the gradients it sums; parameters and state pass through."""
     chained = optax.chain(optax.clip(0.5), summed_sgd(0.5, 4, weight_decay=0.25))
-    clipped = jax.tree.map(lambda g: np.clip(g, -0.5, 0.5), GRADS)
-    assert_close(updates(chained, GRADS, PARAMS), updates(summed_sgd(0.5, 4, weight_decay=0.25), clipped, PARAMS))
+    expected = jax.tree.map(lambda g, p: -0.5 * 4 * (np.clip(g, -0.5, 0.5) + 0.25 * p), GRADS, PARAMS)
+    assert_close(updates(chained, GRADS, PARAMS), expected)
 
 
 def test_updates_keep_the_dtype_of_the_gradients():
@@ -162,6 +162,13 @@ def test_reductions_begin_at_half_and_three_quarters_to_the_step(total_steps):
     steps = sorted({0, half - 1, half, three_quarters - 1, three_quarters, total_steps - 1})
     expected = [0.1 ** ((k >= half) + (k >= three_quarters)) for k in steps]
     np.testing.assert_allclose(multipliers(jnp.array(steps), total_steps), expected, rtol=1e-6)
+
+
+def test_reductions_at_inexact_decimal_fractions_begin_to_the_step():
+    """0.55·100 is 55.00000000000001 in binary, and still the 55th step is the first reduced."""
+    boundaries = (0.07, 0.14, 0.28, 0.55, 0.56, 0.57)
+    found = multipliers(jnp.arange(100), 100, boundaries, factor=0.5)
+    np.testing.assert_array_equal(found, 0.5 ** np.searchsorted([7, 14, 28, 55, 56, 57], np.arange(100), side="right"))
 
 
 # Updates per epoch: small ones, and 1,281,167 images over m = 256, 32, 16 and 2.

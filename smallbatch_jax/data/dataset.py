@@ -1,5 +1,6 @@
 """The one form in which data enters training: arrays in memory, checked once."""
 
+import hashlib
 import operator
 from dataclasses import dataclass
 
@@ -56,6 +57,14 @@ class Dataset:
             )
         if test.dtype != train.dtype:
             raise InputError(f"Dataset.test_images: got {test.dtype}, but train_images is {train.dtype}; both must be the same")
+
+    def digest(self) -> str:
+        """A name for exactly these arrays, such that results of other data are not mixed with theirs."""
+        total = hashlib.sha256(f"{self.num_classes}".encode())
+        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            total.update(f"{array.dtype}{array.shape}".encode())
+            total.update(np.ascontiguousarray(array).data)
+        return total.hexdigest()[:16]
 
     def channel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns (mean, std), float32[C] each, that normalise the images over their last axis.

@@ -1,5 +1,7 @@
 """The paper's models as Flax linen modules: pure `init(key, images)` and `apply(variables, images, train=…)`."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,8 +10,14 @@ from flax import linen as nn
 from smallbatch_jax import fields
 from smallbatch_jax.experiment import ALL_NORMS, MODEL_NORMS, InputError
 from smallbatch_jax.models.alexnet import AlexNet
+from smallbatch_jax.models.resnet import CifarResNet
 
-MODELS: dict[str, type[nn.Module]] = {"alexnet": AlexNet}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "alexnet": AlexNet,
+    "resnet8": partial(CifarResNet, 8),
+    "resnet20": partial(CifarResNet, 20),
+    "resnet32": partial(CifarResNet, 32),
+}
 
 
 def create_model(
@@ -24,9 +32,10 @@ def create_model(
     """A model of the paper, by name.
 
     Args:
-      name: "alexnet", the reduced AlexNet of §3.1.
+      name: "alexnet", the reduced AlexNet of §3.1; "resnet8", "resnet20" or "resnet32" of He et al. (2015a) for CIFAR.
       num_classes: logits per image.
-      norm: "none", "batch", or for alexnet "batch_conv_only" (Fig. 6).
+      norm: "none", "batch", "group" (Wu & He 2018), "batch_renorm" (Ioffe 2017), or for alexnet alone "batch_conv_only"
+        (Fig. 6).
       bn_batch_size: b, examples per batch of the batch norm (§3.6), which must divide the batch; None takes it whole.
       axis_name: mesh axis over which a batch is spread, if it is.
       dtype: of the computation; parameters and statistics are float32.
@@ -44,5 +53,4 @@ def create_model(
         raise InputError(f"model.norm: {name} has no norm {norm!r}; it accepts {', '.join(MODEL_NORMS[name])}.")
     fields.integer(1)("num_classes", num_classes)
     fields.optional(fields.integer(1))("bn_batch_size", bn_batch_size)
-    model: Any = MODELS[name]
-    return model(num_classes=num_classes, norm=norm, bn_batch_size=bn_batch_size, axis_name=axis_name, dtype=dtype)
+    return MODELS[name](num_classes=num_classes, norm=norm, bn_batch_size=bn_batch_size, axis_name=axis_name, dtype=dtype)

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from smallbatch_jax.models.conv import max_pool
 from smallbatch_jax.models.layers import Conv, Dense
-from smallbatch_jax.models.norm import BatchNorm
+from smallbatch_jax.models.norm import make_norm
 
 SMALLEST_IMAGE = 8
 
@@ -25,7 +25,7 @@ class AlexNet(nn.Module):
     Attributes:
       num_classes: logits per image.
       norm: "none"; "batch" after every convolution and hidden layer (Fig. 5); "batch_conv_only" after convolutions only
-        (Fig. 6).
+        (Fig. 6); "group" or "batch_renorm" in the places of "batch".
       bn_batch_size: examples per batch of the batch norm; None takes the whole batch.
       axis_name: mesh axis over which a batch is spread.
       dtype: of the computation; parameters and statistics are float32.
@@ -43,7 +43,7 @@ class AlexNet(nn.Module):
         if min(images.shape[1:3]) < SMALLEST_IMAGE:
             height, width = images.shape[1:3]
             raise ValueError(f"alexnet: got images of {height}x{width} pixels, needs at least 8x8")
-        norm_conv, norm_dense = self.norm != "none", self.norm == "batch"
+        norm_conv, norm_dense = self.norm != "none", self.norm not in ("none", "batch_conv_only")
         x = images.astype(self.dtype)
         for index, (kernel, features) in enumerate(zip((5, 3, 3, 3, 3), (16, 48, 96, 64, 64), strict=True)):
             x = Conv(features, (kernel, kernel), use_bias=not norm_conv, dtype=self.dtype, name=f"conv{index + 1}")(x)
@@ -57,4 +57,6 @@ class AlexNet(nn.Module):
         return Dense(self.num_classes, dtype=self.dtype, name="logits")(x).astype(jnp.float32)
 
     def _normalise(self, x: jax.Array, train: bool, name: str) -> jax.Array:
-        return BatchNorm(self.bn_batch_size, axis_name=self.axis_name, dtype=self.dtype, name=name)(x, train)
+        kind = "batch" if self.norm == "batch_conv_only" else self.norm
+        norm: Any = make_norm(kind, self.bn_batch_size, self.axis_name, self.dtype, name)
+        return norm(x, train)

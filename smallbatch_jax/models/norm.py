@@ -1,4 +1,4 @@
-"""Batch normalisation with a batch size of its own (§2.3, §3.6)."""
+"""Batch normalisation with a batch size of its own (§2.3, §3.6), and the alternatives for tiny batches that the paper names."""
 
 from typing import Any
 
@@ -51,14 +51,21 @@ class BatchNorm(nn.Module):
         mean = groups.mean(axes, keepdims=True)  # [G, 1, …, C]
         centred = groups - mean
         var = jnp.square(centred).mean(axes, keepdims=True)
+        normalised = self._normalise(centred, mean, var, running_mean.value, running_var.value)
         if not self.is_initializing():
             n = groups.size // (groups.shape[0] * features)
             unbiased = var * (n / max(n - 1, 1))
             self._move(running_mean, mean)
             self._move(running_var, unbiased)
-        normalised = centred * lax.rsqrt(var + self.epsilon)
         scaled = normalised * _trailing(scale, groups) + _trailing(bias, groups)
         return scaled.reshape(x.shape).astype(dtype)
+
+    def _normalise(
+        self, centred: jax.Array, mean: jax.Array, var: jax.Array, running_mean: jax.Array, running_var: jax.Array
+    ) -> jax.Array:
+        """Eq. 10 of x - μ, with the statistics [G, 1, …, C] of the sub-batches; the running ones are those before the step."""
+        del mean, running_mean, running_var
+        return centred * lax.rsqrt(var + self.epsilon)
 
     def _move(self, running: Any, of_sub_batches: jax.Array) -> None:
         """One step of a running average towards the mean over all sub-batches of the SGD batch."""
@@ -66,6 +73,64 @@ class BatchNorm(nn.Module):
         if self.axis_name is not None:
             now = lax.pmean(now, self.axis_name)
         running.value = self.momentum * running.value + (1 - self.momentum) * lax.stop_gradient(now)
+
+
+class BatchRenorm(BatchNorm):
+    """Batch renormalisation (Ioffe 2017): training sees what the running averages would give, to within bounds.
+
+    x̂ = (x - μ_B)/σ_B · r + d, with r = σ_B/σ kept within [1/r_max, r_max] and d = (μ_B - μ)/σ within ±d_max; no gradient
+    flows through r and d. As in the original r_max rises from 1 to 3 and d_max from 0 to 5, once the running averages mean
+    something; the steps at which they do are chosen here for a momentum of 0.99: from `first` to `last` updates.
+    """
+
+    r_max: float = 3.0
+    d_max: float = 5.0
+    first: int = 500
+    last: int = 2500
+
+    def _normalise(
+        self, centred: jax.Array, mean: jax.Array, var: jax.Array, running_mean: jax.Array, running_var: jax.Array
+    ) -> jax.Array:
+        updates = self.variable("batch_stats", "updates", jnp.zeros, (), jnp.float32)
+        freedom = jnp.clip((updates.value - self.first) / (self.last - self.first), 0.0, 1.0)
+        r_max, d_max = 1 + (self.r_max - 1) * freedom, self.d_max * freedom
+        if not self.is_initializing():
+            updates.value = updates.value + 1
+        deviation = jnp.sqrt(var + self.epsilon)
+        running_deviation = _trailing(jnp.sqrt(running_var + self.epsilon), centred)
+        r = jnp.clip(deviation / running_deviation, 1 / r_max, r_max)
+        d = jnp.clip((mean - _trailing(running_mean, centred)) / running_deviation, -d_max, d_max)
+        return centred / deviation * lax.stop_gradient(r) + lax.stop_gradient(d)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu & He 2018), by groups of 16 channels of one example, so that no batch is too small.
+
+    They find 16 channels a group nearly as good as 32 groups a layer, which the narrow layers here could not have.
+    """
+
+    channels_per_group: int = 16
+    epsilon: float = 1e-5
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Normalises x, float[N, …, C], the same way whether or not it is training."""
+        del train
+        norm = nn.GroupNorm(
+            None, self.channels_per_group, epsilon=self.epsilon, dtype=self.dtype, use_fast_variance=False, name="norm"
+        )
+        return norm(x)
+
+
+def make_norm(kind: str, bn_batch_size: int | None, axis_name: str | None, dtype: Any, name: str) -> nn.Module | None:
+    """The layer of a `model.norm`: "batch", "batch_renorm" or "group"; None for "none"."""
+    if kind == "none":
+        return None
+    if kind == "group":
+        return GroupNorm(dtype=dtype, name=name)
+    batch_norm = {"batch": BatchNorm, "batch_renorm": BatchRenorm}[kind]
+    return batch_norm(bn_batch_size, axis_name=axis_name, dtype=dtype, name=name)
 
 
 def _sub_batches(x: jax.Array, batch_size: int | None) -> jax.Array:

@@ -1,0 +1,128 @@
+"""`sbj.sweep`: the same grid from Python, on a model and data that are not ours."""
+
+import numpy as np
+import optax
+import pandas as pd
+import pytest
+import tiny
+from flax import linen as nn
+
+import smallbatch_jax as sbj
+from smallbatch_jax.data import order
+from smallbatch_jax.experiment import InputError
+from smallbatch_jax.progress import NoProgress
+
+import jax  # isort: skip
+
+
+class Mlp(nn.Module):
+    """A user's own module: knows nothing of `train`, takes rows of a table."""
+
+    hidden: int = 16
+
+    @nn.compact
+    def __call__(self, rows):
+        return nn.Dense(3)(nn.tanh(nn.Dense(self.hidden)(rows)))
+
+
+class Dropped(nn.Module):
+    """Needs `train`, a dropout key and running statistics, as Flax's own layers do."""
+
+    @nn.compact
+    def __call__(self, rows, train):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(16)(rows))
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(x))
+
+
+def table(num_train=200, num_test=60):
+    """Tabular data: 5 floats a row, three classes."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 3, num_train + num_test)
+    rows = (np.eye(3, 5)[labels] * 3 + rng.normal(0, 1, (len(labels), 5))).astype(np.float32)
+    return sbj.data.Dataset(rows[:num_train], labels[:num_train], rows[num_train:], labels[num_train:], 3)
+
+
+def quiet(*args, **kwargs):
+    return sbj.sweep(*args, progress=NoProgress(), **kwargs)
+
+
+def test_a_users_mlp_trains_as_a_plain_optax_loop_does():
+    """50 steps of SGD with η = η̃·m on the same batches: the epochs' mean losses agree to 1e-5."""
+    data, m, base_lr, decay, seed = table(), 8, 2**-8, 1e-3, 3
+    frame = quiet(Mlp(), data, [m], [base_lr], epochs=2, seeds=[seed], weight_decay=decay)
+    model = Mlp()
+    params = model.init(jax.random.fold_in(jax.random.key(seed), 0), data.train_images[:1])
+    schedule = optax.piecewise_constant_schedule(base_lr * m, {25: 0.1, 38: 0.1})  # from k = 25 and 38 of 50 on
+    transform = optax.chain(optax.add_decayed_weights(decay), optax.sgd(schedule))
+    state, losses = transform.init(params), []
+
+    @jax.jit
+    def step(params, state, rows, labels):
+        def loss(p):
+            return optax.softmax_cross_entropy_with_integer_labels(model.apply(p, rows), labels).mean()
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = transform.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    for indices in order.batch_indices(seed, 0, 50, m, 200):
+        params, state, value = step(params, state, data.train_images[indices], data.train_labels[indices])
+        losses.append(float(value))
+    np.testing.assert_allclose(frame.train_loss, [np.mean(losses[:25]), np.mean(losses[25:])], rtol=1e-5)
+    test_loss = optax.softmax_cross_entropy_with_integer_labels(model.apply(params, data.test_images), data.test_labels)
+    np.testing.assert_allclose(frame.test_loss.iloc[-1], test_loss.mean(), rtol=1e-5)
+
+
+def test_a_module_with_train_dropout_and_running_statistics_learns():
+    frame = quiet(Dropped(), table(), (8,), (2**-6,), epochs=6)
+    assert frame.test_accuracy.iloc[-1] > 0.8
+    again = quiet(Dropped(), table(), (8,), (2**-6, 2**-9), epochs=6)
+    pd.testing.assert_frame_equal(frame, again[again.base_lr == 2**-6].reset_index(drop=True), check_exact=True)
+
+
+def test_a_workdir_is_resumed_grown_and_kept_apart_from_other_models_and_data(tmp_path):
+    first = quiet(Mlp(), table(), (8,), (2**-8,), epochs=1, workdir=tmp_path / "w")
+    grown = quiet(Mlp(), table(), np.array([8, 16]), np.array([2**-8, 2**-6]), epochs=1, workdir=tmp_path / "w")
+    assert len(grown) == 4
+    pd.testing.assert_frame_equal(first, grown.head(1), check_exact=True)
+    with pytest.raises(InputError, match=r"model.name is 'own:Mlp-.* there and 'own:Mlp-.* here"):
+        quiet(Mlp(32), table(), (8, 16), (2**-8, 2**-6), epochs=1, workdir=tmp_path / "w")
+    with pytest.raises(InputError, match=r"dataset.name is 'own:.* there and 'own:.* here"):
+        quiet(Mlp(), table(199), (8, 16), (2**-8, 2**-6), epochs=1, workdir=tmp_path / "w")
+
+
+def test_an_own_batch_norm_takes_the_bn_batch_sizes_of_the_grid():
+    frame = quiet(tiny.TinyModel(), tiny.dataset(), (4,), (2**-7,), epochs=1, bn_batch_sizes=(2, 4))
+    assert list(frame.bn_batch_size) == [2, 4]
+    assert frame.train_loss[0] != frame.train_loss[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"base_lrs": (0.0,)}, "grid.base_lrs: got 0.0"),
+        ({"batch_sizes": (4, 201)}, "201 is larger than the training set of 200"),
+        ({"epochs": 0}, "epochs: got 0"),
+        ({"model": "alexnt"}, "model.name: unknown model 'alexnt'; did you mean 'alexnet'?"),
+        ({"model": 3}, "model: got int"),
+        ({"model": "alexnet"}, "model: cannot take images of shape"),
+        ({"model": nn.Dense(4)}, "model: gives (4,) logits per image, the dataset has 3 classes"),
+        ({"bn_batch_sizes": (2,)}, "bn_batch_sizes: Mlp has no field bn_batch_size"),
+        ({"dataset": "digts"}, "dataset.name: unknown dataset 'digts'"),
+    ],
+)
+def test_a_mistake_is_named_in_one_line_and_nothing_is_written(tmp_path, change, says):
+    asked = {"model": Mlp(), "dataset": table(), "batch_sizes": (4,), "base_lrs": (2**-8,), "epochs": 1} | change
+    with pytest.raises(InputError) as caught:
+        quiet(**asked, workdir=tmp_path / "w")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_command_cannot_ask_for_an_own_model():
+    config = sbj.experiment.default_config()
+    config.model.name = "own:Mlp-123"
+    experiment = sbj.experiment.from_config(config)
+    with pytest.raises(InputError, match="unknown model"):
+        sbj.driver.train_grid(experiment, "unused", sbj.data.load("digits"), NoProgress())
