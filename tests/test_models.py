@@ -331,9 +331,9 @@ def test_bfloat16_model_has_float32_variables_and_logits():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "alxnet"}, r"^model\.name: unknown model 'alxnet'; did you mean 'alexnet'\?.*Known: alexnet"),
+        ({"name": "alxnet"}, r"^model\.name: unknown model 'alxnet'; did you mean 'alexnet'\? Known: alexnet"),
         ({"name": None}, r"^model\.name: unknown model None\. Known: alexnet"),
-        ({"norm": "bach"}, r"^model\.norm: unknown norm 'bach'; did you mean 'batch'\?.*Known: none, batch, batch_conv_only"),
+        ({"norm": "bach"}, r"^model\.norm: unknown norm 'bach'; did you mean 'batch'\? Known: none, batch, "),
         ({"num_classes": 0}, r"^num_classes: got 0, accepts an integer from 1"),
         ({"bn_batch_size": 0}, r"^bn_batch_size: got 0, accepts an integer from 1"),
         ({"bn_batch_size": 2.0}, r"^bn_batch_size: got 2\.0, accepts an integer from 1"),
