@@ -4,6 +4,7 @@ Nothing here imports JAX, so bad input is refused before anything heavy is loade
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,7 +135,10 @@ class Experiment:
 def require_divisor(bn_batch_size: int, batch_size: int, field: str) -> None:
     """Refuses a BN batch size that does not cut the SGD batch into equal parts (§3.6)."""
     if batch_size % bn_batch_size:
-        divisors = [str(b) for b in range(1, batch_size + 1) if batch_size % b == 0]
+        small = [b for b in range(1, math.isqrt(batch_size) + 1) if batch_size % b == 0]
+        divisors = [str(b) for b in sorted({*small, *(batch_size // b for b in small)})]
+        if len(divisors) > 12:
+            divisors = [*divisors[:6], "…", *divisors[-5:]]
         listed = ", ".join(divisors[:-1]) + " or " + divisors[-1] if len(divisors) > 1 else divisors[0]
         raise InputError(
             f"{field}: {bn_batch_size} does not divide batch size {batch_size}; each SGD batch is split into equal BN "
@@ -202,7 +206,7 @@ def single_run(config: ConfigDict | Mapping[str, Any]) -> Experiment:
 
 
 def _split(config: ConfigDict | Mapping[str, Any]) -> tuple[Experiment, OneRun]:
-    values = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    values = _plain(config)
     one_run = {field.name for field in dataclasses.fields(OneRun)}
     known = [field.name for field in dataclasses.fields(Experiment)] + sorted(one_run)
     fields.refuse_unknown(values, known, "")
@@ -241,6 +245,13 @@ def differences(stored: Experiment, asked: Experiment) -> list[str]:
             f"{run.bn_batch_size}, base_lr {run.base_lr:g}, seed {run.seed} (a grid may grow, not shrink)"
         )
     return found
+
+
+def _plain(config: Any) -> Any:
+    """Nested dicts of a config's sections."""
+    if isinstance(config, (ConfigDict, Mapping)):
+        return {name: _plain(value) for name, value in config.items()}
+    return config
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

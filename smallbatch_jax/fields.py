@@ -48,7 +48,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def shown(value: Any) -> str:
     """A value as an error shows it: in one short line."""
-    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    try:
+        text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    except ValueError:  # Python refuses to print an integer of more than 4300 digits
+        return f"a {type(value).__name__} too long to print"
     return text if len(text) <= 120 else text[:117] + "..."
 
 

@@ -6,10 +6,12 @@ learning rate :math:`\tilde\eta = \eta/m` (Eq. 6), is the step length per exampl
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -89,7 +91,7 @@ def step_schedule(
       warmup_start: multiplier at k = 0 when warming up; may be traced.
 
     Returns:
-      s(k) for an integer k ≥ 0, float32[], 1 at its peak.
+      s(k) for an integer k ≥ 0, float32[], 1 at its peak (lower if the warm-up outlasts the first boundary).
 
     Raises:
       ValueError: if a number (not traced) is out of the range above.
@@ -116,16 +118,22 @@ def step_schedule(
 
 
 def _first_step_from(fraction: float, total_steps: Any) -> Any:
-    """The first integer step k ≥ fraction·T.
+    """The first integer step k ≥ fraction·T, in exact integers.
 
-    A fraction such as 80/90 is not exact in binary: without the slack, 80/90 of 90,000 could begin at 80,001.
+    A fraction such as 0.55 is not exact in binary, and 0.55 of 100 would begin at 56: it is taken for the nearest fraction
+    with a denominator of at most 10,000, unless it is none to within the rounding of a float.
     """
-    if isinstance(total_steps, int):
-        return math.ceil(fraction * total_steps - 1e-6)
-    return jnp.ceil(fraction * total_steps - 1e-3)
+    near = Fraction(fraction).limit_denominator(10_000)
+    if isinstance(total_steps, (int, np.integer)):
+        exact = near if math.isclose(near, fraction, rel_tol=1e-12) else Fraction(fraction)
+        return math.ceil(exact * int(total_steps))
+    # In two parts, so that no product exceeds int32.
+    steps = jnp.asarray(total_steps, jnp.int32)
+    p, q = near.numerator, near.denominator
+    return steps // q * p + -(-(steps % q * p) // q)
 
 
 def _require(value: Any, name: str, accepts: Any, what: str) -> None:
-    """Refuses a concrete Python number out of range; traced values and arrays pass."""
-    if isinstance(value, (int, float)) and not (math.isfinite(value) and accepts(value)):
+    """Refuses a concrete number out of range; traced values and arrays pass."""
+    if isinstance(value, (int, float, np.number)) and not (math.isfinite(value) and accepts(value)):
         raise ValueError(f"{name}: got {value}, must be {what}")
