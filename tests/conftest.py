@@ -3,7 +3,39 @@
 import os
 
 import jax
+import pytest
+from pictures import GREEN, RED, save
+from PIL import Image
+
+from smallbatch_jax.data import decode
 
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(tmp_path, monkeypatch):
+    """Each test has a cache of its own; the user's is left alone."""
+    monkeypatch.setenv("SMALLBATCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two classes, three training and two test pictures each: PNG, 6 wide and 4 high, RGB."""
+    root = tmp_path / "pictures"
+    for split, count in (("train", 3), ("test", 2)):
+        for name, colour in (("cat", RED), ("dog", GREEN)):
+            for i in range(count):
+                save(root / split / name / f"{i}.png", Image.new("RGB", (6, 4), (*colour[:2], i)))
+    return root
+
+
+@pytest.fixture
+def decoded_files(monkeypatch):
+    """The paths that were decoded, in a list that grows."""
+    seen = []
+    real = decode._decode_image
+    monkeypatch.setattr(decode, "_decode_image", lambda path: seen.append(path) or real(path))
+    return seen

@@ -168,8 +168,7 @@ def test_a_workdir_of_another_experiment_is_refused_with_the_fields_that_differ(
     refused(finish((line, options)), "weight_decay is 0.0005 there and 0.1 here")
 
 
-def test_a_folder_of_images_is_trained_and_a_broken_image_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("SMALLBATCH_CACHE", str(tmp_path / "cache"))
+def test_a_folder_of_images_is_trained_and_a_broken_image_is_named(tmp_path):
     data = tmp_path / "data"
     for split, count in (("train", 12), ("test", 4)):
         for kind, shade in (("dark", 40), ("light", 200)):
