@@ -214,19 +214,25 @@ def initialiser(model: Model, data: DeviceData) -> Callable[[int], TrainState]:
 
 def require_model(model: Model, dataset: Dataset) -> None:
     """Refuses a model that cannot take the dataset's images or gives other logits than one per class; runs nothing."""
-    one = jax.ShapeDtypeStruct((1, *dataset.train_images.shape[1:]), jnp.float32)
+    images = jax.ShapeDtypeStruct((2, *dataset.train_images.shape[1:]), jnp.float32)
+    batch = Batch(images, jax.ShapeDtypeStruct((2,), jnp.int32))
+    setting = Setting(*(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.float32)))
 
-    def logits(images: jax.Array) -> Any:
-        return model.apply(dict(model.init(jax.random.key(0), images)), images, train=False)
+    def logits(state: TrainState, images: jax.Array) -> Any:
+        return model.apply({"params": state.params, "batch_stats": state.batch_stats}, images, train=False)
 
     try:
-        shape = jax.eval_shape(logits, one).shape
+        state = jax.eval_shape(lambda images: init_state(model, images, jnp.int32(0)), images)
+        shape = jax.eval_shape(logits, state, images).shape[1:]
+        trained, _ = jax.eval_shape(make_train_step(model, Program(2, 1)), state, setting, batch)
     except InputError:
         raise
     except Exception as error:  # whatever a model raises for a shape it was not made for
-        raise InputError(f"model: cannot take images of shape {one.shape[1:]}: {error}") from error
-    if shape != (1, dataset.num_classes):
-        raise InputError(f"model: gives {shape[1:]} logits per image, the dataset has {dataset.num_classes} classes.")
+        raise InputError(f"model: cannot take images of shape {images.shape[1:]}: {error}") from error
+    if jax.tree.structure(trained) != jax.tree.structure(state):
+        raise InputError("model: training makes other variables than init did; make them whatever `train` is.")
+    if shape != (dataset.num_classes,):
+        raise InputError(f"model: gives {shape} logits per image, the dataset has {dataset.num_classes} classes.")
 
 
 def _one_image(data: DeviceData) -> jax.Array:

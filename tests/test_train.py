@@ -12,6 +12,8 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from smallbatch_jax.experiment import MODEL_NORMS
+from smallbatch_jax.models import create_model
 from smallbatch_jax.models.layers import Conv, Dense
 from smallbatch_jax.models.norm import BatchNorm
 from smallbatch_jax.train import Batch, Program, Setting, TrainState, init_state, make_eval_step, make_train_step
@@ -185,3 +187,15 @@ def test_a_nan_logit_is_never_right(label):
     """Whatever the label: argmax of NaNs is class 0, or the NaN itself."""
     for logits in ([jnp.nan] * 3, [jnp.nan, 1.0, 2.0], [0.0, jnp.nan, 2.0], [0.0, 1.0, jnp.nan]):
         assert int(evaluate([logits], [label], [True]).correct) == 0
+
+
+@pytest.mark.parametrize(("name", "norm"), [(name, norm) for name, norms in MODEL_NORMS.items() for norm in norms])
+def test_every_model_and_norm_keeps_its_variables_when_it_trains(name, norm):
+    """A program carries the state through a loop, which needs the same tree, shapes and dtypes out as in."""
+    model = create_model(name, 10, norm)
+    images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    state = jax.eval_shape(lambda x: init_state(model, x, 0), images)
+    setting = Setting(*(jax.ShapeDtypeStruct((), d) for d in (jnp.float32, jnp.int32, jnp.float32, jnp.float32)))
+    batch = Batch(images, jax.ShapeDtypeStruct((2,), jnp.int32))
+    after, _ = jax.eval_shape(make_train_step(model, Program(2, 10)), state, setting, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)

@@ -42,6 +42,7 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
         scale = self.param("scale", nn.initializers.ones, (features,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (features,), jnp.float32)
+        self._declare()
         if not train:
             gain = lax.rsqrt(running_var.value + self.epsilon) * scale
             return (_trailing(gain, x) * (x - _trailing(running_mean.value, x)) + _trailing(bias, x)).astype(dtype)
@@ -59,6 +60,9 @@ class BatchNorm(nn.Module):
             self._move(running_var, unbiased)
         scaled = normalised * _trailing(scale, groups) + _trailing(bias, groups)
         return scaled.reshape(x.shape).astype(dtype)
+
+    def _declare(self) -> None:
+        """Makes the variables of a subclass, which must be the same in training and evaluation."""
 
     def _normalise(
         self, centred: jax.Array, mean: jax.Array, var: jax.Array, running_mean: jax.Array, running_var: jax.Array
@@ -88,14 +92,17 @@ class BatchRenorm(BatchNorm):
     first: int = 500
     last: int = 2500
 
+    def _declare(self) -> None:
+        self.variable("batch_stats", "updates", jnp.zeros, (), jnp.float32)
+
     def _normalise(
         self, centred: jax.Array, mean: jax.Array, var: jax.Array, running_mean: jax.Array, running_var: jax.Array
     ) -> jax.Array:
-        updates = self.variable("batch_stats", "updates", jnp.zeros, (), jnp.float32)
-        freedom = jnp.clip((updates.value - self.first) / (self.last - self.first), 0.0, 1.0)
+        updates: Any = self.get_variable("batch_stats", "updates")
+        freedom = jnp.clip((updates - self.first) / (self.last - self.first), 0.0, 1.0)
         r_max, d_max = 1 + (self.r_max - 1) * freedom, self.d_max * freedom
         if not self.is_initializing():
-            updates.value = updates.value + 1
+            self.put_variable("batch_stats", "updates", updates + 1)
         deviation = jnp.sqrt(var + self.epsilon)
         running_deviation = _trailing(jnp.sqrt(running_var + self.epsilon), centred)
         r = jnp.clip(deviation / running_deviation, 1 / r_max, r_max)
