@@ -16,7 +16,7 @@ from smallbatch_jax.fields import InputError, config_field
 
 __all__ = ["Experiment", "InputError", "Run", "default_config", "from_config", "single_run"]
 
-DATASETS = ("digits", "folder")
+DATASETS = ("digits", "folder", "cifar10", "cifar100")
 NORMS = ("none", "batch", "group", "batch_renorm")
 MODEL_NORMS = {"alexnet": (*NORMS, "batch_conv_only"), "resnet8": NORMS, "resnet20": NORMS, "resnet32": NORMS}
 OWN = "own:"  # begins the name of a model or dataset that a Python caller brought; no command can make one

@@ -138,7 +138,7 @@ def test_a_mistake_is_one_line_exit_status_2_and_nothing_written(tmp_path, argum
         ("sweep.py", ["--workdir=w"], "--config: not given"),
         ("sweep.py", ["--config=configs/none.py", "--workdir=w"], "--config=configs/none.py"),
         ("sweep.py", ["--config=README.md", "--workdir=w"], "--config=README.md"),
-        ("sweep.py", [QUICKSTART, "--workdir=configs"], "--workdir: configs holds 'quickstart.py' but no experiment"),
+        ("sweep.py", [QUICKSTART, "--workdir=configs"], "but no experiment; give a new or empty folder"),
         ("sweep.py", [QUICKSTART, "--workdir=README.md"], "--workdir: README.md is a file"),
         ("train.py", [QUICKSTART, "--workdir=w"], "batch_size: not given"),
         ("train.py", [QUICKSTART, "--workdir=w", "--config.batch_size=8", "--config.base_lr=nan"], "base_lr: got nan"),

@@ -7,6 +7,7 @@ import difflib
 import os
 from collections.abc import Callable
 
+from smallbatch_jax.data import prepared
 from smallbatch_jax.data.dataset import Dataset
 from smallbatch_jax.data.digits import load_digits
 from smallbatch_jax.data.folder import load_folder
@@ -17,6 +18,7 @@ __all__ = ["DATASETS", "Dataset", "load"]
 _LOADERS: dict[str, Callable[[str | os.PathLike | None], Dataset]] = {
     "digits": load_digits,
     "folder": load_folder,
+    **prepared.LOADERS,
 }
 DATASETS = tuple(_LOADERS)
 

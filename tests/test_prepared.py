@@ -1,0 +1,145 @@
+"""Datasets prepared by TensorFlow Datasets: real folders, read without TensorFlow."""
+
+import io
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import error_line
+from PIL import Image
+
+from smallbatch_jax import data
+from smallbatch_jax.data import prepared
+
+ROOT = Path(__file__).parent.parent
+NAMES = ["bird", "cat", "dog"]
+
+
+def picture(i):
+    return np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """A folder as `prepare_data.py` leaves it: array_record files of PNGs, written by TFDS itself."""
+    import tensorflow_datasets as tfds
+
+    class Cifar10(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("3.0.2")
+
+        def _info(self):
+            features = {"id": tfds.features.Text(), "image": tfds.features.Image(shape=(32, 32, 3))}
+            features["label"] = tfds.features.ClassLabel(names=NAMES)
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(range(30)), "test": self._generate_examples(range(100, 112))}
+
+        def _generate_examples(self, numbers):
+            for i in numbers:
+                file = io.BytesIO()
+                Image.fromarray(picture(i)).save(file, "PNG")
+                file.seek(0)
+                yield i, {"id": f"{i}", "image": file, "label": i % 3}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    Cifar10(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def by_content(images, labels):
+    """TFDS shuffles as it writes, so examples are told by what they show."""
+    return {image.tobytes(): int(label) for image, label in zip(images, labels, strict=True)}
+
+
+def test_every_example_comes_back_with_its_label(data_dir):
+    found = data.load("cifar10", data_dir)
+    assert found.train_images.dtype == np.uint8
+    assert by_content(found.train_images, found.train_labels) == {picture(i).tobytes(): i % 3 for i in range(30)}
+    assert by_content(found.test_images, found.test_labels) == {picture(i).tobytes(): i % 3 for i in range(100, 112)}
+    assert (found.num_classes, found.class_names) == (3, tuple(NAMES))
+
+
+def test_the_second_load_reads_the_cache_alone(data_dir, monkeypatch):
+    first = data.load("cifar10", data_dir)
+    monkeypatch.setattr(prepared, "_read", None)
+    second = data.load("cifar10", data_dir)
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+
+
+def test_reading_needs_no_tensorflow(data_dir, cache_dir):
+    code = f"""
+        import sys
+        from smallbatch_jax import data
+        print(len(data.load("cifar10", {str(data_dir)!r}).train_labels), "tensorflow" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=os.environ)
+    assert done.stdout.strip() == "30 False", done.stderr
+
+
+def test_data_that_is_not_there_is_one_line_with_the_command_that_prepares_it(tmp_path, monkeypatch):
+    line = error_line(data.load, "cifar100", tmp_path)
+    assert f"python experiments/prepare_data.py --dataset=cifar100 --data_dir={tmp_path}" in line
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "elsewhere"))
+    assert f"--data_dir={tmp_path / 'elsewhere'}" in error_line(data.load, "cifar10")
+
+
+def test_the_newest_complete_version_is_taken(tmp_path):
+    for version in ("3.0.2", "3.0.10", "incomplete.XY_4.0.0"):
+        (tmp_path / "cifar10" / version).mkdir(parents=True)
+        (tmp_path / "cifar10" / version / "dataset_info.json").write_text("{}")
+    (tmp_path / "cifar10" / "9.0.0").mkdir()
+    assert prepared.newest_version("cifar10", tmp_path).name == "3.0.10"
+
+
+def test_a_damaged_folder_is_one_line(data_dir, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(data_dir, copy)
+    (record,) = (copy / "cifar10/3.0.2").glob("*train.array_record*")
+    record.write_bytes(record.read_bytes()[:100])
+    assert str(copy) in error_line(data.load, "cifar10", copy)
+    (copy / "cifar10/3.0.2/dataset_info.json").write_text("{")
+    assert "cannot be read as cifar10" in error_line(data.load, "cifar10", copy)
+
+
+def test_prepare_data_refuses_what_it_does_not_know():
+    line = [sys.executable, "experiments/prepare_data.py", "--dataset=cifar11"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "did you mean 'cifar10'?" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_tfds_own_builder_prepares_what_we_read(tmp_path):
+    """Only the download is replaced: the command runs TFDS's builder of cifar10 on files of CIFAR-10's binary format."""
+    pytest.importorskip("tensorflow")
+    batches = tmp_path / "cifar-10-batches-bin"
+    batches.mkdir()
+    rng = np.random.default_rng(0)
+    for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
+        labels, pixels = rng.integers(0, 10, (10_000, 1)), rng.integers(0, 256, (10_000, 3072))
+        (batches / name).write_bytes(np.concatenate([labels, pixels], 1).astype(np.uint8).tobytes())
+    (batches / "batches.meta.txt").write_text("\n".join(f"class{i}" for i in range(10)) + "\n")
+    code = f"""
+        import runpy, sys
+        import tensorflow_datasets as tfds
+        tfds.download.DownloadManager.download_and_extract = lambda self, url: {str(tmp_path)!r}
+        sys.argv = ["prepare_data.py", "--dataset=cifar10", "--data_dir={tmp_path / "out"}"]
+        sys.path.insert(0, "experiments")
+        runpy.run_path("experiments/prepare_data.py", run_name="__main__")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "50,000 training and 10,000 test images are ready" in done.stdout
+    first = np.frombuffer((batches / "test_batch.bin").read_bytes()[:3073], np.uint8)
+    found = data.load("cifar10", tmp_path / "out")
+    where = (found.test_images == first[1:].reshape(3, 32, 32).transpose(1, 2, 0)).all((1, 2, 3))
+    assert list(found.test_labels[where]) == [first[0]]
