@@ -1,0 +1,14 @@
+"""Fig. 1: reduced AlexNet without batch norm, CIFAR-10 without augmentation.
+
+Run:    python experiments/sweep.py --config=configs/fig01_alexnet.py --workdir=runs/fig01
+Expect: 143 runs of 82 epochs; the paper: best at m = 8 or smaller (§3.2);
+        not yet run here in full
+"""
+
+from typing import Any
+
+from smallbatch_jax.protocol import cifar_config
+
+
+def get_config() -> Any:
+    return cifar_config("fig01", "alexnet", "none")

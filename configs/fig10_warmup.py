@@ -1,0 +1,16 @@
+"""Fig. 10: ResNet-32 with batch norm and gradual warm-up, CIFAR-10 with augmentation.
+
+Run:    python experiments/sweep.py --config=configs/fig10_warmup.py --workdir=runs/fig10
+Expect: 143 runs of 82 epochs; the paper: best at m = 4 and 8, quite good out to m = 128 (§3.4);
+        not yet run here in full
+"""
+
+from typing import Any
+
+from smallbatch_jax.protocol import cifar_config
+
+
+def get_config() -> Any:
+    config = cifar_config("fig10", "resnet32", "batch", augment=True)
+    config.schedule.warmup_fraction = 0.05
+    return config

@@ -1,0 +1,16 @@
+"""Fig. 11: ResNet-32 with batch norm and gradual warm-up, CIFAR-100 with augmentation.
+
+Run:    python experiments/sweep.py --config=configs/fig11_warmup_cifar100.py --workdir=runs/fig11
+Expect: 143 runs of 164 epochs; the paper: best at m = 4 … 16, a steeper loss for larger m (§3.4);
+        not yet run here in full
+"""
+
+from typing import Any
+
+from smallbatch_jax.protocol import cifar_config
+
+
+def get_config() -> Any:
+    config = cifar_config("fig11", "resnet32", "batch", "cifar100", augment=True)
+    config.schedule.warmup_fraction = 0.05
+    return config

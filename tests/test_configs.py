@@ -1,0 +1,87 @@
+"""Every config is the paper's protocol (§3.1), and says how to run it."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from smallbatch_jax import data, experiment
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+FULL_GRID = {(2**k, 2.0**j) for k in range(1, 12) for j in range(-12, 1)}
+# name: model, norm, dataset, augment, epochs, weight decay, warm-up (§3.1-3.4, Appendix A)
+PAPER = {
+    "fig01_alexnet": ("alexnet", "none", "cifar10", False, 82, 5e-4, 0.0),
+    "fig02_resnet8": ("resnet8", "none", "cifar10", False, 82, 1e-4, 0.0),
+    "fig03_resnet20": ("resnet20", "none", "cifar10", False, 82, 1e-4, 0.0),
+    "resnet32_nobn": ("resnet32", "none", "cifar10", False, 82, 1e-4, 0.0),
+    "fig05_alexnet_bn": ("alexnet", "batch", "cifar10", False, 82, 5e-4, 0.0),
+    "fig06_alexnet_bn_conv": ("alexnet", "batch_conv_only", "cifar10", False, 82, 5e-4, 0.0),
+    "fig07_resnet32": ("resnet32", "batch", "cifar10", False, 82, 1e-4, 0.0),
+    "fig08_resnet32": ("resnet32", "batch", "cifar10", True, 82, 1e-4, 0.0),
+    "fig09_resnet32_cifar100": ("resnet32", "batch", "cifar100", True, 164, 1e-4, 0.0),
+    "fig10_warmup": ("resnet32", "batch", "cifar10", True, 82, 1e-4, 0.05),
+    "fig11_warmup_cifar100": ("resnet32", "batch", "cifar100", True, 164, 1e-4, 0.05),
+    "fig17_41_epochs": ("resnet32", "batch", "cifar10", True, 41, 1e-4, 0.0),
+    "fig18_164_epochs": ("resnet32", "batch", "cifar10", True, 164, 1e-4, 0.0),
+}
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, experiment.from_config(module.get_config())
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_figure_is_the_papers_grid_of_143_runs(name):
+    model, norm, dataset, augment, epochs, decay, warmup = PAPER[name]
+    _, chosen = load(name)
+    runs = chosen.runs()
+    assert len(runs) == 143
+    assert {(run.batch_size, run.base_lr) for run in runs} == FULL_GRID
+    assert all(run.bn_batch_size == run.batch_size and run.seed == 0 for run in runs)
+    assert (chosen.model.name, chosen.model.norm) == (model, norm)
+    assert (chosen.dataset.name, chosen.dataset.augment) == (dataset, augment)
+    assert (chosen.epochs, chosen.weight_decay, chosen.schedule.warmup_fraction) == (epochs, decay, warmup)
+    assert (chosen.schedule.boundaries, chosen.schedule.factor) == ((0.5, 0.75), 0.1)
+
+
+def test_fig04_is_one_rate_at_every_batch_size():
+    _, chosen = load("fig04_convergence")
+    assert [(run.batch_size, run.base_lr) for run in chosen.runs()] == [(2**k, 2**-8) for k in range(1, 12)]
+    assert (chosen.model.name, chosen.model.norm, chosen.dataset.augment) == ("resnet32", "batch", False)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_opens_with_its_own_command_and_what_to_expect(name):
+    module, chosen = load(name)
+    assert f"--config=configs/{name}.py" in module.__doc__
+    assert chosen.name == name.split("_")[0] or chosen.name == name
+    expected = re.search(r"Expect: (\d+) runs of (\d+) epochs", module.__doc__)
+    assert expected is not None
+    assert (len(chosen.runs()), chosen.epochs) == tuple(map(int, expected.groups()))
+
+
+def test_every_config_but_the_quickstart_is_of_the_paper():
+    assert set(CONFIGS) == {*PAPER, "fig04_convergence", "quickstart"}
+
+
+def test_plan_lists_the_programs_and_trains_nothing():
+    line = [sys.executable, "experiments/plan.py", "--config=configs/fig08_resnet32.py"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("fig08: 143 runs of 82 epochs in 11 programs\n")
+    assert "     2         2    13      2,050,000      53,300,000" in done.stdout
+    assert "  2048      2048    13          2,002      53,301,248" in done.stdout
+
+
+def test_the_sizes_that_plans_count_on_are_those_of_the_data():
+    assert data.num_train_examples("digits") == len(data.load("digits").train_labels)
