@@ -28,7 +28,7 @@ def test_unknown_name_is_refused_with_the_nearest(name, hint):
     message = error_line(data.load, name)
     assert message.startswith(f"dataset.name: unknown dataset {name!r}")
     assert hint in message
-    assert message.endswith("Known: digits, folder.")
+    assert message.endswith("Known: digits, folder, cifar10, cifar100.")
 
 
 def test_image_size_is_refused(root):

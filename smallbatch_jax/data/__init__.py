@@ -3,10 +3,10 @@
 A dataset is added with one loader, `data_dir -> Dataset`, and one entry in `_LOADERS`.
 """
 
-import difflib
 import os
 from collections.abc import Callable
 
+from smallbatch_jax import fields
 from smallbatch_jax.data import prepared
 from smallbatch_jax.data.dataset import Dataset
 from smallbatch_jax.data.digits import load_digits
@@ -35,10 +35,7 @@ def load(name: str, data_dir: str | os.PathLike | None = None, image_size: int |
     Raises:
       InputError: one line that names the field or the file, what it got and what it accepts.
     """
-    if name not in DATASETS:
-        close = difflib.get_close_matches(str(name), DATASETS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise InputError(f"dataset.name: unknown dataset {name!r}{hint} Known: {', '.join(DATASETS)}.")
+    fields.choice(DATASETS, "dataset")("dataset.name", name)
     if image_size is not None:
         raise InputError(
             f"dataset.image_size: got {image_size!r}, but streaming is not available yet; "
