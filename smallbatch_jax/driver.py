@@ -6,7 +6,7 @@ import signal
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import zip_longest
@@ -29,6 +29,7 @@ from smallbatch_jax.models import create_model
 from smallbatch_jax.models.own import OwnModel
 from smallbatch_jax.progress import Progress, Status, for_stream
 from smallbatch_jax.results import ProgramResults, Timings
+from smallbatch_jax.train import TrainState
 from smallbatch_jax.workdir import open_workdir, record_provenance, surroundings
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def train_grid(
                     job.count_complete(status)
                 pending = [job for job in jobs if job.pending()]
                 progress.show(status, "compiling")
-                for job, program in _compiled_ahead(pending, on_device, mesh, timings):
+                for job, program in _compiled_ahead(pending, initial, on_device, mesh, timings):
                     checkpoints = Checkpoints(folder / "checkpoints" / job.name)
                     Feeder(job, program, initial, checkpoints, status, progress, timings, stop).train()
                     checkpoints.delete()
@@ -110,7 +111,9 @@ def _named_model(experiment: Experiment, dataset: Dataset) -> ModelOf:
     )
 
 
-def _compiled_ahead(jobs: list[Job], on_device: DeviceData, mesh: Mesh, timings: Timings) -> Iterator[tuple[Job, LaneProgram]]:
+def _compiled_ahead(
+    jobs: list[Job], initial: Callable[[int], TrainState], on_device: DeviceData, mesh: Mesh, timings: Timings
+) -> Iterator[tuple[Job, LaneProgram]]:
     """Each job with its program; while the caller trains one, the next compiles."""
 
     def compile_job(job: Job) -> LaneProgram:
@@ -121,6 +124,8 @@ def _compiled_ahead(jobs: list[Job], on_device: DeviceData, mesh: Mesh, timings:
 
     with ThreadPoolExecutor(1) as executor:
         ahead = deque(executor.submit(compile_job, job) for job in jobs[:1])
+        for job in jobs[:1]:
+            initial(job.runs[0].seed)  # compiles the initialisation, which all programs share, beside the first program
         for job, following in zip_longest(jobs, jobs[1:]):
             program = ahead.popleft().result()
             if following is not None:
