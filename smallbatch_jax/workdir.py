@@ -43,21 +43,28 @@ def open_workdir(path: Path, experiment: Experiment, facts: dict[str, Any]) -> I
         except OSError:
             lock.seek(0)
             raise InputError(f"--workdir: {path} belongs to {lock.read().strip() or 'another process'}.") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
         refuse_difference(path, experiment)  # nobody else can change it now
         content = {"format": FORMAT, "experiment": experiment.to_dict(), "facts": facts}
-        write_atomically(path / "experiment.json", json.dumps(content, indent=1) + "\n")
+        try:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+            write_atomically(path / "experiment.json", json.dumps(content, indent=1) + "\n")
+        except OSError as error:
+            raise InputError(f"--workdir: {path} cannot be written: {error.strerror}.") from None
         yield path
 
 
 def refuse_difference(path: Path, experiment: Experiment) -> None:
     """Refuses to go on in a workdir with anything but what it holds already; a missing one is fine."""
-    if not (path / "experiment.json").exists():
-        if path.is_file():
-            raise InputError(f"--workdir: {path} is a file; give a folder.")
-        foreign = sorted(p.name for p in path.iterdir() if p.name != "lock") if path.is_dir() else []
+    try:
+        is_file, names = path.is_file(), [p.name for p in path.iterdir()] if path.is_dir() else []
+    except OSError as error:
+        raise InputError(f"--workdir: {path} cannot be read: {error.strerror}.") from None
+    if is_file:
+        raise InputError(f"--workdir: {path} is a file; give a folder.")
+    if "experiment.json" not in names:
+        foreign = sorted(name for name in names if name != "lock")
         if foreign:
             raise InputError(
                 f"--workdir: {path} holds {foreign[0]!r} but no experiment; give a new or empty folder, or a workdir."

@@ -1,6 +1,9 @@
 """Settings that every test shares, made before any JAX backend starts."""
 
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import jax
 import pytest
@@ -39,3 +42,16 @@ def decoded_files(monkeypatch):
     real = decode._decode_image
     monkeypatch.setattr(decode, "_decode_image", lambda path: seen.append(path) or real(path))
     return seen
+
+
+@pytest.fixture
+def forbidden():
+    """A folder that every user can reach, within which this process has no more rights than any user."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root may read and write everything
+    yield folder
+    os.seteuid(user)
+    shutil.rmtree(folder)

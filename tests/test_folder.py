@@ -2,7 +2,10 @@
 
 import io
 import os
+import shutil
+import tempfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,11 +232,21 @@ def test_pipe_is_refused_rather_than_waited_for(root):
     assert f"{str(path)!r} is not a regular file" in error_line(load, root)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-@pytest.mark.parametrize("where", [".", "train", "train/dog", "test/dog/0.png"])
-def test_forbidden_path_is_named(root, where):
-    (root / where).chmod(0)
-    try:
-        assert "Permission denied" in error_line(load, root)
-    finally:
-        (root / where).chmod(0o700)
+@pytest.fixture
+def reachable(root, request):
+    """The pictures where any user can read them, but for the path of the test's parameter."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        copy = shutil.copytree(root, Path(folder) / "pictures")
+        (copy / request.param).chmod(0)
+        yield copy, request.param
+        (copy / request.param).chmod(0o700)
+
+
+@pytest.mark.parametrize("reachable", [".", "train", "train/dog", "test/dog/0.png"], indirect=True)
+def test_forbidden_path_is_named(reachable, request):
+    copy, where = reachable
+    request.getfixturevalue("forbidden")  # from here on this process is no root
+    line = error_line(load, copy)
+    assert "Permission denied" in line
+    assert str(copy / where) in line

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,6 +137,13 @@ def test_a_workdir_that_cannot_be_written_is_refused_in_one_line(tmp_path, path)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--workdir: .*(is a file|cannot be written)"), open_(tmp_path / path):
         pass
+
+
+def test_a_workdir_without_permission_is_refused_in_one_line(forbidden):
+    """As an ordinary user, in folders of root's and below one that may not be entered."""
+    for path in (Path("/root/runs/w"), forbidden / "w"):
+        with pytest.raises(InputError, match=r"^--workdir: .* cannot be (read|written): Permission denied\.$"), open_(path):
+            pass
 
 
 def open_(path):

@@ -1,0 +1,169 @@
+"""What a workdir remembers of its experiment, what may change when it is resumed; and any config is accepted or refused."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from asked import changed, experiment
+from ml_collections import ConfigDict
+
+from smallbatch_jax import fields
+from smallbatch_jax.experiment import (
+    Experiment,
+    InputError,
+    default_config,
+    differences,
+    from_config,
+)
+
+FULL = {
+    "name": "fig",
+    "dataset__data_dir": "/data",
+    "grid__batch_sizes": (2, 8),
+    "grid__bn_batch_sizes": (2,),
+    "grid__base_lrs": (0.1, 2.0**-8),
+    "grid__seeds": (0, 5),
+    "schedule__boundaries": (1 / 3, 2 / 3, 8 / 9),
+}
+
+
+@pytest.mark.parametrize("values", [{}, FULL])
+def test_an_experiment_survives_being_stored_as_json(values):
+    """to_dict → JSON → parse gives an equal experiment, and nothing differs from it."""
+    before = experiment(**values)
+    after = fields.parse(Experiment, json.loads(json.dumps(before.to_dict())), "")
+    assert after == before
+    assert hash(after) == hash(before)
+    assert differences(before, after) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", "other"),
+        ("dataset.name", "folder"),
+        ("dataset.augment", True),
+        ("dataset.image_size", 32),
+        ("model.norm", "batch"),
+        ("epochs", 9),
+        ("weight_decay", 0.1),
+        ("schedule.boundaries", (0.5,)),
+        ("schedule.factor", 0.5),
+        ("schedule.warmup_fraction", 0.05),
+        ("precision", "bfloat16"),
+    ],
+)
+def test_changed_field_stands_in_the_way_of_resuming_and_is_named(field, value):
+    found = differences(experiment(), experiment(**{field.replace(".", "__"): value}))
+    assert len(found) == 1
+    assert found[0].startswith(f"{field} is ")
+    assert found[0].endswith(f" there and {value!r} here")
+
+
+def test_every_changed_field_is_named():
+    found = differences(experiment(), experiment(epochs=9, precision="tf32", model__norm="batch", grid__batch_sizes=(2, 8)))
+    assert [phrase.split()[0] for phrase in found] == ["model.norm", "epochs", "precision", "grid"]
+
+
+def test_place_of_the_data_and_layout_of_the_work_may_change():
+    other = experiment(dataset__data_dir="/elsewhere", lanes=4, segment_seconds=1.0, checkpoint_seconds=5.0)
+    assert differences(experiment(), other) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "larger"),
+    [
+        ("batch_sizes", (32, 8, 4, 2)),
+        ("base_lrs", (1.0, 0.1, 2.0**-8)),
+        ("bn_batch_sizes", (1, 2)),
+        ("seeds", (2, 5, 0)),
+    ],
+)
+def test_grid_may_grow_and_not_shrink(name, larger):
+    """In any order; what shrinks is told by its runs."""
+    small, large = experiment(**FULL), experiment(**{**FULL, f"grid__{name}": larger})
+    assert differences(small, large) == []
+    missing = len(set(large.runs()) - set(small.runs()))
+    assert missing > 0
+    assert [phrase.split(" run")[0] for phrase in differences(large, small)] == [f"grid lacks {missing}"]
+
+
+def test_grid_may_say_the_same_runs_in_other_words():
+    """b = None and b = m are the same runs."""
+    values = {"grid__batch_sizes": (8,)}
+    assert differences(experiment(**values), experiment(**values, grid__bn_batch_sizes=(8,))) == []
+
+
+def test_config_dict_takes_a_plain_section_and_a_plain_config_a_config_dict():
+    config = default_config()
+    config.model = {"name": "alexnet", "norm": "batch"}
+    assert from_config(config).model.norm == "batch"
+    assert from_config({"model": ConfigDict({"norm": "batch"})}).model.norm == "batch"
+
+
+SCALARS = (None, True, 0, 1, -1, 8, 2**31, 10**400, 0.5, -0.0, 1e-320, math.nan, -math.inf, "", "batch", "a\nb", "\u2028", b"x")
+OBJECTS = (
+    object(),
+    1j,
+    np.float32(0.5),
+    np.int64(4),
+    np.zeros(3),
+    np.zeros((40, 40)),
+    np.str_("none"),
+    print,
+    Experiment,
+    set(),
+)
+PLAUSIBLE = (1, 4, 0.5, (2, 8), (1,), [4, 2], (0.5, 1), None, False, "none", "digits", {}, {"norm": "batch"})
+
+
+def random_value(rng, depth=0):
+    if rng.random() < 0.4:
+        return PLAUSIBLE[rng.integers(len(PLAUSIBLE))]
+    kind = rng.integers(0, 6 if depth < 3 else 3)
+    if kind < 2:
+        return SCALARS[rng.integers(len(SCALARS))]
+    if kind == 2:
+        return OBJECTS[rng.integers(len(OBJECTS))]
+    values = [random_value(rng, depth + 1) for _ in range(rng.integers(0, 4))]
+    if kind == 3:
+        return values
+    if kind == 4:
+        return tuple(values)
+    keys = ["name", "norm", "batch_sizes", "grid", 3, None, "a\nb", ("x",), ""]
+    return {keys[rng.integers(len(keys))]: value for value in values}
+
+
+def mutate(rng, config):
+    """Replaces, removes or adds a field somewhere in the nested values."""
+    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
+    section = sections[rng.integers(len(sections))]
+    names = list(section)
+    if not names or rng.random() < 0.15:
+        section[[*"ab", 3, None, "x\ny", "epoch"][rng.integers(6)]] = random_value(rng)
+    elif rng.random() < 0.15:
+        del section[names[rng.integers(len(names))]]
+    else:
+        section[names[rng.integers(len(names))]] = random_value(rng)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_config_is_accepted_or_refused_in_one_line(seed):
+    """500 random configs, one or two places changed: an Experiment that can be stored, or an InputError, and nothing else."""
+    rng = np.random.default_rng(seed)
+    refusals = []
+    for _ in range(100):
+        config = changed()
+        for _ in range(rng.integers(1, 3)):
+            mutate(rng, config)
+        try:
+            found = from_config(config)
+        except InputError as error:
+            refusals.append(str(error))
+        else:
+            assert fields.parse(Experiment, json.loads(json.dumps(found.to_dict())), "") == found, config
+    assert 20 <= len(refusals) < 100  # both ends are reached
+    for message in refusals:
+        assert message.splitlines() == [message]
+        assert len(message) < 1000
