@@ -8,10 +8,13 @@ Everything starts from the tidy DataFrame of `results.load`, one row per run and
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false, reportReturnType=false
 
+import dataclasses
 import math
 from collections.abc import Iterable
 
 import pandas as pd
+
+from smallbatch_jax.experiment import Run
 
 SETUP = ["experiment", "batch_size", "bn_batch_size"]
 CELL = [*SETUP, "base_lr"]
@@ -43,6 +46,26 @@ def final_accuracy(df: pd.DataFrame) -> pd.DataFrame:
     cells.insert(0, "test_accuracy", accuracy.mean())
     cells.insert(1, "test_accuracy_std", accuracy.std())
     return cells.reset_index()
+
+
+def planned_cells(df: pd.DataFrame, runs: Iterable[Run], experiment: str) -> pd.DataFrame:
+    """`final_accuracy`, with a row for every cell of the plan and what is still missing of it.
+
+    Args:
+      df: results of one experiment, one row per run and epoch.
+      runs: what the experiment trains.
+      experiment: its name.
+    Returns:
+      The columns of `final_accuracy`, and `pending`: the number of planned seeds that have not ended. A cell with no
+      rows yet has accuracy NaN and counts 0.
+    """
+    plan = pd.DataFrame(list(runs), columns=[field.name for field in dataclasses.fields(Run)]).assign(experiment=experiment)
+    seeds = plan.groupby(CELL, observed=True).size().rename("pending").reset_index()
+    cells = seeds.merge(final_accuracy(df), how="outer", on=CELL)
+    counts = ["pending", "finished", "diverged"]
+    cells[counts] = cells[counts].fillna(0).astype(int)
+    cells["pending"] = (cells["pending"] - cells["finished"] - cells["diverged"]).clip(lower=0)
+    return cells[[*CELL, "test_accuracy", "test_accuracy_std", "finished", "diverged", "pending"]]
 
 
 def convergent(cells: pd.DataFrame, chance: float) -> pd.Series:

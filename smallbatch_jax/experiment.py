@@ -61,6 +61,10 @@ class Grid:
 
     batch_sizes: tuple[int, ...] = config_field((2, 8, 32), fields.distinct(fields.integer(1), least=1))
     base_lrs: tuple[float, ...] = config_field((2**-8,), fields.distinct(fields.positive(), least=1))
+    # Workdirs from whose results each batch size takes its best base_lr (Fig. 13), and what it is, once that is known;
+    # either of them replaces base_lrs.
+    base_lrs_from: tuple[str, ...] = config_field((), fields.distinct(fields.text))
+    base_lr_by_batch_size: tuple[tuple[int, float], ...] = config_field((), fields.by_batch_size(fields.positive()))
     bn_batch_sizes: tuple[int, ...] | None = config_field(
         None, fields.optional(fields.distinct(fields.integer(1), least=1)), tuple
     )
@@ -82,6 +86,7 @@ class Experiment:
     """Everything that decides the results of a workdir, and a few things that only decide how fast they come."""
 
     name: str = config_field("experiment", fields.text)
+    drawn_from: tuple[str, ...] = config_field((), fields.distinct(fields.text))  # workdirs of a figure that trains nothing
     dataset: Dataset = config_field(Dataset(), fields.nested(Dataset))
     model: Model = config_field(Model(), fields.nested(Model))
     epochs: int = config_field(8, fields.integer(1, 100_000))
@@ -97,17 +102,41 @@ class Experiment:
         known = MODEL_NORMS.get(self.model.name, ALL_NORMS)
         if self.model.norm not in known:
             raise InputError(f"model.norm: {self.model.name} has no norm {self.model.norm!r}; it accepts {', '.join(known)}.")
-        self.runs()
+        if self.grid.base_lrs_from:
+            self._batch_sizes()
+        else:
+            self.runs()
 
     def runs(self) -> list[Run]:
-        """Every run of the grid: batch sizes in the order given, then BN batch sizes, base learning rates, seeds."""
+        """Every run of the grid: batch sizes in the order given, then BN batch sizes, base learning rates, seeds.
+
+        Raises:
+          InputError: if base learning rates are still to be read from other workdirs (`study.choose_base_lrs`).
+        """
+        if self.drawn_from:
+            return []
+        seeds = self.grid.seeds
+        return [Run(m, b, lr, seed) for m, b in self._batch_sizes() for lr in self._base_lrs(m) for seed in seeds]
+
+    def _base_lrs(self, batch_size: int) -> tuple[float, ...]:
+        chosen = dict(self.grid.base_lr_by_batch_size)
+        if batch_size in chosen:
+            return (chosen[batch_size],)
+        if self.grid.base_lrs_from:
+            raise InputError(f"grid.base_lrs_from: the best base_lr of batch size {batch_size} has not been read from there.")
+        if chosen:
+            raise InputError(f"grid.base_lr_by_batch_size: has no base_lr for batch size {batch_size}; give one for each.")
+        return self.grid.base_lrs
+
+    def _batch_sizes(self) -> list[tuple[int, int]]:
+        """Every (batch size, BN batch size) of the grid."""
         pairs = [(m, b) for m in self.grid.batch_sizes for b in self._bn_batch_sizes(m)]
         if not pairs:
             raise InputError(
                 f"grid.bn_batch_sizes: {fields.shown(self.grid.bn_batch_sizes)} leaves no run, every one is larger than "
                 f"every batch size in {fields.shown(self.grid.batch_sizes)}. Use some that divide the batch sizes."
             )
-        return [Run(m, b, lr, seed) for m, b in pairs for lr in self.grid.base_lrs for seed in self.grid.seeds]
+        return pairs
 
     def _bn_batch_sizes(self, batch_size: int) -> list[int]:
         """The BN batch sizes that `batch_size` is crossed with: those not larger, each of which must divide it."""
@@ -201,7 +230,8 @@ def single_run(config: ConfigDict | Mapping[str, Any]) -> Experiment:
     b = run.bn_batch_size
     if b is not None:
         require_divisor(b, run.batch_size, "bn_batch_size")
-    grid = Grid((run.batch_size,), (run.base_lr,), None if b is None else (b,), (run.seed,))
+    bn_batch_sizes = None if b is None else (b,)
+    grid = Grid((run.batch_size,), (run.base_lr,), bn_batch_sizes=bn_batch_sizes, seeds=(run.seed,))
     return dataclasses.replace(experiment, grid=grid)
 
 

@@ -139,6 +139,21 @@ def distinct(element: Check, least: int = 0) -> Check:
     return check
 
 
+def by_batch_size(value_check: Check) -> Check:
+    """A tuple of (batch size, value) pairs, each batch size once, or a mapping; as a tuple of pairs."""
+
+    def check(name: str, value: Any) -> tuple:
+        pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+        if not isinstance(pairs, (tuple, list)) or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in pairs):
+            raise InputError(
+                f"{name}: got {shown(value)}, accepts pairs of batch size and value such as ((2, 0.01), (8, 0.002))."
+            )
+        sizes = distinct(integer(1))(name, [size for size, _ in pairs])
+        return tuple((size, value_check(name, item)) for size, (_, item) in zip(sizes, pairs, strict=True))
+
+    return check
+
+
 def nested(kind: type) -> Check:
     """A section of the config: a mapping with the fields of the dataclass `kind`."""
 

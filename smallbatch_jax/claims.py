@@ -1,0 +1,1 @@
+"""The paper's written claims as checks on stored results."""

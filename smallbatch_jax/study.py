@@ -1,0 +1,136 @@
+"""A study: what one workdir holds, read whole, ready to be drawn and judged."""
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from smallbatch_jax import analysis, results
+from smallbatch_jax.experiment import Experiment, InputError
+from smallbatch_jax.workdir import read_experiment, read_facts
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """The stored results of one workdir, finished or not.
+
+    Attributes:
+      workdir: where they are.
+      experiment: what it trains; its name says which figure it is.
+      rows: `results.load`, one row per run and epoch.
+      cells: `analysis.planned_cells`, one row per cell, trained or not.
+      num_classes: of the data.
+      examples: numbers of training and test examples.
+    """
+
+    workdir: Path
+    experiment: Experiment
+    rows: "pd.DataFrame"
+    cells: "pd.DataFrame"
+    num_classes: int
+    examples: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        return self.experiment.name
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of a guess, where the test classes are balanced."""
+        return 1 / self.num_classes
+
+    @property
+    def runs(self) -> tuple[int, int]:
+        """Runs that have ended, and all."""
+        ended = int(self.cells["finished"].sum() + self.cells["diverged"].sum())
+        return ended, ended + int(self.cells["pending"].sum())
+
+
+def load(workdir: str | Path) -> Study:
+    """The study that a workdir holds; reads only.
+
+    Raises:
+      InputError: if the folder is no workdir.
+    """
+    path = Path(workdir)
+    experiment, facts, rows = read_experiment(path), read_facts(path), results.load(path)
+    cells = analysis.planned_cells(rows, experiment.runs(), experiment.name)
+    train, test = facts["examples"]
+    return Study(path, experiment, rows, cells, facts["num_classes"], (train, test))
+
+
+def load_all(workdirs: Iterable[str | Path]) -> dict[str, Study]:
+    """The studies of several workdirs by name, in the order given.
+
+    Raises:
+      InputError: if a folder is no workdir, or two hold an experiment of one name.
+    """
+    studies: dict[str, Study] = {}
+    for workdir in workdirs:
+        study = load(workdir)
+        if study.name in studies:
+            raise InputError(
+                f"--workdir: {studies[study.name].workdir} and {workdir} both hold {study.name!r}; "
+                "give one of them, or train one under another name."
+            )
+        studies[study.name] = study
+    return studies
+
+
+def choose_base_lrs(experiment: Experiment, workdir: str | Path | None = None) -> Experiment:
+    """The experiment with each batch size's best base_lr from the stored results that `grid.base_lrs_from` names (§3.6).
+
+    What `workdir` was begun with stays, so that it can be resumed whatever became of those results since.
+
+    Raises:
+      InputError: if they are not there, or not complete for a batch size.
+    """
+    grid = experiment.grid
+    if not grid.base_lrs_from or experiment.drawn_from:
+        return experiment
+    chosen = dict(grid.base_lr_by_batch_size)
+    if workdir is not None and os.path.isfile(Path(workdir) / "experiment.json"):
+        chosen = dict(read_experiment(Path(workdir)).grid.base_lr_by_batch_size) | chosen
+    missing = [m for m in grid.batch_sizes if m not in chosen]
+    if missing:
+        sources = [_source(path) for path in grid.base_lrs_from]
+        chosen |= {m: _best_base_lr(m, sources) for m in missing}
+    pairs = tuple((m, chosen[m]) for m in grid.batch_sizes)
+    return dataclasses.replace(experiment, grid=dataclasses.replace(grid, base_lr_by_batch_size=pairs))
+
+
+def _source(path: str) -> Study:
+    try:
+        return load(path)
+    except InputError as error:
+        if os.path.isfile(Path(path, "experiment.json")):
+            raise
+        raise InputError(
+            f"grid.base_lrs_from: {path} holds no results yet; train it first: "
+            f"python experiments/sweep.py --config=… --workdir={path}"
+        ) from error
+
+
+def _best_base_lr(batch_size: int, sources: list[Study]) -> float:
+    """The base_lr of the most accurate cell of a batch size; of equals, the smallest."""
+    import pandas as pd
+
+    cells = pd.concat([study.cells for study in sources], ignore_index=True)
+    cells = cells[cells["batch_size"] == batch_size]
+    named = ", ".join(str(study.workdir) for study in sources)
+    if cells.empty:
+        raise InputError(f"grid.base_lrs_from: no run of batch size {batch_size} in {named}.")
+    if pending := int(cells["pending"].sum()):
+        raise InputError(
+            f"grid.base_lrs_from: {pending} run(s) of batch size {batch_size} have not ended yet in {named}; the same "
+            "sweep.py command goes on there."
+        )
+    best = cells.sort_values(["test_accuracy", "base_lr"], ascending=[False, True], na_position="last").iloc[0]
+    if not best["finished"]:
+        raise InputError(f"grid.base_lrs_from: every run of batch size {batch_size} diverged in {named}.")
+    return float(best["base_lr"])
