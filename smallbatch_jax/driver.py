@@ -66,7 +66,8 @@ def train_grid(
       Interrupted: on SIGINT or SIGTERM, after the segment at work ended and all lanes were saved.
     """
     experiment.require_examples(len(dataset.train_labels))
-    model_of = model_of or _named_model(experiment, dataset)
+    model_of = model_of or _named_model(experiment, dataset, experiment.model.bn_decay)
+    precise = _named_model(experiment, dataset, 0.0) if experiment.model.bn_statistics == "precise" else None
     lane_programs.require_model(model_of(None), dataset)
     for m, b in programs(experiment.runs()):
         model_of(None if b == m else b)  # a model that takes no BN batch size is refused now
@@ -82,7 +83,7 @@ def train_grid(
         try:
             with ExitStack() as stack:
                 jobs = [
-                    Job(experiment, dataset, model_of, m, b, runs, stack.enter_context(ProgramResults(folder, m, b)))
+                    Job(experiment, dataset, model_of, m, b, runs, stack.enter_context(ProgramResults(folder, m, b)), precise)
                     for (m, b), runs in programs(experiment.runs()).items()
                 ]
                 for job in jobs:
@@ -104,10 +105,11 @@ def _images(experiment: Experiment, dataset: Dataset) -> int:
     return len(experiment.runs()) * experiment.epochs * len(dataset.train_labels)
 
 
-def _named_model(experiment: Experiment, dataset: Dataset) -> ModelOf:
+def _named_model(experiment: Experiment, dataset: Dataset, bn_decay: float) -> ModelOf:
     dtype = lane_programs.COMPUTE_DTYPE[experiment.precision]
+    model = experiment.model
     return lambda bn_batch_size: create_model(
-        experiment.model.name, dataset.num_classes, experiment.model.norm, bn_batch_size, dtype=dtype
+        model.name, dataset.num_classes, model.norm, bn_batch_size, bn_decay=bn_decay, dtype=dtype
     )
 
 

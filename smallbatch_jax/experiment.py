@@ -20,6 +20,7 @@ DATASETS = ("digits", "folder", "cifar10", "cifar100")
 NORMS = ("none", "batch", "group", "batch_renorm")
 MODEL_NORMS = {"alexnet": (*NORMS, "batch_conv_only"), "resnet8": NORMS, "resnet20": NORMS, "resnet32": NORMS}
 OWN = "own:"  # begins the name of a model or dataset that a Python caller brought; no command can make one
+BN_STATISTICS = ("running", "precise")  # running averages, or recomputed over training images at each evaluation
 PRECISIONS = ("float32", "tf32", "bfloat16")
 ALL_NORMS = tuple(dict.fromkeys(norm for norms in MODEL_NORMS.values() for norm in norms))
 
@@ -44,6 +45,8 @@ class Model:
 
     name: str = config_field("alexnet", fields.choice(tuple(MODEL_NORMS), "model", OWN))
     norm: str = config_field("none", fields.choice(ALL_NORMS, "norm"))
+    bn_decay: float = config_field(0.99, fields.decay)  # of the running averages of batch norm
+    bn_statistics: str = config_field("running", fields.choice(BN_STATISTICS, "kind of statistics"))  # at evaluation
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,11 @@ class Experiment:
         known = MODEL_NORMS.get(self.model.name, ALL_NORMS)
         if self.model.norm not in known:
             raise InputError(f"model.norm: {self.model.name} has no norm {self.model.norm!r}; it accepts {', '.join(known)}.")
+        if self.model.bn_statistics == "precise" and self.model.norm in ("none", "group"):
+            raise InputError(
+                f"model.bn_statistics: 'precise' recomputes the statistics of batch norm; {self.model.name} with norm "
+                f"{self.model.norm!r} has none. Use 'running'."
+            )
         if self.grid.base_lrs_from:
             self._batch_sizes()
         else:

@@ -57,6 +57,7 @@ class Job:
     bn_batch_size: int
     runs: list[Run]
     results: ProgramResults
+    statistics_model_of: ModelOf | None = None  # the same model with a decay of 0, where statistics are precise
 
     @property
     def name(self) -> str:
@@ -86,10 +87,20 @@ class Job:
         program = Program(
             self.batch_size, self.total_steps, schedule.boundaries, schedule.factor, augment=chosen.dataset.augment
         )
-        model = self.model_of(None if self.bn_batch_size == self.batch_size else self.bn_batch_size)
+        bn_batch_size = None if self.bn_batch_size == self.batch_size else self.bn_batch_size
+        model = self.model_of(bn_batch_size)
         wanted = chosen.lanes or min(len(self.runs), MOST_LANES)
         lanes = -(-wanted // mesh.size) * mesh.size
-        return lane_programs.compile_lanes(model, program, data, mesh, lanes, self._segment_steps(), chosen.precision)
+        return lane_programs.compile_lanes(
+            model,
+            program,
+            data,
+            mesh,
+            lanes,
+            self._segment_steps(),
+            chosen.precision,
+            statistics_model=self.statistics_model_of and self.statistics_model_of(self.bn_batch_size),
+        )
 
     def _segment_steps(self) -> int:
         """The most steps of a segment: an epoch's, or an even part of them where a segment's length is compiled in."""

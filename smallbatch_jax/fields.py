@@ -117,6 +117,13 @@ def positive(high: float = FLOAT32_MAX) -> Check:
     return check
 
 
+def decay(name: str, value: Any) -> float:
+    """The weight of the old value in a running average: from 0, which forgets at once, to below 1."""
+    if not _is_number(value) or not 0 <= value < 1:
+        raise InputError(f"{name}: got {shown(value)}, accepts a number from 0 to below 1.")
+    return float(value)
+
+
 def optional(inner: Check) -> Check:
     """None, or what `inner` accepts."""
     return lambda name, value: None if value is None else inner(name, value)

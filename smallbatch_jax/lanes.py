@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from smallbatch_jax.data import Dataset
+from smallbatch_jax.data import Dataset, order
 from smallbatch_jax.data.augment import crop_and_flip
 from smallbatch_jax.experiment import InputError
 from smallbatch_jax.train import (
@@ -34,6 +34,7 @@ from smallbatch_jax.train import (
 )
 
 LARGEST_EVAL_BATCH = 256
+PRECISE_IMAGES = 4096  # training images that precise statistics are taken over, or all if there are fewer
 MATMUL_PRECISION = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "bfloat16"}
 COMPUTE_DTYPE = {"float32": jnp.float32, "tf32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -46,6 +47,7 @@ class DeviceData(NamedTuple):
     test_images: Array  # uint8 or float32 [batches, n, …], padded with zeros
     test_labels: Array  # int32[batches, n]
     test_counts: Array  # bool[batches, n], False where padded
+    shuffled: Array  # int32[N], the training examples in a random order, for precise statistics
     mean: Array  # float32[C]
     deviation: Array  # float32[C]
 
@@ -114,6 +116,7 @@ def to_device(dataset: Dataset, mesh: Mesh) -> DeviceData:
         in_batches(dataset.test_images),
         in_batches(dataset.test_labels),
         in_batches(np.ones(num_test, bool)),
+        order.epoch_permutation(0, 0, len(dataset.train_labels)),
         mean,
         deviation,
     )
@@ -167,6 +170,7 @@ def compile_lanes(
     segment_steps: int,
     precision: str = "float32",
     mapping: LaneMapping | None = None,
+    statistics_model: Model | None = None,
 ) -> LaneProgram:
     """Compiles a program of `lanes` lanes, a multiple of the devices in `mesh`, spread evenly over them.
 
@@ -179,6 +183,8 @@ def compile_lanes(
       segment_steps: S, the most steps between two visits to the host.
       precision: of matrix products and convolutions: "float32", "tf32" or "bfloat16".
       mapping: "map" or "vmap"; None takes `lane_mapping()`.
+      statistics_model: the model with bn_decay 0 and its bn_batch_size given, to evaluate by precise statistics; None
+        evaluates by running averages.
     """
     if lanes % mesh.size:
         raise ValueError(f"lanes: {lanes} is not a multiple of {mesh.size} devices")
@@ -190,7 +196,7 @@ def compile_lanes(
         LaneState(fresh, *(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32, jnp.bool))),
     )
     segment = jax.shard_map(
-        _make_segment(model, program, segment_steps, mapping),
+        _make_segment(model, program, segment_steps, mapping, statistics_model),
         mesh=mesh,
         in_specs=(P("lane"), P("lane"), P("lane"), P()),
         out_specs=P("lane"),
@@ -254,9 +260,13 @@ def _abstract_arguments(batch_size: int, lanes: int, segment_steps: int, shardin
     return settings, Segment(stacked(np.int32, segment_steps, batch_size), stacked(np.int32), stacked(bool))
 
 
-def _make_segment(model: Model, program: Program, segment_steps: int, mapping: LaneMapping) -> Callable[..., Any]:
+def _make_segment(
+    model: Model, program: Program, segment_steps: int, mapping: LaneMapping, statistics_model: Model | None
+) -> Callable[..., Any]:
     """(lanes, settings, segments, data) → (lanes, reports), for the lanes of one device."""
     advance, evaluate = _make_advance(model, program), _make_evaluate(model)
+    if statistics_model is not None:
+        evaluate = _with_precise_statistics(evaluate, statistics_model)
 
     def run_lane(state: LaneState, setting: Setting, segment: Segment, data: DeviceData) -> tuple[LaneState, Report]:
         def unfinished(carry: tuple[jax.Array, LaneState]) -> jax.Array:
@@ -324,6 +334,33 @@ def _make_evaluate(model: Model) -> Callable[[TrainState, DeviceData], Metrics]:
         return Metrics(total.loss / data.test_counts.sum(), total.correct)
 
     return evaluate
+
+
+def _with_precise_statistics(evaluate: Callable[..., Metrics], model: Model) -> Callable[..., Metrics]:
+    """`evaluate`, with running averages replaced by the mean of the statistics of many BN batches of training images.
+
+    They are what training would see with the parameters as they are, in BN batches of the same size; only that the images
+    are as stored, not augmented, as the test images are not. The run's own running averages stay as they were. `model`
+    forgets at once (bn_decay 0), so that after a batch its averages are that batch's.
+    """
+    b = model.bn_batch_size
+
+    def evaluate_precisely(state: TrainState, data: DeviceData) -> Metrics:
+        images = min(PRECISE_IMAGES, len(data.shuffled))
+        size = b * max(1, min(LARGEST_EVAL_BATCH, images) // b)  # how many BN batches at once changes rounding only
+        batches = max(1, images // size)
+        indices = data.shuffled[: batches * size].reshape(batches, size)
+
+        def one(total: Any, indices: jax.Array) -> tuple[Any, None]:
+            variables = {"params": state.params, "batch_stats": state.batch_stats}
+            images = data.normalise(data.train_images[indices])
+            _, found = model.apply(variables, images, train=True, mutable=["batch_stats"])
+            return jax.tree.map(jnp.add, total, found["batch_stats"]), None
+
+        total, _ = lax.scan(one, jax.tree.map(jnp.zeros_like, state.batch_stats), indices)
+        return evaluate(state._replace(batch_stats=jax.tree.map(lambda x: x / batches, total)), data)
+
+    return evaluate_precisely
 
 
 def _not_evaluated() -> Metrics:

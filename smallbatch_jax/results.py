@@ -33,6 +33,7 @@ COLUMNS = (
     "test_loss",
     "test_accuracy",
     "status",
+    "bn_statistics",
 )
 RUN_COLUMNS = ("batch_size", "bn_batch_size", "base_lr", "seed")
 
@@ -141,7 +142,8 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     Columns: experiment (its name); batch_size m; base_lr η̃; bn_batch_size (m where none was given); seed; epoch 1…E; step,
     updates taken; train_loss and train_accuracy, means over the epoch's batches as seen; test_loss and test_accuracy over
     the whole test set (accuracies are fractions); status of the run: running, finished or diverged. A diverged run ends
-    with the epoch it died in, the step of the first loss that was not finite, and accuracies NaN.
+    with the epoch it died in, the step of the first loss that was not finite, and accuracies NaN. bn_statistics: what batch
+    norm was evaluated with, running averages or precise statistics (`model.bn_statistics`).
 
     Raises:
       InputError: if the folder is no workdir.
@@ -155,6 +157,7 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     frame = frame.drop_duplicates([*RUN_COLUMNS, "epoch"], ignore_index=True)
     frame.insert(0, "experiment", experiment.name)
     frame["status"] = _status(frame, experiment)
+    frame["bn_statistics"] = experiment.model.bn_statistics
     return frame[list(COLUMNS)]
 
 

@@ -92,7 +92,7 @@ def test_bad_value_is_refused_in_one_line_that_begins_with_the_field(field, valu
         ({"grid__seeds": ()}, "grid.seeds: got (), accepts a tuple of at least 1 value(s)."),
         ({"schedule__boundaries": (1.5,)}, "schedule.boundaries: got 1.5, accepts a number from 0 to 1."),
         ({"precision": "float16"}, "precision: unknown precision 'float16'; did you mean 'bfloat16'? Known: float32, tf32"),
-        ({"model": 3}, "model: got 3, accepts a section with the fields name, norm."),
+        ({"model": 3}, "model: got 3, accepts a section with the fields name, norm, bn_decay, bn_statistics."),
     ],
 )
 def test_refusal_says_what_it_got_and_what_it_accepts(values, message):

@@ -15,11 +15,12 @@ class TinyModel(nn.Module):
     """A hidden layer with batch norm, which the paper's tests need: 2·2·1 pixels → 8 → 3 classes."""
 
     bn_batch_size: int | None = None
+    bn_decay: float = 0.99
 
     @nn.compact
     def __call__(self, images: Any, train: bool = False) -> Any:
         x = Dense(8)(images.reshape(images.shape[0], -1))
-        x = nn.relu(BatchNorm(self.bn_batch_size)(x, train))
+        x = nn.relu(BatchNorm(self.bn_batch_size, self.bn_decay)(x, train))
         return Dense(3)(x)
 
 

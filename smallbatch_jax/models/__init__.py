@@ -26,6 +26,7 @@ def create_model(
     norm: str = "batch",
     bn_batch_size: int | None = None,
     *,
+    bn_decay: float = 0.99,
     axis_name: str | None = None,
     dtype: Any = jnp.float32,
 ) -> nn.Module:
@@ -37,6 +38,7 @@ def create_model(
       norm: "none", "batch", "group" (Wu & He 2018), "batch_renorm" (Ioffe 2017), or for alexnet alone "batch_conv_only"
         (Fig. 6).
       bn_batch_size: b, examples per batch of the batch norm (§3.6), which must divide the batch; None takes it whole.
+      bn_decay: weight of the old running average of the batch norm's statistics at each step.
       axis_name: mesh axis over which a batch is spread, if it is.
       dtype: of the computation; parameters and statistics are float32.
 
@@ -53,4 +55,11 @@ def create_model(
         raise InputError(f"model.norm: {name} has no norm {norm!r}; it accepts {', '.join(MODEL_NORMS[name])}.")
     fields.integer(1)("num_classes", num_classes)
     fields.optional(fields.integer(1))("bn_batch_size", bn_batch_size)
-    return MODELS[name](num_classes=num_classes, norm=norm, bn_batch_size=bn_batch_size, axis_name=axis_name, dtype=dtype)
+    return MODELS[name](
+        num_classes=num_classes,
+        norm=norm,
+        bn_batch_size=bn_batch_size,
+        bn_decay=fields.decay("bn_decay", bn_decay),
+        axis_name=axis_name,
+        dtype=dtype,
+    )

@@ -27,6 +27,7 @@ class AlexNet(nn.Module):
       norm: "none"; "batch" after every convolution and hidden layer (Fig. 5); "batch_conv_only" after convolutions only
         (Fig. 6); "group" or "batch_renorm" in the places of "batch".
       bn_batch_size: examples per batch of the batch norm; None takes the whole batch.
+      bn_decay: weight of the old running average at each step.
       axis_name: mesh axis over which a batch is spread.
       dtype: of the computation; parameters and statistics are float32.
     """
@@ -34,6 +35,7 @@ class AlexNet(nn.Module):
     num_classes: int
     norm: str = "batch"
     bn_batch_size: int | None = None
+    bn_decay: float = 0.99
     axis_name: str | None = None
     dtype: Any = jnp.float32
 
@@ -58,5 +60,5 @@ class AlexNet(nn.Module):
 
     def _normalise(self, x: jax.Array, train: bool, name: str) -> jax.Array:
         kind = "batch" if self.norm == "batch_conv_only" else self.norm
-        norm: Any = make_norm(kind, self.bn_batch_size, self.axis_name, self.dtype, name)
+        norm: Any = make_norm(kind, self.bn_batch_size, self.bn_decay, self.axis_name, self.dtype, name)
         return norm(x, train)

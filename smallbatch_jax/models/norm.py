@@ -130,14 +130,16 @@ class GroupNorm(nn.Module):
         return norm(x)
 
 
-def make_norm(kind: str, bn_batch_size: int | None, axis_name: str | None, dtype: Any, name: str) -> nn.Module | None:
+def make_norm(
+    kind: str, bn_batch_size: int | None, bn_decay: float, axis_name: str | None, dtype: Any, name: str
+) -> nn.Module | None:
     """The layer of a `model.norm`: "batch", "batch_renorm" or "group"; None for "none"."""
     if kind == "none":
         return None
     if kind == "group":
         return GroupNorm(dtype=dtype, name=name)
     batch_norm = {"batch": BatchNorm, "batch_renorm": BatchRenorm}[kind]
-    return batch_norm(bn_batch_size, axis_name=axis_name, dtype=dtype, name=name)
+    return batch_norm(bn_batch_size, bn_decay, axis_name=axis_name, dtype=dtype, name=name)
 
 
 def _sub_batches(x: jax.Array, batch_size: int | None) -> jax.Array:

@@ -24,6 +24,7 @@ class CifarResNet(nn.Module):
       num_classes: logits per image.
       norm: "none", "batch", "group" or "batch_renorm"; see `models.norm`.
       bn_batch_size: examples per batch of the batch norm; None takes the whole batch.
+      bn_decay: weight of the old running average at each step.
       axis_name: mesh axis over which a batch is spread.
       dtype: of the computation; parameters and statistics are float32.
     """
@@ -32,6 +33,7 @@ class CifarResNet(nn.Module):
     num_classes: int
     norm: str = "batch"
     bn_batch_size: int | None = None
+    bn_decay: float = 0.99
     axis_name: str | None = None
     dtype: Any = jnp.float32
 
@@ -59,7 +61,7 @@ class CifarResNet(nn.Module):
         pads = ((1, 1), (1, 1))
         bias = self.norm == "none"
         x = Conv(features, (3, 3), (stride, stride), pads, use_bias=bias, dtype=self.dtype, name=name)(x)
-        norm: Any = make_norm(self.norm, self.bn_batch_size, self.axis_name, self.dtype, f"{name}_norm")
+        norm: Any = make_norm(self.norm, self.bn_batch_size, self.bn_decay, self.axis_name, self.dtype, f"{name}_norm")
         return x if norm is None else norm(x, train)
 
 
