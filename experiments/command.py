@@ -91,8 +91,23 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def resolved(chosen: Experiment, workdir: str | None = None) -> Experiment:
+    """The experiment with the base learning rates that it takes from other workdirs."""
+    if not chosen.grid.base_lrs_from:
+        return chosen
+    from smallbatch_jax.study import choose_base_lrs
+
+    return choose_base_lrs(chosen, workdir)
+
+
 def train(chosen: Experiment, workdir: str, started: float) -> int:
     """Trains an experiment into a workdir, draws its figures and prints its table; the exit status."""
+    if chosen.drawn_from:
+        raise InputError(
+            f"drawn_from: {chosen.name} is drawn from other results and trains nothing; "
+            "use python experiments/figures.py with the same --config."
+        )
+    chosen = resolved(chosen, workdir)
     from smallbatch_jax import data, driver, progress, results
     from smallbatch_jax.workdir import refuse_difference
 

@@ -16,7 +16,10 @@ def main() -> int:
     from smallbatch_jax import data
     from smallbatch_jax.data import order
 
-    chosen = experiment.from_config(command.given_config(CONFIG))
+    chosen = command.resolved(experiment.from_config(command.given_config(CONFIG)))
+    if chosen.drawn_from:
+        print(f"{chosen.name}: trains nothing, is drawn from {', '.join(chosen.drawn_from)}")
+        return 0
     num_examples = data.num_train_examples(chosen.dataset.name, chosen.dataset.data_dir)
     chosen.require_examples(num_examples)
     programs = experiment.programs(chosen.runs())

@@ -6,7 +6,7 @@ import signal
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import zip_longest
@@ -22,7 +22,7 @@ from smallbatch_jax import data, results
 from smallbatch_jax import lanes as lane_programs
 from smallbatch_jax.checkpoint import Checkpoints
 from smallbatch_jax.data import Dataset
-from smallbatch_jax.experiment import OWN, Experiment, from_config, programs
+from smallbatch_jax.experiment import OWN, Experiment, InputError, from_config, programs
 from smallbatch_jax.feeder import Feeder, Interrupted, Job, ModelOf, Stop
 from smallbatch_jax.lanes import DeviceData, LaneProgram
 from smallbatch_jax.models import create_model
@@ -161,13 +161,15 @@ def sweep(
     model: str | nn.Module,
     dataset: str | Dataset,
     batch_sizes: Sequence[int],
-    base_lrs: Sequence[float],
+    base_lrs: Sequence[float] | Mapping[int, float],
     epochs: int,
     seeds: Sequence[int] = (0,),
     workdir: str | os.PathLike[str] | None = None,
     *,
     bn_batch_sizes: Sequence[int] | None = None,
     norm: str = "none",
+    bn_decay: float = 0.99,
+    bn_statistics: str = "running",
     weight_decay: float = 0.0,
     boundaries: Sequence[float] = (0.5, 0.75),
     factor: float = 0.1,
@@ -186,12 +188,13 @@ def sweep(
         to logits float[n, num_classes], called with `train=…` if it takes that; with or without "batch_stats" and dropout.
       dataset: a name of `data.load`, with `data_dir`; or a `data.Dataset` of your own arrays, of any shape [n, …].
       batch_sizes: m, each at most the number of training examples.
-      base_lrs: η̃ = η/m, the step length per example.
+      base_lrs: η̃ = η/m, the step length per example: those that each batch size is crossed with, or its own for each.
       epochs: E, of every run, whatever m.
       seeds: of initialisation and order: the replicates of a cell.
       workdir: where the results are kept and resumed; None keeps nothing.
       bn_batch_sizes: crossed with batch_sizes; None takes m. An own module must have a field `bn_batch_size`.
-      norm, weight_decay, boundaries, factor, warmup_fraction, augment, precision, lanes, name: as in a config.
+      norm, bn_decay, bn_statistics: as in a config's `model`; an own module brings its own.
+      weight_decay, boundaries, factor, warmup_fraction, augment, precision, lanes, name: as in a config.
       progress: told after every segment; None shows lines or a bar on stderr.
 
     Returns:
@@ -201,15 +204,20 @@ def sweep(
       InputError: naming what cannot be used.
     """
     own = None if isinstance(model, str) else OwnModel(model)
+    if own is not None and (norm, bn_decay, bn_statistics) != ("none", 0.99, "running"):
+        raise InputError(
+            "norm, bn_decay, bn_statistics: are of the named models; an own module brings its own, leave them out."
+        )
     images = data.load(dataset, data_dir) if isinstance(dataset, str) else dataset
     config = {
         "name": name,
         "dataset": {"name": dataset if isinstance(dataset, str) else f"{OWN}{images.digest()}", "augment": augment},
-        "model": {"name": model, "norm": norm} if own is None else {"name": own.name},
+        "model": {"name": own.name if own else model, "norm": norm, "bn_decay": bn_decay, "bn_statistics": bn_statistics},
         "epochs": epochs,
         "weight_decay": weight_decay,
         "schedule": {"boundaries": boundaries, "factor": factor, "warmup_fraction": warmup_fraction},
-        "grid": {"batch_sizes": batch_sizes, "base_lrs": base_lrs, "bn_batch_sizes": bn_batch_sizes, "seeds": seeds},
+        "grid": {"batch_sizes": batch_sizes, "bn_batch_sizes": bn_batch_sizes, "seeds": seeds}
+        | ({"base_lr_by_batch_size": base_lrs} if isinstance(base_lrs, Mapping) else {"base_lrs": base_lrs}),
         "precision": precision,
         "lanes": lanes,
     }
@@ -225,7 +233,7 @@ def sweep(
 def _plain(values: Any) -> Any:
     """NumPy's arrays and scalars, ranges and tuples as the plain values that a config holds."""
     if isinstance(values, dict):
-        return {name: _plain(value) for name, value in values.items()}
+        return {_plain(name): _plain(value) for name, value in values.items()}
     if isinstance(values, (np.ndarray, np.generic)):
         return _plain(values.tolist())
     if isinstance(values, (list, tuple, range)):

@@ -1,5 +1,6 @@
 """Every config is the paper's protocol (§3.1), and says how to run it."""
 
+import dataclasses
 import importlib.util
 import re
 import subprocess
@@ -60,18 +61,51 @@ def test_fig04_is_one_rate_at_every_batch_size():
     assert (chosen.model.name, chosen.model.norm, chosen.dataset.augment) == ("resnet32", "batch", False)
 
 
+FIG13 = {"fig13_cifar10": ("cifar10", 82, "runs/fig08"), "fig13_cifar100": ("cifar100", 164, "runs/fig09")}
+
+
+@pytest.mark.parametrize("name", FIG13)
+def test_fig13_is_every_bn_batch_size_up_to_m_at_the_best_rate_of_another_figure(name):
+    dataset, epochs, source = FIG13[name]
+    _, chosen = load(name)
+    assert (chosen.dataset.name, chosen.dataset.augment, chosen.epochs) == (dataset, True, epochs)
+    assert (chosen.model.name, chosen.model.norm, chosen.grid.base_lrs_from) == ("resnet32", "batch", (source,))
+    with pytest.raises(experiment.InputError, match=r"^grid\.base_lrs_from: "):
+        chosen.runs()
+    best = tuple((m, 2.0**-k) for k, m in enumerate(chosen.grid.batch_sizes))
+    grid = dataclasses.replace(chosen.grid, base_lr_by_batch_size=best)
+    runs = dataclasses.replace(chosen, grid=grid).runs()
+    sizes = [2**k for k in range(1, 12)]
+    assert [(run.batch_size, run.bn_batch_size) for run in runs] == [(m, b) for m in sizes for b in sizes if b <= m]
+    assert {(run.batch_size, run.base_lr) for run in runs} == set(best)
+
+
+@pytest.mark.parametrize(("name", "count"), [("fig15_best", 8), ("fig16_ranges", 10)])
+def test_a_summary_trains_nothing_and_names_the_workdirs_of_other_configs(name, count):
+    _, chosen = load(name)
+    assert chosen.runs() == []
+    workdirs = {f"runs/{load(other)[1].name}" for other in PAPER}
+    assert len(chosen.drawn_from) == count
+    assert set(chosen.drawn_from) <= workdirs
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_opens_with_its_own_command_and_what_to_expect(name):
     module, chosen = load(name)
     assert f"--config=configs/{name}.py" in module.__doc__
     assert chosen.name == name.split("_")[0] or chosen.name == name
+    if chosen.drawn_from:
+        assert "Expect: a drawing" in module.__doc__
+        return
     expected = re.search(r"Expect: (\d+) runs of (\d+) epochs", module.__doc__)
     assert expected is not None
-    assert (len(chosen.runs()), chosen.epochs) == tuple(map(int, expected.groups()))
+    # where base_lrs come from elsewhere, one for each batch size
+    runs = 66 if chosen.grid.base_lrs_from else len(chosen.runs())
+    assert (runs, chosen.epochs) == tuple(map(int, expected.groups()))
 
 
 def test_every_config_but_the_quickstart_is_of_the_paper():
-    assert set(CONFIGS) == {*PAPER, "fig04_convergence", "quickstart"}
+    assert set(CONFIGS) == {*PAPER, *FIG13, "fig04_convergence", "fig15_best", "fig16_ranges", "quickstart"}
 
 
 def test_plan_lists_the_programs_and_trains_nothing():
@@ -81,6 +115,13 @@ def test_plan_lists_the_programs_and_trains_nothing():
     assert done.stdout.startswith("fig08: 143 runs of 82 epochs in 11 programs\n")
     assert "     2         2    13      2,050,000      53,300,000" in done.stdout
     assert "  2048      2048    13          2,002      53,301,248" in done.stdout
+
+
+def test_plan_says_what_a_summary_is_drawn_from():
+    line = [sys.executable, "experiments/plan.py", "--config=configs/fig15_best.py"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("fig15: trains nothing, is drawn from runs/fig01, runs/fig02, ")
 
 
 def test_the_sizes_that_plans_count_on_are_those_of_the_data():
