@@ -12,7 +12,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+import smallbatch_jax as sbj
 from smallbatch_jax import results
+from smallbatch_jax.progress import NoProgress
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = "--config=configs/quickstart.py"
@@ -83,6 +85,13 @@ def test_train_py_equals_the_same_run_of_the_sweep_bit_for_bit(trained, tmp_path
     frame = results.load(trained[0])
     of_sweep = frame[(frame.batch_size == 512) & (frame.base_lr == 0.001)].reset_index(drop=True)
     pd.testing.assert_frame_equal(of_sweep, results.load(tmp_path / "one"), check_exact=True)
+
+
+def test_sweep_from_python_equals_the_command_line_bit_for_bit(trained):
+    frame = sbj.sweep(
+        "alexnet", "digits", (128, 512), (0.001, 8.0), epochs=1, weight_decay=5e-4, name="quickstart", progress=NoProgress()
+    )
+    pd.testing.assert_frame_equal(frame, results.load(trained[0]), check_exact=True)
 
 
 def test_figures_go_where_they_are_asked_to(trained, tmp_path):

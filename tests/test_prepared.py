@@ -117,29 +117,46 @@ def test_prepare_data_refuses_what_it_does_not_know():
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.slow
-def test_tfds_own_builder_prepares_what_we_read(tmp_path):
-    """Only the download is replaced: the command runs TFDS's builder of cifar10 on files of CIFAR-10's binary format."""
-    pytest.importorskip("tensorflow")
-    batches = tmp_path / "cifar-10-batches-bin"
-    batches.mkdir()
+def downloaded(name, folder):
+    """Files of the binary format of CIFAR's authors, of random pixels; the pixels and class of the first test image."""
     rng = np.random.default_rng(0)
-    for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
-        labels, pixels = rng.integers(0, 10, (10_000, 1)), rng.integers(0, 256, (10_000, 3072))
-        (batches / name).write_bytes(np.concatenate([labels, pixels], 1).astype(np.uint8).tobytes())
-    (batches / "batches.meta.txt").write_text("\n".join(f"class{i}" for i in range(10)) + "\n")
+    if name == "cifar10":
+        batches, classes = folder / "cifar-10-batches-bin", [10]
+        sizes = {f"data_batch_{i}.bin": 10_000 for i in range(1, 6)} | {"test_batch.bin": 10_000}
+        names = {"batches.meta.txt": 10}
+    else:
+        batches, classes = folder / "cifar-100-binary", [20, 100]  # coarse and fine
+        sizes = {"train.bin": 50_000, "test.bin": 10_000}
+        names = {"coarse_label_names.txt": 20, "fine_label_names.txt": 100}
+    batches.mkdir()
+    for file, count in names.items():
+        (batches / file).write_text("\n".join(f"class{i}" for i in range(count)) + "\n")
+    records = np.empty(0)
+    for file, size in sizes.items():
+        labels = [rng.integers(0, count, (size, 1)) for count in classes]
+        records = np.concatenate([*labels, rng.integers(0, 256, (size, 3072))], 1).astype(np.uint8)
+        (batches / file).write_bytes(records.tobytes())
+    first = records[0]
+    return first[len(classes) :].reshape(3, 32, 32).transpose(1, 2, 0), first[len(classes) - 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_tfds_own_builder_prepares_what_we_read(name, tmp_path):
+    """Only the download is replaced: the command runs TFDS's own builder."""
+    pytest.importorskip("tensorflow")
+    pixels, label = downloaded(name, tmp_path)
     code = f"""
         import runpy, sys
         import tensorflow_datasets as tfds
         tfds.download.DownloadManager.download_and_extract = lambda self, url: {str(tmp_path)!r}
-        sys.argv = ["prepare_data.py", "--dataset=cifar10", "--data_dir={tmp_path / "out"}"]
+        sys.argv = ["prepare_data.py", "--dataset={name}", "--data_dir={tmp_path / "out"}"]
         sys.path.insert(0, "experiments")
         runpy.run_path("experiments/prepare_data.py", run_name="__main__")
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "50,000 training and 10,000 test images are ready" in done.stdout
-    first = np.frombuffer((batches / "test_batch.bin").read_bytes()[:3073], np.uint8)
-    found = data.load("cifar10", tmp_path / "out")
-    where = (found.test_images == first[1:].reshape(3, 32, 32).transpose(1, 2, 0)).all((1, 2, 3))
-    assert list(found.test_labels[where]) == [first[0]]
+    found = data.load(name, tmp_path / "out")
+    assert found.num_classes == int(name.removeprefix("cifar"))
+    assert list(found.test_labels[(found.test_images == pixels).all((1, 2, 3))]) == [label]

@@ -97,6 +97,11 @@ def test_an_own_batch_norm_takes_the_bn_batch_sizes_of_the_grid():
     assert frame.train_loss[0] != frame.train_loss[1]
 
 
+def test_each_batch_size_may_have_its_own_rate():
+    frame = quiet(tiny.TinyModel(), tiny.dataset(), np.array([4, 2]), {np.int64(2): 2**-6, 4: np.float64(2**-7)}, epochs=1)
+    assert list(zip(frame.batch_size, frame.base_lr, strict=True)) == [(2, 2**-6), (4, 2**-7)]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -108,6 +113,9 @@ def test_an_own_batch_norm_takes_the_bn_batch_sizes_of_the_grid():
         ({"model": "alexnet"}, "model: cannot take images of shape"),
         ({"model": nn.Dense(4)}, "model: gives (4,) logits per image, the dataset has 3 classes"),
         ({"bn_batch_sizes": (2,)}, "bn_batch_sizes: Mlp has no field bn_batch_size"),
+        ({"base_lrs": {8: 0.1}}, "grid.base_lr_by_batch_size: has no base_lr for batch size 4"),
+        ({"bn_statistics": "precise"}, "norm, bn_decay, bn_statistics: are of the named models"),
+        ({"norm": "batch"}, "norm, bn_decay, bn_statistics: are of the named models"),
         ({"dataset": "digts"}, "dataset.name: unknown dataset 'digts'"),
     ],
 )

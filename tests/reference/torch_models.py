@@ -20,14 +20,19 @@ CASES = [
     ("alexnet", "batch", 6, None, 32),
     ("alexnet", "batch_conv_only", 4, None, 32),
     ("alexnet", "batch", 8, 4, 16),
+    ("alexnet", "group", 2, None, 32),
+    ("alexnet", "batch_renorm", 8, 4, 16),
     ("resnet8", "none", 4, None, 32),
     ("resnet8", "batch", 4, None, 32),
     ("resnet8", "batch", 8, 2, 32),
+    ("resnet8", "group", 2, None, 32),
+    ("resnet8", "batch_renorm", 8, 4, 32),
     ("resnet20", "none", 2, None, 32),
     ("resnet20", "batch", 4, None, 32),
     ("resnet32", "batch", 4, None, 16),
 ]
 MOMENTUM, EPSILON = 0.99, 1e-5
+UPDATES = 1500  # of batch renorm: half way from 500 to 2500, so that r is within [1/2, 2] and d within ±2.5
 
 
 def draw(name, shape, scale=1.0):
@@ -59,6 +64,33 @@ class Reference:
         b = None if normed else self.param(f"{name}/bias", (features,), 0.1)
         return F.linear(x, w.t(), b)
 
+    def normalise(self, x, name):
+        return {"group": self.group_norm, "batch_renorm": self.batch_renorm}.get(self.norm, self.batch_norm)(x, name)
+
+    def group_norm(self, x, name):
+        scale = self.param(f"{name}/norm/scale", (x.shape[1],), 0.2, 1.0)
+        bias = self.param(f"{name}/norm/bias", (x.shape[1],), 0.2)
+        return F.group_norm(x, x.shape[1] // 16, scale, bias, EPSILON)
+
+    def batch_renorm(self, x, name):
+        """Ioffe (2017), Algorithm 1, chunk by chunk, against running averages of 0 and 1."""
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        scale = self.param(f"{name}/scale", (x.shape[1],), 0.2, 1.0).reshape(shape)
+        bias = self.param(f"{name}/bias", (x.shape[1],), 0.2).reshape(shape)
+        axes, running, means, variances, outs = (0, *range(2, x.dim())), (1 + EPSILON) ** 0.5, [], [], []
+        for chunk in x.split(self.bn_batch or len(x)):
+            var, mean = torch.var_mean(chunk, axes, correction=0, keepdim=True)
+            deviation = (var + EPSILON).sqrt()
+            r = (deviation / running).clamp(1 / 2, 2).detach()
+            d = (mean / running).clamp(-2.5, 2.5).detach()
+            outs.append(((chunk - mean) / deviation * r + d) * scale + bias)
+            means.append(mean.flatten())
+            variances.append(chunk.var(axes, correction=1))
+        self.stats[f"{name}/mean"] = (1 - MOMENTUM) * torch.stack(means).mean(0)
+        self.stats[f"{name}/var"] = MOMENTUM + (1 - MOMENTUM) * torch.stack(variances).mean(0)
+        self.stats[f"{name}/updates"] = torch.tensor(UPDATES + 1.0)
+        return torch.cat(outs)
+
     def batch_norm(self, x, name):
         """PyTorch's own batch norm, chunk by chunk; the running statistics are those of the chunks' mean."""
         scale = self.param(f"{name}/scale", (x.shape[1],), 0.2, 1.0)
@@ -75,23 +107,23 @@ class Reference:
 
 
 def alexnet(r, x):
-    conv_norm, dense_norm = r.norm != "none", r.norm == "batch"
+    conv_norm, dense_norm = r.norm != "none", r.norm not in ("none", "batch_conv_only")
     for i, (kernel, features) in enumerate([(5, 16), (3, 48), (3, 96), (3, 64), (3, 64)], 1):
         x = r.conv(x, f"conv{i}", features, kernel, 1, conv_norm)
-        x = F.relu(r.batch_norm(x, f"conv{i}_norm") if conv_norm else x)
+        x = F.relu(r.normalise(x, f"conv{i}_norm") if conv_norm else x)
         if i in (1, 2, 5):  # SAME padding of an even image, 3x3 stride 2: one row and one column after the last
             x = F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=float("-inf")), 3, 2)
     x = x.permute(0, 2, 3, 1).flatten(1)  # channels last, as the dense kernels are laid out here
     for i in (1, 2):
         x = r.dense(x, f"dense{i}", 256, dense_norm)
-        x = F.relu(r.batch_norm(x, f"dense{i}_norm") if dense_norm else x)
+        x = F.relu(r.normalise(x, f"dense{i}_norm") if dense_norm else x)
     return r.dense(x, "logits", 10)
 
 
 def resnet(r, x, depth):
     def layer(x, name, features, stride):
         x = r.conv(x, name, features, 3, stride, r.norm != "none")
-        return r.batch_norm(x, f"{name}_norm") if r.norm == "batch" else x
+        return x if r.norm == "none" else r.normalise(x, f"{name}_norm")
 
     x = F.relu(layer(x, "stem", 16, 1))
     for stage, features in enumerate((16, 32, 64), 1):
