@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smallbatch_jax import analysis as analysis
+    from smallbatch_jax import claims as claims
     from smallbatch_jax import data as data
     from smallbatch_jax import driver as driver
     from smallbatch_jax import experiment as experiment
@@ -16,11 +17,25 @@ if TYPE_CHECKING:
     from smallbatch_jax import models as models
     from smallbatch_jax import optim as optim
     from smallbatch_jax import results as results
+    from smallbatch_jax import study as study
     from smallbatch_jax import train as train
     from smallbatch_jax.driver import sweep as sweep
 
 __version__ = "0.1.0"
-_SUBMODULES = ("analysis", "data", "driver", "experiment", "figures", "lanes", "models", "optim", "results", "train")
+_SUBMODULES = (
+    "analysis",
+    "claims",
+    "data",
+    "driver",
+    "experiment",
+    "figures",
+    "lanes",
+    "models",
+    "optim",
+    "results",
+    "study",
+    "train",
+)
 
 
 def __getattr__(name: str) -> Any:
