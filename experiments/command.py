@@ -132,10 +132,9 @@ def train(chosen: Experiment, workdir: str, started: float) -> int:
 
 def show(folder: Path, out: Path | None = None) -> None:
     """Draws the figures of a workdir and prints its table."""
-    from smallbatch_jax import analysis, figures, results
-    from smallbatch_jax.workdir import read_experiment, read_facts
+    from smallbatch_jax import analysis, figures, study
 
-    frame, grid = results.load(folder), read_experiment(folder).grid
-    drawn = figures.draw(frame, out or folder / "figures", (grid.batch_sizes, grid.base_lrs))
-    print(analysis.format_summary(analysis.summary(frame, 1 / read_facts(folder)["num_classes"])))
+    stored = study.load(folder)
+    drawn = figures.draw_studies([stored], out)
+    print(analysis.format_summary(analysis.summary(stored.rows, stored.chance)))
     print(f"figures: {', '.join(path.name for path in drawn)} in {drawn[0].parent}")

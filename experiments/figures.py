@@ -1,20 +1,81 @@
-"""Draws the figures of a workdir from its stored results, as PNG and PDF, and prints its table.
+"""Draws the figures of stored results, finished or not, as PNG and PDF, and prints their table.
 
-python experiments/figures.py --workdir=runs/quickstart [--out=DIR]
+    python experiments/figures.py --workdir=runs/quickstart [--out=DIR]
+    python experiments/figures.py --workdir=runs/fig07 --workdir=runs/fig08 [--out=DIR]
+    python experiments/figures.py --config=configs/fig15_best.py [--out=DIR]
+
+Several workdirs are also drawn beside each other: the best accuracy of each (Fig. 15) and the range of base learning rates
+that converge (Fig. 16). A config names the workdirs whose comparison it is in `drawn_from`.
 """
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import command
 from absl import flags
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results.")
-OUT = flags.DEFINE_string("out", None, "Folder of the figures; WORKDIR/figures by default.")
+from smallbatch_jax import experiment
+from smallbatch_jax.experiment import InputError
+
+if TYPE_CHECKING:
+    from smallbatch_jax.study import Study
+
+CONFIG = command.define_config_flag()
+WORKDIR = flags.DEFINE_multi_string("workdir", None, "Folder of the results; may be given several times.")
+OUT = flags.DEFINE_string("out", None, "Folder of the figures; by default WORKDIR/figures, for --config runs/NAME.")
 
 
 def main() -> int:
-    command.show(Path(command.given(WORKDIR, "runs/quickstart")), Path(OUT.value) if OUT.value else None)
+    out = Path(OUT.value) if OUT.value else None
+    if CONFIG.value is not None:
+        if WORKDIR.value:
+            raise InputError("--config, --workdir: give one of them; the config names its own workdirs.")
+        compare(experiment.from_config(command.given_config(CONFIG)), out)
+        return 0
+    workdirs = command.given(WORKDIR, "runs/quickstart")
+    if len(workdirs) == 1:
+        command.show(Path(workdirs[0]), out)
+        return 0
+    from smallbatch_jax import figures, study
+
+    studies = list(study.load_all(workdirs).values())
+    tell(studies, figures.draw_studies(studies, out))
     return 0
+
+
+def compare(chosen: experiment.Experiment, out: Path | None) -> None:
+    """Draws the comparison that a config names, of those of its workdirs that are there."""
+    if not chosen.drawn_from:
+        raise InputError(
+            f"--config: {chosen.name} has no drawn_from, it trains runs of its own; draw them with --workdir=runs/{chosen.name}"
+        )
+    there = [workdir for workdir in chosen.drawn_from if os.path.exists(workdir)]
+    missing = ", ".join(workdir for workdir in chosen.drawn_from if workdir not in there)
+    if not there:
+        raise InputError(
+            f"drawn_from: not there yet: {missing}; train one first: "
+            f"python experiments/sweep.py --config=… --workdir={chosen.drawn_from[0]}"
+        )
+    from smallbatch_jax import figures, study
+
+    studies = list(study.load_all(there).values())
+    drawn = figures.draw_summaries(studies, out or Path("runs", chosen.name))
+    if missing:
+        print(f"not there yet: {missing}")
+    tell(studies, drawn)
+
+
+def tell(studies: "Sequence[Study]", drawn: Sequence[Path]) -> None:
+    """Prints the table of each study, and where the figures are, a line for each folder."""
+    import pandas as pd
+
+    from smallbatch_jax import analysis
+
+    print(analysis.format_summary(pd.concat([analysis.summary(study.rows, study.chance) for study in studies])))
+    for folder in dict.fromkeys(path.parent for path in drawn):
+        print(f"figures: {', '.join(path.name for path in drawn if path.parent == folder)} in {folder}")
 
 
 if __name__ == "__main__":

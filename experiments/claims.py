@@ -1,0 +1,26 @@
+"""Judges the paper's claims on the stored results of one or more workdirs; exits 1 if one does not hold.
+
+python experiments/claims.py --workdir=runs/fig01 [--workdir=runs/fig02 …]
+"""
+
+import command
+from absl import flags
+
+WORKDIR = flags.DEFINE_multi_string("workdir", None, "Folder of the results of one figure; repeat it for more.")
+
+
+def main() -> int:
+    from smallbatch_jax import claims, study
+    from smallbatch_jax.experiment import InputError
+
+    workdirs = command.given(WORKDIR, "runs/fig01")
+    if "" in workdirs:
+        raise InputError("--workdir: empty; for example --workdir=runs/fig01")
+    studies = study.load_all(workdirs)
+    verdicts = claims.judge(studies)
+    print(claims.format_report(studies, verdicts))
+    return int(any(verdict.holds is False for verdict in verdicts))
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,499 @@
+"""What each claim takes from stored results: when it holds, which part fails, and what is missing."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import tiny
+
+from smallbatch_jax import analysis, claims, workdir
+from smallbatch_jax.experiment import Dataset, Schedule
+from smallbatch_jax.results import ProgramResults, Row
+from smallbatch_jax.study import Study
+
+ROOT = Path(__file__).parent.parent
+LOST = math.nan  # a run that diverged
+LRS = (2**-9, 2**-8, 2**-7)
+COLUMNS = [*analysis.RUN, "epoch", "train_accuracy", "test_accuracy", "status"]
+CLAIMS = {claim.id: claim for claim in claims.CLAIMS}
+
+
+def study(name, table, lrs=LRS, bn=None, seeds=(0,), epochs=1, **fields):
+    """A study of chance 0.1 whose runs reach what `table` says.
+
+    `table` has by batch size the accuracy at the lowest base_lr, all others having diverged, or a list of accuracies
+    over base learning rates, or with `bn` a dict by BN batch size (0.3 where it says nothing). An accuracy is a number,
+    a list over seeds or a tuple over epochs; LOST diverged, None has not ended.
+    """
+    experiment = tiny.grid(
+        name=name, batch_sizes=tuple(table), base_lrs=lrs, bn_batch_sizes=bn, seeds=seeds, epochs=epochs, **fields
+    )
+    rows = [row for run in experiment.runs() for row in rows_of(name, run, reached(table, run, lrs), epochs)]
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    cells = analysis.planned_cells(frame, experiment.runs(), name)
+    return Study(Path(name), experiment, frame, cells, 10, (5000, 1000))
+
+
+def reached(table, run, lrs):
+    value = table[run.batch_size]
+    if isinstance(value, dict):
+        value = value.get(run.bn_batch_size, 0.3)
+    place = lrs.index(run.base_lr)
+    if isinstance(value, list):
+        value = value[place]
+    elif place:
+        value = LOST
+    return value[run.seed] if isinstance(value, list) else value
+
+
+def rows_of(name, run, value, epochs):
+    if value is None:
+        return []
+    lost = value is LOST
+    values = [LOST] if lost else list(value) if isinstance(value, tuple) else [value] * epochs
+    keys = (name, run.batch_size, run.bn_batch_size, run.base_lr, run.seed)
+    status = "diverged" if lost else "finished"
+    return [(*keys, e, a, a, status) for e, a in enumerate(values, 1)]
+
+
+def studies(tables):
+    """By name, of tables or of studies, which stay as they are."""
+    return {name: v if isinstance(v, Study) else study(name, v) for name, v in tables.items()}
+
+
+@functools.cache
+def holding(claim):
+    """The studies for which a claim holds."""
+    return studies(HOLDS[claim])
+
+
+def verdict(claim, tables):
+    return claims.judge_one(CLAIMS[claim], studies(tables))
+
+
+def failing(claim, tables):
+    """The numbers of the parts that do not hold."""
+    given = studies(tables)
+    found = [claims._examine(part, given) for part in CLAIMS[claim].parts]
+    return {i for i, findings in enumerate(found) if any(finding.holds is False for finding in findings)}
+
+
+def texts(claim, tables, holds):
+    return [finding.text for finding in verdict(claim, tables).findings if finding.holds is holds]
+
+
+def fig04(table, lrs=(2**-8,), **options):
+    return study("fig04", table, lrs, **options)
+
+
+def fig13(dataset, table):
+    return study(f"fig13_{dataset}", table, lrs=(2**-9,), bn=(2, 4, 8, 16, 32, 64))
+
+
+# A peak at the second base_lr, which only m = 4 and 16 reach.
+PEAK = {4: [0.5, 0.6, LOST], 16: [0.5, 0.55, LOST], 32: [0.5, 0.4, LOST], 64: [LOST, LOST, LOST]}
+PEAK_CIFAR100 = {4: [0.5, 0.6, LOST], 8: [0.5, 0.58, LOST], 16: [0.5, 0.4, LOST]}
+NARROW = {2: [0.5, 0.5, 0.5], 8: [0.5, 0.5, LOST], 32: [0.5, LOST, LOST]}
+WIDE = {2: [0.5, 0.5, LOST], 8: [0.5, 0.5, LOST], 32: [0.5, 0.5, LOST]}
+FIG15 = ("fig01", "fig02", "fig03", "fig05", "fig06", "fig07", "fig08", "fig10")
+FIG16 = ("fig01", "fig02", "fig03", "fig05", "fig06", "fig07", "fig08", "fig09", "fig10", "fig11")
+
+HOLDS = {
+    "C1": {"fig01": {2: 0.5, 8: 0.49, 16: 0.4}},
+    "C2": {"fig02": {2: 0.5, 8: 0.4}, "fig03": {1: 0.4, 4: 0.5, 16: 0.4}},
+    "C3": {"resnet32_nobn": {2: 0.74, 4: 0.6, 8: 0.5, 16: LOST, 32: 0.1}},
+    "C4": {"fig04": fig04({2: 0.3, 4: 0.60, 64: 0.55, 128: 0.5})},
+    "C5": {
+        "fig01": {4: 0.5, 8: 0.5, 128: 0.3},
+        "fig05": {4: 0.45, 8: 0.60, 128: 0.4},
+        "fig06": {4: 0.61, 8: 0.45, 128: 0.4},
+    },
+    "C6": {"fig07": PEAK, "fig08": PEAK, "fig09": PEAK_CIFAR100},
+    "C7": {
+        "fig10": {4: 0.90, 16: 0.89, 128: 0.88},
+        "fig08": {4: 0.89, 16: 0.88, 128: 0.86},
+        "fig11": {8: 0.60, 32: 0.58, 128: 0.50},
+        "fig09": {8: 0.59, 32: 0.57, 128: 0.49},
+    },
+    "C9": {
+        "fig13_cifar100": fig13("cifar100", {2: {2: 0.7}, 16: {4: 0.6}, 32: {8: 0.56, 16: 0.55}, 64: {4: 0.5}}),
+        "fig13_cifar10": fig13("cifar10", {2: {2: 0.9}, 16: {4: 0.8}, 32: {32: 0.7}, 64: {16: 0.65}, 128: {8: 0.6}}),
+    },
+    "C11": {name: {2: 0.6, 32: 0.55, 64: 0.5} for name in FIG15},
+    "C12": dict.fromkeys(FIG16, NARROW),
+    "C13": {
+        "fig17": {2: 0.5, 16: 0.6, 128: 0.4},
+        "fig08": {2: 0.52, 16: 0.61, 128: 0.45},
+        "fig18": {2: 0.53, 16: 0.62, 128: 0.5},
+    },
+}
+FAILS = [  # claim, what its studies hold instead, the parts that fail
+    ("C1", {"fig01": {2: 0.4, 8: 0.49, 16: 0.491}}, {0}),
+    ("C2", {"fig02": {2: 0.5, 8: 0.6}}, {0}),
+    ("C2", {"fig03": {1: 0.6, 4: 0.5, 16: 0.4}}, {1}),
+    ("C3", {"resnet32_nobn": {2: 0.74, 4: 0.6, 8: 0.5, 16: 0.5, 32: LOST}}, {0}),
+    ("C3", {"resnet32_nobn": {2: 0.74, 4: 0.6, 8: LOST, 16: LOST}}, {1}),
+    ("C3", {"resnet32_nobn": {2: 0.729, 4: 0.6, 8: 0.5, 16: LOST}}, {2}),
+    ("C3", {"resnet32_nobn": {2: 0.791, 4: 0.6, 8: 0.5, 16: LOST}}, {2}),
+    ("C4", {"fig04": fig04({4: 0.60, 64: 0.549, 128: 0.5})}, {0}),
+    ("C4", {"fig04": fig04({2: 0.3, 4: LOST, 64: LOST, 128: LOST})}, {0, 1}),
+    ("C4", {"fig04": fig04({4: 0.60, 64: 0.55, 128: 0.4, 256: 0.56})}, {1}),
+    ("C5", {"fig05": {4: 0.45, 8: 0.60, 128: 0.605}}, {0}),
+    ("C5", {"fig06": {4: 0.60, 8: 0.45, 128: 0.61}}, {1}),
+    ("C5", {"fig06": {4: 0.621, 8: 0.45, 128: 0.4}}, {2}),
+    ("C5", {"fig05": {4: 0.45, 8: 0.60, 128: 0.3}}, {3}),
+    ("C5", {"fig06": {4: 0.61, 8: 0.5, 128: 0.3}}, {4}),
+    *(("C6", {name: PEAK | {16: [0.5, 0.65, LOST]}}, {i}) for i, name in enumerate(("fig07", "fig08"))),
+    ("C6", {"fig09": PEAK_CIFAR100 | {2: [0.5, 0.65, LOST]}}, {2}),
+    *(("C6", {name: PEAK | {32: [0.5, 0.55, LOST]}}, {i}) for i, name in enumerate(("fig07", "fig08"), 3)),
+    ("C6", {"fig09": PEAK_CIFAR100 | {16: [0.5, 0.55, LOST]}}, {5}),
+    ("C6", {"fig09": PEAK_CIFAR100 | {16: [0.5, 0.4, 0.55]}}, {5}),
+    ("C7", {"fig10": {4: 0.9, 16: 0.91, 128: 0.9}}, {0}),
+    ("C7", {"fig10": {4: 0.9, 16: 0.89, 128: 0.8799}}, {1}),
+    ("C7", {"fig11": {8: 0.6, 32: 0.61, 128: 0.5}}, {2}),
+    ("C7", {"fig11": {8: 0.6, 32: 0.6, 128: 0.58}}, {3}),
+    ("C7", {"fig08": {4: 0.91, 16: 0.9, 128: 0.8}}, {4}),
+    ("C7", {"fig08": {4: 0.9, 16: 0.89, 128: 0.9}}, {4}),
+    ("C7", {"fig09": {8: 0.61, 32: 0.59, 128: 0.4}}, {5}),
+    ("C9", {"fig13_cifar100": fig13("cifar100", {2: {2: 0.7}, 16: {16: 0.6}, 32: {8: 0.56}, 64: {8: 0.5}})}, {0, 1}),
+    ("C9", {"fig13_cifar100": fig13("cifar100", {2: {2: 0.7}, 16: {2: 0.6}, 32: {8: 0.56}, 64: {8: 0.5}})}, {1}),
+    ("C9", {"fig13_cifar10": fig13("cifar10", {2: {2: 0.9}, 16: {4: 0.8}, 32: {32: 0.7}, 64: {16: 0.65}})}, {2}),
+    ("C9", {"fig13_cifar100": fig13("cifar100", {2: {2: 0.4}, 16: {4: 0.6}, 32: {8: 0.56}, 64: {4: 0.5}})}, {3}),
+    ("C9", {"fig13_cifar10": fig13("cifar10", {2: {2: 0.6}, 16: {4: 0.8}, 32: {8: 0.7}})}, {4}),
+    *(("C11", {name: {2: 0.6, 32: 0.59, 64: 0.604}}, {i}) for i, name in enumerate(FIG15)),
+    *(("C11", {name: {2: 0.594, 32: 0.6, 64: 0.5}}, {i}) for i, name in enumerate(FIG15[:3], 8)),
+    *(("C12", {name: WIDE}, {i}) for i, name in enumerate(FIG16)),
+    ("C13", {"fig08": {2: 0.6, 16: 0.6, 128: 0.6}}, {0}),
+    ("C13", {"fig08": {2: 0.4, 16: 0.6, 128: 0.4}}, {0}),
+    ("C13", {"fig17": {2: 0.4, 16: 0.5, 128: 0.45}}, {1}),
+    ("C13", {"fig18": {2: 0.53, 16: 0.62, 128: 0.62}}, {2}),
+]
+NEEDED = [(claim, name) for claim, tables in HOLDS.items() for name in tables]
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_a_claim_holds_where_all_its_parts_do(claim):
+    found = verdict(claim, holding(claim))
+    assert found.holds is True
+    assert len(found.findings) == len(CLAIMS[claim].parts)
+
+
+@pytest.mark.parametrize(("claim", "instead", "parts"), FAILS)
+def test_a_claim_does_not_hold_where_one_part_fails(claim, instead, parts):
+    tables = holding(claim) | instead
+    assert failing(claim, tables) == parts
+    assert verdict(claim, tables).holds is False
+
+
+def test_every_part_was_seen_to_fail():
+    seen = {(claim, part) for claim, _, parts in FAILS for part in parts}
+    assert seen == {(claim.id, i) for claim in claims.CLAIMS for i in range(len(claim.parts))}
+
+
+@pytest.mark.parametrize(("claim", "name"), NEEDED)
+def test_a_run_that_has_not_ended_leaves_a_claim_open(claim, name):
+    whole = holding(claim)[name]
+    cells = whole.cells.copy()
+    cells.loc[0, ["finished", "diverged", "pending"]] = (0, 0, 1)
+    tables = holding(claim) | {name: dataclasses.replace(whole, cells=cells)}
+    assert texts(claim, tables, None) == [f"{name}: 1 of {len(cells)} runs have not ended"]
+    assert verdict(claim, tables).holds is None
+
+
+@pytest.mark.parametrize(("claim", "name"), [(c, n) for c, n in NEEDED if not CLAIMS[c].one_of])
+def test_a_missing_study_leaves_a_claim_open_and_is_named_once(claim, name):
+    tables = {k: v for k, v in holding(claim).items() if k != name}
+    assert texts(claim, tables, None) == [f"{name} is not among the workdirs"]
+    assert verdict(claim, tables).holds is None
+
+
+@pytest.mark.parametrize(
+    ("claim", "names", "holds", "missing"),
+    [
+        ("C11", ("fig02", "fig10"), True, []),
+        ("C11", ("fig01", "fig02"), None, ["none of fig05, fig06, fig07, fig08, fig10 is among the workdirs"]),
+        ("C11", ("fig05",), None, ["none of fig01, fig02, fig03 is among the workdirs"]),
+        ("C12", ("fig09",), True, []),
+        ("C12", (), None, [f"none of {', '.join(FIG16)} is among the workdirs"]),
+    ],
+)
+def test_a_claim_about_every_figure_takes_those_that_are_there(claim, names, holds, missing):
+    tables = {name: holding(claim)[name] for name in names}
+    assert verdict(claim, tables).holds is holds
+    assert texts(claim, tables, None) == missing
+
+
+def test_a_part_that_fails_decides_whatever_else_is_missing():
+    assert verdict("C2", {"fig02": {2: 0.5, 8: 0.6}}).holds is False
+    assert verdict("C2", {"fig02": {2: 0.5, 8: 0.4}}).holds is None
+
+
+@pytest.mark.parametrize(
+    ("claim", "name", "instead", "lack"),
+    [
+        ("C1", "fig01", {2: 0.5, 8: 0.4}, "fig01 has no batch size above 8"),
+        ("C1", "fig01", {16: 0.5, 32: 0.4}, "fig01 has no batch size up to 8"),
+        ("C1", "fig01", {2: LOST, 16: LOST}, "no run of fig01 finished"),
+        ("C2", "fig02", {2: 0.5, 4: 0.4}, "fig02 has no batch size below 2 or above 4"),
+        ("C2", "fig02", {8: 0.5, 16: 0.4}, "fig02 has no batch size from 2 to 4"),
+        ("C3", "resnet32_nobn", {2: 0.74, 8: 0.4}, "resnet32_nobn has no batch size from 16 on"),
+        ("C4", "fig04", fig04({4: 0.6, 64: 0.6, 128: 0.5}, (2**-9,)), "fig04 has no finished run at base_lr 2^-8"),
+        ("C4", "fig04", fig04({2: 0.6, 64: 0.6, 128: 0.5}), "fig04 has 1 batch size from 4 to 64, 2 are needed"),
+        ("C4", "fig04", fig04({4: 0.6, 64: 0.6}), "fig04 has no batch size above 64"),
+        ("C5", "fig01", {16: 0.4, 128: 0.3}, "fig05 and fig01 share 1 batch size, 2 are needed"),
+        ("C6", "fig09", {4: [0.5, 0.6, 0.4], 2: [0.5, 0.5, 0.5]}, "fig09 has no batch size above 8"),
+        ("C6", "fig07", study("fig07", {4: 0.6, 32: 0.5}, lrs=(0.5,)), "fig07 has batch sizes of one base_lr"),
+        ("C7", "fig10", {4: 0.9, 16: 0.89, 64: 0.88}, "fig10 has no batch size 128"),
+        ("C7", "fig08", {4: LOST, 16: LOST, 256: 0.5}, "fig10 and fig08 share finished runs at no batch size"),
+        (
+            "C9",
+            "fig13_cifar10",
+            fig13("cifar10", {2: {2: 0.9}, 4: {2: 0.8}, 8: {2: 0.7}}),
+            "fig13_cifar10 has BN batches from 4 to 8 and others at no batch size from 16 on",
+        ),
+        (
+            "C9",
+            "fig13_cifar100",
+            study("fig13_cifar100", {16: {2: 0.9}, 32: {4: 0.8}, 64: {4: 0.7}}, lrs=(0.5,), bn=(2, 4)),
+            "fig13_cifar100 has BN batches of m and smaller ones at no batch size above 8",
+        ),
+        (
+            "C9",
+            "fig13_cifar10",
+            fig13("cifar10", {16: {4: 0.5}, 32: {8: 0.4}}),
+            "fig13_cifar10 has 2 batch sizes, 3 are needed",
+        ),
+        ("C11", "fig01", {4: 0.6, 32: 0.5, 64: 0.4}, "fig01 has no batch size 2"),
+        ("C12", "fig05", {2: [0.5, 0.5, 0.5], 8: [0.5, LOST, LOST]}, "fig05 has 2 batch sizes, 3 are needed"),
+        ("C12", "fig05", {2: 0.1, 8: 0.1, 16: 0.1}, "fig05: no base_lr converges at any batch size"),
+        ("C12", "fig05", study("fig05", {2: 0.5, 8: 0.4, 16: LOST}, lrs=(0.5,)), "fig05 has batch sizes of one base_lr"),
+        ("C13", "fig08", {4: 0.5, 32: 0.4}, "fig17 and fig08 and fig18 share no batch size"),
+        ("C13", "fig17", {2: 0.5, 16: 0.6, 128: LOST}, "fig18 and fig17 share finished runs at no batch size from 128 on"),
+    ],
+)
+def test_a_grid_that_lacks_what_is_compared_leaves_a_claim_open(claim, name, instead, lack):
+    tables = holding(claim) | {name: instead}
+    assert lack in texts(claim, tables, None)
+    assert True not in {finding.holds for finding in verdict(claim, tables).findings if finding.text == lack}
+
+
+@pytest.mark.parametrize(
+    ("claim", "tables"),
+    [
+        ("C1", {"fig01": {8: 0.5, 16: 0.5}}),
+        ("C3", {"resnet32_nobn": {2: 0.73, 16: LOST}}),
+        ("C3", {"resnet32_nobn": {2: 0.79, 16: LOST}}),
+        ("C7", holding("C7") | {"fig08": {4: 0.91, 16: 0.89, 128: 0.8}}),
+        (
+            "C9",
+            holding("C9") | {"fig13_cifar100": fig13("cifar100", {2: {2: 0.7}, 16: {8: 0.6, 16: 0.6}, 32: {4: 0.5, 2: 0.5}})},
+        ),
+    ],
+)
+def test_equals_and_the_very_edge_of_a_tolerance_count_for_the_claim(claim, tables):
+    assert verdict(claim, tables).holds is True
+
+
+def test_a_batch_size_of_which_every_run_diverged_is_below_all_others():
+    assert verdict("C1", {"fig01": {2: 0.1, 16: LOST}}).holds is True
+    assert verdict("C1", {"fig01": {2: LOST, 16: 0.1}}).holds is False
+    assert texts("C1", {"fig01": {2: LOST, 16: 0.1}}, False) == [
+        "fig01: m up to 8 reach nothing (every run at m = 2 diverged); the others 10.00 % at m = 16 (base_lr 2^-9)"
+    ]
+    assert failing("C7", holding("C7") | {"fig10": {4: 0.9, 16: 0.89, 128: LOST}}) == {1, 3}
+
+
+def test_an_sgd_batch_of_which_every_run_diverged_has_no_best_bn_batch_but_falls():
+    lost = dict.fromkeys((2, 4, 8, 16, 32, 64), LOST)
+    table = {2: {2: 0.7}, 16: {4: 0.6}, 32: {4: 0.5}, 64: lost}
+    assert verdict("C9", holding("C9") | {"fig13_cifar100": fig13("cifar100", table)}).holds is True
+    risen = {2: lost, 16: {4: 0.5}, 32: {4: 0.6}}
+    assert failing("C9", holding("C9") | {"fig13_cifar100": fig13("cifar100", risen)}) == {3}
+
+
+def test_seeds_are_averaged_before_batch_sizes_are_compared():
+    """m = 2 has the best seed and the worse mean."""
+    table = {2: [[0.6, 0.2], LOST, LOST], 16: [[0.5, 0.4], LOST, LOST]}
+    assert verdict("C1", {"fig01": study("fig01", table, seeds=(0, 1))}).holds is False
+
+
+def test_the_rounding_of_a_mean_over_seeds_decides_nothing():
+    """(0.3 + 0.4 + 0.8) / 3 comes out above 0.5."""
+    table = {2: [[0.5, 0.5, 0.5], LOST, LOST], 16: [[0.3, 0.4, 0.8], LOST, LOST]}
+    fig01 = study("fig01", table, seeds=(0, 1, 2))
+    assert fig01.cells["test_accuracy"].max() > 0.5
+    assert verdict("C1", {"fig01": fig01}).holds is True
+
+
+def test_the_best_base_lr_of_each_batch_size_counts():
+    table = {2: [0.3, 0.5, 0.1], 16: [0.4, 0.2, LOST]}
+    assert texts("C1", {"fig01": table}, True) == [
+        "fig01: m up to 8 reach 50.00 % at m = 2 (base_lr 2^-8); the others 40.00 % at m = 16 (base_lr 2^-9)"
+    ]
+
+
+def test_ordinary_batch_norm_counts_where_it_was_trained():
+    """m = 16 is 90 % with BN over 2 examples, and 30 % with BN over all 16; m = 32 has BN over 2 and 16 only."""
+    table = {2: {2: 0.5}, 16: {2: 0.9, 16: 0.3}, 32: {2: 0.45}}
+    assert verdict("C1", {"fig01": study("fig01", table, lrs=(0.5,), bn=(2, 16))}).holds is True
+    assert verdict("C1", {"fig01": study("fig01", table | {32: {2: 0.51}}, lrs=(0.5,), bn=(2, 16))}).holds is False
+    lost = study("fig01", {2: {2: LOST}, 16: {2: 0.9, 16: LOST}}, lrs=(0.5,), bn=(2, 16))
+    assert texts("C1", {"fig01": lost}, None) == ["no run of fig01 with BN over the whole batch finished"]
+
+
+def test_a_convergence_curve_counts_by_its_mean_over_epochs_and_seeds():
+    """Means 0.5, 0.5 and 0.3, though m = 128 ends best; a seed that diverged counts 0."""
+    table = {4: [[(0.4, 0.6), (0.5, 0.5)]], 64: [[(0.3, 0.6), (0.5, 0.6)]], 128: [[(0.2, 0.9), LOST]]}
+    curves = fig04(table, epochs=2, seeds=(0, 1))
+    assert texts("C4", {"fig04": curves}, True) == [
+        "fig04, base_lr 2^-8: training accuracy, mean over epochs, 50.00 %, 50.00 % at m = 4, 64",
+        "fig04, base_lr 2^-8: training accuracy, mean over epochs, 27.50 % at m = 128; lowest of m from 4 to 64 50.00 %",
+    ]
+
+
+def test_a_convergence_curve_is_taken_at_one_base_lr():
+    table = {4: [0.9, 0.6], 64: [0.1, 0.6], 128: [0.9, 0.5]}
+    assert verdict("C4", {"fig04": fig04(table, (2**-9, 2**-8))}).holds is True
+
+
+@pytest.mark.parametrize(
+    ("counts", "holds"), [((3, 2, 1), True), ((2, 3, 1), True), ((3, 1, 3, 0), False), ((2, 1, 2), False), ((1, 2, 2), False)]
+)
+def test_a_range_may_widen_by_one_rate_on_its_way_down(counts, holds):
+    table = {2**k: [0.5] * n + [LOST] * (3 - n) for k, n in enumerate(counts, 1)}
+    assert verdict("C12", {"fig01": table}).holds is holds
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "holds"),
+    [
+        ((0.5, 0.4, 0.3), True),
+        ((0.5, 0.3, 0.4), True),
+        ((0.4, 0.5, 0.3), True),
+        ((0.4, 0.3, 0.5), False),
+        ((0.6, 0.3, 0.5, 0.4), False),
+        ((0.4, 0.4, 0.4), False),
+    ],
+)
+def test_accuracy_falls_by_rank(accuracies, holds):
+    """One exchange of neighbours among three leaves a rank correlation of −1/2; the four have −2/5."""
+    table = {m: {4: a} for m, a in zip((4, 16, 32, 64), accuracies, strict=False)}
+    assert (4 in failing("C9", {"fig13_cifar10": fig13("cifar10", table)})) is not holds
+
+
+def test_the_report_names_the_studies_and_counts_the_verdicts():
+    fields = {"schedule": Schedule(warmup_fraction=0.05), "dataset": Dataset("cifar10", augment=True)}
+    warm = study("fig10", {4: 0.9, 128: 0.88}, epochs=2)
+    warm = dataclasses.replace(warm, experiment=dataclasses.replace(warm.experiment, **fields))
+    given = studies({"fig01": {2: 0.4, 16: 0.5}, "fig10": warm, "mine": {2: 0.5}, "fig13_cifar10": fig13("cifar10", {16: {}})})
+    verdicts = claims.judge(given)
+    lines = claims.format_report(given, verdicts).splitlines()
+    assert lines[:5] == [
+        "fig01: alexnet, norm none, digits (5,000 + 1,000 images), 1 epoch, m = 2 … 16, base_lr 2^-9 … 2^-7, 1 seed: "
+        "6 of 6 runs ended",
+        "fig10: alexnet, norm none, cifar10 (5,000 + 1,000 images), augmented, 2 epochs, warm-up 5 %, m = 4 … 128, "
+        "base_lr 2^-9 … 2^-7, 1 seed: 6 of 6 runs ended",
+        "mine: holds no figure that a claim is about",
+        "fig13_cifar10: alexnet, norm none, digits (5,000 + 1,000 images), 1 epoch, m = 16, BN batch 2 … 16, base_lr 2^-9, "
+        "1 seed: 4 of 4 runs ended",
+        "",
+    ]
+    assert lines[5:9] == [
+        "C1   does not hold   (§3.2, Fig. 1)",
+        "  “… for the reduced AlexNet model, the best test accuracy is obtained for batch sizes m = 8 or smaller …”",
+        "  - fig01: m up to 8 reach 40.00 % at m = 2 (base_lr 2^-9); the others 50.00 % at m = 16 (base_lr 2^-9): "
+        "does not hold",
+        "",
+    ]
+    assert "C2   not enough data   (§3.2, Figs. 2–3)" in lines
+    assert "  - fig02 is not among the workdirs: not enough data" in lines
+    assert lines[-1] == "0 hold, 2 do not hold, 9 lack data"
+    assert max(map(len, (line for line in lines if line.startswith("  ") and not line.startswith("  - ")))) <= 120
+
+
+def test_no_line_of_a_report_ends_within_an_equation():
+    report = claims.format_report({}, claims.judge({}))
+    assert not [line for line in report.splitlines() if line.endswith((" m", " =")) or line.startswith("  = ")]
+    assert "\xa0" not in report
+
+
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        ((True, False, None), "1 holds, 1 does not hold, 1 lacks data"),
+        ((True, True, None, None), "2 hold, 0 do not hold, 2 lack data"),
+    ],
+)
+def test_the_last_line_counts_in_words(answers, words):
+    verdicts = [claims.Verdict(CLAIMS["C1"], (claims.Finding(answer, "found"),)) for answer in answers]
+    assert claims.format_report({}, verdicts).splitlines()[-1] == words
+
+
+def test_judging_needs_no_jax():
+    code = "import sys, smallbatch_jax.claims; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def store(path, name, accuracies, ended=True):
+    """A workdir of two epochs as the writer leaves it; without `ended` its last run has one epoch to go."""
+    lrs = (2**-9, 2**-8)
+    experiment = tiny.grid(name=name, batch_sizes=tuple(accuracies), base_lrs=lrs, epochs=2)
+    last = experiment.runs()[-1]
+    with workdir.open_workdir(path, experiment, {"num_classes": 10, "examples": [50, 20]}) as folder:
+        for (m, accuracy), lr in itertools.product(accuracies.items(), lrs):
+            epochs = (1, 2) if ended or (m, lr) != (last.batch_size, last.base_lr) else (1,)
+            with ProgramResults(folder, m, m) as program:
+                program.append([Row(m, m, lr, 0, e, 10 * e, 1.0, accuracy, 1.1, accuracy) for e in epochs])
+    return path
+
+
+def command(*arguments):
+    line = [sys.executable, "experiments/claims.py", *map(str, arguments)]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_the_command_prints_the_verdicts_and_exits_0_unless_a_claim_fails(tmp_path):
+    good, open_ = store(tmp_path / "a", "fig01", {2: 0.5, 16: 0.4}), store(tmp_path / "b", "fig02", {2: 0.5, 8: 0.4}, False)
+    done = command(f"--workdir={good}", f"--workdir={open_}")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0].endswith("base_lr 2^-9 … 2^-8, 1 seed: 4 of 4 runs ended")
+    assert lines[1].endswith(": 3 of 4 runs ended")
+    assert "C1   holds   (§3.2, Fig. 1)" in lines
+    assert "  - fig02: 1 of 4 runs have not ended: not enough data" in lines
+    assert lines[-1] == "1 holds, 0 do not hold, 10 lack data"
+
+
+def test_the_command_exits_1_if_a_claim_does_not_hold(tmp_path):
+    bad, good = store(tmp_path / "a", "fig01", {2: 0.4, 16: 0.5}), store(tmp_path / "b", "fig02", {2: 0.5, 8: 0.4})
+    done = command(f"--workdir={bad}", f"--workdir={good}")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "C1   does not hold   (§3.2, Fig. 1)" in done.stdout
+    assert "C2   not enough data   (§3.2, Figs. 2–3)" in done.stdout
+
+
+def test_the_command_refuses_what_it_cannot_judge_in_one_line(tmp_path):
+    first, second = (store(tmp_path / name, "fig01", {2: 0.5}) for name in "ab")
+    wrong = {
+        (): "--workdir: not given; for example --workdir=runs/fig01",
+        ("--workdir=",): "--workdir: empty; for example --workdir=runs/fig01",
+        (f"--workdir={tmp_path}/none",): f"--workdir: {tmp_path}/none is no workdir, it has no experiment.json.",
+        (f"--workdir={first}", f"--workdir={second}"): f"--workdir: {first} and {second} both hold 'fig01'; ",
+    }
+    for arguments, line in wrong.items():
+        done = command(*arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(line)
+        assert done.stderr.count("\n") == 1
+
+
+def test_the_command_explains_itself():
+    done = command("--help")
+    assert done.returncode == 0
+    assert "python experiments/claims.py --workdir=" in done.stdout
