@@ -1,6 +1,8 @@
 """What every command shares: its flags, one line and exit status 2 for bad input, and how it ends."""
 
+import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -46,9 +48,14 @@ def run(main: Callable[[], int]) -> None:
         try:
             if len(argv) > 1:
                 raise InputError(f"{argv[1]!r}: unknown argument; every option starts with --")
-            sys.exit(main())
+            status = main()
+            sys.stdout.flush()
+            sys.exit(status)
         except InputError as error:
             fail(str(error))
+        except BrokenPipeError:  # whoever read our output, `head` perhaps, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
 
     app.run(guarded, flags_parser=_parse)
 
@@ -136,5 +143,5 @@ def show(folder: Path, out: Path | None = None) -> None:
 
     stored = study.load(folder)
     drawn = figures.draw_studies([stored], out)
-    print(analysis.format_summary(analysis.summary(stored.rows, stored.chance)))
+    print(analysis.format_summary(analysis.summary(stored.rows, stored.chance, stored.cells)))
     print(f"figures: {', '.join(path.name for path in drawn)} in {drawn[0].parent}")

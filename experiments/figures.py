@@ -73,7 +73,7 @@ def tell(studies: "Sequence[Study]", drawn: Sequence[Path]) -> None:
 
     from smallbatch_jax import analysis
 
-    print(analysis.format_summary(pd.concat([analysis.summary(study.rows, study.chance) for study in studies])))
+    print(analysis.format_summary(pd.concat([analysis.summary(study.rows, study.chance, study.cells) for study in studies])))
     for folder in dict.fromkeys(path.parent for path in drawn):
         print(f"figures: {', '.join(path.name for path in drawn if path.parent == folder)} in {folder}")
 

@@ -125,17 +125,20 @@ def best_cells(cells: pd.DataFrame) -> pd.DataFrame:
     return totals.merge(best[columns], on=SETUP)[[*columns, "finished", "diverged"]]
 
 
-def summary(df: pd.DataFrame, chance: float) -> pd.DataFrame:
+def summary(df: pd.DataFrame, chance: float, cells: pd.DataFrame | None = None) -> pd.DataFrame:
     """One row per batch size with all that a reader of a sweep asks first.
 
     Args:
       df: results, one row per run and epoch.
       chance: see `convergent`.
+      cells: from `planned_cells`, so that what has not begun is there too; None knows only what has rows.
     Returns:
       The columns of `best_cells`, those of `convergent_range`, and `running`, the number of runs not yet ended.
     """
-    cells = final_accuracy(df)
-    running = _count_runs(df, SETUP)["running"].reset_index()
+    if cells is None:
+        cells, running = final_accuracy(df), _count_runs(df, SETUP)["running"].reset_index()
+    else:
+        running = cells.groupby(SETUP, observed=True)["pending"].sum().rename("running").reset_index()
     return best_cells(cells).merge(convergent_range(cells, chance), on=SETUP).merge(running, on=SETUP)
 
 

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from smallbatch_jax import analysis
+from smallbatch_jax.experiment import Run
 
 COLUMNS = [*analysis.RUN, "epoch", "step", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "status"]
 
@@ -172,6 +173,14 @@ def test_summary_counts_every_run_once():
     counts = table[["finished", "diverged", "running"]].to_numpy()
     np.testing.assert_array_equal(counts, [[3, 1, 2], [0, 1, 0]])
     assert counts.sum() == len(df.drop_duplicates(analysis.RUN))
+
+
+def test_summary_of_a_plan_counts_what_has_not_begun():
+    df = results(run([0.8]), run([0.3], "running", seed=1))
+    plan = [Run(m, m, 0.5, seed) for m in (4, 8) for seed in (0, 1, 2)]
+    table = analysis.summary(df, 0.1, analysis.planned_cells(df, plan, "exp"))
+    assert table[["batch_size", "finished", "running"]].to_numpy().tolist() == [[4, 1, 2], [8, 0, 3]]
+    assert table["test_accuracy"].isna().tolist() == [False, True]
 
 
 def test_formatted_summary_shows_each_batch_size_and_the_rule():

@@ -63,7 +63,7 @@ def test_a_sweep_trains_draws_and_prints_its_table(trained):
     assert re.search(r"^128 +\d+\.\d\d % ", done.stdout, re.M)
     assert "Converging:" in done.stdout
     assert "4/4 runs done (2 diverged)" in done.stderr
-    assert len(list((workdir / "figures").glob("*.png"))) == len(list((workdir / "figures").glob("*.pdf"))) == 3
+    assert len(list((workdir / "figures").glob("*.png"))) == len(list((workdir / "figures").glob("*.pdf"))) == 4
     frame = results.load(workdir)
     assert frame.groupby("base_lr").status.unique().map(list).to_dict() == {0.001: ["finished"], 8.0: ["diverged"]}
 
@@ -98,7 +98,7 @@ def test_figures_go_where_they_are_asked_to(trained, tmp_path):
     done = run("figures.py", f"--workdir={trained[0]}", f"--out={tmp_path / 'out'}")
     assert done.returncode == 0
     assert done.stdout.splitlines()[:-1] == trained[1].stdout.splitlines()[:-1]
-    assert len(list((tmp_path / "out").iterdir())) == 6
+    assert len(list((tmp_path / "out").iterdir())) == 8
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -114,6 +114,14 @@ def test_a_signal_saves_and_says_that_the_same_command_goes_on(tmp_path, signum)
     assert process.returncode == 128 + signum
     assert errors.splitlines()[-1].endswith("the same command goes on")
     assert list((tmp_path / "w/checkpoints/m00128_b00128").iterdir())
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly():
+    line, options = command("plan.py", QUICKSTART, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(line, **options) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 MISTAKES = [

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import tiny
 
-from smallbatch_jax import results, workdir
+from smallbatch_jax import results, study, workdir
 from smallbatch_jax.results import ProgramResults, Row
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+OF_FIGURES = [path for path in NOTEBOOKS if path.stem != "results"]
+TABLES = sorted(path.parent for path in (FOLDER / "results").glob("*/*/experiment.json"))
 
 
 def cells(notebook):
@@ -34,17 +37,55 @@ def stored(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_top_to_bottom_on_stored_results(notebook, stored, monkeypatch):
-    monkeypatch.setenv("WORKDIR", str(stored))
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def execute(notebook, monkeypatch):
+    """The names that a notebook leaves behind, run top to bottom where it lies."""
     monkeypatch.chdir(notebook.parent)
-    before = {path: path.read_bytes() for path in stored.rglob("*") if path.is_file()}
     names: dict = {}
     for cell in cells(notebook):
         exec(compile("".join(cell["source"]), f"{notebook.name}:{cell['id']}", "exec"), names)
+    return names
+
+
+def test_the_notebook_of_one_sweep_runs_on_its_stored_results(stored, monkeypatch):
+    monkeypatch.setenv("WORKDIR", str(stored))
+    before = content(stored)
+    names = execute(FOLDER / "results.ipynb", monkeypatch)
     assert len(names["cells"]) == 6
     assert np.isnan(names["cells"]["test_accuracy"]).sum() == 1
-    assert before == {path: path.read_bytes() for path in stored.rglob("*") if path.is_file()}
+    assert before == content(stored)
+
+
+@pytest.mark.parametrize("notebook", OF_FIGURES, ids=lambda path: path.stem)
+def test_a_notebook_of_figures_runs_on_the_tables_beside_it(notebook, monkeypatch, capsys):
+    monkeypatch.delenv("RESULTS", raising=False)
+    before = content(FOLDER)
+    names = execute(notebook, monkeypatch)
+    assert names["studies"]
+    assert " hold, " in capsys.readouterr().out  # the claims are judged
+    assert before == content(FOLDER)
+
+
+@pytest.mark.parametrize("workdir", TABLES, ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_a_table_is_complete_small_and_says_where_it_comes_from(workdir):
+    found = study.load(workdir)
+    assert found.name == workdir.name
+    assert found.runs[0] == found.runs[1] > 0
+    began, *_, ended = map(json.loads, (workdir / "provenance.jsonl").read_text().splitlines())
+    assert began["command"][0] == "experiments/sweep.py"
+    assert len(began["commit"]) == 40  # of an unchanged checkout: no + at its end
+    assert ended["event"] == "finish"
+    assert ended["finished"] + ended["diverged"] == found.runs[0]
+
+
+def test_the_tables_take_less_than_a_megabyte_and_name_no_folder_of_a_machine():
+    stored = content(FOLDER / "results")
+    assert TABLES
+    assert sum(map(len, stored.values())) < 1_000_000
+    assert not [path for path, data in stored.items() if b'"/' in data or b"=/" in data]
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

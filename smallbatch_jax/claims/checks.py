@@ -1,18 +1,15 @@
-"""The paper's written claims as checks on stored results.
+"""What a passage of the paper can claim, as checks on the studies that it is about.
 
-A claim is what a passage of Masters & Luschi (2018) says in words, and the parts that make it up, each judged on the
-studies it is about, known by their names ("fig08"). A smaller grid or data set is judged like the paper's own. The
-accuracy of a batch size is that of its best cell; where another equals it, the claim has the benefit.
+A smaller grid or data set is judged like the paper's own. The accuracy of a batch size is that of its best cell; where
+another equals it, the claim has the benefit.
 """
 
 # Without pandas-stubs, pyright takes the keys of a Series for any Hashable.
 # pyright: reportReturnType=false
 
-import functools
 import itertools
 import math
-import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any, NamedTuple, TypeVar
@@ -24,7 +21,6 @@ from smallbatch_jax.analysis import format_base_lr
 from smallbatch_jax.study import Study
 
 T = TypeVar("T")
-Studies = Mapping[str, Study]
 
 # The paper says "similar", "good", "improves", never how much; these are our readings, in points (%) of accuracy unless
 # another unit is given. From 10,000 images and one seed, an accuracy of 75 % is itself uncertain by half a point.
@@ -36,8 +32,6 @@ FALLS = -0.5  # §3.6 "a general performance improvement by reducing": rank corr
 MOST = 0.5  # §3.3 "a wide range of batch sizes", §3.4 "generally": fraction of the batch sizes
 WIDENS = 1  # §4 "progressively reduces the range": base learning rates, of which the grid has few
 TREND = 3  # batch sizes; with fewer nothing rises or falls
-
-VERDICTS = {True: "holds", False: "does not hold", None: "not enough data"}
 
 
 class NotEnoughData(Exception):
@@ -51,114 +45,7 @@ class Finding(NamedTuple):
     text: str
 
 
-class Part(NamedTuple):
-    """One check of a claim: it takes the studies of `figures`, and raises NotEnoughData if their grids do not allow it."""
-
-    figures: tuple[str, ...]
-    check: Callable[..., Finding]
-
-
-class Claim(NamedTuple):
-    """A claim of the paper in its own words.
-
-    Where `one_of` names groups of figures, one of each group is enough, and parts about figures not given are left out.
-    """
-
-    id: str
-    where: str
-    sentence: str
-    parts: tuple[Part, ...]
-    one_of: tuple[tuple[str, ...], ...] = ()
-
-
-class Verdict(NamedTuple):
-    """A claim and what was found of its parts."""
-
-    claim: Claim
-    findings: tuple[Finding, ...]
-
-    @property
-    def holds(self) -> bool | None:
-        """False if any part fails, True if all hold, else None."""
-        answers = {finding.holds for finding in self.findings}
-        return False if False in answers else None if None in answers else True
-
-
-def judge(studies: Studies) -> list[Verdict]:
-    """Every claim, judged on the studies given by name."""
-    return [judge_one(claim, studies) for claim in CLAIMS]
-
-
-def judge_one(claim: Claim, studies: Studies) -> Verdict:
-    """One claim, judged on the studies given by name."""
-    parts = [part for part in claim.parts if not claim.one_of or part.figures[0] in studies]
-    found = [finding for part in parts for finding in _examine(part, studies)]
-    missing = [group for group in claim.one_of if not any(name in studies for name in group)]
-    found += [Finding(None, f"none of {_listed(group)} is among the workdirs") for group in missing]
-    return Verdict(claim, tuple(dict.fromkeys(found)))  # parts that lack the same study say so once
-
-
-def _examine(part: Part, studies: Studies) -> list[Finding]:
-    lacks = [lack for name in part.figures if (lack := _lack(name, studies.get(name)))]
-    if lacks:
-        return [Finding(None, lack) for lack in lacks]
-    try:
-        return [part.check(*(studies[name] for name in part.figures))]
-    except NotEnoughData as lack:
-        return [Finding(None, str(lack))]
-
-
-def _lack(name: str, study: Study | None) -> str:
-    """What keeps a study from being judged at all; empty if nothing does."""
-    if study is None:
-        return f"{name} is not among the workdirs"
-    ended, planned = study.runs
-    if ended < planned:
-        return f"{name}: {planned - ended:,} of {planned:,} runs have not ended"
-    return "" if study.cells["finished"].any() else f"no run of {name} finished"
-
-
-def format_report(studies: Studies, verdicts: Iterable[Verdict]) -> str:
-    """The studies, each claim with its findings, and how many claims hold, as plain text."""
-    verdicts = list(verdicts)
-    blocks = ["\n".join(map(_describe, studies.values())), *map(_format_verdict, verdicts)]
-    hold, fail, lack = (sum(verdict.holds is answer for verdict in verdicts) for answer in VERDICTS)
-    verbs = "holds" if hold == 1 else "hold", "does" if fail == 1 else "do", "lacks" if lack == 1 else "lack"
-    return "\n\n".join([*blocks, f"{hold} {verbs[0]}, {fail} {verbs[1]} not hold, {lack} {verbs[2]} data"])
-
-
-def _describe(study: Study) -> str:
-    """One line: what was trained, on what, and how much of it has ended."""
-    if not any(study.name in part.figures for claim in CLAIMS for part in claim.parts):
-        return f"{study.name}: holds no figure that a claim is about"
-    e, (train, test), cells = study.experiment, study.examples, study.cells
-    facts = [e.model.name, f"norm {e.model.norm}", f"{e.dataset.name} ({train:,} + {test:,} images)"]
-    facts += ["augmented"] * e.dataset.augment
-    facts += [_count(e.epochs, "epoch")]
-    facts += [f"warm-up {100 * e.schedule.warmup_fraction:g} %"] * (e.schedule.warmup_fraction > 0)
-    facts += [f"m = {_span(cells['batch_size'])}"]
-    facts += [f"BN batch {_span(cells['bn_batch_size'])}"] * (not cells["bn_batch_size"].equals(cells["batch_size"]))
-    facts += [f"base_lr {_span(cells['base_lr'], format_base_lr)}", _count(len(e.grid.seeds), "seed")]
-    ended, planned = study.runs
-    return f"{study.name}: {', '.join(facts)}: {ended:,} of {planned:,} runs ended"
-
-
-def _format_verdict(verdict: Verdict) -> str:
-    claim, margin = verdict.claim, "  "
-    head = f"{claim.id:<4} {VERDICTS[verdict.holds]}   ({claim.where})"
-    sentence = f"“{claim.sentence}”".replace(" = ", "\xa0=\xa0")  # no line ends within "m = 8"
-    sentence = textwrap.fill(sentence, 120, initial_indent=margin, subsequent_indent=margin).replace("\xa0", " ")
-    findings = [f"{margin}- {finding.text}: {VERDICTS[finding.holds]}" for finding in verdict.findings]
-    return "\n".join([head, sentence, *findings])
-
-
-def _span(values: Iterable[Any], shown: Callable[[Any], str] = str) -> str:
-    """The least and the largest; one of them if they are equal."""
-    ordered = sorted(values)
-    return " … ".join(dict.fromkeys(map(shown, (*ordered[:1], *ordered[-1:])))) or "none"
-
-
-def _count(number: int, noun: str) -> str:
+def plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
@@ -208,7 +95,7 @@ def _pick(values: Mapping[int, T], who: str, sizes: Sizes = ALL, least: int = 1)
     """The values at those batch sizes, ascending; `who` ("fig01 has") begins the sentence if they are too few."""
     found = {m: values[m] for m in sorted(values) if m in sizes}
     if len(found) < least:
-        words = f"{who} {_count(len(found), 'batch size') if found else 'no batch size'} {sizes}".rstrip()
+        words = f"{who} {plural(len(found), 'batch size') if found else 'no batch size'} {sizes}".rstrip()
         raise NotEnoughData(f"{words}, {least} are needed" if least > 1 else words)
     return found
 
@@ -493,142 +380,3 @@ def stays_behind(study: Study, sizes: Sizes, others: Sizes) -> Finding:
     behind, ahead = _top(_best(study, sizes)), _top(_best(study, others))
     text = f"{study.name}: m {sizes} reach {behind}; m {others} {ahead}"
     return Finding(behind.accuracy < ahead.accuracy, text)
-
-
-def _part(check: Callable[..., Finding], *figures: str, **given: Any) -> Part:
-    return Part(figures, functools.partial(check, **given))
-
-
-WITHOUT_BN = ("fig01", "fig02", "fig03")
-CIFAR10_WITH_BN = ("fig05", "fig06", "fig07", "fig08", "fig10")
-CIFAR = (*WITHOUT_BN, *CIFAR10_WITH_BN[:4], "fig09", "fig10", "fig11")
-
-CLAIMS = (
-    Claim(
-        "C1",
-        "§3.2, Fig. 1",
-        "… for the reduced AlexNet model, the best test accuracy is obtained for batch sizes m = 8 or smaller …",
-        (_part(best_is_at, "fig01", sizes=Sizes(1, 8)),),
-    ),
-    Claim(
-        "C2",
-        "§3.2, Figs. 2–3",
-        "… for the ResNet models the best accuracy is obtained for batch sizes m = 4 and m = 2.",
-        tuple(_part(best_is_at, name, sizes=Sizes(2, 4)) for name in ("fig02", "fig03")),
-    ),
-    Claim(
-        "C3",
-        "§3.2",
-        "… ResNet-32 without BN, for which all the CIFAR-10 experiments with base learning rate η̃ from 2^-12 to 2^0 and "
-        "batch size from m = 16 to m = 2048 failed to converge, and learning was successful only for the cases of batch "
-        "size m = 2, m = 4 and m = 8, with a best test performance of 76%.",
-        (
-            _part(none_converges, "resnet32_nobn", sizes=Sizes(16)),
-            _part(each_converges, "resnet32_nobn", sizes=Sizes(2, 8)),
-            _part(has_accuracy, "resnet32_nobn", accuracy=0.76, tolerance=AS_STATED),
-        ),
-    ),
-    Claim(
-        "C4",
-        "§3.3, Fig. 4",
-        "… we observe similar convergence for some of the curves corresponding to the same value of η̃ with batch sizes in "
-        "the range 4 ≤ m ≤ 64, but with degraded training performance for larger batch sizes.",
-        (
-            _part(curves_are_similar, "fig04", base_lr=2**-8, sizes=Sizes(4, 64)),
-            _part(curves_are_lower, "fig04", base_lr=2**-8, sizes=~Sizes(1, 64), than=Sizes(4, 64)),
-        ),
-    ),
-    Claim(
-        "C5",
-        "§3.3, Figs. 1, 5–6",
-        "… the use of BN provides a consistent improvement in test accuracy for a wide range of batch sizes, compared to "
-        "the results without BN presented in Figure 1. … the best final performance is still obtained for batch sizes "
-        "between m = 8 and m = 64, compared with best batch sizes between m = 4 and m = 32 for the case where BN is applied "
-        "to only the convolutional layers (Figure 6). Both cases yield similar generalization performance.",
-        (
-            _part(best_is_at, "fig05", sizes=Sizes(8, 64)),
-            _part(best_is_at, "fig06", sizes=Sizes(4, 32)),
-            _part(are_similar, "fig05", "fig06"),
-            _part(is_better, "fig05", "fig01"),
-            _part(is_better, "fig06", "fig01"),
-        ),
-    ),
-    Claim(
-        "C6",
-        "§3.3, Figs. 7–9",
-        "All results show a significant performance degradation for increasing values of the batch size, with the best "
-        "results obtained for batch sizes m = 4 or m = 8. … a clear optimum value of base learning rate, which is only "
-        "achievable for batch sizes m = 16 or smaller for CIFAR-10, and m = 8 or smaller for CIFAR-100.",
-        (
-            *(_part(best_is_at, name, sizes=Sizes(4, 8)) for name in ("fig07", "fig08", "fig09")),
-            *(_part(best_base_lr_is_out_of_reach, name, sizes=~Sizes(1, 16)) for name in ("fig07", "fig08")),
-            _part(best_base_lr_is_out_of_reach, "fig09", sizes=~Sizes(1, 8)),
-        ),
-    ),
-    Claim(
-        "C7",
-        "§3.4, Figs. 8–11",
-        "… the use of the gradual warm-up strategy proposed in Goyal et al. (2017) generally improves the training "
-        "performance. … For the CIFAR-10 results (Figure 10), the best test accuracy corresponds to batch sizes m = 4 and "
-        "m = 8, although quite good results are maintained out to m = 128, while for CIFAR-100 (Figure 11) the best test "
-        "performance is obtained for batch sizes between m = 4 and m = 16, with a steeper degradation for larger batch "
-        "sizes.",
-        (
-            _part(best_is_at, "fig10", sizes=Sizes(4, 8)),
-            _part(is_near_best, "fig10", batch_size=128, tolerance=SIMILAR),
-            _part(best_is_at, "fig11", sizes=Sizes(4, 16)),
-            _part(falls_off_more, "fig11", "fig10", batch_size=128),
-            _part(improves_on, "fig10", "fig08"),
-            _part(improves_on, "fig11", "fig09"),
-        ),
-    ),
-    Claim(
-        "C9",
-        "§3.6, Fig. 13",
-        "The results reported in Figure 13 show a general performance improvement by reducing the overall batch size for "
-        "the SGD weight updates … for the CIFAR-100 results, the best test accuracy for a given overall batch size is "
-        "consistently obtained when even smaller batches are used for BN. … For example, a BN batch size m = 4 or m = 8 "
-        "appears to give best results for all SGD batch sizes tested.",
-        (
-            _part(smaller_bn_batch_is_best, "fig13_cifar100", sizes=~Sizes(1, 8)),
-            # "consistently" is said of CIFAR-100 only
-            _part(best_bn_batch_is_at, "fig13_cifar100", bn_sizes=Sizes(4, 8), sizes=Sizes(16), share=1.0),
-            _part(best_bn_batch_is_at, "fig13_cifar10", bn_sizes=Sizes(4, 8), sizes=Sizes(16), share=MOST),
-            *(_part(accuracy_falls, name) for name in ("fig13_cifar100", "fig13_cifar10")),
-        ),
-    ),
-    Claim(
-        "C11",
-        "§4, Fig. 15; §5",
-        "The curves show that the best test performance is always achieved with a batch size below m = 32. In the cases "
-        "without BN, the performance is seen to continue to improve down to batch size m = 2. … In all cases the best "
-        "results have been obtained with batch sizes m = 32 or smaller …",
-        (
-            # m = 32 itself counts: §4 says "below m = 32", §5 "m = 32 or smaller"
-            *(_part(best_is_at, name, sizes=Sizes(1, 32)) for name in (*WITHOUT_BN, *CIFAR10_WITH_BN)),
-            *(_part(is_near_best, name, batch_size=2, tolerance=STILL_IMPROVES) for name in WITHOUT_BN),
-        ),
-        one_of=(WITHOUT_BN, CIFAR10_WITH_BN),
-    ),
-    Claim(
-        "C12",
-        "§4, Fig. 16",
-        "The results show that increasing the batch size progressively reduces the range of learning rates that provide "
-        "stable convergence.",
-        tuple(_part(range_narrows, name) for name in CIFAR),
-        one_of=(CIFAR,),
-    ),
-    Claim(
-        "C13",
-        "App. A, Figs. 8, 17–18",
-        "The collected results show a consistent performance improvement for increasing training length. … for the base "
-        "learning rates corresponding to the best test accuracy, the benefits of longer training are important mainly for "
-        "large batch sizes … Even increasing the training length, and therefore the total computational cost, the "
-        "performance of large batch training remains inferior compared to the small batch performance.",
-        (
-            _part(longer_is_better, "fig17", "fig08", "fig18"),
-            _part(gains_more, "fig18", "fig17", sizes=Sizes(128), than=Sizes(1, 16)),
-            _part(stays_behind, "fig18", sizes=Sizes(128), others=Sizes(1, 16)),
-        ),
-    ),
-)
