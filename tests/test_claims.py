@@ -312,7 +312,11 @@ def test_a_batch_size_of_which_every_run_diverged_is_below_all_others():
 def test_an_sgd_batch_of_which_every_run_diverged_has_no_best_bn_batch_but_falls():
     lost = dict.fromkeys((2, 4, 8, 16, 32, 64), LOST)
     table = {2: {2: 0.7}, 16: {4: 0.6}, 32: {4: 0.5}, 64: lost}
-    assert verdict("C9", holding("C9") | {"fig13_cifar100": fig13("cifar100", table)}).holds is True
+    tables = holding("C9") | {"fig13_cifar100": fig13("cifar100", table)}
+    assert verdict("C9", tables).holds is True
+    assert texts("C9", tables, True)[0] == (
+        "fig13_cifar100: the best BN batch is below m at 2 of 2 batch sizes (4, 4 at m = 16, 32)"
+    )
     risen = {2: lost, 16: {4: 0.5}, 32: {4: 0.6}}
     assert failing("C9", holding("C9") | {"fig13_cifar100": fig13("cifar100", risen)}) == {3}
 
@@ -384,7 +388,9 @@ def test_a_range_may_widen_by_one_rate_on_its_way_down(counts, holds):
 def test_accuracy_falls_by_rank(accuracies, holds):
     """One exchange of neighbours among three leaves a rank correlation of −1/2; the four have −2/5."""
     table = {m: {4: a} for m, a in zip((4, 16, 32, 64), accuracies, strict=False)}
-    assert (4 in failing("C9", {"fig13_cifar10": fig13("cifar10", table)})) is not holds
+    tables = {"fig13_cifar10": fig13("cifar10", table)}
+    assert (4 in failing("C9", tables)) is not holds
+    assert "nan" not in texts("C9", tables, holds)[-1]
 
 
 def test_the_report_names_the_studies_and_counts_the_verdicts():

@@ -1,7 +1,7 @@
 """What a passage of the paper can claim, as checks on the studies that it is about.
 
 A smaller grid or data set is judged like the paper's own. The accuracy of a batch size is that of its best cell; where
-another equals it, the claim has the benefit.
+batch sizes tie for the best, the claim has the benefit.
 """
 
 # Without pandas-stubs, pyright takes the keys of a Series for any Hashable.
@@ -334,7 +334,7 @@ def accuracy_falls(study: Study) -> Finding:
     ranks = pd.Series(best).rank()
     trend = float(ranks.corr(pd.Series(list(best), list(best)).rank())) if ranks.nunique() > 1 else 0.0
     shown = _by_size({m: _percent(accuracy) for m, accuracy in best.items()})
-    return Finding(trend <= FALLS, f"{study.name}: {shown}, rank correlation {trend:+.2f} (at most {FALLS:+g})")
+    return Finding(round(trend, 9) <= FALLS, f"{study.name}: {shown}, rank correlation {trend:+.2f} (at most {FALLS:+g})")
 
 
 def _bn_curves(study: Study) -> dict[int, dict[int, float]]:
