@@ -25,7 +25,7 @@ class Study:
       rows: `results.load`, one row per run and epoch.
       cells: `analysis.planned_cells`, one row per cell, trained or not.
       num_classes: of the data.
-      examples: numbers of training and test examples.
+      examples: numbers of training and test examples, if they are known.
     """
 
     workdir: Path
@@ -33,7 +33,7 @@ class Study:
     rows: "pd.DataFrame"
     cells: "pd.DataFrame"
     num_classes: int
-    examples: tuple[int, int]
+    examples: tuple[int, int] | None
 
     @property
     def name(self) -> str:
@@ -60,8 +60,10 @@ def load(workdir: str | Path) -> Study:
     path = Path(workdir)
     experiment, facts, rows = read_experiment(path), read_facts(path), results.load(path)
     cells = analysis.planned_cells(rows, experiment.runs(), experiment.name)
-    train, test = facts["examples"]
-    return Study(path, experiment, rows, cells, facts["num_classes"], (train, test))
+    num_classes, examples = facts.get("num_classes"), facts.get("examples")
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise InputError(f"--workdir: {path}/experiment.json is damaged: its facts do not say num_classes.")
+    return Study(path, experiment, rows, cells, num_classes, (examples[0], examples[1]) if examples else None)
 
 
 def load_all(workdirs: Iterable[str | Path]) -> dict[str, Study]:

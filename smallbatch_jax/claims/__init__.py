@@ -78,10 +78,11 @@ def _describe(study: Study) -> str:
     """One line: what was trained, on what, and how much of it has ended."""
     if not any(study.name in part.figures for claim in CLAIMS for part in claim.parts):
         return f"{study.name}: holds no figure that a claim is about"
-    e, (train, test), cells = study.experiment, study.examples, study.cells
+    e, cells = study.experiment, study.cells
+    images = " ({:,} + {:,} images)".format(*study.examples) if study.examples else ""
     facts = [e.model.name, f"norm {e.model.norm}"]
     facts += ["precise statistics"] * (e.model.bn_statistics == "precise")
-    facts += [f"{e.dataset.name} ({train:,} + {test:,} images)"]
+    facts += [f"{e.dataset.name}{images}"]
     facts += ["augmented"] * e.dataset.augment
     facts += [plural(e.epochs, "epoch")]
     facts += [f"warm-up {100 * e.schedule.warmup_fraction:g} %"] * (e.schedule.warmup_fraction > 0)
