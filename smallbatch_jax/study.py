@@ -1,4 +1,4 @@
-"""A study: what one workdir holds, read whole, ready to be drawn and judged."""
+"""A study: what one workdir holds, read whole, to be drawn, judged, or asked for the base learning rates of another grid."""
 
 import dataclasses
 import os
