@@ -67,14 +67,22 @@ def assert_all_close(ours, theirs, rtol=1e-5, atol=1e-5):
 
 @pytest.mark.parametrize(("image", "window", "strides", "padding"), CONVOLUTIONS)
 def test_conv_and_its_gradients_are_those_of_lax(implementation, image, window, strides, padding):
-    """`canonical` bit for bit, `patches` to rounding; output, gradient of the image, gradient of the kernel."""
+    """Output, gradient of the image, gradient of the kernel, to rounding."""
     x, kernel = normal(2, *image, 3), normal(*window, 3, 4, seed=1)
     ours = with_gradients(lambda x, k: conv(x, k, strides, padding), x, kernel)
     theirs = with_gradients(lambda x, k: lax_conv(x, k, strides, padding), x, kernel)
-    if implementation == "canonical":
-        assert_all_close(ours, theirs, rtol=0, atol=0)
-    else:
-        assert_all_close(ours, theirs)
+    assert_all_close(ours, theirs)
+
+
+@pytest.mark.parametrize("examples", [8, 16, 19])
+@pytest.mark.parametrize(("channels", "features"), [(3, 4), (8, 4), (4, 20), (20, 20)])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_conv_however_many_images_channels_and_features(examples, channels, features, strides):
+    """Few features are computed several columns at once, the kernel's gradient a few images at a time."""
+    x, kernel = normal(examples, 8, 8, channels), normal(3, 3, channels, features, seed=1)
+    ours = with_gradients(lambda x, k: conv(x, k, strides, ((1, 1), (1, 1))), x, kernel)
+    theirs = with_gradients(lambda x, k: lax_conv(x, k, strides, ((1, 1), (1, 1))), x, kernel)
+    assert_all_close(ours, theirs, atol=1e-4)
 
 
 def test_conv_under_vmap_over_kernels_is_each_lane_by_itself(implementation):

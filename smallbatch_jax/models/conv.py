@@ -10,6 +10,7 @@ becomes a grouped convolution, slow on CPU and GPU alike. Two implementations av
 Which one runs depends on the backend and the layer's shape alone, by `PATCHES_UP_TO_PIXELS`; never on timing at run time.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -24,7 +25,11 @@ NHWC = ("NHWC", "HWIO", "NHWC")
 # from m = 32 on. Elsewhere unmeasured: lanes under `vmap` favour batched matrix products over grouped convolutions.
 PATCHES_UP_TO_PIXELS = {"cpu": 16}
 
+NARROW = 16  # features up to which XLA:CPU has no fast convolution (unless there are more input channels)
+IMAGES_AT_ONCE = 8  # of a kernel's gradient, so that its transposed copies stay in the cache
+
 Pads = tuple[tuple[int, int], tuple[int, int]]
+Strides = tuple[int, int]
 
 
 def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int] = (1, 1), padding: str | Pads = "SAME") -> jax.Array:
@@ -44,16 +49,21 @@ def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int] = (1, 1), paddi
     if isinstance(padding, str):
         (top, bottom), (left, right) = lax.padtype_to_pads(spatial, window, strides, padding)
         padding = ((top, bottom), (left, right))
-    pixels = 1
-    for size, k, stride, (low, high) in zip(spatial, window, strides, padding, strict=True):
-        pixels *= (size + low + high - k) // stride + 1
+    pixels = math.prod(_output_size(*axis) for axis in zip(spatial, window, strides, padding, strict=True))
     implementation = _patches_conv if pixels <= PATCHES_UP_TO_PIXELS.get(jax.default_backend(), 1 << 30) else _canonical_conv
     return implementation(x, kernel, strides, padding)
 
 
+def _output_size(size: int, window: int, stride: int, pads: tuple[int, int]) -> int:
+    return (size + sum(pads) - window) // stride + 1
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _canonical_conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads) -> jax.Array:
-    return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=NHWC)
+def _canonical_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
+    sizes = [_output_size(*axis) for axis in zip(x.shape[1:3], kernel.shape[:2], strides, pads, strict=True)]
+    columns = _columns_at_once(*kernel.shape[2:], sizes[1])
+    lows = (pads[0][0], pads[1][0])
+    return _correlate(x, kernel, lows, sizes, strides=strides, columns=columns)
 
 
 def _canonical_forward(x, kernel, strides, pads):
@@ -61,39 +71,143 @@ def _canonical_forward(x, kernel, strides, pads):
 
 
 def _canonical_backward(strides, pads, residuals, dy):
-    """Both gradients as NHWC/HWIO/NHWC convolutions of explicitly transposed arrays.
+    """Both gradients as convolutions in the fast layout.
 
-    The forward output at y reads input y·stride - low + i, i < k. So dx is the convolution of dy, dilated by the stride,
-    with the kernel flipped and its channels swapped; dw is that of x, channels for batch, with dy dilated as the kernel.
-    What the strides leave unread at the end of x is made up by the high pads.
+    The forward output at y reads input y·stride - low + i, i < k. So dx is the correlation of dy, dilated by the stride,
+    with the kernel flipped and its channels swapped.
     """
     x, kernel = residuals
-    dx_pads, dw_pads = [], []
-    for axis, (stride, (low, high)) in enumerate(zip(strides, pads, strict=True)):
-        size, k, out = x.shape[1 + axis], kernel.shape[axis], dy.shape[1 + axis]
-        unread = size + low + high - k - (out - 1) * stride
-        dx_pads.append((k - 1 - low, k - 1 - high + unread))
-        dw_pads.append((low, high - unread))
-    dx = lax.conv_general_dilated(
-        dy,
-        jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2),
-        (1, 1),
-        dx_pads,
-        lhs_dilation=strides,
-        dimension_numbers=NHWC,
-    )
-    dw = lax.conv_general_dilated(
-        x.transpose(3, 1, 2, 0),
-        dy.transpose(1, 2, 0, 3),
-        (1, 1),
-        dw_pads,
-        rhs_dilation=strides,
-        dimension_numbers=NHWC,
-    )
-    return dx, dw.transpose(1, 2, 0, 3)
+    flipped = jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)
+    lows = [k - 1 - low for k, (low, _) in zip(kernel.shape[:2], pads, strict=True)]
+    columns = strides[1] if strides[1] > 1 else _columns_at_once(*flipped.shape[2:], x.shape[2])
+    dx = _correlate(dy, flipped, lows, x.shape[1:3], dilation=strides, columns=columns)
+    return dx, _kernel_gradient(x, dy, kernel.shape[:2], strides, (pads[0][0], pads[1][0]))
 
 
 _canonical_conv.defvjp(_canonical_forward, _canonical_backward)
+
+
+def _columns_at_once(channels: int, features: int, width: int) -> int:
+    """Neighbouring columns whose features one product computes together, so that it is wide enough to be fast."""
+    columns = 1 if features > NARROW else 2 if channels >= 8 else 4
+    return columns if width % columns == 0 else 1
+
+
+def _correlate(
+    x: jax.Array,
+    kernel: jax.Array,
+    lows: Sequence[int],
+    sizes: Sequence[int],
+    strides: Strides = (1, 1),
+    dilation: Strides = (1, 1),
+    columns: int = 1,
+) -> jax.Array:
+    """Σ_i x[(a·stride + i - low)/dilation] kernel[i] for output pixels a, over the taps i that meet a pixel of x.
+
+    Output rows and columns of the same remainder meet the same taps. Rows are computed one remainder (modulo the
+    dilation) at a time, so that no product with the zeros of a dilated x is taken; `columns` neighbouring columns, a
+    multiple of the dilation, as so many times the features, by a kernel that holds a shifted copy for each. What such a
+    kernel wastes on zeros it more than wins by its width.
+    """
+    n, features = x.shape[0], kernel.shape[-1]
+    wide, first_column = _shifted_copies(kernel, 1, lows[1], strides[1], dilation[1], range(columns))
+    out_rows, out_columns = -(-sizes[0] // dilation[0]), -(-sizes[1] // columns)
+    steps = strides[0], columns * strides[1] // dilation[1]
+    column_pads = _pads(x.shape[2], wide.shape[1], first_column, steps[1], out_columns)
+    rows = []
+    for row in range(dilation[0]):
+        part, first_row = _shifted_copies(wide, 0, lows[0], strides[0], dilation[0], range(row, row + 1))
+        row_pads = _pads(x.shape[1], part.shape[0], first_row, steps[0], out_rows)
+        rows.append(_convolve(x, part, steps, (row_pads, column_pads)))
+    y = rows[0] if len(rows) == 1 else jnp.stack(rows, 2)
+    y = y.reshape(n, out_rows * dilation[0], out_columns * columns, features)
+    return y[:, : sizes[0], : sizes[1]]
+
+
+def _shifted_copies(
+    kernel: jax.Array, axis: int, low: int, stride: int, dilation: int, outputs: range
+) -> tuple[jax.Array, int]:
+    """The taps that each of some neighbouring outputs takes from the input pixels that any of them reads.
+
+    Returns:
+      The kernel along `axis` over those input pixels, its features once for each output; and the first of those pixels,
+      counted from the one that output 0 would read at tap `low`.
+    """
+    taps = kernel.shape[axis]
+    starts = [(low - a * stride) % dilation for a in outputs]
+    firsts = [(a * stride + start - low) // dilation for a, start in zip(outputs, starts, strict=True)]
+    counts = [len(range(start, taps, dilation)) for start in starts]
+    first = min(firsts)
+    window = max(1, max(at + count for at, count in zip(firsts, counts, strict=True)) - first)
+    copies = []
+    for start, at, count in zip(starts, firsts, counts, strict=True):
+        widths = [(0, 0)] * kernel.ndim
+        widths[axis] = (at - first, window - count - (at - first))
+        cut = lax.slice_in_dim(kernel, min(start, taps), taps, dilation, axis)
+        copies.append(jnp.pad(cut, widths))
+    return (copies[0] if len(copies) == 1 else jnp.concatenate(copies, -1)), first
+
+
+def _pads(size: int, window: int, first: int, stride: int, outputs: int) -> tuple[int, int]:
+    """Pads of an axis so that output 0 reads from pixel `first` on, and there are `outputs` of them."""
+    return -first, (outputs - 1) * stride + window + first - size
+
+
+def _kernel_gradient(x: jax.Array, dy: jax.Array, window: Sequence[int], strides: Strides, lows: Sequence[int]) -> jax.Array:
+    """dw[i, c, o] = Σ_n,y x[n, y·stride + i - low, c] dy[n, y, o], a few images at a time so that they stay in the cache."""
+    n = x.shape[0]
+    gradient = partial(_kernel_gradient_of_few, window=window, strides=strides, lows=lows)
+    chunks, rest = divmod(n, IMAGES_AT_ONCE)
+    if chunks < 2:
+        return gradient(x, dy)
+
+    def in_chunks(a: jax.Array) -> jax.Array:
+        return a[: n - rest].reshape(chunks, IMAGES_AT_ONCE, *a.shape[1:])
+
+    def add(total: jax.Array, few: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        return total + gradient(*few), None
+
+    start = gradient(x[n - rest :], dy[n - rest :]) if rest else jnp.zeros((*window, x.shape[-1], dy.shape[-1]), dy.dtype)
+    return lax.scan(add, start, (in_chunks(x), in_chunks(dy)))[0]
+
+
+def _kernel_gradient_of_few(
+    x: jax.Array, dy: jax.Array, window: Sequence[int], strides: Strides, lows: Sequence[int]
+) -> jax.Array:
+    """The correlation of x, channels for batch, with dy, dilated by the stride, as the kernel.
+
+    Where features are few, two columns of dy are taken as twice the features: each finds its own gradient in a window
+    that holds both.
+    """
+    n, rows, width, features = dy.shape
+    (kh, kw), channels = window, x.shape[-1]
+    columns = 2 if features <= NARROW and width % 2 == 0 else 1
+    wide = kw + (columns - 1) * strides[1]
+    pairs = dy.reshape(n, rows, width // columns, columns * features)
+    dilation = (strides[0], columns * strides[1])
+    pads = [
+        (low, out + (count - 1) * step - low - size)
+        for low, out, count, step, size in zip(lows, (kh, wide), pairs.shape[1:3], dilation, x.shape[1:3], strict=True)
+    ]
+    both = _convolve(x.transpose(3, 1, 2, 0), pairs.transpose(1, 2, 0, 3), (1, 1), pads, dilation).reshape(
+        channels, kh, wide, columns, features
+    )
+    own = [both[:, :, s * strides[1] : s * strides[1] + kw, s] for s in range(columns)]
+    return sum(own[1:], own[0]).transpose(1, 2, 0, 3)
+
+
+def _convolve(
+    x: jax.Array, kernel: jax.Array, strides: Strides, pads: Sequence[tuple[int, int]], kernel_dilation: Strides = (1, 1)
+) -> jax.Array:
+    """`lax.conv_general_dilated`, cropping where a pad is negative.
+
+    XLA:CPU (jax 0.10.2) reads beyond the array where one pad of an axis is negative and the other positive.
+    """
+    crops = [(0, 0, 0), *((min(low, 0), min(high, 0), 0) for low, high in pads), (0, 0, 0)]
+    if any(low < 0 or high < 0 for low, high, _ in crops):
+        x = lax.pad(x, jnp.zeros((), x.dtype), crops)
+    pads = [(max(low, 0), max(high, 0)) for low, high in pads]
+    return lax.conv_general_dilated(x, kernel, strides, pads, rhs_dilation=kernel_dilation, dimension_numbers=NHWC)
 
 
 def _patches_conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads) -> jax.Array:
@@ -107,16 +221,61 @@ def _patches_conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pad
 def max_pool(x: jax.Array, window: Sequence[int] = (3, 3), strides: Sequence[int] = (2, 2)) -> jax.Array:
     """Max pooling with SAME padding, [N, H, W, C] → [N, ⌈H/s⌉, ⌈W/s⌉, C].
 
-    The maximum of shifted slices: its gradient is deterministic (XLA's select-and-scatter need not be), and goes to the
-    first of equal maxima.
+    The gradient goes to the first of equal maxima, row by row. It is made of slices and comparisons: deterministic, as
+    XLA's select-and-scatter need not be, and several times as fast on CPU.
     """
-    pads = lax.padtype_to_pads(x.shape[1:3], tuple(window), tuple(strides), "SAME")
+    return _max_pool(x, (window[0], window[1]), (strides[0], strides[1]), x.shape[1:3])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _max_pool(x: jax.Array, window: Strides, strides: Strides, sizes: Strides) -> jax.Array:
+    return _max_pool_forward(x, window, strides, sizes)[0]
+
+
+def _max_pool_forward(x, window, strides, sizes):
+    pads = lax.padtype_to_pads(sizes, window, strides, "SAME")
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
     pooled, *others = _windows(padded, window, strides)
-    for other in others:
+    winner = jnp.zeros(pooled.shape)  # the square of the offset in the window that the maximum came from
+    for offset, other in enumerate(others, start=1):
         # A NaN must not lose a comparison, or a diverged run would go unseen.
-        pooled = jnp.where((pooled >= other) | jnp.isnan(pooled), pooled, other)
-    return pooled
+        stays = (pooled >= other) | jnp.isnan(pooled)
+        pooled, winner = jnp.where(stays, pooled, other), jnp.where(stays, winner, offset**2)
+    # XLA:CPU would repeat all these comparisons at each of the places where the gradient reads them, but takes a square
+    # root for too expensive to be repeated (and drops an optimization_barrier).
+    return pooled, jnp.sqrt(winner)
+
+
+def _max_pool_backward(window, strides, sizes, winner, dy):
+    """Sums, for each pixel, the dy of the ⌈k/s⌉² windows at most that hold it and that it won.
+
+    Padded pixel s·t + r is at offset s·d + r of the window that begins d windows before t; so all pixels of one remainder
+    r look at the same offsets, and remainders are an axis of their own.
+    """
+    pads = lax.padtype_to_pads(sizes, window, strides, "SAME")
+    (sh, sw), (kh, kw) = strides, window
+    tiles = [-(-(size + low) // s) for size, (low, _), s in zip(sizes, pads, strides, strict=True)]
+    row = lax.broadcasted_iota(jnp.float32, (1, 1, sh, 1, 1, 1), 2)
+    column = lax.broadcasted_iota(jnp.float32, (1, 1, 1, 1, sw, 1), 4)
+    dx = jnp.zeros((dy.shape[0], tiles[0], sh, tiles[1], sw, dy.shape[-1]), dy.dtype)
+    for before_rows in range(-(-kh // sh)):
+        for before_columns in range(-(-kw // sw)):
+            before = zip((before_rows, before_columns), tiles, dy.shape[1:3], strict=True)
+            shift = [(0, 0, 0), *((d, count - windows - d, 0) for d, count, windows in before), (0, 0, 0)]
+            i, j = row + sh * before_rows, column + sw * before_columns
+            won = _tiled(winner, shift) == jnp.where((i < kh) & (j < kw), i * kw + j, -1)
+            dx = dx + jnp.where(won, _tiled(dy, shift), 0)
+    dx = dx.reshape(dy.shape[0], tiles[0] * sh, tiles[1] * sw, dy.shape[-1])
+    (top, _), (left, _) = pads
+    return (dx[:, top : top + sizes[0], left : left + sizes[1]],)
+
+
+def _tiled(windows: jax.Array, shift: Sequence[tuple[int, int, int]]) -> jax.Array:
+    """[N, H', W', C], moved by `shift`, as [N, T, 1, U, 1, C]."""
+    return jnp.expand_dims(lax.pad(windows, jnp.zeros((), windows.dtype), shift), (2, 4))
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def _windows(padded: jax.Array, window: Sequence[int], strides: Sequence[int]) -> list[jax.Array]:
