@@ -34,11 +34,10 @@ CONVOLUTIONS = [
 ]
 
 
-@pytest.fixture(params=["canonical", "patches"])
-def implementation(request, monkeypatch):
-    limit = {"canonical": 0, "patches": 1 << 30}[request.param]
-    monkeypatch.setattr(conv_module, "PATCHES_UP_TO_PIXELS", {jax.default_backend(): limit})
-    return request.param
+@pytest.fixture(params=["direct", "patches"])
+def implementation(request):
+    with conv_module.forced(request.param):
+        yield request.param
 
 
 def lax_conv(x, kernel, strides, padding):

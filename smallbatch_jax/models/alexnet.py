@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from smallbatch_jax.models.conv import max_pool
-from smallbatch_jax.models.layers import Conv, Dense
+from smallbatch_jax.models.layers import Conv, Dense, relu
 from smallbatch_jax.models.norm import make_norm
 
 SMALLEST_IMAGE = 8
@@ -49,13 +49,13 @@ class AlexNet(nn.Module):
         x = images.astype(self.dtype)
         for index, (kernel, features) in enumerate(zip((5, 3, 3, 3, 3), (16, 48, 96, 64, 64), strict=True)):
             x = Conv(features, (kernel, kernel), use_bias=not norm_conv, dtype=self.dtype, name=f"conv{index + 1}")(x)
-            x = nn.relu(self._normalise(x, train, f"conv{index + 1}_norm") if norm_conv else x)
+            x = relu(self._normalise(x, train, f"conv{index + 1}_norm") if norm_conv else x)
             if index in (0, 1, 4):
                 x = max_pool(x)
         x = x.reshape(x.shape[0], -1)
         for index in range(2):
             x = Dense(256, use_bias=not norm_dense, dtype=self.dtype, name=f"dense{index + 1}")(x)
-            x = nn.relu(self._normalise(x, train, f"dense{index + 1}_norm") if norm_dense else x)
+            x = relu(self._normalise(x, train, f"dense{index + 1}_norm") if norm_dense else x)
         return Dense(self.num_classes, dtype=self.dtype, name="logits")(x).astype(jnp.float32)
 
     def _normalise(self, x: jax.Array, train: bool, name: str) -> jax.Array:

@@ -4,15 +4,19 @@
 convolutions are brought into the layout of the fast path in the entry computation only), and under `vmap` over kernels it
 becomes a grouped convolution, slow on CPU and GPU alike. Two implementations avoid both:
 
-- `canonical`: `lax.conv` with a backward pass whose two convolutions are written in the fast layout, bit for bit the same;
+- `direct`: convolutions in XLA:CPU's fast layout only, forward and backward, made wide enough and small enough to be fast;
 - `patches`: k² shifted copies of the image side by side, then one matrix product (im2col): no convolution is left.
 
 Which one runs depends on the backend and the layer's shape alone, by `PATCHES_UP_TO_PIXELS`; never on timing at run time.
+`docs/speed.md` has the measurements behind the choice. `plain` is `lax.conv` as it comes, for comparison.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +24,8 @@ from jax import lax
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
-# Output pixels per image up to which `patches` runs. CPU: measured 2026-11-22 on 2 cores (AMD EPYC, AVX-512) with the
-# reduced AlexNet: at 8×8 `patches` trains 3 times as fast as `canonical`; at 32×32 it is level at m = 2 and 10-25 % slower
-# from m = 32 on. Elsewhere unmeasured: lanes under `vmap` favour batched matrix products over grouped convolutions.
+# Output pixels per image up to which `patches` runs. Off CPU unmeasured: lanes under `vmap` favour batched matrix products
+# over grouped convolutions.
 PATCHES_UP_TO_PIXELS = {"cpu": 16}
 
 NARROW = 16  # features up to which XLA:CPU has no fast convolution (unless there are more input channels)
@@ -30,6 +33,18 @@ IMAGES_AT_ONCE = 8  # of a kernel's gradient, so that its transposed copies stay
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 Strides = tuple[int, int]
+
+
+def computed_once(x: jax.Array) -> jax.Array:
+    """x, a floating-point array, unchanged, which XLA:CPU is kept from computing again wherever it is used.
+
+    XLA:CPU fuses cheap element-wise work into each of its uses and so repeats it: the comparisons of a max pool 36 times
+    over, a concatenation in a loop that is no longer a vector's. It drops an `optimization_barrier` before it fuses, but
+    does not repeat a division; here by ones that it cannot know to be ones.
+    """
+    if jax.default_backend() != "cpu":
+        return x
+    return x / jnp.where(x > jnp.inf, 2, 1).astype(x.dtype)
 
 
 def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int] = (1, 1), padding: str | Pads = "SAME") -> jax.Array:
@@ -50,8 +65,19 @@ def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int] = (1, 1), paddi
         (top, bottom), (left, right) = lax.padtype_to_pads(spatial, window, strides, padding)
         padding = ((top, bottom), (left, right))
     pixels = math.prod(_output_size(*axis) for axis in zip(spatial, window, strides, padding, strict=True))
-    implementation = _patches_conv if pixels <= PATCHES_UP_TO_PIXELS.get(jax.default_backend(), 1 << 30) else _canonical_conv
-    return implementation(x, kernel, strides, padding)
+    few = pixels <= PATCHES_UP_TO_PIXELS.get(jax.default_backend(), 1 << 30)
+    chosen = _forced.get() or ("patches" if few else "direct")
+    return IMPLEMENTATIONS[chosen](x, kernel, strides, padding)
+
+
+@contextmanager
+def forced(implementation: "Implementation") -> Iterator[None]:
+    """Within it every `conv` that is traced is by this implementation: for tests and for measuring."""
+    token = _forced.set(implementation)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
 
 def _output_size(size: int, window: int, stride: int, pads: tuple[int, int]) -> int:
@@ -59,18 +85,18 @@ def _output_size(size: int, window: int, stride: int, pads: tuple[int, int]) -> 
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _canonical_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
+def _direct_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
     sizes = [_output_size(*axis) for axis in zip(x.shape[1:3], kernel.shape[:2], strides, pads, strict=True)]
-    columns = _columns_at_once(*kernel.shape[2:], sizes[1])
+    columns = _columns_at_once(kernel.shape[2], kernel.shape[3], sizes[1])
     lows = (pads[0][0], pads[1][0])
     return _correlate(x, kernel, lows, sizes, strides=strides, columns=columns)
 
 
-def _canonical_forward(x, kernel, strides, pads):
-    return _canonical_conv(x, kernel, strides, pads), (x, kernel)
+def _direct_forward(x, kernel, strides, pads):
+    return _direct_conv(x, kernel, strides, pads), (x, kernel)
 
 
-def _canonical_backward(strides, pads, residuals, dy):
+def _direct_backward(strides, pads, residuals, dy):
     """Both gradients as convolutions in the fast layout.
 
     The forward output at y reads input y·stride - low + i, i < k. So dx is the correlation of dy, dilated by the stride,
@@ -79,12 +105,12 @@ def _canonical_backward(strides, pads, residuals, dy):
     x, kernel = residuals
     flipped = jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)
     lows = [k - 1 - low for k, (low, _) in zip(kernel.shape[:2], pads, strict=True)]
-    columns = strides[1] if strides[1] > 1 else _columns_at_once(*flipped.shape[2:], x.shape[2])
+    columns = strides[1] if strides[1] > 1 else _columns_at_once(flipped.shape[2], flipped.shape[3], x.shape[2])
     dx = _correlate(dy, flipped, lows, x.shape[1:3], dilation=strides, columns=columns)
     return dx, _kernel_gradient(x, dy, kernel.shape[:2], strides, (pads[0][0], pads[1][0]))
 
 
-_canonical_conv.defvjp(_canonical_forward, _canonical_backward)
+_direct_conv.defvjp(_direct_forward, _direct_backward)
 
 
 def _columns_at_once(channels: int, features: int, width: int) -> int:
@@ -119,7 +145,7 @@ def _correlate(
         part, first_row = _shifted_copies(wide, 0, lows[0], strides[0], dilation[0], range(row, row + 1))
         row_pads = _pads(x.shape[1], part.shape[0], first_row, steps[0], out_rows)
         rows.append(_convolve(x, part, steps, (row_pads, column_pads)))
-    y = rows[0] if len(rows) == 1 else jnp.stack(rows, 2)
+    y = rows[0] if len(rows) == 1 else computed_once(jnp.stack(rows, 2))
     y = y.reshape(n, out_rows * dilation[0], out_columns * columns, features)
     return y[:, : sizes[0], : sizes[1]]
 
@@ -161,14 +187,12 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, window: Sequence[int], strides
     if chunks < 2:
         return gradient(x, dy)
 
-    def in_chunks(a: jax.Array) -> jax.Array:
-        return a[: n - rest].reshape(chunks, IMAGES_AT_ONCE, *a.shape[1:])
-
-    def add(total: jax.Array, few: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        return total + gradient(*few), None
+    def add(total: jax.Array, chunk: jax.Array) -> tuple[jax.Array, None]:
+        few_x, few_dy = (lax.dynamic_slice_in_dim(a, chunk * IMAGES_AT_ONCE, IMAGES_AT_ONCE) for a in (x, dy))
+        return total + gradient(few_x, few_dy), None
 
     start = gradient(x[n - rest :], dy[n - rest :]) if rest else jnp.zeros((*window, x.shape[-1], dy.shape[-1]), dy.dtype)
-    return lax.scan(add, start, (in_chunks(x), in_chunks(dy)))[0]
+    return lax.scan(add, start, jnp.arange(chunks))[0]
 
 
 def _kernel_gradient_of_few(
@@ -218,6 +242,15 @@ def _patches_conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pad
     return flat.reshape(*patches.shape[:-1], features)
 
 
+def _plain_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
+    return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=NHWC)
+
+
+Implementation = Literal["direct", "patches", "plain"]
+IMPLEMENTATIONS: dict[str, Any] = {"direct": _direct_conv, "patches": _patches_conv, "plain": _plain_conv}
+_forced: ContextVar[Implementation | None] = ContextVar("forced", default=None)
+
+
 def max_pool(x: jax.Array, window: Sequence[int] = (3, 3), strides: Sequence[int] = (2, 2)) -> jax.Array:
     """Max pooling with SAME padding, [N, H, W, C] → [N, ⌈H/s⌉, ⌈W/s⌉, C].
 
@@ -236,14 +269,12 @@ def _max_pool_forward(x, window, strides, sizes):
     pads = lax.padtype_to_pads(sizes, window, strides, "SAME")
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
     pooled, *others = _windows(padded, window, strides)
-    winner = jnp.zeros(pooled.shape)  # the square of the offset in the window that the maximum came from
+    winner = jnp.zeros(pooled.shape)  # the offset in the window that the maximum came from
     for offset, other in enumerate(others, start=1):
         # A NaN must not lose a comparison, or a diverged run would go unseen.
         stays = (pooled >= other) | jnp.isnan(pooled)
-        pooled, winner = jnp.where(stays, pooled, other), jnp.where(stays, winner, offset**2)
-    # XLA:CPU would repeat all these comparisons at each of the places where the gradient reads them, but takes a square
-    # root for too expensive to be repeated (and drops an optimization_barrier).
-    return pooled, jnp.sqrt(winner)
+        pooled, winner = jnp.where(stays, pooled, other), jnp.where(stays, winner, float(offset))
+    return pooled, computed_once(winner)
 
 
 def _max_pool_backward(window, strides, sizes, winner, dy):

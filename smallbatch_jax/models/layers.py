@@ -7,10 +7,28 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from smallbatch_jax.models.conv import Pads, conv
+from smallbatch_jax.models.conv import Pads, computed_once, conv
 
 # He et al. (2015b), Eq. 10: a Gaussian (not a truncated one) of variance 2 / fan-in; all layers, the logits' too.
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+@jax.custom_vjp
+def relu(x: jax.Array) -> jax.Array:
+    """max(x, 0); NaN stays NaN."""
+    return jnp.maximum(x, 0)
+
+
+def _relu_forward(x):
+    y = relu(x)
+    return y, y
+
+
+def _relu_backward(y, dy):
+    return (computed_once(jnp.where(y > 0, dy, 0)),)
+
+
+relu.defvjp(_relu_forward, _relu_backward)
 
 
 class Conv(nn.Module):
