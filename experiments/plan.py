@@ -1,15 +1,27 @@
-"""Lists what a config would train, program by program; trains nothing.
+"""What a config would cost, program by program, from a few seconds of each; keeps nothing that it trains.
 
-    python experiments/plan.py --config=configs/fig08_resnet32.py
+    python experiments/plan.py --config=configs/quickstart.py
+    python experiments/plan.py --config=configs/fig08_resnet32.py --random_images --elsewhere=h100.json
 
-A program is compiled once and trains all runs of one batch size and BN batch size.
+A program is compiled once and trains all runs of one batch size and BN batch size. Time: of training and evaluating the
+runs that did not diverge within the probe, on this machine. Memory: of the compiled program, the dataset not counted.
+--elsewhere adds a column for another device, from what `benchmark.py --json` printed there for the same model.
+--probe_seconds=0 only lists.
 """
 
+import json
+from pathlib import Path
+
 import command
+from absl import flags
 
 from smallbatch_jax import experiment
+from smallbatch_jax.experiment import Experiment, InputError
 
 CONFIG = command.define_config_flag()
+SECONDS = flags.DEFINE_float("probe_seconds", 2.0, "Seconds that each program is tried for; 0 measures nothing.", lower_bound=0)
+RANDOM = flags.DEFINE_bool("random_images", False, "Measure on random images of the right shape: the data need not be here.")
+ELSEWHERE = flags.DEFINE_string("elsewhere", None, "File with the JSON line of benchmark.py on another device.")
 
 
 def main() -> int:
@@ -20,6 +32,7 @@ def main() -> int:
     if chosen.drawn_from:
         print(f"{chosen.name}: trains nothing, is drawn from {', '.join(chosen.drawn_from)}")
         return 0
+    there = _stored(ELSEWHERE.value, chosen) if ELSEWHERE.value else None
     num_examples = data.num_train_examples(chosen.dataset.name, chosen.dataset.data_dir)
     chosen.require_examples(num_examples)
     programs = experiment.programs(chosen.runs())
@@ -28,7 +41,60 @@ def main() -> int:
     for (m, b), runs in programs.items():
         steps = order.total_steps(chosen.epochs, num_examples, m)
         print(f"{m:>6}{b:>10}{len(runs):>6}{steps:>15,}{steps * m * len(runs):>16,}")
+    if SECONDS.value:
+        _measure(chosen, there)
     return 0
+
+
+def _measure(chosen: Experiment, there: dict | None) -> None:
+    """Prints what each program costs, and the sums."""
+    from smallbatch_jax import data, driver, planning
+    from smallbatch_jax.progress import duration
+
+    try:
+        dataset = (data.random if RANDOM.value else data.load)(
+            chosen.dataset.name, chosen.dataset.data_dir, chosen.dataset.image_size
+        )
+    except InputError as error:
+        print(f"not measured: {error} Or use --random_images.")
+        return
+    driver.use_all_cores()
+    other = "" if there is None else f"{'there':>14}"
+    print(f"\n{'m':>6}{'BN batch':>10}{'lanes':>7}{'diverge':>9}{'FLOPs':>10}", end="")
+    print(f"{'images/s':>10}{'compile':>9}{'memory':>10}{'time':>14}{other}")
+    plans, elsewhere = [], 0.0
+    for trial in planning.measure(chosen, dataset):
+        job, image_shape = trial.job, dataset.train_images.shape[1:]
+        flops = planning.flops_per_image(job.model_of(None), job.batch_size, image_shape)
+        plan = planning.plan_program(job, flops, planning.probe(trial, SECONDS.value))
+        plans.append(plan)
+        line = (
+            f"{plan.batch_size:>6}{plan.bn_batch_size:>10}{plan.lanes:>7}{plan.diverging:>9}{plan.flops:>10.1e}"
+            f"{plan.images_per_second:>10,.0f}{plan.compile_seconds:>7.1f} s{plan.peak_bytes / 2**20:>6,.0f} MiB"
+            f"{duration(plan.seconds):>14}"
+        )
+        if there is not None:
+            seconds = planning.elsewhere(plan, plan.steps * plan.batch_size, there["results"])
+            elsewhere += seconds
+            line += f"{duration(seconds):>14}"
+        print(line, flush=True)
+    print(
+        f"{len(plans)} compilations, {sum(plan.flops for plan in plans):.1e} FLOPs, "
+        f"at most {max(plan.peak_bytes for plan in plans) / 2**20:,.0f} MiB; here {duration(planning.total_seconds(plans))}"
+        + ("" if there is None else f", on {there['device']} {duration(elsewhere)}")
+    )
+
+
+def _stored(path: str, chosen: Experiment) -> dict:
+    """The last line of a file, as benchmark.py prints it, with its results for the config's model alone."""
+    try:
+        stored = json.loads(Path(path).read_text().strip().split("\n")[-1])
+        results = [row for row in stored["results"] if (row["model"], row["norm"]) == (chosen.model.name, chosen.model.norm)]
+        return {"device": stored["device"], "results": results}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--elsewhere={path}: is not what benchmark.py --json prints: {type(error).__name__}: {error}"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Trains a grid: the experiment's programs one after the other, into a workdir, until all runs are there."""
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -7,8 +8,9 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +25,9 @@ from smallbatch_jax import lanes as lane_programs
 from smallbatch_jax.checkpoint import Checkpoints
 from smallbatch_jax.data import Dataset
 from smallbatch_jax.experiment import OWN, Experiment, InputError, from_config, programs
-from smallbatch_jax.feeder import Feeder, Interrupted, Job, ModelOf, Stop
+from smallbatch_jax.feeder import Feeder, Interrupted, Stop
+from smallbatch_jax.jobs import GIB, Job, ModelOf, named_model
 from smallbatch_jax.lanes import DeviceData, LaneProgram
-from smallbatch_jax.models import create_model
 from smallbatch_jax.models.own import OwnModel
 from smallbatch_jax.progress import Progress, Status, for_stream
 from smallbatch_jax.results import ProgramResults, Timings
@@ -66,8 +68,8 @@ def train_grid(
       Interrupted: on SIGINT or SIGTERM, after the segment at work ended and all lanes were saved.
     """
     experiment.require_examples(len(dataset.train_labels))
-    model_of = model_of or _named_model(experiment, dataset, experiment.model.bn_decay)
-    precise = _named_model(experiment, dataset, 0.0) if experiment.model.bn_statistics == "precise" else None
+    model_of = model_of or named_model(experiment, dataset.num_classes, experiment.model.bn_decay)
+    precise = named_model(experiment, dataset.num_classes, 0.0) if experiment.model.bn_statistics == "precise" else None
     lane_programs.require_model(model_of(None), dataset)
     for m, b in programs(experiment.runs()):
         model_of(None if b == m else b)  # a model that takes no BN batch size is refused now
@@ -90,9 +92,17 @@ def train_grid(
                     job.count_complete(status)
                 pending = [job for job in jobs if job.pending()]
                 progress.show(status, "compiling")
-                for job, program in _compiled_ahead(pending, initial, on_device, mesh, timings):
+                compiler = _Compiler(on_device, mesh, timings)
+                for job, program in compiler.in_turn(pending, initial):
                     checkpoints = Checkpoints(folder / "checkpoints" / job.name)
-                    Feeder(job, program, initial, checkpoints, status, progress, timings, stop).train()
+                    smaller = partial(compiler.submit_smaller, job)
+                    while True:
+                        feeder = Feeder(job, program, initial, checkpoints, status, progress, timings, stop, smaller)
+                        try:
+                            feeder.train()
+                            break
+                        except jax.errors.JaxRuntimeError as error:
+                            program = smaller(_lanes_after(error, job, feeder.program)).result()
                     checkpoints.delete()
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         finally:
@@ -105,34 +115,49 @@ def _images(experiment: Experiment, dataset: Dataset) -> int:
     return len(experiment.runs()) * experiment.epochs * len(dataset.train_labels)
 
 
-def _named_model(experiment: Experiment, dataset: Dataset, bn_decay: float) -> ModelOf:
-    dtype = lane_programs.COMPUTE_DTYPE[experiment.precision]
-    model = experiment.model
-    return lambda bn_batch_size: create_model(
-        model.name, dataset.num_classes, model.norm, bn_batch_size, bn_decay=bn_decay, dtype=dtype
-    )
+def _lanes_after(error: Exception, job: Job, program: LaneProgram) -> int:
+    """Half the lanes of a program that ran out of memory; any other failure, and that of the last lane, is raised."""
+    devices = program.sharding.mesh.size
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    if program.lanes == devices:
+        needed = program.peak_bytes / GIB
+        raise InputError(
+            f"m = {job.batch_size}: out of memory with one lane per device, which needs {needed:.1f} GiB"
+        ) from error
+    return program.lanes // 2 // devices * devices or devices
 
 
-def _compiled_ahead(
-    jobs: list[Job], initial: Callable[[int], TrainState], on_device: DeviceData, mesh: Mesh, timings: Timings
-) -> Iterator[tuple[Job, LaneProgram]]:
-    """Each job with its program; while the caller trains one, the next compiles."""
+class _Compiler:
+    """Compiles programs in a thread of its own, beside the training of another."""
 
-    def compile_job(job: Job) -> LaneProgram:
+    def __init__(self, on_device: DeviceData, mesh: Mesh, timings: Timings):
+        self._on_device, self._mesh, self._timings = on_device, mesh, timings
+        self._executor = ThreadPoolExecutor(1)
+
+    def submit(self, job: Job) -> Future[LaneProgram]:
+        return self._executor.submit(self._compile, job)
+
+    def submit_smaller(self, job: Job, lanes: int) -> Future[LaneProgram]:
+        return self.submit(dataclasses.replace(job, most_lanes=lanes))
+
+    def _compile(self, job: Job) -> LaneProgram:
         began = time.monotonic()
-        program = job.compile(on_device, mesh)
-        timings.add("compile", time.monotonic() - began, job.batch_size, job.bn_batch_size, program.lanes)
+        program = job.compile(self._on_device, self._mesh)
+        self._timings.add("compile", time.monotonic() - began, job.batch_size, job.bn_batch_size, program.lanes)
         return program
 
-    with ThreadPoolExecutor(1) as executor:
-        ahead = deque(executor.submit(compile_job, job) for job in jobs[:1])
-        for job in jobs[:1]:
-            initial(job.runs[0].seed)  # compiles the initialisation, which all programs share, beside the first program
-        for job, following in zip_longest(jobs, jobs[1:]):
-            program = ahead.popleft().result()
-            if following is not None:
-                ahead.append(executor.submit(compile_job, following))
-            yield job, program
+    def in_turn(self, jobs: list[Job], initial: Callable[[int], TrainState]) -> Iterator[tuple[Job, LaneProgram]]:
+        """Each job with its program; while the caller trains one, the next compiles."""
+        with self._executor:
+            ahead = deque(self.submit(job) for job in jobs[:1])
+            for job in jobs[:1]:
+                initial(job.runs[0].seed)  # compiles the initialisation, which all programs share, beside the first program
+            for job, following in zip_longest(jobs, jobs[1:]):
+                program = ahead.popleft().result()
+                if following is not None:
+                    ahead.append(self.submit(following))
+                yield job, program
 
 
 @contextmanager

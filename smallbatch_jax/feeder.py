@@ -9,27 +9,23 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from smallbatch_jax import lanes as lane_programs
 from smallbatch_jax.checkpoint import Checkpoints
-from smallbatch_jax.data import Dataset, order
-from smallbatch_jax.experiment import Experiment, Run
-from smallbatch_jax.lanes import DeviceData, LaneProgram, LaneState, Report, Segment
+from smallbatch_jax.data import order
+from smallbatch_jax.experiment import Run
+from smallbatch_jax.jobs import Job
+from smallbatch_jax.lanes import LaneProgram, LaneState, Report, Segment
 from smallbatch_jax.progress import Progress, Status
-from smallbatch_jax.results import ProgramResults, Row, Timings
-from smallbatch_jax.train import Model, Program, Setting, TrainState
+from smallbatch_jax.results import Row, Timings
+from smallbatch_jax.train import TrainState
 
-MOST_LANES = 16
 CHECKPOINT_SHARE = 0.02  # of the training time, at most
-FIXED_SEGMENT_IMAGES = 16384  # per lane, where a segment's length is compiled in
-
-ModelOf = Callable[[int | None], Model]  # BN batch size, None for the whole batch → model
 
 
 class Interrupted(Exception):
@@ -44,80 +40,6 @@ class Stop:
     """Asks a feeder to save and stop: the number of the signal that came, 0 while none has."""
 
     signum: int = 0
-
-
-@dataclass
-class Job:
-    """One program's part of the experiment: its runs and where they are kept."""
-
-    experiment: Experiment
-    dataset: Dataset
-    model_of: ModelOf
-    batch_size: int
-    bn_batch_size: int
-    runs: list[Run]
-    results: ProgramResults
-    statistics_model_of: ModelOf | None = None  # the same model with a decay of 0, where statistics are precise
-
-    @property
-    def name(self) -> str:
-        return f"m{self.batch_size:05d}_b{self.bn_batch_size:05d}"
-
-    @property
-    def num_examples(self) -> int:
-        return len(self.dataset.train_labels)
-
-    @property
-    def total_steps(self) -> int:
-        return order.total_steps(self.experiment.epochs, self.num_examples, self.batch_size)
-
-    def pending(self) -> list[Run]:
-        return [run for run in self.runs if not self.results.complete(run, self.experiment.epochs)]
-
-    def count_complete(self, status: Status) -> None:
-        """Adds the runs that an earlier process completed."""
-        for run in self.runs:
-            if self.results.complete(run, self.experiment.epochs):
-                status.add_run(self.results.diverged(run))
-                status.images -= self.experiment.epochs * self.num_examples
-
-    def compile(self, data: DeviceData, mesh: Mesh) -> LaneProgram:
-        chosen = self.experiment
-        schedule = chosen.schedule
-        program = Program(
-            self.batch_size, self.total_steps, schedule.boundaries, schedule.factor, augment=chosen.dataset.augment
-        )
-        bn_batch_size = None if self.bn_batch_size == self.batch_size else self.bn_batch_size
-        model = self.model_of(bn_batch_size)
-        wanted = chosen.lanes or min(len(self.runs), MOST_LANES)
-        lanes = -(-wanted // mesh.size) * mesh.size
-        return lane_programs.compile_lanes(
-            model,
-            program,
-            data,
-            mesh,
-            lanes,
-            self._segment_steps(),
-            chosen.precision,
-            statistics_model=self.statistics_model_of and self.statistics_model_of(self.bn_batch_size),
-        )
-
-    def _segment_steps(self) -> int:
-        """The most steps of a segment: an epoch's, or an even part of them where a segment's length is compiled in."""
-        longest_epoch = self.num_examples // self.batch_size + 1
-        if lane_programs.lane_mapping() == "map":
-            return longest_epoch
-        parts = -(-longest_epoch * self.batch_size // FIXED_SEGMENT_IMAGES)
-        return -(-longest_epoch // parts)
-
-    def settings(self, runs: list[Run | None]) -> Setting:
-        """The scalars of the run in each lane, stacked; any valid ones where there is none."""
-        return Setting(
-            np.array([1.0 if run is None else run.base_lr for run in runs], np.float32),
-            np.array([0 if run is None else run.seed for run in runs], np.int32),
-            np.full(len(runs), self.experiment.weight_decay, np.float32),
-            np.full(len(runs), self.experiment.schedule.warmup_fraction, np.float32),
-        )
 
 
 class Share(NamedTuple):
@@ -149,9 +71,11 @@ class Feeder:
     progress: Progress
     timings: Timings
     stop: Stop
+    recompile: Callable[[int], Future[LaneProgram]] | None = None  # the same program with fewer lanes
     queue: deque[Run] = field(default_factory=deque)
     runs: list[Run | None] = field(default_factory=list)  # by lane
     steps: list[int] = field(default_factory=list)  # by lane: updates sent so far
+    smaller: Future[LaneProgram] | None = None  # on its way
 
     def train(self) -> None:
         state = self._begin()
@@ -162,6 +86,13 @@ class Feeder:
             state = self._refill(state)
             if flight is None and not any(self.runs):
                 return
+            fitting = self._fitting(pace)
+            if fitting is not None:
+                if flight is not None:
+                    self._collect(flight, pace)
+                    flight = None
+                state = self._pack(fitting, jax.tree.map(np.asarray, state), self.runs)
+                pace.restart()
             state, sent = self._send(state, pace.steps)
             if flight is not None:
                 self._collect(flight, pace)
@@ -185,23 +116,50 @@ class Feeder:
         state = self.program.empty()
         restored = self.checkpoints.restore(state)
         if restored is not None:
-            host = jax.tree.map(lambda x: np.array(x), state)
-            kept = [(lane, run) for lane, run in enumerate(restored[1]) if run in pending]
-            for (old_lane, run), lane in zip(kept, self._lanes_by_load(), strict=False):
-                for new, old in zip(jax.tree.leaves(host), jax.tree.leaves(restored[0]), strict=True):
-                    new[lane] = old[old_lane]
-                self.runs[lane], self.steps[lane] = run, int(host.train.step[lane])
-                self.status.images -= self.steps[lane] * self.job.batch_size
-            state = self.program.put(host)
+            state = self._pack(self.program, restored[0], [run if run in pending else None for run in restored[1]])
+            self.status.images -= sum(self.steps) * self.job.batch_size
         self.queue = deque(run for run in pending if run not in self.runs)
         return state
+
+    def _pack(self, program: LaneProgram, state: LaneState, runs: list[Run | None]) -> LaneState:
+        """The runs in the lanes of `state`, on the host, moved to lanes of `program` spread evenly over its devices."""
+        self.program, self.runs, self.steps = program, [None] * program.lanes, [0] * program.lanes
+        packed = jax.tree.map(lambda x: np.array(x), program.empty())
+        kept = [(lane, run) for lane, run in enumerate(runs) if run is not None]
+        for (old_lane, run), lane in zip(kept, self._lanes_by_load(), strict=False):
+            for new, old in zip(jax.tree.leaves(packed), jax.tree.leaves(state), strict=True):
+                new[lane] = old[old_lane]
+            self.runs[lane], self.steps[lane] = run, int(packed.train.step[lane])
+        return program.put(packed)
+
+    def _loads(self) -> list[int]:
+        """Runs on each device."""
+        load = [0] * self.program.sharding.mesh.size
+        for lane, run in enumerate(self.runs):
+            load[self.program.device_of_lane(lane)] += run is not None
+        return load
+
+    def _fitting(self, pace: "Pace") -> LaneProgram | None:
+        """The program to move the last runs to, so that no device waits for another or computes for empty lanes."""
+        if self.queue or not any(self.runs):
+            return None
+        loads = self._loads()
+        if self.program.any_length:  # an empty lane costs nothing, a device without lanes does
+            return self.program if max(loads) - min(loads) > 1 else None
+        if self.smaller is not None:
+            ready, self.smaller = (self.smaller, None) if self.smaller.done() else (None, self.smaller)
+            return ready.result() if ready else None
+        lanes = max(loads) * len(loads)
+        left = max(self.job.total_steps - step for step, run in zip(self.steps, self.runs, strict=True) if run)
+        saved = left * pace.seconds_per_step * (1 - lanes / self.program.lanes)
+        if self.recompile and lanes <= self.program.lanes // 2 and saved > 2 * self.program.compile_seconds:
+            self.smaller = self.recompile(lanes)
+        return None
 
     def _lanes_by_load(self) -> Iterator[int]:
         """Free lanes, each time one on the device with the fewest runs; the caller fills it before it asks for more."""
         while free := [lane for lane, run in enumerate(self.runs) if run is None]:
-            load = [0] * self.program.sharding.mesh.size
-            for lane, run in enumerate(self.runs):
-                load[self.program.device_of_lane(lane)] += run is not None
+            load = self._loads()
             yield min(free, key=lambda lane: (load[self.program.device_of_lane(lane)], lane))
 
     def _refill(self, state: LaneState) -> LaneState:
@@ -226,13 +184,14 @@ class Feeder:
         )
         settings = self.job.settings(self.runs)
         shares: list[Share | None] = [None] * lanes
+        even = self.program.even_steps([run is not None for run in self.runs], pace)
         for lane, run in enumerate(self.runs):
             if run is None:
                 continue
             first = self.steps[lane]
             epoch = order.epoch_of_step(first, n, m)
             left = order.epoch_end(epoch, n, m) - first
-            steps = min(pace, left)
+            steps = min(left, even[lane])
             segment.indices[lane, :steps] = order.batch_indices(run.seed, first, steps, m, n)
             segment.steps[lane], segment.evaluate[lane] = steps, steps == left
             shares[lane] = Share(run, epoch, first, steps, steps == left)
@@ -302,6 +261,7 @@ class Pace:
     def __init__(self, job: Job, program: LaneProgram):
         self._target, self._most, self._adapts = job.experiment.segment_seconds, program.segment_steps, program.any_length
         self.steps = max(1, min(self._most, self.FIRST_IMAGES // job.batch_size)) if self._adapts else self._most
+        self.seconds_per_step = 0.0  # of a lane in the last segment
         self.restart()
 
     def restart(self) -> None:
@@ -312,6 +272,7 @@ class Pace:
         """Seconds since the last measure; adapts the pace if anything was trained."""
         seconds = time.monotonic() - self._since
         self.restart()
+        self.seconds_per_step = seconds / self.steps
         if trained and self._adapts:
             factor = min(2.0, max(0.5, self._target / max(seconds, 1e-6)))
             self.steps = max(1, min(self._most, round(self.steps * factor)))

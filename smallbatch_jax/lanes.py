@@ -5,8 +5,12 @@ ends when the lane's share of the segment is done or its loss is not finite: an 
 arithmetic touches another's. On GPU and TPU they are trained side by side (`vmap`), and ended lanes are masked.
 """
 
+import ctypes
 import functools
+import os
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -34,6 +38,7 @@ from smallbatch_jax.train import (
 )
 
 LARGEST_EVAL_BATCH = 256
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 PRECISE_IMAGES = 4096  # training images that precise statistics are taken over, or all if there are fewer
 MATMUL_PRECISION = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "bfloat16"}
 COMPUTE_DTYPE = {"float32": jnp.float32, "tf32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -98,6 +103,27 @@ def lane_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.array(jax.devices() if devices is None else devices), ("lane",))
 
 
+def memory_bytes(mesh: Mesh) -> int:
+    """Memory that programs on the mesh may use: what its devices have, less a tenth; on CPU what the machine has."""
+    statistics = mesh.devices.flat[0].memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        return int(0.9 * statistics["bytes_limit"]) * mesh.size
+    return int(0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Lets this process keep what it frees, so that each segment need not ask for its temporary memory anew.
+
+    XLA:CPU allocates a program's temporary arrays at every call. Handed back to the system in between, as malloc does with
+    large ones, they come back as pages to be zeroed one by one: a fifth of the time at m = 512. Only for GNU's malloc.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
 def to_device(dataset: Dataset, mesh: Mesh) -> DeviceData:
     """The dataset, whole on every device of the mesh, its test set cut into even batches."""
     mean, deviation = dataset.channel_statistics()
@@ -131,6 +157,7 @@ class LaneProgram:
     segment_steps: int  # S, the most steps of a segment
     any_length: bool  # whether a shorter segment costs less; side by side, lanes take S masked steps whatever is asked
     sharding: NamedSharding
+    compile_seconds: float
     _segment: Callable[..., Any]
     _data: DeviceData
     _template: LaneState  # shapes and dtypes of the stacked lanes
@@ -155,6 +182,34 @@ class LaneProgram:
     def put(self, stacked: Any) -> Any:
         """Arrays stacked by lane, to the devices of their lanes."""
         return jax.device_put(stacked, self.sharding)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of the devices that the program needs while it runs, its states included, the dataset not."""
+        found = self._segment.memory_analysis()
+        if found is None:
+            return 0
+        dataset = sum(x.nbytes for x in jax.tree.leaves(self._data))  # on each device; an argument as the states are
+        arguments = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+        return (arguments + found.temp_size_in_bytes - dataset) * self.sharding.mesh.size
+
+    def even_steps(self, running: Sequence[bool], pace: int) -> list[int]:
+        """Steps for each running lane of a segment: more on a device with fewer of them, so that all devices take as long.
+
+        A device with the most lanes gets `pace` for each. Where any lane costs what all do, all get `pace`.
+        """
+        devices = [self.device_of_lane(lane) for lane in range(self.lanes)]
+        loads = [
+            sum(runs for runs, at in zip(running, devices, strict=True) if at == device)
+            for device in range(self.sharding.mesh.size)
+        ]
+        if not self.any_length:
+            return [pace * runs for runs in running]
+        most = max(loads)
+        return [
+            min(self.segment_steps, pace * most // loads[device]) if runs else 0
+            for runs, device in zip(running, devices, strict=True)
+        ]
 
     def device_of_lane(self, lane: int) -> int:
         """Position in the mesh of the device that holds a lane."""
@@ -189,6 +244,8 @@ def compile_lanes(
     if lanes % mesh.size:
         raise ValueError(f"lanes: {lanes} is not a multiple of {mesh.size} devices")
     mapping = mapping or lane_mapping()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     sharding = NamedSharding(mesh, P("lane"))
     fresh = jax.eval_shape(lambda: init_state(model, _one_image(data), jnp.int32(0)))
     template = jax.tree.map(
@@ -204,9 +261,11 @@ def compile_lanes(
     )
     abstract_data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), data)
     arguments = _abstract_arguments(program.batch_size, lanes, segment_steps, sharding)
+    began = time.monotonic()
     with jax.default_matmul_precision(MATMUL_PRECISION[precision]):
         compiled = jax.jit(segment, donate_argnums=0).lower(template, *arguments, abstract_data).compile()
-    return LaneProgram(lanes, segment_steps, mapping == "map", sharding, compiled, data, template)
+    seconds = time.monotonic() - began
+    return LaneProgram(lanes, segment_steps, mapping == "map", sharding, seconds, compiled, data, template)
 
 
 def initialiser(model: Model, data: DeviceData) -> Callable[[int], TrainState]:

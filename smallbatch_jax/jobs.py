@@ -1,0 +1,129 @@
+"""One program's part of an experiment: its runs, where they are kept, and how it is compiled."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jax.sharding import Mesh
+
+from smallbatch_jax import lanes as lane_programs
+from smallbatch_jax.data import Dataset, order
+from smallbatch_jax.experiment import Experiment, InputError, Run
+from smallbatch_jax.lanes import DeviceData, LaneMapping, LaneProgram
+from smallbatch_jax.models import create_model
+from smallbatch_jax.progress import Status
+from smallbatch_jax.results import ProgramResults
+from smallbatch_jax.train import Model, Program, Setting
+
+MOST_LANES = 16
+FIXED_SEGMENT_IMAGES = 16384  # per lane, where a segment's length is compiled in
+GIB = 2**30
+
+ModelOf = Callable[[int | None], Model]  # BN batch size, None for the whole batch → model
+
+
+def named_model(experiment: Experiment, num_classes: int, bn_decay: float) -> ModelOf:
+    """The experiment's own model, by its name."""
+    dtype = lane_programs.COMPUTE_DTYPE[experiment.precision]
+    model = experiment.model
+    return lambda bn_batch_size: create_model(
+        model.name, num_classes, model.norm, bn_batch_size, bn_decay=bn_decay, dtype=dtype
+    )
+
+
+@dataclass
+class Job:
+    """The runs that one compiled program trains."""
+
+    experiment: Experiment
+    dataset: Dataset
+    model_of: ModelOf
+    batch_size: int
+    bn_batch_size: int
+    runs: list[Run]
+    results: ProgramResults
+    statistics_model_of: ModelOf | None = None  # the same model with a decay of 0, where statistics are precise
+    mapping: LaneMapping | None = None  # how lanes share a device; None: as is best on this backend
+    most_lanes: int | None = None  # a limit, once memory ran out or few runs are left
+
+    @property
+    def name(self) -> str:
+        return f"m{self.batch_size:05d}_b{self.bn_batch_size:05d}"
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.dataset.train_labels)
+
+    @property
+    def total_steps(self) -> int:
+        return order.total_steps(self.experiment.epochs, self.num_examples, self.batch_size)
+
+    def pending(self) -> list[Run]:
+        return [run for run in self.runs if not self.results.complete(run, self.experiment.epochs)]
+
+    def count_complete(self, status: Status) -> None:
+        """Adds the runs that an earlier process completed."""
+        for run in self.runs:
+            if self.results.complete(run, self.experiment.epochs):
+                status.add_run(self.results.diverged(run))
+                status.images -= self.experiment.epochs * self.num_examples
+
+    def compile(self, data: DeviceData, mesh: Mesh) -> LaneProgram:
+        """The program with as many lanes as it has runs and as fit, spread evenly over the devices.
+
+        Raises:
+          InputError: if not even one lane per device fits in memory.
+        """
+        lanes = self.lanes(mesh.size)
+        while True:
+            program = self._compile(data, mesh, lanes)
+            needed, there = program.peak_bytes, lane_programs.memory_bytes(mesh)
+            if needed <= there:
+                return program
+            if lanes == mesh.size:
+                raise InputError(
+                    f"m = {self.batch_size}: one lane per device needs {needed / GIB:.1f} GiB, there are {there / GIB:.1f}; "
+                    "use a smaller batch size or model, or lower precision."
+                )
+            lanes = max(mesh.size, lanes // 2 // mesh.size * mesh.size)
+
+    def lanes(self, devices: int) -> int:
+        """How many lanes are wanted: one for each run, up to a limit, and as many on each device."""
+        wanted = min(self.experiment.lanes or min(len(self.runs), MOST_LANES), self.most_lanes or len(self.runs))
+        return -(-wanted // devices) * devices
+
+    def _compile(self, data: DeviceData, mesh: Mesh, lanes: int) -> LaneProgram:
+        chosen = self.experiment
+        schedule = chosen.schedule
+        program = Program(
+            self.batch_size, self.total_steps, schedule.boundaries, schedule.factor, augment=chosen.dataset.augment
+        )
+        bn_batch_size = None if self.bn_batch_size == self.batch_size else self.bn_batch_size
+        return lane_programs.compile_lanes(
+            self.model_of(bn_batch_size),
+            program,
+            data,
+            mesh,
+            lanes,
+            self._segment_steps(),
+            chosen.precision,
+            self.mapping,
+            statistics_model=self.statistics_model_of and self.statistics_model_of(self.bn_batch_size),
+        )
+
+    def _segment_steps(self) -> int:
+        """The most steps of a segment: an epoch's, or an even part of them where a segment's length is compiled in."""
+        longest_epoch = self.num_examples // self.batch_size + 1
+        if (self.mapping or lane_programs.lane_mapping()) == "map":
+            return longest_epoch
+        parts = -(-longest_epoch * self.batch_size // FIXED_SEGMENT_IMAGES)
+        return -(-longest_epoch // parts)
+
+    def settings(self, runs: list[Run | None]) -> Setting:
+        """The scalars of the run in each lane, stacked; any valid ones where there is none."""
+        return Setting(
+            np.array([1.0 if run is None else run.base_lr for run in runs], np.float32),
+            np.array([0 if run is None else run.seed for run in runs], np.int32),
+            np.full(len(runs), self.experiment.weight_decay, np.float32),
+            np.full(len(runs), self.experiment.schedule.warmup_fraction, np.float32),
+        )
