@@ -196,20 +196,22 @@ class LaneProgram:
     def even_steps(self, running: Sequence[bool], pace: int) -> list[int]:
         """Steps for each running lane of a segment: more on a device with fewer of them, so that all devices take as long.
 
-        A device with the most lanes gets `pace` for each. Where any lane costs what all do, all get `pace`.
+        On the device with the most lanes each gets `pace`; the others share out as many steps. Where any lane costs what all
+        do, all get `pace`.
         """
-        devices = [self.device_of_lane(lane) for lane in range(self.lanes)]
-        loads = [
-            sum(runs for runs, at in zip(running, devices, strict=True) if at == device)
-            for device in range(self.sharding.mesh.size)
-        ]
         if not self.any_length:
             return [pace * runs for runs in running]
-        most = max(loads)
-        return [
-            min(self.segment_steps, pace * most // loads[device]) if runs else 0
-            for runs, device in zip(running, devices, strict=True)
-        ]
+        lanes_of: dict[int, list[int]] = {}
+        for lane, runs in enumerate(running):
+            if runs:
+                lanes_of.setdefault(self.device_of_lane(lane), []).append(lane)
+        steps = [0] * self.lanes
+        most = max(map(len, lanes_of.values()), default=0)
+        for lanes in lanes_of.values():
+            each, more = divmod(pace * most, len(lanes))
+            for position, lane in enumerate(lanes):
+                steps[lane] = min(self.segment_steps, each + (position < more))
+        return steps
 
     def device_of_lane(self, lane: int) -> int:
         """Position in the mesh of the device that holds a lane."""

@@ -57,6 +57,8 @@ def test_the_device_with_fewer_lanes_takes_more_steps_of_each():
     running = [True, True, True, True, False, False]
     assert program.even_steps(running, 10) == [10, 10, 10, 30, 0, 0]
     assert program.even_steps(running, 20) == [20, 20, 20, 40, 0, 0]  # as many as were compiled in
+    assert program.even_steps([*running[:4], True, False], 1) == [1, 1, 1, 2, 1, 0]
+    assert program.even_steps([False] * 6, 10) == [0] * 6
     side_by_side = dataclasses.replace(program, any_length=False)
     assert side_by_side.even_steps(running, 10) == [10, 10, 10, 10, 0, 0]
 
@@ -145,3 +147,13 @@ def test_a_program_that_would_not_fit_is_compiled_with_half_the_lanes(undisturbe
     monkeypatch.setattr(lanes, "memory_bytes", lambda mesh: 0)
     with pytest.raises(InputError, match="m = 4: one lane per device needs"):
         train(tmp_path / "none")
+
+
+def test_more_rates_and_more_seeds_compile_nothing_more(tmp_path):
+    """One program for each batch size, however many runs it has."""
+    few = train(tmp_path / "few", batch_sizes=(4, 8), base_lrs=(2**-7,))
+    many = train(tmp_path / "many", batch_sizes=(4, 8), base_lrs=tuple(2.0**-k for k in range(5, 15)), seeds=(0, 1))
+    assert len(many) == 20 * len(few)
+    for name in ("few", "many"):
+        timings = results.load_timings(tmp_path / name)
+        assert list(timings[timings.phase == "compile"].batch_size) == [4, 8]
