@@ -1,7 +1,7 @@
 """What a grid will cost, before it is run: each program compiled as the driver compiles it, and timed for a few seconds.
 
 The probe trains the program's own runs. So it also sees which base learning rates diverge at once, and leaves out the time
-that their runs will not need; a run that diverges later makes the plan too long, never too short.
+that their runs will not need; one that diverges later makes the plan too long.
 """
 
 import math
