@@ -1,13 +1,14 @@
-"""Convolution and max pooling that stay fast inside `scan` and under `vmap`.
+"""Convolution that stays fast inside `scan` and under `vmap`.
 
 `lax.conv` is fast where it stands alone, but inside a loop XLA:CPU runs its backward pass as a naive loop (jax issue 12868:
 convolutions are brought into the layout of the fast path in the entry computation only), and under `vmap` over kernels it
-becomes a grouped convolution, slow on CPU and GPU alike. Two implementations avoid both:
+becomes a grouped convolution, slow on CPU and GPU alike. Three implementations avoid both:
 
 - `direct`: convolutions in XLA:CPU's fast layout only, forward and backward, made wide enough and small enough to be fast;
+- `winograd`: 3×3 of stride 1 as 16 matrix products of less than half the work, see `models.winograd`;
 - `patches`: k² shifted copies of the image side by side, then one matrix product (im2col): no convolution is left.
 
-Which one runs depends on the backend and the layer's shape alone, by `PATCHES_UP_TO_PIXELS`; never on timing at run time.
+Which one runs depends on the backend and the layer's shape alone, by `_choose`; never on timing at run time.
 `docs/speed.md` has the measurements behind the choice. `plain` is `lax.conv` as it comes, for comparison.
 """
 
@@ -22,29 +23,25 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from smallbatch_jax.models import winograd
+from smallbatch_jax.models.fusion import computed_once
+from smallbatch_jax.models.pool import windows
+
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 # Output pixels per image up to which `patches` runs. Off CPU unmeasured: lanes under `vmap` favour batched matrix products
 # over grouped convolutions.
 PATCHES_UP_TO_PIXELS = {"cpu": 16}
 
+# Channels and features, and tiles of 2×2 output pixels in the batch, from which `winograd` runs on CPU: below, its matrix
+# products are too small to win back the transforms.
+WINOGRAD_FROM_CHANNELS, WINOGRAD_FROM_TILES = 48, 128
+
 NARROW = 16  # features up to which XLA:CPU has no fast convolution (unless there are more input channels)
 IMAGES_AT_ONCE = 8  # of a kernel's gradient, so that its transposed copies stay in the cache
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 Strides = tuple[int, int]
-
-
-def computed_once(x: jax.Array) -> jax.Array:
-    """x, a floating-point array, unchanged, which XLA:CPU is kept from computing again wherever it is used.
-
-    XLA:CPU fuses cheap element-wise work into each of its uses and so repeats it: the comparisons of a max pool 36 times
-    over, a concatenation in a loop that is no longer a vector's. It drops an `optimization_barrier` before it fuses, but
-    does not repeat a division; here by ones that it cannot know to be ones.
-    """
-    if jax.default_backend() != "cpu":
-        return x
-    return x / jnp.where(x > jnp.inf, 2, 1).astype(x.dtype)
 
 
 def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int] = (1, 1), padding: str | Pads = "SAME") -> jax.Array:
@@ -64,10 +61,23 @@ def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int] = (1, 1), paddi
     if isinstance(padding, str):
         (top, bottom), (left, right) = lax.padtype_to_pads(spatial, window, strides, padding)
         padding = ((top, bottom), (left, right))
-    pixels = math.prod(_output_size(*axis) for axis in zip(spatial, window, strides, padding, strict=True))
-    few = pixels <= PATCHES_UP_TO_PIXELS.get(jax.default_backend(), 1 << 30)
-    chosen = _forced.get() or ("patches" if few else "direct")
+    chosen = _forced.get() or _choose(x, kernel, strides, padding)
+    if chosen == "winograd" and not _is_3x3(kernel, strides):
+        chosen = "direct"
     return IMPLEMENTATIONS[chosen](x, kernel, strides, padding)
+
+
+def _choose(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> "Implementation":
+    pixels = math.prod(_output_size(*axis) for axis in zip(x.shape[1:3], kernel.shape[:2], strides, pads, strict=True))
+    if pixels <= PATCHES_UP_TO_PIXELS.get(jax.default_backend(), 1 << 30):
+        return "patches"
+    exact = x.dtype == jnp.float32  # the sums of Winograd's transforms would cost bfloat16 digits that it does not have
+    large = x.shape[0] * pixels >= 4 * WINOGRAD_FROM_TILES and min(kernel.shape[2:]) >= WINOGRAD_FROM_CHANNELS
+    return "winograd" if exact and large and _is_3x3(kernel, strides) else "direct"
+
+
+def _is_3x3(kernel: jax.Array, strides: Strides) -> bool:
+    return kernel.shape[:2] == winograd.WINDOW and strides == (1, 1)
 
 
 @contextmanager
@@ -234,10 +244,33 @@ def _convolve(
     return lax.conv_general_dilated(x, kernel, strides, pads, rhs_dilation=kernel_dilation, dimension_numbers=NHWC)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _winograd_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
+    del strides  # of 1
+    sizes = [_output_size(*axis) for axis in zip(x.shape[1:3], winograd.WINDOW, (1, 1), pads, strict=True)]
+    return winograd.correlate(x, kernel, (pads[0][0], pads[1][0]), sizes)
+
+
+def _winograd_forward(x, kernel, strides, pads):
+    return _winograd_conv(x, kernel, strides, pads), (x, kernel)
+
+
+def _winograd_backward(strides, pads, residuals, dy):
+    del strides
+    x, kernel = residuals
+    lows = (pads[0][0], pads[1][0])
+    flipped = jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)
+    dx = winograd.correlate(dy, flipped, [2 - low for low in lows], x.shape[1:3])
+    return dx, winograd.kernel_gradient(x, dy, lows)
+
+
+_winograd_conv.defvjp(_winograd_forward, _winograd_backward)
+
+
 def _patches_conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads) -> jax.Array:
     kh, kw, _, features = kernel.shape
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    patches = jnp.concatenate(_windows(padded, (kh, kw), strides), axis=-1)  # [N, H', W', kh·kw·C]
+    patches = jnp.concatenate(windows(padded, (kh, kw), strides), axis=-1)  # [N, H', W', kh·kw·C]
     flat = patches.reshape(-1, patches.shape[-1]) @ kernel.reshape(-1, features)
     return flat.reshape(*patches.shape[:-1], features)
 
@@ -246,76 +279,11 @@ def _plain_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -
     return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=NHWC)
 
 
-Implementation = Literal["direct", "patches", "plain"]
-IMPLEMENTATIONS: dict[str, Any] = {"direct": _direct_conv, "patches": _patches_conv, "plain": _plain_conv}
+Implementation = Literal["direct", "winograd", "patches", "plain"]
+IMPLEMENTATIONS: dict[str, Any] = {
+    "direct": _direct_conv,
+    "winograd": _winograd_conv,  # and `direct` where the kernel is not 3×3 or the stride not 1
+    "patches": _patches_conv,
+    "plain": _plain_conv,
+}
 _forced: ContextVar[Implementation | None] = ContextVar("forced", default=None)
-
-
-def max_pool(x: jax.Array, window: Sequence[int] = (3, 3), strides: Sequence[int] = (2, 2)) -> jax.Array:
-    """Max pooling with SAME padding, [N, H, W, C] → [N, ⌈H/s⌉, ⌈W/s⌉, C].
-
-    The gradient goes to the first of equal maxima, row by row. It is made of slices and comparisons: deterministic, as
-    XLA's select-and-scatter need not be, and several times as fast on CPU.
-    """
-    return _max_pool(x, (window[0], window[1]), (strides[0], strides[1]), x.shape[1:3])
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _max_pool(x: jax.Array, window: Strides, strides: Strides, sizes: Strides) -> jax.Array:
-    return _max_pool_forward(x, window, strides, sizes)[0]
-
-
-def _max_pool_forward(x, window, strides, sizes):
-    pads = lax.padtype_to_pads(sizes, window, strides, "SAME")
-    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
-    pooled, *others = _windows(padded, window, strides)
-    winner = jnp.zeros(pooled.shape)  # the offset in the window that the maximum came from
-    for offset, other in enumerate(others, start=1):
-        # A NaN must not lose a comparison, or a diverged run would go unseen.
-        stays = (pooled >= other) | jnp.isnan(pooled)
-        pooled, winner = jnp.where(stays, pooled, other), jnp.where(stays, winner, float(offset))
-    return pooled, computed_once(winner)
-
-
-def _max_pool_backward(window, strides, sizes, winner, dy):
-    """Sums, for each pixel, the dy of the ⌈k/s⌉² windows at most that hold it and that it won.
-
-    Padded pixel s·t + r is at offset s·d + r of the window that begins d windows before t; so all pixels of one remainder
-    r look at the same offsets, and remainders are an axis of their own.
-    """
-    pads = lax.padtype_to_pads(sizes, window, strides, "SAME")
-    (sh, sw), (kh, kw) = strides, window
-    tiles = [-(-(size + low) // s) for size, (low, _), s in zip(sizes, pads, strides, strict=True)]
-    row = lax.broadcasted_iota(jnp.float32, (1, 1, sh, 1, 1, 1), 2)
-    column = lax.broadcasted_iota(jnp.float32, (1, 1, 1, 1, sw, 1), 4)
-    dx = jnp.zeros((dy.shape[0], tiles[0], sh, tiles[1], sw, dy.shape[-1]), dy.dtype)
-    for before_rows in range(-(-kh // sh)):
-        for before_columns in range(-(-kw // sw)):
-            before = zip((before_rows, before_columns), tiles, dy.shape[1:3], strict=True)
-            shift = [(0, 0, 0), *((d, count - windows - d, 0) for d, count, windows in before), (0, 0, 0)]
-            i, j = row + sh * before_rows, column + sw * before_columns
-            won = _tiled(winner, shift) == jnp.where((i < kh) & (j < kw), i * kw + j, -1)
-            dx = dx + jnp.where(won, _tiled(dy, shift), 0)
-    dx = dx.reshape(dy.shape[0], tiles[0] * sh, tiles[1] * sw, dy.shape[-1])
-    (top, _), (left, _) = pads
-    return (dx[:, top : top + sizes[0], left : left + sizes[1]],)
-
-
-def _tiled(windows: jax.Array, shift: Sequence[tuple[int, int, int]]) -> jax.Array:
-    """[N, H', W', C], moved by `shift`, as [N, T, 1, U, 1, C]."""
-    return jnp.expand_dims(lax.pad(windows, jnp.zeros((), windows.dtype), shift), (2, 4))
-
-
-_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
-
-
-def _windows(padded: jax.Array, window: Sequence[int], strides: Sequence[int]) -> list[jax.Array]:
-    """The pixel at each offset of the window, for all output positions: kh·kw arrays [N, H', W', C], row by row."""
-    n, height, width, channels = padded.shape
-    (kh, kw), (sh, sw) = window, strides
-    rows, columns = (height - kh) // sh * sh + 1, (width - kw) // sw * sw + 1
-    return [
-        lax.slice(padded, (0, i, j, 0), (n, i + rows, j + columns, channels), (1, sh, sw, 1))
-        for i in range(kh)
-        for j in range(kw)
-    ]

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from smallbatch_jax.models.conv import Pads, computed_once, conv
+from smallbatch_jax.models.conv import Pads, conv
+from smallbatch_jax.models.fusion import computed_once
 
 # He et al. (2015b), Eq. 10: a Gaussian (not a truncated one) of variance 2 / fan-in; all layers, the logits' too.
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from smallbatch_jax.models.conv import max_pool
 from smallbatch_jax.models.layers import Conv, Dense, relu
 from smallbatch_jax.models.norm import make_norm
+from smallbatch_jax.models.pool import max_pool
 
 
 class CifarResNet(nn.Module):

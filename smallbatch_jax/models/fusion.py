@@ -1,0 +1,16 @@
+"""What XLA:CPU fuses, and how to keep it from computing again what it could keep."""
+
+import jax
+import jax.numpy as jnp
+
+
+def computed_once(x: jax.Array) -> jax.Array:
+    """x, a floating-point array, unchanged, which XLA:CPU is kept from computing again wherever it is used.
+
+    XLA:CPU fuses cheap element-wise work into each of its uses and so repeats it: the comparisons of a max pool 36 times
+    over, a concatenation in a loop that is no longer a vector's. It drops an `optimization_barrier` before it fuses, but
+    does not repeat a division; here by ones that it cannot know to be ones.
+    """
+    if jax.default_backend() != "cpu":
+        return x
+    return x / jnp.where(x > jnp.inf, 2, 1).astype(x.dtype)

@@ -1,0 +1,82 @@
+"""Max pooling whose gradient is deterministic and, on CPU, fast."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from smallbatch_jax.models.fusion import computed_once
+
+Pair = tuple[int, int]
+
+
+def max_pool(x: jax.Array, window: Sequence[int] = (3, 3), strides: Sequence[int] = (2, 2)) -> jax.Array:
+    """Max pooling with SAME padding, [N, H, W, C] → [N, ⌈H/s⌉, ⌈W/s⌉, C].
+
+    The gradient goes to the first of equal maxima, row by row. It is made of slices and comparisons: deterministic, as
+    XLA's select-and-scatter need not be, and several times as fast on CPU.
+    """
+    return _max_pool(x, (window[0], window[1]), (strides[0], strides[1]), x.shape[1:3])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _max_pool(x: jax.Array, window: Pair, strides: Pair, sizes: Pair) -> jax.Array:
+    return _max_pool_forward(x, window, strides, sizes)[0]
+
+
+def _max_pool_forward(x, window, strides, sizes):
+    pads = lax.padtype_to_pads(sizes, window, strides, "SAME")
+    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
+    pooled, *others = windows(padded, window, strides)
+    winner = jnp.zeros(pooled.shape)  # the offset in the window that the maximum came from
+    for offset, other in enumerate(others, start=1):
+        # A NaN must not lose a comparison, or a diverged run would go unseen.
+        stays = (pooled >= other) | jnp.isnan(pooled)
+        pooled, winner = jnp.where(stays, pooled, other), jnp.where(stays, winner, float(offset))
+    return pooled, computed_once(winner)
+
+
+def _max_pool_backward(window, strides, sizes, winner, dy):
+    """Sums, for each pixel, the dy of the ⌈k/s⌉² windows at most that hold it and that it won.
+
+    Padded pixel s·t + r is at offset s·d + r of the window that begins d windows before t; so all pixels of one remainder
+    r look at the same offsets, and remainders are an axis of their own.
+    """
+    pads = lax.padtype_to_pads(sizes, window, strides, "SAME")
+    (sh, sw), (kh, kw) = strides, window
+    tiles = [-(-(size + low) // s) for size, (low, _), s in zip(sizes, pads, strides, strict=True)]
+    row = lax.broadcasted_iota(jnp.float32, (1, 1, sh, 1, 1, 1), 2)
+    column = lax.broadcasted_iota(jnp.float32, (1, 1, 1, 1, sw, 1), 4)
+    dx = jnp.zeros((dy.shape[0], tiles[0], sh, tiles[1], sw, dy.shape[-1]), dy.dtype)
+    for before_rows in range(-(-kh // sh)):
+        for before_columns in range(-(-kw // sw)):
+            before = zip((before_rows, before_columns), tiles, dy.shape[1:3], strict=True)
+            shift = [(0, 0, 0), *((d, count - windows - d, 0) for d, count, windows in before), (0, 0, 0)]
+            i, j = row + sh * before_rows, column + sw * before_columns
+            won = _tiled(winner, shift) == jnp.where((i < kh) & (j < kw), i * kw + j, -1)
+            dx = dx + jnp.where(won, _tiled(dy, shift), 0)
+    dx = dx.reshape(dy.shape[0], tiles[0] * sh, tiles[1] * sw, dy.shape[-1])
+    (top, _), (left, _) = pads
+    return (dx[:, top : top + sizes[0], left : left + sizes[1]],)
+
+
+def _tiled(windows: jax.Array, shift: Sequence[tuple[int, int, int]]) -> jax.Array:
+    """[N, H', W', C], moved by `shift`, as [N, T, 1, U, 1, C]."""
+    return jnp.expand_dims(lax.pad(windows, jnp.zeros((), windows.dtype), shift), (2, 4))
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def windows(padded: jax.Array, window: Sequence[int], strides: Sequence[int]) -> list[jax.Array]:
+    """The pixel at each offset of the window, for all output positions: kh·kw arrays [N, H', W', C], row by row."""
+    n, height, width, channels = padded.shape
+    (kh, kw), (sh, sw) = window, strides
+    rows, columns = (height - kh) // sh * sh + 1, (width - kw) // sw * sw + 1
+    return [
+        lax.slice(padded, (0, i, j, 0), (n, i + rows, j + columns, channels), (1, sh, sw, 1))
+        for i in range(kh)
+        for j in range(kw)
+    ]
