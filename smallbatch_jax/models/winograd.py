@@ -55,7 +55,7 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, lows: Sequence[int]) -> jax.Arr
     input_tiles = _input_tiles(x, lows, (height, width))
     products = [tiles.reshape(-1, x.shape[-1]).T @ output_tiles[at].reshape(-1, features) for at, tiles in input_tiles.items()]
     gradient = _kernel_transform(dy.dtype).T @ jnp.stack(products).reshape(16, -1)
-    return gradient.reshape(*WINDOW, x.shape[-1], features)
+    return jnp.reshape(gradient, (*WINDOW, x.shape[-1], features))
 
 
 def _kernel_transform(dtype: Any) -> np.ndarray:
