@@ -41,11 +41,16 @@ __all__ = ["Interrupted", "sweep", "train_grid", "use_all_cores"]
 
 
 def use_all_cores() -> None:
-    """One JAX device per CPU core this process may use; to be called before JAX does anything.
+    """One JAX device per CPU core this process may use, and loops that use its vectors; to be called before JAX does anything.
 
-    XLA:CPU gains little from running one small operation on many cores, much from running many lanes at once.
+    XLA:CPU gains little from running one small operation on many cores, much from running many lanes at once. And it
+    unrolls a loop over 32 channels or fewer into scalar instructions, unless told to unroll none: a vector's are six times
+    as fast. A choice of the user's in XLA_FLAGS stays.
     """
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    chosen = os.environ.get("XLA_FLAGS", "")
+    if "xla_backend_extra_options" not in chosen:
+        os.environ["XLA_FLAGS"] = f"{chosen} --xla_backend_extra_options=xla_cpu_disable_loop_unrolling".lstrip()
+    if "xla_force_host_platform_device_count" in chosen:
         return  # the user's choice
     with suppress(RuntimeError):  # a notebook may have begun already; then with the devices it has
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))

@@ -8,9 +8,9 @@ from jax.sharding import Mesh
 
 from smallbatch_jax import lanes as lane_programs
 from smallbatch_jax.data import Dataset, order
-from smallbatch_jax.experiment import Experiment, InputError, Run
+from smallbatch_jax.experiment import OWN, Experiment, InputError, Run
 from smallbatch_jax.lanes import DeviceData, LaneMapping, LaneProgram
-from smallbatch_jax.models import create_model
+from smallbatch_jax.models import create_model, micro_batch_size
 from smallbatch_jax.progress import Status
 from smallbatch_jax.results import ProgramResults
 from smallbatch_jax.train import Model, Program, Setting
@@ -95,8 +95,15 @@ class Job:
     def _compile(self, data: DeviceData, mesh: Mesh, lanes: int) -> LaneProgram:
         chosen = self.experiment
         schedule = chosen.schedule
+        own = chosen.model.name.startswith(OWN)  # which may do anything with its batch
+        parts = None if own else micro_batch_size(chosen.model.norm, self.batch_size, self.bn_batch_size)
         program = Program(
-            self.batch_size, self.total_steps, schedule.boundaries, schedule.factor, augment=chosen.dataset.augment
+            self.batch_size,
+            self.total_steps,
+            schedule.boundaries,
+            schedule.factor,
+            micro_batch_size=parts,
+            augment=chosen.dataset.augment,
         )
         bn_batch_size = None if self.bn_batch_size == self.batch_size else self.bn_batch_size
         return lane_programs.compile_lanes(

@@ -21,6 +21,7 @@ from smallbatch_jax.experiment import Experiment, Run, programs
 from smallbatch_jax.jobs import Job, ModelOf, named_model
 from smallbatch_jax.lanes import LaneMapping, LaneProgram, Segment, initialiser, lane_mesh, to_device
 from smallbatch_jax.models.conv import forced
+from smallbatch_jax.models.layers import MANY_IMAGES
 from smallbatch_jax.results import ProgramResults
 from smallbatch_jax.train import Batch, Model, Program, Setting, TrainState, init_state, make_train_step
 
@@ -233,14 +234,15 @@ def flops_per_image(model: Model, batch_size: int, image_shape: Sequence[int]) -
 
     The tricks by which a convolution is made fast do not count; products with padding neither.
     """
-    images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
-    batch = Batch(images, jax.ShapeDtypeStruct((batch_size,), jnp.int32))
+    counted = min(batch_size, MANY_IMAGES // 2)  # the body of a loop over images would be counted once
+    images = jax.ShapeDtypeStruct((counted, *image_shape), jnp.float32)
+    batch = Batch(images, jax.ShapeDtypeStruct((counted,), jnp.int32))
     setting = Setting(*(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.float32)))
     with forced("plain"):
         state = jax.eval_shape(lambda images: init_state(model, images, jnp.int32(0)), images)
-        lowered = jax.jit(make_train_step(model, Program(batch_size, 1))).lower(state, setting, batch)
+        lowered = jax.jit(make_train_step(model, Program(counted, 1))).lower(state, setting, batch)
     analysis: Any = lowered.cost_analysis()
-    return float((analysis or {}).get("flops", math.nan)) / batch_size
+    return float((analysis or {}).get("flops", math.nan)) / counted
 
 
 def elsewhere(plan: ProgramPlan, images: int, stored: Sequence[Mapping[str, Any]]) -> float:

@@ -28,6 +28,7 @@ class Program:
     boundaries: tuple[float, ...] = (0.5, 0.75)
     factor: float = 0.1
     axis_name: str | None = None  # mesh axis over which each batch is spread; None if a device holds all of it
+    micro_batch_size: int | None = None  # examples at a time, of a device's share; None takes all of them at once
     augment: bool = False  # whether training images are cropped and flipped at random (§3.1)
 
 
@@ -77,16 +78,30 @@ def make_train_step(model: Model, program: Program) -> Callable[[TrainState, Set
     axis = program.axis_name
 
     def train_step(state: TrainState, setting: Setting, batch: Batch) -> tuple[TrainState, Metrics]:
-        def mean_loss(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            dropout = jax.random.fold_in(jax.random.fold_in(jax.random.key(setting.seed), 2), state.step)
-            logits, mutated = model.apply(
-                variables, batch.images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout}
-            )
-            return cross_entropy(logits, batch.labels).mean(), (logits, mutated.get("batch_stats", state.batch_stats))
+        dropout = jax.random.fold_in(jax.random.fold_in(jax.random.key(setting.seed), 2), state.step)
 
-        (loss, (logits, batch_stats)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-        correct = count_correct(logits, batch.labels)
+        def mean_loss(params: PyTree, part: Batch, dropout: jax.Array) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            logits, mutated = model.apply(
+                variables, part.images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout}
+            )
+            correct = count_correct(logits, part.labels)
+            return cross_entropy(logits, part.labels).mean(), (correct, mutated.get("batch_stats", state.batch_stats))
+
+        gradient = jax.value_and_grad(mean_loss, has_aux=True)
+        if program.micro_batch_size in (None, len(batch.labels)):
+            (loss, (correct, batch_stats)), grads = gradient(state.params, batch, dropout)
+        else:
+            parts = jax.tree.map(lambda x: x.reshape(-1, program.micro_batch_size, *x.shape[1:]), batch)
+            keys = jax.random.split(dropout, len(parts.labels))
+            found = lax.scan(
+                lambda total, part: (jax.tree.map(jnp.add, total, gradient(state.params, *part)), None),
+                jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, state.params, batch, dropout)),
+                (parts, keys),
+            )[0]
+            correct = found[0][1][0]
+            # All parts begin with the same running averages, which then move by the mean of what each would do.
+            (loss, (_, batch_stats)), grads = jax.tree.map(lambda total: total / len(parts.labels), found)
         if axis is not None:
             loss, grads, correct = lax.pmean(loss, axis), lax.pmean(grads, axis), lax.psum(correct, axis)
         schedule = optim.step_schedule(

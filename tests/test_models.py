@@ -14,6 +14,7 @@ from jax import lax
 from smallbatch_jax.experiment import InputError
 from smallbatch_jax.models import conv as conv_module
 from smallbatch_jax.models import create_model
+from smallbatch_jax.models import layers as layers_module
 from smallbatch_jax.models.conv import NHWC, conv
 from smallbatch_jax.models.layers import Conv, Dense
 from smallbatch_jax.models.norm import BatchNorm
@@ -290,25 +291,20 @@ def shapes_of(model, height=32, width=32, channels=3):
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     apply = partial(model.apply, capture_intermediates=True, mutable=["intermediates"])
     logits, state = jax.eval_shape(apply, variables, images)
-    outputs = {name: layer["__call__"][0].shape for name, layer in state["intermediates"].items() if name != "__call__"}
+    layers = {name: layer for name, layer in state["intermediates"].items() if "__call__" in layer}
+    outputs = {name: layer["__call__"][0].shape for name, layer in layers.items()}
     return variables, outputs | {"": logits.shape}
 
 
-def test_alexnet_has_472_794_parameters_and_halves_the_image_three_times():
+def test_alexnet_has_472_794_parameters_and_halves_the_image_three_times(monkeypatch):
     """At 32×32×3 with 10 classes, without norm (§3.1): 32 → 16 → 8 → 4 pixels, then 256, 256, 10 units."""
+    convolved = []
+    monkeypatch.setattr(layers_module, "conv", lambda *args: convolved.append(y := conv(*args)) or y)
     variables, outputs = shapes_of(create_model("alexnet", 10, norm="none"))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables)) == 472_794
-    assert outputs == {
-        "conv1": (4, 32, 32, 16),
-        "conv2": (4, 16, 16, 48),
-        "conv3": (4, 8, 8, 96),
-        "conv4": (4, 8, 8, 64),
-        "conv5": (4, 8, 8, 64),
-        "dense1": (4, 256),
-        "dense2": (4, 256),
-        "logits": (4, 10),
-        "": (4, 10),
-    }
+    pixels_and_channels = [(32, 32, 16), (16, 16, 48), (8, 8, 96), (8, 8, 64), (8, 8, 64)]
+    assert [y.shape[1:] for y in convolved[-5:]] == pixels_and_channels
+    assert outputs == {"dense1": (4, 256), "dense2": (4, 256), "logits": (4, 10), "": (4, 10)}
     assert variables["params"]["dense1"]["kernel"].shape == (4 * 4 * 64, 256)
     assert [variables["params"][f"conv{i}"]["kernel"].shape[0] for i in range(1, 6)] == [5, 3, 3, 3, 3]
 

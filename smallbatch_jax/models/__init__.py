@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -18,6 +19,22 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": partial(CifarResNet, 20),
     "resnet32": partial(CifarResNet, 32),
 }
+
+
+EXAMPLES_AT_ONCE = 32  # on CPU, so that a network's activations stay in the cache
+
+
+def micro_batch_size(norm: str, batch_size: int, bn_batch_size: int) -> int | None:
+    """The examples that a step on this backend should take at a time, their gradients summed; None for the whole batch.
+
+    A part must hold whole batches of the batch norm: 32 examples if that can be, more if the BN batch is larger. With an
+    ordinary batch norm there are no parts. Which examples are together changes nothing but rounding.
+    """
+    unit = 1 if norm in ("none", "group") else bn_batch_size
+    parts = [size for size in range(unit, max(EXAMPLES_AT_ONCE, unit) + 1, unit) if batch_size % size == 0]
+    largest = max(parts, default=batch_size)
+    worth_it = EXAMPLES_AT_ONCE // 2 <= largest < batch_size
+    return largest if jax.default_backend() == "cpu" and worth_it else None
 
 
 def create_model(

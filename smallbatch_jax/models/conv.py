@@ -113,6 +113,7 @@ def _direct_backward(strides, pads, residuals, dy):
     with the kernel flipped and its channels swapped.
     """
     x, kernel = residuals
+    dy = computed_once(dy)  # or the work on it that came before is done again, element by element, in the transposed copy
     flipped = jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)
     lows = [k - 1 - low for k, (low, _) in zip(kernel.shape[:2], pads, strict=True)]
     columns = strides[1] if strides[1] > 1 else _columns_at_once(flipped.shape[2], flipped.shape[3], x.shape[2])
@@ -258,6 +259,7 @@ def _winograd_forward(x, kernel, strides, pads):
 def _winograd_backward(strides, pads, residuals, dy):
     del strides
     x, kernel = residuals
+    dy = computed_once(dy)
     lows = (pads[0][0], pads[1][0])
     flipped = jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)
     dx = winograd.correlate(dy, flipped, [2 - low for low in lows], x.shape[1:3])

@@ -1,12 +1,29 @@
 """Batch normalisation with a batch size of its own (§2.3, §3.6), and the alternatives for tiny batches that the paper names."""
 
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+
+
+class Deferred(NamedTuple):
+    """A layer's output that is yet to be normalised: y = (x - mean)·gain + bias, for G groups of as many examples each."""
+
+    x: jax.Array  # [N, …, C]
+    mean: jax.Array  # float32[G, C], as all below
+    gain: jax.Array
+    bias: jax.Array
+
+
+def normalised(deferred: Deferred | jax.Array) -> jax.Array:
+    """[N, …, C] in the dtype of x, computed in float32; an array is as it should be."""
+    if not isinstance(deferred, Deferred):
+        return deferred
+    x = deferred.x
+    groups = x.reshape(len(deferred.mean), -1, *x.shape[1:]).astype(jnp.float32)
+    return _affine(groups, deferred.mean, deferred.gain, deferred.bias).reshape(x.shape).astype(x.dtype)
 
 
 class BatchNorm(nn.Module):
@@ -30,35 +47,44 @@ class BatchNorm(nn.Module):
     axis_name: str | None = None
     dtype: Any = None
 
-    @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Normalises x, float[N, …, C], over all axes but the last; by running averages unless `train`.
 
         Raises:
           ValueError: if `train` and b does not divide N.
         """
+        return normalised(self.deferred(x, train)).astype(self.dtype or x.dtype)
+
+    @nn.compact
+    def deferred(self, x: jax.Array, train: bool, statistics: tuple[jax.Array, jax.Array] | None = None) -> "Deferred":
+        """`__call__` but for the work on x itself, which `normalised` does; the running averages move.
+
+        Args:
+          x: float[N, …, C].
+          train: whether to normalise by the batch's statistics, not by the running averages.
+          statistics: mean and variance of x over all axes but the last, float32[C], where they are known and b = N.
+
+        Raises:
+          ValueError: if `train` and b does not divide N.
+        """
         features = x.shape[-1]
-        dtype = self.dtype or x.dtype
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
         scale = self.param("scale", nn.initializers.ones, (features,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (features,), jnp.float32)
         self._declare()
         if not train:
-            gain = lax.rsqrt(running_var.value + self.epsilon) * scale
-            return (_trailing(gain, x) * (x - _trailing(running_mean.value, x)) + _trailing(bias, x)).astype(dtype)
+            return Deferred(x, *_per_group(running_mean.value, lax.rsqrt(running_var.value + self.epsilon) * scale, bias))
 
-        groups = _sub_batches(x, self.batch_size)  # [G, b, …, C]
-        mean, var = _statistics(lax.stop_gradient(groups))  # [G, 1, …, C]
-        factor, shift = self._correction(mean, var, running_mean.value, running_var.value)
-        per_channel, offset = _trailing(scale, groups), _trailing(bias, groups)
-        normalised: Any = _normalise(groups, mean, var, factor * per_channel, shift * per_channel + offset, self.epsilon)
+        mean, var = _per_group(*statistics) if statistics else _statistics(_sub_batches(x, self.batch_size))  # [G, C]
+        known = (lax.stop_gradient(mean), lax.stop_gradient(var), running_mean.value[None], running_var.value[None])
+        factor, shift = self._correction(*known)
         if not self.is_initializing():
-            n = groups.size // (groups.shape[0] * features)
-            unbiased = var * (n / max(n - 1, 1))
+            n = x.size // mean.size
             self._move(running_mean, mean)
-            self._move(running_var, unbiased)
-        return normalised.reshape(x.shape).astype(dtype)
+            self._move(running_var, var * (n / max(n - 1, 1)))
+        offset = jnp.broadcast_to(shift * scale[None] + bias[None], mean.shape)
+        return Deferred(x, mean, lax.rsqrt(var + self.epsilon) * (factor * scale[None]), offset)
 
     def _declare(self) -> None:
         """Makes the variables of a subclass, which must be the same in training and evaluation."""
@@ -66,13 +92,13 @@ class BatchNorm(nn.Module):
     def _correction(
         self, mean: jax.Array, var: jax.Array, running_mean: jax.Array, running_var: jax.Array
     ) -> tuple[jax.Array | float, jax.Array | float]:
-        """What Eq. 10 is multiplied by and moved by, from the statistics [G, 1, …, C] and the running ones before the step."""
+        """What Eq. 10 is multiplied by and moved by, from the statistics [G, C] and the running ones [1, C] before the step."""
         del mean, var, running_mean, running_var
         return 1.0, 0.0
 
     def _move(self, running: Any, of_sub_batches: jax.Array) -> None:
         """One step of a running average towards the mean over all sub-batches of the SGD batch."""
-        now = of_sub_batches.reshape(-1, of_sub_batches.shape[-1]).mean(0)
+        now = of_sub_batches.mean(0)
         if self.axis_name is not None:
             now = lax.pmean(now, self.axis_name)
         running.value = self.momentum * running.value + (1 - self.momentum) * lax.stop_gradient(now)
@@ -102,9 +128,9 @@ class BatchRenorm(BatchNorm):
         r_max, d_max = 1 + (self.r_max - 1) * freedom, self.d_max * freedom
         if not self.is_initializing():
             self.put_variable("batch_stats", "updates", updates + 1)
-        running_deviation = _trailing(jnp.sqrt(running_var + self.epsilon), mean)
+        running_deviation = jnp.sqrt(running_var + self.epsilon)
         r = jnp.clip(jnp.sqrt(var + self.epsilon) / running_deviation, 1 / r_max, r_max)
-        d = jnp.clip((mean - _trailing(running_mean, mean)) / running_deviation, -d_max, d_max)
+        d = jnp.clip((mean - running_mean) / running_deviation, -d_max, d_max)
         return r, d
 
 
@@ -148,46 +174,57 @@ def _sub_batches(x: jax.Array, batch_size: int | None) -> jax.Array:
     return x.reshape(-1, b, *x.shape[1:]).astype(jnp.float32)
 
 
+def _per_group(*per_channel: jax.Array) -> tuple[jax.Array, ...]:
+    """[C] → [1, C] of each: all examples are one group."""
+    return tuple(a[None] for a in per_channel)
+
+
+# The gradients by hand: the automatic ones would sum over the batch five times, these do it twice (Ioffe & Szegedy 2015, §3).
+
+
+@jax.custom_vjp
 def _statistics(groups: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and two-pass variance of each group, [G, 1, …, C]."""
+    """Mean and two-pass variance of each group, float32[G, b, …, C] → [G, C]."""
     axes = tuple(range(1, groups.ndim - 1))
-    mean = groups.mean(axes, keepdims=True)
-    return mean, jnp.square(groups - mean).mean(axes, keepdims=True)
+    mean = groups.mean(axes)
+    return mean, jnp.square(groups - _spread(mean, groups)).mean(axes)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _normalise(x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-    """Eq. 10-11 of x, float32[G, b, …, C], whose groups have this mean and variance, [G, 1, …, C].
-
-    The gradient with respect to x takes mean and variance as the functions of x that they are; none is given for them. By
-    hand (Ioffe & Szegedy 2015, §3) it reads x twice and keeps nothing else: half the memory traffic of the automatic one.
-    """
-    return (x - mean) * (lax.rsqrt(var + epsilon) * scale) + bias
+def _statistics_forward(groups):
+    mean, var = _statistics(groups)
+    return (mean, var), (groups, mean)
 
 
-def _normalise_forward(x, mean, var, scale, bias, epsilon):
-    return _normalise(x, mean, var, scale, bias, epsilon), (x, mean, var, scale, bias)
+def _statistics_backward(residuals, cotangents):
+    groups, mean = residuals
+    dmean, dvar = (_spread(d, groups) * (mean.size / groups.size) for d in cotangents)
+    return (dmean + 2 * dvar * (groups - _spread(mean, groups)),)
 
 
-def _normalise_backward(epsilon, residuals, dy):
-    x, mean, var, scale, bias = residuals
-    axes = tuple(range(1, x.ndim - 1))
-    inverse = lax.rsqrt(var + epsilon)
-    standard = (x - mean) * inverse
-    mean_dy = dy.mean(axes, keepdims=True)
-    mean_product = (dy * standard).mean(axes, keepdims=True)
-    dx = inverse * scale * (dy - mean_dy - standard * mean_product)
-    n = x.size // mean.size
-
-    def like(gradient: jax.Array, parameter: jax.Array) -> jax.Array:
-        return gradient if parameter.shape[0] == gradient.shape[0] else gradient.sum(0, keepdims=True)
-
-    return dx, None, None, like(n * mean_product, scale), like(n * mean_dy, bias)
+_statistics.defvjp(_statistics_forward, _statistics_backward)
 
 
-_normalise.defvjp(_normalise_forward, _normalise_backward)
+@jax.custom_vjp
+def _affine(groups: jax.Array, mean: jax.Array, gain: jax.Array, bias: jax.Array) -> jax.Array:
+    """(x - mean)·gain + bias of each group, float32[G, b, …, C] with the rest [G, C]."""
+    return (groups - _spread(mean, groups)) * _spread(gain, groups) + _spread(bias, groups)
 
 
-def _trailing(per_channel: jax.Array, like: jax.Array) -> jax.Array:
-    """[C] → [1, …, 1, C] of `like`'s rank."""
-    return per_channel.reshape((1,) * (like.ndim - 1) + (-1,))
+def _affine_forward(groups, mean, gain, bias):
+    return _affine(groups, mean, gain, bias), (groups, mean, gain)
+
+
+def _affine_backward(residuals, dy):
+    groups, mean, gain = residuals
+    axes = tuple(range(1, groups.ndim - 1))
+    dbias = dy.sum(axes)
+    dgain = (dy * (groups - _spread(mean, groups))).sum(axes)
+    return dy * _spread(gain, groups), -gain * dbias, dgain, dbias
+
+
+_affine.defvjp(_affine_forward, _affine_backward)
+
+
+def _spread(per_group: jax.Array, groups: jax.Array) -> jax.Array:
+    """[G, C] → [G, 1, …, C] of the groups' rank."""
+    return per_group.reshape(len(per_group), *(1,) * (groups.ndim - 2), -1)

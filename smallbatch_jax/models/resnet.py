@@ -1,13 +1,15 @@
 """The residual networks of He et al. (2015a) for CIFAR: 8, 20 and 32 layers (§3.1)."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from smallbatch_jax.models.layers import Conv, Dense, relu
-from smallbatch_jax.models.norm import make_norm
+from smallbatch_jax.models.fusion import computed_once
+from smallbatch_jax.models.layers import Conv, Dense, Pending, activated, as_it_is, conv_norm, relu
+from smallbatch_jax.models.norm import make_norm, normalised
 from smallbatch_jax.models.pool import max_pool
 
 
@@ -44,26 +46,35 @@ class CifarResNet(nn.Module):
         blocks, remainder = divmod(self.depth - 2, 6)
         if remainder or blocks < 1:
             raise ValueError(f"depth: got {self.depth}, must be 6n+2")
-        x = self._conv(images.astype(self.dtype), 16, 1, train, "stem")
-        x = relu(x)
+        x = Pending(as_it_is, (images.astype(self.dtype),))
+        _, y = self._conv(x, images.shape[-1], 16, 1, train, "stem", keep=False)
+        x, channels = Pending(activated, (y,)), 16
         for stage, features in enumerate((16, 32, 64)):
             for block in range(blocks):
-                x = self._block(x, features, 2 if stage and not block else 1, train, f"stage{stage + 1}_block{block + 1}")
-        x = x.mean((1, 2))
-        return Dense(self.num_classes, dtype=self.dtype, name="logits")(x).astype(jnp.float32)
+                stride = 2 if stage and not block else 1
+                x = self._block(x, channels, features, stride, train, f"stage{stage + 1}_block{block + 1}")
+                channels = features
+        pooled = x.made().mean((1, 2))
+        return Dense(self.num_classes, dtype=self.dtype, name="logits")(pooled).astype(jnp.float32)
 
-    def _block(self, x: jax.Array, features: int, stride: int, train: bool, name: str) -> jax.Array:
-        y = relu(self._conv(x, features, stride, train, f"{name}_conv1"))
-        y = self._conv(y, features, 1, train, f"{name}_conv2")
-        return relu(y + _shortcut(x, features, stride))
+    def _block(self, x: Pending, channels: int, features: int, stride: int, train: bool, name: str) -> Pending:
+        """Two convolutions of x and their sum with it, up to what the next convolution does itself."""
+        made, y = self._conv(x, channels, features, stride, train, f"{name}_conv1")
+        _, y = self._conv(Pending(activated, (y,)), features, features, 1, train, f"{name}_conv2", keep=False)
+        return Pending(partial(_joined, features=features, stride=stride), (y, made))
 
-    def _conv(self, x: jax.Array, features: int, stride: int, train: bool, name: str) -> jax.Array:
+    def _conv(
+        self, x: Pending, channels: int, features: int, stride: int, train: bool, name: str, keep: bool = True
+    ) -> tuple[Any, Any]:
         """3×3 convolution with padding 1 on all sides, as in the original, and its normalisation."""
         pads = ((1, 1), (1, 1))
-        bias = self.norm == "none"
-        x = Conv(features, (3, 3), (stride, stride), pads, use_bias=bias, dtype=self.dtype, name=name)(x)
-        norm: Any = make_norm(self.norm, self.bn_batch_size, self.bn_decay, self.axis_name, self.dtype, f"{name}_norm")
-        return x if norm is None else norm(x, train)
+        layer = Conv(features, (3, 3), (stride, stride), pads, use_bias=self.norm == "none", dtype=self.dtype, name=name)
+        norm = make_norm(self.norm, self.bn_batch_size, self.bn_decay, self.axis_name, self.dtype, f"{name}_norm")
+        return conv_norm(x, layer, norm, train, channels, keep)
+
+
+def _joined(y: Any, x: jax.Array, features: int, stride: int) -> jax.Array:
+    return relu(normalised(y) + _shortcut(x, features, stride))
 
 
 def _shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
@@ -71,5 +82,7 @@ def _shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
     new = features - x.shape[-1]
     if stride == 1 and new == 0:
         return x
-    x = max_pool(x, (1, 1), (stride, stride))  # of one pixel each: every stride-th, with a gradient faster than a slice's
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))
+    # Windows of one pixel each: every stride-th, with a gradient faster than a slice's.
+    x = computed_once(max_pool(x, (1, 1), (stride, stride)))
+    before, after = (jnp.zeros((*x.shape[:-1], zeros), x.dtype) for zeros in (new // 2, new - new // 2))
+    return computed_once(jnp.concatenate([before, x, after], -1))
