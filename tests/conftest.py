@@ -11,7 +11,9 @@ from pictures import GREEN, RED, save
 from PIL import Image
 
 from smallbatch_jax.data import decode
+from smallbatch_jax.driver import use_all_cores
 
+use_all_cores()  # with its compiler flags, so that results in this process are those of the commands
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")

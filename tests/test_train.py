@@ -118,6 +118,37 @@ def test_running_averages_move_with_the_step(batch, on_one_device):
     assert not np.allclose(after.batch_stats["BatchNorm_0"]["mean"], state.batch_stats["BatchNorm_0"]["mean"], atol=1e-5)
 
 
+@pytest.mark.parametrize("parts", [2, 1])
+def test_micro_batches_are_the_same_step(batch, on_one_device, parts):
+    """The BN batch is half of the examples: in halves or at once, parameters, statistics, loss and count are the same."""
+    model = Tiny(EXAMPLES // 2)
+    step = jax.jit(make_train_step(model, Program(EXAMPLES, 20, micro_batch_size=EXAMPLES // parts)))
+    assert_trees_close(step(state_at(model), SETTING, batch), on_one_device)
+
+
+def test_micro_batches_drop_other_units_each():
+    """Every part has a dropout key of its own: equal images in two parts do not lose the same units."""
+
+    class Dropped(nn.Module):
+        @nn.compact
+        def __call__(self, images, train=False):
+            flat = images.reshape(len(images), -1)
+            scale = self.param("scale", nn.initializers.ones, flat.shape[1:])
+            return nn.Dropout(0.5, deterministic=not train)(flat * scale[None])
+
+    model, images = Dropped(), jnp.ones((4, 8))
+    state = init_state(model, images, jnp.int32(0))
+    step = make_train_step(model, Program(4, 20, micro_batch_size=2))
+    found = jax.vmap(lambda seed: step(state, SETTING._replace(seed=seed), Batch(images, jnp.zeros(4, jnp.int32)))[1].loss)(
+        jnp.arange(3)
+    )
+    half = make_train_step(model, Program(2, 20))
+    same_twice = jax.vmap(
+        lambda seed: half(state, SETTING._replace(seed=seed), Batch(images[:2], jnp.zeros(2, jnp.int32)))[1].loss
+    )(jnp.arange(3))
+    assert not np.allclose(found, same_twice)
+
+
 def by_shard_map(step, state, batch):
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
     shared = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P(), check_vma=False)

@@ -38,7 +38,7 @@ PATCHES_UP_TO_PIXELS = {"cpu": 16}
 WINOGRAD_FROM_CHANNELS, WINOGRAD_FROM_TILES = 48, 128
 
 NARROW = 16  # features up to which XLA:CPU has no fast convolution (unless there are more input channels)
-IMAGES_AT_ONCE = 8  # of a kernel's gradient, so that its transposed copies stay in the cache
+IMAGES_AT_ONCE = 4  # of a kernel's gradient, so that its transposed copies stay in the cache
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 Strides = tuple[int, int]

@@ -1,0 +1,125 @@
+"""A layer a few images at a time is the layer of the whole batch: output, statistics, and every gradient."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from smallbatch_jax.models import create_model, layers, micro_batch_size
+from smallbatch_jax.models.chunks import with_statistics
+from smallbatch_jax.models.layers import Dense
+
+N, C = 12, 3
+X = np.random.default_rng(0).normal(size=(N, 4, 5, 2)).astype(np.float32)
+SHARED = {"w": np.random.default_rng(1).normal(size=(2, C)).astype(np.float32), "b": np.float32(0.7)}
+
+
+def layer(shared, images):
+    """Not linear, with an array kept beside the output."""
+    x, y = images
+    made = jnp.tanh(x) * shared["b"]
+    return made @ shared["w"] + y, {"made": made}
+
+
+def of_all(shared, images):
+    """By the definition, all images at once and in one pass through NumPy's formulas."""
+    y, others = layer(shared, images)
+    return (y, others), (y.mean((0, 1, 2)), y.var((0, 1, 2)))
+
+
+def objective(function):
+    """A scalar in which every output counts, each with weights of its own."""
+
+    def value(shared, images):
+        outputs: Any = function(shared, images)
+        leaves = jax.tree.leaves(outputs)
+        weights = [np.random.default_rng(i).normal(size=leaf.shape).astype(np.float32) for i, leaf in enumerate(leaves)]
+        return sum((w * leaf**2).sum() for w, leaf in zip(weights, leaves, strict=True))
+
+    return jax.jit(jax.value_and_grad(value, (0, 1)))
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 12])
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_chunks_are_the_whole_batch(at_once, offset):
+    """Value and gradients to rounding; far from zero too, where E[x²] - μ² would have no digit of the variance left."""
+    images = (X, np.float32(offset) + np.random.default_rng(2).normal(size=(N, 4, 5, C)).astype(np.float32))
+    found: Any = jax.jit(lambda s, i: with_statistics(layer, at_once, s, i))(SHARED, images)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(of_all(SHARED, images)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-5)
+    if offset == 0:
+        value, gradients = objective(lambda s, i: with_statistics(layer, at_once, s, i))(SHARED, images)
+        expected, theirs = objective(of_all)(SHARED, images)
+        np.testing.assert_allclose(value, expected, rtol=1e-4)
+        for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("n", "size"), [(64, 8), (63, 63), (70, 7), (71, 71), (72, 8), (68, 4), (512, 8)])
+def test_a_large_batch_goes_in_even_chunks_or_not_at_all(n, size):
+    """From 64 images, by the largest divisor up to 8 if that is at least 4."""
+    assert layers._images_at_once(n) == size
+
+
+@pytest.mark.parametrize(("name", "norm"), [("resnet8", "batch"), ("alexnet", "batch"), ("resnet8", "batch_renorm")])
+def test_a_network_in_chunks_is_the_network(monkeypatch, name, norm):
+    """Logits, running statistics and gradients of 8 images in chunks of 4, against those of all at once."""
+    model = create_model(name, 3, norm)
+    images = jnp.asarray(np.random.default_rng(3).normal(size=(8, 8, 8, 3)), jnp.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), images[:1])
+    weights = np.random.default_rng(4).normal(size=(8, 3)).astype(np.float32)
+
+    def run() -> Any:
+        def value(params, batch_stats):
+            logits, state = model.apply({"params": params, "batch_stats": batch_stats}, images, True, mutable=["batch_stats"])
+            return (weights * logits).sum(), (logits, state["batch_stats"])
+
+        return jax.jit(jax.value_and_grad(value, has_aux=True))(variables["params"], variables["batch_stats"])
+
+    whole = run()
+    monkeypatch.setattr(layers, "MANY_IMAGES", 2)
+    monkeypatch.setattr(layers, "IMAGES_AT_ONCE", 4)
+    called = []
+    monkeypatch.setattr(layers, "with_statistics", lambda *args: called.append(args[1]) or with_statistics(*args))
+    chunked = run()
+    assert len(called) == {"resnet8": 7, "alexnet": 5}[name]
+    assert set(called) == {4}
+    for a, b in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * float(np.abs(b).max()) + 1e-6)
+
+
+@pytest.mark.parametrize("examples", [1, 2, 3, 5])
+def test_dense_gradients_of_few_examples_are_those_of_a_product(examples):
+    """Up to two examples the kernel's gradient is a sum of outer products."""
+    module = Dense(3)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(examples, 4)), jnp.float32)
+    params: Any = jax.tree.map(jnp.asarray, module.init(jax.random.key(0), x))
+    dy = jnp.asarray(np.random.default_rng(1).normal(size=(examples, 3)), jnp.float32)
+    y, pullback = jax.vjp(lambda p, x: module.apply(p, x), params, x)
+    dparams, dx = pullback(dy)
+    kernel = params["params"]["kernel"]
+    np.testing.assert_allclose(y, x @ kernel, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(dparams["params"]["kernel"], np.asarray(x).T @ np.asarray(dy), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(dparams["params"]["bias"], dy.sum(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(dx, dy @ kernel.T, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("norm", "m", "b", "parts"),
+    [
+        ("none", 128, 128, 32), ("none", 32, 32, None), ("none", 31, 31, None), ("none", 48, 48, 24), ("group", 64, 64, 32),
+        ("none", 62, 62, 31), ("none", 127, 127, None), ("batch", 128, 128, None), ("batch", 128, 8, 32),
+        ("batch", 128, 64, 64), ("batch", 96, 12, 24), ("batch_renorm", 64, 2, 32), ("batch_conv_only", 64, 16, 32), ("batch", 256, 4, 32),
+    ],
+)  # fmt: skip
+def test_parts_hold_whole_bn_batches_and_divide_the_batch(norm, m, b, parts):
+    """About 32 examples; none where the batch norm takes the whole batch, or no size would do."""
+    assert micro_batch_size(norm, m, b) == parts
+
+
+def test_off_cpu_the_batch_is_whole(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert micro_batch_size("none", 128, 128) is None
+    assert layers._images_at_once(512) == 512
