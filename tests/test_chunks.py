@@ -90,6 +90,20 @@ def test_a_network_in_chunks_is_the_network(monkeypatch, name, norm):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * float(np.abs(b).max()) + 1e-6)
 
 
+def test_bn_batches_smaller_than_the_batch_are_not_chunked(monkeypatch):
+    """Their statistics are not the whole batch's: a batch of 8 with b = 2 is the same whatever is large."""
+    model = create_model("resnet8", 3, "batch", 2)
+    images = jnp.asarray(np.random.default_rng(3).normal(size=(8, 8, 8, 3)), jnp.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), images[:1])
+    monkeypatch.setattr(layers, "IMAGES_AT_ONCE", 4)
+    logits = []
+    for many in (100, 2):
+        monkeypatch.setattr(layers, "MANY_IMAGES", many)
+        apply = jax.jit(lambda v: model.apply(v, images, True, mutable=["batch_stats"])[0])
+        logits.append(apply(variables))
+    np.testing.assert_array_equal(*logits)
+
+
 @pytest.mark.parametrize("examples", [1, 2, 3, 5])
 def test_dense_gradients_of_few_examples_are_those_of_a_product(examples):
     """Up to two examples the kernel's gradient is a sum of outer products."""
@@ -109,9 +123,10 @@ def test_dense_gradients_of_few_examples_are_those_of_a_product(examples):
 @pytest.mark.parametrize(
     ("norm", "m", "b", "parts"),
     [
-        ("none", 128, 128, 32), ("none", 32, 32, None), ("none", 31, 31, None), ("none", 48, 48, 24), ("group", 64, 64, 32),
-        ("none", 62, 62, 31), ("none", 127, 127, None), ("batch", 128, 128, None), ("batch", 128, 8, 32),
-        ("batch", 128, 64, 64), ("batch", 96, 12, 24), ("batch_renorm", 64, 2, 32), ("batch_conv_only", 64, 16, 32), ("batch", 256, 4, 32),
+        ("none", 128, 128, 32), ("none", 32, 32, None), ("none", 31, 31, None), ("none", 48, 48, 24),
+        ("none", 62, 62, 31), ("none", 127, 127, None), ("group", 64, 64, 32),
+        ("batch", 128, 128, None), ("batch", 128, 8, 32), ("batch", 128, 64, 64), ("batch", 96, 12, 24),
+        ("batch_renorm", 64, 2, 32), ("batch_conv_only", 64, 16, 32), ("batch", 256, 4, 32),
     ],
 )  # fmt: skip
 def test_parts_hold_whole_bn_batches_and_divide_the_batch(norm, m, b, parts):

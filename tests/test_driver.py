@@ -1,6 +1,7 @@
 """A grid's stored results: the same whatever ran beside a run, however often the work was killed and resumed."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -229,3 +230,19 @@ def test_a_second_process_on_the_same_workdir_is_refused(tmp_path):
     intruder = Intruder()
     driver.train_grid(tiny.grid(base_lrs=(2**-9,)), tmp_path / "w", tiny.dataset(), intruder, lambda b: tiny.TinyModel(b))
     assert intruder.tried
+
+
+@pytest.mark.parametrize(
+    ("given", "then"),
+    [
+        ("", "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling"),
+        ("--xla_dump_to=/x", "--xla_dump_to=/x --xla_backend_extra_options=xla_cpu_disable_loop_unrolling"),
+        ("--xla_backend_extra_options=xla_cpu_x", "--xla_backend_extra_options=xla_cpu_x"),
+    ],
+)
+def test_loops_are_not_unrolled_unless_the_user_chose(monkeypatch, given, then):
+    """Added to XLA_FLAGS once; whatever the user gave stays."""
+    monkeypatch.setenv("XLA_FLAGS", given)
+    driver.use_all_cores()
+    driver.use_all_cores()
+    assert os.environ["XLA_FLAGS"] == then
