@@ -78,15 +78,15 @@ def _of_batch_sizes(chosen: Experiment) -> Experiment:
 
 def _time(trial: Any, dataset: Any) -> dict[str, Any]:
     """One batch size: our segments, in turn with what they are compared with."""
-    from smallbatch_jax import planning
+    from smallbatch_jax import memory, planning
 
     job, program = trial.job, trial.program
     _reset_peak()
-    before = _peak_bytes()
+    before = memory.peak_bytes_in_use()
     trial.warm_up()
     trial.train(SECONDS.value)
     trial.evaluate()
-    measured = _peak_bytes() - before
+    measured = memory.peak_bytes_in_use() - before
     with ExitStack() as stack:
         ways: list[Measure] = [lambda seconds: {"ours": _rate(*trial.train(seconds))}]
         if PEER.value:
@@ -164,18 +164,6 @@ def _reset_peak() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what compiling left behind would be taken first, and not be seen
     if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_bytes() -> int:
-    """The most memory in use so far: on the accelerators, or on CPU by this process."""
-    import jax
-
-    statistics = [device.memory_stats() for device in jax.devices()]
-    if all(statistics):
-        return sum(found["peak_bytes_in_use"] for found in statistics if found)
-    status = Path("/proc/self/status")
-    lines = status.read_text().split("\n") if status.exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
 if __name__ == "__main__":

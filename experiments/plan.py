@@ -4,7 +4,8 @@
     python experiments/plan.py --config=configs/fig08_resnet32.py --random_images --elsewhere=h100.json
 
 A program is compiled once and trains all runs of one batch size and BN batch size. Time: of training and evaluating the
-runs that did not diverge within the probe, on this machine. Memory: of the compiled program, the dataset not counted.
+runs that did not diverge within the probe, on this machine. Memory: of the compiled program, the dataset not counted; in the
+last line also what this command took in all, which a sweep takes as well: it compiles and runs the same programs.
 --elsewhere adds a column for another device, from what `benchmark.py --json` printed there for the same model.
 --probe_seconds=0 only lists.
 """
@@ -48,7 +49,7 @@ def main() -> int:
 
 def _measure(chosen: Experiment, there: dict | None) -> None:
     """Prints what each program costs, and the sums."""
-    from smallbatch_jax import data, driver, planning
+    from smallbatch_jax import data, driver, memory, planning
     from smallbatch_jax.progress import duration
 
     try:
@@ -78,9 +79,10 @@ def _measure(chosen: Experiment, there: dict | None) -> None:
             elsewhere += seconds
             line += f"{duration(seconds):>14}"
         print(line, flush=True)
+    largest, in_all = max(plan.peak_bytes for plan in plans), memory.peak_bytes_in_use()
     print(
-        f"{len(plans)} compilations, {sum(plan.flops for plan in plans):.1e} FLOPs, "
-        f"at most {max(plan.peak_bytes for plan in plans) / 2**20:,.0f} MiB; here {duration(planning.total_seconds(plans))}"
+        f"{len(plans)} compilations, {sum(plan.flops for plan in plans):.1e} FLOPs, at most {largest / 2**20:,.0f} MiB"
+        f" ({in_all / 2**20:,.0f} with all else, as this command took); here {duration(planning.total_seconds(plans))}"
         + ("" if there is None else f", on {there['device']} {duration(elsewhere)}")
     )
 

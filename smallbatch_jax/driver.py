@@ -24,10 +24,11 @@ from smallbatch_jax import data, results
 from smallbatch_jax import lanes as lane_programs
 from smallbatch_jax.checkpoint import Checkpoints
 from smallbatch_jax.data import Dataset
+from smallbatch_jax.device_data import DeviceData, to_device
 from smallbatch_jax.experiment import OWN, Experiment, InputError, from_config, programs
 from smallbatch_jax.feeder import Feeder, Interrupted, Stop
 from smallbatch_jax.jobs import GIB, Job, ModelOf, named_model
-from smallbatch_jax.lanes import DeviceData, LaneProgram
+from smallbatch_jax.lanes import LaneProgram
 from smallbatch_jax.models.own import OwnModel
 from smallbatch_jax.progress import Progress, Status, for_stream
 from smallbatch_jax.results import ProgramResults, Timings
@@ -84,7 +85,7 @@ def train_grid(
         mesh = lane_programs.lane_mesh()
         device = {"kind": mesh.devices.flat[0].device_kind, "platform": jax.default_backend(), "count": mesh.size}
         record_provenance(folder, "start", **surroundings(), device=device, precision=experiment.precision)
-        on_device = lane_programs.to_device(dataset, mesh)
+        on_device = to_device(dataset, mesh)
         initial = lane_programs.initialiser(model_of(None), on_device)
         status = Status(len(experiment.runs()), _images(experiment, dataset), time.monotonic())
         try:

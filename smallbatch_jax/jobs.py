@@ -7,9 +7,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from smallbatch_jax import lanes as lane_programs
+from smallbatch_jax import memory
 from smallbatch_jax.data import Dataset, order
+from smallbatch_jax.device_data import DeviceData
 from smallbatch_jax.experiment import OWN, Experiment, InputError, Run
-from smallbatch_jax.lanes import DeviceData, LaneMapping, LaneProgram
+from smallbatch_jax.lanes import LaneMapping, LaneProgram
 from smallbatch_jax.models import create_model, micro_batch_size
 from smallbatch_jax.progress import Status
 from smallbatch_jax.results import ProgramResults
@@ -77,7 +79,7 @@ class Job:
         lanes = self.lanes(mesh.size)
         while True:
             program = self._compile(data, mesh, lanes)
-            needed, there = program.peak_bytes, lane_programs.memory_bytes(mesh)
+            needed, there = program.peak_bytes, memory.memory_bytes(mesh)
             if needed <= there:
                 return program
             if lanes == mesh.size:

@@ -5,12 +5,9 @@ ends when the lane's share of the segment is done or its loss is not finite: an 
 arithmetic touches another's. On GPU and TPU they are trained side by side (`vmap`), and ended lanes are masked.
 """
 
-import ctypes
 import functools
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -21,9 +18,12 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from smallbatch_jax.data import Dataset, order
+from smallbatch_jax.data import Dataset
 from smallbatch_jax.data.augment import crop_and_flip
+from smallbatch_jax.device_data import DeviceData
+from smallbatch_jax.evaluation import make_evaluate, not_evaluated, with_precise_statistics
 from smallbatch_jax.experiment import InputError
+from smallbatch_jax.memory import keep_freed_memory
 from smallbatch_jax.train import (
     Array,
     Batch,
@@ -33,33 +33,11 @@ from smallbatch_jax.train import (
     Setting,
     TrainState,
     init_state,
-    make_eval_step,
     make_train_step,
 )
 
-LARGEST_EVAL_BATCH = 256
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-PRECISE_IMAGES = 4096  # training images that precise statistics are taken over, or all if there are fewer
 MATMUL_PRECISION = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "bfloat16"}
 COMPUTE_DTYPE = {"float32": jnp.float32, "tf32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
-class DeviceData(NamedTuple):
-    """A dataset on the device; images as they are stored, normalised when a batch is taken."""
-
-    train_images: Array  # uint8 or float32 [N, …]
-    train_labels: Array  # int32[N]
-    test_images: Array  # uint8 or float32 [batches, n, …], padded with zeros
-    test_labels: Array  # int32[batches, n]
-    test_counts: Array  # bool[batches, n], False where padded
-    shuffled: Array  # int32[N], the training examples in a random order, for precise statistics
-    mean: Array  # float32[C]
-    deviation: Array  # float32[C]
-
-    def normalise(self, images: jax.Array) -> jax.Array:
-        """float32[n, …] by the training set's channel mean and deviation."""
-        leading = (1,) * (images.ndim - 1)
-        return (images.astype(jnp.float32) - self.mean.reshape(*leading, -1)) / self.deviation.reshape(*leading, -1)
 
 
 class LaneState(NamedTuple):
@@ -101,52 +79,6 @@ def lane_mapping() -> LaneMapping:
 def lane_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """All devices along one axis of lanes."""
     return Mesh(np.array(jax.devices() if devices is None else devices), ("lane",))
-
-
-def memory_bytes(mesh: Mesh) -> int:
-    """Memory that programs on the mesh may use: what its devices have, less a tenth; on CPU what the machine has."""
-    statistics = mesh.devices.flat[0].memory_stats()
-    if statistics and "bytes_limit" in statistics:
-        return int(0.9 * statistics["bytes_limit"]) * mesh.size
-    return int(0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """Lets this process keep what it frees, so that each segment need not ask for its temporary memory anew.
-
-    XLA:CPU allocates a program's temporary arrays at every call. Handed back to the system in between, as malloc does with
-    large ones, they come back as pages to be zeroed one by one: a fifth of the time at m = 512. Only for GNU's malloc.
-    """
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
-
-
-def to_device(dataset: Dataset, mesh: Mesh) -> DeviceData:
-    """The dataset, whole on every device of the mesh, its test set cut into even batches."""
-    mean, deviation = dataset.channel_statistics()
-    num_test = len(dataset.test_labels)
-    batches = -(-num_test // LARGEST_EVAL_BATCH)
-    size = -(-num_test // batches)
-
-    def in_batches(array: np.ndarray) -> np.ndarray:
-        padded = np.zeros((batches * size, *array.shape[1:]), array.dtype)
-        padded[:num_test] = array
-        return padded.reshape(batches, size, *array.shape[1:])
-
-    data = DeviceData(
-        dataset.train_images,
-        dataset.train_labels,
-        in_batches(dataset.test_images),
-        in_batches(dataset.test_labels),
-        in_batches(np.ones(num_test, bool)),
-        order.epoch_permutation(0, 0, len(dataset.train_labels)),
-        mean,
-        deviation,
-    )
-    return jax.device_put(data, NamedSharding(mesh, P()))
 
 
 @dataclass(frozen=True)
@@ -325,9 +257,9 @@ def _make_segment(
     model: Model, program: Program, segment_steps: int, mapping: LaneMapping, statistics_model: Model | None
 ) -> Callable[..., Any]:
     """(lanes, settings, segments, data) → (lanes, reports), for the lanes of one device."""
-    advance, evaluate = _make_advance(model, program), _make_evaluate(model)
+    advance, evaluate = _make_advance(model, program), make_evaluate(model)
     if statistics_model is not None:
-        evaluate = _with_precise_statistics(evaluate, statistics_model)
+        evaluate = with_precise_statistics(evaluate, statistics_model)
 
     def run_lane(state: LaneState, setting: Setting, segment: Segment, data: DeviceData) -> tuple[LaneState, Report]:
         def unfinished(carry: tuple[jax.Array, LaneState]) -> jax.Array:
@@ -338,7 +270,7 @@ def _make_segment(
             return i + 1, advance(state, setting, segment.indices[i], data)
 
         _, state = lax.while_loop(unfinished, step, (jnp.int32(0), state))
-        tested = lax.cond(segment.evaluate & state.alive, lambda: evaluate(state.train, data), _not_evaluated)
+        tested = lax.cond(segment.evaluate & state.alive, lambda: evaluate(state.train, data), not_evaluated)
         return _report(state, segment, tested)
 
     def run_mapped(states, settings, segments, data):
@@ -355,7 +287,7 @@ def _make_segment(
         tested = lax.cond(
             jnp.any(segments.evaluate),
             lambda: jax.vmap(evaluate, (0, None))(states.train, data),
-            lambda: jax.vmap(lambda _: _not_evaluated())(segments.steps),
+            lambda: jax.vmap(lambda _: not_evaluated())(segments.steps),
         )
         return jax.vmap(_report)(states, segments, tested)
 
@@ -377,55 +309,6 @@ def _make_advance(model: Model, program: Program) -> Callable[..., LaneState]:
         return LaneState(train, state.loss_sum + metrics.loss, state.correct + metrics.correct, finite)
 
     return advance
-
-
-def _make_evaluate(model: Model) -> Callable[[TrainState, DeviceData], Metrics]:
-    eval_step = make_eval_step(model)
-
-    def evaluate(state: TrainState, data: DeviceData) -> Metrics:
-        """Mean cross-entropy and number right over the whole test set."""
-
-        def one(total: Metrics, batch: Any) -> tuple[Metrics, None]:
-            images, labels, counts = batch
-            found = eval_step(state, Batch(data.normalise(images), labels), counts)
-            return Metrics(total.loss + found.loss, total.correct + found.correct), None
-
-        zero = Metrics(jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32))
-        total, _ = lax.scan(one, zero, (data.test_images, data.test_labels, data.test_counts))
-        return Metrics(total.loss / data.test_counts.sum(), total.correct)
-
-    return evaluate
-
-
-def _with_precise_statistics(evaluate: Callable[..., Metrics], model: Model) -> Callable[..., Metrics]:
-    """`evaluate`, with running averages replaced by the mean of the statistics of many BN batches of training images.
-
-    They are what training would see with the parameters as they are, in BN batches of the same size; only that the images
-    are as stored, not augmented, as the test images are not. The run's own running averages stay as they were. `model`
-    forgets at once (bn_decay 0), so that after a batch its averages are that batch's.
-    """
-    b = model.bn_batch_size
-
-    def evaluate_precisely(state: TrainState, data: DeviceData) -> Metrics:
-        images = min(PRECISE_IMAGES, len(data.shuffled))
-        size = b * max(1, min(LARGEST_EVAL_BATCH, images) // b)  # how many BN batches at once changes rounding only
-        batches = max(1, images // size)
-        indices = data.shuffled[: batches * size].reshape(batches, size)
-
-        def one(total: Any, indices: jax.Array) -> tuple[Any, None]:
-            variables = {"params": state.params, "batch_stats": state.batch_stats}
-            images = data.normalise(data.train_images[indices])
-            _, found = model.apply(variables, images, train=True, mutable=["batch_stats"])
-            return jax.tree.map(jnp.add, total, found["batch_stats"]), None
-
-        total, _ = lax.scan(one, jax.tree.map(jnp.zeros_like, state.batch_stats), indices)
-        return evaluate(state._replace(batch_stats=jax.tree.map(lambda x: x / batches, total)), data)
-
-    return evaluate_precisely
-
-
-def _not_evaluated() -> Metrics:
-    return Metrics(jnp.array(jnp.nan, jnp.float32), jnp.zeros([], jnp.int32))
 
 
 def _report(state: LaneState, segment: Segment, tested: Metrics) -> tuple[LaneState, Report]:

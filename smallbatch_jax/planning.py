@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from smallbatch_jax.data import Dataset, order
+from smallbatch_jax.device_data import to_device
 from smallbatch_jax.experiment import Experiment, Run, programs
 from smallbatch_jax.jobs import Job, ModelOf, named_model
-from smallbatch_jax.lanes import LaneMapping, LaneProgram, Segment, initialiser, lane_mesh, to_device
+from smallbatch_jax.lanes import LaneMapping, LaneProgram, Segment, initialiser, lane_mesh
 from smallbatch_jax.models.conv import forced
 from smallbatch_jax.models.layers import MANY_IMAGES
 from smallbatch_jax.results import ProgramResults

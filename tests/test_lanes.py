@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
+from smallbatch_jax import device_data as on_device
 from smallbatch_jax import lanes
 from smallbatch_jax.data import order
 from smallbatch_jax.train import Program, Setting
@@ -17,7 +18,7 @@ STEPS = 13  # an epoch of 50 examples ends after 13 steps (12.5, rounded)
 
 @functools.cache
 def device_data():
-    return lanes.to_device(tiny.dataset(), lanes.lane_mesh())
+    return on_device.to_device(tiny.dataset(), lanes.lane_mesh())
 
 
 @functools.cache
@@ -117,8 +118,8 @@ def test_an_evaluation_covers_the_whole_test_set_once():
 
 
 def test_a_test_set_that_no_batch_divides_is_padded_with_images_that_do_not_count(monkeypatch):
-    monkeypatch.setattr(lanes, "LARGEST_EVAL_BATCH", 7)
-    data = lanes.to_device(tiny.dataset(num_test=20), lanes.lane_mesh())
+    monkeypatch.setattr(on_device, "LARGEST_EVAL_BATCH", 7)
+    data = on_device.to_device(tiny.dataset(num_test=20), lanes.lane_mesh())
     assert data.test_labels.shape == (3, 7)
     assert int(data.test_counts.sum()) == 20
 

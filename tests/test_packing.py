@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import tiny
 
-from smallbatch_jax import driver, feeder, jobs, lanes, results
+from smallbatch_jax import driver, feeder, jobs, lanes, memory, results
 from smallbatch_jax.experiment import InputError
 from smallbatch_jax.progress import NoProgress
 
@@ -139,12 +139,12 @@ def test_a_program_that_would_not_fit_is_compiled_with_half_the_lanes(undisturbe
     train(tmp_path / "whole")
     ((four, needed),) = sizes
     assert four == 4
-    monkeypatch.setattr(lanes, "memory_bytes", lambda mesh: needed - 1)
+    monkeypatch.setattr(memory, "memory_bytes", lambda mesh: needed - 1)
     frame = train(tmp_path / "w")
     assert [count for count, _ in sizes] == [4, 4, 2]
     assert sizes[2][1] < needed
     pd.testing.assert_frame_equal(frame, undisturbed, check_exact=True)
-    monkeypatch.setattr(lanes, "memory_bytes", lambda mesh: 0)
+    monkeypatch.setattr(memory, "memory_bytes", lambda mesh: 0)
     with pytest.raises(InputError, match="m = 4: one lane per device needs"):
         train(tmp_path / "none")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from smallbatch_jax import experiment, lanes
+from smallbatch_jax import device_data, experiment, lanes
 from smallbatch_jax.data import order
 from smallbatch_jax.experiment import InputError
 from smallbatch_jax.train import Program, Setting
@@ -20,14 +20,14 @@ DATA = tiny.dataset()
 def small_batches():
     """The 50 images make three batches of 16, and two are left over."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lanes, "LARGEST_EVAL_BATCH", 16)
+        patch.setattr(device_data, "LARGEST_EVAL_BATCH", 16)
         yield
 
 
 @functools.cache
 def trained(b, precise):
     """One lane after an epoch of m = 8 with BN batches of b: (state, report), as NumPy arrays without the lane axis."""
-    data, mesh = lanes.to_device(DATA, lanes.lane_mesh()), lanes.lane_mesh()
+    data, mesh = device_data.to_device(DATA, lanes.lane_mesh()), lanes.lane_mesh()
     statistics_model = tiny.TinyModel(b, bn_decay=0.0) if precise else None
     model = tiny.TinyModel(None if b == M else b)
     compiled = lanes.compile_lanes(model, Program(M, 6), data, mesh, mesh.size, STEPS, statistics_model=statistics_model)

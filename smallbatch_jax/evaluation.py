@@ -1,0 +1,63 @@
+"""Evaluation of one run on the whole test set, by its running averages or by precise statistics."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from smallbatch_jax import device_data
+from smallbatch_jax.device_data import DeviceData
+from smallbatch_jax.train import Batch, Metrics, Model, TrainState, make_eval_step
+
+PRECISE_IMAGES = 4096  # training images that precise statistics are taken over, or all if there are fewer
+
+
+def make_evaluate(model: Model) -> Callable[[TrainState, DeviceData], Metrics]:
+    eval_step = make_eval_step(model)
+
+    def evaluate(state: TrainState, data: DeviceData) -> Metrics:
+        """Mean cross-entropy and number right over the whole test set."""
+
+        def one(total: Metrics, batch: Any) -> tuple[Metrics, None]:
+            images, labels, counts = batch
+            found = eval_step(state, Batch(data.normalise(images), labels), counts)
+            return Metrics(total.loss + found.loss, total.correct + found.correct), None
+
+        zero = Metrics(jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32))
+        total, _ = lax.scan(one, zero, (data.test_images, data.test_labels, data.test_counts))
+        return Metrics(total.loss / data.test_counts.sum(), total.correct)
+
+    return evaluate
+
+
+def with_precise_statistics(evaluate: Callable[..., Metrics], model: Model) -> Callable[..., Metrics]:
+    """`evaluate`, with running averages replaced by the mean of the statistics of many BN batches of training images.
+
+    They are what training would see with the parameters as they are, in BN batches of the same size; only that the images
+    are as stored, not augmented, as the test images are not. The run's own running averages stay as they were. `model`
+    forgets at once (bn_decay 0), so that after a batch its averages are that batch's.
+    """
+    b = model.bn_batch_size
+
+    def evaluate_precisely(state: TrainState, data: DeviceData) -> Metrics:
+        images = min(PRECISE_IMAGES, len(data.shuffled))
+        size = b * max(1, min(device_data.LARGEST_EVAL_BATCH, images) // b)  # how many BN batches at once changes rounding only
+        batches = max(1, images // size)
+        indices = data.shuffled[: batches * size].reshape(batches, size)
+
+        def one(total: Any, indices: jax.Array) -> tuple[Any, None]:
+            variables = {"params": state.params, "batch_stats": state.batch_stats}
+            images = data.normalise(data.train_images[indices])
+            _, found = model.apply(variables, images, train=True, mutable=["batch_stats"])
+            return jax.tree.map(jnp.add, total, found["batch_stats"]), None
+
+        total, _ = lax.scan(one, jax.tree.map(jnp.zeros_like, state.batch_stats), indices)
+        return evaluate(state._replace(batch_stats=jax.tree.map(lambda x: x / batches, total)), data)
+
+    return evaluate_precisely
+
+
+def not_evaluated() -> Metrics:
+    return Metrics(jnp.array(jnp.nan, jnp.float32), jnp.zeros([], jnp.int32))
