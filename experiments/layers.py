@@ -18,12 +18,10 @@ import command
 import jax
 import jax.numpy as jnp
 from absl import flags
-from flax import linen as nn
 
-from smallbatch_jax import data, experiment, fields
+from smallbatch_jax import data, driver, experiment, fields
 from smallbatch_jax.lanes import COMPUTE_DTYPE, MATMUL_PRECISION
 from smallbatch_jax.models import conv, create_model
-from smallbatch_jax.models.layers import Conv
 
 CONFIG = command.define_config_flag()
 BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["4", "32", "128"], "Images per lane, several with commas between.")
@@ -50,14 +48,17 @@ def find_layers(model: Any, image_shape: Sequence[int]) -> dict[Layer, int]:
     """The distinct convolutions on the way of images [H, W, C] through a model, and how often each occurs."""
     found: Counter[Layer] = Counter()
 
-    def record(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        if isinstance(layer := context.module, Conv) and context.method_name == "__call__":
-            image, strides = args[0].shape[1:], (layer.strides[0], layer.strides[1])
-            found[Layer(image, (*layer.kernel_size, image[2], layer.features), strides, layer.padding)] += 1
-        return call(*args, **kwargs)
+    def collect(jaxpr: Any) -> None:
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "conv_general_dilated":
+                (x, kernel), how = (v.aval.shape for v in equation.invars), equation.params
+                found[Layer(x[1:], kernel, how["window_strides"], how["padding"])] += 1
+            for inner in equation.params.values():
+                if hasattr(inner, "jaxpr"):
+                    collect(inner.jaxpr)
 
-    with nn.intercept_methods(record):
-        jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((2, *image_shape))))
+    with conv.forced("plain"):
+        collect(jax.make_jaxpr(model.init)(jax.random.key(0), jnp.zeros((2, *image_shape))).jaxpr)
     return dict(found)
 
 
@@ -171,6 +172,7 @@ def main() -> int:
     chosen = experiment.from_config(command.given_config(CONFIG))
     source, precision = chosen.dataset, chosen.precision
     shape = IMAGE_SHAPES.get(source.name) or data.load(source.name, source.data_dir).train_images.shape[1:]
+    driver.use_all_cores()  # with its compiler flags
     jax.config.update("jax_num_cpu_devices", 1)
     try:
         layers = find_layers(create_model(chosen.model.name, 10, chosen.model.norm), shape)
