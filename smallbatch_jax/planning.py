@@ -35,8 +35,12 @@ class Trial:
     def __init__(self, job: Job, program: LaneProgram, initial: Callable[[int], TrainState]):
         """Fills the lanes of the program, compiled for the job; `initial` is seed → the state before the first update."""
         self.job, self.program = job, program
-        self.runs: list[Run | None] = [*_one_run_per_rate(job.runs)[: program.lanes]]
-        self.runs += [None] * (program.lanes - len(self.runs))
+        self.runs: list[Run | None] = [None] * program.lanes
+        # In turn over the devices, so that the low rates, which survive, keep them all at work, as in a sweep.
+        per_device = program.lanes // program.sharding.mesh.size
+        in_turn = sorted(range(program.lanes), key=lambda lane: (lane % per_device, lane))
+        for lane, run in zip(in_turn, _one_run_per_rate(job.runs), strict=False):
+            self.runs[lane] = run
         fresh = {lane: initial(run.seed) for lane, run in enumerate(self.runs) if run}
         self._state = program.start(program.empty(), fresh)
         self.alive = np.array([run is not None for run in self.runs])
