@@ -16,7 +16,7 @@ from smallbatch_jax.models.fusion import computed_once
 from smallbatch_jax.models.norm import BatchNorm, Deferred, normalised
 
 MANY_IMAGES = 64  # from which a batch is taken a few images at a time
-FEW_EXAMPLES = 2
+FEW_EXAMPLES = 2  # up to which a dense kernel's gradient is a sum of outer products
 IMAGES_AT_ONCE = 8  # from one convolution's output to the next one's, so that what lies between stays in the cache
 
 # He et al. (2015b), Eq. 10: a Gaussian (not a truncated one) of variance 2 / fan-in; all layers, the logits' too.
