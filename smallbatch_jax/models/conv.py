@@ -37,7 +37,7 @@ PATCHES_UP_TO_PIXELS = {"cpu": 16}
 # products are too small to win back the transforms.
 WINOGRAD_FROM_CHANNELS, WINOGRAD_FROM_TILES = 48, 128
 
-NARROW = 16  # features up to which XLA:CPU has no fast convolution (unless there are more input channels)
+NARROW, DEEP = 16, 48  # features up to which XLA:CPU has no fast convolution, unless there are so many input channels
 IMAGES_AT_ONCE = 4  # of a kernel's gradient, so that its transposed copies stay in the cache
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -126,7 +126,7 @@ _direct_conv.defvjp(_direct_forward, _direct_backward)
 
 def _columns_at_once(channels: int, features: int, width: int) -> int:
     """Neighbouring columns whose features one product computes together, so that it is wide enough to be fast."""
-    columns = 1 if features > NARROW else 2 if channels >= 8 else 4
+    columns = 1 if features > NARROW or channels >= DEEP else 2 if channels >= 8 else 4
     return columns if width % columns == 0 else 1
 
 
