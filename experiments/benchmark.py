@@ -41,12 +41,12 @@ Measure = Callable[[float], dict[str, float]]  # seconds → images/s by way
 def main() -> int:
     if PEER.value:  # or JAX would take most of a GPU's memory for itself
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    chosen = _of_batch_sizes(experiment.from_config(command.given_config(CONFIG)))
+    command.start_jax()
     import jax
 
-    from smallbatch_jax import data, driver, planning
+    from smallbatch_jax import data, planning
 
-    chosen = _of_batch_sizes(experiment.from_config(command.given_config(CONFIG)))
-    driver.use_all_cores()
     load = data.random if RANDOM.value else data.load
     dataset = load(chosen.dataset.name, chosen.dataset.data_dir, chosen.dataset.image_size)
     devices = jax.devices()

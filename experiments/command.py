@@ -1,11 +1,15 @@
 """What every command shares: its flags, one line and exit status 2 for bad input, and how it ends."""
 
+import io
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from smallbatch_jax import experiment
 from smallbatch_jax.experiment import Experiment, InputError
+from smallbatch_jax.files import OUT_OF_SPACE, WriteError
 
 
 def define_config_flag() -> Any:
@@ -40,12 +45,29 @@ def given_config(flag: Any) -> ConfigDict:
         raise InputError(_config_error(error)) from None
 
 
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM came, outside training, which notes them and saves first."""
+
+    def __init__(self, signum: int):
+        super().__init__()
+        self.signum = signum
+
+
 def run(main: Callable[[], int]) -> None:
-    """Parses the flags, runs `main` and exits with what it returns; 2 and one line on stderr for bad input."""
+    """Parses the flags, runs `main` and exits with what it returns.
+
+    One line on stderr says what went wrong: 2 for bad input, 1 for a disk that is full, 130 or 143 for a signal.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # absl would show every library's INFO lines
+        warnings.showwarning = _show_warning
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a locale without our letters is no reason to fail
+                stream.reconfigure(errors="backslashreplace")
         try:
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(signum, _stop)
             if len(argv) > 1:
                 raise InputError(f"{argv[1]!r}: unknown argument; every option starts with --")
             status = main()
@@ -53,17 +75,75 @@ def run(main: Callable[[], int]) -> None:
             sys.exit(status)
         except InputError as error:
             fail(str(error))
+        except WriteError as error:
+            leave(str(error), 1)
+        except _Stopped as stopped:
+            leave("stopped; the same command goes on", 128 + stopped.signum)
         except BrokenPipeError:  # whoever read our output, `head` perhaps, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(128 + signal.SIGPIPE)
+        except OSError as error:
+            if error.errno not in OUT_OF_SPACE:
+                raise
+            leave(f"{error.filename or 'output'} cannot be written: {error.strerror}", 1)
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _stop(signum: int, frame: object) -> None:
+    raise _Stopped(signum)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {_one_line(message)}", file=sys.stderr, flush=True)
 
 
 def fail(line: str, status: int = 2) -> None:
     """One line on stderr, and the end."""
     print(line, file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def leave(line: str, status: int) -> None:
+    """One line on stderr, and the end at once: threads that compile or save are not waited for."""
+    print(line, file=sys.stderr, flush=True)
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(status)
+
+
+def start_jax() -> None:
+    """JAX and its devices, as the user's environment asks for them.
+
+    Raises:
+      InputError: if JAX_PLATFORMS, XLA_FLAGS or another variable asks for what there is not.
+    """
+    try:
+        from smallbatch_jax import driver
+    except ValueError as error:
+        raise InputError(f"JAX cannot be imported: {error}") from None
+    _require_xla_flags()
+    driver.use_all_cores()
+    import jax
+
+    try:
+        jax.devices()
+    except Exception as error:  # of a type that depends on the platform
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise InputError(f"JAX_PLATFORMS={asked}: cannot be used: {_one_line(error)}") from None
+
+
+def _require_xla_flags() -> None:
+    """XLA ends the process that gives it a flag it does not know; so another process asks first."""
+    given = os.environ.get("XLA_FLAGS", "")
+    if not given.strip():
+        return
+    trial = "import jax; jax.config.update('jax_platforms', 'cpu'); jax.devices()"
+    done = subprocess.run([sys.executable, "-c", trial], capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        said = re.search(r"\] (Unknown flag.*|Couldn't interpret.*)", done.stderr)
+        reason = said.group(1) if said else (done.stderr.strip().split("\n") or [""])[-1]
+        raise InputError(f"XLA_FLAGS={given}: cannot be used: {reason}")
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -94,7 +174,7 @@ def _config_error(error: Exception) -> str:
     return f"{given_config}: {type(error).__name__}: {_one_line(error)}"
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -115,19 +195,20 @@ def train(chosen: Experiment, workdir: str, started: float) -> int:
             "use python experiments/figures.py with the same --config."
         )
     chosen = resolved(chosen, workdir)
-    from smallbatch_jax import data, driver, progress, results
     from smallbatch_jax.workdir import refuse_difference
 
     folder = Path(workdir)
     refuse_difference(folder, chosen)
-    driver.use_all_cores()
+    start_jax()
+    from smallbatch_jax import data, driver, progress, results
+
     imported = time.monotonic()
     dataset = data.load(chosen.dataset.name, chosen.dataset.data_dir, chosen.dataset.image_size)
     loaded = time.monotonic()
     try:
         driver.train_grid(chosen, folder, dataset, progress.for_stream())
     except driver.Interrupted as interrupted:
-        fail(f"stopped; everything is saved in {folder}, the same command goes on", 128 + interrupted.signum)
+        leave(f"stopped; everything is saved in {folder}, the same command goes on", 128 + interrupted.signum)
     trained = time.monotonic()
     show(folder)
     timings = results.Timings(folder)
@@ -142,6 +223,6 @@ def show(folder: Path, out: Path | None = None) -> None:
     from smallbatch_jax import analysis, figures, study
 
     stored = study.load(folder)
+    print(analysis.format_summary(analysis.summary(stored.rows, stored.chance, stored.cells)), flush=True)
     drawn = figures.draw_studies([stored], out)
-    print(analysis.format_summary(analysis.summary(stored.rows, stored.chance, stored.cells)))
     print(f"figures: {', '.join(path.name for path in drawn)} in {drawn[0].parent}")

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from smallbatch_jax import data, driver, experiment, fields
+from smallbatch_jax import data, experiment, fields
 from smallbatch_jax.lanes import COMPUTE_DTYPE, MATMUL_PRECISION
 from smallbatch_jax.models import conv, create_model
 
@@ -172,7 +172,7 @@ def main() -> int:
     chosen = experiment.from_config(command.given_config(CONFIG))
     source, precision = chosen.dataset, chosen.precision
     shape = IMAGE_SHAPES.get(source.name) or data.load(source.name, source.data_dir).train_images.shape[1:]
-    driver.use_all_cores()  # with its compiler flags
+    command.start_jax()  # with the compiler flags of a sweep
     jax.config.update("jax_num_cpu_devices", 1)
     try:
         layers = find_layers(create_model(chosen.model.name, 10, chosen.model.norm), shape)

@@ -49,7 +49,8 @@ def main() -> int:
 
 def _measure(chosen: Experiment, there: dict | None) -> None:
     """Prints what each program costs, and the sums."""
-    from smallbatch_jax import data, driver, memory, planning
+    command.start_jax()
+    from smallbatch_jax import data, memory, planning
     from smallbatch_jax.progress import duration
 
     try:
@@ -59,7 +60,6 @@ def _measure(chosen: Experiment, there: dict | None) -> None:
     except InputError as error:
         print(f"not measured: {error} Or use --random_images.")
         return
-    driver.use_all_cores()
     other = "" if there is None else f"{'there':>14}"
     print(f"\n{'m':>6}{'BN batch':>10}{'lanes':>7}{'diverge':>9}{'FLOPs':>10}", end="")
     print(f"{'images/s':>10}{'compile':>9}{'memory':>10}{'time':>14}{other}")

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import zip_longest
@@ -99,8 +99,8 @@ def train_grid(
                 pending = [job for job in jobs if job.pending()]
                 progress.show(status, "compiling")
                 compiler = _Compiler(on_device, mesh, timings)
-                for job, program in compiler.in_turn(pending, initial):
-                    checkpoints = Checkpoints(folder / "checkpoints" / job.name)
+                for job, program in compiler.in_turn(pending, initial, stop):
+                    checkpoints = Checkpoints(folder / "checkpoints" / job.name, experiment)
                     smaller = partial(compiler.submit_smaller, job)
                     while True:
                         feeder = Feeder(job, program, initial, checkpoints, status, progress, timings, stop, smaller)
@@ -111,6 +111,8 @@ def train_grid(
                             program = smaller(_lanes_after(error, job, feeder.program)).result()
                     checkpoints.delete()
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            if stop.signum:  # it came too late to cut anything short
+                raise Interrupted(stop.signum)
         finally:
             progress.close(status)
         record_provenance(folder, "finish", finished=status.finished, diverged=status.diverged)
@@ -135,11 +137,11 @@ def _lanes_after(error: Exception, job: Job, program: LaneProgram) -> int:
 
 
 class _Compiler:
-    """Compiles programs in a thread of its own, beside the training of another."""
+    """Compiles programs in threads of its own, beside the training of another."""
 
     def __init__(self, on_device: DeviceData, mesh: Mesh, timings: Timings):
         self._on_device, self._mesh, self._timings = on_device, mesh, timings
-        self._executor = ThreadPoolExecutor(1)
+        self._executor = ThreadPoolExecutor(2)
 
     def submit(self, job: Job) -> Future[LaneProgram]:
         return self._executor.submit(self._compile, job)
@@ -153,17 +155,32 @@ class _Compiler:
         self._timings.add("compile", time.monotonic() - began, job.batch_size, job.bn_batch_size, program.lanes)
         return program
 
-    def in_turn(self, jobs: list[Job], initial: Callable[[int], TrainState]) -> Iterator[tuple[Job, LaneProgram]]:
-        """Each job with its program; while the caller trains one, the next compiles."""
-        with self._executor:
+    def in_turn(self, jobs: list[Job], initial: Callable[[int], TrainState], stop: Stop) -> Iterator[tuple[Job, LaneProgram]]:
+        """Each job with its program; while the caller trains one, the next compiles.
+
+        Raises:
+          Interrupted: if asked to stop while there is nothing but compiling to do.
+        """
+        try:
             ahead = deque(self.submit(job) for job in jobs[:1])
-            for job in jobs[:1]:
-                initial(job.runs[0].seed)  # compiles the initialisation, which all programs share, beside the first program
+            # What draws the initial parameters is compiled beside the first program; all programs share it.
+            for compiling in [self._executor.submit(initial, job.runs[0].seed) for job in jobs[:1]]:
+                _await(compiling, stop)
             for job, following in zip_longest(jobs, jobs[1:]):
-                program = ahead.popleft().result()
+                program = _await(ahead.popleft(), stop)
                 if following is not None:
                     ahead.append(self.submit(following))
                 yield job, program
+        finally:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _await(future: Future[Any], stop: Stop) -> Any:
+    """What it gives, unless asked to stop before."""
+    while not wait([future], timeout=0.1).done:
+        if stop.signum:
+            raise Interrupted(stop.signum)
+    return future.result()
 
 
 @contextmanager

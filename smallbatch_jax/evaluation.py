@@ -18,7 +18,10 @@ def make_evaluate(model: Model) -> Callable[[TrainState, DeviceData], Metrics]:
     eval_step = make_eval_step(model)
 
     def evaluate(state: TrainState, data: DeviceData) -> Metrics:
-        """Mean cross-entropy and number right over the whole test set."""
+        """Mean cross-entropy and number right over the whole test set; NaN if running averages are not finite.
+
+        A variance that overflowed gives zeros for activations, and so a finite loss of a network that is lost.
+        """
 
         def one(total: Metrics, batch: Any) -> tuple[Metrics, None]:
             images, labels, counts = batch
@@ -27,7 +30,8 @@ def make_evaluate(model: Model) -> Callable[[TrainState, DeviceData], Metrics]:
 
         zero = Metrics(jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32))
         total, _ = lax.scan(one, zero, (data.test_images, data.test_labels, data.test_counts))
-        return Metrics(total.loss / data.test_counts.sum(), total.correct)
+        sound = jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda x: jnp.isfinite(x).all(), state.batch_stats), True)
+        return Metrics(jnp.where(sound, total.loss / data.test_counts.sum(), jnp.nan), total.correct)
 
     return evaluate
 

@@ -116,10 +116,19 @@ class Feeder:
         state = self.program.empty()
         restored = self.checkpoints.restore(state)
         if restored is not None:
-            state = self._pack(self.program, restored[0], [run if run in pending else None for run in restored[1]])
+            lanes, runs = restored
+            steps = np.asarray(lanes.train.step)
+            kept = [run if run in pending and self._follows(run, step) else None for run, step in zip(runs, steps, strict=True)]
+            state = self._pack(self.program, lanes, kept)
             self.status.images -= sum(self.steps) * self.job.batch_size
         self.queue = deque(run for run in pending if run not in self.runs)
         return state
+
+    def _follows(self, run: Run, step: int) -> bool:
+        """Whether the rows of all epochs before this step are there: files copied or restored one by one may lack some."""
+        job = self.job
+        epochs = order.epoch_of_step(int(step), job.num_examples, job.batch_size) - 1
+        return job.results.epochs(run) >= epochs
 
     def _pack(self, program: LaneProgram, state: LaneState, runs: list[Run | None]) -> LaneState:
         """The runs in the lanes of `state`, on the host, moved to lanes of `program` spread evenly over its devices."""

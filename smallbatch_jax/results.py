@@ -5,7 +5,6 @@ Files are only ever appended to, a row at a time, and a row that is there alread
 trained again from an older checkpoint adds only what was missing. What a killed process left half written is dropped.
 """
 
-import csv
 import math
 import os
 import warnings
@@ -14,7 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from smallbatch_jax.experiment import Experiment, Run
+from smallbatch_jax.experiment import Experiment, Run, programs
+from smallbatch_jax.files import AppendOnly, append_line, write_atomically
 from smallbatch_jax.workdir import read_experiment
 
 if TYPE_CHECKING:
@@ -65,49 +65,66 @@ _TYPES = [int if kind is int else float for kind in Row.__annotations__.values()
 _HEADER = ",".join(Row._fields) + "\n"
 
 
+def _path(workdir: Path, batch_size: int, bn_batch_size: int) -> Path:
+    return workdir / "results" / f"m{batch_size:05d}_b{bn_batch_size:05d}.csv"
+
+
 class ProgramResults:
     """The rows of one program, open for appending; a context manager."""
 
     def __init__(self, workdir: Path, batch_size: int, bn_batch_size: int):
-        self.path = workdir / "results" / f"m{batch_size:05d}_b{bn_batch_size:05d}.csv"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = _path(workdir, batch_size, bn_batch_size)
         self._epochs: dict[Run, int] = {}
         self._diverged: set[Run] = set()
-        self._file = open(self.path, "r+b" if self.path.exists() else "w+b")  # noqa: SIM115
-        self._cut_torn_line()
-        for row in _read_rows(self.path):
+        for row in self._mended():
             self._note(row)
+        self._file = AppendOnly(self.path)
 
-    def _cut_torn_line(self) -> None:
-        content = self._file.read()
-        whole = content.rfind(b"\n") + 1
-        self._file.seek(whole)
-        self._file.truncate()
-        if whole == 0:
-            self._file.write(_HEADER.encode())
-            self._file.flush()
+    def _mended(self) -> list[Row]:
+        """The rows that are there, of each run up to the first that is missing; the file then holds these alone.
+
+        A run whose later rows count on lost ones is trained again from there.
+        """
+        found, damaged = _read_rows(self.path) if self.path.exists() else ([], False)
+        rows: dict[Run, list[Row]] = {}
+        for row in sorted(found, key=lambda row: row.epoch):
+            of_run = rows.setdefault(row.run, [])
+            if row.epoch == len(of_run) + 1 and not (of_run and of_run[-1].diverged):
+                of_run.append(row)
+        kept = {id(row) for of_run in rows.values() for row in of_run}
+        whole = [row for row in found if id(row) in kept]
+        if damaged or len(whole) < len(found) or not self.path.exists():
+            write_atomically(self.path, _HEADER + "".join(map(_line, whole)))
+        return whole
 
     def _note(self, row: Row) -> None:
-        self._epochs[row.run] = max(row.epoch, self._epochs.get(row.run, 0))
+        self._epochs[row.run] = row.epoch
         if row.diverged:
             self._diverged.add(row.run)
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Writes the rows that are not there yet, whole or not at all as far as readers see."""
-        new = [row for row in rows if row.epoch > self._epochs.get(row.run, 0) and row.run not in self._diverged]
+        """Writes the rows that are not there yet; all of them or, where that fails, none.
+
+        Raises:
+          WriteError: if they cannot be written.
+        """
+        new = [row for row in rows if row.epoch > self.epochs(row.run) and row.run not in self._diverged]
         if new:
-            self._file.write("".join(",".join(map(repr, row)) + "\n" for row in new).encode())
-            self._file.flush()
+            self._file.append("".join(map(_line, new)))
             for row in new:
                 self._note(row)
 
     def sync(self) -> None:
         """Brings the rows to the disk, before a checkpoint that counts on them."""
-        os.fsync(self._file.fileno())
+        self._file.sync()
+
+    def epochs(self, run: Run) -> int:
+        """Epochs of a run whose rows are there."""
+        return self._epochs.get(run, 0)
 
     def complete(self, run: Run, epochs: int) -> bool:
         """Whether a run needs no more training: it diverged, or its last epoch is there."""
-        return run in self._diverged or self._epochs.get(run, 0) >= epochs
+        return run in self._diverged or self.epochs(run) >= epochs
 
     def diverged(self, run: Run) -> bool:
         return run in self._diverged
@@ -116,24 +133,26 @@ class ProgramResults:
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, traceback: TracebackType | None) -> None:
-        self._file.close()
+        self._file.__exit__()
 
 
-def _read_rows(path: Path) -> list[Row]:
-    """The whole rows of a file; a damaged line is left out, and so is what follows the last line break, half written."""
-    with open(path, newline="") as file:
-        _, *lines, torn = file.read().split("\n") or [""]
-    rows, damaged = [], bool(torn)
-    for line in csv.reader(lines):
+def _line(row: Row) -> str:
+    return ",".join(map(repr, row)) + "\n"
+
+
+def _read_rows(path: Path) -> tuple[list[Row], bool]:
+    """The whole rows of a file, and whether anything in it is not one: a damaged line, or what a kill left half written."""
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        *lines, torn = file.read().split("\n")
+    rows, damaged = [], bool(torn) or lines[:1] != [_HEADER.rstrip()]
+    for line in lines:
         try:
-            values: Any = [kind(value) for kind, value in zip(_TYPES, line, strict=True)]
+            values: Any = [kind(value) for kind, value in zip(_TYPES, line.split(","), strict=True)]
         except ValueError:
-            damaged = True
+            damaged |= line != _HEADER.rstrip()
         else:
             rows.append(Row(*values))
-    if damaged:
-        warnings.warn(f"{path}: left out lines that are not whole", stacklevel=3)
-    return rows
+    return rows, damaged
 
 
 def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
@@ -145,20 +164,38 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     with the epoch it died in, the step of the first loss that was not finite, and accuracies NaN. bn_statistics: what batch
     norm was evaluated with, running averages or precise statistics (`model.bn_statistics`).
 
+    A warning, one line, says what could not be read: a file that is missing, lines that are damaged.
+
     Raises:
       InputError: if the folder is no workdir.
     """
     import pandas as pd
 
-    experiment = read_experiment(Path(workdir))
-    frames = [_frame(_read_rows(path)) for path in sorted((Path(workdir) / "results").glob("m*_b*.csv"))]
-    frame = pd.concat(frames, ignore_index=True) if frames else _frame([])
+    workdir = Path(workdir)
+    experiment = read_experiment(workdir)
+    found = sorted((workdir / "results").glob("m*_b*.csv"))
+    expected = {_path(workdir, m, b) for m, b in programs(experiment.runs())}
+    if found and (missing := sorted(expected - set(found))):  # a sweep makes them all as it begins
+        warnings.warn(f"{', '.join(map(str, missing))}: missing; the runs count as not trained", stacklevel=2)
+    frame = pd.concat([_frame([]), *(_frame(_stored_rows(path)) for path in found)], ignore_index=True)
     frame = frame.sort_values([*RUN_COLUMNS, "epoch"], kind="stable", ignore_index=True)
     frame = frame.drop_duplicates([*RUN_COLUMNS, "epoch"], ignore_index=True)
     frame.insert(0, "experiment", experiment.name)
     frame["status"] = _status(frame, experiment)
     frame["bn_statistics"] = experiment.model.bn_statistics
     return frame[list(COLUMNS)]
+
+
+def _stored_rows(path: Path) -> list[Row]:
+    """The rows of a file for who only reads; a warning says where there is more in it."""
+    try:
+        rows, damaged = _read_rows(path)
+    except OSError as error:
+        warnings.warn(f"{path} left out: {error.strerror}", stacklevel=3)
+        return []
+    if damaged:
+        warnings.warn(f"{path}: left out lines that are not whole", stacklevel=3)
+    return rows
 
 
 def _status(frame: "pd.DataFrame", experiment: Experiment) -> Any:
@@ -199,10 +236,7 @@ class Timings:
     ) -> None:
         """One line; steps and images are summed over the lanes."""
         row = (phase, batch_size, bn_batch_size, lanes, round(seconds, 6), steps, images)
-        with open(self._path, "a") as file:
-            if file.tell() == 0:
-                file.write(",".join(TIMING_COLUMNS) + "\n")
-            file.write(",".join(map(str, row)) + "\n")
+        append_line(self._path, ",".join(map(str, row)), header=",".join(TIMING_COLUMNS))
 
 
 def load_timings(workdir: str | os.PathLike[str]) -> "pd.DataFrame":

@@ -8,7 +8,6 @@ import platform
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 
 from smallbatch_jax import fields
 from smallbatch_jax.experiment import Experiment, InputError, differences
+from smallbatch_jax.files import append_line, remove_abandoned, write_atomically
 
 FORMAT = 1
 
@@ -49,9 +49,11 @@ def open_workdir(path: Path, experiment: Experiment, facts: dict[str, Any]) -> I
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             lock.flush()
-            write_atomically(path / "experiment.json", json.dumps(content, indent=1) + "\n")
         except OSError as error:
             raise InputError(f"--workdir: {path} cannot be written: {error.strerror}.") from None
+        write_atomically(path / "experiment.json", json.dumps(content, indent=1) + "\n")
+        for folder in (path, path / "results", path / "figures"):
+            remove_abandoned(folder)
         yield path
 
 
@@ -101,26 +103,10 @@ def _read(path: Path) -> tuple[Experiment, dict[str, Any]]:
         raise InputError(f"--workdir: {path}/experiment.json is damaged: {error}.") from None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that readers see the old one or the new one, never a part."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def record_provenance(path: Path, event: str, **facts: Any) -> None:
     """Appends one line to WORKDIR/provenance.jsonl: when, where and with what the results are made."""
     line = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}
-    with open(path / "provenance.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(path / "provenance.jsonl", json.dumps(line))
 
 
 def surroundings() -> dict[str, Any]:

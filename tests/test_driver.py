@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,9 +14,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from flax import linen as nn
 
 from smallbatch_jax import driver, feeder, results
 from smallbatch_jax.experiment import InputError
+from smallbatch_jax.files import WriteError
+from smallbatch_jax.models.layers import Dense
+from smallbatch_jax.models.norm import BatchNorm
 from smallbatch_jax.progress import NoProgress
 
 
@@ -86,6 +91,22 @@ def test_a_test_loss_that_is_not_finite_is_a_divergence_too(tmp_path):
     assert frame.step[0] == 13
     assert np.isfinite(frame.train_loss[0])
     assert frame[["train_accuracy", "test_accuracy"]].isna().all(axis=None)
+
+
+class Overflowing(nn.Module):
+    """Its activations are so large that their variance overflows, and what is normalised by it is 0."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = BatchNorm(None, 0.99)(1e30 * Dense(8)(images.reshape(images.shape[0], -1)), train)
+        return Dense(3)(nn.relu(x))
+
+
+def test_an_overflow_in_batch_norms_statistics_is_a_divergence_too(tmp_path):
+    frame = train(tmp_path / "w", Overflowing, base_lrs=(2**-9,))
+    assert list(frame.epoch) == [1]
+    assert list(frame.status) == ["diverged"]
+    assert np.isfinite(frame.train_loss[0])
 
 
 def test_the_slot_of_a_diverged_run_is_given_to_the_next_within_a_segment(tmp_path, monkeypatch):
@@ -178,6 +199,37 @@ def test_a_stopped_grid_goes_on_from_its_checkpoint_bit_for_bit(undisturbed, tmp
     assert restored[0][0].train.step.max() > 0
     pd.testing.assert_frame_equal(undisturbed, again, check_exact=True)
     assert not (tmp_path / "w/checkpoints/m00004_b00004").exists()
+
+
+def test_rows_lost_behind_a_checkpoint_are_trained_again(undisturbed, tmp_path, monkeypatch):
+    """As in a workdir copied while it was written: its checkpoint may be newer than its rows."""
+    monkeypatch.setattr(feeder.Pace, "FIRST_IMAGES", 8)
+    fields = {**GRID, "segment_seconds": 1e-9}
+    with pytest.raises(driver.Interrupted):
+        driver.train_grid(
+            tiny.grid(**fields), tmp_path / "w", tiny.dataset(), StopAfter(22, signal.SIGTERM), lambda b: tiny.TinyModel(b)
+        )
+    file = tmp_path / "w/results/m00004_b00004.csv"
+    lines = file.read_text().splitlines(keepends=True)
+    assert len(lines) > 6
+    file.write_text("".join(lines[:-5]))
+    pd.testing.assert_frame_equal(undisturbed, train(tmp_path / "w", **fields), check_exact=True)
+
+
+@pytest.mark.parametrize("size", [64, 1500, 2500])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(undisturbed, tmp_path, monkeypatch, size):
+    """No file may grow beyond `size` bytes: the experiment, the rows or a checkpoint does not fit."""
+    monkeypatch.setattr(feeder, "CHECKPOINT_SHARE", 1e9)
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        with pytest.raises(WriteError, match=r"cannot be written: File too large; the same command goes on") as error:
+            train(tmp_path / "w", **GRID, checkpoint_seconds=0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert len(str(error.value).splitlines()) == 1
+    pd.testing.assert_frame_equal(undisturbed, train(tmp_path / "w", **GRID), check_exact=True)
+    assert not list((tmp_path / "w").rglob("*tmp*"))
 
 
 KILLED = textwrap.dedent("""

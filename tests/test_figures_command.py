@@ -16,7 +16,11 @@ def store(path, name):
     """A workdir of two batch sizes, the second of which has not begun."""
     experiment = tiny.grid(name=name, batch_sizes=(2, 4), base_lrs=(2**-6,))
     facts = {"num_classes": 3, "examples": [50, 20]}
-    with workdir.open_workdir(path, experiment, facts) as folder, ProgramResults(folder, 2, 2) as program:
+    with (
+        workdir.open_workdir(path, experiment, facts) as folder,
+        ProgramResults(folder, 2, 2) as program,
+        ProgramResults(folder, 4, 4),
+    ):
         program.append(Row(2, 2, 2**-6, 0, epoch, 25 * epoch, 0.5, 0.8, 0.5, 0.9) for epoch in (1, 2, 3))
     return folder
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import tiny
 
 from smallbatch_jax import results, workdir
 from smallbatch_jax.experiment import InputError
+from smallbatch_jax.files import WriteError
 from smallbatch_jax.results import ProgramResults, Row
 
 NAN = float("nan")
@@ -94,6 +96,78 @@ def test_a_damaged_line_in_the_middle_costs_that_line_alone(store):
     path.write_text("".join([lines[0], lines[1], "\0garbage\n", lines[3]]))
     with pytest.warns(UserWarning, match="not whole"):
         assert list(results.load(store).epoch) == [1, 3]
+
+
+@pytest.mark.parametrize("damage", ["a line lost", "a line damaged", "the header lost", "a line twice", "no UTF-8"])
+def test_the_next_writer_mends_the_file_and_drops_what_counts_on_lost_rows(store, damage):
+    """So that the run is trained again from there, and another that lost nothing is not."""
+    append(store, row(1), row(1, seed=1), row(2), row(2, seed=1), row(3), row(3, seed=1, test_accuracy=NAN))
+    path = store / "results/m00004_b00004.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    damaged = {
+        "a line lost": lines[:3] + lines[4:],
+        "a line damaged": [*lines[:3], lines[3].replace("4,4,", "4,x,"), *lines[4:]],
+        "the header lost": lines[1:],
+        "a line twice": [*lines, lines[2]],
+        "no UTF-8": [*lines[:3], lines[3].replace("4,4,", "4,\xff,"), *lines[4:]],
+    }[damage]
+    path.write_bytes("".join(damaged).encode("latin-1"))
+    kept = [1, 2, 3] if damage in ("the header lost", "a line twice") else [1]
+    with ProgramResults(store, 4, 4) as program:
+        assert program.epochs(row(1).run) == kept[-1]
+        assert program.complete(row(1).run, 3) == (kept[-1] == 3)
+        assert program.diverged(row(1, seed=1).run)
+        frame = results.load(store)
+        assert list(frame[frame.seed == 0].epoch) == kept
+        assert list(frame[frame.seed == 1].epoch) == [1, 2, 3]
+        program.append([row(2), row(3)])
+    assert sorted(path.read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_a_missing_file_is_named_and_the_rest_is_read(tmp_path):
+    grid = tiny.grid(batch_sizes=(4, 8))
+    with workdir.open_workdir(tmp_path / "w", grid, {"num_classes": 3}) as folder:
+        append(folder, row(1))
+        with pytest.warns(UserWarning, match=r"m00008_b00008.csv: missing; the runs count as not trained"):
+            assert list(results.load(folder).batch_size) == [4]
+
+
+def limit_file_size(size):
+    """Lets this process write no file beyond `size` bytes, as a disk that is full would: the hard limit stays."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.fixture
+def unlimited():
+    yield
+    limit_file_size(resource.RLIM_INFINITY)
+
+
+@pytest.mark.parametrize("room", [0, 1, 60, 100])
+def test_rows_that_do_not_fit_leave_the_file_whole_and_are_not_counted(store, unlimited, room):
+    append(store, row(1))
+    path = store / "results/m00004_b00004.csv"
+    whole = path.read_bytes()
+    with ProgramResults(store, 4, 4) as program:
+        limit_file_size(len(whole) + room)
+        with pytest.raises(WriteError, match=r"m00004_b00004.csv cannot be written: File too large"):
+            program.append([row(2), row(3)])
+        assert path.read_bytes() == whole
+        assert program.epochs(row(1).run) == 1
+        limit_file_size(resource.RLIM_INFINITY)
+        program.append([row(2), row(3)])
+    assert list(results.load(store).epoch) == [1, 2, 3]
+
+
+def test_a_timing_torn_by_a_crash_costs_that_line_alone(tmp_path):
+    timings = results.Timings(tmp_path)
+    timings.add("compile", 1.0, 4, 4)
+    with open(tmp_path / "timings.csv", "a") as torn:
+        torn.write("segment,2.")
+    timings.add("segment", 3.0, 4, 4, 2, 10, 40)
+    frame = results.load_timings(tmp_path)
+    assert list(frame[frame.images == 40].seconds) == [3.0]
+    assert list(frame[frame.phase == "compile"].seconds) == [1.0]
 
 
 def test_no_rows_are_an_empty_frame_with_all_columns(store):

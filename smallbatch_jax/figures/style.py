@@ -1,7 +1,6 @@
 """How every figure looks, and how it is written: one style, colours that colour-blind readers can tell apart, log2 axes."""
 
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 
 from smallbatch_jax.analysis import format_base_lr
-from smallbatch_jax.experiment import InputError
+from smallbatch_jax.files import write_atomically
 
 STYLE = {
     "figure.figsize": (5.4, 3.3),  # inches; still legible when shrunk to one column of a two-column page
@@ -161,12 +160,6 @@ def write(figure: Figure, stem: Path) -> list[Path]:
         buffer = io.BytesIO()
         with styled():
             figure.savefig(buffer, format=suffix[1:], metadata=values)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(buffer.getvalue())
-            temporary.replace(path)
-        except OSError as error:
-            raise InputError(f"figures: {path} cannot be written: {error.strerror}.") from None
+        write_atomically(path, buffer.getvalue())
         paths.append(path)
     return paths

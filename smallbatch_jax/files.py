@@ -1,0 +1,108 @@
+"""Files that are written whole or not at all, and what is said where they cannot be."""
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from smallbatch_jax.fields import InputError
+
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+class WriteError(Exception):
+    """The disk is full or fails: one line that names what could not be written. What was saved before is whole."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(f"{path} cannot be written: {' '.join(reason.split())}; the same command goes on once it can.")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within it what the system refuses to write becomes one line that names the path.
+
+    Raises:
+      WriteError: if the disk is full or fails.
+      InputError: if nobody may write there.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in OUT_OF_SPACE:
+            raise WriteError(path, str(error.strerror)) from error
+        raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file, in UTF-8 if it is text, so that readers see the old one or the new one, never a part.
+
+    Raises:
+      WriteError, InputError: as `writing` does; the old one is there still.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Removes what writers that were killed left of files they were about to put in place."""
+    with suppress(OSError):
+        for temporary in folder.glob(".*.tmp"):
+            temporary.unlink()
+
+
+class AppendOnly:
+    """A file that grows by whole lines: those that do not fit on the disk leave it as it was. A context manager."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - nothing may wait in a buffer to be written later
+            size = self._file.seek(0, os.SEEK_END)
+            self._file.seek(max(0, size - 1))
+            self._half_line = self._file.read(1) not in (b"", b"\n")  # left by a process that was killed
+
+    def append(self, lines: str) -> None:
+        """Adds lines, each with its line break."""
+        rest = memoryview((b"\n" if self._half_line else b"") + lines.encode())
+        with writing(self._path):
+            size = self._file.seek(0, os.SEEK_END)
+            try:
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError:
+                with suppress(OSError):
+                    self._file.truncate(size)
+                raise
+        self._half_line = False
+
+    def sync(self) -> None:
+        """Brings it to the disk."""
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> "AppendOnly":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def append_line(path: Path, line: str, header: str = "") -> None:
+    """Adds a line to a file, which begins with `header` if this is its first."""
+    with AppendOnly(path) as file, writing(path):
+        file.append((f"{header}\n" if header and path.stat().st_size == 0 else "") + f"{line}\n")

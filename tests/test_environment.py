@@ -1,0 +1,158 @@
+"""What the commands meet outside their flags: signals, full disks, other processes, the environment."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from smallbatch_jax import results
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = "--config=configs/quickstart.py"
+SMALL = ("--config.epochs=2", "--config.grid.batch_sizes=(256,)", "--config.grid.base_lrs=(0.001,)")
+
+
+def start(script, *arguments, environment=None, **options):
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | (environment or {})
+    line = [sys.executable, f"experiments/{script}", *map(str, arguments)]
+    return subprocess.Popen(
+        line, cwd=ROOT, env=environment, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    )
+
+
+def run(script, *arguments, **options):
+    process = start(script, *arguments, **options)
+    out, errors = process.communicate(timeout=300)
+    return process.returncode, out, errors
+
+
+def refused(done, says):
+    status, out, errors = done
+    assert status == 2, errors
+    assert out == ""
+    assert says in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"JAX_PLATFORMS": "abacus"}, "JAX_PLATFORMS=abacus: cannot be used: "),
+        (
+            {"XLA_FLAGS": "--xla_abacus=1"},
+            "XLA_FLAGS=--xla_abacus=1: cannot be used: Unknown flag in XLA_FLAGS: --xla_abacus=1",
+        ),
+        ({"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=maybe"}, "Couldn't interpret value maybe"),
+        ({"JAX_ENABLE_X64": "maybe"}, "JAX cannot be imported: "),
+    ],
+)
+def test_an_environment_that_cannot_be_had_is_refused_in_one_line(tmp_path, environment, says):
+    refused(run("sweep.py", QUICKSTART, f"--workdir={tmp_path / 'w'}", *SMALL, environment=environment), says)
+    assert not (tmp_path / "w").exists()
+
+
+def test_the_users_devices_and_flags_are_respected_and_no_locale_stands_in_the_way(tmp_path):
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "LC_ALL": "C",
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONUTF8": "0",
+    }
+    folder = tmp_path / "Läufe é 数"
+    done = run("sweep.py", QUICKSTART, f"--workdir={folder}", *SMALL, environment=environment)
+    assert done[0] == 0, done[2]
+    assert list(results.load(folder).status) == ["finished"] * 2
+    assert '"count": 1' in (folder / "provenance.jsonl").read_text()
+
+
+def test_output_that_cannot_be_written_is_one_line():
+    with open("/dev/full", "w") as full:
+        status, _, errors = run("plan.py", QUICKSTART, "--probe_seconds=0", stdout=full)
+    assert status == 1
+    assert errors == "output cannot be written: No space left on device\n"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one MiB; its size can be changed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def resize(size, *options):
+        return subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", *options, "tmpfs", folder], capture_output=True)
+
+    if shutil.which("mount") is None or resize("1m").returncode:
+        pytest.skip("no file system can be mounted here; test_driver.py limits the size of files instead")
+    yield folder, lambda size: resize(f"{size},remount")
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_sweep_on_a_full_disk_says_so_and_goes_on_once_there_is_room(small_disk, tmp_path):
+    """The lanes of an AlexNet do not fit on it."""
+    folder, resize = small_disk
+    often = ("--config.checkpoint_seconds=0", "--config.segment_seconds=0.05")
+    asked = (QUICKSTART, "--config.epochs=3", "--config.grid.batch_sizes=(64,)", "--config.grid.base_lrs=(0.001,0.002)")
+    status, _, errors = run("sweep.py", *asked, *often, f"--workdir={folder / 'w'}")
+    assert status == 1, errors
+    said = errors.splitlines()[-1]
+    assert said.startswith(f"{folder}/w/checkpoints/m00064_b00064 cannot be written: No space left on device; ")
+    assert "Traceback" not in errors
+    resize("64m")
+    assert run("sweep.py", *asked, f"--workdir={folder / 'w'}")[0] == 0
+    assert run("sweep.py", *asked, f"--workdir={tmp_path / 'undisturbed'}")[0] == 0
+    pd.testing.assert_frame_equal(results.load(folder / "w"), results.load(tmp_path / "undisturbed"), check_exact=True)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_first_program_compiles_ends_the_command_soon(tmp_path, signum):
+    """ResNet-32 takes longer to compile than this allows."""
+    slow = ("--config.model.name=resnet32", "--config.model.norm=batch", *SMALL)
+    process = start("sweep.py", QUICKSTART, *slow, f"--workdir={tmp_path / 'w'}")
+    while not (tmp_path / "w/provenance.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=8)
+    assert process.returncode == 128 + signum
+    assert errors.splitlines()[-1].endswith("the same command goes on")
+    assert "Traceback" not in errors
+
+
+def test_a_workdir_that_may_only_be_read_is_read_and_what_cannot_be_drawn_is_one_line(tmp_path):
+    """Its figures folder is taken by a file: not even root, who runs the tests at times, may write into that."""
+    workdir = tmp_path / "w"
+    assert run("sweep.py", QUICKSTART, *SMALL, f"--workdir={workdir}")[0] == 0
+    shutil.rmtree(workdir / "figures")
+    (workdir / "figures").write_text("")
+    status, out, errors = run("figures.py", f"--workdir={workdir}")
+    assert status == 2
+    assert out.startswith("  m ") or "256" in out
+    assert errors.count("\n") == 1
+    assert "cannot be written: " in errors
+    assert run("figures.py", f"--workdir={workdir}", f"--out={tmp_path / 'out'}")[0] == 0
+
+
+def test_the_owner_of_a_workdir_is_named_and_a_dead_one_is_not(tmp_path):
+    asked = (QUICKSTART, *SMALL, "--config.epochs=400", f"--workdir={tmp_path / 'w'}")
+    first = start("sweep.py", *asked)
+    while not (tmp_path / "w/provenance.jsonl").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    refused(run("sweep.py", *asked), f"belongs to process {first.pid} on {os.uname().nodename}")
+    first.kill()
+    first.communicate()
+    second = start("sweep.py", *asked)
+    while (tmp_path / "w/provenance.jsonl").read_text().count("start") < 2:
+        assert second.poll() is None
+        time.sleep(0.05)
+    second.kill()
+    second.communicate()
