@@ -3,6 +3,8 @@
 import ctypes
 import functools
 import os
+import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +19,24 @@ def memory_bytes(mesh: Mesh) -> int:
     statistics = mesh.devices.flat[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return int(0.9 * statistics["bytes_limit"]) * mesh.size
-    return int(0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return int(0.9 * min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits()))
+
+
+def _limits() -> list[int]:
+    """Bytes that this process may use at most: by `ulimit -v`, and by each control group it is in, of a container or a job."""
+    limits = [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers not in ("", "memory"):
+                continue
+            root = Path("/sys/fs/cgroup", controllers)
+            name = "memory.limit_in_bytes" if controllers else "memory.max"
+            within = root / group.lstrip("/")
+            for folder in (within, *within.parents[: len(within.parts) - len(root.parts)]):
+                with suppress(OSError, ValueError):  # a container does not show its outer groups; "max" is no limit
+                    limits.append(int((folder / name).read_text()))
+    return limits or [sys.maxsize]
 
 
 @functools.cache

@@ -1,6 +1,8 @@
 """What the commands meet outside their flags: signals, full disks, other processes, the environment."""
 
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -156,3 +158,42 @@ def test_the_owner_of_a_workdir_is_named_and_a_dead_one_is_not(tmp_path):
         time.sleep(0.05)
     second.kill()
     second.communicate()
+
+
+ASK = "import jax; from smallbatch_jax import lanes, memory; print(memory.memory_bytes(lanes.lane_mesh()))"
+
+
+def memory_under(limit):
+    """Bytes that programs may use, by a process that `limit` is applied to before it starts."""
+    done = subprocess.run([sys.executable, "-c", ASK], preexec_fn=limit, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def test_the_memory_there_is_ends_where_the_user_said():
+    limit = 6 << 30
+    assert memory_under(lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))) == int(0.9 * limit)
+
+
+@pytest.fixture
+def control_group():
+    """A control group of this machine, as a container or a job of Slurm is in; none can be made without the right to."""
+    for root, name in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        group = Path(root, f"smallbatch_jax_{os.getpid()}")
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            (group / name).write_text(str(3 << 30))
+            (group / "cgroup.procs").read_text()
+        except OSError:
+            group.rmdir()
+            continue
+        yield group
+        group.rmdir()
+        return
+    pytest.skip("no control group can be made here")
+
+
+def test_the_memory_there_is_ends_where_the_control_group_does(control_group):
+    assert memory_under(lambda: (control_group / "cgroup.procs").write_text(str(os.getpid()))) == int(0.9 * (3 << 30))

@@ -52,6 +52,13 @@ def test_a_trial_takes_the_steps_it_says(probed):
     np.testing.assert_array_equal(np.asarray(trial._state.train.step), trial._done)
 
 
+def test_the_rates_that_survive_keep_all_devices_at_work():
+    experiment = tiny.grid(base_lrs=(2**-9, 2**-7, 1e30, 2e30), epochs=500)
+    (trial,) = planning.measure(experiment, tiny.dataset(), lambda b: tiny.PlainModel())
+    trial.train(0.02)
+    assert sorted(trial.program.device_of_lane(lane) for lane in np.flatnonzero(trial.alive)) == [0, 1]
+
+
 def test_compiling_ahead_costs_nothing_that_training_hides():
     plans = [plan(compile_seconds=c, seconds=s) for c, s in ((5, 10), (4, 1), (3, 2))]
     assert planning.total_seconds(plans, 1.0) == pytest.approx(5 + 10 + 3 + 2)
