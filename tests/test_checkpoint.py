@@ -110,6 +110,15 @@ def test_any_damaged_file_is_noticed_and_the_checkpoint_before_is_taken(saved, t
     assert len(fell_back) >= 2, fell_back
 
 
+def test_a_number_changed_in_the_description_is_noticed(folder):
+    """Or the lanes would go on under another base learning rate."""
+    (described,) = (path for path in (folder / "2").rglob("*") if path.is_file() and b'"base_lr": ' in path.read_bytes())
+    described.write_text(described.read_text().replace('"base_lr": 0.00', '"base_lr": 0.01'))
+    found, said = restored(folder)
+    assert equal(found, lanes(1))
+    assert "its description does not match its checksum" in said[0]
+
+
 def test_after_damage_two_good_ones_are_kept_again(folder):
     shutil.rmtree(folder / "2/state")
     checkpoints = Checkpoints(folder, tiny.grid())
