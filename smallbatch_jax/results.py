@@ -246,4 +246,4 @@ def load_timings(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     path = Path(workdir) / "timings.csv"
     if not path.exists():
         return pd.DataFrame(columns=list(TIMING_COLUMNS))
-    return pd.read_csv(path, on_bad_lines="skip")
+    return pd.read_csv(path, on_bad_lines="skip", encoding_errors="replace")

@@ -1,4 +1,8 @@
-"""Folders of pictures for the tests: two classes, three training and two test pictures each."""
+"""Pictures for the tests, sound and hostile, and how they are loaded."""
+
+import os
+import struct
+import zlib
 
 import pytest
 
@@ -24,3 +28,22 @@ def error_line(call, *args, **kwargs):
     message = str(caught.value)
     assert len(message.splitlines()) == 1, message
     return message
+
+
+def png(width, height, depth, colour_type, data, *chunks, interlace=0):
+    """A PNG file of its parts, for kinds that Pillow reads and does not write; `chunks` come before the data."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, interlace)
+    parts = ((b"IHDR", header), *chunks, (b"IDAT", data), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts
+    )
+
+
+class Bomb:
+    """Makes the directory `mark` if it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)

@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from pictures import load, save
+from pictures import Bomb, load, save
 from PIL import Image
 
 from smallbatch_jax.data import cache
@@ -108,16 +108,6 @@ def with_checksum(array):
     return npy_bytes(array) + npy_bytes(np.array(zlib.crc32(array.data), np.uint32))
 
 
-class _Bomb:
-    """Leaves a mark if it is unpickled."""
-
-    def __init__(self, mark):
-        self.mark = str(mark)
-
-    def __reduce__(self):
-        return os.mkdir, (self.mark,)
-
-
 def flipped(content):
     return content[:200] + bytes([content[200] ^ 1]) + content[201:]
 
@@ -157,7 +147,7 @@ def test_a_damaged_cache_is_decoded_again_and_mended(root, cache_dir, decoded_fi
 @pytest.mark.parametrize("in_npy", [True, False], ids=["object array", "bare pickle"])
 def test_a_planted_pickle_is_not_run(root, cache_dir, tmp_path, in_npy):
     first = load(root)
-    bomb, mark = _Bomb(tmp_path / "exploded"), tmp_path / "exploded"
+    bomb, mark = Bomb(tmp_path / "exploded"), tmp_path / "exploded"
     content = npy_bytes(np.array([bomb], object), allow_pickle=True) if in_npy else pickle.dumps(bomb)
     cache_file(cache_dir).write_bytes(content)
     assert_same(load(root), first)

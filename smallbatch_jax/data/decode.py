@@ -1,8 +1,12 @@
 """JPEG and PNG files to one uint8 array.
 
-A picture is turned as its EXIF orientation says. If every picture is grey (also with 1 or 16 bits, or with alpha) the
-array has one channel; if any is not, all become RGB, whatever their order. Palettes and CMYK are converted to RGB as
-Pillow does it, alpha is dropped, and of 16 bits the upper eight are kept.
+A picture is turned as its EXIF orientation says; EXIF that cannot be read turns nothing. If every picture is grey (also
+with 1 or 16 bits, or with alpha) the array has one channel; if any is not, all become RGB, whatever their order. Palettes
+and CMYK are converted to RGB as Pillow does it, which takes every CMYK JPEG for inverted, as Adobe writes them. Alpha is
+dropped: what lies under a transparent pixel is shown as it is stored. Of 16 bits the upper eight are kept.
+
+A file that lacks pixels is refused. Damaged pixels are noticed in a PNG, which has a checksum of them; in a JPEG only where
+the decoder cannot go on, and are taken as they come otherwise.
 """
 
 import contextlib
@@ -13,18 +17,20 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from smallbatch_jax.experiment import InputError
 
-VERSION = 1  # of the rules above; stored arrays decoded by other rules are not used
+VERSION = 2  # of the rules above; stored arrays decoded by other rules are not used
 _FORMATS = ("JPEG", "PNG")  # a suffix does not choose the decoder, and some of Pillow's start other programs
 _CHUNK = 64  # files a thread takes at once
 _CHUNKS_AHEAD = 16  # per thread; bounds what is decoded but not yet in its place
 # Below this the interpreter's lock is held for most of a file's time, and threads make each other wait.
 _THREADS_PAY_ABOVE = 4096  # bytes, mean over the files
 _MAX_THREADS = 8
+_MAX_PIXELS = 2**26  # of one picture; it takes seven bytes a pixel while it is decoded, in each thread
 
 
 def version() -> str:
@@ -49,7 +55,7 @@ def decode_images(paths: Sequence[str], total_bytes: int) -> np.ndarray:
     threads = 1 if small_files else min(_MAX_THREADS, os.cpu_count() or 1)
     images = np.empty((0, 0, 0, 0), np.uint8)
     pictures = _decode_in_order(paths, threads)
-    with _progress(len(paths)) as advance, _quiet_pillow(), contextlib.closing(pictures):
+    with _progress(len(paths)) as advance, quiet_pillow(), contextlib.closing(pictures):
         for index, picture in enumerate(pictures):
             if index == 0:
                 images = _allocate(len(paths), picture.shape)
@@ -83,23 +89,70 @@ def _decode_chunk(paths: Sequence[str]) -> list[np.ndarray]:
 
 
 def _decode_image(path: str) -> np.ndarray:
-    """Returns uint8[H, W, 1] of a grey picture, uint8[H, W, 3] of any other."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
+    size = -1
     try:
         with open(path, "rb") as file:
-            image = Image.open(file, formats=_FORMATS)
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _pixels(image)
+            size = os.fstat(file.fileno()).st_size
+            return decode(file)
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
-        found = "is not a JPEG or PNG image" if os.path.getsize(path) else "is empty"
+        found = "is not a JPEG or PNG image" if size else "is empty"
         raise InputError(f"dataset.data_dir: {path!r} {found}; replace or remove it") from error
     except Exception as error:  # a damaged file can raise anything from within Pillow
-        reason = " ".join(str(error).split())
-        raise InputError(f"dataset.data_dir: {path!r} cannot be decoded ({reason}); replace or remove it") from error
+        system = getattr(error, "strerror", None)  # the file is gone, say, since the directory was listed
+        found = f"cannot be read ({system})" if system else f"cannot be decoded ({' '.join(str(error).split())})"
+        raise InputError(f"dataset.data_dir: {path!r} {found}; replace or remove it") from error
+
+
+def decode(file: BinaryIO) -> np.ndarray:
+    """Returns uint8[H, W, 1] of a grey picture, uint8[H, W, 3] of any other; raises whatever Pillow raises."""
+    from PIL import Image
+
+    image = Image.open(file, formats=_FORMATS)
+    if image.width * image.height > _MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels, at most {_MAX_PIXELS} are accepted")
+    after_header = file.tell()
+    image.load()
+    if image.format == "JPEG":
+        _require_end(file, after_header)
+    pixels = _pixels(_upright(image))
+    return pixels[..., :1] if image.mode == "RGBA" and _is_grey_png(file) else pixels
+
+
+def _is_grey_png(file: BinaryIO) -> bool:
+    """Grey with alpha, that is, which of 16 bits Pillow gives as RGBA."""
+    file.seek(25)  # the colour type, in a header of fixed length
+    return file.read(1) == b"\4"
+
+
+def _require_end(file: BinaryIO, after_header: int) -> None:
+    """Raises ValueError for a JPEG without its last marker: Pillow takes zeros, where the rest was lost, for grey pixels."""
+    file.seek(after_header)  # past a thumbnail, which has such a marker of its own
+    if b"\xff\xd9" not in file.read():
+        raise ValueError("its end is missing")
+
+
+def _upright(image: Any) -> Any:
+    """The picture as its EXIF says it is to be seen; unlike Pillow's own, this needs no EXIF that is sound."""
+    from PIL import ExifTags, Image
+
+    turns = Image.Transpose
+    turn = {
+        2: turns.FLIP_LEFT_RIGHT,
+        3: turns.ROTATE_180,
+        4: turns.FLIP_TOP_BOTTOM,
+        5: turns.TRANSPOSE,
+        6: turns.ROTATE_270,
+        7: turns.TRANSVERSE,
+        8: turns.ROTATE_90,
+    }
+    with contextlib.suppress(Exception):  # damaged EXIF can raise anything, and says nothing
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return image.transpose(turn[orientation]) if orientation in turn else image
+    return image
 
 
 def _pixels(image) -> np.ndarray:
@@ -135,7 +188,7 @@ def _size_error(paths: Sequence[str], index: int) -> InputError:
 
 
 @contextlib.contextmanager
-def _quiet_pillow():
+def quiet_pillow():
     """Keeps remarks about the inside of a file (its EXIF, its palette) off the screen; errors still come through."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -1,14 +1,21 @@
-"""Datasets that TensorFlow Datasets prepared once: read without TensorFlow, then kept as uint8 arrays."""
+"""Datasets that TensorFlow Datasets prepared once: read without TensorFlow, then kept as uint8 arrays.
+
+TFDS's own reader is not used: it imports whatever module the folder's features.json names, and hands the images to any of
+Pillow's decoders, some of which start other programs. Here the folder is JSON, text, records and PNG, and nothing else.
+"""
 
 import hashlib
+import io
+import itertools
+import json
 import os
+import shlex
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from smallbatch_jax.data import cache
+from smallbatch_jax.data import cache, decode
 from smallbatch_jax.data.dataset import Dataset
 from smallbatch_jax.experiment import InputError
 
@@ -26,22 +33,18 @@ def load_prepared(name: str, data_dir: str | os.PathLike | None) -> Dataset:
       InputError: if it is not there, with the command that prepares it; or cannot be read.
     """
     version = newest_version(name, data_dir)
-    files = sorted(path for path in version.iterdir() if path.is_file())
-    listing = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
-    key = hashlib.sha256("\n".join([str(version.resolve()), str(cache.FORMAT_VERSION), *listing]).encode()).hexdigest()[:32]
-    builder = _builder(name, version)
-    counts = [int(builder.info.splits[split].num_examples) for split in SPLITS]
+    key = _key(version)
+    counts, class_names = _info(name, version)
 
     kept = {part: cache.directory() / f"{name}-{part}-{key}.npy" for part in ("images", "labels")}
     images, labels = (cache.read(path, sum(counts)) for path in kept.values())
     if images is None or labels is None:
-        images, labels = _read(builder, version)
+        images, labels = _read(name, version, counts)
         cache.write(kept["images"], images, replaces=f"{name}-images-*.npy")
         cache.write(kept["labels"], labels, replaces=f"{name}-labels-*.npy")
     train_images, test_images = np.split(images, counts[:1])
     train_labels, test_labels = np.split(labels.reshape(-1).astype(np.int32), counts[:1])
-    label = builder.info.features["label"]
-    return Dataset(train_images, train_labels, test_images, test_labels, label.num_classes, tuple(label.names))
+    return Dataset(train_images, train_labels, test_images, test_labels, len(class_names), class_names)
 
 
 LOADERS = {name: partial(load_prepared, name) for name in ("cifar10", "cifar100")}
@@ -54,42 +57,80 @@ def default_data_dir() -> Path:
 
 def newest_version(name: str, data_dir: str | os.PathLike | None) -> Path:
     """The folder data_dir/name/VERSION of the highest version that is complete."""
-    root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+    if not isinstance(data_dir, (str, os.PathLike, type(None))):
+        raise InputError(f"dataset.data_dir: got {data_dir!r}; {name!r} accepts the path of a folder")
+    root = default_data_dir() if data_dir is None else Path(os.path.expanduser(os.fsdecode(data_dir)))
+    try:
+        infos = list((root / name).glob("*/dataset_info.json"))
+    except OSError as error:
+        raise InputError(f"dataset.data_dir: cannot list {str(root / name)!r} ({error.strerror})") from error
     versions = []
-    for info in (root / name).glob("*/dataset_info.json"):
+    for info in infos:
         parts = info.parent.name.split(".")
         if len(parts) == 3 and all(part.isdecimal() for part in parts):  # not incomplete.XXX_3.0.2
             versions.append(([int(part) for part in parts], info.parent))
     if not versions:
         raise InputError(
             f"dataset.data_dir: {name} is not in {str(root)!r}. Once, where the network is: "
-            f"python experiments/prepare_data.py --dataset={name} --data_dir={root}"
+            f"python experiments/prepare_data.py --dataset={name} --data_dir={shlex.quote(str(root))}"
         )
     return max(versions)[1]
 
 
-def _builder(name: str, version: Path) -> Any:
-    import tensorflow_datasets as tfds
-
+def _key(version: Path) -> str:
+    """Changes with the place of the folder and with its listing."""
     try:
-        builder: Any = tfds.builder_from_directory(str(version))
-        _ = [builder.info.splits[split].num_examples for split in SPLITS]
-    except Exception as error:  # TFDS promises no particular error for a damaged folder
-        raise InputError(f"dataset.data_dir: {str(version)!r} cannot be read as {name}: {error}") from error
-    return builder
+        files = sorted(path for path in version.iterdir() if path.is_file())
+        listing = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    except OSError as error:
+        raise InputError(f"dataset.data_dir: {str(version)!r} cannot be read ({error.strerror})") from error
+    listed = "\n".join([str(version.resolve()), str(cache.FORMAT_VERSION), *listing])
+    return hashlib.sha256(os.fsencode(listed)).hexdigest()[:32]
 
 
-def _read(builder: Any, version: Path) -> tuple[np.ndarray, np.ndarray]:
+def _info(name: str, version: Path) -> tuple[list[int], tuple[str, ...]]:
+    """The numbers of training and test examples, and the names of the classes."""
+    try:
+        splits = json.loads((version / "dataset_info.json").read_text())["splits"]
+        shards = {split["name"]: split["shardLengths"] for split in splits}
+        counts = [sum(int(length) for length in shards[split]) for split in SPLITS]
+        features = json.loads((version / "features.json").read_text())["featuresDict"]["features"]
+        num_classes = int(features["label"]["classLabel"]["numClasses"])
+        lines = (version / "label.labels.txt").read_text().splitlines()
+        names = tuple(line.strip() for line in lines if line.strip())
+        if len(names) != num_classes:
+            raise ValueError(f"label.labels.txt has {len(names)} names for {num_classes} classes")
+    except Exception as error:  # of JSON of any shape
+        raise InputError(
+            f"dataset.data_dir: {str(version)!r} cannot be read as {name}: {type(error).__name__}: {error}"
+        ) from error
+    return counts, names
+
+
+def _read(name: str, version: Path, counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Every image uint8[N, H, W, C] and label, training examples first; labels as uint8[N, 1, 1, 1], for the cache."""
-    images, labels = [], []
     try:
-        for split in SPLITS:
-            for example in builder.as_data_source(split=split):
-                images.append(example["image"])
-                labels.append(example["label"])
+        with decode.quiet_pillow():
+            found = [_examples(name, version, split) for split in SPLITS]
+        if [len(examples) for examples in found] != counts:
+            raise ValueError(f"{[len(examples) for examples in found]} of {counts} examples are there")
+        images, labels = zip(*itertools.chain.from_iterable(found), strict=True)
         return np.stack(images), np.array(labels, np.uint8).reshape(-1, 1, 1, 1)
     except Exception as error:
         raise InputError(
             f"dataset.data_dir: the records in {str(version)!r} cannot be read ({error}); files in array_record can be, "
             "which prepare_data.py writes."
         ) from error
+
+
+def _examples(name: str, version: Path, split: str) -> list[tuple[np.ndarray, int]]:
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    examples = []
+    with ArrayRecordDataSource(sorted(version.glob(f"{name}-{split}.array_record-*"))) as records:
+        for record in records:
+            feature = tf_example_pb2.Example.FromString(record).features.feature  # pyright: ignore[reportAttributeAccessIssue]
+            (image,), (label,) = feature["image"].bytes_list.value, feature["label"].int64_list.value
+            examples.append((decode.decode(io.BytesIO(image)), label))
+    return examples
