@@ -159,6 +159,17 @@ def test_rows_that_do_not_fit_leave_the_file_whole_and_are_not_counted(store, un
     assert list(results.load(store).epoch) == [1, 2, 3]
 
 
+def test_what_a_killed_writer_left_half_written_is_removed_by_the_next_owner(tmp_path):
+    with workdir.open_workdir(tmp_path / "w", tiny.grid(), {"num_classes": 3}) as folder:
+        pass
+    left = [folder / name for name in (".experiment.json.x.tmp", "results/.m.csv.x.tmp", "figures/.heat_map.png.x.tmp")]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("half")
+    with workdir.open_workdir(folder, tiny.grid(), {"num_classes": 3}):
+        assert not any(path.exists() for path in left)
+
+
 def test_a_timing_torn_by_a_crash_costs_that_line_alone(tmp_path):
     timings = results.Timings(tmp_path)
     timings.add("compile", 1.0, 4, 4)
