@@ -38,9 +38,11 @@ def given_config(flag: Any) -> ConfigDict:
 
     absl loads the file when it parses the flags, but some failures show only when the config is first read.
     """
+    if flag.value is None and flag.present:
+        raise InputError(f"{_config_argument()}: get_config() returned None, accepts a ConfigDict")
     config = given(flag, "configs/quickstart.py")
     try:
-        return ConfigDict(config.to_dict())
+        return config if isinstance(config, ConfigDict) else ConfigDict(config)
     except Exception as error:
         raise InputError(_config_error(error)) from None
 
@@ -151,10 +153,15 @@ def _parse(argv: Sequence[str]) -> list[str]:
     if any(arg in ("--help", "-h", "-help", "--helpfull", "--helpshort") for arg in argv[1:]):
         print(f"{sys.modules['__main__'].__doc__}\nflags:\n{flags.FLAGS.main_module_help()}")
         sys.exit(0)
+    logging.set_verbosity(logging.ERROR)  # config_flags warns of what we refuse
     try:
         _refuse_unknown_fields(argv)
         return flags.FLAGS(list(argv))
     except (InputError, flags.Error) as error:
+        # config_flags tells a TypeError or ValueError of a config file with its whole traceback: say the error itself
+        cause = error.__context__ and error.__context__.__context__
+        if isinstance(cause, Exception) and "Traceback" in str(error):
+            fail(_config_error(cause))
         fail(_one_line(error))
     except Exception as error:  # whatever a config file or an override raises is the user's to mend, not ours to trace
         fail(_config_error(error))
@@ -170,12 +177,16 @@ def _refuse_unknown_fields(argv: Sequence[str]) -> None:
 
 
 def _config_error(error: Exception) -> str:
-    given_config = next((arg for arg in sys.argv if re.match(r"--?config=", arg)), "--config")
-    return f"{given_config}: {type(error).__name__}: {_one_line(error)}"
+    return f"{_config_argument()}: {type(error).__name__}: {_one_line(error)}"
+
+
+def _config_argument() -> str:
+    return next((arg for arg in sys.argv if re.match(r"--?config=", arg)), "--config")
 
 
 def _one_line(error: BaseException | str) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= 1000 else line[:997] + "..."
 
 
 def resolved(chosen: Experiment, workdir: str | None = None) -> Experiment:

@@ -22,6 +22,7 @@ MODEL_NORMS = {"alexnet": (*NORMS, "batch_conv_only"), "resnet8": NORMS, "resnet
 OWN = "own:"  # begins the name of a model or dataset that a Python caller brought; no command can make one
 BN_STATISTICS = ("running", "precise")  # running averages, or recomputed over training images at each evaluation
 PRECISIONS = ("float32", "tf32", "bfloat16")
+MOST_RUNS = 100_000  # of a grid: far beyond any study, and still listed at once
 ALL_NORMS = tuple(dict.fromkeys(norm for norms in MODEL_NORMS.values() for norm in norms))
 
 # What may differ when a workdir is resumed: where the data lies, how the work is laid out, and train.py's own choice of
@@ -53,7 +54,7 @@ class Model:
 class Schedule:
     """`schedule`: unitless multipliers of the base learning rate; see `optim.step_schedule`."""
 
-    boundaries: tuple[float, ...] = config_field((0.5, 0.75), fields.distinct(fields.number(0, 1)))
+    boundaries: tuple[float, ...] = config_field((0.5, 0.75), fields.distinct(fields.number(0, 1), most=100))
     factor: float = config_field(0.1, fields.positive(1))
     warmup_fraction: float = config_field(0.0, fields.number(0, 1))
 
@@ -73,6 +74,18 @@ class Grid:
     )
     seeds: tuple[int, ...] = config_field((0,), fields.distinct(fields.integer(0, 2**31 - 1), least=1))
 
+    def __post_init__(self) -> None:
+        chosen = self.base_lr_by_batch_size or self.base_lrs_from
+        counts = {
+            "batch_sizes": len(self.batch_sizes),
+            "bn_batch_sizes": len(self.bn_batch_sizes or (None,)),
+            "base_lrs": 1 if chosen else len(self.base_lrs),
+            "seeds": len(self.seeds),
+        }
+        if math.prod(counts.values()) > MOST_RUNS:
+            factors = " × ".join(f"{count} {name}" for name, count in counts.items())
+            raise InputError(f"grid: got {factors}, accepts at most {MOST_RUNS} runs in all.")
+
 
 @dataclass(frozen=True, order=True)
 class Run:
@@ -88,7 +101,7 @@ class Run:
 class Experiment:
     """Everything that decides the results of a workdir, and a few things that only decide how fast they come."""
 
-    name: str = config_field("experiment", fields.text)
+    name: str = config_field("experiment", fields.folder_name)
     drawn_from: tuple[str, ...] = config_field((), fields.distinct(fields.text))  # workdirs of a figure that trains nothing
     dataset: Dataset = config_field(Dataset(), fields.nested(Dataset))
     model: Model = config_field(Model(), fields.nested(Model))
@@ -123,11 +136,10 @@ class Experiment:
         """
         if self.drawn_from:
             return []
-        seeds = self.grid.seeds
-        return [Run(m, b, lr, seed) for m, b in self._batch_sizes() for lr in self._base_lrs(m) for seed in seeds]
+        seeds, chosen = self.grid.seeds, dict(self.grid.base_lr_by_batch_size)
+        return [Run(m, b, lr, seed) for m, b in self._batch_sizes() for lr in self._base_lrs(m, chosen) for seed in seeds]
 
-    def _base_lrs(self, batch_size: int) -> tuple[float, ...]:
-        chosen = dict(self.grid.base_lr_by_batch_size)
+    def _base_lrs(self, batch_size: int, chosen: Mapping[int, float]) -> tuple[float, ...]:
         if batch_size in chosen:
             return (chosen[batch_size],)
         if self.grid.base_lrs_from:
@@ -247,6 +259,10 @@ def _split(config: ConfigDict | Mapping[str, Any]) -> tuple[Experiment, OneRun]:
     values = _plain(config)
     one_run = {field.name for field in dataclasses.fields(OneRun)}
     known = [field.name for field in dataclasses.fields(Experiment)] + sorted(one_run)
+    if not isinstance(values, dict):
+        raise InputError(
+            f"config: got {fields.shown(config)}, accepts a ConfigDict or dict with the fields {', '.join(known)}."
+        )
     fields.refuse_unknown(values, known, "")
     run = fields.parse(OneRun, {k: v for k, v in values.items() if k in one_run}, "")
     experiment = fields.parse(Experiment, {k: v for k, v in values.items() if k not in one_run}, "")
@@ -285,11 +301,20 @@ def differences(stored: Experiment, asked: Experiment) -> list[str]:
     return found
 
 
-def _plain(config: Any) -> Any:
-    """Nested dicts of a config's sections."""
-    if isinstance(config, (ConfigDict, Mapping)):
-        return {name: _plain(value) for name, value in config.items()}
-    return config
+def _plain(config: Any, path: str = "", depth: int = 3) -> Any:
+    """Nested dicts of a config's sections, no deeper than its fields go: a config may even contain itself."""
+    if not depth or not isinstance(config, (ConfigDict, Mapping)):
+        return config
+    plain, reading = {}, path or "config"
+    try:
+        for name in config:
+            reading = f"{path}.{fields.label(name)}" if path else fields.label(name)
+            plain[name] = _plain(config[name], reading, depth - 1)
+    except InputError:
+        raise
+    except Exception as error:  # a reference that has no value or cannot be worked out; names that cannot be sorted
+        raise InputError(f"{reading}: cannot be read: {type(error).__name__}: {fields.cut(str(error))}") from None
+    return plain
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -11,13 +10,16 @@ Check = Callable[[str, Any], Any]
 
 FLOAT32_MAX = 3.4028234663852886e38
 FLOAT32_TINY = 1.1754943508222875e-38
+MOST_VALUES = 100_000  # of one field, so that checking them takes no time
+MOST_CHARACTERS = 4096  # of a path on Linux
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used: one line that names it, what it got and what it accepts (exit status 2)."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
 
 
 def config_field(default: Any, check: Check, kind: type | None = None) -> Any:
@@ -37,28 +39,45 @@ def refuse_unknown(values: Mapping[str, Any], known: Sequence[str], prefix: str)
     """Raises InputError for the first name that is no field, with the nearest one that is."""
     for name in values:
         if name not in known:
-            raise InputError(f"{prefix}{name}: unknown field{nearest(str(name), known)} Known: {', '.join(known)}.")
+            hint = nearest(name, known) if isinstance(name, str) else "."
+            raise InputError(f"{prefix}{label(name)}: unknown field{hint} Known: {', '.join(known)}.")
+
+
+def label(name: Any) -> str:
+    """The name of a field as an error begins with it; in quotes if no field could be called that."""
+    return name if isinstance(name, str) and name.isidentifier() and len(name) <= 100 else shown(name)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?`, or a full stop."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(name[:100], list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def shown(value: Any) -> str:
     """A value as an error shows it: in one short line."""
     try:
-        text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
-    except ValueError:  # Python refuses to print an integer of more than 4300 digits
-        return f"a {type(value).__name__} too long to print"
+        return cut(repr(value))
+    except Exception:  # an integer of more than 4300 digits, lists a thousand deep, a __repr__ that raises
+        return f"a value of type {type(value).__name__} that cannot be printed"
+
+
+def cut(text: str) -> str:
+    """A text as an error shows it: its beginning, if it is long."""
     return text if len(text) <= 120 else text[:117] + "..."
 
 
 def text(name: str, value: Any) -> str:
-    """A printable string that is not empty."""
-    if not isinstance(value, str) or not value.strip() or not value.isprintable():
-        raise InputError(f"{name}: got {shown(value)}, accepts text that can be printed and is not empty.")
+    """A printable string that is not empty, and no longer than a path may be."""
+    if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > MOST_CHARACTERS:
+        raise InputError(f"{name}: got {shown(value)}, accepts text that can be printed, of 1 to {MOST_CHARACTERS} characters.")
+    return value
+
+
+def folder_name(name: str, value: Any) -> str:
+    """A text that can also name a folder: that of the figures of an experiment."""
+    if text(name, value) in (".", "..") or "/" in value or len(value.encode()) > 255:
+        raise InputError(f"{name}: got {shown(value)}, accepts the name of a folder: without slashes, at most 255 bytes.")
     return value
 
 
@@ -129,18 +148,22 @@ def optional(inner: Check) -> Check:
     return lambda name, value: None if value is None else inner(name, value)
 
 
-def distinct(element: Check, least: int = 0) -> Check:
-    """A tuple or list of different values that each pass `element`, at least `least` of them."""
+def distinct(element: Check, least: int = 0, most: int = MOST_VALUES) -> Check:
+    """A tuple or list of different values that each pass `element`, from `least` to `most` of them."""
 
     def check(name: str, value: Any) -> tuple:
         if not isinstance(value, (tuple, list)):
             raise InputError(f"{name}: got {shown(value)}, accepts a tuple of values such as (2, 8).")
         if len(value) < least:
             raise InputError(f"{name}: got {shown(value)}, accepts a tuple of at least {least} value(s).")
+        if len(value) > most:
+            raise InputError(f"{name}: got {len(value)} values, accepts a tuple of at most {most}.")
         checked = tuple(element(name, item) for item in value)
-        for index, item in enumerate(checked):
-            if item in checked[:index]:
+        before = set()
+        for item in checked:
+            if item in before:
                 raise InputError(f"{name}: {shown(item)} stands twice in {shown(value)}; give every value once.")
+            before.add(item)
         return checked
 
     return check
@@ -177,6 +200,4 @@ def _names(kind: type) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return not isinstance(value, float) or math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

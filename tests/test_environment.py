@@ -1,7 +1,6 @@
 """What the commands meet outside their flags: signals, full disks, other processes, the environment."""
 
 import os
-import re
 import resource
 import shutil
 import signal
