@@ -47,14 +47,6 @@ def given_config(flag: Any) -> ConfigDict:
         raise InputError(_config_error(error)) from None
 
 
-class _Stopped(BaseException):
-    """SIGINT or SIGTERM came, outside training, which notes them and saves first."""
-
-    def __init__(self, signum: int):
-        super().__init__()
-        self.signum = signum
-
-
 def run(main: Callable[[], int]) -> None:
     """Parses the flags, runs `main` and exits with what it returns.
 
@@ -79,8 +71,6 @@ def run(main: Callable[[], int]) -> None:
             fail(str(error))
         except WriteError as error:
             leave(str(error), 1)
-        except _Stopped as stopped:
-            leave("stopped; the same command goes on", 128 + stopped.signum)
         except BrokenPipeError:  # whoever read our output, `head` perhaps, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(128 + signal.SIGPIPE)
@@ -93,7 +83,9 @@ def run(main: Callable[[], int]) -> None:
 
 
 def _stop(signum: int, frame: object) -> None:
-    raise _Stopped(signum)
+    """Outside training, which notes a signal and saves first. An exception would be lost in what JAX imports."""
+    os.write(2, b"stopped; the same command goes on\n")
+    os._exit(128 + signum)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

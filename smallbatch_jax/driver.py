@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -185,24 +186,45 @@ def _await(future: Future[Any], stop: Stop) -> Any:
 
 @contextmanager
 def _signals() -> Iterator[Stop]:
-    """Notes SIGINT and SIGTERM instead of dying of them; a second one kills at once."""
+    """Notes SIGINT and SIGTERM instead of dying of them; a second one ends the process at once.
+
+    At once even while the main thread waits for a segment, where Python runs no handler: a thread reads the signals' numbers
+    as they come.
+    """
     stop = Stop()
 
     def note(signum: int, frame: object) -> None:
-        if stop.signum:
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
         stop.signum = signum
 
     try:
         before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread, which alone may handle signals
-        before = {}
+        yield stop
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    watcher = threading.Thread(target=_end_at_the_second, args=(reader, stop), daemon=True)
+    watcher.start()
+    woken = signal.set_wakeup_fd(writer)
     try:
         yield stop
     finally:
+        signal.set_wakeup_fd(woken)
         for s, handler in before.items():
             signal.signal(s, handler)
+        os.write(writer, b"\0")
+        watcher.join()
+        os.close(reader)
+        os.close(writer)
+
+
+def _end_at_the_second(reader: int, stop: Stop) -> None:
+    came = 0
+    while number := os.read(reader, 1)[0]:
+        if number in (signal.SIGINT, signal.SIGTERM):
+            stop.signum, came = number, came + 1
+            if came == 2:
+                os._exit(128 + number)
 
 
 def sweep(

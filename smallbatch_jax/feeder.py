@@ -26,6 +26,7 @@ from smallbatch_jax.results import Row, Timings
 from smallbatch_jax.train import TrainState
 
 CHECKPOINT_SHARE = 0.02  # of the training time, at most
+FIRST_SAVE_SECONDS = 0.3  # what a checkpoint is taken to cost before one was made
 
 
 class Interrupted(Exception):
@@ -80,7 +81,8 @@ class Feeder:
     def train(self) -> None:
         state = self._begin()
         pace = Pace(self.job, self.program)
-        saved, save_seconds = time.monotonic(), 0.0
+        began = saved = time.monotonic()
+        spent, cost = 0.0, FIRST_SAVE_SECONDS  # on checkpoints so far; of the next, as far as is known
         flight: Flight | None = None
         while True:
             state = self._refill(state)
@@ -97,12 +99,14 @@ class Feeder:
             if flight is not None:
                 self._collect(flight, pace)
             flight = sent
-            due = max(self.job.experiment.checkpoint_seconds, save_seconds / CHECKPOINT_SHARE)
-            if self.stop.signum or time.monotonic() - saved > due:
+            now = time.monotonic()
+            affordable = spent + cost <= CHECKPOINT_SHARE * (now - began)
+            if self.stop.signum or (affordable and now - saved > self.job.experiment.checkpoint_seconds):
                 if flight is not None:
                     self._collect(flight, pace)
                     flight = None
-                save_seconds = self._save(state)
+                cost = self._save(state)
+                spent += cost
                 saved = time.monotonic()
                 pace.restart()
                 if self.stop.signum:

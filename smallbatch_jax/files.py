@@ -43,7 +43,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.{os.getpid()}.", suffix=".tmp", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
@@ -57,11 +57,27 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             raise
 
 
+def is_temporary(name: str, of: str = "") -> bool:
+    """Whether a file of that name is one that `write_atomically` was about to put in place."""
+    return name.startswith(f".{of}") and name.endswith(".tmp")
+
+
 def remove_abandoned(folder: Path) -> None:
     """Removes what writers that were killed left of files they were about to put in place."""
     with suppress(OSError):
-        for temporary in folder.glob(".*.tmp"):
-            temporary.unlink()
+        for path in folder.iterdir():
+            if is_temporary(path.name) and not _is_running(path.name.split(".")[-3:][0]):
+                path.unlink()
+
+
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 class AppendOnly:

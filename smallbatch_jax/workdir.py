@@ -16,7 +16,7 @@ from typing import Any
 
 from smallbatch_jax import fields
 from smallbatch_jax.experiment import Experiment, InputError, differences
-from smallbatch_jax.files import append_line, remove_abandoned, write_atomically
+from smallbatch_jax.files import append_line, is_temporary, remove_abandoned, write_atomically
 
 FORMAT = 1
 
@@ -66,7 +66,7 @@ def refuse_difference(path: Path, experiment: Experiment) -> None:
     if is_file:
         raise InputError(f"--workdir: {path} is a file; give a folder.")
     if "experiment.json" not in names:
-        foreign = sorted(name for name in names if name != "lock")
+        foreign = sorted(name for name in names if name != "lock" and not is_temporary(name, of="experiment.json"))
         if foreign:
             raise InputError(
                 f"--workdir: {path} holds {foreign[0]!r} but no experiment; give a new or empty folder, or a workdir."

@@ -16,12 +16,13 @@ from smallbatch_jax import results
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = "--config=configs/quickstart.py"
+RUN_SWEEP = "import runpy, sys; sys.path.insert(0, 'experiments'); runpy.run_path('experiments/sweep.py', run_name='__main__')"
 SMALL = ("--config.epochs=2", "--config.grid.batch_sizes=(256,)", "--config.grid.base_lrs=(0.001,)")
 
 
 def start(script, *arguments, environment=None, **options):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | (environment or {})
-    line = [sys.executable, f"experiments/{script}", *map(str, arguments)]
+    line = [sys.executable, *([f"experiments/{script}"] if script else []), *map(str, arguments)]
     return subprocess.Popen(
         line, cwd=ROOT, env=environment, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
     )
@@ -100,8 +101,10 @@ def test_a_sweep_on_a_full_disk_says_so_and_goes_on_once_there_is_room(small_dis
     """The lanes of an AlexNet do not fit on it."""
     folder, resize = small_disk
     often = ("--config.checkpoint_seconds=0", "--config.segment_seconds=0.05")
+    limit = "from smallbatch_jax import feeder; feeder.CHECKPOINT_SHARE = 1e9; "
+    unlimited = limit + RUN_SWEEP
     asked = (QUICKSTART, "--config.epochs=3", "--config.grid.batch_sizes=(64,)", "--config.grid.base_lrs=(0.001,0.002)")
-    status, _, errors = run("sweep.py", *asked, *often, f"--workdir={folder / 'w'}")
+    status, _, errors = run(None, "-c", unlimited, *asked, *often, f"--workdir={folder / 'w'}")
     assert status == 1, errors
     said = errors.splitlines()[-1]
     assert said.startswith(f"{folder}/w/checkpoints/m00064_b00064 cannot be written: No space left on device; ")
