@@ -106,8 +106,8 @@ def leave(line: str, status: int) -> None:
     os._exit(status)
 
 
-def start_jax() -> None:
-    """JAX and its devices, as the user's environment asks for them.
+def start_jax(cpu_devices: int | None = None) -> None:
+    """JAX and its devices, as the user's environment asks for them; on CPU one for each core, or as many as are given.
 
     Raises:
       InputError: if JAX_PLATFORMS, XLA_FLAGS or another variable asks for what there is not.
@@ -120,6 +120,8 @@ def start_jax() -> None:
     driver.use_all_cores()
     import jax
 
+    if cpu_devices is not None:
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
     try:
         jax.devices()
     except Exception as error:  # of a type that depends on the platform

@@ -172,8 +172,7 @@ def main() -> int:
     chosen = experiment.from_config(command.given_config(CONFIG))
     source, precision = chosen.dataset, chosen.precision
     shape = IMAGE_SHAPES.get(source.name) or data.load(source.name, source.data_dir).train_images.shape[1:]
-    command.start_jax()  # with the compiler flags of a sweep
-    jax.config.update("jax_num_cpu_devices", 1)
+    command.start_jax(cpu_devices=1)  # with the compiler flags of a sweep
     try:
         layers = find_layers(create_model(chosen.model.name, 10, chosen.model.norm), shape)
     except ValueError as error:  # images too small for the model
