@@ -32,8 +32,8 @@ ROOT = Path(__file__).parent.parent
 SOAK_SECONDS = 350  # for one soak; then it stops, and fails
 LIFE_SECONDS = 120  # for a single process, wherever no soak bounds it
 
-# A checkpoint is saved as often as segments end, or nearly: by default a fiftieth of the time may go into them.
-OFTEN = "from smallbatch_jax import feeder; feeder.CHECKPOINT_SHARE = 1.0"
+# A checkpoint is saved whenever a segment ends: by default a fiftieth of the time may go into them.
+OFTEN = "from smallbatch_jax import feeder; feeder.CHECKPOINT_SHARE = 1e9"
 # Death at the nth file that is whole under a temporary name, and would now get its own.
 DIES = """
 import os, signal
