@@ -39,7 +39,7 @@ from smallbatch_jax.workdir import open_workdir, record_provenance, surroundings
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Interrupted", "sweep", "train_grid", "use_all_cores"]
+__all__ = ["Interrupted", "sweep", "train_grid", "train_program", "use_all_cores"]
 
 
 def use_all_cores() -> None:
@@ -74,54 +74,86 @@ def train_grid(
       InputError: if the grid does not fit the data or the workdir is not this experiment's; nothing is written then.
       Interrupted: on SIGINT or SIGTERM, after the segment at work ended and all lanes were saved.
     """
-    experiment.require_examples(len(dataset.train_labels))
-    model_of = model_of or named_model(experiment, dataset.num_classes, experiment.model.bn_decay)
-    precise = named_model(experiment, dataset.num_classes, 0.0) if experiment.model.bn_statistics == "precise" else None
-    lane_programs.require_model(model_of(None), dataset)
-    for m, b in programs(experiment.runs()):
-        model_of(None if b == m else b)  # a model that takes no BN batch size is refused now
     facts = {"num_classes": dataset.num_classes, "examples": [len(dataset.train_labels), len(dataset.test_labels)]}
+    study = _Study(experiment, dataset, model_of)
     with open_workdir(workdir, experiment, facts) as folder, _signals() as stop:
-        timings = Timings(folder)
-        mesh = lane_programs.lane_mesh()
-        device = {"kind": mesh.devices.flat[0].device_kind, "platform": jax.default_backend(), "count": mesh.size}
-        record_provenance(folder, "start", **surroundings(), device=device, precision=experiment.precision)
-        on_device = to_device(dataset, mesh)
-        initial = lane_programs.initialiser(model_of(None), on_device)
-        status = Status(len(experiment.runs()), _images(experiment, dataset), time.monotonic())
-        try:
-            with ExitStack() as stack:
-                jobs = [
-                    Job(experiment, dataset, model_of, m, b, runs, stack.enter_context(ProgramResults(folder, m, b)), precise)
-                    for (m, b), runs in programs(experiment.runs()).items()
-                ]
-                for job in jobs:
-                    job.count_complete(status)
-                pending = [job for job in jobs if job.pending()]
-                progress.show(status, "compiling")
-                compiler = _Compiler(on_device, mesh, timings)
-                for job, program in compiler.in_turn(pending, initial, stop):
-                    checkpoints = Checkpoints(folder / "checkpoints" / job.name, experiment)
-                    smaller = partial(compiler.submit_smaller, job)
-                    while True:
-                        feeder = Feeder(job, program, initial, checkpoints, status, progress, timings, stop, smaller)
-                        try:
-                            feeder.train()
-                            break
-                        except jax.errors.JaxRuntimeError as error:
-                            program = smaller(_lanes_after(error, job, feeder.program)).result()
-                    checkpoints.delete()
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            if stop.signum:  # it came too late to cut anything short
-                raise Interrupted(stop.signum)
-        finally:
-            progress.close(status)
+        status = study.train(folder, list(programs(experiment.runs())), progress, stop)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        if stop.signum:  # it came too late to cut anything short
+            raise Interrupted(stop.signum)
         record_provenance(folder, "finish", finished=status.finished, diverged=status.diverged)
 
 
-def _images(experiment: Experiment, dataset: Dataset) -> int:
-    """Training images of the whole grid, every run trained to its end."""
-    return len(experiment.runs()) * experiment.epochs * len(dataset.train_labels)
+def train_program(experiment: Experiment, workdir: Path, shape: tuple[int, int], dataset: Dataset, progress: Progress) -> None:
+    """Trains one program of a grid: the runs of `shape`, (batch size, BN batch size), that `workdir` does not hold yet.
+
+    The workdir is another process's, which has opened it and hands out its programs; each has files of its own.
+
+    Raises:
+      InputError: if another process trains this program, or it cannot be trained here.
+      Interrupted: as `train_grid` does.
+    """
+    study = _Study(experiment, dataset, None)
+    with _signals() as stop:
+        study.train(workdir, [shape], progress, stop)
+        if stop.signum:
+            raise Interrupted(stop.signum)
+
+
+class _Study:
+    """An experiment with its data and model, checked."""
+
+    def __init__(self, experiment: Experiment, dataset: Dataset, model_of: ModelOf | None):
+        experiment.require_examples(len(dataset.train_labels))
+        self.experiment, self.dataset = experiment, dataset
+        self.model_of = model_of or named_model(experiment, dataset.num_classes, experiment.model.bn_decay)
+        precise = experiment.model.bn_statistics == "precise"
+        self.precise_model_of = named_model(experiment, dataset.num_classes, 0.0) if precise else None
+        lane_programs.require_model(self.model_of(None), dataset)
+        for m, b in programs(experiment.runs()):
+            self.model_of(None if b == m else b)  # a model that takes no BN batch size is refused now
+
+    def train(self, folder: Path, shapes: list[tuple[int, int]], progress: Progress, stop: Stop) -> Status:
+        """Trains the programs of these (batch size, BN batch size), one after the other."""
+        mesh = lane_programs.lane_mesh()
+        device = {"kind": mesh.devices.flat[0].device_kind, "platform": jax.default_backend(), "count": mesh.size}
+        record_provenance(folder, "start", **surroundings(), device=device, precision=self.experiment.precision)
+        timings = Timings(folder)
+        on_device = to_device(self.dataset, mesh)
+        initial = lane_programs.initialiser(self.model_of(None), on_device)
+        with ExitStack() as stack:
+            jobs = [self._job(shape, stack.enter_context(ProgramResults(folder, *shape))) for shape in shapes]
+            status = _status(jobs)
+            stack.callback(progress.close, status)
+            pending = [job for job in jobs if job.pending()]
+            progress.show(status, "compiling")
+            compiler = _Compiler(on_device, mesh, timings)
+            for job, program in compiler.in_turn(pending, initial, stop):
+                checkpoints = Checkpoints(folder / "checkpoints" / job.name, self.experiment)
+                smaller = partial(compiler.submit_smaller, job)
+                while True:
+                    feeder = Feeder(job, program, initial, checkpoints, status, progress, timings, stop, smaller)
+                    try:
+                        feeder.train()
+                        break
+                    except jax.errors.JaxRuntimeError as error:
+                        program = smaller(_lanes_after(error, job, feeder.program)).result()
+                checkpoints.delete()
+        return status
+
+    def _job(self, shape: tuple[int, int], results: ProgramResults) -> Job:
+        runs = programs(self.experiment.runs())[shape]
+        return Job(self.experiment, self.dataset, self.model_of, *shape, runs, results, self.precise_model_of)
+
+
+def _status(jobs: list[Job]) -> Status:
+    """Of all their runs, of which an earlier process may have completed some."""
+    runs = sum(len(job.runs) for job in jobs)
+    images = sum(len(job.runs) * job.experiment.epochs * job.num_examples for job in jobs)
+    status = Status(runs, images, time.monotonic())
+    for job in jobs:
+        job.count_complete(status)
+    return status
 
 
 def _lanes_after(error: Exception, job: Job, program: LaneProgram) -> int:
