@@ -1,4 +1,9 @@
-"""Checkpoints of a program's lanes, by Orbax: atomic, the last two kept, a damaged one passed over."""
+"""Checkpoints of a program's lanes, by Orbax: atomic, the last two kept, a damaged one passed over.
+
+One process writes and reads them, however many train: it is given all lanes, and tells the others what it read. So their
+number and that of the devices may change from one start to the next. (Orbax's older interface: its newer one cannot leave
+out the other processes.)
+"""
 
 import dataclasses
 import gc
@@ -19,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
-from orbax.checkpoint import v1 as ocp
+from orbax import checkpoint as ocp
 
 from smallbatch_jax import fields
 from smallbatch_jax.experiment import Experiment, InputError, Run, differences
@@ -35,17 +40,23 @@ class Checkpoints:
 
     def __init__(self, folder: Path, experiment: Experiment):
         self._folder, self._experiment = folder, experiment
-        self._checkpointer: ocp.training.Checkpointer | None = None
+        self._manager: ocp.CheckpointManager | None = None
 
-    def _open(self) -> ocp.training.Checkpointer:
-        if self._checkpointer is None:
-            policies: Any = {
-                "preservation_policy": ocp.training.preservation_policies.LatestN(KEEP),
-                "save_decision_policy": ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            }
-            folder: Any = self._folder.resolve()
-            self._checkpointer = ocp.training.Checkpointer(folder, cleanup_tmp_directories=True, **policies)
-        return self._checkpointer
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            alone = {jax.process_index()} if jax.process_count() > 1 else None
+            options: Any = ocp.CheckpointManagerOptions(
+                create=False,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=False,
+                max_to_keep=KEEP,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    primary_host=jax.process_index(), active_processes=alone, barrier_sync_key_prefix="checkpoints"
+                ),
+            )
+            self._manager = ocp.CheckpointManager(self._folder.resolve(), options=options)
+        return self._manager
 
     def save(self, lanes: PyTree, runs: list[Run | None]) -> None:
         """Saves the stacked lanes and the run in each; returns once they are on the disk.
@@ -64,9 +75,9 @@ class Checkpoints:
         metadata["seal"] = _seal(metadata)
         try:
             with _quietly():
-                checkpointer = self._open()
-                latest = checkpointer.latest
-                checkpointer.save(0 if latest is None else latest.step + 1, lanes, custom_metadata=metadata)
+                manager, content = self._open(), ocp.args.StandardSave(lanes)  # pyright: ignore[reportCallIssue]
+                latest = manager.latest_step()
+                manager.save(0 if latest is None else latest + 1, args=content, custom_metadata=metadata, force=True)
         except Exception as error:  # Orbax passes on whatever its storage raises
             self.close()
             raise WriteError(self._folder, _reason(error)) from error
@@ -83,7 +94,7 @@ class Checkpoints:
         if not self._folder.is_dir():
             return None
         with _quietly():
-            for step in sorted((found.step for found in self._open().checkpoints), reverse=True):
+            for step in sorted(self._open().all_steps(), reverse=True):
                 try:
                     return self._load(step, template)
                 except InputError:
@@ -95,15 +106,17 @@ class Checkpoints:
         return None
 
     def _load(self, step: int, template: PyTree) -> tuple[PyTree, list[Run | None]]:
-        checkpointer = self._open()
-        metadata: Any = checkpointer.metadata(step).custom_metadata
+        manager = self._open()
+        found: Any = manager.metadata(step)
+        metadata: Any = found.custom_metadata
         if _seal({name: value for name, value in metadata.items() if name != "seal"}) != metadata["seal"]:
             raise ValueError("its description does not match its checksum")
         self._require_same(metadata, template)
         runs = [None if run is None else Run(**run) for run in metadata["runs"]]
         here = SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(runs), *x.shape[1:]), x.dtype, sharding=here), template)
-        lanes = jax.tree.map(np.asarray, checkpointer.load(step, abstract))
+        content = ocp.args.StandardRestore(abstract)  # pyright: ignore[reportCallIssue]
+        lanes = jax.tree.map(np.asarray, manager.restore(step, args=content))
         if _checksum(lanes) != metadata["checksum"]:
             raise ValueError("its arrays do not match their checksum")
         return lanes, runs
@@ -135,10 +148,10 @@ class Checkpoints:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def close(self) -> None:
-        if self._checkpointer is not None:
+        if self._manager is not None:
             with _quietly(), suppress(Exception):  # it raises again what a save did
-                self._checkpointer.close()
-            self._checkpointer = None
+                self._manager.close()
+            self._manager = None
 
 
 def _arrays(lanes: PyTree) -> dict[str, str]:

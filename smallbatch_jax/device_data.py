@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from smallbatch_jax.data import Dataset, order
+from smallbatch_jax.processes import put
 from smallbatch_jax.train import Array
 
 LARGEST_EVAL_BATCH = 256
@@ -54,4 +55,4 @@ def to_device(dataset: Dataset, mesh: Mesh) -> DeviceData:
         mean,
         deviation,
     )
-    return jax.device_put(data, NamedSharding(mesh, P()))
+    return put(data, NamedSharding(mesh, P()))

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.sharding import Mesh
 
-from smallbatch_jax import data, results
+from smallbatch_jax import data, memory, processes, results
 from smallbatch_jax import lanes as lane_programs
 from smallbatch_jax.checkpoint import Checkpoints
 from smallbatch_jax.data import Dataset
@@ -31,8 +30,9 @@ from smallbatch_jax.feeder import Feeder, Interrupted, Stop
 from smallbatch_jax.jobs import GIB, Job, ModelOf, named_model
 from smallbatch_jax.lanes import LaneProgram
 from smallbatch_jax.models.own import OwnModel
-from smallbatch_jax.progress import Progress, Status, for_stream
-from smallbatch_jax.results import ProgramResults, Timings
+from smallbatch_jax.planning import spread
+from smallbatch_jax.progress import NoProgress, Progress, Status, for_stream
+from smallbatch_jax.results import NoTimings, ProgramResults, Timings
 from smallbatch_jax.train import TrainState
 from smallbatch_jax.workdir import open_workdir, record_provenance, surroundings
 
@@ -65,7 +65,7 @@ def train_grid(
 
     Args:
       experiment: what to train.
-      workdir: made if it is not there; resumed if it holds this experiment.
+      workdir: made if it is not there; resumed if it holds this experiment. With several processes the first alone uses it.
       dataset: the experiment's data, already loaded.
       progress: told after every segment.
       model_of: the model for a BN batch size; None makes the experiment's own.
@@ -76,12 +76,19 @@ def train_grid(
     """
     facts = {"num_classes": dataset.num_classes, "examples": [len(dataset.train_labels), len(dataset.test_labels)]}
     study = _Study(experiment, dataset, model_of)
-    with open_workdir(workdir, experiment, facts) as folder, _signals() as stop:
+    if processes.several():
+        processes.require_same(experiment.to_dict(), "config")
+        processes.require_same(dataset.digest(), "dataset")
+    with ExitStack() as stack:
+        folder = processes.on_first(lambda: stack.enter_context(open_workdir(workdir, experiment, facts)))
+        stop = stack.enter_context(_signals())
         status = study.train(folder, list(programs(experiment.runs())), progress, stop)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        if processes.is_first():
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         if stop.signum:  # it came too late to cut anything short
             raise Interrupted(stop.signum)
-        record_provenance(folder, "finish", finished=status.finished, diverged=status.diverged)
+        if processes.is_first():
+            record_provenance(folder, "finish", finished=status.finished, diverged=status.diverged)
 
 
 def train_program(experiment: Experiment, workdir: Path, shape: tuple[int, int], dataset: Dataset, progress: Progress) -> None:
@@ -117,33 +124,56 @@ class _Study:
         """Trains the programs of these (batch size, BN batch size), one after the other."""
         mesh = lane_programs.lane_mesh()
         device = {"kind": mesh.devices.flat[0].device_kind, "platform": jax.default_backend(), "count": mesh.size}
-        record_provenance(folder, "start", **surroundings(), device=device, precision=self.experiment.precision)
         timings = Timings(folder)
+        if processes.is_first():
+            made = {**surroundings(), "device": device, "precision": self.experiment.precision}
+            record_provenance(folder, "start", **made, processes=jax.process_count())
+        else:
+            timings, progress = NoTimings(), NoProgress()
         on_device = to_device(self.dataset, mesh)
+        there = processes.least(memory.memory_bytes(mesh))
         initial = lane_programs.initialiser(self.model_of(None), on_device)
         with ExitStack() as stack:
-            jobs = [self._job(shape, stack.enter_context(ProgramResults(folder, *shape))) for shape in shapes]
+            found = _results(folder, shapes, stack)
+            jobs = [self._job(shape, results, there) for shape, results in zip(shapes, found, strict=True)]
             status = _status(jobs)
             stack.callback(progress.close, status)
             pending = [job for job in jobs if job.pending()]
             progress.show(status, "compiling")
-            compiler = _Compiler(on_device, mesh, timings)
+            compiler = _Compiler(on_device, timings)
             for job, program in compiler.in_turn(pending, initial, stop):
                 checkpoints = Checkpoints(folder / "checkpoints" / job.name, self.experiment)
-                smaller = partial(compiler.submit_smaller, job)
+                # When the last lanes had better move, and whether memory ran out, processes would find each for itself.
+                smaller = None if processes.several() else partial(compiler.submit_smaller, job)
                 while True:
                     feeder = Feeder(job, program, initial, checkpoints, status, progress, timings, stop, smaller)
                     try:
                         feeder.train()
                         break
                     except jax.errors.JaxRuntimeError as error:
+                        if smaller is None:
+                            raise
                         program = smaller(_lanes_after(error, job, feeder.program)).result()
-                checkpoints.delete()
+                if processes.is_first():
+                    checkpoints.delete()
         return status
 
-    def _job(self, shape: tuple[int, int], results: ProgramResults) -> Job:
+    def _job(self, shape: tuple[int, int], results: ProgramResults, memory_bytes: int) -> Job:
         runs = programs(self.experiment.runs())[shape]
-        return Job(self.experiment, self.dataset, self.model_of, *shape, runs, results, self.precise_model_of)
+        job = Job(self.experiment, self.dataset, self.model_of, *shape, runs, results, self.precise_model_of)
+        return spread(dataclasses.replace(job, memory_bytes=memory_bytes))
+
+
+def _results(folder: Path, shapes: list[tuple[int, int]], stack: ExitStack) -> list[ProgramResults]:
+    """The rows of each program, open in the first process until `stack` unwinds, and followed by the others."""
+    opened: list[ProgramResults] = []
+
+    def known() -> list[ProgramResults]:
+        opened.extend(stack.enter_context(ProgramResults(folder, *shape)) for shape in shapes)
+        return [results.followed() for results in opened] if processes.several() else []
+
+    followed = processes.on_first(known)
+    return opened or followed
 
 
 def _status(jobs: list[Job]) -> Status:
@@ -158,22 +188,22 @@ def _status(jobs: list[Job]) -> Status:
 
 def _lanes_after(error: Exception, job: Job, program: LaneProgram) -> int:
     """Half the lanes of a program that ran out of memory; any other failure, and that of the last lane, is raised."""
-    devices = program.sharding.mesh.size
+    rows = program.rows
     if "RESOURCE_EXHAUSTED" not in str(error):
         raise error
-    if program.lanes == devices:
+    if program.lanes == rows:
         needed = program.peak_bytes / GIB
         raise InputError(
             f"m = {job.batch_size}: out of memory with one lane per device, which needs {needed:.1f} GiB"
         ) from error
-    return program.lanes // 2 // devices * devices or devices
+    return program.lanes // 2 // rows * rows or rows
 
 
 class _Compiler:
     """Compiles programs in threads of its own, beside the training of another."""
 
-    def __init__(self, on_device: DeviceData, mesh: Mesh, timings: Timings):
-        self._on_device, self._mesh, self._timings = on_device, mesh, timings
+    def __init__(self, on_device: DeviceData, timings: Timings):
+        self._on_device, self._timings = on_device, timings
         self._executor = ThreadPoolExecutor(2)
 
     def submit(self, job: Job) -> Future[LaneProgram]:
@@ -184,7 +214,7 @@ class _Compiler:
 
     def _compile(self, job: Job) -> LaneProgram:
         began = time.monotonic()
-        program = job.compile(self._on_device, self._mesh)
+        program = job.compile(self._on_device)
         self._timings.add("compile", time.monotonic() - began, job.batch_size, job.bn_batch_size, program.lanes)
         return program
 
@@ -329,7 +359,7 @@ def sweep(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if workdir is None else workdir)
         model_of = None if own is None else own.with_bn_batch_size
         train_grid(experiment, folder, images, progress or for_stream(), model_of)
-        return results.load(folder)
+        return processes.on_first(lambda: results.load(folder))
 
 
 def _plain(values: Any) -> Any:

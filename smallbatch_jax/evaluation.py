@@ -14,7 +14,8 @@ from smallbatch_jax.train import Batch, Metrics, Model, TrainState, make_eval_st
 PRECISE_IMAGES = 4096  # training images that precise statistics are taken over, or all if there are fewer
 
 
-def make_evaluate(model: Model) -> Callable[[TrainState, DeviceData], Metrics]:
+def make_evaluate(model: Model, axis_name: str | None = None) -> Callable[[TrainState, DeviceData], Metrics]:
+    """The evaluation of a run, shared out among the devices along `axis_name` if they all hold it."""
     eval_step = make_eval_step(model)
 
     def evaluate(state: TrainState, data: DeviceData) -> Metrics:
@@ -24,16 +25,31 @@ def make_evaluate(model: Model) -> Callable[[TrainState, DeviceData], Metrics]:
         """
 
         def one(total: Metrics, batch: Any) -> tuple[Metrics, None]:
-            images, labels, counts = batch
+            images, labels, counts = batch if axis_name is None else _share(batch, axis_name)
             found = eval_step(state, Batch(data.normalise(images), labels), counts)
             return Metrics(total.loss + found.loss, total.correct + found.correct), None
 
         zero = Metrics(jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32))
         total, _ = lax.scan(one, zero, (data.test_images, data.test_labels, data.test_counts))
+        if axis_name is not None:
+            total = lax.psum(total, axis_name)
         sound = jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda x: jnp.isfinite(x).all(), state.batch_stats), True)
         return Metrics(jnp.where(sound, total.loss / data.test_counts.sum(), jnp.nan), total.correct)
 
     return evaluate
+
+
+def _share(batch: tuple[jax.Array, ...], axis_name: str) -> tuple[jax.Array, ...]:
+    """This device's part of each array [n, …]; what fills up the last part is zeros, or False."""
+    size = -(-len(batch[0]) // lax.axis_size(axis_name))
+    first = lax.axis_index(axis_name) * size
+    missing = size * lax.axis_size(axis_name) - len(batch[0])
+
+    def part(array: jax.Array) -> jax.Array:
+        padded = jnp.pad(array, ((0, missing), *((0, 0),) * (array.ndim - 1)))
+        return lax.dynamic_slice_in_dim(padded, first, size)
+
+    return tuple(map(part, batch))
 
 
 def with_precise_statistics(evaluate: Callable[..., Metrics], model: Model) -> Callable[..., Metrics]:

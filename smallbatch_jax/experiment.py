@@ -4,6 +4,7 @@ Nothing here imports JAX, so bad input is refused before anything heavy is loade
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ ALL_NORMS = tuple(dict.fromkeys(norm for norms in MODEL_NORMS.values() for norm 
 
 # What may differ when a workdir is resumed: where the data lies, how the work is laid out, and train.py's own choice of
 # one run, which is in the grid by then.
-MAY_CHANGE = ("dataset.data_dir", "lanes", "segment_seconds", "checkpoint_seconds")
+MAY_CHANGE = ("dataset.data_dir", "lanes", "data_devices", "micro_batch_size", "segment_seconds", "checkpoint_seconds")
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ class Experiment:
     grid: Grid = config_field(Grid(), fields.nested(Grid))
     precision: str = config_field("float32", fields.choice(PRECISIONS, "precision"))
     lanes: int | None = config_field(None, fields.optional(fields.integer(1, 4096)), int)  # None: chosen by the driver
+    data_devices: int | None = config_field(None, fields.optional(fields.integer(1, 65536)), int)  # that share each batch
+    micro_batch_size: int | None = config_field(None, fields.optional(fields.integer(1)), int)  # most at a time, per device
     segment_seconds: float = config_field(2.0, fields.positive(3600))  # work between two visits to the host
     checkpoint_seconds: float = config_field(30.0, fields.number(0, 1e6))  # least time between two checkpoints
 
@@ -123,10 +126,9 @@ class Experiment:
                 f"model.bn_statistics: 'precise' recomputes the statistics of batch norm; {self.model.name} with norm "
                 f"{self.model.norm!r} has none. Use 'running'."
             )
-        if self.grid.base_lrs_from:
-            self._batch_sizes()
-        else:
+        if not self.grid.base_lrs_from:
             self.runs()
+        self._require_shares()
 
     def runs(self) -> list[Run]:
         """Every run of the grid: batch sizes in the order given, then BN batch sizes, base learning rates, seeds.
@@ -180,19 +182,54 @@ class Experiment:
         """Plain nested values, as stored in a workdir."""
         return dataclasses.asdict(self)
 
+    def can_share(self, batch_size: int, bn_batch_size: int, devices: int) -> bool:
+        """Whether so many devices can share a batch: as many examples on each, and BN batches not cut anyhow.
+
+        Without a batch norm any part of a batch will do; else a BN batch must divide a device's share, or be several of them.
+        """
+        if batch_size % devices:
+            return False
+        share = batch_size // devices
+        return self.model.norm in ("none", "group") or share % bn_batch_size == 0 or bn_batch_size % share == 0
+
+    def _require_shares(self) -> None:
+        """Refuses `data_devices` that cannot share a batch of the grid."""
+        asked = self.data_devices or 1
+        for m, b in self._batch_sizes():
+            if self.can_share(m, b, asked):
+                continue
+            bn = f" in BN batches of {b}" if b != m else ""
+            multiples = range(m // asked * asked, 0, -asked), itertools.count(m // asked * asked + asked, asked)
+            found = [next((size for size in sizes if self._shares_like(m, b, size)), None) for sizes in multiples]
+            fitting = [d for d in range(1, asked) if self.can_share(m, b, d)]
+            raise InputError(
+                f"data_devices: {asked} devices cannot share a batch of {m}{bn} evenly. Use batch size "
+                f"{_listed([size for size in found if size])}, or data_devices {_listed(fitting)}."
+            )
+
+    def _shares_like(self, batch_size: int, bn_batch_size: int, other: int) -> bool:
+        """Whether another batch size, with the same BN batches or a single one as this, would do for `data_devices`."""
+        b = other if bn_batch_size == batch_size else bn_batch_size
+        return other % b == 0 and self.can_share(other, b, self.data_devices or 1)
+
 
 def require_divisor(bn_batch_size: int, batch_size: int, field: str) -> None:
     """Refuses a BN batch size that does not cut the SGD batch into equal parts (§3.6)."""
     if batch_size % bn_batch_size:
         small = [b for b in range(1, math.isqrt(batch_size) + 1) if batch_size % b == 0]
-        divisors = [str(b) for b in sorted({*small, *(batch_size // b for b in small)})]
-        if len(divisors) > 12:
-            divisors = [*divisors[:6], "…", *divisors[-5:]]
-        listed = ", ".join(divisors[:-1]) + " or " + divisors[-1] if len(divisors) > 1 else divisors[0]
+        listed = _listed(sorted({*small, *(batch_size // b for b in small)}))
         raise InputError(
             f"{field}: {bn_batch_size} does not divide batch size {batch_size}; each SGD batch is split into equal BN "
             f"sub-batches. Use {listed}."
         )
+
+
+def _listed(choices: Sequence[int]) -> str:
+    """1, 2 or 4; those in the middle left out if there are many."""
+    named = [str(choice) for choice in choices]
+    if len(named) > 12:
+        named = [*named[:6], "…", *named[-5:]]
+    return ", ".join(named[:-1]) + " or " + named[-1] if len(named) > 1 else "".join(named)
 
 
 @dataclass(frozen=True)

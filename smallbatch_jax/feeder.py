@@ -3,6 +3,9 @@
 The host stays one segment ahead of what it knows: it sends segment k+1, then reads what segment k found. A run that
 reaches its last epoch is known to end without reading anything, so its lane is refilled at once; the lane of a run that
 diverged in segment k is refilled in k+2, and computes nothing in k+1.
+
+With several processes each has a feeder, and all do the same: what a clock or a signal says travels with each segment, and is
+acted on when that is read.
 """
 
 import signal
@@ -11,11 +14,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from smallbatch_jax import processes
 from smallbatch_jax.checkpoint import Checkpoints
 from smallbatch_jax.data import order
 from smallbatch_jax.experiment import Run
@@ -53,11 +57,20 @@ class Share(NamedTuple):
     evaluate: bool
 
 
+class Word(NamedTuple):
+    """What a process would do next, as far as it knows."""
+
+    signum: int  # of the signal that came, else 0
+    save: int  # 1 if a checkpoint is due
+    steps: int  # of the next segment
+
+
 class Flight(NamedTuple):
     """A segment on its way: what was sent, and what comes back."""
 
     shares: list[Share | None]  # by lane
     report: Report
+    words: Any  # of each process as it was sent, int32[processes, 3]
 
 
 @dataclass
@@ -81,9 +94,9 @@ class Feeder:
     def train(self) -> None:
         state = self._begin()
         pace = Pace(self.job, self.program)
-        began = saved = time.monotonic()
-        spent, cost = 0.0, FIRST_SAVE_SECONDS  # on checkpoints so far; of the next, as far as is known
+        budget = Budget(self.job.experiment.checkpoint_seconds)
         flight: Flight | None = None
+        agreed = self._word(budget, pace)
         while True:
             state = self._refill(state)
             if flight is None and not any(self.runs):
@@ -93,32 +106,44 @@ class Feeder:
                 if flight is not None:
                     self._collect(flight, pace)
                     flight = None
-                state = self._pack(fitting, jax.tree.map(np.asarray, state), self.runs)
+                state = self._pack(fitting, self._read(state), self.runs)
                 pace.restart()
-            state, sent = self._send(state, pace.steps)
+            state, sent = self._send(state, agreed.steps, self._word(budget, pace))
             if flight is not None:
                 self._collect(flight, pace)
+                agreed = self._agreed(flight, self._word(budget, pace))
             flight = sent
-            now = time.monotonic()
-            affordable = spent + cost <= CHECKPOINT_SHARE * (now - began)
-            if self.stop.signum or (affordable and now - saved > self.job.experiment.checkpoint_seconds):
+            if agreed.signum or agreed.save:
                 if flight is not None:
                     self._collect(flight, pace)
                     flight = None
-                cost = self._save(state)
-                spent += cost
-                saved = time.monotonic()
+                budget.spend(self._save(state))
                 pace.restart()
-                if self.stop.signum:
+                if agreed.signum:
                     self.checkpoints.close()
-                    raise Interrupted(self.stop.signum)
+                    raise Interrupted(agreed.signum)
+                agreed = agreed._replace(save=0)
+
+    def _word(self, budget: "Budget", pace: "Pace") -> Word:
+        return Word(self.stop.signum, budget.due(), pace.steps)
+
+    def _agreed(self, flight: Flight, now: Word) -> Word:
+        """What is to be done: what this process says now if it is alone, else what all said as the segment was sent."""
+        if not processes.several():
+            return now
+        words = np.asarray(flight.words)
+        return Word(int(words[:, 0].max()), *map(int, words[0, 1:]))
+
+    def _read(self, tree: Any) -> Any:
+        """Arrays of the program, as NumPy arrays."""
+        return jax.tree.map(np.asarray, processes.readable(tree, self.program.mesh))
 
     def _begin(self) -> LaneState:
         """Lanes as the last checkpoint left them, less the runs that have completed since; the rest is queued."""
         pending = self.job.pending()
         self.runs, self.steps = [None] * self.program.lanes, [0] * self.program.lanes
         state = self.program.empty()
-        restored = self.checkpoints.restore(state)
+        restored = processes.on_first(lambda: self.checkpoints.restore(self.program.template))
         if restored is not None:
             lanes, runs = restored
             steps = np.asarray(lanes.train.step)
@@ -135,9 +160,9 @@ class Feeder:
         return job.results.epochs(run) >= epochs
 
     def _pack(self, program: LaneProgram, state: LaneState, runs: list[Run | None]) -> LaneState:
-        """The runs in the lanes of `state`, on the host, moved to lanes of `program` spread evenly over its devices."""
+        """The runs in the lanes of `state`, on the host, moved to lanes of `program` spread evenly over its rows of devices."""
         self.program, self.runs, self.steps = program, [None] * program.lanes, [0] * program.lanes
-        packed = jax.tree.map(lambda x: np.array(x), program.empty())
+        packed = program.zeros()
         kept = [(lane, run) for lane, run in enumerate(runs) if run is not None]
         for (old_lane, run), lane in zip(kept, self._lanes_by_load(), strict=False):
             for new, old in zip(jax.tree.leaves(packed), jax.tree.leaves(state), strict=True):
@@ -146,10 +171,10 @@ class Feeder:
         return program.put(packed)
 
     def _loads(self) -> list[int]:
-        """Runs on each device."""
-        load = [0] * self.program.sharding.mesh.size
+        """Runs in each row of devices."""
+        load = [0] * self.program.rows
         for lane, run in enumerate(self.runs):
-            load[self.program.device_of_lane(lane)] += run is not None
+            load[self.program.row_of_lane(lane)] += run is not None
         return load
 
     def _fitting(self, pace: "Pace") -> LaneProgram | None:
@@ -170,10 +195,10 @@ class Feeder:
         return None
 
     def _lanes_by_load(self) -> Iterator[int]:
-        """Free lanes, each time one on the device with the fewest runs; the caller fills it before it asks for more."""
+        """Free lanes, each time one in the row with the fewest runs; the caller fills it before it asks for more."""
         while free := [lane for lane, run in enumerate(self.runs) if run is None]:
             load = self._loads()
-            yield min(free, key=lambda lane: (load[self.program.device_of_lane(lane)], lane))
+            yield min(free, key=lambda lane: (load[self.program.row_of_lane(lane)], lane))
 
     def _refill(self, state: LaneState) -> LaneState:
         """Puts queued runs into free lanes."""
@@ -186,8 +211,8 @@ class Feeder:
             fresh[lane] = self.initial(run.seed)
         return self.program.start(state, fresh) if fresh else state
 
-    def _send(self, state: LaneState, pace: int) -> tuple[LaneState, Flight | None]:
-        """Starts the next segment, and frees the lanes of the runs that end in it."""
+    def _send(self, state: LaneState, pace: int, word: Word) -> tuple[LaneState, Flight | None]:
+        """Starts the next segment, and frees the lanes of the runs that end in it; `word` goes to the other processes."""
         m, n = self.job.batch_size, self.job.num_examples
         if not any(self.runs):
             return state, None
@@ -212,7 +237,8 @@ class Feeder:
             if self.steps[lane] == self.job.total_steps:
                 self.runs[lane] = None
         state, report = self.program.run(state, settings, segment)
-        return state, Flight(shares, report)
+        mesh = self.program.mesh
+        return state, Flight(shares, processes.readable(report, mesh), processes.exchange(word, mesh))
 
     def _collect(self, flight: Flight, pace: "Pace") -> None:
         """Waits for a segment, records what it found and frees the lanes of the runs that diverged in it."""
@@ -259,11 +285,30 @@ class Feeder:
     def _save(self, state: LaneState) -> float:
         """Saves all lanes, after the rows that they have left behind; seconds it took."""
         began = time.monotonic()
-        self.job.results.sync()
-        self.checkpoints.save(state, self.runs)
+        lanes = self._read(state)
+        if processes.is_first():
+            self.job.results.sync()
+            self.checkpoints.save(lanes, self.runs)
         seconds = time.monotonic() - began
         self.timings.add("checkpoint", seconds, self.job.batch_size, self.job.bn_batch_size, self.program.lanes)
         return seconds
+
+
+class Budget:
+    """When a checkpoint is due: not before so many seconds have gone by, and only within its share of the time."""
+
+    def __init__(self, least_seconds: float):
+        self._least, self._began = least_seconds, time.monotonic()
+        self._saved, self._spent, self._cost = self._began, 0.0, FIRST_SAVE_SECONDS  # the cost of the next, as far as is known
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        return self._spent + self._cost <= CHECKPOINT_SHARE * (now - self._began) and now - self._saved > self._least
+
+    def spend(self, seconds: float) -> None:
+        """Counts a checkpoint that was made just now."""
+        self._cost, self._saved = seconds, time.monotonic()
+        self._spent += seconds
 
 
 class Pace:

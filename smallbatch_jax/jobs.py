@@ -1,17 +1,16 @@
 """One program's part of an experiment: its runs, where they are kept, and how it is compiled."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
-from jax.sharding import Mesh
 
 from smallbatch_jax import lanes as lane_programs
 from smallbatch_jax import memory
 from smallbatch_jax.data import Dataset, order
 from smallbatch_jax.device_data import DeviceData
 from smallbatch_jax.experiment import OWN, Experiment, InputError, Run
-from smallbatch_jax.lanes import LaneMapping, LaneProgram
+from smallbatch_jax.lanes import DATA, LaneMapping, LaneProgram, lane_mesh
 from smallbatch_jax.models import create_model, micro_batch_size
 from smallbatch_jax.progress import Status
 from smallbatch_jax.results import ProgramResults
@@ -21,15 +20,19 @@ MOST_LANES = 16
 FIXED_SEGMENT_IMAGES = 16384  # per lane, where a segment's length is compiled in
 GIB = 2**30
 
-ModelOf = Callable[[int | None], Model]  # BN batch size, None for the whole batch → model
+
+class ModelOf(Protocol):
+    """The model for a BN batch size, None for the whole batch, of batches spread over a mesh axis, None for none."""
+
+    def __call__(self, bn_batch_size: int | None, /, axis_name: str | None = None) -> Model: ...
 
 
 def named_model(experiment: Experiment, num_classes: int, bn_decay: float) -> ModelOf:
     """The experiment's own model, by its name."""
     dtype = lane_programs.COMPUTE_DTYPE[experiment.precision]
     model = experiment.model
-    return lambda bn_batch_size: create_model(
-        model.name, num_classes, model.norm, bn_batch_size, bn_decay=bn_decay, dtype=dtype
+    return lambda bn_batch_size, axis_name=None: create_model(
+        model.name, num_classes, model.norm, bn_batch_size, bn_decay=bn_decay, axis_name=axis_name, dtype=dtype
     )
 
 
@@ -45,6 +48,8 @@ class Job:
     runs: list[Run]
     results: ProgramResults
     statistics_model_of: ModelOf | None = None  # the same model with a decay of 0, where statistics are precise
+    data_devices: int = 1  # that share each batch
+    memory_bytes: int | None = None  # that its program may use here; None: what there is
     mapping: LaneMapping | None = None  # how lanes share a device; None: as is best on this backend
     most_lanes: int | None = None  # a limit, once memory ran out or few runs are left
 
@@ -70,49 +75,60 @@ class Job:
                 status.add_run(self.results.diverged(run))
                 status.images -= self.experiment.epochs * self.num_examples
 
-    def compile(self, data: DeviceData, mesh: Mesh) -> LaneProgram:
+    @property
+    def share(self) -> int:
+        """Examples of a batch on each device."""
+        return self.batch_size // self.data_devices
+
+    def compile(self, data: DeviceData) -> LaneProgram:
         """The program with as many lanes as it has runs and as fit, spread evenly over the devices.
 
+        Where not even one lane per row of devices fits, each takes its share of a batch in parts.
+
         Raises:
-          InputError: if not even one lane per device fits in memory.
+          InputError: if that does not fit either.
         """
-        lanes = self.lanes(mesh.size)
+        rows = lane_mesh(data_devices=self.data_devices).shape[lane_programs.LANE]
+        lanes, parts = self.lanes(rows), self._parts(self.experiment.micro_batch_size)
         while True:
-            program = self._compile(data, mesh, lanes)
-            needed, there = program.peak_bytes, memory.memory_bytes(mesh)
+            program = self._compile(data, lanes, parts)
+            needed, there = program.peak_bytes, self.memory_bytes or memory.memory_bytes(program.mesh)
             if needed <= there:
                 return program
-            if lanes == mesh.size:
+            smaller = self._parts((parts or self.share) // 2)
+            if lanes > rows:
+                lanes = max(rows, lanes // 2 // rows * rows)
+            elif smaller is not None and smaller < (parts or self.share):
+                parts = smaller
+            else:
                 raise InputError(
                     f"m = {self.batch_size}: one lane per device needs {needed / GIB:.1f} GiB, there are {there / GIB:.1f}; "
-                    "use a smaller batch size or model, or lower precision."
+                    "use a smaller batch size or model, lower precision, or more data_devices."
                 )
-            lanes = max(mesh.size, lanes // 2 // mesh.size * mesh.size)
 
-    def lanes(self, devices: int) -> int:
-        """How many lanes are wanted: one for each run, up to a limit, and as many on each device."""
+    def lanes(self, rows: int) -> int:
+        """How many lanes are wanted: one for each run, up to a limit, and as many in each row of devices."""
         wanted = min(self.experiment.lanes or min(len(self.runs), MOST_LANES), self.most_lanes or len(self.runs))
-        return -(-wanted // devices) * devices
+        return -(-wanted // rows) * rows
 
-    def _compile(self, data: DeviceData, mesh: Mesh, lanes: int) -> LaneProgram:
+    def _parts(self, most: int | None) -> int | None:
+        """Examples of a device's share that it takes at a time, at most so many if that can be; None for all at once."""
+        own = self.experiment.model.name.startswith(OWN)  # which may do anything with its batch
+        return None if own else micro_batch_size(self.experiment.model.norm, self.share, self.bn_batch_size, most)
+
+    def _compile(self, data: DeviceData, lanes: int, parts: int | None) -> LaneProgram:
         chosen = self.experiment
         schedule = chosen.schedule
-        own = chosen.model.name.startswith(OWN)  # which may do anything with its batch
-        parts = None if own else micro_batch_size(chosen.model.norm, self.batch_size, self.bn_batch_size)
+        axis_name = DATA if self.data_devices > 1 else None
         program = Program(
-            self.batch_size,
-            self.total_steps,
-            schedule.boundaries,
-            schedule.factor,
-            micro_batch_size=parts,
-            augment=chosen.dataset.augment,
+            self.batch_size, self.total_steps, schedule.boundaries, schedule.factor, axis_name, parts, chosen.dataset.augment
         )
         bn_batch_size = None if self.bn_batch_size == self.batch_size else self.bn_batch_size
         return lane_programs.compile_lanes(
-            self.model_of(bn_batch_size),
+            self.model_of(bn_batch_size, axis_name=axis_name) if axis_name else self.model_of(bn_batch_size),
             program,
             data,
-            mesh,
+            lane_mesh(data_devices=self.data_devices),
             lanes,
             self._segment_steps(),
             chosen.precision,

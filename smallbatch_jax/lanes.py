@@ -3,6 +3,9 @@
 Each lane holds one run. On CPU the lanes of a device are trained one after the other (`lax.map`), each in a loop that
 ends when the lane's share of the segment is done or its loss is not finite: an ended lane costs nothing, and no lane's
 arithmetic touches another's. On GPU and TPU they are trained side by side (`vmap`), and ended lanes are masked.
+
+The devices form a mesh of two axes. Along "lane" each row of devices holds lanes of its own; along "data" the devices of a
+row share the examples of every batch, and each holds the same state.
 """
 
 import functools
@@ -24,6 +27,7 @@ from smallbatch_jax.device_data import DeviceData
 from smallbatch_jax.evaluation import make_evaluate, not_evaluated, with_precise_statistics
 from smallbatch_jax.experiment import InputError
 from smallbatch_jax.memory import keep_freed_memory
+from smallbatch_jax.processes import put
 from smallbatch_jax.train import (
     Array,
     Batch,
@@ -36,6 +40,7 @@ from smallbatch_jax.train import (
     make_train_step,
 )
 
+LANE, DATA = "lane", "data"  # the axes of the mesh
 MATMUL_PRECISION = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "bfloat16"}
 COMPUTE_DTYPE = {"float32": jnp.float32, "tf32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -57,6 +62,9 @@ class Segment(NamedTuple):
     evaluate: Array  # bool[], whether the segment ends an epoch
 
 
+INDICES = P(LANE, None, DATA)  # of the lanes, the steps, and the examples of a step
+
+
 class Report(NamedTuple):
     """What each lane found in a segment."""
 
@@ -76,14 +84,17 @@ def lane_mapping() -> LaneMapping:
     return "map" if jax.default_backend() == "cpu" else "vmap"
 
 
-def lane_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """All devices along one axis of lanes."""
-    return Mesh(np.array(jax.devices() if devices is None else devices), ("lane",))
+def lane_mesh(devices: Sequence[Any] | None = None, data_devices: int = 1) -> Mesh:
+    """All devices, `data_devices` consecutive ones of which share each batch; a divisor of their number."""
+    return Mesh(np.array(jax.devices() if devices is None else devices).reshape(-1, data_devices), (LANE, DATA))
 
 
 @dataclass(frozen=True)
 class LaneProgram:
-    """Many lanes of one program, compiled. Every method is one dispatch; states given to it are used up (donated)."""
+    """Many lanes of one program, compiled. Every method is one dispatch; states given to it are used up (donated).
+
+    With several processes all call the same methods with the same arguments.
+    """
 
     lanes: int
     segment_steps: int  # S, the most steps of a segment
@@ -92,16 +103,20 @@ class LaneProgram:
     compile_seconds: float
     _segment: Callable[..., Any]
     _data: DeviceData
-    _template: LaneState  # shapes and dtypes of the stacked lanes
+    template: LaneState  # shapes and dtypes of the stacked lanes
 
     def empty(self) -> LaneState:
         """Lanes that hold no run: not alive."""
-        return jax.tree.map(lambda x: self.put(np.zeros(x.shape, x.dtype)), self._template)
+        return self.put(self.zeros())
+
+    def zeros(self) -> LaneState:
+        """The same on the host."""
+        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.template)
 
     def start(self, state: LaneState, fresh: Mapping[int, TrainState]) -> LaneState:
         """Puts a new run, given by its state before the first update, into each lane named; the others are as they were."""
         mask = np.zeros(self.lanes, bool)
-        new = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._template)
+        new = self.zeros()
         for lane, train in fresh.items():
             mask[lane] = new.alive[lane] = True
             jax.tree.map(lambda stacked, leaf, at=lane: stacked.__setitem__(at, leaf), new.train, train)
@@ -109,34 +124,49 @@ class LaneProgram:
 
     def run(self, state: LaneState, settings: Setting, segment: Segment) -> tuple[LaneState, Report]:
         """One segment of every lane; settings and segment are stacked by lane."""
-        return self._segment(state, self.put(settings), self.put(segment), self._data)
+        shares = NamedSharding(self.mesh, INDICES)
+        return self._segment(
+            state,
+            self.put(settings),
+            Segment(put(segment.indices, shares), self.put(segment.steps), self.put(segment.evaluate)),
+            self._data,
+        )
 
     def put(self, stacked: Any) -> Any:
         """Arrays stacked by lane, to the devices of their lanes."""
-        return jax.device_put(stacked, self.sharding)
+        return put(stacked, self.sharding)
 
     @property
     def peak_bytes(self) -> int:
-        """Memory of the devices that the program needs while it runs, its states included, the dataset not."""
+        """Memory of this process's devices that the program needs while it runs, its states included, the dataset not."""
         found = self._segment.memory_analysis()
         if found is None:
             return 0
         dataset = sum(x.nbytes for x in jax.tree.leaves(self._data))  # on each device; an argument as the states are
         arguments = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-        return (arguments + found.temp_size_in_bytes - dataset) * self.sharding.mesh.size
+        return (arguments + found.temp_size_in_bytes - dataset) * len(self.mesh.local_devices)
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.sharding.mesh  # pyright: ignore[reportReturnType]
+
+    @property
+    def rows(self) -> int:
+        """Rows of devices, each with lanes of its own."""
+        return self.mesh.shape[LANE]
 
     def even_steps(self, running: Sequence[bool], pace: int) -> list[int]:
-        """Steps for each running lane of a segment: more on a device with fewer of them, so that all devices take as long.
+        """Steps for each running lane of a segment: more in a row with fewer of them, so that all devices take as long.
 
-        On the device with the most lanes each gets `pace`; the others share out as many steps. Where any lane costs what all
-        do, all get `pace`.
+        In the row with the most lanes each gets `pace`; the others share out as many steps. Where any lane costs what all do,
+        all get `pace`.
         """
         if not self.any_length:
             return [pace * runs for runs in running]
         lanes_of: dict[int, list[int]] = {}
         for lane, runs in enumerate(running):
             if runs:
-                lanes_of.setdefault(self.device_of_lane(lane), []).append(lane)
+                lanes_of.setdefault(self.row_of_lane(lane), []).append(lane)
         steps = [0] * self.lanes
         most = max(map(len, lanes_of.values()), default=0)
         for lanes in lanes_of.values():
@@ -145,9 +175,9 @@ class LaneProgram:
                 steps[lane] = min(self.segment_steps, each + (position < more))
         return steps
 
-    def device_of_lane(self, lane: int) -> int:
-        """Position in the mesh of the device that holds a lane."""
-        return lane * self.sharding.mesh.size // self.lanes
+    def row_of_lane(self, lane: int) -> int:
+        """Position in the mesh of the row of devices that holds a lane."""
+        return lane * self.rows // self.lanes
 
 
 def compile_lanes(
@@ -161,12 +191,12 @@ def compile_lanes(
     mapping: LaneMapping | None = None,
     statistics_model: Model | None = None,
 ) -> LaneProgram:
-    """Compiles a program of `lanes` lanes, a multiple of the devices in `mesh`, spread evenly over them.
+    """Compiles a program of `lanes` lanes, a multiple of the rows of devices in `mesh`, spread evenly over them.
 
     Args:
       model: linen module, `apply(variables, images, train=…)`.
-      program: what the runs share.
-      data: from `to_device`, on the same mesh.
+      program: what the runs share; its axis_name and the model's are "data" if a row has several devices, else None.
+      data: from `to_device`, on the same devices.
       mesh: from `lane_mesh`.
       lanes: L, runs trained side by side.
       segment_steps: S, the most steps between two visits to the host.
@@ -175,12 +205,14 @@ def compile_lanes(
       statistics_model: the model with bn_decay 0 and its bn_batch_size given, to evaluate by precise statistics; None
         evaluates by running averages.
     """
-    if lanes % mesh.size:
-        raise ValueError(f"lanes: {lanes} is not a multiple of {mesh.size} devices")
+    if lanes % mesh.shape[LANE]:
+        raise ValueError(f"lanes: {lanes} is not a multiple of {mesh.shape[LANE]} devices")
+    if program.axis_name != (DATA if mesh.shape[DATA] > 1 else None):
+        raise ValueError(f"axis_name: {program.axis_name!r} does not go with {mesh.shape[DATA]} devices that share a batch")
     mapping = mapping or lane_mapping()
     if jax.default_backend() == "cpu":
         keep_freed_memory()
-    sharding = NamedSharding(mesh, P("lane"))
+    sharding = NamedSharding(mesh, P(LANE))
     fresh = jax.eval_shape(lambda: init_state(model, _one_image(data), jnp.int32(0)))
     template = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((lanes, *x.shape), x.dtype, sharding=sharding),
@@ -189,11 +221,12 @@ def compile_lanes(
     segment = jax.shard_map(
         _make_segment(model, program, segment_steps, mapping, statistics_model),
         mesh=mesh,
-        in_specs=(P("lane"), P("lane"), P("lane"), P()),
-        out_specs=P("lane"),
+        in_specs=(P(LANE), P(LANE), Segment(INDICES, P(LANE), P(LANE)), P()),
+        out_specs=P(LANE),
         check_vma=False,
     )
-    abstract_data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), data)
+    everywhere = NamedSharding(mesh, P())
+    abstract_data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), data)
     arguments = _abstract_arguments(program.batch_size, lanes, segment_steps, sharding)
     began = time.monotonic()
     with jax.default_matmul_precision(MATMUL_PRECISION[precision]):
@@ -246,18 +279,20 @@ def _replace_lanes(state: LaneState, mask: jax.Array, new: LaneState) -> LaneSta
 def _abstract_arguments(batch_size: int, lanes: int, segment_steps: int, sharding: NamedSharding) -> tuple[Setting, Segment]:
     """Shapes of the settings and segments that a program is called with."""
 
-    def stacked(dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct((lanes, *shape), dtype, sharding=sharding)
+    def stacked(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((lanes,), dtype, sharding=sharding)
 
     settings = Setting(*(stacked(np.float32), stacked(np.int32), stacked(np.float32), stacked(np.float32)))
-    return settings, Segment(stacked(np.int32, segment_steps, batch_size), stacked(np.int32), stacked(bool))
+    shares = NamedSharding(sharding.mesh, INDICES)
+    indices = jax.ShapeDtypeStruct((lanes, segment_steps, batch_size), np.int32, sharding=shares)
+    return settings, Segment(indices, stacked(np.int32), stacked(bool))
 
 
 def _make_segment(
     model: Model, program: Program, segment_steps: int, mapping: LaneMapping, statistics_model: Model | None
 ) -> Callable[..., Any]:
-    """(lanes, settings, segments, data) → (lanes, reports), for the lanes of one device."""
-    advance, evaluate = _make_advance(model, program), make_evaluate(model)
+    """(lanes, settings, segments, data) → (lanes, reports), for the lanes of one device and its share of their batches."""
+    advance, evaluate = _make_advance(model, program), make_evaluate(model, program.axis_name)
     if statistics_model is not None:
         evaluate = with_precise_statistics(evaluate, statistics_model)
 
@@ -301,7 +336,8 @@ def _make_advance(model: Model, program: Program) -> Callable[..., LaneState]:
         """One update of one lane. If its loss is not finite the lane dies, and the update is not counted."""
         images = data.normalise(data.train_images[indices])
         if program.augment:
-            positions = state.train.step * program.batch_size + jnp.arange(program.batch_size)
+            first = 0 if program.axis_name is None else lax.axis_index(program.axis_name) * len(indices)
+            positions = state.train.step * program.batch_size + first + jnp.arange(len(indices))
             images = crop_and_flip(images, setting.seed, positions // len(data.train_labels), indices)
         train, metrics = train_step(state.train, setting, Batch(images, data.train_labels[indices]))
         finite = jnp.isfinite(metrics.loss)

@@ -15,10 +15,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def memory_bytes(mesh: Mesh) -> int:
-    """Memory that programs on the mesh may use: what its devices have, less a tenth; on CPU what the machine has."""
-    statistics = mesh.devices.flat[0].memory_stats()
+    """Memory that programs may use on this process's devices of a mesh, on CPU what the machine has; less a tenth."""
+    statistics = mesh.local_devices[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
-        return int(0.9 * statistics["bytes_limit"]) * mesh.size
+        return int(0.9 * statistics["bytes_limit"]) * len(mesh.local_devices)
     return int(0.9 * min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits()))
 
 

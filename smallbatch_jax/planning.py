@@ -4,6 +4,7 @@ The probe trains the program's own runs. So it also sees which base learning rat
 that their runs will not need; one that diverges later makes the plan too long.
 """
 
+import dataclasses
 import math
 import tempfile
 import time
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from smallbatch_jax import scaling
 from smallbatch_jax.data import Dataset, order
 from smallbatch_jax.device_data import to_device
 from smallbatch_jax.experiment import Experiment, Run, programs
@@ -37,8 +39,8 @@ class Trial:
         self.job, self.program = job, program
         self.runs: list[Run | None] = [None] * program.lanes
         # In turn over the devices, so that the low rates, which survive, keep them all at work, as in a sweep.
-        per_device = program.lanes // program.sharding.mesh.size
-        in_turn = sorted(range(program.lanes), key=lambda lane: (lane % per_device, lane))
+        per_row = program.lanes // program.rows
+        in_turn = sorted(range(program.lanes), key=lambda lane: (lane % per_row, lane))
         for lane, run in zip(in_turn, _one_run_per_rate(job.runs), strict=False):
             self.runs[lane] = run
         fresh = {lane: initial(run.seed) for lane, run in enumerate(self.runs) if run}
@@ -135,14 +137,37 @@ def measure(
     """
     model_of = model_of or named_model(experiment, dataset.num_classes, experiment.model.bn_decay)
     precise = named_model(experiment, dataset.num_classes, 0.0) if experiment.model.bn_statistics == "precise" else None
-    mesh = lane_mesh()
-    data = to_device(dataset, mesh)
+    data = to_device(dataset, lane_mesh())
     initial = initialiser(model_of(None), data)
     with tempfile.TemporaryDirectory() as folder:
         for (m, b), runs in programs(experiment.runs()).items():
             with ProgramResults(Path(folder), m, b) as results:
-                job = Job(experiment, dataset, model_of, m, b, runs, results, precise, mapping)
-                yield Trial(job, job.compile(data, mesh), initial)
+                job = spread(Job(experiment, dataset, model_of, m, b, runs, results, precise, mapping=mapping))
+                yield Trial(job, job.compile(data), initial)
+
+
+def spread(job: Job) -> Job:
+    """The job with the number of devices that share each of its batches, as `scaling.data_devices` chooses it.
+
+    In one process on CPU a batch is shared only if that is asked for: there a run's result depends on its setting alone, bit
+    for bit, and sums over devices would round as their number has it.
+    """
+    asked, devices = job.experiment.data_devices, jax.device_count()
+    alone = jax.default_backend() == "cpu" and jax.process_count() == 1
+    if asked is None and (alone or len(job.runs) >= devices):
+        return job
+    shape, machine = (job.batch_size, job.bn_batch_size), scaling.MACHINES.get(jax.default_backend(), scaling.MACHINES["gpu"])
+    chosen = scaling.data_devices(job.experiment, shape, len(job.runs), devices, machine, network(job))
+    return dataclasses.replace(job, data_devices=chosen)
+
+
+def network(job: Job) -> scaling.Network:
+    """What a training step of the job's model takes."""
+    model, image_shape = job.model_of(None), job.dataset.train_images.shape[1:]
+    state = jax.eval_shape(lambda: init_state(model, jnp.zeros((1, *image_shape)), jnp.int32(0)))
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
+    layers = len(jax.tree.leaves(state.batch_stats)) // 2  # a mean and a variance of each
+    return scaling.Network(flops_per_image(model, job.batch_size, image_shape), 4 * parameters, layers)
 
 
 def probe(trial: Trial, seconds: float) -> Probe:

@@ -5,6 +5,7 @@ Files are only ever appended to, a row at a time, and a row that is there alread
 trained again from an older checkpoint adds only what was missing. What a killed process left half written is dropped.
 """
 
+import copy
 import math
 import os
 import warnings
@@ -78,7 +79,7 @@ class ProgramResults:
         self._diverged: set[Run] = set()
         for row in self._mended():
             self._note(row)
-        self._file = AppendOnly(self.path)
+        self._file: AppendOnly | None = AppendOnly(self.path)
 
     def _mended(self) -> list[Row]:
         """The rows that are there, of each run up to the first that is missing; the file then holds these alone.
@@ -97,6 +98,12 @@ class ProgramResults:
             write_atomically(self.path, _HEADER + "".join(map(_line, whole)))
         return whole
 
+    def followed(self) -> "ProgramResults":
+        """What is known so far, for a process that follows the writer of the file: it is told of all rows, and writes none."""
+        follower = copy.copy(self)
+        follower._file = None
+        return follower
+
     def _note(self, row: Row) -> None:
         self._epochs[row.run] = row.epoch
         if row.diverged:
@@ -110,13 +117,15 @@ class ProgramResults:
         """
         new = [row for row in rows if row.epoch > self.epochs(row.run) and row.run not in self._diverged]
         if new:
-            self._file.append("".join(map(_line, new)))
+            if self._file:
+                self._file.append("".join(map(_line, new)))
             for row in new:
                 self._note(row)
 
     def sync(self) -> None:
         """Brings the rows to the disk, before a checkpoint that counts on them."""
-        self._file.sync()
+        if self._file:
+            self._file.sync()
 
     def epochs(self, run: Run) -> int:
         """Epochs of a run whose rows are there."""
@@ -133,7 +142,8 @@ class ProgramResults:
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, traceback: TracebackType | None) -> None:
-        self._file.__exit__()
+        if self._file:
+            self._file.__exit__()
 
 
 def _line(row: Row) -> str:
@@ -237,6 +247,14 @@ class Timings:
         """One line; steps and images are summed over the lanes."""
         row = (phase, batch_size, bn_batch_size, lanes, round(seconds, 6), steps, images)
         append_line(self._path, ",".join(map(str, row)), header=",".join(TIMING_COLUMNS))
+
+
+class NoTimings(Timings):
+    """Of a process that writes nothing."""
+
+    def __init__(self) -> None: ...
+
+    def add(self, *_: object, **__: object) -> None: ...
 
 
 def load_timings(workdir: str | os.PathLike[str]) -> "pd.DataFrame":

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
 from smallbatch_jax import optim
 
@@ -28,7 +29,8 @@ class Program:
     boundaries: tuple[float, ...] = (0.5, 0.75)
     factor: float = 0.1
     axis_name: str | None = None  # mesh axis over which each batch is spread; None if a device holds all of it
-    micro_batch_size: int | None = None  # examples at a time, of a device's share; None takes all of them at once
+    # Examples at a time, of a device's share, a multiple of the BN batch; None takes all of them at once.
+    micro_batch_size: int | None = None
     augment: bool = False  # whether training images are cropped and flipped at random (§3.1)
 
 
@@ -71,14 +73,16 @@ def init_state(model: Model, images: jax.Array, seed: jax.Array) -> TrainState:
 def make_train_step(model: Model, program: Program) -> Callable[[TrainState, Setting, Batch], tuple[TrainState, Metrics]]:
     """Eq. 5 as a pure function of the state, the run's scalars and one batch.
 
-    With `program.axis_name` the batch it is given is one device's share, of the same size on each, and the model must
-    have been made with the same axis_name; state and metrics are then equal on all devices. Under `shard_map` use
-    ``check_vma=False``: with the check on, the gradient of replicated parameters is already summed over the axis.
+    With `program.axis_name` the batch it is given is one device's share, consecutive examples, as many on each, and the
+    model must have been made with the same axis_name; state and metrics are then equal on all devices. Under `shard_map`
+    use ``check_vma=False``: with the check on, the gradient of replicated parameters is already summed over the axis.
     """
     axis = program.axis_name
 
     def train_step(state: TrainState, setting: Setting, batch: Batch) -> tuple[TrainState, Metrics]:
         dropout = jax.random.fold_in(jax.random.fold_in(jax.random.key(setting.seed), 2), state.step)
+        if axis is not None:
+            dropout = jax.random.fold_in(dropout, lax.axis_index(axis))
 
         def mean_loss(params: PyTree, part: Batch, dropout: jax.Array) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
             variables = {"params": params, "batch_stats": state.batch_stats}
@@ -103,7 +107,7 @@ def make_train_step(model: Model, program: Program) -> Callable[[TrainState, Set
             # All parts begin with the same running averages, which then move by the mean of what each would do.
             (loss, (_, batch_stats)), grads = jax.tree.map(lambda total: total / len(parts.labels), found)
         if axis is not None:
-            loss, grads, correct = lax.pmean(loss, axis), lax.pmean(grads, axis), lax.psum(correct, axis)
+            loss, grads, correct = _over_devices(loss, grads, correct, axis)
         schedule = optim.step_schedule(
             program.total_steps, program.boundaries, program.factor, warmup_fraction=setting.warmup_fraction
         )
@@ -113,6 +117,14 @@ def make_train_step(model: Model, program: Program) -> Callable[[TrainState, Set
         return TrainState(state.step + 1, params, batch_stats, opt_state), Metrics(loss, correct)
 
     return train_step
+
+
+def _over_devices(loss: jax.Array, grads: PyTree, correct: jax.Array, axis: str) -> tuple[jax.Array, PyTree, jax.Array]:
+    """The mean of the devices' losses and gradients and the sum of what they got right, in one exchange."""
+    flat, unravel = ravel_pytree((loss, grads, correct.astype(jnp.float32)))  # counts up to 2^24 are exact
+    total = lax.psum(flat, axis)
+    loss, grads, _ = unravel(total / lax.axis_size(axis))
+    return loss, grads, total[-1].astype(jnp.int32)
 
 
 def make_eval_step(model: Model) -> Callable[[TrainState, Batch, jax.Array], Metrics]:

@@ -132,7 +132,7 @@ def test_after_damage_two_good_ones_are_kept_again(folder):
 
 def test_with_none_whole_all_begins_anew(folder):
     for step in ("1", "2"):
-        shutil.rmtree(folder / step / "state")
+        shutil.rmtree(folder / step / "default")
     found, said = restored(folder)
     assert found is None
     assert len(said) == 2

@@ -56,7 +56,7 @@ def test_the_rates_that_survive_keep_all_devices_at_work():
     experiment = tiny.grid(base_lrs=(2**-9, 2**-7, 1e30, 2e30), epochs=500)
     (trial,) = planning.measure(experiment, tiny.dataset(), lambda b: tiny.PlainModel())
     trial.train(0.02)
-    assert sorted(trial.program.device_of_lane(lane) for lane in np.flatnonzero(trial.alive)) == [0, 1]
+    assert sorted(trial.program.row_of_lane(lane) for lane in np.flatnonzero(trial.alive)) == [0, 1]
 
 
 def test_compiling_ahead_costs_nothing_that_training_hides():

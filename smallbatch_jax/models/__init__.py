@@ -24,17 +24,25 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 EXAMPLES_AT_ONCE = 32  # on CPU, so that a network's activations stay in the cache
 
 
-def micro_batch_size(norm: str, batch_size: int, bn_batch_size: int) -> int | None:
-    """The examples that a step on this backend should take at a time, their gradients summed; None for the whole batch.
+def micro_batch_size(norm: str, examples: int, bn_batch_size: int, most: int | None = None) -> int | None:
+    """How many of a device's examples a step should take at a time, their gradients summed; None for all of them at once.
 
-    A part must hold whole batches of the batch norm: 32 examples if that can be, more if the BN batch is larger. With an
-    ordinary batch norm there are no parts. Which examples are together changes nothing but rounding.
+    A part must hold whole batches of the batch norm; with an ordinary batch norm there are no parts. Which examples are
+    together changes nothing but rounding.
+
+    Args:
+      norm: of the model, as for `create_model`.
+      examples: of the batch that are on one device.
+      bn_batch_size: b.
+      most: examples in a part, if whole batches of the batch norm can be so few; None takes what is fastest on this backend,
+        on CPU 32 examples.
     """
-    unit = 1 if norm in ("none", "group") else bn_batch_size
-    parts = [size for size in range(unit, max(EXAMPLES_AT_ONCE, unit) + 1, unit) if batch_size % size == 0]
-    largest = max(parts, default=batch_size)
-    worth_it = EXAMPLES_AT_ONCE // 2 <= largest < batch_size
-    return largest if jax.default_backend() == "cpu" and worth_it else None
+    unit = 1 if norm in ("none", "group") else min(bn_batch_size, examples)
+    limit = EXAMPLES_AT_ONCE if most is None else most
+    parts = [size for size in range(unit, max(limit, unit) + 1, unit) if examples % size == 0]
+    largest = max(parts, default=examples)
+    faster = jax.default_backend() == "cpu" and largest >= EXAMPLES_AT_ONCE // 2
+    return largest if largest < examples and (faster or most is not None) else None
 
 
 def create_model(

@@ -115,7 +115,7 @@ def conv_norm(pending: Pending, layer: Conv, norm: Any, train: bool, channels: i
     batch_norm = isinstance(norm, BatchNorm)
     n = len(jax.tree.leaves(pending.inputs)[0])
     at_once = _images_at_once(n)
-    if batch_norm and train and norm.batch_size in (None, n) and at_once < n:
+    if batch_norm and train and at_once < n and norm.sub_batches(n) == 1:
         images = tuple(x.x if isinstance(x, Deferred) else x for x in pending.inputs)
         shared: Any = tuple(x[1:] if isinstance(x, Deferred) else None for x in pending.inputs)
 

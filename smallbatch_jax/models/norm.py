@@ -1,5 +1,6 @@
 """Batch normalisation with a batch size of its own (§2.3, §3.6), and the alternatives for tiny batches that the paper names."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,9 @@ def normalised(deferred: Deferred | jax.Array) -> jax.Array:
 class BatchNorm(nn.Module):
     """Batch norm (Eq. 10-11) over consecutive sub-batches of b examples of the SGD batch, vectorised.
 
+    Where a batch is spread over devices, consecutive examples on each, a sub-batch may be smaller than a device's share, or
+    be that of several devices, which then exchange their statistics: what it gives does not depend on their number (§5).
+
     The statistics of a sub-batch are the mean and the *two-pass* variance E[(x-μ)²] over its examples and pixels, in
     float32: the one-pass E[x²]-μ² loses too many digits at b = 2. The running averages move once per SGD step, towards
     the mean over the sub-batches of their means and of their unbiased variances (divisor max(n-1, 1), n = b·pixels).
@@ -37,7 +41,8 @@ class BatchNorm(nn.Module):
       batch_size: b; None takes the whole batch, the ordinary batch norm.
       momentum: weight of the old running average at each step.
       epsilon: ε of Eq. 10.
-      axis_name: mesh axis over which the SGD batch is spread; every device then holds whole sub-batches.
+      axis_name: mesh axis over which the SGD batch is spread, as many examples on each device; b then divides a device's
+        share, or is a multiple of it that divides the batch.
       dtype: of the output; None keeps the input's.
     """
 
@@ -51,7 +56,7 @@ class BatchNorm(nn.Module):
         """Normalises x, float[N, …, C], over all axes but the last; by running averages unless `train`.
 
         Raises:
-          ValueError: if `train` and b does not divide N.
+          ValueError: if `train` and the batch is not made of whole sub-batches.
         """
         return normalised(self.deferred(x, train)).astype(self.dtype or x.dtype)
 
@@ -62,10 +67,11 @@ class BatchNorm(nn.Module):
         Args:
           x: float[N, …, C].
           train: whether to normalise by the batch's statistics, not by the running averages.
-          statistics: mean and variance of x over all axes but the last, float32[C], where they are known and b = N.
+          statistics: mean and variance of x over all axes but the last, float32[C], where they are known and
+            `sub_batches(N)` is 1.
 
         Raises:
-          ValueError: if `train` and b does not divide N.
+          ValueError: if `train` and the batch is not made of whole sub-batches.
         """
         features = x.shape[-1]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
@@ -76,15 +82,36 @@ class BatchNorm(nn.Module):
         if not train:
             return Deferred(x, *_per_group(running_mean.value, lax.rsqrt(running_var.value + self.epsilon) * scale, bias))
 
-        mean, var = _per_group(*statistics) if statistics else _statistics(_sub_batches(x, self.batch_size))  # [G, C]
+        groups, devices = self._cut(len(x))
+        if statistics:
+            mean, var = _per_group(*statistics)
+        else:
+            mean, var = _statistics(x.reshape(groups, -1, *x.shape[1:]).astype(jnp.float32))  # [G, C]
+        if devices > 1:
+            of_group: Any = _over_devices(mean, var, self.axis_name, devices)
+            mean, var = of_group
         known = (lax.stop_gradient(mean), lax.stop_gradient(var), running_mean.value[None], running_var.value[None])
         factor, shift = self._correction(*known)
         if not self.is_initializing():
-            n = x.size // mean.size
-            self._move(running_mean, mean)
-            self._move(running_var, var * (n / max(n - 1, 1)))
+            n = x.size // mean.size * devices
+            self._move((running_mean, mean), (running_var, var * (n / max(n - 1, 1))))
         offset = jnp.broadcast_to(shift * scale[None] + bias[None], mean.shape)
         return Deferred(x, mean, lax.rsqrt(var + self.epsilon) * (factor * scale[None]), offset)
+
+    def sub_batches(self, examples: int) -> int:
+        """How many sub-batches a device's share of the SGD batch makes; 1 if it takes several devices to make one."""
+        return self._cut(examples)[0]
+
+    def _cut(self, examples: int) -> tuple[int, int]:
+        """How many sub-batches `examples` on a device make, and of how many devices each is."""
+        devices = 1 if self.axis_name is None or self.is_initializing() else lax.axis_size(self.axis_name)
+        b = examples * devices if self.batch_size is None else self.batch_size
+        if examples % b == 0:
+            return examples // b, 1
+        if b % examples == 0 and examples * devices % b == 0:
+            return 1, b // examples
+        there = f"{examples} examples it is applied to" + (f", on each of {devices} devices" if devices > 1 else "")
+        raise ValueError(f"bn_batch_size: {b} does not divide the batch of {there}")
 
     def _declare(self) -> None:
         """Makes the variables of a subclass, which must be the same in training and evaluation."""
@@ -96,12 +123,13 @@ class BatchNorm(nn.Module):
         del mean, var, running_mean, running_var
         return 1.0, 0.0
 
-    def _move(self, running: Any, of_sub_batches: jax.Array) -> None:
-        """One step of a running average towards the mean over all sub-batches of the SGD batch."""
-        now = of_sub_batches.mean(0)
+    def _move(self, *averages: tuple[Any, jax.Array]) -> None:
+        """One step of each running average towards the mean over all sub-batches of the SGD batch."""
+        now: Any = [lax.stop_gradient(of_sub_batches.mean(0)) for _, of_sub_batches in averages]
         if self.axis_name is not None:
-            now = lax.pmean(now, self.axis_name)
-        running.value = self.momentum * running.value + (1 - self.momentum) * lax.stop_gradient(now)
+            now = lax.pmean(jnp.stack(now), self.axis_name)
+        for (running, _), value in zip(averages, now, strict=True):
+            running.value = self.momentum * running.value + (1 - self.momentum) * value
 
 
 class BatchRenorm(BatchNorm):
@@ -166,14 +194,6 @@ def make_norm(
     return batch_norm(bn_batch_size, bn_decay, axis_name=axis_name, dtype=dtype, name=name)
 
 
-def _sub_batches(x: jax.Array, batch_size: int | None) -> jax.Array:
-    """float[N, …, C] → float32[N/b, b, …, C]."""
-    b = x.shape[0] if batch_size is None else batch_size
-    if x.shape[0] % b:
-        raise ValueError(f"bn_batch_size: {b} does not divide the batch of {x.shape[0]} examples it is applied to")
-    return x.reshape(-1, b, *x.shape[1:]).astype(jnp.float32)
-
-
 def _per_group(*per_channel: jax.Array) -> tuple[jax.Array, ...]:
     """[C] → [1, C] of each: all examples are one group."""
     return tuple(a[None] for a in per_channel)
@@ -202,6 +222,37 @@ def _statistics_backward(residuals, cotangents):
 
 
 _statistics.defvjp(_statistics_forward, _statistics_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _over_devices(mean: jax.Array, var: jax.Array, axis_name: str, devices: int) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance of each group of `devices` consecutive devices, from those of every device's examples, all [1, C].
+
+    Their variances and the variance of their means (Chan, Golub & LeVeque 1979): as exact as one two-pass formula.
+    """
+    return _over_devices_forward(mean, var, axis_name, devices)[0]
+
+
+def _over_devices_forward(mean, var, axis_name, devices):
+    means, variances = _of_group(jnp.stack([mean, var]), axis_name, devices)
+    of_group = means.mean(0)
+    return (of_group, (variances + jnp.square(means - of_group[None])).mean(0)), mean - of_group
+
+
+def _over_devices_backward(axis_name, devices, difference, cotangents):
+    # Every device's loss depends on the statistics of its group: what they all ask for is summed.
+    dmean, dvar = _of_group(jnp.stack(cotangents), axis_name, devices).sum(1) / devices
+    return dmean + 2 * dvar * difference, dvar
+
+
+_over_devices.defvjp(_over_devices_forward, _over_devices_backward)
+
+
+def _of_group(pair: jax.Array, axis_name: str, devices: int) -> jax.Array:
+    """[2, 1, C] of this device → [2, devices, 1, C] of its group, the same on each device of it."""
+    of_all = lax.all_gather(pair, axis_name, axis=1)
+    first = lax.axis_index(axis_name) // devices * devices
+    return lax.dynamic_slice_in_dim(of_all, first, devices, axis=1)
 
 
 @jax.custom_vjp

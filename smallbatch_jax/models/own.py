@@ -40,8 +40,9 @@ class OwnModel:
     def _train(self, train: bool) -> dict[str, bool]:
         return {"train": train} if self._knows_train else {}
 
-    def with_bn_batch_size(self, bn_batch_size: int | None) -> "OwnModel":
-        """The same model with its field `bn_batch_size` set; None leaves it as it is."""
+    def with_bn_batch_size(self, bn_batch_size: int | None, /, axis_name: str | None = None) -> "OwnModel":
+        """The same model with its field `bn_batch_size` set; None leaves it as it is. Its batches are never spread."""
+        del axis_name
         if bn_batch_size is None:
             return self
         if not hasattr(self.module, "bn_batch_size"):

@@ -1,0 +1,82 @@
+"""How many devices should share a batch: a model of what a step costs on them, explained in docs/scaling.md."""
+
+from dataclasses import dataclass
+
+from smallbatch_jax.experiment import OWN, Experiment, InputError
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a step costs on one kind of device."""
+
+    flops_per_second: float  # of a device, in a training step
+    exchange_seconds: float  # of the smallest exchange among the devices
+    bytes_per_second: float  # exchanged by each device
+
+
+# CPU measured, see docs/scaling.md; the others as published, for devices of one host: not measured.
+MACHINES = {
+    "cpu": Machine(4e10, 1e-4, 1e9),
+    "gpu": Machine(1e13, 2e-5, 1e11),
+    "tpu": Machine(3e13, 5e-6, 1e11),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a step of a network takes."""
+
+    flops_per_image: float
+    parameter_bytes: int
+    batch_norms: int  # layers
+
+
+def step_seconds(machine: Machine, network: Network, batch_size: int, bn_batch_size: int, devices: int) -> float:
+    """Seconds of a step of one run whose batch is shared by so many devices; what every step costs anyhow is left out.
+
+    They exchange the gradients once; and for each batch norm the running averages, and twice, forward and backward, the
+    statistics of a BN batch that lies on several devices.
+    """
+    share = batch_size / devices
+    computing = share * network.flops_per_image / machine.flops_per_second
+    if devices == 1:
+        return computing
+    exchanges = 1 + network.batch_norms * (3 if bn_batch_size > share else 1)
+    moved = 2 * network.parameter_bytes * (devices - 1) / devices
+    return computing + exchanges * machine.exchange_seconds + moved / machine.bytes_per_second
+
+
+def data_devices(
+    experiment: Experiment, shape: tuple[int, int], runs: int, devices: int, machine: Machine, network: Network
+) -> int:
+    """How many of the devices share each batch of a program: 1 while every device has a run of its own, else the fastest.
+
+    Args:
+      experiment: whose `data_devices`, if given, is taken.
+      shape: batch size and BN batch size of the program.
+      runs: of the program.
+      devices: that there are.
+      machine, network: of the model of `step_seconds`.
+
+    Raises:
+      InputError: if the number asked for does not divide that of the devices, or the model is the user's own.
+    """
+    asked = experiment.data_devices
+    own = experiment.model.name.startswith(OWN)
+    if asked is None:
+        if own or runs >= devices:
+            return 1
+        able = [d for d in _divisors(devices) if experiment.can_share(*shape, d)]
+        return min(able, key=lambda d: (-(-runs // (devices // d)) * step_seconds(machine, network, *shape, d), d))
+    if devices % asked:
+        raise InputError(
+            f"data_devices: {asked} does not divide the {devices} devices there are; use "
+            f"{', '.join(map(str, _divisors(devices)))}."
+        )
+    if own and asked > 1:
+        raise InputError(f"data_devices: {asked} devices cannot share the batches of an own model; use 1.")
+    return asked
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
