@@ -106,8 +106,10 @@ def leave(line: str, status: int) -> None:
     os._exit(status)
 
 
-def start_jax(cpu_devices: int | None = None) -> None:
+def start_jax(cpu_devices: int | None = None, join: Callable[[], None] = lambda: None) -> None:
     """JAX and its devices, as the user's environment asks for them; on CPU one for each core, or as many as are given.
+
+    `join` is called before the devices are made.
 
     Raises:
       InputError: if JAX_PLATFORMS, XLA_FLAGS or another variable asks for what there is not.
@@ -122,6 +124,7 @@ def start_jax(cpu_devices: int | None = None) -> None:
 
     if cpu_devices is not None:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
+    join()
     try:
         jax.devices()
     except Exception as error:  # of a type that depends on the platform
@@ -193,7 +196,13 @@ def resolved(chosen: Experiment, workdir: str | None = None) -> Experiment:
 
 
 def train(chosen: Experiment, workdir: str, started: float) -> int:
-    """Trains an experiment into a workdir, draws its figures and prints its table; the exit status."""
+    """Trains an experiment into a workdir, draws its figures and prints its table; the exit status.
+
+    With several processes all train, and the first alone uses the workdir.
+    """
+    import several
+
+    several.supervise()
     if chosen.drawn_from:
         raise InputError(
             f"drawn_from: {chosen.name} is drawn from other results and trains nothing; "
@@ -204,8 +213,10 @@ def train(chosen: Experiment, workdir: str, started: float) -> int:
 
     folder = Path(workdir)
     refuse_difference(folder, chosen)
-    start_jax()
-    from smallbatch_jax import data, driver, progress, results
+    start_jax(join=several.join)
+    import jax
+
+    from smallbatch_jax import data, driver, processes, progress, results
 
     imported = time.monotonic()
     dataset = data.load(chosen.dataset.name, chosen.dataset.data_dir, chosen.dataset.image_size)
@@ -214,6 +225,12 @@ def train(chosen: Experiment, workdir: str, started: float) -> int:
         driver.train_grid(chosen, folder, dataset, progress.for_stream())
     except driver.Interrupted as interrupted:
         leave(f"stopped; everything is saved in {folder}, the same command goes on", 128 + interrupted.signum)
+    except jax.errors.JaxRuntimeError as error:
+        if not processes.several():
+            raise
+        leave(several.failure(error), 1)
+    if not processes.is_first():
+        return 0
     trained = time.monotonic()
     show(folder)
     timings = results.Timings(folder)

@@ -10,6 +10,7 @@ import time
 STARTED = time.monotonic()
 
 import command  # noqa: E402
+import several  # noqa: E402, F401 - its flags
 from absl import flags  # noqa: E402
 
 from smallbatch_jax import experiment  # noqa: E402

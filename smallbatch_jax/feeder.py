@@ -121,6 +121,7 @@ class Feeder:
                 pace.restart()
                 if agreed.signum:
                     self.checkpoints.close()
+                    processes.leave_together()
                     raise Interrupted(agreed.signum)
                 agreed = agreed._replace(save=0)
 

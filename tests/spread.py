@@ -44,7 +44,14 @@ def trained(batch_size: int, bn_batch_size: int, data_devices: int, model: str =
     chosen = experiment.from_config(config)
     dataset = data.load("digits")
     job = jobs.Job(
-        chosen, dataset, jobs.named_model(chosen, 10, 0.99), batch_size, bn_batch_size, chosen.runs(), None, data_devices=data_devices
+        chosen,
+        dataset,
+        jobs.named_model(chosen, 10, 0.99),
+        batch_size,
+        bn_batch_size,
+        chosen.runs(),
+        None,
+        data_devices=data_devices,
     )
     on_device = to_device(dataset, lanes.lane_mesh())
     program = job.compile(on_device)
