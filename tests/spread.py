@@ -1,23 +1,23 @@
-"""A command for tests: trains a few steps of some cases on the devices there are, and writes down what came out.
+"""A command for tests: trains ResNet-8 for a few steps, its batches spread over devices, and writes what came out.
 
     python tests/spread.py OUT.npz CASES.json [COORDINATOR PROCESSES PROCESS]
 
-A case is {"batch_size", "bn_batch_size", "data_devices"} and optionally other fields of a config. With a coordinator it is one
-of several processes, and the first writes.
+A case has a name and the arguments of `trained`. With a coordinator this is one of several processes.
 """
 
 import json
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from smallbatch_jax import data, driver, experiment, jobs, lanes, processes
-from smallbatch_jax.data import order
+from smallbatch_jax.checkpoint import Checkpoints
+from smallbatch_jax.data import Dataset, order
 from smallbatch_jax.device_data import to_device
 
 STEPS = 20
-BASE_LR = 2**-10
 
 
 def main(out: str, cases: str, *distributed: str) -> None:
@@ -25,44 +25,53 @@ def main(out: str, cases: str, *distributed: str) -> None:
     if distributed:
         jax.distributed.initialize(distributed[0], *map(int, distributed[1:]))
     found = {}
-    for case in json.loads(cases):
-        params, correct, loss = trained(**case)
-        name = "-".join(str(value) for value in case.values())
-        found |= {f"{name}/{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-        found |= {f"{name}/correct": correct, f"{name}/loss": loss}
+    for name, case in json.loads(cases).items():
+        variables, correct = trained(**case)
+        found |= {f"{name}{jax.tree_util.keystr(path)}": x for path, x in jax.tree_util.tree_leaves_with_path(variables)}
+        found[f"{name} correct"] = correct
     if processes.is_first():
         np.savez(out, **found)
 
 
-def trained(batch_size: int, bn_batch_size: int, data_devices: int, model: str = "resnet8", **fields):
-    """Parameters and running averages after the steps, and test images right and training loss."""
+def trained(
+    m: int, b: int, devices: int, scale: int = 1, first: int = 0, last: int = STEPS, save: str = "", restore: str = ""
+) -> tuple[dict, int]:
+    """Parameters and running averages after steps first…last-1, and the test images right.
+
+    The digits are enlarged `scale` times. A checkpoint is restored before and saved after, if a folder is given.
+    """
     config = experiment.default_config()
-    config.model = {"name": model, "norm": "batch"}
-    config.grid = {"batch_sizes": (batch_size,), "bn_batch_sizes": (bn_batch_size,), "base_lrs": (BASE_LR,)}
-    config.data_devices, config.weight_decay, config.dataset.augment = data_devices, 1e-4, True
-    config.update(fields)
+    config.model = {"name": "resnet8", "norm": "batch"}
+    config.grid = {"batch_sizes": (m,), "bn_batch_sizes": (b,), "base_lrs": (2**-10,)}
+    config.data_devices, config.weight_decay, config.dataset.augment = devices, 1e-4, True
     chosen = experiment.from_config(config)
-    dataset = data.load("digits")
-    job = jobs.Job(
-        chosen,
-        dataset,
-        jobs.named_model(chosen, 10, 0.99),
-        batch_size,
-        bn_batch_size,
-        chosen.runs(),
-        None,
-        data_devices=data_devices,
-    )
+    run, dataset = chosen.runs()[0], enlarged(data.load("digits"), scale)
+    model_of = jobs.named_model(chosen, 10, 0.99)
+    job = jobs.Job(chosen, dataset, model_of, m, b, [run], None, data_devices=devices)  # pyright: ignore[reportArgumentType]
     on_device = to_device(dataset, lanes.lane_mesh())
     program = job.compile(on_device)
     state = program.start(program.empty(), {0: lanes.initialiser(job.model_of(None), on_device)(0)})
-    indices = np.zeros((program.lanes, program.segment_steps, batch_size), np.int32)
-    indices[0, :STEPS] = order.batch_indices(0, 0, STEPS, batch_size, job.num_examples)
-    first = np.arange(program.lanes) == 0
-    segment = lanes.Segment(indices, np.where(first, STEPS, 0).astype(np.int32), first)
-    state, report = program.run(state, job.settings([chosen.runs()[0]] + [None] * (program.lanes - 1)), segment)
-    state, report = jax.tree.map(lambda x: np.asarray(x)[0], processes.readable((state, report), program.mesh))
-    return (state.train.params, state.train.batch_stats), report.test_correct, report.loss_sum / STEPS
+    if restore:
+        checkpoints = Checkpoints(Path(restore), chosen)
+        content = processes.on_first(lambda: checkpoints.restore(program.template))
+        zeros = program.zeros()
+        jax.tree.map(lambda into, x: into.__setitem__(0, x[0]), zeros, content[0])
+        state = program.put(zeros)
+    indices = np.zeros((program.lanes, program.segment_steps, m), np.int32)
+    indices[0, : last - first] = order.batch_indices(0, first, last - first, m, job.num_examples)
+    in_use = np.arange(program.lanes) == 0
+    segment = lanes.Segment(indices, np.where(in_use, last - first, 0).astype(np.int32), in_use)
+    runs = [run] + [None] * (program.lanes - 1)
+    state, report = program.run(state, job.settings(runs), segment)
+    state, report = jax.tree.map(np.asarray, processes.readable((state, report), program.mesh))
+    if save and processes.is_first():
+        Checkpoints(Path(save), chosen).save(state, runs)
+    return jax.tree.map(lambda x: x[0], (state.train.params, state.train.batch_stats)), report.test_correct[0]
+
+
+def enlarged(dataset: Dataset, scale: int) -> Dataset:
+    train, test = (images.repeat(scale, axis=1).repeat(scale, axis=2) for images in (dataset.train_images, dataset.test_images))
+    return Dataset(train, dataset.train_labels, test, dataset.test_labels, dataset.num_classes)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,110 @@
+"""A run is the same run on one device, on several, and on several processes: ResNet-8 with batch norm, on real images."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SPREAD = Path(__file__).parent / "spread.py"
+TOLERANCE = 1e-5  # of the norm of each array
+
+
+def start(out, cases, devices, *distributed):
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    line = [sys.executable, str(SPREAD), str(out), json.dumps(cases), *map(str, distributed)]
+    return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finish(*processes, seconds=500):
+    for process in processes:
+        _, errors = process.communicate(timeout=seconds)
+        assert process.returncode == 0, errors
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def on_devices(out, cases, devices):
+    finish(start(out, cases, devices))
+    return np.load(out)
+
+
+def on_processes(out, cases, devices_each, count=2):
+    address = f"localhost:{free_port()}"
+    finish(*(start(out, cases, devices_each, address, count, number) for number in range(count)))
+    return np.load(out)
+
+
+def differences(one, other, name, other_name):
+    """Of each array from its namesake, in norm, relative; and of the number of test images right."""
+    arrays = [key.removeprefix(name) for key in one.files if key.startswith(f"{name}[")]
+    assert len(arrays) == 37  # 7 kernels, each with a batch norm's gain, bias and two averages; kernel and bias of the logits
+    relative = {}
+    for key in arrays:
+        a, b = one[name + key], other[other_name + key]
+        relative[key] = np.linalg.norm(a - b) / np.linalg.norm(a)
+    return relative, abs(int(one[f"{name} correct"]) - int(other[f"{other_name} correct"]))
+
+
+def assert_same(one, other, name, other_name):
+    relative, images = differences(one, other, name, other_name)
+    worst = max(relative, key=lambda key: relative[key])
+    assert relative[worst] < TOLERANCE, (other_name, worst)
+    assert images <= 1
+
+
+def test_a_batch_spread_over_devices_is_the_same_run(tmp_path):
+    """m = 8, two on each of four devices, and BN batches of two devices' shares."""
+    cases = {"one": {"m": 8, "b": 4, "devices": 1}, "four": {"m": 8, "b": 4, "devices": 4}}
+    found = on_devices(tmp_path / "found.npz", cases | {"cut": {"m": 8, "b": 2, "devices": 4}}, 4)
+    assert_same(found, found, "one", "four")
+    cut, _ = differences(found, found, "one", "cut")
+    assert max(cut.values()) > 100 * TOLERANCE  # what BN batches cut at devices would give is told apart
+
+
+def share_cases(devices):
+    """BN batches smaller than, equal to and larger than a device's share of four, and the whole batch."""
+    return {f"{m}-{b}": {"m": m, "b": b, "devices": devices, "scale": 4} for m, b in
+            [(8, 1), (8, 2), (8, 4), (8, 8), (64, 8), (64, 16), (64, 32), (64, 64)]}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory):
+    return on_devices(tmp_path_factory.mktemp("one") / "one.npz", share_cases(1), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
+def test_every_share_and_bn_batch_is_the_same_run_on_several_devices(tmp_path, on_one_device, devices):
+    found = on_devices(tmp_path / "found.npz", share_cases(devices), devices)
+    for name in share_cases(devices):
+        assert_same(on_one_device, found, name, name)
+
+
+@pytest.mark.slow
+def test_every_share_and_bn_batch_is_the_same_run_on_two_processes_of_two_devices(tmp_path, on_one_device):
+    found = on_processes(tmp_path / "found.npz", share_cases(4), 2)
+    for name in share_cases(4):
+        assert_same(on_one_device, found, name, name)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_four_devices_goes_on_on_one_and_on_two(tmp_path):
+    """Ten steps on four devices, ten more on four, two and one: as twenty on one."""
+    size = {"m": 16, "b": 8, "scale": 2}
+    saved = str(tmp_path / "saved")
+    half = {"half": {**size, "devices": 4, "last": 10, "save": saved}}
+    rest = {str(d): {**size, "devices": d, "first": 10, "restore": saved} for d in (1, 2, 4)}
+    found = on_devices(tmp_path / "found.npz", {"whole": {**size, "devices": 1}, **half, **rest}, 4)
+    for devices in "124":
+        assert_same(found, found, "whole", devices)
+    moved, _ = differences(found, found, "whole", "half")
+    assert max(moved.values()) > 100 * TOLERANCE
