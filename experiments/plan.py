@@ -6,11 +6,13 @@
 A program is compiled once and trains all runs of one batch size and BN batch size. Time: of training and evaluating the
 runs that did not diverge within the probe, on this machine. Memory: of the compiled program, the dataset not counted; in the
 last line also what this command took in all, which a sweep takes as well: it compiles and runs the same programs.
+"shared by": how many devices share each batch; with more than one, a lane is a row of them (docs/scaling.md).
 --elsewhere adds a column for another device, from what `benchmark.py --json` printed there for the same model.
 --probe_seconds=0 only lists.
 """
 
 import json
+import math
 from pathlib import Path
 
 import command
@@ -50,6 +52,8 @@ def main() -> int:
 def _measure(chosen: Experiment, there: dict | None) -> None:
     """Prints what each program costs, and the sums."""
     command.start_jax()
+    import jax
+
     from smallbatch_jax import data, memory, planning
     from smallbatch_jax.progress import duration
 
@@ -61,16 +65,17 @@ def _measure(chosen: Experiment, there: dict | None) -> None:
         print(f"not measured: {error} Or use --random_images.")
         return
     other = "" if there is None else f"{'there':>14}"
-    print(f"\n{'m':>6}{'BN batch':>10}{'lanes':>7}{'diverge':>9}{'FLOPs':>10}", end="")
+    print(f"\n{'m':>6}{'BN batch':>10}{'lanes':>7}{'shared by':>11}{'diverge':>9}{'FLOPs':>10}", end="")
     print(f"{'images/s':>10}{'compile':>9}{'memory':>10}{'time':>14}{other}")
-    plans, elsewhere = [], 0.0
+    plans, elsewhere, fewest = [], 0.0, math.inf
     for trial in planning.measure(chosen, dataset):
         job, image_shape = trial.job, dataset.train_images.shape[1:]
         flops = planning.flops_per_image(job.model_of(None), job.batch_size, image_shape)
         plan = planning.plan_program(job, flops, planning.probe(trial, SECONDS.value))
         plans.append(plan)
+        fewest = min(fewest, len(job.runs))
         line = (
-            f"{plan.batch_size:>6}{plan.bn_batch_size:>10}{plan.lanes:>7}{plan.diverging:>9}{plan.flops:>10.1e}"
+            f"{plan.batch_size:>6}{plan.bn_batch_size:>10}{plan.lanes:>7}{plan.data_devices:>11}{plan.diverging:>9}{plan.flops:>10.1e}"
             f"{plan.images_per_second:>10,.0f}{plan.compile_seconds:>7.1f} s{plan.peak_bytes / 2**20:>6,.0f} MiB"
             f"{duration(plan.seconds):>14}"
         )
@@ -79,6 +84,8 @@ def _measure(chosen: Experiment, there: dict | None) -> None:
             elsewhere += seconds
             line += f"{duration(seconds):>14}"
         print(line, flush=True)
+    if fewest < (devices := jax.device_count()) and all(plan.data_devices == 1 for plan in plans):
+        print(f"{devices} devices and fewer runs: --config.data_devices={devices} would share each batch among them.")
     largest, in_all = max(plan.peak_bytes for plan in plans), memory.peak_bytes_in_use()
     print(
         f"{len(plans)} compilations, {sum(plan.flops for plan in plans):.1e} FLOPs, at most {largest / 2**20:,.0f} MiB"

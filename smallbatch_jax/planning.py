@@ -214,6 +214,7 @@ class ProgramPlan:
     runs: int
     steps: int  # per run
     lanes: int
+    data_devices: int  # that share each batch
     flops: float  # of all runs, every one trained to its end
     diverging: int  # runs expected to end at once
     compile_seconds: float
@@ -235,6 +236,7 @@ def plan_program(job: Job, flops_per_image: float, found: Probe) -> ProgramPlan:
         len(job.runs),
         job.total_steps,
         found.lanes,
+        job.data_devices,
         flops_per_image * images * len(job.runs),
         diverging,
         found.compile_seconds,

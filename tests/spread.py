@@ -14,7 +14,7 @@ import numpy as np
 
 from smallbatch_jax import data, driver, experiment, jobs, lanes, processes
 from smallbatch_jax.checkpoint import Checkpoints
-from smallbatch_jax.data import Dataset, order
+from smallbatch_jax.data import order
 from smallbatch_jax.device_data import to_device
 
 STEPS = 20
@@ -34,18 +34,18 @@ def main(out: str, cases: str, *distributed: str) -> None:
 
 
 def trained(
-    m: int, b: int, devices: int, scale: int = 1, first: int = 0, last: int = STEPS, save: str = "", restore: str = ""
+    m: int, b: int, devices: int, first: int = 0, last: int = STEPS, save: str = "", restore: str = ""
 ) -> tuple[dict, int]:
     """Parameters and running averages after steps first…last-1, and the test images right.
 
-    The digits are enlarged `scale` times. A checkpoint is restored before and saved after, if a folder is given.
+    A checkpoint is restored before and saved after, if a folder is given.
     """
     config = experiment.default_config()
     config.model = {"name": "resnet8", "norm": "batch"}
     config.grid = {"batch_sizes": (m,), "bn_batch_sizes": (b,), "base_lrs": (2**-10,)}
     config.data_devices, config.weight_decay, config.dataset.augment = devices, 1e-4, True
     chosen = experiment.from_config(config)
-    run, dataset = chosen.runs()[0], enlarged(data.load("digits"), scale)
+    run, dataset = chosen.runs()[0], data.load("digits")
     model_of = jobs.named_model(chosen, 10, 0.99)
     job = jobs.Job(chosen, dataset, model_of, m, b, [run], None, data_devices=devices)  # pyright: ignore[reportArgumentType]
     on_device = to_device(dataset, lanes.lane_mesh())
@@ -67,11 +67,6 @@ def trained(
     if save and processes.is_first():
         Checkpoints(Path(save), chosen).save(state, runs)
     return jax.tree.map(lambda x: x[0], (state.train.params, state.train.batch_stats)), report.test_correct[0]
-
-
-def enlarged(dataset: Dataset, scale: int) -> Dataset:
-    train, test = (images.repeat(scale, axis=1).repeat(scale, axis=2) for images in (dataset.train_images, dataset.test_images))
-    return Dataset(train, dataset.train_labels, test, dataset.test_labels, dataset.num_classes)
 
 
 if __name__ == "__main__":

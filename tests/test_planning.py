@@ -67,8 +67,8 @@ def test_compiling_ahead_costs_nothing_that_training_hides():
 
 
 def plan(**fields):
-    known = {"batch_size": 8, "bn_batch_size": 8, "runs": 4, "steps": 10, "lanes": 4, "flops": 1.0, "diverging": 1}
-    known |= {"compile_seconds": 1.0, "images_per_second": 5.0, "seconds": 1.0, "peak_bytes": 1}
+    known = {"batch_size": 8, "bn_batch_size": 8, "runs": 4, "steps": 10, "lanes": 4, "data_devices": 1}
+    known |= {"flops": 1.0, "diverging": 1, "compile_seconds": 1.0, "images_per_second": 5.0, "seconds": 1.0, "peak_bytes": 1}
     return planning.ProgramPlan(**{**known, **fields})
 
 

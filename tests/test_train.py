@@ -149,37 +149,79 @@ def test_micro_batches_drop_other_units_each():
     assert not np.allclose(found, same_twice)
 
 
-def by_shard_map(step, state, batch):
-    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+def by_shard_map(step, state, batch, devices=2):
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     shared = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P(), check_vma=False)
     return jax.tree.map(lambda leaf: leaf[None], jax.jit(shared)(state, SETTING, batch))
 
 
-def in_halves(batch):
-    return jax.tree.map(lambda leaf: leaf.reshape(2, EXAMPLES // 2, *leaf.shape[1:]), batch)
+def in_shares(batch, devices):
+    return jax.tree.map(lambda leaf: leaf.reshape(devices, EXAMPLES // devices, *leaf.shape[1:]), batch)
 
 
-def by_vmap(step, state, batch):
-    return jax.jit(jax.vmap(step, in_axes=(None, None, 0), axis_name="data"))(state, SETTING, in_halves(batch))
+def by_vmap(step, state, batch, devices=2):
+    return jax.jit(jax.vmap(step, in_axes=(None, None, 0), axis_name="data"))(state, SETTING, in_shares(batch, devices))
 
 
-def by_pmap(step, state, batch):
+def by_pmap(step, state, batch, devices=2):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        return jax.pmap(step, in_axes=(None, None, 0), axis_name="data")(state, SETTING, in_halves(batch))
+        return jax.pmap(step, in_axes=(None, None, 0), axis_name="data")(state, SETTING, in_shares(batch, devices))
 
 
+@functools.cache
+def whole_step(bn_batch_size):
+    """Of the whole batch on one device."""
+    return jax.jit(make_train_step(Tiny(bn_batch_size), Program(EXAMPLES, 20)))
+
+
+@pytest.mark.parametrize("bn_batch_size", [2, EXAMPLES // 2, EXAMPLES])
 @pytest.mark.parametrize("spread", [by_shard_map, by_vmap, by_pmap])
-def test_a_batch_spread_over_devices_is_the_same_step(batch, on_one_device, spread):
+def test_a_batch_spread_over_devices_is_the_same_step(batch, spread, bn_batch_size):
     """Half the batch on each of two devices, one per-device step: parameters, statistics, loss and count are those of one.
 
-    The BN batch is a device's share, so that the sub-batches are the same ones.
+    The BN batch is half of a device's share, all of it, or both devices'.
     """
-    half = EXAMPLES // 2
-    step = make_train_step(Tiny(half, axis_name="data"), Program(EXAMPLES, 20, axis_name="data"))
-    found = spread(step, state_at(Tiny(half)), batch)
+    step = make_train_step(Tiny(bn_batch_size, axis_name="data"), Program(EXAMPLES, 20, axis_name="data"))
+    state = state_at(Tiny(bn_batch_size))
+    found = spread(step, state, batch)
     for copy in range(len(found[1].loss)):
-        assert_trees_close(jax.tree.map(lambda leaf, copy=copy: leaf[copy], found), on_one_device)
+        one = jax.tree.map(lambda leaf, copy=copy: leaf[copy], found)
+        assert_trees_close(one, whole_step(bn_batch_size)(state, SETTING, batch))
+
+
+@pytest.mark.parametrize(("bn_batch_size", "parts"), [(1, 1), (2, None), (4, None), (8, None)])
+def test_four_devices_are_the_same_step(batch, bn_batch_size, parts):
+    """Two examples on each, taken one at a time or together; a BN batch is of a part of a device, one, two or all of them."""
+    program = Program(EXAMPLES, 20, axis_name="data", micro_batch_size=parts)
+    step = make_train_step(Tiny(bn_batch_size, axis_name="data"), program)
+    state = state_at(Tiny(bn_batch_size))
+    found = jax.tree.map(lambda leaf: leaf[3], by_vmap(step, state, batch, 4))
+    assert_trees_close(found, whole_step(bn_batch_size)(state, SETTING, batch))
+
+
+def test_a_bn_batch_that_devices_cannot_make_is_refused(batch):
+    step = make_train_step(Tiny(3, axis_name="data"), Program(EXAMPLES, 20, axis_name="data"))
+    with pytest.raises(ValueError, match="3 does not divide the batch of 4 examples it is applied to, on each of 2 devices"):
+        by_vmap(step, state_at(Tiny(3)), batch)
+
+
+def test_devices_drop_other_units_each():
+    """Equal images on two devices do not lose the same units."""
+
+    class Dropped(nn.Module):
+        @nn.compact
+        def __call__(self, images, train=False):
+            scale = self.param("scale", nn.initializers.ones, images.shape[1:])
+            return nn.Dropout(0.5, deterministic=not train)(images * scale[None])
+
+    state = init_state(Dropped(), jnp.ones((1, 8)), jnp.int32(0))
+    step = make_train_step(Dropped(), Program(2, 20, axis_name="data"))
+    shares = Batch(jnp.ones((2, 1, 8)), jnp.zeros((2, 1), jnp.int32))
+    found = jax.vmap(step, in_axes=(None, None, 0), axis_name="data")(state, SETTING, shares)[0].params["scale"][0]
+    alone = make_train_step(Dropped(), Program(2, 20))(state, SETTING, jax.tree.map(lambda x: x[0], shares))[0]
+    changed, changed_alone = (np.unique(np.round(x, 6)) for x in (found, alone.params["scale"]))
+    assert len(changed) > len(changed_alone)  # a unit is dropped on none, on one or on both, not only on none or on both
 
 
 class Fixed(nn.Module):
