@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 SPREAD = Path(__file__).parent / "spread.py"
-# Of the norm of each array. Rounding alone stays ten times below it, until it turns one ReLU: of the few thousand terms, most of
-# which cancel, in the gradient of a batch norm's bias, one is then another. On larger images that happens within twenty steps
-# to a run on one device whose η̃ is moved by a millionth; so these are the digits, 8x8 pixels.
+# Of the norm of each array. Rounding alone stays ten times below it, until it turns one ReLU: of the few thousand terms in the
+# gradient of a batch norm's bias, most of which cancel, one is then another. On larger images that happens within twenty steps
+# also to a run on one device whose η̃ is moved by a millionth; so these are the digits, 8x8 pixels.
 TOLERANCE = 1e-5
 FOUR_PIXELS = 1e-4  # where a BN batch is one image, of which the last stage has four pixels to take statistics of
 
