@@ -192,8 +192,12 @@ def resolved(chosen: Experiment, workdir: str | None = None) -> Experiment:
     return choose_base_lrs(chosen, workdir)
 
 
-def train(chosen: Experiment, workdir: str, started: float) -> int:
-    """Trains an experiment into a workdir, draws its figures and prints its table; the exit status."""
+def for_workdir(chosen: Experiment, workdir: str) -> Experiment:
+    """The experiment as it is trained into a workdir, which may be new or hold a part of it.
+
+    Raises:
+      InputError: if there is nothing to train, or the workdir holds anything else.
+    """
     if chosen.drawn_from:
         raise InputError(
             f"drawn_from: {chosen.name} is drawn from other results and trains nothing; "
@@ -202,8 +206,13 @@ def train(chosen: Experiment, workdir: str, started: float) -> int:
     chosen = resolved(chosen, workdir)
     from smallbatch_jax.workdir import refuse_difference
 
-    folder = Path(workdir)
-    refuse_difference(folder, chosen)
+    refuse_difference(Path(workdir), chosen)
+    return chosen
+
+
+def train(chosen: Experiment, workdir: str, started: float) -> int:
+    """Trains an experiment into a workdir, draws its figures and prints its table; the exit status."""
+    chosen, folder = for_workdir(chosen, workdir), Path(workdir)
     start_jax()
     from smallbatch_jax import data, driver, progress, results
 
