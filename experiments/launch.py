@@ -44,15 +44,17 @@ def main() -> int:
     except Interrupted as interrupted:
         named = ", ".join(str(folder) for _, folder in chosen)
         command.leave(f"stopped; everything is saved in {named}, the same command goes on", 128 + interrupted.signum)
-    for _, folder in chosen:
-        began = time.monotonic()
-        command.show(folder)
-        timings = results.Timings(folder)
-        timings.add("import", imported - STARTED)
-        timings.add("draw", time.monotonic() - began)
-    if not complete:
-        print("some programs failed; the same command tries them again", file=sys.stderr)
-    return 0 if complete else 1
+    for (_, folder), whole in zip(chosen, complete, strict=True):
+        if whole:
+            began = time.monotonic()
+            command.show(folder)
+            timings = results.Timings(folder)
+            timings.add("import", imported - STARTED)
+            timings.add("draw", time.monotonic() - began)
+    if all(complete):
+        return 0
+    print("some programs failed; the same command tries them again", file=sys.stderr)
+    return 1
 
 
 def _also(value: str) -> tuple[Experiment, str]:

@@ -27,8 +27,8 @@ class Grid(NamedTuple):
     workdir: Path
 
 
-def train_grids(grids: Sequence[Grid], address: str | None, progress: Progress) -> bool:
-    """Trains every run of the grids that their workdirs do not hold yet; whether all are there then.
+def train_grids(grids: Sequence[Grid], address: str | None, progress: Progress) -> list[bool]:
+    """Trains every run of the grids that their workdirs do not hold yet; of each grid, whether all are there then.
 
     A line on stderr says of each program that failed why it did.
 
@@ -44,6 +44,8 @@ def train_grids(grids: Sequence[Grid], address: str | None, progress: Progress) 
     ray = tasks.imported_ray()
     facts = _facts_of([grid.experiment for grid in grids])
     with ExitStack() as stack:
+        if address is not None:  # a wrong one is found out before anything is written
+            stack.enter_context(tasks.connected(ray, address))
         found: list[list[Program]] = []
         for grid, known in zip(grids, facts, strict=True):
             folder = stack.enter_context(open_workdir(grid.workdir.absolute(), grid.experiment, known))
@@ -51,12 +53,14 @@ def train_grids(grids: Sequence[Grid], address: str | None, progress: Progress) 
             found.append(_programs(grid.experiment, folder, token, known["examples"][0]))
         of_all = [program for members in found for program in members]
         if any(program.pending for program in of_all):
-            stack.enter_context(tasks.connected(ray, address))
+            if address is None:
+                stack.enter_context(tasks.connected(ray, None))
             tasks.Tasks(ray, of_all).train(progress)
-        for members in found:
-            if not any(program.failure for program in members):
+        complete = [not any(program.failure for program in members) for members in found]
+        for members, whole in zip(found, complete, strict=True):
+            if whole:
                 _finish(members[0].workdir, summed(members, time.monotonic()))
-        return not any(program.failure for program in of_all)
+        return complete
 
 
 def _finish(workdir: Path, status: Status) -> None:

@@ -4,11 +4,13 @@ import dataclasses
 import logging
 import math
 import os
+import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
     from smallbatch_jax.feeder import Stop
 
 RETRIES = 5  # of a program whose worker or machine died
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.5  # between two looks at the board
+CONNECT_SECONDS = 10.0  # to reach a cluster's head
 SILENT_SECONDS = 20.0  # after which a worker that said nothing counts as gone
 ANSWER_SECONDS = 10.0  # that workers and launcher wait for the board
 STOP_SECONDS = 60.0  # that workers have to save
@@ -73,7 +76,10 @@ def summed(members: Iterable[Program], started: float) -> Status:
 
 
 class Board:
-    """Where workers say how far they have come and see whether to stop; an actor."""
+    """Where workers say how far they have come and see whether to stop; an actor.
+
+    One whose process dies begins anew, knowing nothing.
+    """
 
     def __init__(self) -> None:
         self._signum = 0
@@ -84,11 +90,9 @@ class Board:
         self._heard[program] = (time.monotonic(), status)
         return self._signum
 
-    def stop(self, signum: int) -> None:
+    def heard(self, signum: int) -> dict[int, tuple[float, Status | None]]:
+        """Of each program that ever began: seconds since its last report, and that report. Workers are to stop at `signum`."""
         self._signum = signum
-
-    def heard(self) -> dict[int, tuple[float, Status | None]]:
-        """Of each program that ever began: seconds since its last report, and that report."""
         return {program: (time.monotonic() - when, status) for program, (when, status) in self._heard.items()}
 
 
@@ -126,23 +130,25 @@ def connected(ray: Any, address: str | None) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"logging_level": logging.CRITICAL, "log_to_driver": False}
-    alone: dict[str, Any] = {
-        "include_dashboard": False,
-        "num_cpus": len(os.sched_getaffinity(0)),
-        "object_store_memory": STORE_BYTES,
-    }
+    if address is None:
+        cpus = len(os.sched_getaffinity(0))
+        options |= {"include_dashboard": False, "num_cpus": cpus, "object_store_memory": STORE_BYTES}
     before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address or "local", **options, **({} if address else alone))
+        if address and re.fullmatch(r"[^/]+:\d+", address):  # Ray would try for minutes, and say so
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        ray.init(address or "local", **options)
     except Exception as error:  # of many types
-        where = f"--address={address}: no Ray cluster can be reached" if address else "no Ray cluster can be started here"
-        raise InputError(f"{where}: {_one_line(error)}") from error
+        what = f"--address={address}: no Ray cluster can be reached" if address else "no Ray cluster can be started here"
+        raise InputError(f"{what}: {_one_line(error)}") from error
     finally:
         signal.signal(signal.SIGTERM, before)  # Ray would exit without a word
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # where Ray tells at length of each worker that dies
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _task(part: Part, program: int, board: Any) -> Outcome:
@@ -158,11 +164,15 @@ class Tasks:
 
     def __init__(self, ray: Any, found: list[Program]):
         self._ray, self._programs = ray, found
-        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        node = ray.get_runtime_context().get_node_id()  # the launcher's, on whose death all is over anyway
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
         options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
         self._board = ray.remote(Board).options(**options).remote()
+        # One function for all: Ray keeps the order of a function's tasks that ask for the same.
+        self._task = ray.remote(max_calls=1, max_retries=RETRIES)(_task)
         self._began = time.monotonic()
         self._running: dict[Any, int] = {}  # the number of the program of each task that has not ended
+        self._asked: dict[int, dict[str, int]] = {}  # what each program asked for, by Ray's names
 
     def train(self, progress: Progress) -> None:
         """Returns when each program is trained or has failed.
@@ -186,7 +196,7 @@ class Tasks:
     def _submit(self, number: int) -> None:
         program = self._programs[number]
         experiment = program.experiment
-        asked = resources(self._nodes(), len(program.pending), experiment.lanes)
+        self._asked[number] = asked = resources(self._nodes(), program.status.runs, experiment.lanes)
         part = Part(
             _seen_from_anywhere(experiment),
             program.workdir,
@@ -196,8 +206,8 @@ class Tasks:
             sys.argv,
             asked.get("num_cpus"),
         )
-        remote = self._ray.remote(max_calls=1, max_retries=RETRIES, **asked)(_task)
-        self._running[remote.options(name=program.name).remote(part, number, self._board)] = number
+        task = self._task.options(name=program.name, **asked).remote(part, number, self._board)
+        self._running[task] = number
 
     def _nodes(self) -> list[dict[str, float]]:
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
@@ -208,28 +218,41 @@ class Tasks:
             ended, _ = self._ray.wait(list(self._running), timeout=POLL_SECONDS)
             for task in ended:
                 self._end(self._programs[self._running.pop(task)], task)
-            self._listen()
+            self._listen(stop.signum)
             if stop.signum and deadline == math.inf:
                 deadline = time.monotonic() + STOP_SECONDS
-                self._ask_to_stop(stop.signum)
+                self._cancel_waiting()
+            elif not stop.signum:
+                self._ask_for_less()
             working = sum(program.working for program in self._programs)
-            progress.show(
-                summed(self._programs, self._began), f"{working} programs at work, {len(self._running) - working} waiting"
-            )
+            doing = f"{working} programs at work, {len(self._running) - working} waiting"
+            progress.show(summed(self._programs, self._began), doing)
 
-    def _listen(self) -> None:
-        """Notes what the workers of programs that have not ended last said."""
-        heard: dict[int, tuple[float, Status | None]] = {}
-        with suppress(self._ray.exceptions.RayError):
-            heard = self._ray.get(self._board.heard.remote(), timeout=ANSWER_SECONDS)
-        for number in heard.keys() & set(self._running.values()):
-            program, (silent, status) = self._programs[number], heard[number]
+    def _listen(self, signum: int) -> None:
+        """Notes what the workers of programs that have not ended last said; has them stop if `signum` is not 0."""
+        try:
+            heard = self._ray.get(self._board.heard.remote(signum), timeout=ANSWER_SECONDS)
+        except self._ray.exceptions.RayError:
+            return
+        for number in self._running.values():
+            program, (silent, status) = self._programs[number], heard.get(number, (math.inf, None))
             program.working = silent < SILENT_SECONDS
             program.status = status or program.status
 
-    def _ask_to_stop(self, signum: int) -> None:
-        """Workers save and end; of what has not begun nothing is to be saved."""
-        self._board.stop.remote(signum)
+    def _ask_for_less(self) -> None:
+        """Hands out anew what waits for more CPUs than any machine has that is left."""
+        nodes = self._nodes()
+        for task, number in list(self._running.items()):
+            program, asked = self._programs[number], self._asked[number].get("num_cpus", 0)
+            if program.working or asked <= 1:
+                continue
+            if resources(nodes, program.status.runs, program.experiment.lanes).get("num_cpus", asked) < asked:
+                self._ray.cancel(task)
+                del self._running[task]
+                self._submit(number)
+
+    def _cancel_waiting(self) -> None:
+        """Ends programs that have not begun, of which nothing is to be saved."""
         for task, number in self._running.items():
             if not self._programs[number].working:
                 self._ray.cancel(task)
