@@ -195,14 +195,12 @@ def resolved(chosen: Experiment, workdir: str | None = None) -> Experiment:
     return choose_base_lrs(chosen, workdir)
 
 
-def train(chosen: Experiment, workdir: str, started: float) -> int:
-    """Trains an experiment into a workdir, draws its figures and prints its table; the exit status.
+def for_workdir(chosen: Experiment, workdir: str) -> Experiment:
+    """The experiment as it is trained into a workdir, which may be new or hold a part of it.
 
-    With several processes all train, and the first alone uses the workdir.
+    Raises:
+      InputError: if there is nothing to train, or the workdir holds anything else.
     """
-    import several
-
-    several.supervise()
     if chosen.drawn_from:
         raise InputError(
             f"drawn_from: {chosen.name} is drawn from other results and trains nothing; "
@@ -211,8 +209,19 @@ def train(chosen: Experiment, workdir: str, started: float) -> int:
     chosen = resolved(chosen, workdir)
     from smallbatch_jax.workdir import refuse_difference
 
-    folder = Path(workdir)
-    refuse_difference(folder, chosen)
+    refuse_difference(Path(workdir), chosen)
+    return chosen
+
+
+def train(chosen: Experiment, workdir: str, started: float) -> int:
+    """Trains an experiment into a workdir, draws its figures and prints its table; the exit status.
+
+    With several processes all train, and the first alone uses the workdir.
+    """
+    import several
+
+    several.supervise()
+    chosen, folder = for_workdir(chosen, workdir), Path(workdir)
     start_jax(join=several.join)
     import jax
 

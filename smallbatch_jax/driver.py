@@ -76,14 +76,13 @@ def train_grid(
       InputError: if the grid does not fit the data or the workdir is not this experiment's; nothing is written then.
       Interrupted: on SIGINT or SIGTERM, after the segment at work ended and all lanes were saved.
     """
-    facts = {"num_classes": dataset.num_classes, "examples": [len(dataset.train_labels), len(dataset.test_labels)]}
     study = _Study(experiment, dataset, model_of)
     if processes.several():
         processes.require_same(experiment.to_dict(), "config")
         processes.require_same(dataset.digest(), "dataset")
     with ExitStack() as stack:
-        folder = processes.on_first(lambda: stack.enter_context(open_workdir(workdir, experiment, facts)))
-        stop = stack.enter_context(_signals())
+        folder = processes.on_first(lambda: stack.enter_context(open_workdir(workdir, experiment, facts(dataset))))
+        stop = stack.enter_context(noted_signals())
         status = study.train(folder, list(programs(experiment.runs())), progress, stop)
         if processes.is_first():
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -93,20 +92,31 @@ def train_grid(
             record_provenance(folder, "finish", finished=status.finished, diverged=status.diverged)
 
 
-def train_program(experiment: Experiment, workdir: Path, shape: tuple[int, int], dataset: Dataset, progress: Progress) -> None:
+def facts(dataset: Dataset) -> dict[str, Any]:
+    """What a workdir keeps of its data."""
+    return {"num_classes": dataset.num_classes, "examples": [len(dataset.train_labels), len(dataset.test_labels)]}
+
+
+def require_trainable(experiment: Experiment, dataset: Dataset) -> None:
+    """Refuses an experiment that does not fit the data, as `train_grid` would; runs nothing."""
+    _Study(experiment, dataset, None)
+
+
+def train_program(
+    experiment: Experiment, workdir: Path, shape: tuple[int, int], dataset: Dataset, progress: Progress, stop: Stop
+) -> None:
     """Trains one program of a grid: the runs of `shape`, (batch size, BN batch size), that `workdir` does not hold yet.
 
-    The workdir is another process's, which has opened it and hands out its programs; each has files of its own.
+    The workdir is another process's, which has opened it and hands out its programs; each has files of its own. Signals are
+    the caller's too, who may set `stop` from another thread.
 
     Raises:
       InputError: if another process trains this program, or it cannot be trained here.
-      Interrupted: as `train_grid` does.
+      Interrupted: once `stop` is set, after the segment at work ended and all lanes were saved.
     """
-    study = _Study(experiment, dataset, None)
-    with _signals() as stop:
-        study.train(workdir, [shape], progress, stop)
-        if stop.signum:
-            raise Interrupted(stop.signum)
+    _Study(experiment, dataset, None).train(workdir, [shape], progress, stop)
+    if stop.signum:
+        raise Interrupted(stop.signum)
 
 
 class _Study:
@@ -249,7 +259,7 @@ def _await(future: Future[Any], stop: Stop) -> Any:
 
 
 @contextmanager
-def _signals() -> Iterator[Stop]:
+def noted_signals() -> Iterator[Stop]:
     """Notes SIGINT and SIGTERM instead of dying of them; a second one ends the process at once.
 
     At once even while the main thread waits for a segment, where Python runs no handler: a thread reads the signals' numbers

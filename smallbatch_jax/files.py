@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and what is said where they cannot be."""
 
 import errno
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
@@ -88,15 +89,25 @@ class AppendOnly:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - nothing may wait in a buffer to be written later
-            size = self._file.seek(0, os.SEEK_END)
-            self._file.seek(max(0, size - 1))
-            self._half_line = self._file.read(1) not in (b"", b"\n")  # left by a process that was killed
+
+    def owned(self) -> bool:
+        """Makes this the file's one writer until it is closed; False if another is, or if the file was replaced meanwhile."""
+        try:
+            fcntl.flock(self, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.path.samestat(os.fstat(self.fileno()), os.stat(self._path))
+        except OSError:
+            return False
+
+    def fileno(self) -> int:
+        return self._file.fileno()
 
     def append(self, lines: str) -> None:
         """Adds lines, each with its line break."""
-        rest = memoryview((b"\n" if self._half_line else b"") + lines.encode())
         with writing(self._path):
             size = self._file.seek(0, os.SEEK_END)
+            self._file.seek(max(0, size - 1))
+            half_line = self._file.read(1) not in (b"", b"\n")  # left by a process that was killed
+            rest = memoryview((b"\n" if half_line else b"") + lines.encode())
             try:
                 while rest:
                     rest = rest[self._file.write(rest) :]
@@ -104,21 +115,25 @@ class AppendOnly:
                 with suppress(OSError):
                     self._file.truncate(size)
                 raise
-        self._half_line = False
 
     def sync(self) -> None:
         """Brings it to the disk."""
         with writing(self._path):
-            os.fsync(self._file.fileno())
+            os.fsync(self.fileno())
 
     def __enter__(self) -> "AppendOnly":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._file.close()
 
 
 def append_line(path: Path, line: str, header: str = "") -> None:
-    """Adds a line to a file, which begins with `header` if this is its first."""
+    """Adds a line to a file, which begins with `header` if this is its first; other processes may do so at the same time."""
     with AppendOnly(path) as file, writing(path):
+        with suppress(OSError):  # where there are no locks, lines are whole at least
+            fcntl.flock(file, fcntl.LOCK_EX)
         file.append((f"{header}\n" if header and path.stat().st_size == 0 else "") + f"{line}\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from smallbatch_jax.experiment import Experiment, Run, programs
+from smallbatch_jax.experiment import Experiment, InputError, Run, programs
 from smallbatch_jax.files import AppendOnly, append_line, write_atomically
 from smallbatch_jax.workdir import read_experiment
 
@@ -66,37 +66,61 @@ _TYPES = [int if kind is int else float for kind in Row.__annotations__.values()
 _HEADER = ",".join(Row._fields) + "\n"
 
 
-def _path(workdir: Path, batch_size: int, bn_batch_size: int) -> Path:
+def path_of(workdir: Path, batch_size: int, bn_batch_size: int) -> Path:
+    """The file that holds the rows of a program."""
     return workdir / "results" / f"m{batch_size:05d}_b{bn_batch_size:05d}.csv"
 
 
+class Owned(InputError):
+    """Another process writes the rows of this program."""
+
+
 class ProgramResults:
-    """The rows of one program, open for appending; a context manager."""
+    """The rows of one program, open for appending by one process at a time; a context manager.
+
+    Raises:
+      Owned: if another process has them open.
+      WriteError, InputError: if they cannot be written.
+    """
 
     def __init__(self, workdir: Path, batch_size: int, bn_batch_size: int):
-        self.path = _path(workdir, batch_size, bn_batch_size)
+        self.path = path_of(workdir, batch_size, bn_batch_size)
         self._epochs: dict[Run, int] = {}
         self._diverged: set[Run] = set()
-        for row in self._mended():
+        whole = False
+        while not whole:  # a mended file is a new one, to be owned in its turn
+            self._file: AppendOnly | None = AppendOnly(self.path)
+            try:
+                if not self._file.owned():
+                    raise Owned(f"{self.path} belongs to another process, which trains this program.")
+                if not self.path.stat().st_size:
+                    self._file.append(_HEADER)
+                rows, whole = self._mended()
+            except BaseException:
+                self._file.close()
+                raise
+            if not whole:
+                self._file.close()
+        for row in rows:
             self._note(row)
-        self._file: AppendOnly | None = AppendOnly(self.path)
 
-    def _mended(self) -> list[Row]:
-        """The rows that are there, of each run up to the first that is missing; the file then holds these alone.
+    def _mended(self) -> tuple[list[Row], bool]:
+        """The rows that are there, of each run up to the first that is missing, and whether the file held these alone.
 
-        A run whose later rows count on lost ones is trained again from there.
+        If it did not, it was replaced by one that does. A run whose later rows count on lost ones is trained again from there.
         """
-        found, damaged = _read_rows(self.path) if self.path.exists() else ([], False)
+        found, damaged = _read_rows(self.path)
         rows: dict[Run, list[Row]] = {}
         for row in sorted(found, key=lambda row: row.epoch):
             of_run = rows.setdefault(row.run, [])
             if row.epoch == len(of_run) + 1 and not (of_run and of_run[-1].diverged):
                 of_run.append(row)
         kept = {id(row) for of_run in rows.values() for row in of_run}
-        whole = [row for row in found if id(row) in kept]
-        if damaged or len(whole) < len(found) or not self.path.exists():
-            write_atomically(self.path, _HEADER + "".join(map(_line, whole)))
-        return whole
+        rows_kept = [row for row in found if id(row) in kept]
+        whole = not damaged and len(rows_kept) == len(found)
+        if not whole:
+            write_atomically(self.path, _HEADER + "".join(map(_line, rows_kept)))
+        return rows_kept, whole
 
     def followed(self) -> "ProgramResults":
         """What is known so far, for a process that follows the writer of the file: it is told of all rows, and writes none."""
@@ -143,7 +167,7 @@ class ProgramResults:
 
     def __exit__(self, kind: type | None, value: BaseException | None, traceback: TracebackType | None) -> None:
         if self._file:
-            self._file.__exit__()
+            self._file.close()
 
 
 def _line(row: Row) -> str:
@@ -154,7 +178,7 @@ def _read_rows(path: Path) -> tuple[list[Row], bool]:
     """The whole rows of a file, and whether anything in it is not one: a damaged line, or what a kill left half written."""
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         *lines, torn = file.read().split("\n")
-    rows, damaged = [], bool(torn) or lines[:1] != [_HEADER.rstrip()]
+    rows, damaged = [], bool(torn) or lines[:1] not in ([], [_HEADER.rstrip()])
     for line in lines:
         try:
             values: Any = [kind(value) for kind, value in zip(_TYPES, line.split(","), strict=True)]
@@ -184,7 +208,7 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     workdir = Path(workdir)
     experiment = read_experiment(workdir)
     found = sorted((workdir / "results").glob("m*_b*.csv"))
-    expected = {_path(workdir, m, b) for m, b in programs(experiment.runs())}
+    expected = {path_of(workdir, m, b) for m, b in programs(experiment.runs())}
     if found and (missing := sorted(expected - set(found))):  # a sweep makes them all as it begins
         warnings.warn(f"{', '.join(map(str, missing))}: missing; the runs count as not trained", stacklevel=2)
     frame = pd.concat([_frame([]), *(_frame(_stored_rows(path)) for path in found)], ignore_index=True)

@@ -47,7 +47,7 @@ def trained(tmp_path_factory):
     return workdir, finish(sweep(workdir))
 
 
-@pytest.mark.parametrize("script", ["sweep.py", "train.py", "figures.py"])
+@pytest.mark.parametrize("script", ["sweep.py", "train.py", "figures.py", "launch.py"])
 def test_help_says_how_and_exits_0_within_two_seconds(script):
     began = time.perf_counter()
     done = run(script, "--help")

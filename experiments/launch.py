@@ -1,0 +1,73 @@
+"""Trains the grids of one or several configs on a Ray cluster, each program by a worker wherever there is room.
+
+    python experiments/launch.py --config=configs/quickstart.py --workdir=runs/quickstart [--address=auto] \\
+        [--also=configs/fig08_resnet32.py:runs/fig08 ...]
+
+A program is what one batch size and BN batch size have in common. It takes a GPU, or on a cluster without any the CPUs that its
+lanes can use. The same command resumes, and so does sweep.py, on the same workdir. At the end it draws the figures of each
+workdir and prints its table, as sweep.py does.
+"""
+
+import runpy
+import sys
+import time
+from pathlib import Path
+
+STARTED = time.monotonic()
+
+import command  # noqa: E402
+from absl import flags  # noqa: E402
+
+from smallbatch_jax import experiment  # noqa: E402
+from smallbatch_jax.experiment import Experiment, InputError  # noqa: E402
+
+CONFIG = command.define_config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results; made if it is not there.")
+ADDRESS = flags.DEFINE_string("address", None, "Of a running Ray cluster, or auto; left out, this machine is one.")
+ALSO = flags.DEFINE_multi_string("also", [], "CONFIG.py:WORKDIR, another config and its folder; may be given several times.")
+
+
+def main() -> int:
+    asked = [(experiment.from_config(command.given_config(CONFIG)), command.given(WORKDIR, "runs/quickstart"))]
+    asked += [_also(value) for value in ALSO.value]
+    folders = [Path(workdir).resolve() for _, workdir in asked]
+    for workdir in folders:
+        if folders.count(workdir) > 1:
+            raise InputError(f"--workdir, --also: {workdir} stands twice; give each config a folder of its own.")
+    chosen = [(command.for_workdir(config, workdir), Path(workdir)) for config, workdir in asked]
+    from smallbatch_jax import cluster, progress, results
+    from smallbatch_jax.feeder import Interrupted
+
+    imported = time.monotonic()
+    try:
+        complete = cluster.train_grids([cluster.Grid(*pair) for pair in chosen], ADDRESS.value or None, progress.for_stream())
+    except Interrupted as interrupted:
+        named = ", ".join(str(folder) for _, folder in chosen)
+        command.leave(f"stopped; everything is saved in {named}, the same command goes on", 128 + interrupted.signum)
+    for (_, folder), whole in zip(chosen, complete, strict=True):
+        if whole:
+            began = time.monotonic()
+            command.show(folder)
+            timings = results.Timings(folder)
+            timings.add("import", imported - STARTED)
+            timings.add("draw", time.monotonic() - began)
+    if all(complete):
+        return 0
+    print("some programs failed; the same command tries them again", file=sys.stderr)
+    return 1
+
+
+def _also(value: str) -> tuple[Experiment, str]:
+    """The experiment and the workdir that --also gives."""
+    path, _, workdir = value.partition(":")
+    if not path or not workdir:
+        raise InputError(f"--also: got {value!r}, accepts CONFIG.py:WORKDIR, for example configs/quickstart.py:runs/quickstart")
+    try:
+        config = runpy.run_path(path)["get_config"]()
+    except Exception as error:  # whatever a config file raises is the user's to mend
+        raise InputError(f"--also={value}: {type(error).__name__}: {error}") from None
+    return experiment.from_config(config), workdir
+
+
+if __name__ == "__main__":
+    command.run(main)
