@@ -224,6 +224,21 @@ def test_a_grid_outlives_a_machine_that_dies_while_it_trains(tmp_path, swept, he
 
 
 @pytest.mark.slow
+def test_the_whole_quickstart_outlives_a_machine_that_dies(tmp_path):
+    """65 runs in 5 programs; the machine dies while it trains m = 2 or m = 8."""
+    done = run("experiments/sweep.py", QUICKSTART, f"--workdir={tmp_path / 'swept'}")
+    assert done.returncode == 0, done.stderr
+    workdir = tmp_path / "w"
+    with two_nodes(1, 1) as (address, kill):
+        process = launch(workdir, f"--address={address}")
+        wait_until(lambda: len(begun(workdir)) == 2, process)
+        kill()
+        finished(process)
+    assert starts(workdir) == 6
+    assert_as_if_swept(workdir, tmp_path / "swept")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_workers_which_save_and_the_same_command_goes_on(tmp_path, swept, signum):
     workdir = tmp_path / "w"

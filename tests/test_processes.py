@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import several  # noqa: E402
 
-SMALL = ("--config=configs/quickstart.py", "--config.epochs=1", "--config.grid.batch_sizes=(128,512)")
+SMALL = ("--config=configs/quickstart.py", "--config.epochs=1", "--config.grid.batch_sizes=(512,)")
 RATES = "--config.grid.base_lrs=(0.0001,0.0005,8.0)"
 # One run whose batch four devices share, BN batches on two of them; a checkpoint as often as can be.
 SHARED = (
