@@ -138,6 +138,15 @@ def test_winograd_is_chosen_by_width_tiles_stride_and_dtype(monkeypatch, example
     assert called == [chosen]
 
 
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_a_convolution_of_one_pixel_is_a_matrix_product(monkeypatch, strides):
+    """However large the image."""
+    monkeypatch.setattr(conv_module, "PATCHES_UP_TO_PIXELS", {jax.default_backend(): 0})
+    text = str(jax.make_jaxpr(lambda x, k: conv(x, k, strides))(jnp.zeros((2, 56, 56, 64)), jnp.zeros((1, 1, 64, 256))))
+    assert "dot_general" in text
+    assert "conv_general_dilated" not in text
+
+
 def test_conv_under_vmap_over_kernels_is_each_lane_by_itself(implementation):
     """Lanes with kernels and images of their own: output and both gradients as lax gives them one by one."""
     x, kernels = normal(3, 2, 6, 5, 3), normal(3, 3, 3, 3, 4, seed=1)
