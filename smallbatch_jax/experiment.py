@@ -19,7 +19,7 @@ __all__ = ["Experiment", "InputError", "Run", "default_config", "from_config", "
 
 DATASETS = ("digits", "folder", "cifar10", "cifar100")
 NORMS = ("none", "batch", "group", "batch_renorm")
-MODEL_NORMS = {"alexnet": (*NORMS, "batch_conv_only"), "resnet8": NORMS, "resnet20": NORMS, "resnet32": NORMS}
+MODEL_NORMS = {"alexnet": (*NORMS, "batch_conv_only")} | dict.fromkeys(("resnet8", "resnet20", "resnet32", "resnet50"), NORMS)
 OWN = "own:"  # begins the name of a model or dataset that a Python caller brought; no command can make one
 BN_STATISTICS = ("running", "precise")  # running averages, or recomputed over training images at each evaluation
 PRECISIONS = ("float32", "tf32", "bfloat16")

@@ -10,6 +10,7 @@ import pytest
 from smallbatch_jax.models import create_model, layers, micro_batch_size
 from smallbatch_jax.models.chunks import with_statistics
 from smallbatch_jax.models.layers import Dense
+from smallbatch_jax.models.resnet50 import BottleneckResNet
 
 N, C = 12, 3
 X = np.random.default_rng(0).normal(size=(N, 4, 5, 2)).astype(np.float32)
@@ -63,10 +64,18 @@ def test_a_large_batch_goes_in_even_chunks_or_not_at_all(n, size):
     assert layers._images_at_once(n) == size
 
 
-@pytest.mark.parametrize(("name", "norm"), [("resnet8", "batch"), ("alexnet", "batch"), ("resnet8", "batch_renorm")])
-def test_a_network_in_chunks_is_the_network(monkeypatch, name, norm):
+@pytest.mark.parametrize(
+    ("model", "convolutions"),
+    [
+        (create_model("resnet8", 3, "batch"), 7),
+        (create_model("alexnet", 3, "batch"), 5),
+        (create_model("resnet8", 3, "batch_renorm"), 7),
+        pytest.param(BottleneckResNet((1, 1, 1, 1), 3), 17, marks=pytest.mark.slow),
+    ],
+    ids=["resnet8-batch", "alexnet-batch", "resnet8-batch_renorm", "bottlenecks-batch"],
+)
+def test_a_network_in_chunks_is_the_network(monkeypatch, model, convolutions):
     """Logits, running statistics and gradients of 8 images in chunks of 4, against those of all at once."""
-    model = create_model(name, 3, norm)
     images = jnp.asarray(np.random.default_rng(3).normal(size=(8, 8, 8, 3)), jnp.float32)
     variables = jax.jit(model.init)(jax.random.key(0), images[:1])
     weights = np.random.default_rng(4).normal(size=(8, 3)).astype(np.float32)
@@ -84,7 +93,7 @@ def test_a_network_in_chunks_is_the_network(monkeypatch, name, norm):
     called = []
     monkeypatch.setattr(layers, "with_statistics", lambda *args: called.append(args[1]) or with_statistics(*args))
     chunked = run()
-    assert len(called) == {"resnet8": 7, "alexnet": 5}[name]
+    assert len(called) == convolutions
     assert set(called) == {4}
     for a, b in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * float(np.abs(b).max()) + 1e-6)

@@ -33,6 +33,9 @@ CONVOLUTIONS = [
     ((11, 10), (2, 2), (3, 3), "VALID"),
     ((8, 9), (3, 3), (2, 2), ((1, 1), (1, 1))),
     ((5, 6), (3, 2), (3, 1), ((0, 4), (3, 0))),
+    ((16, 13), (7, 7), (2, 2), ((3, 3), (3, 3))),
+    ((3, 2), (7, 7), (2, 2), ((3, 3), (3, 3))),
+    ((7, 7), (1, 1), (2, 2), ((0, 0), (0, 0))),
 ]
 
 
@@ -66,6 +69,12 @@ def assert_all_close(ours, theirs, rtol=1e-5, atol=1e-5):
         np.testing.assert_allclose(a, b, rtol, atol)
 
 
+def assert_errors_within_three_times(ours, theirs, exact):
+    for a, b, true in zip(ours, theirs, exact, strict=True):
+        error, of_theirs = (np.abs(np.asarray(found) - np.asarray(true)).max() for found in (a, b))
+        assert error <= 3 * of_theirs + 1e-6
+
+
 @pytest.mark.parametrize(("image", "window", "strides", "padding"), CONVOLUTIONS)
 def test_conv_and_its_gradients_are_those_of_lax(implementation, image, window, strides, padding):
     """Output, gradient of the image, gradient of the kernel, to rounding."""
@@ -86,6 +95,21 @@ def test_conv_however_many_images_channels_and_features(examples, channels, feat
     assert_all_close(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize(("image", "window", "strides", "channels", "features"), [
+    ((16, 16), 7, 2, 3, 64), ((8, 8), 3, 1, 64, 64), ((8, 8), 1, 1, 64, 256), ((8, 8), 1, 1, 256, 64),
+    ((14, 14), 1, 2, 256, 128), ((11, 13), 1, 2, 64, 128),
+])  # fmt: skip
+def test_conv_of_the_shapes_of_resnet50(image, window, strides, channels, features):
+    """By whatever is chosen for them, 8 images; errors, measured in float64, within three times those of lax."""
+    pads = ((window // 2,) * 2,) * 2
+    x, kernel = normal(8, *image, channels), normal(window, window, channels, features, seed=1)
+    ours = with_gradients(lambda x, k: conv(x, k, (strides,) * 2, pads), x, kernel)
+    theirs = with_gradients(lambda x, k: lax_conv(x, k, (strides,) * 2, pads), x, kernel)
+    with jax.enable_x64(True):
+        exact = with_gradients(lambda x, k: lax_conv(x, k, (strides,) * 2, pads), *(np.float64(a) for a in (x, kernel)))
+    assert_errors_within_three_times(ours, theirs, exact)
+
+
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 6), (5, 9)])
 @pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 2), (2, 0)), ((0, 0), (3, 1))])
 def test_winograd_is_the_direct_sum_at_the_widths_that_it_is_chosen_for(height, width, padding):
@@ -96,9 +120,7 @@ def test_winograd_is_the_direct_sum_at_the_widths_that_it_is_chosen_for(height, 
     theirs = with_gradients(lambda x, k: lax_conv(x, k, (1, 1), padding), x, kernel)
     with jax.enable_x64(True):
         exact = with_gradients(lambda x, k: lax_conv(x, k, (1, 1), padding), *(np.float64(a) for a in (x, kernel)))
-    for a, b, true in zip(ours, theirs, exact, strict=True):
-        error, of_lax = (np.abs(np.asarray(found) - np.asarray(true)).max() for found in (a, b))
-        assert error <= 3 * of_lax + 1e-6
+    assert_errors_within_three_times(ours, theirs, exact)
 
 
 @pytest.mark.parametrize(("examples", "channels", "strides", "dtype", "chosen"), [
@@ -114,6 +136,15 @@ def test_winograd_is_chosen_by_width_tiles_stride_and_dtype(monkeypatch, example
         monkeypatch.setitem(conv_module.IMPLEMENTATIONS, name, lambda *a, name=name: called.append(name))
     conv(jnp.zeros((examples, 6, 6, channels), dtype), jnp.zeros((3, 3, channels, 48), dtype), strides)
     assert called == [chosen]
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_a_convolution_of_one_pixel_is_a_matrix_product(monkeypatch, strides):
+    """However large the image."""
+    monkeypatch.setattr(conv_module, "PATCHES_UP_TO_PIXELS", {jax.default_backend(): 0})
+    text = str(jax.make_jaxpr(lambda x, k: conv(x, k, strides))(jnp.zeros((2, 56, 56, 64)), jnp.zeros((1, 1, 64, 256))))
+    assert "dot_general" in text
+    assert "conv_general_dilated" not in text
 
 
 def test_conv_under_vmap_over_kernels_is_each_lane_by_itself(implementation):
@@ -153,6 +184,20 @@ def test_max_pool_and_its_gradient_are_those_of_reduce_window(height, width):
 
     x = normal(2, height, width, 3)
     assert_all_close(with_gradients(max_pool, x), with_gradients(reduce_window, x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 9), (8, 2), (3, 7), (6, 4), (5, 5)])
+@pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 2), (2, 0))])
+def test_max_pool_pads_as_it_is_told(height, width, padding):
+    """Output and gradient are those of reduce_window with these pads; -∞ in them, never the maximum."""
+
+    def reduce_window(x):
+        pads = ((0, 0), *padding, (0, 0))
+        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), pads)
+
+    x = normal(2, height, width, 3) - 5
+    ours = with_gradients(partial(max_pool, padding=padding), x)
+    assert_all_close(ours, with_gradients(reduce_window, x), rtol=0, atol=1e-6)
 
 
 def test_max_pool_hands_on_every_nan():
@@ -338,6 +383,43 @@ def test_alexnet_normalises_the_layers_that_its_norm_names(norm, normalised):
     assert {name: set(leaves) for name, leaves in variables["params"].items()} == expected
     assert set(variables.get("batch_stats", {})) == {f"{layer}_norm" for layer in normalised}
     assert set(variables) == ({"params", "batch_stats"} if normalised else {"params"})
+
+
+def test_resnet50_has_25_557_032_parameters(monkeypatch):
+    """At 1000 classes, with batch norm: 23,454,912 of 53 convolutions, 53,120 of their norms, 2,049,000 of the logits."""
+    convolved = []
+    monkeypatch.setattr(layers_module, "conv", lambda *args: convolved.append(y := conv(*args)) or y)
+    variables, outputs = shapes_of(create_model("resnet50", 1000), 224, 224)
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"])) == 25_557_032
+    assert outputs[""] == (4, 1000)
+    sides = [y.shape[1] for y in convolved[-53:]]
+    assert sides == [112, *[56] * 10, *[28] * 13, *[14] * 19, *[7] * 10]  # the first convolution of a stage has the stride
+    kernels = {name: layer["kernel"].shape for name, layer in variables["params"].items() if "kernel" in layer}
+    assert len(kernels) == 53 + 1
+    assert kernels["stem"] == (7, 7, 3, 64)
+    assert [kernels[f"stage3_block1_{name}"] for name in ("conv1", "conv2", "conv3", "shortcut")] == [
+        *((1, 1, 512, 256), (3, 3, 256, 256), (1, 1, 256, 1024), (1, 1, 512, 1024)),
+    ]
+    assert [name for name in kernels if name.endswith("shortcut")] == [
+        f"stage{stage}_block1_shortcut" for stage in (1, 2, 3, 4)
+    ]
+
+
+@pytest.mark.parametrize(("norm", "leaves"), [("none", {"bias"}), ("batch", set()), ("group", set()), ("batch_renorm", set())])
+def test_resnet50_has_a_norm_or_a_bias_after_each_convolution(norm, leaves):
+    """53 of either; the logits have a bias and no norm. In bfloat16 too all variables and the logits are float32."""
+    model = create_model("resnet50", 10, norm, dtype=jnp.bfloat16)
+    variables, _ = shapes_of(model)
+    params = variables["params"]
+    convolutions = [name for name, layer in params.items() if layer.get("kernel", jnp.zeros(())).ndim == 4]
+    assert len(convolutions) == 53
+    assert all(set(params[name]) == {"kernel"} | leaves for name in convolutions)
+    norms = set() if norm == "none" else {f"{name}_norm" for name in convolutions}
+    assert set(params) == {*convolutions, *norms, "logits"}
+    assert set(variables.get("batch_stats", {})) == (norms if norm.startswith("batch") else set())
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+    logits = jax.eval_shape(model.apply, variables, jax.ShapeDtypeStruct((2, 33, 47, 3), jnp.float32))
+    assert (logits.shape, logits.dtype) == ((2, 10), jnp.float32)
 
 
 @pytest.mark.parametrize("norm", ["none", "batch"])

@@ -272,3 +272,23 @@ def test_every_model_and_norm_keeps_its_variables_when_it_trains(name, norm):
     batch = Batch(images, jax.ShapeDtypeStruct((2,), jnp.int32))
     after, _ = jax.eval_shape(make_train_step(model, Program(2, 10)), state, setting, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+
+
+@pytest.mark.slow
+def test_a_step_of_resnet50_lowers_the_loss_by_what_its_length_says():
+    """θ moves by -η̃·m·ḡ, so that a short step lowers the mean loss by |Δθ|²/(η̃·m): ḡ is checked by the loss alone."""
+    model, m, base_lr = create_model("resnet50", 10, "batch", 2), 4, jnp.float32(2**-14)
+    rng = np.random.default_rng(0)
+    batch = Batch(jnp.asarray(rng.normal(size=(m, 64, 64, 3)), jnp.float32), jnp.asarray(rng.integers(0, 10, m), jnp.int32))
+    state = jax.jit(lambda: init_state(model, batch.images, jnp.int32(0)))()
+    # Residual branches of a tenth: else the loss is straight over no length that float32 resolves.
+    params = {name: jax.tree.map(lambda x: x / 10, p) if "_conv3_norm" in name else p for name, p in state.params.items()}
+    state = state._replace(params=params)
+    step = jax.jit(make_train_step(model, Program(m, 10)))
+    setting = Setting(base_lr, jnp.int32(0), jnp.float32(0), jnp.float32(0))
+    after, before_it = step(state, setting, batch)
+    _, after_it = step(after, setting, batch)
+    squares = jax.tree.map(lambda a, b: np.square(np.float64(a) - np.float64(b)).sum(), after.params, state.params)
+    expected = sum(jax.tree.leaves(squares)) / (float(base_lr) * m)
+    assert expected > 0.05
+    assert float(before_it.loss - after_it.loss) == pytest.approx(expected, rel=0.02)

@@ -12,12 +12,14 @@ from smallbatch_jax import fields
 from smallbatch_jax.experiment import ALL_NORMS, MODEL_NORMS, InputError
 from smallbatch_jax.models.alexnet import AlexNet
 from smallbatch_jax.models.resnet import CifarResNet
+from smallbatch_jax.models.resnet50 import BottleneckResNet
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "alexnet": AlexNet,
     "resnet8": partial(CifarResNet, 8),
     "resnet20": partial(CifarResNet, 20),
     "resnet32": partial(CifarResNet, 32),
+    "resnet50": partial(BottleneckResNet, (3, 4, 6, 3)),
 }
 
 
@@ -58,7 +60,8 @@ def create_model(
     """A model of the paper, by name.
 
     Args:
-      name: "alexnet", the reduced AlexNet of §3.1; "resnet8", "resnet20" or "resnet32" of He et al. (2015a) for CIFAR.
+      name: "alexnet", the reduced AlexNet of §3.1; "resnet8", "resnet20" or "resnet32" of He et al. (2015a) for CIFAR;
+        "resnet50" of the same for ImageNet (§3.5).
       num_classes: logits per image.
       norm: "none", "batch", "group" (Wu & He 2018), "batch_renorm" (Ioffe 2017), or for alexnet alone "batch_conv_only"
         (Fig. 6).

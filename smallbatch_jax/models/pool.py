@@ -10,24 +10,30 @@ from jax import lax
 from smallbatch_jax.models.fusion import computed_once
 
 Pair = tuple[int, int]
+Pads = tuple[Pair, Pair]
 
 
-def max_pool(x: jax.Array, window: Sequence[int] = (3, 3), strides: Sequence[int] = (2, 2)) -> jax.Array:
-    """Max pooling with SAME padding, [N, H, W, C] → [N, ⌈H/s⌉, ⌈W/s⌉, C].
+def max_pool(
+    x: jax.Array, window: Sequence[int] = (3, 3), strides: Sequence[int] = (2, 2), padding: Pads | None = None
+) -> jax.Array:
+    """Max pooling [N, H, W, C] → [N, H', W', C].
+
+    Padding is ((top, bottom), (left, right)) in pixels, each less than the window; None for SAME: H' = ⌈H/s⌉, W' = ⌈W/s⌉.
 
     The gradient goes to the first of equal maxima, row by row. It is made of slices and comparisons: deterministic, as
     XLA's select-and-scatter need not be, and several times as fast on CPU.
     """
-    return _max_pool(x, (window[0], window[1]), (strides[0], strides[1]), x.shape[1:3])
+    (height, width), (sh, sw) = window, strides
+    rows, columns = padding or lax.padtype_to_pads(x.shape[1:3], window, strides, "SAME")
+    return _max_pool(x, (height, width), (sh, sw), (rows, columns), x.shape[1:3])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _max_pool(x: jax.Array, window: Pair, strides: Pair, sizes: Pair) -> jax.Array:
-    return _max_pool_forward(x, window, strides, sizes)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _max_pool(x: jax.Array, window: Pair, strides: Pair, pads: Pads, sizes: Pair) -> jax.Array:
+    return _max_pool_forward(x, window, strides, pads, sizes)[0]
 
 
-def _max_pool_forward(x, window, strides, sizes):
-    pads = lax.padtype_to_pads(sizes, window, strides, "SAME")
+def _max_pool_forward(x, window, strides, pads, sizes):
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
     pooled, *others = windows(padded, window, strides)
     winner = jnp.zeros(pooled.shape)  # the offset in the window that the maximum came from
@@ -38,13 +44,12 @@ def _max_pool_forward(x, window, strides, sizes):
     return pooled, computed_once(winner)
 
 
-def _max_pool_backward(window, strides, sizes, winner, dy):
+def _max_pool_backward(window, strides, pads, sizes, winner, dy):
     """Sums, for each pixel, the dy of the ⌈k/s⌉² windows at most that hold it and that it won.
 
     Padded pixel s·t + r is at offset s·d + r of the window that begins d windows before t; so all pixels of one remainder
     r look at the same offsets, and remainders are an axis of their own.
     """
-    pads = lax.padtype_to_pads(sizes, window, strides, "SAME")
     (sh, sw), (kh, kw) = strides, window
     tiles = [-(-(size + low) // s) for size, (low, _), s in zip(sizes, pads, strides, strict=True)]
     row = lax.broadcasted_iota(jnp.float32, (1, 1, sh, 1, 1, 1), 2)

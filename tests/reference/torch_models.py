@@ -1,10 +1,11 @@
-"""The paper's CIFAR models written independently in PyTorch, and what they compute: the fixtures of test_reference.py.
+"""The paper's models written independently in PyTorch, and what they compute: the fixtures of test_reference.py.
 
     pip install torch==2.13.0 numpy && python tests/reference/torch_models.py
 
 writes tests/reference/models.npz. Weights and data come from NumPy by the parameters' names, so that only what the models
 compute is stored: logits, loss, running statistics, and for each parameter the norm of its gradient and its product with a
-random vector of the same shape. Nothing here is imported by the package.
+random vector of the same shape; of ResNet-50, computed in float64, as little of the running statistics and of the output of
+each block. Nothing here is imported by the package.
 """
 
 import pathlib
@@ -30,6 +31,11 @@ CASES = [
     ("resnet20", "none", 2, None, 32),
     ("resnet20", "batch", 4, None, 32),
     ("resnet32", "batch", 4, None, 16),
+    ("resnet50", "batch", 4, 2, 64),
+    ("resnet50", "batch", 4, None, 64),
+    ("resnet50", "none", 2, None, 33),
+    ("resnet50", "group", 2, None, 47),
+    ("resnet50", "batch_renorm", 4, 2, 64),
 ]
 MOMENTUM, EPSILON = 0.99, 1e-5
 UPDATES = 1500  # of batch renorm: half way from 500 to 2500, so that r is within [1/2, 2] and d within ±2.5
@@ -45,11 +51,14 @@ class Reference:
 
     def __init__(self, norm, bn_batch):
         self.norm, self.bn_batch = norm, bn_batch
-        self.params, self.stats = {}, {}
+        self.params, self.stats, self.blocks = {}, {}, {}
 
     def param(self, name, shape, scale, offset=0.0):
         if name not in self.params:
-            self.params[name] = torch.tensor(draw(name, shape, scale) + np.float32(offset), requires_grad=True)
+            # Blocks that change their input little: else rounding grows from each to the next, and turns ReLUs on or off.
+            factor = np.float32(0.1 if "_conv3_norm/" in name else 1.0)
+            values = (draw(name, shape, scale) + np.float32(offset)) * factor
+            self.params[name] = torch.tensor(values, dtype=torch.get_default_dtype(), requires_grad=True)
         return self.params[name]
 
     def conv(self, x, name, features, kernel, stride, normed):
@@ -138,27 +147,52 @@ def resnet(r, x, depth):
     return r.dense(x.mean((2, 3)), "logits", 10)
 
 
+def resnet50(r, x):
+    def layer(x, name, features, kernel, stride):
+        x = r.conv(x, name, features, kernel, stride, r.norm != "none")
+        return x if r.norm == "none" else r.normalise(x, f"{name}_norm")
+
+    x = F.max_pool2d(F.relu(layer(x, "stem", 64, 7, 2)), 3, 2, padding=1)
+    for stage, (blocks, width) in enumerate([(3, 64), (4, 128), (6, 256), (3, 512)], 1):
+        for block in range(1, blocks + 1):
+            stride = 2 if stage > 1 and block == 1 else 1
+            name, shortcut = f"stage{stage}_block{block}", x
+            y = F.relu(layer(x, f"{name}_conv1", width, 1, stride))
+            y = F.relu(layer(y, f"{name}_conv2", width, 3, 1))
+            y = layer(y, f"{name}_conv3", 4 * width, 1, 1)
+            if block == 1:
+                shortcut = layer(x, f"{name}_shortcut", 4 * width, 1, stride)
+            x = r.blocks[name] = F.relu(y + shortcut)
+    return r.dense(x.mean((2, 3)), "logits", 10)
+
+
 def main():
     torch.set_num_threads(1)
     stored = {}
     for model, norm, batch, bn_batch, size in CASES:
         case = f"{model}|{norm}|{batch}|{bn_batch}|{size}"
+        torch.set_default_dtype(torch.float64 if model == "resnet50" else torch.float32)
         r = Reference(norm, bn_batch)
-        images = torch.tensor(draw(f"images {case}", (batch, size, size, 3))).permute(0, 3, 1, 2)
+        pixels = draw(f"images {case}", (batch, size, size, 3))
+        images = torch.tensor(pixels, dtype=torch.get_default_dtype()).permute(0, 3, 1, 2)
         labels = torch.tensor(np.arange(batch) % 10)
-        logits = alexnet(r, images) if model == "alexnet" else resnet(r, images, int(model[6:]))
+        own = {"alexnet": alexnet, "resnet50": resnet50}.get(model)
+        logits = own(r, images) if own else resnet(r, images, int(model[6:]))
         loss = F.cross_entropy(logits, labels)
         loss.backward()
-        stored[f"{case}|logits"] = logits.detach().numpy()
-        stored[f"{case}|loss"] = loss.detach().numpy()
-        names = sorted(r.params)
-        grads = [r.params[name].grad.numpy().astype(np.float64) for name in names]
-        probes = [draw(f"probe {name}", grad.shape) for name, grad in zip(names, grads, strict=True)]
+        stored[f"{case}|logits"] = logits.detach().numpy().astype(np.float32)
+        stored[f"{case}|loss"] = loss.detach().numpy().astype(np.float32)
+        summarised = {name: param.grad for name, param in r.params.items()}
+        if model == "resnet50":
+            summarised |= r.stats | {name: block.permute(0, 2, 3, 1) for name, block in r.blocks.items()}
+        names = sorted(summarised)
+        values = [summarised[name].detach().numpy().astype(np.float64) for name in names]
+        probes = [draw(f"probe {name}", value.shape) for name, value in zip(names, values, strict=True)]
         stored[f"{case}|names"] = np.array(names)
-        stored[f"{case}|norms"] = np.array([np.linalg.norm(g) for g in grads])
-        stored[f"{case}|products"] = np.array([(g * p).sum() for g, p in zip(grads, probes, strict=True)])
-        for name, value in r.stats.items():
-            stored[f"{case}|stat|{name}"] = value.detach().numpy()
+        stored[f"{case}|norms"] = np.array([np.linalg.norm(v) for v in values])
+        stored[f"{case}|products"] = np.array([(v * p).sum() for v, p in zip(values, probes, strict=True)])
+        for name in [name for name in r.stats if name not in summarised]:
+            stored[f"{case}|stat|{name}"] = r.stats[name].detach().numpy().astype(np.float32)
         print(case, "parameters:", sum(p.numel() for p in r.params.values()), "loss:", loss.item())
     np.savez_compressed(pathlib.Path(__file__).parent / "models.npz", **stored)
 
