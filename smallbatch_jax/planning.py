@@ -156,7 +156,7 @@ def spread(job: Job) -> Job:
     alone = jax.default_backend() == "cpu" and jax.process_count() == 1
     if asked is None and (alone or len(job.runs) >= devices):
         return job
-    shape, machine = (job.batch_size, job.bn_batch_size), scaling.MACHINES.get(jax.default_backend(), scaling.MACHINES["gpu"])
+    shape, machine = (job.batch_size, job.bn_batch_size), scaling.machine(jax.default_backend(), jax.process_count() > 1)
     chosen = scaling.data_devices(job.experiment, shape, len(job.runs), devices, machine, network(job))
     return dataclasses.replace(job, data_devices=chosen)
 

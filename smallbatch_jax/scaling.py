@@ -14,12 +14,21 @@ class Machine:
     bytes_per_second: float  # exchanged by each device
 
 
-# CPU measured, see docs/scaling.md; the others as published, for devices of one host: not measured.
+# By platform, and whether the devices are of several processes. CPU measured, see docs/scaling.md; the others as published, not
+# measured here.
 MACHINES = {
-    "cpu": Machine(4e10, 1e-4, 1e9),
-    "gpu": Machine(1e13, 2e-5, 1e11),
-    "tpu": Machine(3e13, 5e-6, 1e11),
+    ("cpu", False): Machine(1e11, 1e-4, 1e9),
+    ("cpu", True): Machine(1e11, 1.5e-3, 1e9),
+    ("gpu", False): Machine(1e13, 2e-5, 1e11),
+    ("gpu", True): Machine(1e13, 5e-5, 2e10),
+    ("tpu", False): Machine(3e13, 5e-6, 1e11),
+    ("tpu", True): Machine(3e13, 5e-6, 1e11),
 }
+
+
+def machine(platform: str, several: bool) -> Machine:
+    """Of a platform by JAX's name, one that is not known taken for a GPU; `several` processes or one."""
+    return MACHINES.get((platform, several), MACHINES["gpu", several])
 
 
 @dataclass(frozen=True)
