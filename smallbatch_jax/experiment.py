@@ -126,9 +126,10 @@ class Experiment:
                 f"model.bn_statistics: 'precise' recomputes the statistics of batch norm; {self.model.name} with norm "
                 f"{self.model.norm!r} has none. Use 'running'."
             )
-        if not self.grid.base_lrs_from:
+        if self.grid.base_lrs_from:
+            self._batch_sizes()
+        else:
             self.runs()
-        self._require_shares()
 
     def runs(self) -> list[Run]:
         """Every run of the grid: batch sizes in the order given, then BN batch sizes, base learning rates, seeds.
@@ -192,7 +193,7 @@ class Experiment:
         share = batch_size // devices
         return self.model.norm in ("none", "group") or share % bn_batch_size == 0 or bn_batch_size % share == 0
 
-    def _require_shares(self) -> None:
+    def require_shares(self) -> None:
         """Refuses `data_devices` that cannot share a batch of the grid."""
         asked = self.data_devices or 1
         for m, b in self._batch_sizes():
@@ -275,7 +276,9 @@ def from_config(config: ConfigDict | Mapping[str, Any]) -> Experiment:
     Raises:
       InputError: naming the first field that cannot be used, what it got and what it accepts.
     """
-    return _split(config)[0]
+    experiment = _split(config)[0]
+    experiment.require_shares()
+    return experiment
 
 
 def single_run(config: ConfigDict | Mapping[str, Any]) -> Experiment:
@@ -289,7 +292,9 @@ def single_run(config: ConfigDict | Mapping[str, Any]) -> Experiment:
         require_divisor(b, run.batch_size, "bn_batch_size")
     bn_batch_sizes = None if b is None else (b,)
     grid = Grid((run.batch_size,), (run.base_lr,), bn_batch_sizes=bn_batch_sizes, seeds=(run.seed,))
-    return dataclasses.replace(experiment, grid=grid)
+    chosen = dataclasses.replace(experiment, grid=grid)
+    chosen.require_shares()
+    return chosen
 
 
 def _split(config: ConfigDict | Mapping[str, Any]) -> tuple[Experiment, OneRun]:

@@ -153,6 +153,7 @@ def test_when_one_process_is_killed_the_other_ends_and_both_go_on_later(tmp_path
     processes = start_two(*arguments)
     wait_for(lambda: has_checkpoint(tmp_path / "w"), processes)
     processes[lost].kill()
+    processes[lost].communicate()
     then = time.monotonic()
     status, output, errors = ended([processes[1 - lost]])[0]
     assert time.monotonic() - then < 60

@@ -66,6 +66,13 @@ def test_what_cannot_be_shared_is_refused_with_what_could(fields, said):
         chosen(8, 1, **fields)
 
 
+def test_one_run_shares_its_batch_whatever_the_grid_holds():
+    config = {"grid": {"batch_sizes": (2,)}, "data_devices": 4, "base_lr": 0.1}
+    assert experiment.single_run(config | {"batch_size": 8}).data_devices == 4
+    with pytest.raises(InputError, match="cannot share a batch of 6"):
+        experiment.single_run(config | {"batch_size": 6})
+
+
 def test_a_batch_without_batch_norm_may_be_cut_anywhere():
     config = {"grid": {"batch_sizes": (12,), "bn_batch_sizes": (2,)}, "data_devices": 4}
     assert experiment.from_config(config | {"model": {"norm": "none"}}).data_devices == 4
