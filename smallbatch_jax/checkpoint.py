@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from smallbatch_jax.files import WriteError
 
 FORMAT = 1
 KEEP = 2
+LAST_WORDS_SECONDS = 0.3  # after a failure, in which Orbax's threads still find out about it
 PyTree = Any
 
 
@@ -181,6 +183,7 @@ def _quietly() -> Iterator[None]:
         yield
     except Exception:
         gc.collect()  # an abandoned task tells of itself when it is freed
+        time.sleep(LAST_WORDS_SECONDS)
         raise
     finally:
         logging.disable(logging.NOTSET)

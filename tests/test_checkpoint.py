@@ -120,7 +120,7 @@ def test_a_number_changed_in_the_description_is_noticed(folder):
 
 
 def test_after_damage_two_good_ones_are_kept_again(folder):
-    shutil.rmtree(folder / "2/state")
+    shutil.rmtree(folder / "2/default")
     checkpoints = Checkpoints(folder, tiny.grid())
     with pytest.warns(UserWarning, match="put aside"):
         checkpoints.restore(lanes(0))

@@ -354,9 +354,14 @@ def offences(source):
 SOURCES = sorted(path for folder in ("smallbatch_jax", "experiments", "configs") for path in (ROOT / folder).rglob("*.py"))
 
 
+# What one process of a run tells the others, in memory; and a config, which is code.
+ALLOWED = {"smallbatch_jax/processes.py": ["pickle"], "experiments/launch.py": ["runpy"]}
+
+
 def test_no_source_can_unpickle_or_evaluate_a_file():
     assert len(SOURCES) > 40
-    assert {str(path): found for path in SOURCES if (found := list(offences(path.read_text())))} == {}
+    found = {str(path.relative_to(ROOT)): list(offences(path.read_text())) for path in SOURCES}
+    assert {path: offending for path, offending in found.items() if offending} == ALLOWED
 
 
 @pytest.mark.parametrize(

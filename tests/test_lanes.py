@@ -148,3 +148,29 @@ def test_no_rate_seed_decay_or_warmup_compiles_anything():
 def test_lanes_must_spread_evenly_over_the_devices():
     with pytest.raises(ValueError, match="3 is not a multiple of 2 devices"):
         compiled(3)
+
+
+@functools.cache
+def shared_by(devices, mapping):
+    """Two epochs of two lanes, each batch on so many devices: steps that straddle two epochs, augmented, 21 test images."""
+    data = on_device.to_device(tiny.dataset(num_test=21), lanes.lane_mesh())
+    program = Program(BATCH_SIZE, total_steps=26, axis_name="data" if devices > 1 else None, augment=True)
+    mesh = lanes.lane_mesh(data_devices=devices)
+    compiled = lanes.compile_lanes(tiny.PlainModel(), program, data, mesh, 2, STEPS, mapping=mapping)
+    return train(compiled, [2**-7, 1e30], segments=[segment([0, 0], [STEPS] * 2, first) for first in (0, STEPS)])
+
+
+@pytest.mark.parametrize("mapping", ["map", "vmap"])
+def test_a_batch_shared_by_two_devices_trains_and_is_evaluated_as_on_one(mapping):
+    """Parameters, sums, test loss and images right; and the lane that diverges does so at the same step."""
+    one, two = shared_by(1, mapping), shared_by(2, mapping)
+    assert list(two[1].alive) == [True, False]
+    assert_lanes_close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6)
+    jax.tree.map(lambda a, b: assert_lanes_close(a[0], b[0]), one, two)
+    assert two[1].step[1] == one[1].step[1]
+
+
+def test_a_program_and_its_mesh_must_agree_on_sharing():
+    mesh = lanes.lane_mesh(data_devices=2)
+    with pytest.raises(ValueError, match="axis_name: None does not go with 2 devices that share a batch"):
+        lanes.compile_lanes(tiny.PlainModel(), Program(BATCH_SIZE, 26), device_data(), mesh, 2, STEPS)

@@ -52,7 +52,7 @@ def test_runs_left_on_one_device_are_spread_over_both_and_no_bit_changes(packed,
 
 
 def test_the_device_with_fewer_lanes_takes_more_steps_of_each():
-    sharding = SimpleNamespace(mesh=SimpleNamespace(size=2))
+    sharding = SimpleNamespace(mesh=SimpleNamespace(shape={"lane": 2}))
     program = lanes.LaneProgram(6, 40, True, sharding, 0.0, None, None, None)  # pyright: ignore
     running = [True, True, True, True, False, False]
     assert program.even_steps(running, 10) == [10, 10, 10, 30, 0, 0]
