@@ -65,6 +65,7 @@ def assert_same(one, other, name, other_name):
     assert images <= 1
 
 
+@pytest.mark.slow
 def test_a_batch_spread_over_devices_is_the_same_run(tmp_path):
     """m = 8, two on each of four devices, and BN batches of two devices' shares."""
     cases = {"one": {"m": 8, "b": 4, "devices": 1}, "four": {"m": 8, "b": 4, "devices": 4}}
