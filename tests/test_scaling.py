@@ -91,9 +91,10 @@ def job(**fields):
     return jobs.Job(asked, data, lambda b, axis_name=None: tiny.TinyModel(b), 4, 4, asked.runs(), None)  # pyright: ignore
 
 
-def test_on_cpu_a_batch_is_shared_only_if_that_is_asked_for():
+def test_on_cpu_a_batch_is_shared_only_if_that_is_asked_for(monkeypatch):
     """There results do not depend on the number of devices, not by a bit."""
     assert len(job().runs) < jax.device_count()
+    monkeypatch.setattr(scaling, "data_devices", lambda *_: 2)
     assert planning.spread(job()).data_devices == 1
     assert planning.spread(job(data_devices=2)).data_devices == 2
 
