@@ -44,8 +44,10 @@ SAME_SIGNAL_SECONDS = 0.1  # within which two signals are one
 __all__ = ["Interrupted", "sweep", "train_grid", "train_program", "use_all_cores"]
 
 
-def use_all_cores() -> None:
-    """One JAX device per CPU core this process may use, and loops that use its vectors; to be called before JAX does anything.
+def use_all_cores(devices: int | None = None) -> None:
+    """One JAX device per CPU core this process may use, or as many as given, and loops that use its vectors.
+
+    To be called before JAX does anything.
 
     XLA:CPU gains little from running one small operation on many cores, much from running many lanes at once. And it
     unrolls a loop over 32 channels or fewer into scalar instructions, unless told to unroll none: a vector's are six times
@@ -57,7 +59,7 @@ def use_all_cores() -> None:
     if "xla_force_host_platform_device_count" in chosen:
         return  # the user's choice
     with suppress(RuntimeError):  # a notebook may have begun already; then with the devices it has
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+        jax.config.update("jax_num_cpu_devices", devices or len(os.sched_getaffinity(0)))
 
 
 def train_grid(

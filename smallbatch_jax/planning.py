@@ -147,18 +147,17 @@ def measure(
 
 
 def spread(job: Job) -> Job:
-    """The job with the number of devices that share each of its batches, as `scaling.data_devices` chooses it.
+    """The job with the number of devices that share each of its batches: what is asked for, or `scaling.data_devices`.
 
     In one process on CPU a batch is shared only if that is asked for: there a run's result depends on its setting alone, bit
     for bit, and sums over devices would round as their number has it.
     """
-    asked, devices = job.experiment.data_devices, jax.device_count()
-    alone = jax.default_backend() == "cpu" and jax.process_count() == 1
-    if asked is None and (alone or len(job.runs) >= devices):
-        return job
-    shape, machine = (job.batch_size, job.bn_batch_size), scaling.machine(jax.default_backend(), jax.process_count() > 1)
-    chosen = scaling.data_devices(job.experiment, shape, len(job.runs), devices, machine, network(job))
-    return dataclasses.replace(job, data_devices=chosen)
+    devices, several = jax.device_count(), jax.process_count() > 1
+    chosen = scaling.asked_devices(job.experiment, devices)
+    if chosen is None and (several or jax.default_backend() != "cpu") and len(job.runs) < devices:
+        shape, machine = (job.batch_size, job.bn_batch_size), scaling.machine(jax.default_backend(), several)
+        chosen = scaling.data_devices(job.experiment, shape, len(job.runs), devices, machine, network(job))
+    return dataclasses.replace(job, data_devices=chosen or 1)
 
 
 def network(job: Job) -> scaling.Network:

@@ -55,36 +55,44 @@ def step_seconds(machine: Machine, network: Network, batch_size: int, bn_batch_s
     return computing + exchanges * machine.exchange_seconds + moved / machine.bytes_per_second
 
 
-def data_devices(
-    experiment: Experiment, shape: tuple[int, int], runs: int, devices: int, machine: Machine, network: Network
-) -> int:
-    """How many of the devices share each batch of a program: 1 while every device has a run of its own, else the fastest.
-
-    Args:
-      experiment: whose `data_devices`, if given, is taken.
-      shape: batch size and BN batch size of the program.
-      runs: of the program.
-      devices: that there are.
-      machine, network: of the model of `step_seconds`.
+def asked_devices(experiment: Experiment, devices: int) -> int | None:
+    """The `data_devices` that the experiment asks for; None if it leaves them to be chosen.
 
     Raises:
-      InputError: if the number asked for does not divide that of the devices, or the model is the user's own.
+      InputError: if their number does not divide that of the devices there are, or the model is the user's own.
     """
     asked = experiment.data_devices
-    own = experiment.model.name.startswith(OWN)
-    if asked is None:
-        if own or runs >= devices:
-            return 1
-        able = [d for d in _divisors(devices) if experiment.can_share(*shape, d)]
-        return min(able, key=lambda d: (-(-runs // (devices // d)) * step_seconds(machine, network, *shape, d), d))
-    if devices % asked:
+    if asked is not None and devices % asked:
         raise InputError(
             f"data_devices: {asked} does not divide the {devices} devices there are; use "
             f"{', '.join(map(str, _divisors(devices)))}."
         )
-    if own and asked > 1:
+    if (asked or 1) > 1 and _is_own(experiment):
         raise InputError(f"data_devices: {asked} devices cannot share the batches of an own model; use 1.")
     return asked
+
+
+def data_devices(
+    experiment: Experiment, shape: tuple[int, int], runs: int, devices: int, machine: Machine, network: Network
+) -> int:
+    """How many of the devices should share each batch of a program: 1 while each has a run of its own, else the fastest.
+
+    Args:
+      experiment: of which the program is.
+      shape: batch size and BN batch size of the program.
+      runs: of the program.
+      devices: that there are.
+      machine, network: of the model of `step_seconds`.
+    """
+    if _is_own(experiment) or runs >= devices:
+        return 1
+    able = [d for d in _divisors(devices) if experiment.can_share(*shape, d)]
+    return min(able, key=lambda d: (-(-runs // (devices // d)) * step_seconds(machine, network, *shape, d), d))
+
+
+def _is_own(experiment: Experiment) -> bool:
+    """Whether its model may do anything with its batch."""
+    return experiment.model.name.startswith(OWN)
 
 
 def _divisors(number: int) -> list[int]:

@@ -112,7 +112,7 @@ def _train(part: Part, folder: Path, report: Report) -> Outcome:
     with _Reporter(report, stop) as progress:
         try:
             if not stop.signum:
-                _prepare_jax(part.cpu_devices)
+                driver.use_all_cores(part.cpu_devices)  # on an accelerator all that this process sees
                 source = part.experiment.dataset
                 dataset = data.load(source.name, source.data_dir, source.image_size)
                 with open_results(folder, part.shape):
@@ -126,17 +126,6 @@ def _train(part: Part, folder: Path, report: Report) -> Outcome:
             traceback.print_exc()  # into the worker's log
             failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return Outcome(progress.status, failure)
-
-
-def _prepare_jax(cpu_devices: int | None) -> None:
-    """One JAX device for each CPU that was given to this worker; on an accelerator all it sees."""
-    import jax
-
-    from smallbatch_jax import driver
-
-    driver.use_all_cores()
-    if cpu_devices is not None and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", cpu_devices)
 
 
 class _Reporter:

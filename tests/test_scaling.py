@@ -17,7 +17,7 @@ FAST = scaling.Machine(1e13, 1e-5, 1e11)
 def chosen(devices, runs, m, b=None, machine=FAST, **fields):
     config = {"model": {"name": "resnet32", "norm": "batch"}, "grid": {"batch_sizes": (m,), "bn_batch_sizes": b and (b,)}}
     asked = experiment.from_config(config | fields)
-    return scaling.data_devices(asked, (m, b or m), runs, devices, machine, NETWORK)
+    return scaling.asked_devices(asked, devices) or scaling.data_devices(asked, (m, b or m), runs, devices, machine, NETWORK)
 
 
 def test_runs_enough_for_all_devices_share_no_batch():
@@ -82,7 +82,7 @@ def test_an_own_model_is_not_spread():
     own = tiny.grid(model={"name": "own:Model"}, dataset={"name": "own:data"})
     assert scaling.data_devices(own, (4, 4), 1, 2, FAST, NETWORK) == 1
     with pytest.raises(InputError, match="own model"):
-        scaling.data_devices(dataclasses.replace(own, data_devices=2), (4, 4), 1, 2, FAST, NETWORK)
+        scaling.asked_devices(dataclasses.replace(own, data_devices=2), 2)
 
 
 def job(**fields):
