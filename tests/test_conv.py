@@ -1,0 +1,188 @@
+"""Convolution and pooling against their definitions."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays import assert_all_close, normal, with_gradients
+from jax import lax
+
+from smallbatch_jax.models import conv as conv_module
+from smallbatch_jax.models.conv import NHWC, conv
+from smallbatch_jax.models.pool import max_pool
+
+# Image, kernel, strides, padding.
+CONVOLUTIONS = [
+    ((8, 8), (3, 3), (1, 1), "SAME"),
+    ((7, 5), (5, 5), (1, 1), "SAME"),
+    ((6, 9), (1, 1), (1, 1), "SAME"),
+    ((8, 7), (2, 3), (1, 1), "VALID"),
+    ((8, 8), (3, 3), (2, 2), "SAME"),
+    ((7, 9), (3, 4), (2, 2), "VALID"),
+    ((8, 7), (1, 1), (2, 2), "SAME"),
+    ((9, 8), (3, 3), (3, 2), "SAME"),
+    ((11, 10), (2, 2), (3, 3), "VALID"),
+    ((8, 9), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    ((5, 6), (3, 2), (3, 1), ((0, 4), (3, 0))),
+    ((16, 13), (7, 7), (2, 2), ((3, 3), (3, 3))),
+    ((3, 2), (7, 7), (2, 2), ((3, 3), (3, 3))),
+    ((7, 7), (1, 1), (2, 2), ((0, 0), (0, 0))),
+]
+
+
+@pytest.fixture(params=["direct", "winograd", "patches"])
+def implementation(request):
+    with conv_module.forced(request.param):
+        yield request.param
+
+
+def lax_conv(x, kernel, strides, padding):
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
+
+
+def assert_errors_within_three_times(ours, theirs, exact):
+    for a, b, true in zip(ours, theirs, exact, strict=True):
+        error, of_theirs = (np.abs(np.asarray(found) - np.asarray(true)).max() for found in (a, b))
+        assert error <= 3 * of_theirs + 1e-6
+
+
+@pytest.mark.parametrize(("image", "window", "strides", "padding"), CONVOLUTIONS)
+def test_conv_and_its_gradients_are_those_of_lax(implementation, image, window, strides, padding):
+    """Output, gradient of the image, gradient of the kernel, to rounding."""
+    x, kernel = normal(2, *image, 3), normal(*window, 3, 4, seed=1)
+    ours = with_gradients(lambda x, k: conv(x, k, strides, padding), x, kernel)
+    theirs = with_gradients(lambda x, k: lax_conv(x, k, strides, padding), x, kernel)
+    assert_all_close(ours, theirs)
+
+
+@pytest.mark.parametrize("examples", [8, 16, 19])
+@pytest.mark.parametrize(("channels", "features"), [(3, 4), (8, 4), (4, 20), (20, 20)])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_conv_however_many_images_channels_and_features(examples, channels, features, strides):
+    """Few features are computed several columns at once, the kernel's gradient a few images at a time."""
+    x, kernel = normal(examples, 8, 8, channels), normal(3, 3, channels, features, seed=1)
+    ours = with_gradients(lambda x, k: conv(x, k, strides, ((1, 1), (1, 1))), x, kernel)
+    theirs = with_gradients(lambda x, k: lax_conv(x, k, strides, ((1, 1), (1, 1))), x, kernel)
+    assert_all_close(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(("image", "window", "strides", "channels", "features"), [
+    ((16, 16), 7, 2, 3, 64), ((8, 8), 3, 1, 64, 64), ((8, 8), 1, 1, 64, 256), ((8, 8), 1, 1, 256, 64),
+    ((14, 14), 1, 2, 256, 128), ((11, 13), 1, 2, 64, 128),
+])  # fmt: skip
+def test_conv_of_the_shapes_of_resnet50(image, window, strides, channels, features):
+    """By whatever is chosen for them, 8 images; errors, measured in float64, within three times those of lax."""
+    pads = ((window // 2,) * 2,) * 2
+    x, kernel = normal(8, *image, channels), normal(window, window, channels, features, seed=1)
+    ours = with_gradients(lambda x, k: conv(x, k, (strides,) * 2, pads), x, kernel)
+    theirs = with_gradients(lambda x, k: lax_conv(x, k, (strides,) * 2, pads), x, kernel)
+    with jax.enable_x64(True):
+        exact = with_gradients(lambda x, k: lax_conv(x, k, (strides,) * 2, pads), *(np.float64(a) for a in (x, kernel)))
+    assert_errors_within_three_times(ours, theirs, exact)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 6), (5, 9)])
+@pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 2), (2, 0)), ((0, 0), (3, 1))])
+def test_winograd_is_the_direct_sum_at_the_widths_that_it_is_chosen_for(height, width, padding):
+    """48 to 64 channels, odd and even images; errors, measured in float64, within three times those of lax."""
+    x, kernel = normal(3, height, width, 48), normal(3, 3, 48, 64, seed=1)
+    with conv_module.forced("winograd"):
+        ours = with_gradients(lambda x, k: conv(x, k, (1, 1), padding), x, kernel)
+    theirs = with_gradients(lambda x, k: lax_conv(x, k, (1, 1), padding), x, kernel)
+    with jax.enable_x64(True):
+        exact = with_gradients(lambda x, k: lax_conv(x, k, (1, 1), padding), *(np.float64(a) for a in (x, kernel)))
+    assert_errors_within_three_times(ours, theirs, exact)
+
+
+@pytest.mark.parametrize(("examples", "channels", "strides", "dtype", "chosen"), [
+    (32, 48, (1, 1), jnp.float32, "winograd"), (31, 48, (1, 1), jnp.float32, "direct"),
+    (32, 47, (1, 1), jnp.float32, "direct"), (128, 48, (2, 2), jnp.float32, "direct"), (32, 48, (1, 1), jnp.bfloat16, "direct"),
+])  # fmt: skip
+def test_winograd_is_chosen_by_width_tiles_stride_and_dtype(monkeypatch, examples, channels, strides, dtype, chosen):
+    """From 128 tiles of 2×2 pixels and 48 channels in and out; 6×6 images here, 3×3 of them with stride 2."""
+    monkeypatch.setattr(conv_module, "PATCHES_UP_TO_PIXELS", {jax.default_backend(): 0})
+    monkeypatch.setattr(conv_module, "WINOGRAD_FROM_TILES", 32 * 9)
+    called = []
+    for name in ("direct", "winograd"):
+        monkeypatch.setitem(conv_module.IMPLEMENTATIONS, name, lambda *a, name=name: called.append(name))
+    conv(jnp.zeros((examples, 6, 6, channels), dtype), jnp.zeros((3, 3, channels, 48), dtype), strides)
+    assert called == [chosen]
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_a_convolution_of_one_pixel_is_a_matrix_product(monkeypatch, strides):
+    """However large the image."""
+    monkeypatch.setattr(conv_module, "PATCHES_UP_TO_PIXELS", {jax.default_backend(): 0})
+    text = str(jax.make_jaxpr(lambda x, k: conv(x, k, strides))(jnp.zeros((2, 56, 56, 64)), jnp.zeros((1, 1, 64, 256))))
+    assert "dot_general" in text
+    assert "conv_general_dilated" not in text
+
+
+def test_conv_under_vmap_over_kernels_is_each_lane_by_itself(implementation):
+    """Lanes with kernels and images of their own: output and both gradients as lax gives them one by one."""
+    x, kernels = normal(3, 2, 6, 5, 3), normal(3, 3, 3, 3, 4, seed=1)
+    ours = with_gradients(jax.vmap(lambda x, k: conv(x, k, (2, 1))), x, kernels)
+    theirs = with_gradients(lambda x, k: jnp.stack([lax_conv(x[i], k[i], (2, 1), "SAME") for i in range(3)]), x, kernels)
+    assert_all_close(ours, theirs)
+
+
+def test_conv_keeps_bfloat16(implementation):
+    """Output and gradients of bfloat16 are bfloat16, near those of float32."""
+    x, kernel = normal(2, 6, 6, 3), normal(3, 3, 3, 4, seed=1)
+    exact = with_gradients(conv, x, kernel)
+    rounded = with_gradients(conv, x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
+    assert {found.dtype for found in rounded} == {jnp.dtype(jnp.bfloat16)}
+    assert_all_close([r.astype(jnp.float32) for r in rounded], exact, rtol=0.05, atol=0.3)
+
+
+def test_patches_leave_no_convolution_and_the_table_chooses_them(monkeypatch):
+    """Up to so many output pixels per image, 4×3 here, `conv` is one matrix product; beyond, a convolution."""
+
+    def convolves(height):
+        text = str(jax.make_jaxpr(jax.grad(lambda x, k: conv(x, k).sum(), (0, 1)))(normal(1, height, 3, 2), normal(3, 3, 2, 2)))
+        return "conv_general_dilated" in text
+
+    monkeypatch.setattr(conv_module, "PATCHES_UP_TO_PIXELS", {jax.default_backend(): 12})
+    assert [convolves(height) for height in (3, 4, 5)] == [False, False, True]
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 9), (8, 2), (3, 7), (6, 4), (5, 5)])
+def test_max_pool_and_its_gradient_are_those_of_reduce_window(height, width):
+    """3×3 windows of stride 2, SAME, at every size from 1 to 9."""
+
+    def reduce_window(x):
+        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
+
+    x = normal(2, height, width, 3)
+    assert_all_close(with_gradients(max_pool, x), with_gradients(reduce_window, x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 9), (8, 2), (3, 7), (6, 4), (5, 5)])
+@pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 2), (2, 0))])
+def test_max_pool_pads_as_it_is_told(height, width, padding):
+    """Output and gradient are those of reduce_window with these pads; -∞ in them, never the maximum."""
+
+    def reduce_window(x):
+        pads = ((0, 0), *padding, (0, 0))
+        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), pads)
+
+    x = normal(2, height, width, 3) - 5
+    ours = with_gradients(partial(max_pool, padding=padding), x)
+    assert_all_close(ours, with_gradients(reduce_window, x), rtol=0, atol=1e-6)
+
+
+def test_max_pool_hands_on_every_nan():
+    """A window is NaN wherever in it the NaN stands, and other windows are not: 25 images with one NaN each."""
+    where_nan = jnp.eye(25, dtype=bool).reshape(25, 5, 5, 1)
+    found = max_pool(jnp.where(where_nan, jnp.nan, normal(25, 5, 5, 1)))
+    np.testing.assert_array_equal(jnp.isnan(found), max_pool(where_nan.astype(jnp.float32)) == 1)
+
+
+def test_gradient_of_equal_maxima_goes_to_the_first():
+    """Of a constant 4×4 image, the top left pixel of each of the four windows, the whole gradient."""
+    gradient = jax.grad(lambda x: max_pool(x).sum())(jnp.ones((1, 4, 4, 1)))
+    expected = np.zeros((4, 4))
+    expected[::2, ::2] = 1
+    np.testing.assert_array_equal(gradient[0, :, :, 0], expected)
