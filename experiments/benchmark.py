@@ -52,7 +52,7 @@ def main() -> int:
     devices = jax.devices()
     device = f"{len(devices)} x {devices[0].device_kind}"
     augmented = "augmented" if chosen.dataset.augment else "as they are"
-    print(f"{chosen.model.name}, norm {chosen.model.norm}, images {dataset.train_images.shape[1:]} {augmented}")
+    print(f"{chosen.model.name}, norm {chosen.model.norm}, images {dataset.image_shape} {augmented}")
     print(f"{device}, jax {jax.__version__}, {chosen.precision}; ", end="", flush=True)
     print(f"matrix product: {planning.matrix_rate() / 1e9:,.0f} GFLOP/s")
     print(f"{'m':>6}{'lanes':>7}{'images/s':>10}  {'(lowest-highest)':<18}{'GFLOP/s':>8}{'compile':>9}{'memory':>10}")
@@ -98,7 +98,7 @@ def _time(trial: Any, dataset: Any) -> dict[str, Any]:
             for measure in ways:
                 for way, rate in measure(SECONDS.value).items():
                     rates.setdefault(way, []).append(rate)
-    flops = planning.flops_per_image(job.model_of(None), job.batch_size, dataset.train_images.shape[1:])
+    flops = planning.flops_per_image(job.model_of(None), job.batch_size, dataset.image_shape)
     return {
         "model": job.experiment.model.name,
         "norm": job.experiment.model.norm,
@@ -120,7 +120,7 @@ def _rate(images: int, seconds: float) -> float:
 
 
 def _peer(job: Any, dataset: Any, accelerator: bool) -> torch_peer.Peer:
-    chosen, image_shape = job.experiment, dataset.train_images.shape[1:]
+    chosen, image_shape = job.experiment, dataset.image_shape
     model = chosen.model.name, chosen.model.norm, dataset.num_classes, image_shape
     return torch_peer.Peer(*model, job.batch_size, chosen.dataset.augment, chosen.weight_decay, accelerator)
 

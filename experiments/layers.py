@@ -171,7 +171,7 @@ def main() -> int:
     deadline = time.monotonic() + fields.number(0, 1e6)("--limit", LIMIT.value)
     chosen = experiment.from_config(command.given_config(CONFIG))
     source, precision = chosen.dataset, chosen.precision
-    shape = IMAGE_SHAPES.get(source.name) or data.load(source.name, source.data_dir).train_images.shape[1:]
+    shape = IMAGE_SHAPES.get(source.name) or data.load(source.name, source.data_dir, source.image_size).image_shape
     command.start_jax(cpu_devices=1)  # with the compiler flags of a sweep
     try:
         layers = find_layers(create_model(chosen.model.name, 10, chosen.model.norm), shape)

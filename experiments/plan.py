@@ -36,7 +36,7 @@ def main() -> int:
         print(f"{chosen.name}: trains nothing, is drawn from {', '.join(chosen.drawn_from)}")
         return 0
     there = _stored(ELSEWHERE.value, chosen) if ELSEWHERE.value else None
-    num_examples = data.num_train_examples(chosen.dataset.name, chosen.dataset.data_dir)
+    num_examples = data.num_train_examples(chosen.dataset.name, chosen.dataset.data_dir, chosen.dataset.image_size)
     chosen.require_examples(num_examples)
     programs = experiment.programs(chosen.runs())
     print(f"{chosen.name}: {len(chosen.runs())} runs of {chosen.epochs} epochs in {len(programs)} programs")
@@ -69,7 +69,7 @@ def _measure(chosen: Experiment, there: dict | None) -> None:
     print(f"{'images/s':>10}{'compile':>9}{'memory':>10}{'time':>14}{other}")
     plans, elsewhere, fewest = [], 0.0, math.inf
     for trial in planning.measure(chosen, dataset):
-        job, image_shape = trial.job, dataset.train_images.shape[1:]
+        job, image_shape = trial.job, dataset.image_shape
         flops = planning.flops_per_image(job.model_of(None), job.batch_size, image_shape)
         plan = planning.plan_program(job, flops, planning.probe(trial, SECONDS.value))
         plans.append(plan)

@@ -122,7 +122,7 @@ def without_noise(lines: Iterable[str]) -> Iterable[str]:
             dropping = False
         if NOISE.search(line):
             dropping, ended = bool(NATIVE_LINE.match(line)), ended or line.startswith("F")
-        elif not dropping and not ended:
+        elif line.strip() and not dropping and not ended:  # lines of two threads at once come in pieces
             yield line
 
 

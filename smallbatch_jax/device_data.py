@@ -1,4 +1,4 @@
-"""A dataset on the devices that train on it."""
+"""Images on the devices that train on them: a whole dataset, or as many as are needed at a time."""
 
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from smallbatch_jax.data import Dataset, order
+from smallbatch_jax.mesh import DATA, LANE
 from smallbatch_jax.processes import put
 from smallbatch_jax.train import Array
 
@@ -29,8 +30,39 @@ class DeviceData(NamedTuple):
 
     def normalise(self, images: jax.Array) -> jax.Array:
         """float32[n, …] by the training set's channel mean and deviation."""
-        leading = (1,) * (images.ndim - 1)
-        return (images.astype(jnp.float32) - self.mean.reshape(*leading, -1)) / self.deviation.reshape(*leading, -1)
+        return normalised(images, self.mean, self.deviation)
+
+
+def normalised(images: jax.Array, mean: jax.Array, deviation: jax.Array) -> jax.Array:
+    """float32[n, …] of images [n, …, C], by the mean and deviation of their channels."""
+    leading = (1,) * (images.ndim - 1)
+    return (images.astype(jnp.float32) - mean.reshape(*leading, -1)) / deviation.reshape(*leading, -1)
+
+
+class Pool(NamedTuple):
+    """The training images that the lanes of each device see in one segment, for a dataset that is streamed."""
+
+    images: Array  # uint8[rows, devices that share a batch, P, H, W, C]
+    labels: Array  # int32[rows, devices that share a batch, P]
+    mean: Array  # float32[C]
+    deviation: Array  # float32[C]
+
+    def on_this_device(self) -> DeviceData:
+        """The device's own part, under `shard_map`; there is no test set in it."""
+        return DeviceData(self.images[0, 0], self.labels[0, 0], None, None, None, None, self.mean, self.deviation)
+
+
+POOL = Pool(P(LANE, DATA), P(LANE, DATA), P(), P())  # how it lies on a mesh
+
+
+class TestImages(NamedTuple):
+    """Some of the test set, of a dataset that is streamed, spread over the devices that share a batch."""
+
+    images: Array  # uint8[n, H, W, C]
+    labels: Array  # int32[n]
+    counts: Array  # bool[n], False where there is none, or a broken one
+
+    __test__ = False  # not one of pytest's
 
 
 def to_device(dataset: Dataset, mesh: Mesh) -> DeviceData:

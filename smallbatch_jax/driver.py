@@ -23,16 +23,19 @@ from flax import linen as nn
 from smallbatch_jax import data, memory, processes, results
 from smallbatch_jax import lanes as lane_programs
 from smallbatch_jax.checkpoint import Checkpoints
-from smallbatch_jax.data import Dataset
-from smallbatch_jax.device_data import DeviceData, to_device
+from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.experiment import OWN, Experiment, InputError, from_config, programs
 from smallbatch_jax.feeder import Feeder, Interrupted, Stop
 from smallbatch_jax.jobs import GIB, Job, ModelOf, named_model
 from smallbatch_jax.lanes import LaneProgram
+from smallbatch_jax.mesh import lane_mesh
 from smallbatch_jax.models.own import OwnModel
 from smallbatch_jax.planning import spread
 from smallbatch_jax.progress import NoProgress, Progress, Status, for_stream
 from smallbatch_jax.results import NoTimings, ProgramResults, Timings
+from smallbatch_jax.skipped import SkippedImages
+from smallbatch_jax.streamed import supply_of
+from smallbatch_jax.supply import Supply
 from smallbatch_jax.train import TrainState
 from smallbatch_jax.workdir import open_workdir, record_provenance, surroundings
 
@@ -63,7 +66,7 @@ def use_all_cores(devices: int | None = None) -> None:
 
 
 def train_grid(
-    experiment: Experiment, workdir: Path, dataset: Dataset, progress: Progress, model_of: ModelOf | None = None
+    experiment: Experiment, workdir: Path, dataset: Dataset | Photographs, progress: Progress, model_of: ModelOf | None = None
 ) -> None:
     """Trains every run of the experiment that `workdir` does not hold yet, program by program.
 
@@ -94,18 +97,23 @@ def train_grid(
             record_provenance(folder, "finish", finished=status.finished, diverged=status.diverged)
 
 
-def facts(dataset: Dataset) -> dict[str, Any]:
+def facts(dataset: Dataset | Photographs) -> dict[str, Any]:
     """What a workdir keeps of its data."""
-    return {"num_classes": dataset.num_classes, "examples": [len(dataset.train_labels), len(dataset.test_labels)]}
+    return {"num_classes": dataset.num_classes, "examples": [dataset.num_train, dataset.num_test]}
 
 
-def require_trainable(experiment: Experiment, dataset: Dataset) -> None:
+def require_trainable(experiment: Experiment, dataset: Dataset | Photographs) -> None:
     """Refuses an experiment that does not fit the data, as `train_grid` would; runs nothing."""
     _Study(experiment, dataset, None)
 
 
 def train_program(
-    experiment: Experiment, workdir: Path, shape: tuple[int, int], dataset: Dataset, progress: Progress, stop: Stop
+    experiment: Experiment,
+    workdir: Path,
+    shape: tuple[int, int],
+    dataset: Dataset | Photographs,
+    progress: Progress,
+    stop: Stop,
 ) -> None:
     """Trains one program of a grid: the runs of `shape`, (batch size, BN batch size), that `workdir` does not hold yet.
 
@@ -124,19 +132,24 @@ def train_program(
 class _Study:
     """An experiment with its data and model, checked."""
 
-    def __init__(self, experiment: Experiment, dataset: Dataset, model_of: ModelOf | None):
-        experiment.require_examples(len(dataset.train_labels))
+    def __init__(self, experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None):
+        experiment.require_examples(dataset.num_train)
+        if isinstance(dataset, Photographs) and experiment.model.bn_statistics == "precise":
+            raise InputError(
+                "model.bn_statistics: 'precise' takes training images again at every evaluation, which are not there where "
+                "dataset.image_size streams them. Use 'running'."
+            )
         self.experiment, self.dataset = experiment, dataset
         self.model_of = model_of or named_model(experiment, dataset.num_classes, experiment.model.bn_decay)
         precise = experiment.model.bn_statistics == "precise"
         self.precise_model_of = named_model(experiment, dataset.num_classes, 0.0) if precise else None
-        lane_programs.require_model(self.model_of(None), dataset)
+        lane_programs.require_model(self.model_of(None), dataset.image_shape, dataset.num_classes)
         for m, b in programs(experiment.runs()):
             self.model_of(None if b == m else b)  # a model that takes no BN batch size is refused now
 
     def train(self, folder: Path, shapes: list[tuple[int, int]], progress: Progress, stop: Stop) -> Status:
         """Trains the programs of these (batch size, BN batch size), one after the other."""
-        mesh = lane_programs.lane_mesh()
+        mesh = lane_mesh()
         device = {"kind": mesh.devices.flat[0].device_kind, "platform": jax.default_backend(), "count": mesh.size}
         timings = Timings(folder)
         if processes.is_first():
@@ -144,23 +157,25 @@ class _Study:
             record_provenance(folder, "start", **made, processes=jax.process_count())
         else:
             timings, progress = NoTimings(), NoProgress()
-        on_device = to_device(self.dataset, mesh)
         there = processes.least(memory.memory_bytes(mesh))
-        initial = lane_programs.initialiser(self.model_of(None), on_device)
+        initial = lane_programs.initialiser(self.model_of(None), self.dataset.image_shape)
         with ExitStack() as stack:
+            skipped = SkippedImages(folder if processes.is_first() else None)
+            supply = supply_of(self.dataset, self.experiment, skipped.add)
+            stack.callback(supply.close)
             found = _results(folder, shapes, stack)
             jobs = [self._job(shape, results, there) for shape, results in zip(shapes, found, strict=True)]
             status = _status(jobs)
             stack.callback(progress.close, status)
             pending = [job for job in jobs if job.pending()]
             progress.show(status, "compiling")
-            compiler = _Compiler(on_device, timings)
+            compiler = _Compiler(supply, timings)
             for job, program in compiler.in_turn(pending, initial, stop):
                 checkpoints = Checkpoints(folder / "checkpoints" / job.name, self.experiment)
                 # When the last lanes had better move, and whether memory ran out, processes would find each for itself.
                 smaller = None if processes.several() else partial(compiler.submit_smaller, job)
                 while True:
-                    feeder = Feeder(job, program, initial, checkpoints, status, progress, timings, stop, smaller)
+                    feeder = Feeder(job, program, supply, initial, checkpoints, status, progress, timings, stop, smaller)
                     try:
                         feeder.train()
                         break
@@ -216,8 +231,8 @@ def _lanes_after(error: Exception, job: Job, program: LaneProgram) -> int:
 class _Compiler:
     """Compiles programs in threads of its own, beside the training of another."""
 
-    def __init__(self, on_device: DeviceData, timings: Timings):
-        self._on_device, self._timings = on_device, timings
+    def __init__(self, supply: Supply, timings: Timings):
+        self._supply, self._timings = supply, timings
         self._executor = ThreadPoolExecutor(2)
 
     def submit(self, job: Job) -> Future[LaneProgram]:
@@ -228,7 +243,7 @@ class _Compiler:
 
     def _compile(self, job: Job) -> LaneProgram:
         began = time.monotonic()
-        program = job.compile(self._on_device)
+        program = job.compile(self._supply)
         self._timings.add("compile", time.monotonic() - began, job.batch_size, job.bn_batch_size, program.lanes)
         return program
 

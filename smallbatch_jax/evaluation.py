@@ -1,24 +1,32 @@
 """Evaluation of one run on the whole test set, by its running averages or by precise statistics."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from smallbatch_jax import device_data
-from smallbatch_jax.device_data import DeviceData
-from smallbatch_jax.train import Batch, Metrics, Model, TrainState, make_eval_step
+from smallbatch_jax.device_data import DeviceData, TestImages
+from smallbatch_jax.train import Array, Batch, Metrics, Model, TrainState, make_eval_step
 
 PRECISE_IMAGES = 4096  # training images that precise statistics are taken over, or all if there are fewer
 
 
-def make_evaluate(model: Model, axis_name: str | None = None) -> Callable[[TrainState, DeviceData], Metrics]:
+class Tested(NamedTuple):
+    """What a run found on test images."""
+
+    loss: Array  # float32[], mean cross-entropy; of some of a streamed test set, the sum
+    correct: Array  # int32[], classified rightly
+    images: Array  # int32[], how many they were
+
+
+def make_evaluate(model: Model, axis_name: str | None = None) -> Callable[[TrainState, DeviceData], Tested]:
     """The evaluation of a run, shared out among the devices along `axis_name` if they all hold it."""
     eval_step = make_eval_step(model)
 
-    def evaluate(state: TrainState, data: DeviceData) -> Metrics:
+    def evaluate(state: TrainState, data: DeviceData) -> Tested:
         """Mean cross-entropy and number right over the whole test set; NaN if running averages are not finite.
 
         A variance that overflowed gives zeros for activations, and so a finite loss of a network that is lost.
@@ -33,10 +41,28 @@ def make_evaluate(model: Model, axis_name: str | None = None) -> Callable[[Train
         total, _ = lax.scan(one, zero, (data.test_images, data.test_labels, data.test_counts))
         if axis_name is not None:
             total = lax.psum(total, axis_name)
-        sound = jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda x: jnp.isfinite(x).all(), state.batch_stats), True)
-        return Metrics(jnp.where(sound, total.loss / data.test_counts.sum(), jnp.nan), total.correct)
+        images = data.test_counts.sum(dtype=jnp.int32)
+        return Tested(jnp.where(_sound(state), total.loss / images, jnp.nan), total.correct, images)
 
     return evaluate
+
+
+def make_test(model: Model, axis_name: str | None = None) -> Callable[[TrainState, jax.Array, TestImages], Tested]:
+    """The evaluation of a run on some of the test set, this device's part along `axis_name`, float32[n, …] normalised: sums."""
+    eval_step = make_eval_step(model)
+
+    def test(state: TrainState, images: jax.Array, part: TestImages) -> Tested:
+        found = eval_step(state, Batch(images, part.labels), part.counts)
+        sums = Tested(found.loss, found.correct, part.counts.sum(dtype=jnp.int32))
+        if axis_name is not None:
+            sums = lax.psum(sums, axis_name)
+        return sums._replace(loss=jnp.where(_sound(state), sums.loss, jnp.nan))
+
+    return test
+
+
+def _sound(state: TrainState) -> Any:
+    return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda x: jnp.isfinite(x).all(), state.batch_stats), True)
 
 
 def _share(batch: tuple[jax.Array, ...], axis_name: str) -> tuple[jax.Array, ...]:
@@ -52,7 +78,7 @@ def _share(batch: tuple[jax.Array, ...], axis_name: str) -> tuple[jax.Array, ...
     return tuple(map(part, batch))
 
 
-def with_precise_statistics(evaluate: Callable[..., Metrics], model: Model) -> Callable[..., Metrics]:
+def with_precise_statistics(evaluate: Callable[..., Tested], model: Model) -> Callable[..., Tested]:
     """`evaluate`, with running averages replaced by the mean of the statistics of many BN batches of training images.
 
     They are what training would see with the parameters as they are, in BN batches of the same size; only that the images
@@ -61,7 +87,7 @@ def with_precise_statistics(evaluate: Callable[..., Metrics], model: Model) -> C
     """
     b = model.bn_batch_size
 
-    def evaluate_precisely(state: TrainState, data: DeviceData) -> Metrics:
+    def evaluate_precisely(state: TrainState, data: DeviceData) -> Tested:
         images = min(PRECISE_IMAGES, len(data.shuffled))
         size = b * max(1, min(device_data.LARGEST_EVAL_BATCH, images) // b)  # how many BN batches at once changes rounding only
         batches = max(1, images // size)
@@ -79,5 +105,5 @@ def with_precise_statistics(evaluate: Callable[..., Metrics], model: Model) -> C
     return evaluate_precisely
 
 
-def not_evaluated() -> Metrics:
-    return Metrics(jnp.array(jnp.nan, jnp.float32), jnp.zeros([], jnp.int32))
+def not_evaluated() -> Tested:
+    return Tested(jnp.array(jnp.nan, jnp.float32), jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))

@@ -17,7 +17,8 @@ from smallbatch_jax.fields import InputError, config_field
 
 __all__ = ["Experiment", "InputError", "Run", "default_config", "from_config", "single_run"]
 
-DATASETS = ("digits", "folder", "cifar10", "cifar100")
+DATASETS = ("digits", "folder", "cifar10", "cifar100", "imagenet2012")
+BROKEN_IMAGES = ("fail", "skip")
 NORMS = ("none", "batch", "group", "batch_renorm")
 MODEL_NORMS = {"alexnet": (*NORMS, "batch_conv_only")} | dict.fromkeys(("resnet8", "resnet20", "resnet32", "resnet50"), NORMS)
 OWN = "own:"  # begins the name of a model or dataset that a Python caller brought; no command can make one
@@ -28,7 +29,15 @@ ALL_NORMS = tuple(dict.fromkeys(norm for norms in MODEL_NORMS.values() for norm 
 
 # What may differ when a workdir is resumed: where the data lies, how the work is laid out, and train.py's own choice of
 # one run, which is in the grid by then.
-MAY_CHANGE = ("dataset.data_dir", "lanes", "data_devices", "micro_batch_size", "segment_seconds", "checkpoint_seconds")
+MAY_CHANGE = (
+    "dataset.data_dir",
+    "dataset.workers",
+    "lanes",
+    "data_devices",
+    "micro_batch_size",
+    "segment_seconds",
+    "checkpoint_seconds",
+)
 
 
 @dataclass(frozen=True)
@@ -37,8 +46,13 @@ class Dataset:
 
     name: str = config_field("digits", fields.choice(DATASETS, "dataset", OWN))
     data_dir: str | None = config_field(None, fields.optional(fields.text), str)
-    augment: bool = config_field(False, fields.boolean)  # pad 4, random crop, random flip (§3.1)
-    image_size: int | None = config_field(None, fields.optional(fields.integer(1)), int)
+    # Pad 4, random crop, random flip (§3.1); of streamed images a random crop at a random scale, random flip (§3.5).
+    augment: bool = config_field(False, fields.boolean)
+    image_size: int | None = config_field(None, fields.optional(fields.integer(1)), int)  # of streamed images, in pixels
+    color_jitter: bool = config_field(False, fields.boolean)  # of streamed images, if augmented
+    # What becomes of a streamed image that cannot be decoded: the sweep ends with its path, or the next one takes its place.
+    broken_images: str = config_field("fail", fields.choice(BROKEN_IMAGES, "way"))
+    workers: int | None = config_field(None, fields.optional(fields.integer(0, 1024)), int)  # that decode; None: one per core
 
 
 @dataclass(frozen=True)
@@ -125,6 +139,11 @@ class Experiment:
             raise InputError(
                 f"model.bn_statistics: 'precise' recomputes the statistics of batch norm; {self.model.name} with norm "
                 f"{self.model.norm!r} has none. Use 'running'."
+            )
+        if self.dataset.color_jitter and not (self.dataset.augment and self.dataset.image_size):
+            raise InputError(
+                "dataset.color_jitter: is a part of the augmentation of streamed images; use it with dataset.image_size and "
+                "dataset.augment."
             )
         if self.grid.base_lrs_from:
             self._batch_sizes()

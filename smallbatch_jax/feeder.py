@@ -22,11 +22,13 @@ import numpy as np
 from smallbatch_jax import processes
 from smallbatch_jax.checkpoint import Checkpoints
 from smallbatch_jax.data import order
-from smallbatch_jax.experiment import Run
+from smallbatch_jax.data.stream import Lost
+from smallbatch_jax.experiment import InputError, Run
 from smallbatch_jax.jobs import Job
-from smallbatch_jax.lanes import LaneProgram, LaneState, Report, Segment
+from smallbatch_jax.lanes import LaneProgram, LaneState, Report
 from smallbatch_jax.progress import Progress, Status
 from smallbatch_jax.results import Row, Timings
+from smallbatch_jax.supply import Span, Supply
 from smallbatch_jax.train import TrainState
 
 CHECKPOINT_SHARE = 0.02  # of the training time, at most
@@ -79,6 +81,7 @@ class Feeder:
 
     job: Job
     program: LaneProgram
+    supply: Supply
     initial: Callable[[int], TrainState]
     checkpoints: Checkpoints
     status: Status
@@ -108,7 +111,13 @@ class Feeder:
                     flight = None
                 state = self._pack(fitting, self._read(state), self.runs)
                 pace.restart()
-            state, sent = self._send(state, agreed.steps, self._word(budget, pace))
+            try:
+                state, sent = self._send(state, agreed.steps, self._word(budget, pace))
+            except (InputError, Lost):  # in an image; what was trained so far is the more worth keeping
+                if flight is not None:
+                    self._collect(flight, pace)
+                self._save_before_failing(state)
+                raise
             if flight is not None:
                 self._collect(flight, pace)
                 agreed = self._agreed(flight, self._word(budget, pace))
@@ -214,32 +223,32 @@ class Feeder:
 
     def _send(self, state: LaneState, pace: int, word: Word) -> tuple[LaneState, Flight | None]:
         """Starts the next segment, and frees the lanes of the runs that end in it; `word` goes to the other processes."""
-        m, n = self.job.batch_size, self.job.num_examples
         if not any(self.runs):
             return state, None
-        lanes = self.program.lanes
-        segment = Segment(
-            np.zeros((lanes, self.program.segment_steps, m), np.int32), np.zeros(lanes, np.int32), np.zeros(lanes, bool)
-        )
+        shares = self._shares(pace)
+        spans = [share and Span(share.run.seed, share.first_step, share.steps, share.evaluate) for share in shares]
+        load = self.supply.load(self.program, self.job.batch_size, spans)
         settings = self.job.settings(self.runs)
-        shares: list[Share | None] = [None] * lanes
-        even = self.program.even_steps([run is not None for run in self.runs], pace)
-        for lane, run in enumerate(self.runs):
-            if run is None:
-                continue
-            first = self.steps[lane]
-            epoch = order.epoch_of_step(first, n, m)
-            left = order.epoch_end(epoch, n, m) - first
-            steps = min(left, even[lane])
-            segment.indices[lane, :steps] = order.batch_indices(run.seed, first, steps, m, n)
-            segment.steps[lane], segment.evaluate[lane] = steps, steps == left
-            shares[lane] = Share(run, epoch, first, steps, steps == left)
-            self.steps[lane] = first + steps
-            if self.steps[lane] == self.job.total_steps:
-                self.runs[lane] = None
-        state, report = self.program.run(state, settings, segment)
+        for lane, share in enumerate(shares):
+            if share is not None:
+                self.steps[lane] += share.steps
+                if self.steps[lane] == self.job.total_steps:
+                    self.runs[lane] = None
+        state, report = self.program.run(state, settings, load.segment, load.pool, load.test)
         mesh = self.program.mesh
         return state, Flight(shares, processes.readable(report, mesh), processes.exchange(word, mesh))
+
+    def _shares(self, pace: int) -> list[Share | None]:
+        """What each lane does in the next segment: steps of one epoch, the last of which is evaluated after."""
+        m, n = self.job.batch_size, self.job.num_examples
+        epochs = [order.epoch_of_step(step, n, m) for step in self.steps]
+        left = [order.epoch_end(epoch, n, m) - step for epoch, step in zip(epochs, self.steps, strict=True)]
+        wanted = [run and Span(run.seed, self.steps[lane], left[lane]) for lane, run in enumerate(self.runs)]
+        steps = self.supply.steps(self.program, m, wanted, pace)
+        return [
+            Share(run, epochs[lane], self.steps[lane], steps[lane], steps[lane] == left[lane]) if run and steps[lane] else None
+            for lane, run in enumerate(self.runs)
+        ]
 
     def _collect(self, flight: Flight, pace: "Pace") -> None:
         """Waits for a segment, records what it found and frees the lanes of the runs that diverged in it."""
@@ -279,9 +288,15 @@ class Feeder:
         train_loss = float(found.loss_sum) / batches
         lost = not (found.alive and np.isfinite(found.test_loss))
         train_accuracy = float("nan") if lost else int(found.correct) / (batches * m)
-        test_accuracy = float("nan") if lost else int(found.test_correct) / len(self.job.dataset.test_labels)
+        test_accuracy = float("nan") if lost else int(found.test_correct) / int(found.test_images)
         run = (share.run.batch_size, share.run.bn_batch_size, share.run.base_lr, share.run.seed)
         return Row(*run, share.epoch, step, train_loss, train_accuracy, float(found.test_loss), test_accuracy)
+
+    def _save_before_failing(self, state: LaneState) -> None:
+        whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))  # else it was given to a segment already
+        if whole and not processes.several():  # the others do not know
+            self._save(state)
+            self.checkpoints.close()
 
     def _save(self, state: LaneState) -> float:
         """Saves all lanes, after the rows that they have left behind; seconds it took."""

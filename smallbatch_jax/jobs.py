@@ -7,17 +7,17 @@ import numpy as np
 
 from smallbatch_jax import lanes as lane_programs
 from smallbatch_jax import memory
-from smallbatch_jax.data import Dataset, order
-from smallbatch_jax.device_data import DeviceData
+from smallbatch_jax.data import Dataset, Photographs, order
 from smallbatch_jax.experiment import OWN, Experiment, InputError, Run
-from smallbatch_jax.lanes import DATA, LaneMapping, LaneProgram, lane_mesh
+from smallbatch_jax.lanes import LaneMapping, LaneProgram
+from smallbatch_jax.mesh import DATA, LANE, lane_mesh
 from smallbatch_jax.models import create_model, micro_batch_size
 from smallbatch_jax.progress import Status
 from smallbatch_jax.results import ProgramResults
+from smallbatch_jax.supply import Supply
 from smallbatch_jax.train import Model, Program, Setting
 
 MOST_LANES = 16
-FIXED_SEGMENT_IMAGES = 16384  # per lane, where a segment's length is compiled in
 GIB = 2**30
 
 
@@ -41,7 +41,7 @@ class Job:
     """The runs that one compiled program trains."""
 
     experiment: Experiment
-    dataset: Dataset
+    dataset: Dataset | Photographs
     model_of: ModelOf
     batch_size: int
     bn_batch_size: int
@@ -59,7 +59,7 @@ class Job:
 
     @property
     def num_examples(self) -> int:
-        return len(self.dataset.train_labels)
+        return self.dataset.num_train
 
     @property
     def total_steps(self) -> int:
@@ -80,7 +80,7 @@ class Job:
         """Examples of a batch on each device."""
         return self.batch_size // self.data_devices
 
-    def compile(self, data: DeviceData) -> LaneProgram:
+    def compile(self, supply: Supply) -> LaneProgram:
         """The program with as many lanes as it has runs and as fit, spread evenly over the devices.
 
         Where not even one lane per row of devices fits, each takes its share of a batch in parts.
@@ -88,10 +88,10 @@ class Job:
         Raises:
           InputError: if that does not fit either.
         """
-        rows = lane_mesh(data_devices=self.data_devices).shape[lane_programs.LANE]
+        rows = lane_mesh(data_devices=self.data_devices).shape[LANE]
         lanes, parts = self.lanes(rows), self._parts(self.experiment.micro_batch_size)
         while True:
-            program = self._compile(data, lanes, parts)
+            program = self._compile(supply, lanes, parts)
             needed, there = program.peak_bytes, self.memory_bytes or memory.memory_bytes(program.mesh)
             if needed <= there:
                 return program
@@ -116,33 +116,25 @@ class Job:
         own = self.experiment.model.name.startswith(OWN)  # which may do anything with its batch
         return None if own else micro_batch_size(self.experiment.model.norm, self.share, self.bn_batch_size, most)
 
-    def _compile(self, data: DeviceData, lanes: int, parts: int | None) -> LaneProgram:
-        chosen = self.experiment
+    def _compile(self, supply: Supply, lanes: int, parts: int | None) -> LaneProgram:
+        chosen, mesh = self.experiment, lane_mesh(data_devices=self.data_devices)
+        mapping = self.mapping or lane_programs.lane_mapping()
         schedule = chosen.schedule
         axis_name = DATA if self.data_devices > 1 else None
-        program = Program(
-            self.batch_size, self.total_steps, schedule.boundaries, schedule.factor, axis_name, parts, chosen.dataset.augment
-        )
+        augment = chosen.dataset.augment and not isinstance(self.dataset, Photographs)  # which come augmented
+        program = Program(self.batch_size, self.total_steps, schedule.boundaries, schedule.factor, axis_name, parts, augment)
         bn_batch_size = None if self.bn_batch_size == self.batch_size else self.bn_batch_size
         return lane_programs.compile_lanes(
             self.model_of(bn_batch_size, axis_name=axis_name) if axis_name else self.model_of(bn_batch_size),
             program,
-            data,
-            lane_mesh(data_devices=self.data_devices),
+            supply.data(mesh, self.batch_size),
+            mesh,
             lanes,
-            self._segment_steps(),
+            supply.most_steps(mesh, self.batch_size, mapping == "map"),
             chosen.precision,
-            self.mapping,
+            mapping,
             statistics_model=self.statistics_model_of and self.statistics_model_of(self.bn_batch_size),
         )
-
-    def _segment_steps(self) -> int:
-        """The most steps of a segment: an epoch's, or an even part of them where a segment's length is compiled in."""
-        longest_epoch = self.num_examples // self.batch_size + 1
-        if (self.mapping or lane_programs.lane_mapping()) == "map":
-            return longest_epoch
-        parts = -(-longest_epoch * self.batch_size // FIXED_SEGMENT_IMAGES)
-        return -(-longest_epoch // parts)
 
     def settings(self, runs: list[Run | None]) -> Setting:
         """The scalars of the run in each lane, stacked; any valid ones where there is none."""

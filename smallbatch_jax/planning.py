@@ -5,10 +5,12 @@ that their runs will not need; one that diverges later makes the plan too long.
 """
 
 import dataclasses
+import itertools
 import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,25 +20,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from smallbatch_jax import scaling
-from smallbatch_jax.data import Dataset, order
-from smallbatch_jax.device_data import to_device
+from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.experiment import Experiment, Run, programs
 from smallbatch_jax.jobs import Job, ModelOf, named_model
-from smallbatch_jax.lanes import LaneMapping, LaneProgram, Segment, initialiser, lane_mesh
+from smallbatch_jax.lanes import LaneMapping, LaneProgram, initialiser
 from smallbatch_jax.models.conv import forced
 from smallbatch_jax.models.layers import MANY_IMAGES
 from smallbatch_jax.results import ProgramResults
+from smallbatch_jax.streamed import supply_of
+from smallbatch_jax.supply import Load, Span, Supply
 from smallbatch_jax.train import Batch, Model, Program, Setting, TrainState, init_state, make_train_step
 
 WARM_UP_IMAGES = 512  # per lane, of the first segment, which is not timed
+EVALUATED_PARTS = 4  # of a streamed test set
 
 
 class Trial:
     """The first runs of a job, trained in memory alone, to see how fast."""
 
-    def __init__(self, job: Job, program: LaneProgram, initial: Callable[[int], TrainState]):
+    def __init__(self, job: Job, program: LaneProgram, supply: Supply, initial: Callable[[int], TrainState]):
         """Fills the lanes of the program, compiled for the job; `initial` is seed → the state before the first update."""
-        self.job, self.program = job, program
+        self.job, self.program, self._supply = job, program, supply
         self.runs: list[Run | None] = [None] * program.lanes
         # In turn over the devices, so that the low rates, which survive, keep them all at work, as in a sweep.
         per_row = program.lanes // program.rows
@@ -65,16 +69,22 @@ class Trial:
         return taken * self.job.batch_size, seconds
 
     def evaluate(self) -> float:
-        """Seconds in which all living lanes are evaluated, the second time that they are."""
-        nothing = np.zeros(self.program.lanes, int)
-        segment = self._plan(nothing)._replace(evaluate=np.ones(self.program.lanes, bool))
-        seconds = 0.0
+        """Seconds in which all living lanes are evaluated, the second time that they are.
+
+        Of a streamed test set a part is, which stands for all.
+        """
+        seconds, parts = 0.0, 1
         for _ in range(2):
+            load = self._load(np.zeros(self.program.lanes, int))
+            segment = load.segment._replace(evaluate=np.ones(self.program.lanes, bool))
+            if load.pool is not None:
+                parts = max(1, load.test_parts)
             began = time.monotonic()
-            self._state, report = self.program.run(self._state, self.job.settings(self.runs), segment)
+            few = itertools.islice(load.test, EVALUATED_PARTS)
+            self._state, report = self.program.run(self._state, self.job.settings(self.runs), segment, load.pool, few)
             jax.block_until_ready(report)
             seconds = time.monotonic() - began
-        return seconds
+        return seconds * max(1.0, parts / EVALUATED_PARTS)
 
     def diverged(self) -> frozenset[float]:
         """Base learning rates whose run has diverged."""
@@ -88,12 +98,15 @@ class Trial:
         """Updates taken by all lanes together, and seconds."""
         left = self.job.total_steps - self._done
         pace = min(pace, self.program.segment_steps) if self.program.any_length else self.program.segment_steps
-        steps = np.minimum(self.program.even_steps(list(self.alive & (left > 0)), pace), left)
+        wanted = [
+            Span(run.seed, int(self._done[lane]), int(left[lane])) if run and self.alive[lane] and left[lane] > 0 else None
+            for lane, run in enumerate(self.runs)
+        ]
+        steps = np.array(self._supply.steps(self.program, self.job.batch_size, wanted, pace))
         if not steps.any():
             return 0, 0.0
-        segment, settings = self._plan(steps), self.job.settings(self.runs)
-        began = time.monotonic()
-        self._state, report = self.program.run(self._state, settings, segment)
+        began = time.monotonic()  # a streamed segment's images are a part of its time
+        self._state, report = self.program.run(self._state, self.job.settings(self.runs), *self._load(steps)[:3])
         found = jax.tree.map(np.asarray, report)
         seconds = time.monotonic() - began
         taken = int((found.step - self._done)[self.alive].sum())
@@ -101,15 +114,13 @@ class Trial:
         self._seconds_per_step = seconds / pace
         return taken, seconds
 
-    def _plan(self, steps: np.ndarray) -> Segment:
+    def _load(self, steps: np.ndarray) -> Load:
         """The next steps of each run, without an evaluation."""
-        job, program = self.job, self.program
-        indices = np.zeros((program.lanes, program.segment_steps, job.batch_size), np.int32)
-        for lane, run in enumerate(self.runs):
-            if run is not None and steps[lane]:
-                done, count = int(self._done[lane]), int(steps[lane])
-                indices[lane, :count] = order.batch_indices(run.seed, done, count, job.batch_size, job.num_examples)
-        return Segment(indices, steps.astype(np.int32), np.zeros(program.lanes, bool))
+        spans = [
+            Span(run.seed, int(self._done[lane]), int(steps[lane])) if run and steps[lane] else None
+            for lane, run in enumerate(self.runs)
+        ]
+        return self._supply.load(self.program, self.job.batch_size, spans)
 
 
 @dataclass(frozen=True)
@@ -125,7 +136,10 @@ class Probe:
 
 
 def measure(
-    experiment: Experiment, dataset: Dataset, model_of: ModelOf | None = None, mapping: LaneMapping | None = None
+    experiment: Experiment,
+    dataset: Dataset | Photographs,
+    model_of: ModelOf | None = None,
+    mapping: LaneMapping | None = None,
 ) -> Iterator[Trial]:
     """Compiles every program of an experiment, one after the other; writes nothing that lasts.
 
@@ -137,13 +151,12 @@ def measure(
     """
     model_of = model_of or named_model(experiment, dataset.num_classes, experiment.model.bn_decay)
     precise = named_model(experiment, dataset.num_classes, 0.0) if experiment.model.bn_statistics == "precise" else None
-    data = to_device(dataset, lane_mesh())
-    initial = initialiser(model_of(None), data)
-    with tempfile.TemporaryDirectory() as folder:
+    initial = initialiser(model_of(None), dataset.image_shape)
+    with tempfile.TemporaryDirectory() as folder, closing(supply_of(dataset, experiment)) as supply:
         for (m, b), runs in programs(experiment.runs()).items():
             with ProgramResults(Path(folder), m, b) as results:
                 job = spread(Job(experiment, dataset, model_of, m, b, runs, results, precise, mapping=mapping))
-                yield Trial(job, job.compile(data), initial)
+                yield Trial(job, job.compile(supply), supply, initial)
 
 
 def spread(job: Job) -> Job:
@@ -162,7 +175,7 @@ def spread(job: Job) -> Job:
 
 def network(job: Job) -> scaling.Network:
     """What a training step of the job's model takes."""
-    model, image_shape = job.model_of(None), job.dataset.train_images.shape[1:]
+    model, image_shape = job.model_of(None), job.dataset.image_shape
     state = jax.eval_shape(lambda: init_state(model, jnp.zeros((1, *image_shape)), jnp.int32(0)))
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
     layers = len(jax.tree.leaves(state.batch_stats)) // 2  # a mean and a variance of each

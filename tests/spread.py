@@ -15,7 +15,7 @@ import numpy as np
 from smallbatch_jax import data, driver, experiment, jobs, lanes, processes
 from smallbatch_jax.checkpoint import Checkpoints
 from smallbatch_jax.data import order
-from smallbatch_jax.device_data import to_device
+from smallbatch_jax.supply import Resident
 
 STEPS = 20
 
@@ -48,9 +48,8 @@ def trained(
     run, dataset = chosen.runs()[0], data.load("digits")
     model_of = jobs.named_model(chosen, 10, 0.99)
     job = jobs.Job(chosen, dataset, model_of, m, b, [run], None, data_devices=devices)  # pyright: ignore[reportArgumentType]
-    on_device = to_device(dataset, lanes.lane_mesh())
-    program = job.compile(on_device)
-    state = program.start(program.empty(), {0: lanes.initialiser(job.model_of(None), on_device)(0)})
+    program = job.compile(Resident(dataset))
+    state = program.start(program.empty(), {0: lanes.initialiser(job.model_of(None), dataset.image_shape)(0)})
     if restore:
         checkpoints = Checkpoints(Path(restore), chosen)
         content = processes.on_first(lambda: checkpoints.restore(program.template))

@@ -28,16 +28,26 @@ def test_unknown_name_is_refused_with_the_nearest(name, hint):
     message = error_line(data.load, name)
     assert message.startswith(f"dataset.name: unknown dataset {name!r}")
     assert hint in message
-    assert message.endswith("Known: digits, folder, cifar10, cifar100.")
+    assert message.endswith("Known: digits, folder, cifar10, cifar100, imagenet2012.")
 
 
-def test_image_size_is_refused(root):
-    assert error_line(data.load, "folder", data_dir=root, image_size=32).startswith("dataset.image_size: got 32")
+@pytest.mark.parametrize(
+    ("name", "size", "said"),
+    [
+        ("digits", 32, "got 32, but the images of digits share one size"),
+        ("cifar10", 224, "got 224, but the images of cifar10 share one size"),
+        ("imagenet2012", None, "got None, but imagenet2012 does not fit in memory; use 224"),
+        ("folder", 4, "got 4, accepts an integer from 8"),
+    ],
+)
+def test_an_image_size_that_does_not_go_with_the_dataset_is_refused(name, size, said):
+    assert error_line(data.load, name, image_size=size).startswith(f"dataset.image_size: {said}")
 
 
 def test_import_loads_no_heavy_library():
     """Commands show their --help without waiting for JAX, scikit-learn or Pillow."""
-    code = "import sys, smallbatch_jax.data; print([m for m in ('jax', 'sklearn', 'PIL', 'rich') if m in sys.modules])"
+    heavy = ("jax", "sklearn", "PIL", "rich", "cv2", "simplejpeg", "grain")
+    code = f"import sys, smallbatch_jax.data; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import tiny
 
-from smallbatch_jax import driver, feeder, jobs, lanes, memory, results
+from smallbatch_jax import driver, feeder, lanes, memory, results, supply
 from smallbatch_jax.experiment import InputError
 from smallbatch_jax.progress import NoProgress
 
@@ -65,7 +65,7 @@ def test_the_device_with_fewer_lanes_takes_more_steps_of_each():
 
 def test_side_by_side_the_program_shrinks_once_half_of_it_is_empty(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(lanes, "lane_mapping", lambda: "vmap")
-    monkeypatch.setattr(jobs, "FIXED_SEGMENT_IMAGES", 8)
+    monkeypatch.setattr(supply, "FIXED_SEGMENT_IMAGES", 8)
     whole = train(tmp_path / "whole", lanes=4)
     assert packed == []  # compiling would take longer than what is left
     compiled, compile_lanes = [], lanes.compile_lanes
@@ -96,11 +96,11 @@ def submit_and_wait(submit):
 def test_half_the_lanes_go_on_when_memory_runs_out(undisturbed, tmp_path, monkeypatch):
     tried, run = [], lanes.LaneProgram.run
 
-    def short_of_memory(self, state, settings, segment):
+    def short_of_memory(self, *args):
         tried.append(self.lanes)
         if self.lanes > 2 and len(tried) > 2:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes")
-        return run(self, state, settings, segment)
+        return run(self, *args)
 
     monkeypatch.setattr(lanes.LaneProgram, "run", short_of_memory)
     frame = train(tmp_path / "w")

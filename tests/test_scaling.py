@@ -7,8 +7,8 @@ import pytest
 import tiny
 
 from smallbatch_jax import experiment, jobs, lanes, planning, scaling
-from smallbatch_jax.device_data import to_device
 from smallbatch_jax.experiment import InputError
+from smallbatch_jax.supply import Resident
 
 NETWORK = scaling.Network(flops_per_image=4e8, parameter_bytes=2_000_000, batch_norms=32)
 FAST = scaling.Machine(1e13, 1e-5, 1e11)
@@ -108,13 +108,13 @@ def test_a_share_that_does_not_fit_is_taken_in_parts(monkeypatch):
         def __init__(self, parts):
             self.peak_bytes, self.mesh = 10 if parts == 8 else 100, lanes.lane_mesh()
 
-    def compiled(self, data, lanes, parts):
+    def compiled(self, supply, lanes, parts):
         tried.append((lanes, parts))
         return Fitting(parts)
 
     monkeypatch.setattr(jobs.Job, "_compile", compiled)
     large = jobs.Job(asked, tiny.dataset(), None, 32, 4, asked.runs(), None, memory_bytes=50)  # pyright: ignore
-    large.compile(to_device(tiny.dataset(), lanes.lane_mesh()))
+    large.compile(Resident(tiny.dataset()))
     assert tried == [(2, None), (2, 16), (2, 8)]
     with pytest.raises(InputError, match="m = 32: one lane per device needs"):
         dataclasses.replace(large, memory_bytes=5).compile(None)  # pyright: ignore

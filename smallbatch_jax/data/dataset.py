@@ -58,6 +58,18 @@ class Dataset:
         if test.dtype != train.dtype:
             raise InputError(f"Dataset.test_images: got {test.dtype}, but train_images is {train.dtype}; both must be the same")
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self.train_images.shape[1:]
+
+    @property
+    def num_train(self) -> int:
+        return len(self.train_labels)
+
+    @property
+    def num_test(self) -> int:
+        return len(self.test_labels)
+
     def digest(self) -> str:
         """A name for exactly these arrays, such that results of other data are not mixed with theirs."""
         total = hashlib.sha256(f"{self.num_classes}".encode())

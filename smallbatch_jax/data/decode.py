@@ -10,6 +10,7 @@ the decoder cannot go on, and are taken as they come otherwise.
 """
 
 import contextlib
+import io
 import itertools
 import os
 import sys
@@ -30,7 +31,7 @@ _CHUNKS_AHEAD = 16  # per thread; bounds what is decoded but not yet in its plac
 # Below this the interpreter's lock is held for most of a file's time, and threads make each other wait.
 _THREADS_PAY_ABOVE = 4096  # bytes, mean over the files
 _MAX_THREADS = 8
-_MAX_PIXELS = 2**26  # of one picture; it takes seven bytes a pixel while it is decoded, in each thread
+MOST_PIXELS = 2**26  # of one picture; it takes seven bytes a pixel while it is decoded, in each thread
 
 
 def version() -> str:
@@ -89,8 +90,6 @@ def _decode_chunk(paths: Sequence[str]) -> list[np.ndarray]:
 
 
 def _decode_image(path: str) -> np.ndarray:
-    from PIL import UnidentifiedImageError
-
     size = -1
     try:
         with open(path, "rb") as file:
@@ -98,27 +97,32 @@ def _decode_image(path: str) -> np.ndarray:
             return decode(file)
     except MemoryError:
         raise
-    except UnidentifiedImageError as error:
-        found = "is not a JPEG or PNG image" if size else "is empty"
-        raise InputError(f"dataset.data_dir: {path!r} {found}; replace or remove it") from error
     except Exception as error:  # a damaged file can raise anything from within Pillow
-        system = getattr(error, "strerror", None)  # the file is gone, say, since the directory was listed
-        found = f"cannot be read ({system})" if system else f"cannot be decoded ({' '.join(str(error).split())})"
-        raise InputError(f"dataset.data_dir: {path!r} {found}; replace or remove it") from error
+        raise InputError(f"dataset.data_dir: {path!r} {what_is_wrong(error, not size)}; replace or remove it") from error
 
 
-def decode(file: BinaryIO) -> np.ndarray:
+def what_is_wrong(error: Exception, empty: bool) -> str:
+    """What reading or decoding a file that is empty, or is not, says of it."""
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "is empty" if empty else "is not a JPEG or PNG image"
+    system = getattr(error, "strerror", None)  # the file is gone, say, since the directory was listed
+    return f"cannot be read ({system})" if system else f"cannot be decoded ({' '.join(str(error).split())})"
+
+
+def decode(file: BinaryIO, upright: bool = True) -> np.ndarray:
     """Returns uint8[H, W, 1] of a grey picture, uint8[H, W, 3] of any other; raises whatever Pillow raises."""
     from PIL import Image
 
     image = Image.open(file, formats=_FORMATS)
-    if image.width * image.height > _MAX_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels, at most {_MAX_PIXELS} are accepted")
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels, at most {MOST_PIXELS} are accepted")
     after_header = file.tell()
     image.load()
     if image.format == "JPEG":
         _require_end(file, after_header)
-    pixels = _pixels(_upright(image))
+    pixels = _pixels(_upright(image) if upright else image)
     return pixels[..., :1] if image.mode == "RGBA" and _is_grey_png(file) else pixels
 
 
@@ -135,8 +139,23 @@ def _require_end(file: BinaryIO, after_header: int) -> None:
         raise ValueError("its end is missing")
 
 
+def turned(pixels: np.ndarray, content: bytes) -> np.ndarray:
+    """The pixels uint8[H, W, C] of a file, turned as its EXIF says they are to be seen."""
+    from PIL import Image
+
+    turn = None
+    with contextlib.suppress(Exception):  # what another decoder took need not be to Pillow's liking
+        turn = _turn(Image.open(io.BytesIO(content), formats=_FORMATS))
+    return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
+
+
 def _upright(image: Any) -> Any:
     """The picture as its EXIF says it is to be seen; unlike Pillow's own, this needs no EXIF that is sound."""
+    turn = _turn(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Any) -> Any:
     from PIL import ExifTags, Image
 
     turns = Image.Transpose
@@ -150,9 +169,8 @@ def _upright(image: Any) -> Any:
         8: turns.ROTATE_90,
     }
     with contextlib.suppress(Exception):  # damaged EXIF can raise anything, and says nothing
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-        return image.transpose(turn[orientation]) if orientation in turn else image
-    return image
+        return turn.get(image.getexif().get(ExifTags.Base.Orientation))
+    return None
 
 
 def _pixels(image) -> np.ndarray:

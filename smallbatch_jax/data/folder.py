@@ -1,4 +1,4 @@
-"""Your own pictures: ROOT/train/CLASS/*.jpg|jpeg|png and ROOT/test/CLASS/…, all of one size."""
+"""Your own pictures: ROOT/train/CLASS/*.jpg|jpeg|png and ROOT/test/CLASS/…, all of one size or streamed."""
 
 import hashlib
 import os
@@ -9,6 +9,7 @@ import numpy as np
 
 from smallbatch_jax.data import cache, decode
 from smallbatch_jax.data.dataset import Dataset
+from smallbatch_jax.data.photographs import Files, Photographs
 from smallbatch_jax.experiment import InputError
 
 SPLITS = ("train", "test")
@@ -35,10 +36,8 @@ def load_folder(data_dir: str | os.PathLike | None) -> Dataset:
     Raises:
       InputError: one line with the path of what is missing, unreadable or of another size.
     """
-    root = _checked_root(data_dir)
-    listing = {split: _list_split(root, split) for split in SPLITS}
-    classes = _common_classes(root, listing)
-    files = [file for split in SPLITS for name in classes for file in listing[split][name]]
+    root, classes, listing = _listed(data_dir)
+    files = [file for split in SPLITS for file in listing[split]]
 
     cache_file = cache.directory() / f"{_cache_name(root, files)}.npy"
     images = cache.read(cache_file, len(files))
@@ -46,11 +45,35 @@ def load_folder(data_dir: str | os.PathLike | None) -> Dataset:
         images = decode.decode_images([file.path for file in files], sum(file.bytes for file in files))
         cache.write(cache_file, images, replaces=f"{_root_name(root)}-*.npy")
 
-    train_labels, test_labels = (
-        np.repeat(np.arange(len(classes), dtype=np.int32), [len(listing[split][name]) for name in classes]) for split in SPLITS
-    )
+    train_labels, test_labels = (_labels(classes, listing[split]) for split in SPLITS)
     train_images, test_images = np.split(images, [len(train_labels)])
     return Dataset(train_images, train_labels, test_images, test_labels, len(classes), tuple(classes))
+
+
+def stream_folder(data_dir: str | os.PathLike | None, image_size: int) -> Photographs:
+    """The pictures below `data_dir`, of any sizes and always RGB, to be read as they are needed; listed as `load_folder` does.
+
+    Raises:
+      InputError: one line with the path of what is missing.
+    """
+    root, classes, listing = _listed(data_dir)
+    train, test = (Files(root, [file.path for file in listing[split]], _labels(classes, listing[split])) for split in SPLITS)
+    name = _cache_name(root, [file for split in SPLITS for file in listing[split]])
+    return Photographs(train, test, image_size, len(classes), tuple(classes), listing=name)
+
+
+def _listed(data_dir: str | os.PathLike | None) -> tuple[str, list[str], dict[str, list[ImageFile]]]:
+    """The root, the classes, and the pictures of each split in order of class, then of file name."""
+    root = _checked_root(data_dir)
+    listing = {split: _list_split(root, split) for split in SPLITS}
+    classes = _common_classes(root, listing)
+    return root, classes, {split: [file for name in classes for file in listing[split][name]] for split in SPLITS}
+
+
+def _labels(classes: list[str], files: list[ImageFile]) -> np.ndarray:
+    """int32[N]: the class of each picture, whose directory has its name."""
+    number = {name: label for label, name in enumerate(classes)}
+    return np.array([number[os.path.basename(os.path.dirname(file.path))] for file in files], np.int32)
 
 
 def _checked_root(data_dir: str | os.PathLike | None) -> str:

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from smallbatch_jax.data import cache, decode
 from smallbatch_jax.data.dataset import Dataset
+from smallbatch_jax.data.photographs import Photographs, Records
 from smallbatch_jax.experiment import InputError
 
 SPLITS = ("train", "test")
@@ -48,6 +50,33 @@ def load_prepared(name: str, data_dir: str | os.PathLike | None) -> Dataset:
 
 
 LOADERS = {name: partial(load_prepared, name) for name in ("cifar10", "cifar100")}
+# Of all ImageNet's training images, as everyone who trains on it normalises them; in 0 … 255.
+IMAGENET_STATISTICS = np.array([123.675, 116.28, 103.53], np.float32), np.array([58.395, 57.12, 57.375], np.float32)
+
+
+def stream_imagenet(data_dir: str | os.PathLike | None, image_size: int) -> Photographs:
+    """ImageNet (ILSVRC 2012) as `prepare_data.py` stored it; its 50,000 validation images are the test set.
+
+    Raises:
+      InputError: if it is not there, with the command that prepares it; or cannot be read.
+    """
+    name, splits = "imagenet2012", ("train", "validation")
+    version = newest_version(name, data_dir)
+    counts, class_names = _info(name, version, splits)
+    train, test = (Records(_record_files(name, version, split), n) for split, n in zip(splits, counts, strict=True))
+    return Photographs(train, test, image_size, len(class_names), class_names, IMAGENET_STATISTICS, _key(version))
+
+
+def _record_files(name: str, version: Path, split: str) -> list[str]:
+    paths = sorted(map(str, version.glob(f"{name}-{split}.array_record-*")))
+    if not paths:
+        raise InputError(
+            f"dataset.data_dir: {str(version)!r} holds no {name}-{split}.array_record files; prepare_data.py writes them."
+        )
+    return paths
+
+
+STREAMS = {"imagenet2012": stream_imagenet}
 
 
 def default_data_dir() -> Path:
@@ -88,23 +117,23 @@ def _key(version: Path) -> str:
     return hashlib.sha256(os.fsencode(listed)).hexdigest()[:32]
 
 
-def _info(name: str, version: Path) -> tuple[list[int], tuple[str, ...]]:
+def _info(name: str, version: Path, names: Sequence[str] = SPLITS) -> tuple[list[int], tuple[str, ...]]:
     """The numbers of training and test examples, and the names of the classes."""
     try:
         splits = json.loads((version / "dataset_info.json").read_text())["splits"]
         shards = {split["name"]: split["shardLengths"] for split in splits}
-        counts = [sum(int(length) for length in shards[split]) for split in SPLITS]
+        counts = [sum(int(length) for length in shards[split]) for split in names]
         features = json.loads((version / "features.json").read_text())["featuresDict"]["features"]
         num_classes = int(features["label"]["classLabel"]["numClasses"])
         lines = (version / "label.labels.txt").read_text().splitlines()
-        names = tuple(line.strip() for line in lines if line.strip())
-        if len(names) != num_classes:
-            raise ValueError(f"label.labels.txt has {len(names)} names for {num_classes} classes")
+        classes = tuple(line.strip() for line in lines if line.strip())
+        if len(classes) != num_classes:
+            raise ValueError(f"label.labels.txt has {len(classes)} names for {num_classes} classes")
     except Exception as error:  # of JSON of any shape
         raise InputError(
             f"dataset.data_dir: {str(version)!r} cannot be read as {name}: {type(error).__name__}: {error}"
         ) from error
-    return counts, names
+    return counts, classes
 
 
 def _read(name: str, version: Path, counts: list[int]) -> tuple[np.ndarray, np.ndarray]:

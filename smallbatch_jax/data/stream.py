@@ -1,0 +1,219 @@
+"""Training and test images decoded ahead of their use by worker processes, in the order in which they are asked for.
+
+Grain runs the workers. Its pipelines have one fixed order, and lanes have many: so all that can be asked for is numbered
+(`Numbered`), each worker is a pipeline of its own over every Wth batch of these numbers, and is sent to another number when a
+run begins or resumes there. What is found under a number depends on the number alone, not on who asks or when.
+"""
+
+import os
+import signal
+import threading
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from smallbatch_jax.data import order
+from smallbatch_jax.data.photographs import Photographs, Source
+
+MESSAGE_BYTES = 2**21  # of images that a worker decodes before it hands them over
+MOST_PER_MESSAGE = 64
+MESSAGES_AHEAD = 2  # per worker, beside the one that it works on
+
+
+class Block(NamedTuple):
+    """Of every `batch` consecutive examples the `count` from `first` on: what one process sees of each batch."""
+
+    batch: int
+    first: int
+    count: int
+
+
+WHOLE = Block(1, 0, 1)
+
+
+class Decoded(NamedTuple):
+    """Images in the order in which they were asked for."""
+
+    images: np.ndarray  # uint8[n, S, S, 3]; zeros where broken
+    labels: np.ndarray  # int32[n]
+    examples: np.ndarray  # int32[n], their numbers in the training or test set
+    sound: np.ndarray  # bool[n], False where a file could not be read or decoded
+
+
+class Numbered:
+    """Every image that may be asked for: of each seed its stream of epochs (`data.order`), then the test set."""
+
+    def __init__(
+        self,
+        photographs: Photographs,
+        seeds: tuple[int, ...],
+        epochs: int,
+        augment: bool,
+        color_jitter: bool,
+        train: Block = WHOLE,
+        test: Block = WHOLE,
+    ):
+        self._photographs, self._augment, self._color_jitter = photographs, augment, color_jitter
+        self._blocks = train, test
+        self._seeds = seeds
+        self._size = photographs.image_size
+        # The last batch of a run may reach into the epoch after its last one.
+        self._per_seed = _numbers((epochs + 1) * photographs.num_train, train)
+        self._num_test = _numbers(photographs.num_test, test)
+        self._permutation: tuple[tuple[int, int], np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self._seeds) * self._per_seed + self._num_test
+
+    def training(self, seed: int, position: int) -> int:
+        """The number of the image at a position of a seed's stream; the first of a batch, where blocks are parts of batches."""
+        batch, _, count = self._blocks[0]
+        return self._seeds.index(seed) * self._per_seed + position // batch * count
+
+    def testing(self, position: int) -> int:
+        """The number of the image at a position of the test set."""
+        batch, _, count = self._blocks[1]
+        return len(self._seeds) * self._per_seed + position // batch * count
+
+    def position(self, number: int) -> int:
+        """Where in a seed's stream the training image of a number is."""
+        return _position(number % self._per_seed, self._blocks[0])
+
+    def __getitem__(self, index: int) -> Decoded:
+        """The image of a number; arrays without their first axis."""
+        which, within = divmod(index, self._per_seed)
+        if which < len(self._seeds):
+            epoch, offset = divmod(_position(within, self._blocks[0]), self._photographs.num_train)
+            return self.train_image(self._seeds[which], epoch, self._example(self._seeds[which], epoch, offset))
+        position = _position(index - len(self._seeds) * self._per_seed, self._blocks[1])
+        return self._test_image(min(position, self._photographs.num_test - 1))
+
+    def train_image(self, seed: int, epoch: int, example: int) -> Decoded:
+        """A training image as a run of this seed sees it in an epoch of its stream, from 0."""
+        from smallbatch_jax.data import views
+
+        source = self._photographs.train
+        if not self._augment:
+            return self._image(source, example, lambda content: views.test_view(content, self._size, source.upright))
+        # Not the key that the order of an epoch is drawn with: seeds and epochs are below 2^32.
+        key = np.array([2**32 + seed, epoch * 2**32 + example], np.uint64)
+        draw = np.random.Generator(np.random.Philox(key=key))
+        view = (self._size, draw, self._color_jitter, source.upright)
+        return self._image(source, example, lambda content: views.training_view(content, *view))
+
+    def _test_image(self, example: int) -> Decoded:
+        from smallbatch_jax.data import views
+
+        source = self._photographs.test
+        return self._image(source, example, lambda content: views.test_view(content, self._size, source.upright))
+
+    def _image(self, source: Source, example: int, view: Any) -> Decoded:
+        try:
+            image, label, sound = view(source.read(example)), source.label(example), True
+        except MemoryError:
+            raise
+        except Exception:  # whatever a damaged file makes of a decoder; who asked decides what becomes of it
+            image, label, sound = np.zeros((self._size, self._size, 3), np.uint8), 0, False
+        return Decoded(image, np.int32(label), np.int32(example), np.bool_(sound))  # pyright: ignore[reportArgumentType]
+
+    def _example(self, seed: int, epoch: int, offset: int) -> int:
+        if self._permutation is None or self._permutation[0] != (seed, epoch):
+            # Only the last is kept, here and not in `order`: of a million examples each takes 5 MB, in every worker.
+            drawn = order.epoch_permutation.__wrapped__(seed, epoch, self._photographs.num_train)
+            self._permutation = (seed, epoch), drawn
+        return int(self._permutation[1][offset])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_permutation": None}
+
+
+def _numbers(positions: int, block: Block) -> int:
+    return -(-positions // block.batch) * block.count
+
+
+def _position(number: int, block: Block) -> int:
+    """Of the number-th example of all blocks."""
+    return number // block.count * block.batch + block.first + number % block.count
+
+
+class Lost(Exception):
+    """A worker process ended by itself."""
+
+
+class Ahead:
+    """Reads `Numbered` images from any number on, with worker processes that stay ahead."""
+
+    def __init__(self, numbered: Numbered, image_bytes: int, workers: int):
+        """`workers` processes; 0 for a thread of this process."""
+        import grain
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # Grain asks for flags of its own, in a notebook too
+            flags.FLAGS.mark_as_parsed()
+        self._per_message = max(1, min(MOST_PER_MESSAGE, MESSAGE_BYTES // image_bytes))
+        options = grain.experimental.DatasetOptions(min_shm_size=2**40)  # pipes: as fast, and nothing to leak or to run out of
+        self._workers = []
+        for worker in range(workers or 1):
+            batches = grain.MapDataset.source(numbered).batch(self._per_message)[worker :: workers or 1]
+            pipeline = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+            if workers:
+                ahead = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=MESSAGES_AHEAD)
+                pipeline = pipeline.mp_prefetch(ahead, worker_init_fn=_begin_worker)
+            self._workers.append(iter(grain.experimental.WithOptionsIterDataset(pipeline, options)))
+        for worker in self._workers:
+            worker.start_prefetch()
+        self._message, self._next = None, 0  # the message at hand, and the number of the image after it
+        self.number = 0  # that comes next
+
+    def seek(self, number: int) -> None:
+        """Goes on from this number."""
+        from grain.experimental import set_next_index
+
+        if number == self.number:
+            return
+        message = number // self._per_message
+        for position, worker in enumerate(self._workers):
+            set_next_index(worker, max(0, -(-(message - position) // len(self._workers))))
+        self._message, self._next, self.number = None, message * self._per_message, number
+
+    def take(self, out: Decoded) -> None:
+        """Fills the arrays with the images that come next."""
+        filled, wanted = 0, len(out.labels)
+        while filled < wanted:
+            if self._message is None or self.number == self._next:
+                self._message = self._receive(self._next // self._per_message)
+                self._next += len(self._message.labels)
+            have = len(self._message.labels) - (self._next - self.number)
+            count = min(wanted - filled, self._next - self.number)
+            for array, message in zip(out, self._message, strict=True):
+                array[filled : filled + count] = message[have : have + count]
+            filled, self.number = filled + count, self.number + count
+
+    def _receive(self, message: int) -> Decoded:
+        try:
+            return next(self._workers[message % len(self._workers)])
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise Lost(f"a process that decodes images was lost: {str(error).split('. ')[0]}") from error
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.close()
+
+
+def _begin_worker(index: int, count: int) -> None:
+    """A worker outlives a signal, which all processes of a terminal get, and does not outlive its parent."""
+    import cv2
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    cv2.setNumThreads(0)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(0)
