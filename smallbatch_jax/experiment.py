@@ -17,7 +17,7 @@ from smallbatch_jax.fields import InputError, config_field
 
 __all__ = ["Experiment", "InputError", "Run", "default_config", "from_config", "single_run"]
 
-DATASETS = ("digits", "folder", "cifar10", "cifar100")
+DATASETS = ("digits", "folder", "cifar10", "cifar100", "imagenet2012")
 NORMS = ("none", "batch", "group", "batch_renorm")
 MODEL_NORMS = {"alexnet": (*NORMS, "batch_conv_only")} | dict.fromkeys(("resnet8", "resnet20", "resnet32", "resnet50"), NORMS)
 OWN = "own:"  # begins the name of a model or dataset that a Python caller brought; no command can make one
