@@ -151,7 +151,7 @@ def _convergence_note(chosen: pd.DataFrame, without_epoch: list[str]) -> str:
 
 @style.styled()
 def accuracy_against_bn_batch_size(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
-    """Test accuracy over the BN batch size, one curve per SGD batch size m (Fig. 13).
+    """Test accuracy over the BN batch size, one curve per SGD batch size m (Figs. 13 and 14).
 
     Args:
       cells: as for `heat_map`; where a pair (m, BN batch size) has several base_lrs, its best counts.
