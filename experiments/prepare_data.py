@@ -3,7 +3,15 @@
     pip install -e ".[prepare]" && python experiments/prepare_data.py --dataset=cifar10 [--data_dir=DIR]
 
 TensorFlow Datasets does the work, which for these datasets needs TensorFlow; the files are array_record, which do not.
+
+ImageNet is not for anyone to download: register at https://image-net.org/download-images, and put
+ILSVRC2012_img_train.tar (138 GB) and ILSVRC2012_img_val.tar (6.3 GB) into DIR/downloads/manual first. It takes 300 GB of
+disk while it is prepared, those archives included, and 150 GB once it is and they are deleted.
 """
+
+import tarfile
+from pathlib import Path
+from typing import Any
 
 import command
 from absl import flags
@@ -11,9 +19,11 @@ from absl import flags
 from smallbatch_jax.experiment import InputError
 from smallbatch_jax.fields import nearest
 
+DATASETS = ("cifar10", "cifar100", "imagenet2012")
+IMAGENET_ARCHIVES = {"ILSVRC2012_img_train.tar": "138 GB", "ILSVRC2012_img_val.tar": "6.3 GB"}
 NEEDS = 'pip install -e ".[prepare]" brings what it needs.'
 
-DATASET = flags.DEFINE_string("dataset", None, "cifar10 or cifar100.")
+DATASET = flags.DEFINE_string("dataset", None, "cifar10, cifar100 or imagenet2012.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where to put it; $TFDS_DATA_DIR or ~/tensorflow_datasets by default.")
 
 
@@ -21,19 +31,46 @@ def main() -> int:
     from smallbatch_jax.data import prepared
 
     name = command.given(DATASET, "cifar10")
-    if name not in prepared.LOADERS:
-        known = list(prepared.LOADERS)
-        raise InputError(f"--dataset: nothing to prepare for {name!r}{nearest(name, known)} Known: {', '.join(known)}.")
+    if name not in DATASETS:
+        raise InputError(f"--dataset: nothing to prepare for {name!r}{nearest(name, DATASETS)} Known: {', '.join(DATASETS)}.")
+    folder = Path(DATA_DIR.value or prepared.default_data_dir()).expanduser()
+    if name == "imagenet2012":
+        _require_archives(folder)
+    builder = _prepare(name, folder)
+    if name == "imagenet2012":  # which no machine should hold in memory
+        counts = [builder.info.splits[split].num_examples for split in ("train", "validation")]
+    else:
+        dataset = prepared.load_prepared(name, folder)
+        counts = [len(dataset.train_labels), len(dataset.test_labels)]
+    print(f"{name}: {counts[0]:,} training and {counts[1]:,} test images are ready")
+    return 0
+
+
+def _require_archives(folder: Path) -> None:
+    """Refuses to begin without ImageNet's archives, unless they are no longer needed."""
+    manual = folder / "downloads" / "manual"
+    missing = [f"{name} ({size})" for name, size in IMAGENET_ARCHIVES.items() if not (manual / name).is_file()]
+    if missing and not any((folder / "imagenet2012").glob("[0-9]*/dataset_info.json")):
+        raise InputError(
+            f"--dataset: imagenet2012 is not for anyone to download, and {manual} lacks {' and '.join(missing)}. Register at "
+            "https://image-net.org/download-images, download ILSVRC2012 from there, both the training images (task 1 & 2) and "
+            f"the validation images (all tasks), put the archives into {manual} as they are, and give this command again. It "
+            "takes 300 GB of disk, the archives included, and 150 GB once it is done and they are deleted."
+        )
+
+
+def _prepare(name: str, folder: Path) -> Any:
+    """TFDS's builder of a dataset, which is prepared unless it was already."""
     import tensorflow_datasets as tfds
 
-    folder = DATA_DIR.value or prepared.default_data_dir()
     try:
-        tfds.builder(name, data_dir=folder, file_format="array_record").download_and_prepare()
+        builder = tfds.builder(name, data_dir=folder, file_format="array_record")
+        builder.download_and_prepare()
     except ImportError as error:
         raise InputError(f"--dataset: preparing {name} lacks a package ({error}); {NEEDS}") from error
-    dataset = prepared.load_prepared(name, DATA_DIR.value)
-    print(f"{name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images are ready")
-    return 0
+    except tarfile.TarError as error:
+        raise InputError(f"--dataset: an archive of {name} is damaged ({error}); download it again.") from error
+    return builder
 
 
 if __name__ == "__main__":

@@ -134,7 +134,13 @@ class _Study:
 
     def __init__(self, experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None):
         experiment.require_examples(dataset.num_train)
-        if isinstance(dataset, Photographs) and experiment.model.bn_statistics == "precise":
+        streamed = isinstance(dataset, Photographs)
+        if experiment.dataset.color_jitter and not (streamed and experiment.dataset.augment):
+            raise InputError(
+                "dataset.color_jitter: is a part of the augmentation of streamed images; use it with dataset.image_size and "
+                "dataset.augment."
+            )
+        if streamed and experiment.model.bn_statistics == "precise":
             raise InputError(
                 "model.bn_statistics: 'precise' takes training images again at every evaluation, which are not there where "
                 "dataset.image_size streams them. Use 'running'."

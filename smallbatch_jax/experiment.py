@@ -140,11 +140,6 @@ class Experiment:
                 f"model.bn_statistics: 'precise' recomputes the statistics of batch norm; {self.model.name} with norm "
                 f"{self.model.norm!r} has none. Use 'running'."
             )
-        if self.dataset.color_jitter and not (self.dataset.augment and self.dataset.image_size):
-            raise InputError(
-                "dataset.color_jitter: is a part of the augmentation of streamed images; use it with dataset.image_size and "
-                "dataset.augment."
-            )
         if self.grid.base_lrs_from:
             self._batch_sizes()
         else:

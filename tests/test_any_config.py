@@ -43,6 +43,7 @@ SECTIONS = [(), *((name,) for name, value in DEFAULTS.items() if isinstance(valu
 FIELDS = [path for path in PATHS if path not in SECTIONS]
 WORDS = [
     *(*experiment.DATASETS, *experiment.MODEL_NORMS, *experiment.ALL_NORMS, *experiment.BN_STATISTICS, *experiment.PRECISIONS),
+    *experiment.BROKEN_IMAGES,
     experiment.OWN,
 ]
 

@@ -44,7 +44,7 @@ def test_the_report_names_the_studies_and_counts_the_verdicts():
     ]
     assert "C2   not enough data   (§3.2, Figs. 2–3)" in lines
     assert "  - fig02 is not among the workdirs: not enough data" in lines
-    assert lines[-1] == "0 hold, 2 do not hold, 9 lack data"
+    assert lines[-1] == "0 hold, 2 do not hold, 11 lack data"
     assert max(map(len, (line for line in lines if line.startswith("  ") and not line.startswith("  - ")))) <= 120
 
 
@@ -98,7 +98,7 @@ def test_the_command_prints_the_verdicts_and_exits_0_unless_a_claim_fails(tmp_pa
     assert lines[1].endswith(": 3 of 4 runs ended")
     assert "C1   holds   (§3.2, Fig. 1)" in lines
     assert "  - fig02: 1 of 4 runs have not ended: not enough data" in lines
-    assert lines[-1] == "1 holds, 0 do not hold, 10 lack data"
+    assert lines[-1] == "1 holds, 0 do not hold, 12 lack data"
 
 
 def test_the_command_exits_1_if_a_claim_does_not_hold(tmp_path):

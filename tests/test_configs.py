@@ -80,6 +80,44 @@ def test_fig13_is_every_bn_batch_size_up_to_m_at_the_best_rate_of_another_figure
     assert {(run.batch_size, run.base_lr) for run in runs} == set(best)
 
 
+IMAGENET = ("fig12_resnet50", "fig14_imagenet")
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_an_imagenet_figure_is_the_papers_protocol(name):
+    _, chosen = load(name)
+    assert (chosen.model.name, chosen.model.norm) == ("resnet50", "batch")
+    assert chosen.dataset == experiment.Dataset("imagenet2012", None, augment=True, image_size=224)
+    assert (chosen.epochs, chosen.weight_decay, chosen.schedule.warmup_fraction) == (90, 1e-4, 0.0)
+    assert (chosen.schedule.boundaries, chosen.schedule.factor) == ((30 / 90, 60 / 90, 80 / 90), 0.1)
+
+
+def test_fig12_is_the_papers_grid_twice_and_may_be_trained_row_by_row():
+    _, chosen = load("fig12_resnet50")
+    runs = chosen.runs()
+    assert len(runs) == 2 * 143
+    assert {(run.batch_size, run.base_lr, run.seed) for run in runs} == {(m, lr, s) for m, lr in FULL_GRID for s in (0, 1)}
+    assert all(run.bn_batch_size == run.batch_size for run in runs)
+    rows = [
+        dataclasses.replace(chosen, grid=dataclasses.replace(chosen.grid, batch_sizes=sizes)) for sizes in ((16,), (16, 32))
+    ]
+    assert [len(row.runs()) for row in rows] == [26, 52]
+    assert experiment.differences(*rows) == []
+
+
+def test_fig14_is_bn_batch_sizes_up_to_m_at_the_best_rates_of_fig12_and_above_128_at_the_papers():
+    _, chosen = load("fig14_imagenet")
+    assert chosen.grid.base_lrs_from == ("runs/fig12",)
+    given = {256: 2**-10, 512: 2**-10, 1024: 2**-10, 2048: 2**-9}
+    assert dict(chosen.grid.base_lr_by_batch_size) == given
+    found = {m: 2.0**-m for m in (16, 32, 64, 128)} | given
+    grid = dataclasses.replace(chosen.grid, base_lr_by_batch_size=tuple(found.items()))
+    runs = dataclasses.replace(chosen, grid=grid).runs()
+    sizes, bn_sizes = [2**k for k in range(4, 12)], [2**k for k in range(1, 9)]
+    expected = [(m, b, found[m], 0) for m in sizes for b in bn_sizes if b <= m]
+    assert [(run.batch_size, run.bn_batch_size, run.base_lr, run.seed) for run in runs] == expected
+
+
 @pytest.mark.parametrize(("name", "count"), [("fig15_best", 8), ("fig16_ranges", 10)])
 def test_a_summary_trains_nothing_and_names_the_workdirs_of_other_configs(name, count):
     _, chosen = load(name)
@@ -99,13 +137,14 @@ def test_a_config_opens_with_its_own_command_and_what_to_expect(name):
         return
     expected = re.search(r"Expect: (\d+) runs of (\d+) epochs", module.__doc__)
     assert expected is not None
-    # where base_lrs come from elsewhere, one for each batch size
-    runs = 66 if chosen.grid.base_lrs_from else len(chosen.runs())
-    assert (runs, chosen.epochs) == tuple(map(int, expected.groups()))
+    if chosen.grid.base_lrs_from:  # one for each batch size, whatever it will be
+        any_rate = tuple((m, 1.0) for m in chosen.grid.batch_sizes)
+        chosen = dataclasses.replace(chosen, grid=dataclasses.replace(chosen.grid, base_lr_by_batch_size=any_rate))
+    assert (len(chosen.runs()), chosen.epochs) == tuple(map(int, expected.groups()))
 
 
 def test_every_config_but_the_quickstart_is_of_the_paper():
-    assert set(CONFIGS) == {*PAPER, *FIG13, "fig04_convergence", "fig15_best", "fig16_ranges", "quickstart"}
+    assert set(CONFIGS) == {*PAPER, *FIG13, *IMAGENET, "fig04_convergence", "fig15_best", "fig16_ranges", "quickstart"}
 
 
 def test_plan_lists_the_programs_and_trains_nothing():

@@ -31,6 +31,7 @@ def network(model, norm, augment=False, warmup=0.0, dataset="cifar10", **more):
 @pytest.mark.parametrize(
     ("arguments", "label"),
     [
+        (("resnet50", "batch", True, 0.0, "imagenet2012"), "ResNet-50, BN, Aug"),
         (("alexnet", "none"), "AlexNet, noBN, noAug"),
         (("alexnet", "batch_conv_only"), "AlexNet, BN conv only, noAug"),
         (("resnet8", "none"), "ResNet-8, noBN, noAug"),
@@ -93,6 +94,41 @@ def test_best_accuracy_has_one_curve_per_study(alexnet, resnet):
     assert axes.get_title() == "CIFAR-10: best test accuracy"
     assert axes.get_xscale() == "log"
     assert tick_texts(axes.xaxis) == ["2", "4", "8", "16"]
+
+
+def test_best_accuracy_on_imagenet_is_the_papers_top_1_validation_accuracy(resnet):
+    imagenet = network("resnet50", "batch", True, name="fig12", dataset="imagenet2012")
+    axes = figures.best_accuracy([imagenet]).axes[0]
+    assert axes.get_title() == "ImageNet: best top-1 validation accuracy"
+    assert axes.get_ylabel() == "top-1 validation accuracy (%)"
+    figure = figures.best_accuracy([imagenet, resnet])
+    assert list(curves(figure)) == ["ImageNet, ResNet-50, BN, Aug", f"CIFAR-10, {RESNET}"]
+    assert (figure.axes[0].get_title(), figure.axes[0].get_ylabel()) == ("best test accuracy", "test accuracy (%)")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "metric"), [("imagenet2012", "top-1 validation"), ("cifar100", "test"), ("own:imagenet2012", "test")]
+)
+def test_the_figures_of_a_study_call_the_accuracy_what_the_paper_calls_it(dataset, metric, monkeypatch):
+    """A grid as Fig. 12's and one as Fig. 14's, drawn as Figs. 7–9 and 13 are."""
+    drawn = {}
+    monkeypatch.setattr(figures.style, "write", lambda figure, stem: [drawn.setdefault(stem, figure) and stem])
+    grid = [cell(m, lr, 0.7, std=0.01, finished=2) for m in (16, 32) for lr in (0.25, 0.5)]
+    bn = [cell(m, m / 64, 0.7, bn_batch_size=b) for m in (16, 32) for b in (8, 16)]
+    names = {"dataset__name": dataset, "model__name": "resnet50", "model__norm": "batch"}
+    studies = [study(*cells, name=name, workdir=name, **names) for name, cells in (("fig12", grid), ("fig14", bn))]
+    for each in studies:
+        figures.draw_studies([each])
+    labels = {path.as_posix().replace("/figures/", " "): figure.axes[-1].get_ylabel() for path, figure in drawn.items()}
+    curves_of = [f"fig12 {stem}" for stem in ("accuracy_vs_batch_size", "accuracy_vs_base_lr", "heat_map")]
+    assert labels == dict.fromkeys([*curves_of, "fig14 accuracy_vs_bn_batch_size"], f"{metric} accuracy (%)") | {
+        f"{name} convergence": "" for name in ("fig12", "fig14")
+    }
+    convergence = drawn[Path("fig12/figures/convergence")]
+    assert [axes.get_title() for axes in convergence.axes] == ["training", metric]
+    assert convergence.axes[0].get_ylabel() == "accuracy (%)"
+    assert convergence.get_suptitle() == r"fig12, $\tilde{\eta} = 2^{-2}$"
+    assert bars(drawn[Path("fig12/figures/accuracy_vs_base_lr")]) == {0.25: (69, 71), 0.5: (69, 71)}
 
 
 def test_best_accuracy_is_hollow_while_runs_of_its_batch_size_are_pending(alexnet, resnet):

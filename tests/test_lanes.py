@@ -9,7 +9,6 @@ import tiny
 
 from smallbatch_jax import device_data as on_device
 from smallbatch_jax import lanes
-from smallbatch_jax import segment as segment_steps
 from smallbatch_jax.data import order
 from smallbatch_jax.train import Program, Setting
 

@@ -74,8 +74,8 @@ def fig13(*sources, **fields):
     return tiny.grid(base_lrs_from=tuple(map(str, sources)), **{"batch_sizes": (2, 8), "bn_batch_sizes": (2, 8), **fields})
 
 
-def chosen(*arguments, **fields):
-    return dict(study.choose_base_lrs(fig13(*arguments), **fields).grid.base_lr_by_batch_size)
+def chosen(*sources, **fields):
+    return dict(study.choose_base_lrs(fig13(*sources, **fields)).grid.base_lr_by_batch_size)
 
 
 def test_each_batch_size_takes_its_best_rate_from_the_stored_results(tmp_path):
@@ -91,6 +91,23 @@ def test_each_batch_size_takes_its_best_rate_from_the_stored_results(tmp_path):
 def test_the_batch_sizes_may_lie_in_several_workdirs(tmp_path):
     sources = whole(tmp_path / "a", {2: RATES[2]}), whole(tmp_path / "b", {8: RATES[1]})
     assert chosen(*sources) == {2: RATES[2], 8: RATES[1]}
+
+
+def test_rates_that_are_given_are_not_read_and_the_others_are(tmp_path):
+    """As in Fig. 14: what is given needs no stored result, and stays as it is where there is one."""
+    source = whole(tmp_path / "s", {2: RATES[2], 8: RATES[0]})
+    given = {"batch_sizes": (2, 8, 32), "base_lr_by_batch_size": ((32, 2**-10), (8, 2**-3))}
+    assert chosen(source, **given) == {2: RATES[2], 8: 2**-3, 32: 2**-10}
+    with pytest.raises(InputError, match="no run of batch size 64 in "):
+        chosen(source, **{**given, "batch_sizes": (2, 8, 32, 64)})
+
+
+def test_the_rate_that_is_best_is_so_on_average_over_seeds(tmp_path):
+    path = store(tmp_path / "s", {(2, RATES[0]): 0.6, (2, RATES[1]): 0.7, (2, RATES[2]): 0.2}, seeds=(0, 1))
+    with ProgramResults(path, 2, 2) as program:
+        for lr, accuracy in zip(RATES, (0.6, 0.3, 0.2), strict=True):
+            program.append(Row(2, 2, lr, 1, e, 10 * e, 1.0, accuracy, 1.0, accuracy) for e in (1, 2, 3))
+    assert chosen(path, batch_sizes=(2,), bn_batch_sizes=None) == {2: RATES[0]}
 
 
 def test_of_equals_the_smallest_rate_is_taken_and_diverged_runs_never(tmp_path):

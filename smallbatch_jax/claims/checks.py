@@ -259,6 +259,17 @@ def each_converges(study: Study, sizes: Sizes) -> Finding:
     return Finding(all(counts.values()), _format_converging(study, counts))
 
 
+def every_base_lr_converges(study: Study, sizes: Sizes) -> Finding:
+    """Each of the batch sizes converges over the full range of base learning rates."""
+    _need_base_lrs(study)
+    counts, asked = (
+        _pick(_converging(study), f"{study.name} has", sizes),
+        study.cells.groupby("batch_size")["base_lr"].nunique(),
+    )
+    text = f"{_format_converging(study, counts)}, of {_listed(asked[m] for m in counts)}"
+    return Finding(all(counts[m] == asked[m] for m in counts), text)
+
+
 def range_narrows(study: Study) -> Finding:
     """Fewer base learning rates converge as the batch size grows."""
     _need_base_lrs(study)

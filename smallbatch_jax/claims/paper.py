@@ -1,4 +1,4 @@
-"""The claims: what Masters & Luschi (2018) say in words of their CIFAR experiments, and the checks that make each up."""
+"""The claims: what Masters & Luschi (2018) say in words of their experiments, and the checks that make each up."""
 
 import functools
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from smallbatch_jax.claims.checks import (
     curves_are_lower,
     curves_are_similar,
     each_converges,
+    every_base_lr_converges,
     falls_off_more,
     gains_more,
     has_accuracy,
@@ -141,6 +142,19 @@ CLAIMS = (
         ),
     ),
     Claim(
+        "C8",
+        "§3.5, Fig. 12",
+        "The best validation accuracy is obtained with batch sizes between m = 16 and m = 64. … Batch sizes m = 16 and m = 32 "
+        "achieve the best performance over a continuous range of base learning rates, while the performance with larger batch "
+        "sizes degrades … On the other hand, smaller batch sizes have shown stable and consistent convergence over the full "
+        "range of learning rates.",
+        (
+            _part(best_is_at, "fig12", sizes=Sizes(16, 64)),
+            # smaller than the m = 16 and 32 of the sentence before
+            _part(every_base_lr_converges, "fig12", sizes=Sizes(1, 8)),
+        ),
+    ),
+    Claim(
         "C9",
         "§3.6, Fig. 13",
         "The results reported in Figure 13 show a general performance improvement by reducing the overall batch size for "
@@ -153,6 +167,17 @@ CLAIMS = (
             _part(best_bn_batch_is_at, "fig13_cifar100", bn_sizes=Sizes(4, 8), sizes=Sizes(16), share=1.0),
             _part(best_bn_batch_is_at, "fig13_cifar10", bn_sizes=Sizes(4, 8), sizes=Sizes(16), share=MOST),
             *(_part(accuracy_falls, name) for name in ("fig13_cifar100", "fig13_cifar10")),
+        ),
+    ),
+    Claim(
+        "C10",
+        "§3.6, Fig. 14",
+        "The results presented in Figure 14 show that the performance with BN generally improves by reducing the overall batch "
+        "size for the SGD weight updates. … The plots also indicate that the best performance is obtained when smaller batches "
+        "are used for BN in the range between 16 and 64, for all SGD batch sizes tested.",
+        (
+            _part(best_bn_batch_is_at, "fig14", bn_sizes=Sizes(16, 64), sizes=Sizes(16), share=1.0),
+            _part(accuracy_falls, "fig14"),
         ),
     ),
     Claim(

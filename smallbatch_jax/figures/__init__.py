@@ -16,7 +16,7 @@ from smallbatch_jax.experiment import InputError
 from smallbatch_jax.figures import style
 from smallbatch_jax.figures.curves import accuracy_against_bn_batch_size, convergence, own_base_lrs
 from smallbatch_jax.figures.grid import accuracy_against_base_lr, accuracy_against_batch_size, heat_map
-from smallbatch_jax.figures.summary import best_accuracy, convergent_base_lrs
+from smallbatch_jax.figures.summary import best_accuracy, convergent_base_lrs, metric_name
 from smallbatch_jax.figures.table import known_cells
 from smallbatch_jax.study import Study
 
@@ -73,7 +73,7 @@ def draw_studies(studies: Iterable[Study], out_dir: PathLike | None = None) -> l
     folders = homes if out_dir is None else _folders(names, Path(out_dir))
     paths = []
     for study in studies:
-        paths += _write_all(_own_figures(study.rows, study.cells), folders[study.name])
+        paths += _write_all(_own_figures(study.rows, study.cells, metric_name(study.experiment)), folders[study.name])
     if len(studies) > 1:
         paths += draw_summaries(studies, homes[names[0]] if out_dir is None else out_dir)
     return paths
@@ -86,18 +86,18 @@ def draw_summaries(studies: Sequence[Study], out_dir: PathLike) -> list[Path]:
     return _write_all(((stem, make(studies)) for stem, make in makers.items()), Path(out_dir))
 
 
-def _own_figures(rows: pd.DataFrame, cells: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
+def _own_figures(rows: pd.DataFrame, cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Iterator[tuple[str, Figure]]:
     """File name and figure of all that one experiment's grid gives rise to."""
     rates = own_base_lrs(cells)
     bn_varies = (cells["bn_batch_size"] != cells["batch_size"]).any()
     if not (bn_varies and rates.notna().all() and rates.nunique() > 1):
-        yield "accuracy_vs_batch_size", accuracy_against_batch_size(cells)
+        yield "accuracy_vs_batch_size", accuracy_against_batch_size(cells, metric)
     if not rates.notna().all():
-        yield "accuracy_vs_base_lr", accuracy_against_base_lr(cells)
-        yield "heat_map", heat_map(cells)
+        yield "accuracy_vs_base_lr", accuracy_against_base_lr(cells, metric)
+        yield "heat_map", heat_map(cells, metric)
     if bn_varies:
-        yield "accuracy_vs_bn_batch_size", accuracy_against_bn_batch_size(cells)
-    yield "convergence", convergence(rows, cells=cells)
+        yield "accuracy_vs_bn_batch_size", accuracy_against_bn_batch_size(cells, metric)
+    yield "convergence", convergence(rows, cells=cells, metric=metric)
 
 
 def _write_all(figures: Iterable[tuple[str, Figure]], folder: Path) -> list[Path]:

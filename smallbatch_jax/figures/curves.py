@@ -22,14 +22,18 @@ from smallbatch_jax.figures.table import (
     with_pending,
 )
 
-PANELS = {"train_accuracy": "training", "test_accuracy": "test"}
 BATCH_SIZE_AND_BASE_LR = r"$m$, $\tilde{\eta}$"
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps a × apart from the curves under it
 ROW = 0.13  # inches, the height of one row of marks
 
 
 @style.styled()
-def convergence(rows: pd.DataFrame, base_lr: float | None = None, cells: pd.DataFrame | None = None) -> Figure:
+def convergence(
+    rows: pd.DataFrame,
+    base_lr: float | None = None,
+    cells: pd.DataFrame | None = None,
+    metric: str = style.TEST_ACCURACY,
+) -> Figure:
     """Training and test accuracy by epoch, one curve per m at one η̃ (Fig. 4).
 
     Args:
@@ -37,6 +41,7 @@ def convergence(rows: pd.DataFrame, base_lr: float | None = None, cells: pd.Data
       base_lr: that of the best cell by default; where each m has just one, all are drawn, each at its own.
       cells: `analysis.planned_cells` of the experiment, so that a batch size without an epoch is named; by default what
         `rows` hold. BN batch sizes are chosen as in `heat_map`.
+      metric: as for `heat_map`.
     Returns:
       A figure in which a curve is the mean over the seeds that have not diverged, as far as each has come, and the band
       their deviation. Each diverged run is a curve of its own, up to a × at its last finite epoch; a batch size whose
@@ -47,10 +52,11 @@ def convergence(rows: pd.DataFrame, base_lr: float | None = None, cells: pd.Data
     chosen, title = _choose_cells(rows, base_lr, known_cells(rows) if cells is None else cells)
     labels, legend_title = _setting_labels(chosen)
     figure = style.new_figure(3.1)
-    panels = dict(zip(PANELS, figure.subplots(1, 2, sharey=True), strict=True))
+    titles = {"train_accuracy": "training", "test_accuracy": metric.removesuffix(" accuracy")}
+    panels = dict(zip(titles, figure.subplots(1, 2, sharey=True), strict=True))
     entries = _plot_cells(panels, rows, chosen, labels)
     for column, axes in panels.items():
-        axes.set(title=PANELS[column], xlabel="epoch")
+        axes.set(title=titles[column], xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
         if not entries:
             style.say_nothing_finished(axes, "no epoch has ended")
@@ -144,11 +150,12 @@ def _convergence_note(chosen: pd.DataFrame, without_epoch: list[str]) -> str:
 
 
 @style.styled()
-def accuracy_against_bn_batch_size(cells: pd.DataFrame) -> Figure:
-    """Test accuracy over the BN batch size, one curve per SGD batch size m (Fig. 13).
+def accuracy_against_bn_batch_size(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
+    """Test accuracy over the BN batch size, one curve per SGD batch size m (Figs. 13 and 14).
 
     Args:
       cells: as for `heat_map`; where a pair (m, BN batch size) has several base_lrs, its best counts.
+      metric: as for `heat_map`.
     Returns:
       A figure in which a pair that has no accuracy stands in a panel below the curves, in the row of its m: as a dot if
       it has not finished, as a × if all its runs diverged. A pair that is not planned is nowhere.
@@ -162,7 +169,7 @@ def accuracy_against_bn_batch_size(cells: pd.DataFrame) -> Figure:
     panels = figure.subplots(1 + len(below), sharex=True, squeeze=False, height_ratios=[2.5, *below])[:, 0]
     choice = "" if own_base_lrs(cells).notna().all() else r", best $\tilde{\eta}$ of each"
     panels[0].set_title(style.plain(str(cells["experiment"].iloc[0])) + choice)
-    entries = plot_rows(panels[0], table, labels)
+    entries = plot_rows(panels[0], table, labels, metric)
     if entries:
         style.side_legend(panels[0], entries, legend_title)
     marks = _mark_missing(panels[1], table, missing) if missing else {}

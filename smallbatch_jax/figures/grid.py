@@ -14,34 +14,35 @@ from smallbatch_jax.figures.table import Table, make_table, mark_entries, one_bn
 
 
 @style.styled()
-def accuracy_against_batch_size(cells: pd.DataFrame) -> Figure:
+def accuracy_against_batch_size(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
     """Test accuracy over m, one curve per η̃, and a note of how much is missing. Arguments as for `heat_map`."""
     title, table = _lay_out(cells, "base_lr", "batch_size")
     labels = [style.math_base_lr(base_lr) for base_lr in table.rows]
-    figure, axes = _curves(title, table, labels, r"$\tilde{\eta}$")
+    figure, axes = _curves(title, table, labels, r"$\tilde{\eta}$", metric)
     style.log2_axis(axes, table.columns, [str(m) for m in table.columns])
     axes.set_xlabel(style.BATCH_SIZE_LABEL)
     return figure
 
 
 @style.styled()
-def accuracy_against_base_lr(cells: pd.DataFrame) -> Figure:
+def accuracy_against_base_lr(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
     """Test accuracy over η̃, one curve per m: where each batch size stops converging. Arguments as for `heat_map`."""
     title, table = _lay_out(cells, "batch_size", "base_lr")
-    figure, axes = _curves(title, table, [str(m) for m in table.rows], "$m$")
+    figure, axes = _curves(title, table, [str(m) for m in table.rows], "$m$", metric)
     style.log2_axis(axes, table.columns, [style.math_base_lr(x) for x in table.columns])
     axes.set_xlabel(style.BASE_LR_LABEL)
     return figure
 
 
 @style.styled()
-def heat_map(cells: pd.DataFrame) -> Figure:
+def heat_map(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
     """Test accuracy of every cell, m upwards and η̃ to the right.
 
     Args:
       cells: one experiment's rows of `analysis.planned_cells`, or of `analysis.final_accuracy`, which knows of no cell
         before its first epoch. Where BN batch sizes vary, only those equal to m are drawn, or the largest of each m if
         none is, and the title says so.
+      metric: what the accuracy is called, with "accuracy" at its end.
     Returns:
       A figure in which a cell is coloured (some seed finished), crossed on grey (none finished, some diverged), dotted
       on white (planned, and no seed has ended), or blank (not planned). A small × in a corner marks a coloured cell
@@ -68,7 +69,7 @@ def heat_map(cells: pd.DataFrame) -> Figure:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set(xlabel=style.BASE_LR_LABEL, ylabel=style.BATCH_SIZE_LABEL)
-    figure.colorbar(mesh, ax=axes, label=style.ACCURACY_LABEL, pad=0.02).outline.set_visible(False)
+    figure.colorbar(mesh, ax=axes, label=f"{metric} (%)", pad=0.02).outline.set_visible(False)
     return figure
 
 
@@ -78,9 +79,9 @@ def _lay_out(cells: pd.DataFrame, rows: str, columns: str) -> tuple[str, Table]:
     return style.plain(str(cells["experiment"].iloc[0])) + bn_note, make_table(cells, rows, columns)
 
 
-def _curves(title: str, table: Table, labels: Sequence[str], legend_title: str) -> tuple[Figure, Axes]:
+def _curves(title: str, table: Table, labels: Sequence[str], legend_title: str, metric: str) -> tuple[Figure, Axes]:
     figure, axes = style.new_axes(title)
-    entries = plot_rows(axes, table, list(labels))
+    entries = plot_rows(axes, table, list(labels), metric)
     if entries:
         style.side_legend(axes, entries, legend_title)
     style.foot(figure, mark_entries(table), table.note)

@@ -43,7 +43,7 @@ MARKERS = "osD^v"  # a second cue, since the colours of neighbouring curves are 
 QUIET = "0.4"  # the grey of what is said about a figure, not shown in it
 BATCH_SIZE_LABEL = "batch size $m$"
 BASE_LR_LABEL = r"base learning rate $\tilde{\eta}$"
-ACCURACY_LABEL = "test accuracy (%)"
+TEST_ACCURACY = "test accuracy"  # what a figure shows in percent, where its data have no other name for it
 MOST_TICKS = 14  # more labels than this would touch
 
 # One language in every figure: × diverged, a hollow marker for less than all that is planned.

@@ -17,7 +17,8 @@ from smallbatch_jax.figures import style
 from smallbatch_jax.figures.table import best_of_each, make_table, mark_entries, one_bn_batch_size, plot_curve
 from smallbatch_jax.study import Study
 
-DATASET_NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+DATASET_NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet2012": "ImageNet"}
+METRIC_NAMES = {"imagenet2012": "top-1 validation accuracy"}  # ImageNet is tested on what its authors call validation
 MODEL_NAMES = {"alexnet": "AlexNet"} | {f"resnet{depth}": f"ResNet-{depth}" for depth in (8, 20, 32, 50)}
 NORM_NAMES = {"none": "noBN", "batch": "BN", "batch_conv_only": "BN conv only", "group": "GN", "batch_renorm": "BRN"}
 WIDEST_OF_TWO = 36  # characters of a legend entry, of which two stand side by side
@@ -52,6 +53,11 @@ def _dataset_name(experiment: Experiment) -> str:
     return DATASET_NAMES.get(name, style.plain(name.removeprefix(OWN)))
 
 
+def metric_name(experiment: Experiment) -> str:
+    """What the paper calls the accuracy on the images that the experiment tests on."""
+    return METRIC_NAMES.get(experiment.dataset.name, style.TEST_ACCURACY)
+
+
 @style.styled()
 def best_accuracy(studies: Sequence[Study]) -> Figure:
     """The best test accuracy over η̃ of each m, one curve per study (Fig. 15).
@@ -62,7 +68,9 @@ def best_accuracy(studies: Sequence[Study]) -> Figure:
       A figure in which the error bars are over the seeds of the best cell, a hollow point is provisional (some runs of
       its m, at whatever η̃, have not ended) and a line breaks where an m has no finished run.
     """
-    figure, axes = style.new_axes(_of_dataset("best test accuracy", studies))
+    metrics = {metric_name(study.experiment) for study in studies}
+    metric = metrics.pop() if len(metrics) == 1 else style.TEST_ACCURACY
+    figure, axes = style.new_axes(_of_dataset(f"best {metric}", studies))
     entries: dict[str, Any] = {}
     marks: dict[str, Any] = {}
     batch_sizes: set[int] = set()
@@ -73,7 +81,7 @@ def best_accuracy(studies: Sequence[Study]) -> Figure:
         entries[label + bn_note + ("" if line else " (none yet)")] = line or style.mark(**{**_category(i), "linestyle": ""})
         marks |= mark_entries(table, "some seeds of the best diverged", "provisional (runs pending)")
         batch_sizes |= set(table.columns)
-    axes.set(xlabel=style.BATCH_SIZE_LABEL, ylabel=style.ACCURACY_LABEL)
+    axes.set(xlabel=style.BATCH_SIZE_LABEL, ylabel=f"{metric} (%)")
     if not axes.get_lines():
         style.say_nothing_finished(axes)
     style.log2_axis(axes, sorted(batch_sizes), [str(m) for m in sorted(batch_sizes)])

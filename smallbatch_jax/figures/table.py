@@ -133,7 +133,7 @@ def plot_curve(axes: Axes, table: Table, row: int, label: str, **look: Any) -> A
     return line
 
 
-def plot_rows(axes: Axes, table: Table, labels: list[str]) -> dict[str, Any]:
+def plot_rows(axes: Axes, table: Table, labels: list[str], metric: str) -> dict[str, Any]:
     """Draws every row that has a point, or says that there is none; returns what the legend shows, by label.
 
     Colours go by the place in the whole table, so that a curve keeps its colour while results arrive.
@@ -142,7 +142,7 @@ def plot_rows(axes: Axes, table: Table, labels: list[str]) -> dict[str, Any]:
     for i, (label, color) in enumerate(zip(labels, style.ordered_colors(len(labels)), strict=True)):
         line = plot_curve(axes, table, i, label, color=color, marker=style.MARKERS[i % len(style.MARKERS)])
         entries |= {label: line} if line else {}
-    axes.set_ylabel(style.ACCURACY_LABEL)
+    axes.set_ylabel(f"{metric} (%)")
     if not entries:
         style.say_nothing_finished(axes)
     return entries
