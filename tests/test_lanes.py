@@ -9,6 +9,7 @@ import tiny
 
 from smallbatch_jax import device_data as on_device
 from smallbatch_jax import lanes
+from smallbatch_jax import segment as on_lanes
 from smallbatch_jax.data import order
 from smallbatch_jax.train import Program, Setting
 
@@ -157,9 +158,7 @@ def shared_by(devices, mapping):
     program = Program(BATCH_SIZE, total_steps=26, axis_name="data" if devices > 1 else None, augment=True)
     mesh = lanes.lane_mesh(data_devices=devices)
     with pytest.MonkeyPatch.context() as patch:  # of so small images a crop shows nothing
-        patch.setattr(
-            segment_steps, "crop_and_flip", lambda images, seed, epochs, _: images * (1 + epochs.reshape(-1, 1, 1, 1))
-        )
+        patch.setattr(on_lanes, "crop_and_flip", lambda images, seed, epochs, _: images * (1 + epochs.reshape(-1, 1, 1, 1)))
         compiled = lanes.compile_lanes(tiny.PlainModel(), program, data, mesh, 2, STEPS, mapping=mapping)
     return train(compiled, [2**-7, 1e30], segments=[segment([0, 0], [STEPS] * 2, first) for first in (0, STEPS)])
 
