@@ -1,0 +1,45 @@
+"""A folder of small photographs to stream, and the same images as a dataset in memory."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pictures import save
+from PIL import Image
+
+from smallbatch_jax import data
+from smallbatch_jax.data import Dataset, Photographs
+from smallbatch_jax.data.views import test_view
+
+CLASSES = ("cat", "dog", "eel")
+SIZE = 8  # pixels, of the images; the photographs are 15 × 12
+
+
+def write(root: Path, num_train: int = 50, num_test: int = 20) -> Path:
+    """Three classes of unequal sizes, each of a colour of its own, with noise."""
+    rng = np.random.default_rng(0)
+    colours = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]])
+    for split, count in (("train", num_train), ("test", num_test)):
+        for i, label in enumerate(rng.integers(0, 3, count)):
+            coarse = np.clip(colours[label] + rng.normal(0, 40, (4, 5, 3)), 0, 255).astype(np.uint8)
+            save(root / split / CLASSES[label] / f"{i:03}.jpg", Image.fromarray(coarse).resize((15, 12)), quality=95)
+    return root
+
+
+def load(root: Path, **given: Any) -> Photographs:
+    found = data.load("folder", root, SIZE)
+    assert isinstance(found, Photographs)
+    return found
+
+
+@functools.cache
+def in_memory(root: Path) -> Dataset:
+    """The images as they are seen without augmentation."""
+    streamed = load(root)
+
+    def arrays(source: Any) -> tuple[np.ndarray, np.ndarray]:
+        images = [test_view(source.read(i), SIZE, source.upright) for i in range(len(source))]
+        return np.stack(images), np.array([source.label(i) for i in range(len(source))])
+
+    return Dataset(*arrays(streamed.train), *arrays(streamed.test), 3)
