@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -151,8 +152,8 @@ class Ahead:
 
         if not flags.FLAGS.is_parsed():  # Grain asks for flags of its own, in a notebook too
             flags.FLAGS.mark_as_parsed()
-        self._per_message = max(1, min(MOST_PER_MESSAGE, MESSAGE_BYTES // image_bytes))
-        options = grain.experimental.DatasetOptions(min_shm_size=2**40)  # pipes: as fast, and nothing to leak or to run out of
+        room = _shared_memory() // 2 // (max(1, workers) * (MESSAGES_AHEAD + 4))
+        self._per_message = max(1, min(MOST_PER_MESSAGE, MESSAGE_BYTES // image_bytes, room // image_bytes))
         self._workers = []
         for worker in range(workers or 1):
             batches = grain.MapDataset.source(numbered).batch(self._per_message)[worker :: workers or 1]
@@ -160,9 +161,10 @@ class Ahead:
             if workers:
                 ahead = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=MESSAGES_AHEAD)
                 pipeline = pipeline.mp_prefetch(ahead, worker_init_fn=_begin_worker)
-            self._workers.append(iter(grain.experimental.WithOptionsIterDataset(pipeline, options)))
-        for worker in self._workers:
-            worker.start_prefetch()
+            self._workers.append(iter(pipeline))
+        # A pipeline begins its process when it is first asked, in whose thread the answer is unpacked too.
+        self._asking = ThreadPoolExecutor(len(self._workers))
+        self._asked: list[Future[Decoded] | None] = [None] * len(self._workers)
         self._message, self._next = None, 0  # the message at hand, and the number of the image after it
         self.number = 0  # that comes next
 
@@ -172,6 +174,7 @@ class Ahead:
 
         if number == self.number:
             return
+        self._await_answers()
         message = number // self._per_message
         for position, worker in enumerate(self._workers):
             set_next_index(worker, max(0, -(-(message - position) // len(self._workers))))
@@ -191,16 +194,42 @@ class Ahead:
             filled, self.number = filled + count, self.number + count
 
     def _receive(self, message: int) -> Decoded:
+        """A message; every worker is asked for its next one in the meantime."""
+        for worker, asked in enumerate(self._asked):
+            if asked is None:
+                self._asked[worker] = self._asking.submit(next, self._workers[worker])
+        worker = message % len(self._workers)
+        answer, self._asked[worker] = self._asked[worker], None
+        assert answer is not None
         try:
-            return next(self._workers[message % len(self._workers)])
+            found = answer.result()
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
                 raise
             raise Lost(f"a process that decodes images was lost: {str(error).split('. ')[0]}") from error
+        self._asked[worker] = self._asking.submit(next, self._workers[worker])
+        return found
+
+    def _await_answers(self) -> None:
+        wait([asked for asked in self._asked if asked is not None])
+        self._asked = [None] * len(self._workers)
 
     def close(self) -> None:
-        for worker in self._workers:
-            worker.close()
+        self._await_answers()
+        for _ in self._asking.map(lambda worker: worker.close(), self._workers):
+            pass
+        self._asking.shutdown()
+        # Nothing of Grain's is left to the end of the interpreter, when it would complain.
+        self._workers, self._message = [], None
+
+
+def _shared_memory() -> int:
+    """Bytes of shared memory that are free, through which workers hand images over; containers may have little."""
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return 2**40
+    return found.f_bavail * found.f_frsize
 
 
 def _begin_worker(index: int, count: int) -> None:
