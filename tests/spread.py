@@ -1,4 +1,4 @@
-"""A command for tests: trains ResNet-8 for a few steps, its batches spread over devices, and writes what came out.
+"""A command for tests: trains a network for a few steps, its batches spread over devices, and writes what came out.
 
     python tests/spread.py OUT.npz CASES.json [COORDINATOR PROCESSES PROCESS]
 
@@ -7,6 +7,7 @@ A case has a name and the arguments of `trained`. With a coordinator this is one
 
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -14,8 +15,8 @@ import numpy as np
 
 from smallbatch_jax import data, driver, experiment, jobs, lanes, processes
 from smallbatch_jax.checkpoint import Checkpoints
-from smallbatch_jax.data import order
-from smallbatch_jax.supply import Resident
+from smallbatch_jax.streamed import supply_of
+from smallbatch_jax.supply import Span
 
 STEPS = 20
 
@@ -34,37 +35,51 @@ def main(out: str, cases: str, *distributed: str) -> None:
 
 
 def trained(
-    m: int, b: int, devices: int, first: int = 0, last: int = STEPS, save: str = "", restore: str = ""
+    m: int,
+    b: int,
+    devices: int,
+    first: int = 0,
+    last: int = STEPS,
+    save: str = "",
+    restore: str = "",
+    model: str = "resnet8",
+    base_lr: float = 2**-10,
+    photographs: str = "",
+    image_size: int | None = None,
 ) -> tuple[dict, int]:
     """Parameters and running averages after steps first…last-1, and the test images right.
 
-    A checkpoint is restored before and saved after, if a folder is given.
+    On the digits, or streamed from a folder of photographs. A checkpoint is restored before and saved after, if one is given.
     """
     config = experiment.default_config()
-    config.model = {"name": "resnet8", "norm": "batch"}
-    config.grid = {"batch_sizes": (m,), "bn_batch_sizes": (b,), "base_lrs": (2**-10,)}
+    config.model = {"name": model, "norm": "batch"}
+    config.grid = {"batch_sizes": (m,), "bn_batch_sizes": (b,), "base_lrs": (base_lr,)}
     config.data_devices, config.weight_decay, config.dataset.augment = devices, 1e-4, True
+    if photographs:
+        config.dataset.name, config.dataset.data_dir, config.dataset.image_size = "folder", photographs, image_size
+        config.dataset.workers = 1
     chosen = experiment.from_config(config)
-    run, dataset = chosen.runs()[0], data.load("digits")
-    model_of = jobs.named_model(chosen, 10, 0.99)
+    run, dataset = chosen.runs()[0], data.load(chosen.dataset.name, photographs, image_size)
+    model_of = jobs.named_model(chosen, dataset.num_classes, 0.99)
     job = jobs.Job(chosen, dataset, model_of, m, b, [run], None, data_devices=devices)  # pyright: ignore[reportArgumentType]
-    program = job.compile(Resident(dataset))
-    state = program.start(program.empty(), {0: lanes.initialiser(job.model_of(None), dataset.image_shape)(0)})
-    if restore:
-        checkpoints = Checkpoints(Path(restore), chosen)
-        content = processes.on_first(lambda: checkpoints.restore(program.template))
-        zeros = program.zeros()
-        jax.tree.map(lambda into, x: into.__setitem__(0, x[0]), zeros, content[0])
-        state = program.put(zeros)
-    indices = np.zeros((program.lanes, program.segment_steps, m), np.int32)
-    indices[0, : last - first] = order.batch_indices(0, first, last - first, m, job.num_examples)
-    in_use = np.arange(program.lanes) == 0
-    segment = lanes.Segment(indices, np.where(in_use, last - first, 0).astype(np.int32), in_use)
-    runs = [run] + [None] * (program.lanes - 1)
-    state, report = program.run(state, job.settings(runs), segment)
-    state, report = jax.tree.map(np.asarray, processes.readable((state, report), program.mesh))
+    with closing(supply_of(dataset, chosen)) as supply:
+        program = job.compile(supply)
+        state = program.start(program.empty(), {0: lanes.initialiser(job.model_of(None), dataset.image_shape)(0)})
+        if restore:
+            checkpoints = Checkpoints(Path(restore), chosen)
+            content = processes.on_first(lambda: checkpoints.restore(program.template))
+            zeros = program.zeros()
+            jax.tree.map(lambda into, x: into.__setitem__(0, x[0]), zeros, content[0])
+            state = program.put(zeros)
+        others = [None] * (program.lanes - 1)
+        while first < last:
+            steps = supply.steps(program, m, [Span(0, first, last - first), *others], program.segment_steps)[0]
+            load = supply.load(program, m, [Span(0, first, steps, first + steps == last), *others])
+            state, report = program.run(state, job.settings([run, *others]), load.segment, load.pool, load.test)
+            first += steps
+        state, report = jax.tree.map(np.asarray, processes.readable((state, report), program.mesh))
     if save and processes.is_first():
-        Checkpoints(Path(save), chosen).save(state, runs)
+        Checkpoints(Path(save), chosen).save(state, [run, *others])
     return jax.tree.map(lambda x: x[0], (state.train.params, state.train.batch_stats)), report.test_correct[0]
 
 

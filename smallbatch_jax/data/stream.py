@@ -5,11 +5,13 @@ Grain runs the workers. Its pipelines have one fixed order, and lanes have many:
 run begins or resumes there. What is found under a number depends on the number alone, not on who asks or when.
 """
 
+import gc
 import os
 import signal
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -221,6 +223,11 @@ class Ahead:
         self._asking.shutdown()
         # Nothing of Grain's is left to the end of the interpreter, when it would complain.
         self._workers, self._message = [], None
+        gc.collect()
+        with suppress(ImportError, AttributeError):  # it frees shared memory in a thread of its own
+            from grain._src.python.ipc.shared_memory_array import SharedMemoryArray
+
+            SharedMemoryArray._del_thread_pool.apply(int)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _shared_memory() -> int:
