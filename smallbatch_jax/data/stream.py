@@ -22,6 +22,7 @@ from smallbatch_jax.data.photographs import Photographs, Source
 MESSAGE_BYTES = 2**21  # of images that a worker decodes before it hands them over
 MOST_PER_MESSAGE = 64
 MESSAGES_AHEAD = 2  # per worker, beside the one that it works on
+BEYOND = 2**20  # numbers after the last image, which workers run into: at an end they could not be sent back
 
 
 class Block(NamedTuple):
@@ -67,7 +68,7 @@ class Numbered:
         self._permutation: tuple[tuple[int, int], np.ndarray] | None = None
 
     def __len__(self) -> int:
-        return len(self._seeds) * self._per_seed + self._num_test
+        return len(self._seeds) * self._per_seed + self._num_test + BEYOND
 
     def training(self, seed: int, position: int) -> int:
         """The number of the image at a position of a seed's stream; the first of a batch, where blocks are parts of batches."""
@@ -90,7 +91,7 @@ class Numbered:
             epoch, offset = divmod(_position(within, self._blocks[0]), self._photographs.num_train)
             return self.train_image(self._seeds[which], epoch, self._example(self._seeds[which], epoch, offset))
         position = _position(index - len(self._seeds) * self._per_seed, self._blocks[1])
-        return self._test_image(min(position, self._photographs.num_test - 1))
+        return self._test_image(position) if position < self._photographs.num_test else self._no_image(0)
 
     def train_image(self, seed: int, epoch: int, example: int) -> Decoded:
         """A training image as a run of this seed sees it in an epoch of its stream, from 0."""
@@ -113,12 +114,16 @@ class Numbered:
 
     def _image(self, source: Source, example: int, view: Any) -> Decoded:
         try:
-            image, label, sound = view(source.read(example)), source.label(example), True
+            image, label = view(source.read(example)), source.label(example)
         except MemoryError:
             raise
         except Exception:  # whatever a damaged file makes of a decoder; who asked decides what becomes of it
-            image, label, sound = np.zeros((self._size, self._size, 3), np.uint8), 0, False
-        return Decoded(image, np.int32(label), np.int32(example), np.bool_(sound))  # pyright: ignore[reportArgumentType]
+            return self._no_image(example)
+        return Decoded(image, np.int32(label), np.int32(example), np.bool_(True))  # pyright: ignore[reportArgumentType]
+
+    def _no_image(self, example: int) -> Decoded:
+        image = np.zeros((self._size, self._size, 3), np.uint8)
+        return Decoded(image, np.int32(0), np.int32(example), np.bool_(False))  # pyright: ignore[reportArgumentType]
 
     def _example(self, seed: int, epoch: int, offset: int) -> int:
         if self._permutation is None or self._permutation[0] != (seed, epoch):
@@ -176,6 +181,8 @@ class Ahead:
 
         if number == self.number:
             return
+        if self._message is None:
+            self._ask()  # a pipeline cannot be sent anywhere before it began
         self._await_answers()
         message = number // self._per_message
         for position, worker in enumerate(self._workers):
@@ -197,9 +204,7 @@ class Ahead:
 
     def _receive(self, message: int) -> Decoded:
         """A message; every worker is asked for its next one in the meantime."""
-        for worker, asked in enumerate(self._asked):
-            if asked is None:
-                self._asked[worker] = self._asking.submit(next, self._workers[worker])
+        self._ask()
         worker = message % len(self._workers)
         answer, self._asked[worker] = self._asked[worker], None
         assert answer is not None
@@ -209,8 +214,14 @@ class Ahead:
             if "terminated unexpectedly" not in str(error):
                 raise
             raise Lost(f"a process that decodes images was lost: {str(error).split('. ')[0]}") from error
-        self._asked[worker] = self._asking.submit(next, self._workers[worker])
+        self._ask()
         return found
+
+    def _ask(self) -> None:
+        """Asks the workers that have nothing to do for their next message."""
+        for worker, asked in enumerate(self._asked):
+            if asked is None:
+                self._asked[worker] = self._asking.submit(next, self._workers[worker])
 
     def _await_answers(self) -> None:
         wait([asked for asked in self._asked if asked is not None])
