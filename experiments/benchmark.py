@@ -35,6 +35,8 @@ PLAIN = flags.DEFINE_bool("plain", False, "Also time plain convolutions under vm
 RANDOM = flags.DEFINE_bool("random_images", False, "Random images of the right shape: the data need not be here.")
 JSON = flags.DEFINE_bool("json", False, "Print the results as one line of JSON at the end.")
 
+MOST_IMAGES = 2**30  # of a run, which no timing gets to the end of, and which steps of one image still count
+
 Measure = Callable[[float], dict[str, float]]  # seconds → images/s by way
 
 
@@ -49,6 +51,7 @@ def main() -> int:
 
     load = data.random if RANDOM.value else data.load
     dataset = load(chosen.dataset.name, chosen.dataset.data_dir, chosen.dataset.image_size)
+    chosen = dataclasses.replace(chosen, epochs=max(1, min(10_000, MOST_IMAGES // dataset.num_train)))
     devices = jax.devices()
     device = f"{len(devices)} x {devices[0].device_kind}"
     augmented = "augmented" if chosen.dataset.augment else "as they are"
@@ -73,7 +76,7 @@ def _of_batch_sizes(chosen: Experiment) -> Experiment:
         raise InputError(f"--batch_sizes={','.join(given)}: must be different whole numbers from 1 on, with commas between.")
     rates = tuple(2.0**-24 * (1 + i) for i in range(len(chosen.grid.base_lrs)))
     grid = experiment.Grid(batch_sizes=sizes, base_lrs=rates)
-    return dataclasses.replace(chosen, epochs=10_000, drawn_from=(), grid=grid)
+    return dataclasses.replace(chosen, drawn_from=(), grid=grid)
 
 
 def _time(trial: Any, dataset: Any) -> dict[str, Any]:
@@ -128,8 +131,11 @@ def _peer(job: Any, dataset: Any, accelerator: bool) -> torch_peer.Peer:
 def _plain(chosen: Experiment, batch_size: int, dataset: Any) -> Measure:
     """The same program, its lanes side by side and its convolutions as `lax.conv` makes them."""
     from smallbatch_jax import planning
+    from smallbatch_jax.data import Photographs
     from smallbatch_jax.models.conv import forced
 
+    if isinstance(dataset, Photographs):
+        raise InputError(f"--plain: takes images that lie in memory; {chosen.dataset.name} is streamed.")
     images = 16 * batch_size  # of an epoch, the shortest segment there is side by side: this is slow
     few = dataclasses.replace(dataset, train_images=dataset.train_images[:images], train_labels=dataset.train_labels[:images])
     only = dataclasses.replace(chosen, grid=dataclasses.replace(chosen.grid, batch_sizes=(batch_size,)))

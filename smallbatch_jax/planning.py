@@ -289,20 +289,22 @@ def flops_per_image(model: Model, batch_size: int, image_shape: Sequence[int]) -
     return float((analysis or {}).get("flops", math.nan)) / counted
 
 
-def elsewhere(plan: ProgramPlan, images: int, stored: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds of training that the program's surviving runs would take at the rates stored for another device.
+def elsewhere(batch_size: int, runs: int, images: int, stored: Sequence[Mapping[str, Any]], devices: int = 1) -> float:
+    """Seconds of training that a program's runs would take at the rates stored for another device.
 
     Args:
-      plan: of the program, made here.
+      batch_size: m.
+      runs: that train to their end.
       images: that each run trains on.
-      stored: results of `benchmark.py --json` on that device, for the same model.
+      stored: results of `benchmark.py --json` on one such device, for the same model.
+      devices: that share out the runs, each as fast as the one measured; the one with the most decides.
 
     Returns:
-      Seconds, its rate interpolated between the two nearest batch sizes, on logarithmic axes; NaN without any.
+      Seconds, the rate interpolated between the two nearest batch sizes, on logarithmic axes; NaN without any.
     """
     rates = {int(row["batch_size"]): float(row["images_per_second"]) for row in stored}
     if not rates:
         return math.nan
     sizes = sorted(rates)
-    rate = 2.0 ** np.interp(math.log2(plan.batch_size), np.log2(sizes), np.log2([rates[m] for m in sizes]))
-    return (plan.runs - plan.diverging) * images / float(rate)
+    rate = 2.0 ** np.interp(math.log2(batch_size), np.log2(sizes), np.log2([rates[m] for m in sizes]))
+    return -(-runs // devices) * images / float(rate)

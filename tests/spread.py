@@ -46,15 +46,18 @@ def trained(
     base_lr: float = 2**-10,
     photographs: str = "",
     image_size: int | None = None,
+    parts: int | None = None,
 ) -> tuple[dict, int]:
     """Parameters and running averages after steps first…last-1, and the test images right.
 
-    On the digits, or streamed from a folder of photographs. A checkpoint is restored before and saved after, if one is given.
+    On the digits, or streamed from a folder of photographs; a batch at once, or in parts of so many. A checkpoint is restored
+    before and saved after, if one is given.
     """
     config = experiment.default_config()
     config.model = {"name": model, "norm": "batch"}
     config.grid = {"batch_sizes": (m,), "bn_batch_sizes": (b,), "base_lrs": (base_lr,)}
     config.data_devices, config.weight_decay, config.dataset.augment = devices, 1e-4, True
+    config.micro_batch_size = parts
     if photographs:
         config.dataset.name, config.dataset.data_dir, config.dataset.image_size = "folder", photographs, image_size
         config.dataset.workers = 1

@@ -74,9 +74,15 @@ def plan(**fields):
 
 def test_another_device_is_read_off_its_stored_rates():
     stored = [{"batch_size": 4, "images_per_second": 100.0}, {"batch_size": 16, "images_per_second": 400.0}]
-    assert planning.elsewhere(plan(), 1000, stored) == pytest.approx(3 * 1000 / 200)  # halfway between on log axes
-    assert planning.elsewhere(plan(batch_size=64), 1000, stored) == pytest.approx(3 * 1000 / 400)
-    assert math.isnan(planning.elsewhere(plan(), 1000, []))
+    assert planning.elsewhere(8, 3, 1000, stored) == pytest.approx(3 * 1000 / 200)  # halfway between on log axes
+    assert planning.elsewhere(64, 3, 1000, stored) == pytest.approx(3 * 1000 / 400)
+    assert math.isnan(planning.elsewhere(8, 3, 1000, []))
+
+
+@pytest.mark.parametrize(("devices", "each"), [(1, 26), (8, 4), (13, 2), (64, 1)])
+def test_several_devices_elsewhere_share_out_the_runs(devices, each):
+    stored = [{"batch_size": 4, "images_per_second": 100.0}]
+    assert planning.elsewhere(4, 26, 1000, stored, devices) == pytest.approx(each * 1000 / 100)
 
 
 class OneProduct(nn.Module):
@@ -122,6 +128,26 @@ def test_plan_prints_what_each_program_costs_and_the_sum(tmp_path):
     assert "MiB" in row
     assert total.startswith("1 compilation")
     assert "on 1 x H100 0 s" in total
+
+
+def test_plan_lists_what_fig_12_costs_on_one_device_and_on_eight_from_stored_rates(tmp_path):
+    """286 runs of 90 epochs of 1,281,167 images; at m = 2 26 of them at 1,000 images/s, 4 on the busiest of eight."""
+    sizes = [2**k for k in range(1, 12)]
+    rows = [{"model": "resnet50", "norm": "batch", "batch_size": m, "images_per_second": 500.0 * m} for m in sizes]
+    (tmp_path / "h100.json").write_text(json.dumps({"device": "1 x H100", "results": rows}))
+    given = ("--probe_seconds=0", f"--elsewhere={tmp_path}/h100.json", "--elsewhere_devices=1,8")
+    done = run("plan.py", "--config=configs/fig12_resnet50.py", *given)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.strip().split("\n")
+    assert lines[1].split()[-4:] == ["there", "there", "x", "8"]
+    assert lines[2].endswith("    832 h 45 min    128 h 07 min")  # 26 and 4 times 90 * 1,281,167 / 1,000 seconds
+    assert lines[-1].startswith("on 1 x H100")
+    assert "(8 of them)" in lines[-1]
+
+
+def test_a_mistaken_number_of_devices_is_refused(tmp_path):
+    done = run("plan.py", QUICKSTART, "--probe_seconds=0", "--elsewhere_devices=1,x")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
 def test_plan_without_the_data_lists_and_says_how_to_measure(tmp_path):

@@ -1,4 +1,4 @@
-"""A run is the same run on one device, on several, and on several processes: ResNet-8 with batch norm, on real images."""
+"""A run is the same run on one device, on several, and on several processes: networks with batch norm, on images."""
 
 import json
 import os
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import save
+from PIL import Image
 
 SPREAD = Path(__file__).parent / "spread.py"
 # Of the norm of each array. Rounding alone stays ten times below it, until it turns one ReLU: of the few thousand terms in the
@@ -47,10 +49,10 @@ def on_processes(out, cases, devices_each, count=2):
     return np.load(out)
 
 
-def differences(one, other, name, other_name):
+def differences(one, other, name, other_name, count=37):
     """Of each array from its namesake, in norm, relative; and of the number of test images right."""
     arrays = [key.removeprefix(name) for key in one.files if key.startswith(f"{name}[")]
-    assert len(arrays) == 37  # 7 kernels, each with a batch norm's gain, bias and two averages; kernel and bias of the logits
+    assert len(arrays) == count  # ResNet-8: 7 kernels, each with a batch norm's gain, bias and averages; and of the logits two
     relative = {}
     for key in arrays:
         a, b = one[name + key], other[other_name + key]
@@ -113,3 +115,37 @@ def test_a_checkpoint_of_four_devices_goes_on_on_one_and_on_two(tmp_path):
         assert_same(found, found, "whole", devices)
     moved, _ = differences(found, found, "whole", "half")
     assert max(moved.values()) > 100 * TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Ten classes of smooth noise, 400 × 300 pixels."""
+    root, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 10)):
+        for i in range(count):
+            coarse = rng.integers(0, 256, (12, 16, 3), np.uint8)
+            image = Image.fromarray(coarse).resize((400, 300), Image.Resampling.BICUBIC)
+            save(root / split / f"{i % 10}" / f"{i:02}.jpg", image, quality=90)
+    return root
+
+
+@pytest.mark.slow
+def test_resnet50_streamed_to_two_processes_is_the_same_run(tmp_path, photographs):
+    """Twenty steps on 224×224 pixels, m = 4, BN batches of one process's share and of both: every array to 1e-4.
+
+    But for the biases of batch norm. They begin at 0, so what differs is their gradient, in which rounding turns some of forty
+    million ReLUs: one process that takes its batch in two parts differs as much from itself.
+    """
+    size = {"m": 4, "model": "resnet50", "base_lr": 2**-26, "photographs": str(photographs), "image_size": 224}
+    cases = {"b2": {**size, "b": 2}, "b4": {**size, "b": 4}}
+    alone = {name: {**case, "devices": 1} for name, case in cases.items()}
+    one = on_devices(tmp_path / "one.npz", alone | {"parts": {**alone["b2"], "parts": 2}}, 1)
+    two = on_processes(tmp_path / "two.npz", {name: {**case, "devices": 2} for name, case in cases.items()}, 1)
+    by_itself, _ = differences(one, one, "b2", "parts", 267)
+    noise = max(by_itself.values())
+    for name in cases:
+        relative, images = differences(one, two, name, name, 267)
+        biases = {key for key in relative if "norm" in key and key.endswith("['bias']")}
+        assert max(relative[key] for key in relative.keys() - biases) < 1e-4
+        assert max(relative[key] for key in biases) < max(1e-4, 3 * noise) < 0.3, (noise, relative)
+        assert images <= 1

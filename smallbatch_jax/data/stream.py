@@ -84,12 +84,17 @@ class Numbered:
         """Where in a seed's stream the training image of a number is."""
         return _position(number % self._per_seed, self._blocks[0])
 
+    def example(self, number: int) -> int:
+        """Which of the training set the image of a number is."""
+        epoch, offset = divmod(self.position(number), self._photographs.num_train)
+        return self._in_order(self._seeds[number // self._per_seed], epoch, offset)
+
     def __getitem__(self, index: int) -> Decoded:
         """The image of a number; arrays without their first axis."""
-        which, within = divmod(index, self._per_seed)
+        which = index // self._per_seed
         if which < len(self._seeds):
-            epoch, offset = divmod(_position(within, self._blocks[0]), self._photographs.num_train)
-            return self.train_image(self._seeds[which], epoch, self._example(self._seeds[which], epoch, offset))
+            epoch = self.position(index) // self._photographs.num_train
+            return self.train_image(self._seeds[which], epoch, self.example(index))
         position = _position(index - len(self._seeds) * self._per_seed, self._blocks[1])
         return self._test_image(position) if position < self._photographs.num_test else self._no_image(0)
 
@@ -125,7 +130,7 @@ class Numbered:
         image = np.zeros((self._size, self._size, 3), np.uint8)
         return Decoded(image, np.int32(0), np.int32(example), np.bool_(False))  # pyright: ignore[reportArgumentType]
 
-    def _example(self, seed: int, epoch: int, offset: int) -> int:
+    def _in_order(self, seed: int, epoch: int, offset: int) -> int:
         if self._permutation is None or self._permutation[0] != (seed, epoch):
             # Only the last is kept, here and not in `order`: of a million examples each takes 5 MB, in every worker.
             drawn = order.epoch_permutation.__wrapped__(seed, epoch, self._photographs.num_train)

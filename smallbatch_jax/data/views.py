@@ -3,8 +3,8 @@
 For training the shorter side becomes 256 … 480 pixels at random for images of 224, in proportion for others, and a square is
 cut out at random and mirrored half the time. For testing the shorter side becomes 256, and the square is the one in the middle.
 
-Only the square is resized, from as many pixels of the photograph as it comes from; a JPEG is decoded at a half, a quarter or an
-eighth of its size where that still has pixels enough. Shrinking takes the mean over areas, enlarging interpolates linearly.
+Only the square is resized, from as many pixels of the photograph as it comes from; a JPEG is decoded at a half
+of its size or less where that still has pixels enough. Shrinking takes the mean over areas, enlarging interpolates linearly.
 """
 
 import io
