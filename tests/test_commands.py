@@ -31,10 +31,10 @@ def run(script, *arguments):
     return subprocess.run(line, **options)
 
 
-def sweep(workdir, *arguments):
+def sweep(workdir, *arguments, sizes="(128,512)"):
     """Two tiny programs of the reduced AlexNet on digits."""
-    small = ("--config.epochs=1", '--config.grid.batch_sizes="(128,512)"', '--config.grid.base_lrs="(0.001,8.0)"')
-    return command("sweep.py", QUICKSTART, f"--workdir={workdir}", *(s.replace('"', "") for s in small), *arguments)
+    small = ("--config.epochs=1", f"--config.grid.batch_sizes={sizes}", "--config.grid.base_lrs=(0.001,8.0)")
+    return command("sweep.py", QUICKSTART, f"--workdir={workdir}", *small, *arguments)
 
 
 def finish(line_and_options):
@@ -105,7 +105,7 @@ def test_figures_go_where_they_are_asked_to(trained, tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_that_the_same_command_goes_on(tmp_path, signum):
-    line, options = sweep(tmp_path / "w", "--config.epochs=500", "--config.grid.batch_sizes=(128,)")
+    line, options = sweep(tmp_path / "w", "--config.epochs=500", sizes="(128,)")
     process = subprocess.Popen(line, **options, stderr=subprocess.PIPE, text=True)
     results_file = tmp_path / "w/results/m00128_b00128.csv"
     while not (results_file.exists() and results_file.read_bytes().count(b"\n") > 3):
