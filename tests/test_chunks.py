@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +40,7 @@ def objective(function):
         weights = [np.random.default_rng(i).normal(size=leaf.shape).astype(np.float32) for i, leaf in enumerate(leaves)]
         return sum((w * leaf**2).sum() for w, leaf in zip(weights, leaves, strict=True))
 
-    return jax.jit(jax.value_and_grad(value, (0, 1)))
+    return compiled.quickly(jax.value_and_grad(value, (0, 1)))
 
 
 @pytest.mark.parametrize("at_once", [1, 4, 12])
@@ -47,7 +48,7 @@ def objective(function):
 def test_chunks_are_the_whole_batch(at_once, offset):
     """Value and gradients to rounding; far from zero too, where E[x²] - μ² would have no digit of the variance left."""
     images = (X, np.float32(offset) + np.random.default_rng(2).normal(size=(N, 4, 5, C)).astype(np.float32))
-    found: Any = jax.jit(lambda s, i: with_statistics(layer, at_once, s, i))(SHARED, images)
+    found: Any = compiled.quickly(lambda s, i: with_statistics(layer, at_once, s, i))(SHARED, images)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(of_all(SHARED, images)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-5)
     if offset == 0:
@@ -64,6 +65,19 @@ def test_a_large_batch_goes_in_even_chunks_or_not_at_all(n, size):
     assert layers._images_at_once(n) == size
 
 
+def drawn(model, images) -> Any:
+    """Variables as after initialisation, by NumPy: to compile `init` takes longer than to compile a step."""
+    rng = np.random.default_rng(5)
+
+    def leaf(path, like):
+        name = path[-1].key
+        if name == "kernel":
+            return rng.normal(0, (2 / np.prod(like.shape[:-1])) ** 0.5, like.shape).astype(like.dtype)
+        return np.full(like.shape, name in ("scale", "var"), like.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(model.init, jax.random.key(0), images[:1]))
+
+
 @pytest.mark.parametrize(
     ("model", "convolutions"),
     [
@@ -77,7 +91,7 @@ def test_a_large_batch_goes_in_even_chunks_or_not_at_all(n, size):
 def test_a_network_in_chunks_is_the_network(monkeypatch, model, convolutions):
     """Logits, running statistics and gradients of 8 images in chunks of 4, against those of all at once."""
     images = jnp.asarray(np.random.default_rng(3).normal(size=(8, 8, 8, 3)), jnp.float32)
-    variables = jax.jit(model.init)(jax.random.key(0), images[:1])
+    variables = drawn(model, images)
     weights = np.random.default_rng(4).normal(size=(8, 3)).astype(np.float32)
 
     def run() -> Any:
@@ -85,7 +99,7 @@ def test_a_network_in_chunks_is_the_network(monkeypatch, model, convolutions):
             logits, state = model.apply({"params": params, "batch_stats": batch_stats}, images, True, mutable=["batch_stats"])
             return (weights * logits).sum(), (logits, state["batch_stats"])
 
-        return jax.jit(jax.value_and_grad(value, has_aux=True))(variables["params"], variables["batch_stats"])
+        return compiled.quickly(jax.value_and_grad(value, has_aux=True))(variables["params"], variables["batch_stats"])
 
     whole = run()
     monkeypatch.setattr(layers, "MANY_IMAGES", 2)
@@ -103,12 +117,12 @@ def test_bn_batches_smaller_than_the_batch_are_not_chunked(monkeypatch):
     """Their statistics are not the whole batch's: a batch of 8 with b = 2 is the same whatever is large."""
     model = create_model("resnet8", 3, "batch", 2)
     images = jnp.asarray(np.random.default_rng(3).normal(size=(8, 8, 8, 3)), jnp.float32)
-    variables = jax.jit(model.init)(jax.random.key(0), images[:1])
+    variables = drawn(model, images)
     monkeypatch.setattr(layers, "IMAGES_AT_ONCE", 4)
     logits = []
     for many in (100, 2):
         monkeypatch.setattr(layers, "MANY_IMAGES", many)
-        apply = jax.jit(lambda v: model.apply(v, images, True, mutable=["batch_stats"])[0])
+        apply = compiled.quickly(lambda v: model.apply(v, images, True, mutable=["batch_stats"])[0])
         logits.append(apply(variables))
     np.testing.assert_array_equal(*logits)
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import compiled
 import pandas as pd
 import pytest
 import tiny
@@ -27,6 +28,12 @@ pytest.importorskip("ray")
 
 ROOT = Path(__file__).parent.parent
 FACTS = {"num_classes": 3, "examples": [50, 20]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    with compiled.once():
+        yield
 
 
 @pytest.mark.parametrize(

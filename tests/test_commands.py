@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import compiled
 import pandas as pd
 import pytest
 from PIL import Image
@@ -21,7 +22,7 @@ QUICKSTART = "--config=configs/quickstart.py"
 
 
 def command(script, *arguments, **options):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | compiled.ONCE
     return [sys.executable, f"experiments/{script}", *map(str, arguments)], {"cwd": ROOT, "env": environment, **options}
 
 
@@ -30,10 +31,10 @@ def run(script, *arguments):
     return subprocess.run(line, **options)
 
 
-def sweep(workdir, *arguments):
+def sweep(workdir, *arguments, sizes="(128,512)"):
     """Two tiny programs of the reduced AlexNet on digits."""
-    small = ("--config.epochs=1", '--config.grid.batch_sizes="(128,512)"', '--config.grid.base_lrs="(0.001,8.0)"')
-    return command("sweep.py", QUICKSTART, f"--workdir={workdir}", *(s.replace('"', "") for s in small), *arguments)
+    small = ("--config.epochs=1", f"--config.grid.batch_sizes={sizes}", "--config.grid.base_lrs=(0.001,8.0)")
+    return command("sweep.py", QUICKSTART, f"--workdir={workdir}", *small, *arguments)
 
 
 def finish(line_and_options):
@@ -88,9 +89,10 @@ def test_train_py_equals_the_same_run_of_the_sweep_bit_for_bit(trained, tmp_path
 
 
 def test_sweep_from_python_equals_the_command_line_bit_for_bit(trained):
-    frame = sbj.sweep(
-        "alexnet", "digits", (128, 512), (0.001, 8.0), epochs=1, weight_decay=5e-4, name="quickstart", progress=NoProgress()
-    )
+    with compiled.once():
+        frame = sbj.sweep(
+            "alexnet", "digits", (128, 512), (0.001, 8.0), epochs=1, weight_decay=5e-4, name="quickstart", progress=NoProgress()
+        )
     pd.testing.assert_frame_equal(frame, results.load(trained[0]), check_exact=True)
 
 
@@ -103,7 +105,7 @@ def test_figures_go_where_they_are_asked_to(trained, tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_that_the_same_command_goes_on(tmp_path, signum):
-    line, options = sweep(tmp_path / "w", "--config.epochs=500")
+    line, options = sweep(tmp_path / "w", "--config.epochs=500", sizes="(128,)")
     process = subprocess.Popen(line, **options, stderr=subprocess.PIPE, text=True)
     results_file = tmp_path / "w/results/m00128_b00128.csv"
     while not (results_file.exists() and results_file.read_bytes().count(b"\n") > 3):

@@ -1,6 +1,6 @@
 """Convolution and pooling against their definitions."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,17 @@ def lax_conv(x, kernel, strides, padding):
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
 
 
+@cache
+def images_and_kernel(images, image, channels, window, features):
+    return normal(images, *image, channels), normal(*window, channels, features, seed=1)
+
+
+@cache
+def of_lax(shapes, strides, padding):
+    """Output and gradients of the images and kernel of these shapes: the same for every implementation."""
+    return with_gradients(lambda x, k: lax_conv(x, k, strides, padding), *images_and_kernel(*shapes))
+
+
 def assert_errors_within_three_times(ours, theirs, exact):
     for a, b, true in zip(ours, theirs, exact, strict=True):
         error, of_theirs = (np.abs(np.asarray(found) - np.asarray(true)).max() for found in (a, b))
@@ -51,10 +62,9 @@ def assert_errors_within_three_times(ours, theirs, exact):
 @pytest.mark.parametrize(("image", "window", "strides", "padding"), CONVOLUTIONS)
 def test_conv_and_its_gradients_are_those_of_lax(implementation, image, window, strides, padding):
     """Output, gradient of the image, gradient of the kernel, to rounding."""
-    x, kernel = normal(2, *image, 3), normal(*window, 3, 4, seed=1)
-    ours = with_gradients(lambda x, k: conv(x, k, strides, padding), x, kernel)
-    theirs = with_gradients(lambda x, k: lax_conv(x, k, strides, padding), x, kernel)
-    assert_all_close(ours, theirs)
+    shapes = (2, image, 3, window, 4)
+    ours = with_gradients(lambda x, k: conv(x, k, strides, padding), *images_and_kernel(*shapes))
+    assert_all_close(ours, of_lax(shapes, strides, padding))
 
 
 @pytest.mark.parametrize("examples", [8, 16, 19])
@@ -62,10 +72,9 @@ def test_conv_and_its_gradients_are_those_of_lax(implementation, image, window, 
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
 def test_conv_however_many_images_channels_and_features(examples, channels, features, strides):
     """Few features are computed several columns at once, the kernel's gradient a few images at a time."""
-    x, kernel = normal(examples, 8, 8, channels), normal(3, 3, channels, features, seed=1)
-    ours = with_gradients(lambda x, k: conv(x, k, strides, ((1, 1), (1, 1))), x, kernel)
-    theirs = with_gradients(lambda x, k: lax_conv(x, k, strides, ((1, 1), (1, 1))), x, kernel)
-    assert_all_close(ours, theirs, atol=1e-4)
+    shapes, padding = (examples, (8, 8), channels, (3, 3), features), ((1, 1), (1, 1))
+    ours = with_gradients(lambda x, k: conv(x, k, strides, padding), *images_and_kernel(*shapes))
+    assert_all_close(ours, of_lax(shapes, strides, padding), atol=1e-4)
 
 
 @pytest.mark.parametrize(("image", "window", "strides", "channels", "features"), [
@@ -176,13 +185,14 @@ def test_max_pool_pads_as_it_is_told(height, width, padding):
 def test_max_pool_hands_on_every_nan():
     """A window is NaN wherever in it the NaN stands, and other windows are not: 25 images with one NaN each."""
     where_nan = jnp.eye(25, dtype=bool).reshape(25, 5, 5, 1)
-    found = max_pool(jnp.where(where_nan, jnp.nan, normal(25, 5, 5, 1)))
-    np.testing.assert_array_equal(jnp.isnan(found), max_pool(where_nan.astype(jnp.float32)) == 1)
+    pool = jax.jit(max_pool)
+    found = pool(jnp.where(where_nan, jnp.nan, normal(25, 5, 5, 1)))
+    np.testing.assert_array_equal(jnp.isnan(found), pool(where_nan.astype(jnp.float32)) == 1)
 
 
 def test_gradient_of_equal_maxima_goes_to_the_first():
     """Of a constant 4×4 image, the top left pixel of each of the four windows, the whole gradient."""
-    gradient = jax.grad(lambda x: max_pool(x).sum())(jnp.ones((1, 4, 4, 1)))
+    gradient = jax.jit(jax.grad(lambda x: max_pool(x).sum()))(jnp.ones((1, 4, 4, 1)))
     expected = np.zeros((4, 4))
     expected[::2, ::2] = 1
     np.testing.assert_array_equal(gradient[0, :, :, 0], expected)

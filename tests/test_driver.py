@@ -10,6 +10,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import compiled
 import numpy as np
 import pandas as pd
 import pytest
@@ -22,6 +23,12 @@ from smallbatch_jax.files import WriteError
 from smallbatch_jax.models.layers import Dense
 from smallbatch_jax.models.norm import BatchNorm
 from smallbatch_jax.progress import NoProgress
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    with compiled.once():
+        yield
 
 
 def train(workdir, model=tiny.TinyModel, data=None, **fields):

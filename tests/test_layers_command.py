@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import compiled
 import numpy as np
 import pytest
 
@@ -16,11 +17,12 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def layers():
-    """The script as a module; its flags exist in this process from then on."""
+    """The script as a module; its flags exist in this process from then on. How fast its programs are is no matter here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "experiments")
         import layers
 
+        patch.setattr(layers.jax, "jit", compiled.quickly)
         yield layers
 
 

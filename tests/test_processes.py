@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import compiled
 import pandas as pd
 import pytest
 
@@ -36,20 +37,20 @@ SHARED = (
 )
 
 
-def start(script, *arguments, devices=2, **environment):
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **environment}
+def start(script, *arguments, devices=2, flags="", **environment):
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {flags}", **environment}
     line = [sys.executable, f"experiments/{script}", *map(str, arguments)]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(line, cwd=ROOT, env=environment, **pipe)
 
 
-def start_two(script, *arguments, others=()):
+def start_two(script, *arguments, others=(), flags=""):
     """Two processes of two devices each; the second may have other arguments."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"--coordinator_address=localhost:{probe.getsockname()[1]}"
-    of = [start(script, *arguments, address, "--num_processes=2", "--process_id=0")]
-    return [*of, start(script, *(others or arguments), address, "--num_processes=2", "--process_id=1")]
+    of = [start(script, *arguments, address, "--num_processes=2", "--process_id=0", flags=flags)]
+    return [*of, start(script, *(others or arguments), address, "--num_processes=2", "--process_id=1", flags=flags)]
 
 
 def ended(processes, seconds=240):
@@ -67,8 +68,9 @@ def test_a_sweep_of_two_processes_is_that_of_one(tmp_path):
 
     The rows agree to rounding: XLA:CPU cuts some sums by how many devices there are in all.
     """
-    alone = ended([start("sweep.py", *SMALL, RATES, f"--workdir={tmp_path / 'alone'}")])[0]
-    first, second = ended(start_two("sweep.py", *SMALL, RATES, f"--workdir={tmp_path / 'two'}"))
+    flags = compiled.QUICKLY
+    alone = ended([start("sweep.py", *SMALL, RATES, f"--workdir={tmp_path / 'alone'}", flags=flags)])[0]
+    first, second = ended(start_two("sweep.py", *SMALL, RATES, f"--workdir={tmp_path / 'two'}", flags=flags))
     assert (alone[0], first[0], second) == (0, 0, (0, "", "")), first[2]
     assert first[1] == alone[1].replace("/alone/", "/two/")
     assert "Gloo" not in first[2]

@@ -174,7 +174,7 @@ def test_the_command_says_in_one_line_what_is_not_there_yet(tmp_path):
     source = whole(tmp_path / "s", {2: RATES[2], 8: RATES[0]})
 
     def plan(*flags):
-        line = [sys.executable, "experiments/plan.py", "--config=configs/quickstart.py", *flags]
+        line = [sys.executable, "experiments/plan.py", "--config=configs/quickstart.py", "--probe_seconds=0", *flags]
         return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
 
     missing = plan(f"--config.grid.base_lrs_from=('{tmp_path / 'no'}',)")
