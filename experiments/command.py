@@ -251,9 +251,11 @@ def train(chosen: Experiment, workdir: str, started: float) -> int:
 
 def show(folder: Path, out: Path | None = None) -> None:
     """Draws the figures of a workdir and prints its table."""
-    from smallbatch_jax import analysis, figures, study
+    from smallbatch_jax import analysis, figures, skipped, study
 
     stored = study.load(folder)
     print(analysis.format_summary(analysis.summary(stored.rows, stored.chance, stored.cells)), flush=True)
+    if left_out := len(skipped.load(folder)):
+        print(f"skipped images, which could not be decoded: {left_out}, listed in {folder}/skipped.csv")
     drawn = figures.draw_studies([stored], out)
     print(f"figures: {', '.join(path.name for path in drawn)} in {drawn[0].parent}")

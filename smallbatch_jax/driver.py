@@ -327,7 +327,7 @@ def _end_at_the_second(reader: int, stop: Stop) -> None:
 
 def sweep(
     model: str | nn.Module,
-    dataset: str | Dataset,
+    dataset: str | Dataset | Photographs,
     batch_sizes: Sequence[int],
     base_lrs: Sequence[float] | Mapping[int, float],
     epochs: int,
@@ -345,6 +345,7 @@ def sweep(
     augment: bool = False,
     precision: str = "float32",
     data_dir: str | None = None,
+    image_size: int | None = None,
     lanes: int | None = None,
     name: str = "sweep",
     progress: Progress | None = None,
@@ -354,7 +355,7 @@ def sweep(
     Args:
       model: a name of `create_model`, with `norm`; or an own linen module: `init(key, images)`, and `apply(variables, images)`
         to logits float[n, num_classes], called with `train=…` if it takes that; with or without "batch_stats" and dropout.
-      dataset: a name of `data.load`, with `data_dir`; or a `data.Dataset` of your own arrays, of any shape [n, …].
+      dataset: a name of `data.load`, with `data_dir` and `image_size`; or a `data.Dataset` of your own arrays, of any shape [n, …].
       batch_sizes: m, each at most the number of training examples.
       base_lrs: η̃ = η/m, the step length per example: those that each batch size is crossed with, or its own for each.
       epochs: E, of every run, whatever m.
@@ -376,10 +377,14 @@ def sweep(
         raise InputError(
             "norm, bn_decay, bn_statistics: are of the named models; an own module brings its own, leave them out."
         )
-    images = data.load(dataset, data_dir) if isinstance(dataset, str) else dataset
+    images = data.load(dataset, data_dir, image_size) if isinstance(dataset, str) else dataset
     config = {
         "name": name,
-        "dataset": {"name": dataset if isinstance(dataset, str) else f"{OWN}{images.digest()}", "augment": augment},
+        "dataset": {
+            "name": dataset if isinstance(dataset, str) else f"{OWN}{images.digest()}",
+            "augment": augment,
+            "image_size": images.image_size if isinstance(images, Photographs) else None,
+        },
         "model": {"name": own.name if own else model, "norm": norm, "bn_decay": bn_decay, "bn_statistics": bn_statistics},
         "epochs": epochs,
         "weight_decay": weight_decay,
