@@ -36,7 +36,7 @@ def main() -> int:
             raise InputError(f"--workdir, --also: {workdir} stands twice; give each config a folder of its own.")
     chosen = [(command.for_workdir(config, workdir), Path(workdir)) for config, workdir in asked]
     from smallbatch_jax import cluster, progress, results
-    from smallbatch_jax.feeder import Interrupted
+    from smallbatch_jax.signals import Interrupted
 
     imported = time.monotonic()
     try:

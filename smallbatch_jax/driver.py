@@ -3,14 +3,12 @@
 import dataclasses
 import os
 import shutil
-import signal
 import tempfile
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -25,7 +23,7 @@ from smallbatch_jax import lanes as lane_programs
 from smallbatch_jax.checkpoint import Checkpoints
 from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.experiment import OWN, Experiment, InputError, from_config, programs
-from smallbatch_jax.feeder import Feeder, Interrupted, Stop
+from smallbatch_jax.feeder import Feeder
 from smallbatch_jax.jobs import GIB, Job, ModelOf, named_model
 from smallbatch_jax.lanes import LaneProgram
 from smallbatch_jax.mesh import lane_mesh
@@ -33,6 +31,7 @@ from smallbatch_jax.models.own import OwnModel
 from smallbatch_jax.planning import spread
 from smallbatch_jax.progress import NoProgress, Progress, Status, for_stream
 from smallbatch_jax.results import NoTimings, ProgramResults, Timings
+from smallbatch_jax.signals import Interrupted, Stop, noted_signals
 from smallbatch_jax.skipped import SkippedImages
 from smallbatch_jax.streamed import supply_of
 from smallbatch_jax.supply import Supply
@@ -41,8 +40,6 @@ from smallbatch_jax.workdir import open_workdir, record_provenance, surroundings
 
 if TYPE_CHECKING:
     import pandas as pd
-
-SAME_SIGNAL_SECONDS = 0.1  # within which two signals are one
 
 __all__ = ["Interrupted", "sweep", "train_grid", "train_program", "use_all_cores"]
 
@@ -281,50 +278,6 @@ def _await(future: Future[Any], stop: Stop) -> Any:
     return future.result()
 
 
-@contextmanager
-def noted_signals() -> Iterator[Stop]:
-    """Notes SIGINT and SIGTERM instead of dying of them; a second one ends the process at once.
-
-    At once even while the main thread waits for a segment, where Python runs no handler: a thread reads the signals' numbers
-    as they come.
-    """
-    stop = Stop()
-
-    def note(signum: int, frame: object) -> None:
-        stop.signum = signum
-
-    try:
-        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread, which alone may handle signals
-        yield stop
-        return
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    watcher = threading.Thread(target=_end_at_the_second, args=(reader, stop), daemon=True)
-    watcher.start()
-    woken = signal.set_wakeup_fd(writer)
-    try:
-        yield stop
-    finally:
-        signal.set_wakeup_fd(woken)
-        for s, handler in before.items():
-            signal.signal(s, handler)
-        os.write(writer, b"\0")
-        watcher.join()
-        os.close(reader)
-        os.close(writer)
-
-
-def _end_at_the_second(reader: int, stop: Stop) -> None:
-    first = 0.0
-    while number := os.read(reader, 1)[0]:
-        if number in (signal.SIGINT, signal.SIGTERM):
-            stop.signum, first = number, first or time.monotonic()
-            # A batch system may send the same one to a process twice: by itself, and by the one that watches it.
-            if time.monotonic() - first > SAME_SIGNAL_SECONDS:
-                os._exit(128 + number)
-
-
 def sweep(
     model: str | nn.Module,
     dataset: str | Dataset | Photographs,
@@ -355,7 +308,8 @@ def sweep(
     Args:
       model: a name of `create_model`, with `norm`; or an own linen module: `init(key, images)`, and `apply(variables, images)`
         to logits float[n, num_classes], called with `train=…` if it takes that; with or without "batch_stats" and dropout.
-      dataset: a name of `data.load`, with `data_dir` and `image_size`; or a `data.Dataset` of your own arrays, of any shape [n, …].
+      dataset: a name of `data.load`, with `data_dir` and `image_size`; or a `data.Dataset` of your own arrays, of any
+        shape [n, …].
       batch_sizes: m, each at most the number of training examples.
       base_lrs: η̃ = η/m, the step length per example: those that each batch size is crossed with, or its own for each.
       epochs: E, of every run, whatever m.

@@ -8,7 +8,6 @@ With several processes each has a feeder, and all do the same: what a clock or a
 acted on when that is read.
 """
 
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -28,25 +27,12 @@ from smallbatch_jax.jobs import Job
 from smallbatch_jax.lanes import LaneProgram, LaneState, Report
 from smallbatch_jax.progress import Progress, Status
 from smallbatch_jax.results import Row, Timings
+from smallbatch_jax.signals import Interrupted, Stop
 from smallbatch_jax.supply import Span, Supply
 from smallbatch_jax.train import TrainState
 
 CHECKPOINT_SHARE = 0.02  # of the training time, at most
 FIRST_SAVE_SECONDS = 0.3  # what a checkpoint is taken to cost before one was made
-
-
-class Interrupted(Exception):
-    """A signal ended the work early; everything is saved and the same command goes on."""
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
-class Stop:
-    """Asks a feeder to save and stop: the number of the signal that came, 0 while none has."""
-
-    signum: int = 0
 
 
 class Share(NamedTuple):

@@ -22,7 +22,7 @@ from smallbatch_jax.progress import Progress, Status
 from smallbatch_jax.worker import Outcome, Part
 
 if TYPE_CHECKING:
-    from smallbatch_jax.feeder import Stop
+    from smallbatch_jax.signals import Stop
 
 RETRIES = 5  # of a program whose worker or machine died
 POLL_SECONDS = 0.5  # between two looks at the board
@@ -180,7 +180,7 @@ class Tasks:
         Raises:
           Interrupted: on SIGINT or SIGTERM.
         """
-        from smallbatch_jax.driver import Interrupted, noted_signals
+        from smallbatch_jax.signals import Interrupted, noted_signals
 
         with noted_signals() as stop:
             numbers = [number for number, program in enumerate(self._programs) if program.pending]

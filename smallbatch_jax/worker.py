@@ -26,7 +26,7 @@ from smallbatch_jax.progress import Status
 from smallbatch_jax.results import Owned, ProgramResults
 
 if TYPE_CHECKING:
-    from smallbatch_jax.feeder import Stop
+    from smallbatch_jax.signals import Stop
 
 REPORT_SECONDS = 1.0  # between two reports of a worker
 OWNER_SECONDS = 60.0  # that a dead worker may keep its program's files from its successor: its node's death spreads slowly
@@ -105,7 +105,7 @@ def train(part: Part, report: Report) -> Outcome:
 
 def _train(part: Part, folder: Path, report: Report) -> Outcome:
     from smallbatch_jax import data, driver
-    from smallbatch_jax.feeder import Stop
+    from smallbatch_jax.signals import Stop
 
     sys.argv = part.command
     stop, failure = Stop(), ""

@@ -1,0 +1,68 @@
+"""SIGINT and SIGTERM: noted, so that what is at work can be saved; a second one ends the process."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SAME_SIGNAL_SECONDS = 0.1  # within which two signals are one
+
+
+class Interrupted(Exception):
+    """A signal ended the work early; everything is saved and the same command goes on."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class Stop:
+    """Asks a feeder to save and stop: the number of the signal that came, 0 while none has."""
+
+    signum: int = 0
+
+
+@contextmanager
+def noted_signals() -> Iterator[Stop]:
+    """Notes SIGINT and SIGTERM instead of dying of them; a second one ends the process at once.
+
+    At once even while the main thread waits for a segment, where Python runs no handler: a thread reads the signals' numbers
+    as they come.
+    """
+    stop = Stop()
+
+    def note(signum: int, frame: object) -> None:
+        stop.signum = signum
+
+    try:
+        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread, which alone may handle signals
+        yield stop
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    watcher = threading.Thread(target=_end_at_the_second, args=(reader, stop), daemon=True)
+    watcher.start()
+    woken = signal.set_wakeup_fd(writer)
+    try:
+        yield stop
+    finally:
+        signal.set_wakeup_fd(woken)
+        for s, handler in before.items():
+            signal.signal(s, handler)
+        os.write(writer, b"\0")
+        watcher.join()
+        os.close(reader)
+        os.close(writer)
+
+
+def _end_at_the_second(reader: int, stop: Stop) -> None:
+    first = 0.0
+    while number := os.read(reader, 1)[0]:
+        if number in (signal.SIGINT, signal.SIGTERM):
+            stop.signum, first = number, first or time.monotonic()
+            # A batch system may send the same one to a process twice: by itself, and by the one that watches it.
+            if time.monotonic() - first > SAME_SIGNAL_SECONDS:
+                os._exit(128 + number)
