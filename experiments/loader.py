@@ -40,6 +40,7 @@ RANDOM = flags.DEFINE_bool("random_images", False, "On made-up photographs of 50
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
 
 RECEIVED = 64  # images at a time
+SETTLE_SECONDS = 1.5  # in which the processes of the way before fill up what they decode ahead, and stop
 
 
 def main() -> int:
@@ -61,6 +62,7 @@ def main() -> int:
         found: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(ROUNDS.value):
             for name, way in ways.items():
+                time.sleep(SETTLE_SECONDS)
                 found[name].append(way(SECONDS.value))
     _report(found, workers)
     return 0
