@@ -151,12 +151,7 @@ class Streamed:
         raise InputError(f"dataset.data_dir: the {min(count, MOST_SKIPPED) - 1} images after {name!r} are broken too.")
 
     def _read(self, ahead: Ahead, count: int) -> Decoded:
-        found = Decoded(
-            np.empty((count, *self._photographs.image_shape), np.uint8),
-            np.empty(count, np.int32),
-            np.empty(count, np.int32),
-            np.empty(count, bool),
-        )
+        found = self._numbered.empty(count)
         ahead.take(found)
         return found
 

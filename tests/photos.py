@@ -10,7 +10,7 @@ from PIL import Image
 
 from smallbatch_jax import data
 from smallbatch_jax.data import Dataset, Photographs
-from smallbatch_jax.data.views import test_view
+from smallbatch_jax.data.views import center_view
 
 CLASSES = ("cat", "dog", "eel")
 SIZE = 8  # pixels, of the images; the photographs are 15 × 12
@@ -39,7 +39,7 @@ def in_memory(root: Path) -> Dataset:
     streamed = load(root)
 
     def arrays(source: Any) -> tuple[np.ndarray, np.ndarray]:
-        images = [test_view(source.read(i), SIZE, source.upright) for i in range(len(source))]
+        images = [center_view(source.read(i), SIZE, source.upright) for i in range(len(source))]
         return np.stack(images), np.array([source.label(i) for i in range(len(source))])
 
     return Dataset(*arrays(streamed.train), *arrays(streamed.test), 3)

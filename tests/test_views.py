@@ -53,7 +53,7 @@ def test_for_testing_the_shorter_side_becomes_256_and_the_middle_is_taken(height
     )
     left, top = (resized.width - SIZE) // 2, (resized.height - SIZE) // 2
     expected = np.asarray(resized)[top : top + SIZE, left : left + SIZE]
-    near(views.test_view(jpeg(image), SIZE, True), expected, mean=2.5, most=30)
+    near(views.center_view(jpeg(image), SIZE, True), expected, mean=2.5, most=30)
 
 
 def test_for_training_scale_place_and_mirror_are_random(monkeypatch):
@@ -126,21 +126,21 @@ def test_a_picture_is_turned_as_its_exif_says_where_that_is_wanted():
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90° clockwise
     image = smooth()
-    turned = views.test_view(jpeg(np.ascontiguousarray(np.rot90(image, -1))), SIZE, True)
-    near(views.test_view(jpeg(image, exif=exif), SIZE, True), turned, mean=1)
-    near(views.test_view(jpeg(image, exif=exif), SIZE, False), views.test_view(jpeg(image), SIZE, True), mean=1)
+    turned = views.center_view(jpeg(np.ascontiguousarray(np.rot90(image, -1))), SIZE, True)
+    near(views.center_view(jpeg(image, exif=exif), SIZE, True), turned, mean=1)
+    near(views.center_view(jpeg(image, exif=exif), SIZE, False), views.center_view(jpeg(image), SIZE, True), mean=1)
     png = file(Image.fromarray(image), "PNG", exif=exif)
-    near(views.test_view(png, SIZE, True), turned, mean=1)
-    near(views.test_view(png, SIZE, False), views.test_view(jpeg(image), SIZE, False), mean=1)
+    near(views.center_view(png, SIZE, True), turned, mean=1)
+    near(views.center_view(png, SIZE, False), views.center_view(jpeg(image), SIZE, False), mean=1)
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1"])
 def test_other_kinds_of_picture_become_rgb(mode):
     image = Image.fromarray(smooth())
     kind = "JPEG" if mode in ("L", "CMYK") else "PNG"
-    found = views.test_view(file(image.convert(mode), kind), SIZE, True)
+    found = views.center_view(file(image.convert(mode), kind), SIZE, True)
     assert found.shape == (SIZE, SIZE, 3)
-    expected = views.test_view(jpeg(np.asarray(image.convert(mode).convert("RGB"))), SIZE, True)
+    expected = views.center_view(jpeg(np.asarray(image.convert(mode).convert("RGB"))), SIZE, True)
     if mode not in ("P", "1"):
         near(found, expected, mean=3)
 
@@ -149,26 +149,26 @@ def test_other_kinds_of_picture_become_rgb(mode):
 def test_any_size_of_image_and_of_picture(size):
     for height, width in ((1, 1), (3, 200), (9, 7), (64, 64)):
         content = file(Image.fromarray(smooth(height, width)), "PNG")
-        assert views.test_view(content, size, True).shape == (size, size, 3)
+        assert views.center_view(content, size, True).shape == (size, size, 3)
         assert training(content, size=size).shape == (size, size, 3)
 
 
 def test_the_decoder_that_is_fast_agrees_with_the_one_that_is_careful(monkeypatch):
     content = jpeg(smooth(), quality=90)
-    fast = views.test_view(content, SIZE, True)
+    fast = views.center_view(content, SIZE, True)
 
     def refuses(*_, **__):
         raise ValueError("not today")
 
     monkeypatch.setattr(simplejpeg, "decode_jpeg", refuses)
-    near(fast, views.test_view(content, SIZE, True), mean=0.5, most=4)
+    near(fast, views.center_view(content, SIZE, True), mean=0.5, most=4)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text"])
 def test_damage_raises(damage):
     content = {"cut": jpeg(smooth())[:9000], "empty": b"", "text": b"not a picture"}[damage]
     with pytest.raises(Exception, match=r"\w"):
-        views.test_view(content, SIZE, True)
+        views.center_view(content, SIZE, True)
 
 
 def test_a_picture_too_large_to_decode_raises():
@@ -176,4 +176,4 @@ def test_a_picture_too_large_to_decode_raises():
     start = header.index(b"\xff\xc0") + 5
     huge = header[:start] + (9000).to_bytes(2, "big") + (9000).to_bytes(2, "big") + header[start + 4 :]
     with pytest.raises(ValueError, match="pixels, at most"):
-        views.test_view(huge, SIZE, True)
+        views.center_view(huge, SIZE, True)

@@ -178,11 +178,13 @@ class Photographs:
 
     @functools.cached_property
     def _sampled(self) -> tuple[np.ndarray, np.ndarray]:
-        from smallbatch_jax.data.views import test_view
+        from smallbatch_jax.data.views import center_view
 
         def sums(index: int) -> tuple[np.ndarray, np.ndarray] | None:
             with suppress(Exception):  # a broken one is told of when it is to be trained on
-                pixels = test_view(self.train.read(index), self.image_size, self.train.upright).reshape(-1, 3).astype(np.uint32)
+                pixels = (
+                    center_view(self.train.read(index), self.image_size, self.train.upright).reshape(-1, 3).astype(np.uint32)
+                )
                 return pixels.sum(axis=0, dtype=np.uint64), np.square(pixels).sum(axis=0, dtype=np.uint64)
             return None
 

@@ -5,19 +5,18 @@ Grain runs the workers. Its pipelines have one fixed order, and lanes have many:
 run begins or resumes there. What is found under a number depends on the number alone, not on who asks or when.
 """
 
-import gc
 import os
 import signal
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from smallbatch_jax.data import order
+from smallbatch_jax.data import order, slots
 from smallbatch_jax.data.photographs import Photographs, Source
+from smallbatch_jax.data.slots import Slots
 
 MESSAGE_BYTES = 2**21  # of images that a worker decodes before it hands them over
 MOST_PER_MESSAGE = 64
@@ -80,6 +79,11 @@ class Numbered:
         batch, _, count = self._blocks[1]
         return len(self._seeds) * self._per_seed + position // batch * count
 
+    def empty(self, count: int, with_images: bool = True) -> Decoded:
+        """Arrays for so many images."""
+        images = np.empty((count if with_images else 0, self._size, self._size, 3), np.uint8)
+        return Decoded(images, np.empty(count, np.int32), np.empty(count, np.int32), np.empty(count, np.bool_))
+
     def position(self, number: int) -> int:
         """Where in a seed's stream the training image of a number is."""
         return _position(number % self._per_seed, self._blocks[0])
@@ -91,35 +95,36 @@ class Numbered:
 
     def __getitem__(self, index: int) -> Decoded:
         """The image of a number; arrays without their first axis."""
-        which = index // self._per_seed
+        return self.image(index)
+
+    def image(self, number: int, out: np.ndarray | None = None) -> Decoded:
+        """The same, with the image in `out` if that is given."""
+        which = number // self._per_seed
         if which < len(self._seeds):
-            epoch = self.position(index) // self._photographs.num_train
-            return self.train_image(self._seeds[which], epoch, self.example(index))
-        position = _position(index - len(self._seeds) * self._per_seed, self._blocks[1])
-        return self._test_image(position) if position < self._photographs.num_test else self._no_image(0)
+            epoch = self.position(number) // self._photographs.num_train
+            return self.train_image(self._seeds[which], epoch, self.example(number), out)
+        example = _position(number - len(self._seeds) * self._per_seed, self._blocks[1])
+        if example >= self._photographs.num_test:
+            return self._no_image(0)
+        return self._image(self._photographs.test, example, None, out)
 
-    def train_image(self, seed: int, epoch: int, example: int) -> Decoded:
+    def train_image(self, seed: int, epoch: int, example: int, out: np.ndarray | None = None) -> Decoded:
         """A training image as a run of this seed sees it in an epoch of its stream, from 0."""
+        draw = None
+        if self._augment:  # not by the key that the order of an epoch is drawn with: seeds and epochs are below 2^32
+            key = np.array([2**32 + seed, epoch * 2**32 + example], np.uint64)
+            draw = np.random.Generator(np.random.Philox(key=key))
+        return self._image(self._photographs.train, example, draw, out)
+
+    def _image(self, source: Source, example: int, draw: np.random.Generator | None, out: np.ndarray | None) -> Decoded:
         from smallbatch_jax.data import views
 
-        source = self._photographs.train
-        if not self._augment:
-            return self._image(source, example, lambda content: views.test_view(content, self._size, source.upright))
-        # Not the key that the order of an epoch is drawn with: seeds and epochs are below 2^32.
-        key = np.array([2**32 + seed, epoch * 2**32 + example], np.uint64)
-        draw = np.random.Generator(np.random.Philox(key=key))
-        view = (self._size, draw, self._color_jitter, source.upright)
-        return self._image(source, example, lambda content: views.training_view(content, *view))
-
-    def _test_image(self, example: int) -> Decoded:
-        from smallbatch_jax.data import views
-
-        source = self._photographs.test
-        return self._image(source, example, lambda content: views.test_view(content, self._size, source.upright))
-
-    def _image(self, source: Source, example: int, view: Any) -> Decoded:
         try:
-            image, label = view(source.read(example)), source.label(example)
+            content, label = source.read(example), source.label(example)
+            if draw is None:
+                image = views.center_view(content, self._size, source.upright, out)
+            else:
+                image = views.training_view(content, self._size, draw, self._color_jitter, source.upright, out)
         except MemoryError:
             raise
         except Exception:  # whatever a damaged file makes of a decoder; who asked decides what becomes of it
@@ -150,6 +155,28 @@ def _position(number: int, block: Block) -> int:
     return number // block.count * block.batch + block.first + number % block.count
 
 
+class _Messages:
+    """What workers send at once: so many images of consecutive numbers."""
+
+    def __init__(self, numbered: Numbered, size: int, slots: Slots | None):
+        """`slots` for the images; without, they are a part of the message."""
+        self._numbered, self._size, self._slots = numbered, size, slots
+
+    def __len__(self) -> int:
+        return -(-len(self._numbered) // self._size)
+
+    def __getitem__(self, index: int) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
+        """As `Decoded`; in place of the images the number of the slots' filling, if there are slots."""
+        found = self._numbered.empty(self._size, with_images=self._slots is None)
+        filling, images = (None, found.images) if self._slots is None else self._slots.fill()
+        for i in range(self._size):
+            image, *others = self._numbered.image(index * self._size + i, images[i])
+            if not others[-1]:
+                images[i] = image
+            found.labels[i], found.examples[i], found.sound[i] = others
+        return (images if filling is None else np.int64(filling), *found[1:])
+
+
 class Lost(Exception):
     """A worker process ended by itself."""
 
@@ -164,20 +191,25 @@ class Ahead:
 
         if not flags.FLAGS.is_parsed():  # Grain asks for flags of its own, in a notebook too
             flags.FLAGS.mark_as_parsed()
-        room = _shared_memory() // 2 // (max(1, workers) * (MESSAGES_AHEAD + 4))
+        room = _shared_memory() // 2 // (max(1, workers) * slots.COUNT)
         self._per_message = max(1, min(MOST_PER_MESSAGE, MESSAGE_BYTES // image_bytes, room // image_bytes))
         self._workers = []
+        shape = numbered.empty(self._per_message).images.shape
+        self._slots = [Slots(shape) for _ in range(workers)]
         for worker in range(workers or 1):
-            batches = grain.MapDataset.source(numbered).batch(self._per_message)[worker :: workers or 1]
-            pipeline = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+            given = _Messages(numbered, self._per_message, self._slots[worker] if workers else None)
+            messages = grain.MapDataset.source(given)[worker :: workers or 1]
+            pipeline = messages.to_iter_dataset(grain.ReadOptions(num_threads=0 if workers else 1, prefetch_buffer_size=1))
             if workers:
                 ahead = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=MESSAGES_AHEAD)
                 pipeline = pipeline.mp_prefetch(ahead, worker_init_fn=_begin_worker)
             self._workers.append(iter(pipeline))
         # A pipeline begins its process when it is first asked, in whose thread the answer is unpacked too.
         self._asking = ThreadPoolExecutor(len(self._workers))
-        self._asked: list[Future[Decoded] | None] = [None] * len(self._workers)
-        self._message, self._next = None, 0  # the message at hand, and the number of the image after it
+        self._asked: list[Future[Any] | None] = [None] * len(self._workers)
+        self._message: Decoded | None = None  # at hand
+        self._filling: tuple[Slots, int] | None = None  # where its images are
+        self._next = 0  # the number of the image after it
         self.number = 0  # that comes next
 
     def seek(self, number: int) -> None:
@@ -205,6 +237,8 @@ class Ahead:
             count = min(wanted - filled, self._next - self.number)
             for array, message in zip(out, self._message, strict=True):
                 array[filled : filled + count] = message[have : have + count]
+            if self._filling:
+                self._filling[0].require(self._filling[1])
             filled, self.number = filled + count, self.number + count
 
     def _receive(self, message: int) -> Decoded:
@@ -220,7 +254,10 @@ class Ahead:
                 raise
             raise Lost(f"a process that decodes images was lost: {str(error).split('. ')[0]}") from error
         self._ask()
-        return found
+        if not self._slots:
+            return Decoded(*found)
+        self._filling = self._slots[worker], int(found[0])
+        return Decoded(self._slots[worker].read(int(found[0])), *found[1:])
 
     def _ask(self) -> None:
         """Asks the workers that have nothing to do for their next message."""
@@ -238,12 +275,9 @@ class Ahead:
             pass
         self._asking.shutdown()
         # Nothing of Grain's is left to the end of the interpreter, when it would complain.
-        self._workers, self._message = [], None
-        gc.collect()
-        with suppress(ImportError, AttributeError):  # it frees shared memory in a thread of its own
-            from grain._src.python.ipc.shared_memory_array import SharedMemoryArray
-
-            SharedMemoryArray._del_thread_pool.apply(int)  # pyright: ignore[reportOptionalMemberAccess]
+        self._workers, self._message, self._filling = [], None, None
+        for memory in self._slots:
+            memory.close()
 
 
 def _shared_memory() -> int:

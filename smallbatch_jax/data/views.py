@@ -27,7 +27,9 @@ COLOR_DEVIATION = 0.1
 Decode = Callable[[bytes, int], np.ndarray]
 
 
-def training_view(content: bytes, size: int, draw: np.random.Generator, color_jitter: bool, upright: bool) -> np.ndarray:
+def training_view(
+    content: bytes, size: int, draw: np.random.Generator, color_jitter: bool, upright: bool, out: np.ndarray | None = None
+) -> np.ndarray:
     """A random square of a photograph at a random scale, mirrored half the time.
 
     Args:
@@ -36,9 +38,10 @@ def training_view(content: bytes, size: int, draw: np.random.Generator, color_ji
       draw: what is random; five numbers are taken, or eight.
       color_jitter: whether multiples of the colours' principal components are added, the same for all pixels.
       upright: whether the picture is turned as its EXIF says.
+      out: where to put the image, uint8[S, S, 3]; None for a new array.
 
     Returns:
-      uint8[S, S, 3].
+      uint8[S, S, 3], `out` if that is given.
 
     Raises:
       Exception: of any kind, if the file cannot be decoded.
@@ -46,30 +49,35 @@ def training_view(content: bytes, size: int, draw: np.random.Generator, color_ji
     low, high = (round(side * size / IMAGE_SIZE) for side in (CENTRE, LARGEST))
     shorter = int(draw.integers(low, high, endpoint=True))
     down, right, mirror = draw.random(3)
-    square = _square(_decoded(content, shorter, upright), size, shorter, down, right)
-    if mirror < 0.5:
-        square = square[:, ::-1]
+    image = _decoded(content, shorter, upright)
+    if mirror >= 0.5 and not color_jitter:
+        return _square(image, size, shorter, down, right, out)
+    square = _square(image, size, shorter, down, right)
     if color_jitter:
         square = _shifted(square, COLOR_COMPONENTS @ draw.normal(0, COLOR_DEVIATION, 3).astype(np.float32))
-    return np.ascontiguousarray(square)
+    return cv2.flip(square, 1, out) if mirror < 0.5 else _copied(square, out)
 
 
-def test_view(content: bytes, size: int, upright: bool) -> np.ndarray:
+def center_view(content: bytes, size: int, upright: bool, out: np.ndarray | None = None) -> np.ndarray:
     """The square in the middle of a photograph; as `training_view`."""
     shorter = round(CENTRE * size / IMAGE_SIZE)
-    return np.ascontiguousarray(_square(_decoded(content, shorter, upright), size, shorter, 0.5, 0.5))
+    return _square(_decoded(content, shorter, upright), size, shorter, 0.5, 0.5, out)
 
 
-test_view.__test__ = False  # pyright: ignore[reportFunctionMemberAccess]  # not one of pytest's
+def _copied(square: np.ndarray, out: np.ndarray | None) -> np.ndarray:
+    if out is None:
+        return square
+    out[:] = square
+    return out
 
 
-def _square(image: np.ndarray, size: int, shorter: int, down: float, right: float) -> np.ndarray:
+def _square(image: np.ndarray, size: int, shorter: int, down: float, right: float, out: np.ndarray | None = None) -> np.ndarray:
     """A square of `size` pixels of an image resized to a shorter side of `shorter`; `down` and `right` of 0 … 1 of the way."""
     height, width = image.shape[:2]
     side = max(1, round(size * min(height, width) / shorter))
     top, left = round(down * (height - side)), round(right * (width - side))
     square = image[top : top + side, left : left + side]
-    return cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
+    return cv2.resize(square, (size, size), out, interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
 
 
 def _decoded(content: bytes, shorter: int, upright: bool) -> np.ndarray:
