@@ -18,7 +18,7 @@ from smallbatch_jax.data import order, slots
 from smallbatch_jax.data.photographs import Photographs, Source
 from smallbatch_jax.data.slots import Slots
 
-MESSAGE_BYTES = 2**21  # of images that a worker decodes before it hands them over
+MESSAGE_BYTES = 2**22  # of images that a worker decodes before it hands them over
 MOST_PER_MESSAGE = 64
 MESSAGES_AHEAD = 2  # per worker, beside the one that it works on
 BEYOND = 2**20  # numbers after the last image, which workers run into: at an end they could not be sent back
