@@ -226,6 +226,7 @@ def train(chosen: Experiment, workdir: str, started: float) -> int:
     import jax
 
     from smallbatch_jax import data, driver, processes, progress, results
+    from smallbatch_jax.data.stream import Lost
 
     imported = time.monotonic()
     dataset = data.load(chosen.dataset.name, chosen.dataset.data_dir, chosen.dataset.image_size)
@@ -234,6 +235,8 @@ def train(chosen: Experiment, workdir: str, started: float) -> int:
         driver.train_grid(chosen, folder, dataset, progress.for_stream())
     except driver.Interrupted as interrupted:
         leave(f"stopped; everything is saved in {folder}, the same command goes on", 128 + interrupted.signum)
+    except Lost as lost:
+        leave(f"{lost}; the same command goes on", 1)
     except jax.errors.JaxRuntimeError as error:
         if not processes.several():
             raise
