@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset  # pyright: ignore[reportMissingImports]
 
 from smallbatch_jax.data import Photographs, views
 from smallbatch_jax.data.stream import Numbered
