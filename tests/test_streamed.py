@@ -61,11 +61,27 @@ def test_augmentation_shows_other_images(root, augmented, tmp_path):
     assert not jittered.train_loss.equals(augmented.train_loss)
 
 
-@pytest.mark.parametrize("room", [4, 8, 12])
-def test_lanes_out_of_step_wait_for_each_other_where_there_is_no_room(root, augmented, tmp_path, monkeypatch, room):
-    """A pool with room for one, two or three batches, two lanes per device, and more runs than lanes."""
+OUT_OF_STEP = (2**-9, 2**-8, 1e30, 2e30, 3e30, 4e30)  # the last begin when those before them have diverged
+
+
+@pytest.fixture(scope="module")
+def out_of_step(root, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("out") / "w", photos.load(root), augment=True, lanes=4, base_lrs=OUT_OF_STEP)
+
+
+@pytest.mark.parametrize("room", [4, 8])
+def test_lanes_out_of_step_wait_for_each_other_where_there_is_no_room(root, out_of_step, tmp_path, monkeypatch, room):
+    """A pool with room for one or two batches, two lanes per device, and lanes that are refilled."""
     monkeypatch.setattr(streamed, "POOL_BYTES", room * photos.SIZE**2 * 3)
-    same(train(tmp_path / "w", photos.load(root), augment=True, lanes=4), augmented)
+    streams, load = [], streamed.Streamed.load
+
+    def spy(self, program, batch_size, spans):
+        streams.append({(span.seed, span.first_step) for span in spans if span})
+        return load(self, program, batch_size, spans)
+
+    monkeypatch.setattr(streamed.Streamed, "load", spy)
+    same(train(tmp_path / "w", photos.load(root), augment=True, lanes=4, base_lrs=OUT_OF_STEP), out_of_step)
+    assert {len(found) for found in streams} == set(range(1, room // 4 + 1))
 
 
 def test_two_seeds_are_two_streams(root, augmented, tmp_path):
@@ -130,7 +146,7 @@ def test_killed_and_resumed_the_next_image_is_the_next(root, augmented, tmp_path
 def broken_root(root, tmp_path, split, count=1):
     """A copy of the folder with damaged files: (root, their paths)."""
     copy = shutil.copytree(root, tmp_path / "broken")
-    paths = sorted((copy / split).glob("*/*.jpg"))[3 : 3 + count]
+    paths = sorted((copy / split).glob("*/*.jpg"))[-3 - count : -3]  # of the last class
     for path in paths:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     return copy, paths
@@ -164,6 +180,16 @@ def test_a_broken_training_image_is_replaced_and_counted_once(root, augmented, t
     assert not found.train_loss.equals(augmented.train_loss)
     again = train(tmp_path / "again", photos.load(copy), augment=True, broken_images="skip", base_lrs=(2**-8,), lanes=1)
     same(again, found[found.base_lr == 2**-8].reset_index(drop=True))
+
+
+def test_the_next_image_of_the_training_set_takes_the_place_of_a_broken_one(root, tmp_path):
+    """With its label: as if its file were there twice."""
+    statistics = photos.load(root).channel_statistics()
+    copy, (path,) = broken_root(root, tmp_path, "train")
+    found = train(tmp_path / "w", dataclasses.replace(photos.load(copy), statistics=statistics), broken_images="skip")
+    files = sorted((copy / "train").glob("*/*.jpg"))
+    shutil.copy(files[files.index(path) + 1], path)
+    same(found, train(tmp_path / "twice", dataclasses.replace(photos.load(copy), statistics=statistics)))
 
 
 def test_a_broken_test_image_is_left_out_of_the_accuracy(root, augmented, tmp_path):
