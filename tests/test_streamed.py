@@ -199,6 +199,8 @@ def test_a_broken_test_image_is_left_out_of_the_accuracy(root, augmented, tmp_pa
     assert found.train_loss.equals(augmented.train_loss)
     right = found.test_accuracy.dropna() * 19
     assert (right - right.round()).abs().max() < 1e-9
+    path.unlink()
+    pd.testing.assert_frame_equal(train(tmp_path / "without", photos.load(copy), augment=True), found, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
