@@ -193,6 +193,8 @@ class Ahead:
             flags.FLAGS.mark_as_parsed()
         room = _shared_memory() // 2 // (max(1, workers) * slots.COUNT)
         self._per_message = max(1, min(MOST_PER_MESSAGE, MESSAGE_BYTES // image_bytes, room // image_bytes))
+        # What is left of a message, a kilobyte, goes by a pipe: Grain would make shared memory for each array of each.
+        options = grain.experimental.DatasetOptions(min_shm_size=2**16)
         self._workers = []
         shape = numbered.empty(self._per_message).images.shape
         self._slots = [Slots(shape) for _ in range(workers)]
@@ -203,7 +205,7 @@ class Ahead:
             if workers:
                 ahead = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=MESSAGES_AHEAD)
                 pipeline = pipeline.mp_prefetch(ahead, worker_init_fn=_begin_worker)
-            self._workers.append(iter(pipeline))
+            self._workers.append(iter(grain.experimental.WithOptionsIterDataset(pipeline, options)))
         # A pipeline begins its process when it is first asked, in whose thread the answer is unpacked too.
         self._asking = ThreadPoolExecutor(len(self._workers))
         self._asked: list[Future[Any] | None] = [None] * len(self._workers)
