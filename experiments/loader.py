@@ -29,7 +29,7 @@ from smallbatch_jax import experiment
 from smallbatch_jax.experiment import InputError
 
 if TYPE_CHECKING:
-    from smallbatch_jax.data.stream import Numbered
+    from smallbatch_jax.data.numbered import Numbered
 
 CONFIG = command.define_config_flag()
 SECONDS = flags.DEFINE_float("seconds", 3.0, "Seconds of each way in each round.", lower_bound=0.1)
@@ -46,7 +46,7 @@ SETTLE_SECONDS = 1.5  # in which the processes of the way before fill up what th
 def main() -> int:
     chosen = experiment.from_config(command.given_config(CONFIG))
     from smallbatch_jax import data
-    from smallbatch_jax.data.stream import Numbered
+    from smallbatch_jax.data.numbered import Numbered
 
     source = chosen.dataset
     photographs = (data.random if RANDOM.value else data.load)(source.name, source.data_dir, source.image_size)
@@ -113,7 +113,8 @@ def _decode_for(job: tuple[int, float]) -> float:
 def _ours(numbered: "Numbered", size: int, workers: int, stack: ExitStack) -> Callable[[float], float]:
     import numpy as np
 
-    from smallbatch_jax.data.stream import Ahead, Decoded
+    from smallbatch_jax.data.numbered import Decoded
+    from smallbatch_jax.data.stream import Ahead
 
     ahead = Ahead(numbered, size * size * 3, workers)
     stack.callback(ahead.close)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset  # pyright: ignore[reportMissingImports]
 
 from smallbatch_jax.data import Photographs, views
-from smallbatch_jax.data.stream import Numbered
+from smallbatch_jax.data.numbered import Numbered
 
 
 class Pictures(Dataset):
@@ -25,7 +25,8 @@ class Pictures(Dataset):
     def __getitem__(self, position: int) -> tuple[torch.Tensor, int]:
         source, size = self._photographs.train, self._photographs.image_size
         example = self._numbered.example(position)
-        image = Image.open(io.BytesIO(source.read(example))).convert("RGB")
+        content, label = source.read(example)
+        image = Image.open(io.BytesIO(content)).convert("RGB")
         draw = np.random.default_rng(position)
         low, high = (round(side * size / views.IMAGE_SIZE) for side in (views.CENTRE, views.LARGEST))
         shorter = draw.integers(low, high)
@@ -34,7 +35,7 @@ class Pictures(Dataset):
         image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
         if draw.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return torch.from_numpy(np.array(image)), source.label(example)
+        return torch.from_numpy(np.array(image)), label
 
 
 def batches(numbered: Numbered, photographs: Photographs, workers: int, size: int) -> Iterator[Any]:

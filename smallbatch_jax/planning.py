@@ -106,7 +106,8 @@ class Trial:
         if not steps.any():
             return 0, 0.0
         began = time.monotonic()  # a streamed segment's images are a part of its time
-        self._state, report = self.program.run(self._state, self.job.settings(self.runs), *self._load(steps)[:3])
+        load = self._load(steps)
+        self._state, report = self.program.run(self._state, self.job.settings(self.runs), load.segment, load.pool)
         found = jax.tree.map(np.asarray, report)
         seconds = time.monotonic() - began
         taken = int((found.step - self._done)[self.alive].sum())

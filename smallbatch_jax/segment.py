@@ -113,8 +113,10 @@ def make_test_lanes(model: Model, program: Program, mapping: LaneMapping) -> Cal
     test = make_test(model, program.axis_name)
 
     def test_lane(state: LaneState, tested: Tested, named: jax.Array, images: jax.Array, part: TestImages) -> Tested:
-        found = lambda: jax.tree.map(jnp.add, tested, test(state.train, images, part))  # noqa: E731
-        return lax.cond(named & state.alive, found, lambda: tested)
+        def added() -> Tested:
+            return jax.tree.map(jnp.add, tested, test(state.train, images, part))
+
+        return lax.cond(named & state.alive, added, lambda: tested)
 
     def run(states, tested, which, part, mean, deviation):
         images = normalised(part.images, mean, deviation)

@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 from smallbatch_jax import processes
 from smallbatch_jax.data import Dataset, Photographs
+from smallbatch_jax.data.numbered import WHOLE, Block, Decoded, Numbered
 from smallbatch_jax.data.photographs import Source, what_is_wrong
-from smallbatch_jax.data.stream import WHOLE, Ahead, Block, Decoded, Numbered
+from smallbatch_jax.data.stream import Ahead
 from smallbatch_jax.device_data import LARGEST_EVAL_BATCH, POOL, Pool, TestImages
 from smallbatch_jax.experiment import Experiment, InputError
 from smallbatch_jax.lanes import LaneProgram
@@ -100,15 +101,24 @@ class Streamed:
         rows, columns = ({place[axis] for place in places} for axis in (0, 1))
         spans = list(dict.fromkeys(span for row, span in begins if row in rows))
         for span, ahead in zip(spans, self._streams(spans, batch_size), strict=True):
-            found = self._take(ahead, span.steps * len(columns) * share, span)
-            for (row, column), pool in images.items():
-                begin = begins.get((row, span))
-                if begin is None:
+            count = span.steps * share
+            parts = {
+                place: slice(begins[place[0], span], begins[place[0], span] + count)
+                for place in places
+                if (place[0], span) in begins
+            }
+            found = self._numbered.empty(count * len(columns), with_images=len(columns) > 1)
+            first = next(iter(parts))
+            if len(columns) == 1:  # what is read lies as it does in the pool of the first device that needs it
+                found = found._replace(images=images[first][parts[first]], labels=labels[first][parts[first]])
+            self._take(ahead, found, span)
+            for place, part in parts.items():
+                if place == first and len(columns) == 1:
                     continue
-                for into, taken in ((pool, found.images), (labels[row, column], found.labels)):
+                for pools, taken in ((images, found.images), (labels, found.labels)):
                     by_device = taken.reshape(span.steps, len(columns), share, *taken.shape[1:])
-                    part = into[begin : begin + span.steps * share].reshape(span.steps, share, *taken.shape[1:])
-                    part[:] = by_device[:, column - min(columns)]
+                    mine = by_device[:, place[1] - min(columns)]
+                    pools[place][part] = mine.reshape(count, *taken.shape[1:])
         on_mesh = (_from_places(x, pools) for x, pools in ((shapes.images, images), (shapes.labels, labels)))
         return Pool(*on_mesh, *processes.put(self._statistics, NamedSharding(mesh, P())))
 
@@ -130,16 +140,15 @@ class Streamed:
         self._aheads.append(Ahead(self._numbered, self._image_bytes, workers))
         return self._aheads[-1]
 
-    def _take(self, ahead: Ahead, count: int, span: Span) -> Decoded:
-        """The next images of a stream, the broken ones replaced by those after them in the training set."""
-        found = self._read(ahead, count)
-        numbers = np.arange(ahead.number - count, ahead.number)
+    def _take(self, ahead: Ahead, found: Decoded, span: Span) -> None:
+        """Reads the next images of a stream, the broken ones replaced by those after them in the training set."""
+        first = ahead.number
+        ahead.take(found)
         for i in np.flatnonzero(~found.sound):
             self._broken(self._photographs.train, int(found.examples[i]))
-            epoch = self._numbered.position(int(numbers[i])) // self._photographs.num_train
+            epoch = self._numbered.position(first + int(i)) // self._photographs.num_train
             for x, whole in zip(self._next_sound(span.seed, epoch, int(found.examples[i])), found, strict=True):
                 whole[i] = x
-        return found
 
     def _next_sound(self, seed: int, epoch: int, example: int) -> Decoded:
         count = self._photographs.num_train
@@ -149,11 +158,6 @@ class Streamed:
                 return found
         name = self._photographs.train.name(example)
         raise InputError(f"dataset.data_dir: the {min(count, MOST_SKIPPED) - 1} images after {name!r} are broken too.")
-
-    def _read(self, ahead: Ahead, count: int) -> Decoded:
-        found = self._numbered.empty(count)
-        ahead.take(found)
-        return found
 
     def _broken(self, source: Source, example: int) -> None:
         """Tells of a picture that is skipped.
@@ -178,7 +182,8 @@ class Streamed:
         ahead = self._aheads[0] if self._aheads else self._new()
         ahead.seek(self._numbered.testing(0))
         for begin in range(0, self._photographs.num_test, size):
-            found = self._read(ahead, max(0, min(local, self._photographs.num_test - begin - first)))
+            found = self._numbered.empty(max(0, min(local, self._photographs.num_test - begin - first)))
+            ahead.take(found)
             for i in np.flatnonzero(~found.sound):
                 self._broken(self._photographs.test, int(found.examples[i]))
             missing = local - len(found.labels)  # of the last part

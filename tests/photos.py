@@ -39,7 +39,7 @@ def in_memory(root: Path) -> Dataset:
     streamed = load(root)
 
     def arrays(source: Any) -> tuple[np.ndarray, np.ndarray]:
-        images = [center_view(source.read(i), SIZE, source.upright) for i in range(len(source))]
-        return np.stack(images), np.array([source.label(i) for i in range(len(source))])
+        contents, labels = zip(*(source.read(i) for i in range(len(source))), strict=True)
+        return np.stack([center_view(content, SIZE, source.upright) for content in contents]), np.array(labels)
 
     return Dataset(*arrays(streamed.train), *arrays(streamed.test), 3)

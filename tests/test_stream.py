@@ -19,7 +19,8 @@ from PIL import Image
 
 from smallbatch_jax import data
 from smallbatch_jax.data import order, stream
-from smallbatch_jax.data.stream import Ahead, Block, Decoded, Lost, Numbered
+from smallbatch_jax.data.numbered import Block, Decoded, Numbered
+from smallbatch_jax.data.stream import Ahead, Lost
 
 BYTES = photos.SIZE**2 * 3
 SEEDS, EPOCHS = (3, 7), 4
@@ -158,12 +159,12 @@ def children(pid):
 READER = """
 import sys, time
 import photos
-from smallbatch_jax.data import stream
+from smallbatch_jax.data import numbered, stream
 if __name__ == "__main__":
-    images = stream.Numbered(photos.load(sys.argv[1]), (0,), 1000, True, False)
+    images = numbered.Numbered(photos.load(sys.argv[1]), (0,), 1000, True, False)
     ahead = stream.Ahead(images, 192, 2)
     import numpy as np
-    out = stream.Decoded(np.empty((9, 8, 8, 3), np.uint8), np.empty(9, "i4"), np.empty(9, "i4"), np.empty(9, bool))
+    out = numbered.Decoded(np.empty((9, 8, 8, 3), np.uint8), np.empty(9, "i4"), np.empty(9, "i4"), np.empty(9, bool))
     ahead.take(out)
     print("reading", flush=True)
     sys.stdin.readline()
@@ -240,7 +241,7 @@ def test_imagenet_is_read_record_by_record(imagenet):
     found = data.load("imagenet2012", imagenet, 16)
     assert (found.num_train, found.num_test, found.num_classes, found.image_shape) == (30, 12, 3, (16, 16, 3))
     for source, numbers in ((found.train, range(30)), (found.test, range(100, 112))):
-        content = {source.read(i): source.label(i) for i in reversed(range(len(source)))}
+        content = dict(source.read(i) for i in reversed(range(len(source))))
         assert content == {photograph(i): i % 3 for i in numbers}
     mean, deviation = found.channel_statistics()
     np.testing.assert_allclose(mean / 255, [0.485, 0.456, 0.406], rtol=1e-6)

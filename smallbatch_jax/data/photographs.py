@@ -29,11 +29,9 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> bytes:
-        """The content of a picture's file; raises whatever reading it raises."""
+    def read(self, index: int) -> tuple[bytes, int]:
+        """The content of a picture's file, and its label; raises whatever reading it raises."""
         ...
-
-    def label(self, index: int) -> int: ...
 
     def name(self, index: int) -> str:
         """What to call a picture in a message."""
@@ -55,12 +53,9 @@ class Files:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def read(self, index: int) -> bytes:
+    def read(self, index: int) -> tuple[bytes, int]:
         with open(self.name(index), "rb") as file:
-            return file.read()
-
-    def label(self, index: int) -> int:
-        return int(self._labels[index])
+            return file.read(), int(self._labels[index])
 
     def name(self, index: int) -> str:
         return os.path.join(self._root, os.fsdecode(self._paths[index]))
@@ -77,19 +72,16 @@ class Records:
     def __len__(self) -> int:
         return self._count
 
-    def read(self, index: int) -> bytes:
-        return _only(self._features(index)["image"].bytes_list.value)
+    def read(self, index: int) -> tuple[bytes, int]:
+        from tensorflow_datasets.proto import tf_example_pb2
 
-    def label(self, index: int) -> int:
-        return int(_only(self._features(index)["label"].int64_list.value))
+        record = self._records[index]
+        feature = tf_example_pb2.Example.FromString(record).features.feature  # pyright: ignore[reportAttributeAccessIssue]
+        (image,), (label,) = feature["image"].bytes_list.value, feature["label"].int64_list.value
+        return image, int(label)
 
     def name(self, index: int) -> str:
         return f"{self._paths[0]}… record {index}"
-
-    def _features(self, index: int):
-        if self._last[0] != index:
-            self._last = index, _parsed(self._records[index])
-        return self._last[1]
 
     @functools.cached_property
     def _records(self):
@@ -97,21 +89,8 @@ class Records:
 
         return ArrayRecordDataSource(self._paths)
 
-    _last: tuple = (None, None)  # the record read last: its image and its label are asked for one after the other
-
     def __getstate__(self) -> dict:
         return {"_paths": self._paths, "_count": self._count}  # not the open files
-
-
-def _parsed(record: bytes):
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    return tf_example_pb2.Example.FromString(record).features.feature  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _only(values):
-    (value,) = values
-    return value
 
 
 class Drawn:
@@ -131,11 +110,8 @@ class Drawn:
     def __len__(self) -> int:
         return self._count
 
-    def read(self, index: int) -> bytes:
-        return self._contents[index % len(self._contents)]
-
-    def label(self, index: int) -> int:
-        return index % self._num_classes
+    def read(self, index: int) -> tuple[bytes, int]:
+        return self._contents[index % len(self._contents)], index % self._num_classes
 
     def name(self, index: int) -> str:
         return f"made-up photograph {index}"
@@ -183,7 +159,7 @@ class Photographs:
         def sums(index: int) -> tuple[np.ndarray, np.ndarray] | None:
             with suppress(Exception):  # a broken one is told of when it is to be trained on
                 pixels = (
-                    center_view(self.train.read(index), self.image_size, self.train.upright).reshape(-1, 3).astype(np.uint32)
+                    center_view(self.train.read(index)[0], self.image_size, self.train.upright).reshape(-1, 3).astype(np.uint32)
                 )
                 return pixels.sum(axis=0, dtype=np.uint64), np.square(pixels).sum(axis=0, dtype=np.uint64)
             return None
@@ -204,7 +180,7 @@ def what_is_wrong(source: Source, index: int) -> str:
     """What is the matter with a picture that could not be read or decoded."""
     content = None
     try:
-        content = source.read(index)
+        content, _ = source.read(index)
         decode.decode(io.BytesIO(content), source.upright)
     except Exception as error:
         return decode.what_is_wrong(error, content == b"")
