@@ -198,7 +198,7 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     with the epoch it died in, the step of the first loss that was not finite, and accuracies NaN. bn_statistics: what batch
     norm was evaluated with, running averages or precise statistics (`model.bn_statistics`).
 
-    A warning, one line, says what could not be read: a file that is missing, lines that are damaged.
+    A warning, one line, says what could not be read: a file that is missing, lines that are damaged or lost.
 
     Raises:
       InputError: if the folder is no workdir.
@@ -214,6 +214,11 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     frame = pd.concat([_frame([]), *(_frame(_stored_rows(path)) for path in found)], ignore_index=True)
     frame = frame.sort_values([*RUN_COLUMNS, "epoch"], kind="stable", ignore_index=True)
     frame = frame.drop_duplicates([*RUN_COLUMNS, "epoch"], ignore_index=True)
+    epochs = frame.groupby(list(RUN_COLUMNS), sort=False)["epoch"].agg(["max", "size"])
+    if broken := int((epochs["max"] > epochs["size"]).sum()):
+        warnings.warn(
+            f"{workdir}: rows of earlier epochs are missing (runs: {broken}); the same sweep trains them again", stacklevel=2
+        )
     frame.insert(0, "experiment", experiment.name)
     frame["status"] = _status(frame, experiment)
     frame["bn_statistics"] = experiment.model.bn_statistics

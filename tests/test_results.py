@@ -94,8 +94,17 @@ def test_a_damaged_line_in_the_middle_costs_that_line_alone(store):
     path = store / "results/m00004_b00004.csv"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([lines[0], lines[1], "\0garbage\n", lines[3]]))
-    with pytest.warns(UserWarning, match="not whole"):
+    with pytest.warns(UserWarning, match="not whole"), pytest.warns(UserWarning, match="missing"):
         assert list(results.load(store).epoch) == [1, 3]
+
+
+def test_who_reads_is_told_of_rows_that_are_lost(store):
+    append(store, row(1), row(2), row(1, seed=1), row(2, seed=1))
+    path = store / "results/m00004_b00004.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], *lines[2:]]))
+    with pytest.warns(UserWarning, match=r"missing \(runs: 1\)"):
+        assert list(results.load(store).epoch) == [2, 1, 2]
 
 
 @pytest.mark.parametrize("damage", ["a line lost", "a line damaged", "the header lost", "a line twice", "no UTF-8"])
