@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from smallbatch_jax import lanes as lanes
     from smallbatch_jax import models as models
     from smallbatch_jax import optim as optim
+    from smallbatch_jax import report as report
     from smallbatch_jax import results as results
     from smallbatch_jax import study as study
     from smallbatch_jax import train as train
@@ -32,6 +33,7 @@ _SUBMODULES = (
     "lanes",
     "models",
     "optim",
+    "report",
     "results",
     "study",
     "train",

@@ -154,6 +154,11 @@ def format_base_lr(base_lr: float) -> str:
     return f"2^{exponent - 1}" if mantissa == 0.5 else f"{base_lr:g}"
 
 
+def plural(number: int, noun: str) -> str:
+    """A number with its noun, "1 seed" or "1,024 seeds"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def _count_runs(df: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Numbers of runs by status, one row per group of `by`, which is its index."""
     runs = df.drop_duplicates(RUN)

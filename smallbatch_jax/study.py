@@ -2,10 +2,10 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from smallbatch_jax import analysis, results
 from smallbatch_jax.experiment import Experiment, InputError
@@ -82,6 +82,29 @@ def load_all(workdirs: Iterable[str | Path]) -> dict[str, Study]:
             )
         studies[study.name] = study
     return studies
+
+
+def describe(study: Study) -> str:
+    """One line: what was trained, on what, and how much of it has ended."""
+    e, cells = study.experiment, study.cells
+    images = " ({:,} + {:,} images)".format(*study.examples) if study.examples else ""
+    facts = [e.model.name, f"norm {e.model.norm}"]
+    facts += ["precise statistics"] * (e.model.bn_statistics == "precise")
+    facts += [f"{e.dataset.name}{images}"]
+    facts += ["augmented"] * e.dataset.augment
+    facts += [analysis.plural(e.epochs, "epoch")]
+    facts += [f"warm-up {100 * e.schedule.warmup_fraction:g} %"] * (e.schedule.warmup_fraction > 0)
+    facts += [f"m = {_span(cells['batch_size'])}"]
+    facts += [f"BN batch {_span(cells['bn_batch_size'])}"] * (not cells["bn_batch_size"].equals(cells["batch_size"]))
+    facts += [f"base_lr {_span(cells['base_lr'], analysis.format_base_lr)}", analysis.plural(len(e.grid.seeds), "seed")]
+    ended, planned = study.runs
+    return f"{', '.join(facts)}: {ended:,} of {planned:,} runs ended"
+
+
+def _span(values: Iterable[Any], shown: Callable[[Any], str] = str) -> str:
+    """The least and the largest; one of them if they are equal."""
+    ordered = sorted(values)
+    return " … ".join(dict.fromkeys(map(shown, (*ordered[:1], *ordered[-1:])))) or "none"
 
 
 def choose_base_lrs(experiment: Experiment, workdir: str | Path | None = None) -> Experiment:

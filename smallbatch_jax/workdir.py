@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,19 @@ def record_provenance(path: Path, event: str, **facts: Any) -> None:
     """Appends one line to WORKDIR/provenance.jsonl: when, where and with what the results are made."""
     line = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}
     append_line(path / "provenance.jsonl", json.dumps(line))
+
+
+def read_provenance(path: Path) -> list[dict[str, Any]]:
+    """The lines of WORKDIR/provenance.jsonl, oldest first, less what is damaged; empty if there is none."""
+    try:
+        lines = (path / "provenance.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict)]
 
 
 def surroundings() -> dict[str, Any]:

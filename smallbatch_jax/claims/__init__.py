@@ -5,13 +5,12 @@ each judged on the studies that it is about, known by their names ("fig08").
 """
 
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
-from smallbatch_jax.analysis import format_base_lr
-from smallbatch_jax.claims.checks import Finding, NotEnoughData, plural
+from smallbatch_jax.claims.checks import Finding, NotEnoughData
 from smallbatch_jax.claims.paper import CLAIMS, Claim, Part
-from smallbatch_jax.study import Study
+from smallbatch_jax.study import Study, describe
 
 Studies = Mapping[str, Study]
 
@@ -78,19 +77,7 @@ def _describe(study: Study) -> str:
     """One line: what was trained, on what, and how much of it has ended."""
     if not any(study.name in part.figures for claim in CLAIMS for part in claim.parts):
         return f"{study.name}: holds no figure that a claim is about"
-    e, cells = study.experiment, study.cells
-    images = " ({:,} + {:,} images)".format(*study.examples) if study.examples else ""
-    facts = [e.model.name, f"norm {e.model.norm}"]
-    facts += ["precise statistics"] * (e.model.bn_statistics == "precise")
-    facts += [f"{e.dataset.name}{images}"]
-    facts += ["augmented"] * e.dataset.augment
-    facts += [plural(e.epochs, "epoch")]
-    facts += [f"warm-up {100 * e.schedule.warmup_fraction:g} %"] * (e.schedule.warmup_fraction > 0)
-    facts += [f"m = {_span(cells['batch_size'])}"]
-    facts += [f"BN batch {_span(cells['bn_batch_size'])}"] * (not cells["bn_batch_size"].equals(cells["batch_size"]))
-    facts += [f"base_lr {_span(cells['base_lr'], format_base_lr)}", plural(len(e.grid.seeds), "seed")]
-    ended, planned = study.runs
-    return f"{study.name}: {', '.join(facts)}: {ended:,} of {planned:,} runs ended"
+    return f"{study.name}: {describe(study)}"
 
 
 def _format_verdict(verdict: Verdict) -> str:
@@ -100,9 +87,3 @@ def _format_verdict(verdict: Verdict) -> str:
     sentence = textwrap.fill(sentence, 120, initial_indent=margin, subsequent_indent=margin).replace("\xa0", " ")
     findings = [f"{margin}- {finding.text}: {VERDICTS[finding.holds]}" for finding in verdict.findings]
     return "\n".join([head, sentence, *findings])
-
-
-def _span(values: Iterable[Any], shown: Callable[[Any], str] = str) -> str:
-    """The least and the largest; one of them if they are equal."""
-    ordered = sorted(values)
-    return " … ".join(dict.fromkeys(map(shown, (*ordered[:1], *ordered[-1:])))) or "none"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import pandas as pd
 
 from smallbatch_jax import analysis
-from smallbatch_jax.analysis import format_base_lr
+from smallbatch_jax.analysis import format_base_lr, plural
 from smallbatch_jax.study import Study
 
 T = TypeVar("T")
@@ -43,10 +43,6 @@ class Finding(NamedTuple):
 
     holds: bool | None
     text: str
-
-
-def plural(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _listed(values: Iterable[Any]) -> str:

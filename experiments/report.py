@@ -1,0 +1,74 @@
+"""Writes one HTML page that explains stored results, finished or not: it opens from disk and needs no network.
+
+    python experiments/report.py --workdir=runs/quickstart [--out=report.html]
+    python experiments/report.py --workdir=runs/fig07 --workdir=runs/fig08 --out=report.html
+    python experiments/report.py --workdir=runs/fig08 --watch
+
+With --watch it is written anew as results arrive, and a browser that shows it follows, until every run has ended.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import command
+from absl import flags
+
+WORKDIR = flags.DEFINE_multi_string("workdir", None, "Folder of the results; repeat it for several on one page.")
+OUT = flags.DEFINE_string("out", None, "The HTML file; by default report.html in the first workdir.")
+WATCH = flags.DEFINE_bool("watch", False, "Write it again whenever there are new results, until all runs have ended.")
+EVERY = flags.DEFINE_integer("every_seconds", 10, "With --watch, how often to look.", lower_bound=1)
+
+
+def main() -> int:
+    from smallbatch_jax.experiment import InputError
+
+    workdirs = command.given(WORKDIR, "runs/quickstart")
+    if "" in workdirs:
+        raise InputError("--workdir: empty; for example --workdir=runs/quickstart")
+    out = Path(OUT.value or os.path.join(workdirs[0], "report.html"))
+    if WATCH.value:
+        watch([Path(workdir) for workdir in workdirs], out)
+    else:
+        write(workdirs, out)
+    return 0
+
+
+def write(workdirs: list[str], out: Path, refresh_seconds: int | None = None) -> bool:
+    """Writes the page and says the answers; whether runs are still to come."""
+    from smallbatch_jax import report, study
+    from smallbatch_jax.answer import answer
+
+    studies = list(study.load_all(workdirs).values())
+    unfinished = any(ended < runs for ended, runs in (found.runs for found in studies))
+    report.write(studies, out, refresh_seconds if unfinished else None)
+    for found in studies:
+        print(f"{found.name}: {answer(found).sentence}")
+    print(f"report: {out}", flush=True)
+    return unfinished
+
+
+def watch(workdirs: list[Path], out: Path) -> None:
+    """Writes the page whenever results have changed, until no run is to come."""
+    missing = [workdir for workdir in workdirs if not (workdir / "experiment.json").is_file()]
+    if missing:
+        print(f"waiting for {', '.join(map(str, missing))}", flush=True)
+    while any(not (workdir / "experiment.json").is_file() for workdir in workdirs):
+        time.sleep(1)
+    seen = None
+    while True:
+        stamp = [_stamp(workdir) for workdir in workdirs]
+        if stamp != seen and not write(list(map(str, workdirs)), out, EVERY.value):
+            return
+        seen = stamp
+        time.sleep(EVERY.value)
+
+
+def _stamp(workdir: Path) -> list[tuple[str, int]]:
+    """What changes as results arrive: files of rows only ever grow."""
+    files = [workdir / "experiment.json", *sorted((workdir / "results").glob("*.csv"))]
+    return [(path.name, path.stat().st_size) for path in files]
+
+
+if __name__ == "__main__":
+    command.run(main)
