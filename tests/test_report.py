@@ -176,7 +176,7 @@ def test_several_studies_are_compared_and_judged():
     verdicts = claims.judge({found.name: found for found in studies})
     hold, fail = (sum(verdict.holds is answer for verdict in verdicts) for answer in (True, False))
     assert hold
-    assert f"{hold + fail} claims can be judged here: {hold} hold, {fail} do not." in parts.text
+    assert f"{hold + fail} claim can be judged here: holding {hold}, not holding {fail}." in parts.text
     assert data_of(parts, "study1")["maps"]
 
 

@@ -73,7 +73,7 @@ def claims_of(studies: dict[str, Study]) -> dict[str, Any] | None:
         return None
     judged = [v for v in about if v.holds is not None]
     hold = sum(v.holds is True for v in judged)
-    count = f"{plural(len(judged), 'claim')} can be judged here: {hold} hold, {len(judged) - hold} do not."
+    count = f"{plural(len(judged), 'claim')} can be judged here: holding {hold}, not holding {len(judged) - hold}."
     return {"count": count, "judged": [_claim(v) for v in judged], "open": [_claim(v) for v in about if v.holds is None]}
 
 
