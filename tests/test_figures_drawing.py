@@ -48,6 +48,14 @@ def unwritten(monkeypatch):
 
 
 @pytest.mark.usefixtures("unwritten")
+def test_a_notebook_shows_a_figure_that_is_the_value_of_a_cell(cells):
+    """IPython shows pyplot's figures by itself, and of other values what `_repr_png_` gives, whatever the settings."""
+    plain = figures.heat_map(cells)._repr_png_()
+    assert plain.startswith(b"\x89PNG\r\n")
+    with matplotlib.rc_context({"savefig.dpi": 50, "savefig.transparent": True}):
+        assert figures.heat_map(cells)._repr_png_() == plain
+
+
 def test_experiments_go_into_folders_of_their_own(cells, tmp_path):
     one = results(cells[:2])
     two = pd.concat([one, one.assign(experiment="other")])

@@ -44,6 +44,7 @@ QUIET = "0.4"  # the grey of what is said about a figure, not shown in it
 BATCH_SIZE_LABEL = "batch size $m$"
 BASE_LR_LABEL = r"base learning rate $\tilde{\eta}$"
 TEST_ACCURACY = "test accuracy"  # what a figure shows in percent, where its data have no other name for it
+NOTEBOOK_DPI = 120
 MOST_TICKS = 14  # more labels than this would touch
 
 # One language in every figure: × diverged, a hollow marker for less than all that is planned.
@@ -57,9 +58,19 @@ def styled() -> Any:
     return matplotlib.style.context(["default", STYLE])
 
 
+class NotebookFigure(Figure):
+    """A figure that a notebook shows as the value of a cell: IPython draws those that pyplot made, and asks others for this."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        with styled():
+            self.savefig(buffer, format="png", dpi=NOTEBOOK_DPI)
+        return buffer.getvalue()
+
+
 def new_figure(height: float | None = None) -> Figure:
     """A figure that no pyplot state knows of; `height` in inches."""
-    figure = Figure(layout="constrained")
+    figure = NotebookFigure(layout="constrained")
     FigureCanvasAgg(figure)
     if height is not None:
         figure.set_figheight(height)
