@@ -96,7 +96,7 @@ def _programs(experiment: Experiment, workdir: Path, token: str, num_examples: i
 
     epochs, found = experiment.epochs, []
     for shape, runs in programs(experiment.runs()).items():
-        status = Status(len(runs), len(runs) * epochs * num_examples, time.monotonic())
+        status = Status(len(runs), len(runs) * epochs * num_examples)
         pending = []
         with worker.open_results(workdir, shape) as stored:
             for run in runs:

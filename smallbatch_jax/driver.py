@@ -20,17 +20,19 @@ from flax import linen as nn
 
 from smallbatch_jax import data, memory, processes, results
 from smallbatch_jax import lanes as lane_programs
+from smallbatch_jax.analysis import plural
 from smallbatch_jax.checkpoint import Checkpoints
 from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.experiment import OWN, Experiment, InputError, from_config, programs
 from smallbatch_jax.feeder import Feeder
+from smallbatch_jax.forecast import Forecast
 from smallbatch_jax.jobs import GIB, Job, ModelOf, named_model
 from smallbatch_jax.lanes import LaneProgram
 from smallbatch_jax.mesh import lane_mesh
 from smallbatch_jax.models.own import OwnModel
 from smallbatch_jax.planning import spread
 from smallbatch_jax.progress import NoProgress, Progress, Status, for_stream
-from smallbatch_jax.results import NoTimings, ProgramResults, Timings
+from smallbatch_jax.results import NoTimings, ProgramResults, Timings, load_timings
 from smallbatch_jax.signals import Interrupted, Stop, noted_signals
 from smallbatch_jax.skipped import SkippedImages
 from smallbatch_jax.streamed import supply_of
@@ -171,14 +173,17 @@ class _Study:
             status = _status(jobs)
             stack.callback(progress.close, status)
             pending = [job for job in jobs if job.pending()]
-            progress.show(status, "compiling")
+            forecast = Forecast(progress, jobs, load_timings(folder))
+            if pending:
+                progress.show(status, f"compiling {pending[0].title}, the first of {plural(len(pending), 'program')}")
             compiler = _Compiler(supply, timings)
-            for job, program in compiler.in_turn(pending, initial, stop):
+            for place, (job, program) in enumerate(compiler.in_turn(pending, initial, stop), 1):
+                forecast.begin(job, pending[place:])
                 checkpoints = Checkpoints(folder / "checkpoints" / job.name, self.experiment)
                 # When the last lanes had better move, and whether memory ran out, processes would find each for itself.
                 smaller = None if processes.several() else partial(compiler.submit_smaller, job)
                 while True:
-                    feeder = Feeder(job, program, supply, initial, checkpoints, status, progress, timings, stop, smaller)
+                    feeder = Feeder(job, program, supply, initial, checkpoints, status, forecast, timings, stop, smaller)
                     try:
                         feeder.train()
                         break
@@ -211,8 +216,8 @@ def _results(folder: Path, shapes: list[tuple[int, int]], stack: ExitStack) -> l
 def _status(jobs: list[Job]) -> Status:
     """Of all their runs, of which an earlier process may have completed some."""
     runs = sum(len(job.runs) for job in jobs)
-    images = sum(len(job.runs) * job.experiment.epochs * job.num_examples for job in jobs)
-    status = Status(runs, images, time.monotonic())
+    images = sum(len(job.pending()) * job.experiment.epochs * job.num_examples for job in jobs)
+    status = Status(runs, images)
     for job in jobs:
         job.count_complete(status)
     return status

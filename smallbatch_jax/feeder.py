@@ -25,7 +25,7 @@ from smallbatch_jax.data.stream import Lost
 from smallbatch_jax.experiment import InputError, Run
 from smallbatch_jax.jobs import Job
 from smallbatch_jax.lanes import LaneProgram, LaneState, Report
-from smallbatch_jax.progress import Progress, Status
+from smallbatch_jax.progress import ProgramPart, Progress, Status
 from smallbatch_jax.results import Row, Timings
 from smallbatch_jax.signals import Interrupted, Stop
 from smallbatch_jax.supply import Span, Supply
@@ -145,9 +145,17 @@ class Feeder:
             steps = np.asarray(lanes.train.step)
             kept = [run if run in pending and self._follows(run, step) else None for run, step in zip(runs, steps, strict=True)]
             state = self._pack(self.program, lanes, kept)
-            self.status.images -= sum(self.steps) * self.job.batch_size
+        self._announce(pending)
         self.queue = deque(run for run in pending if run not in self.runs)
         return state
+
+    def _announce(self, pending: list[Run]) -> None:
+        """Says what this program has to do, less what its lanes have done already."""
+        images = len(pending) * self.job.experiment.epochs * self.job.num_examples
+        part = ProgramPart(len(self.job.runs), images, name=self.job.title, lanes=self.program.lanes)
+        self.job.count_complete(part)
+        self.status.begin(part)
+        self.status.spare(sum(self.steps) * self.job.batch_size)
 
     def _follows(self, run: Run, step: int) -> bool:
         """Whether the rows of all epochs before this step are there: files copied or restored one by one may lack some."""
@@ -251,17 +259,17 @@ class Feeder:
             if row.diverged and self.runs[lane] == share.run:
                 self.runs[lane] = None
             if row.diverged or row.epoch == self.job.experiment.epochs:
-                self.status.add_run(row.diverged, row.test_accuracy)
+                self.status.end_run(row.diverged, row.test_accuracy)
             if row.diverged:  # the images it will not see
-                self.status.images -= (self.job.total_steps - row.step) * self.job.batch_size
+                self.status.spare((self.job.total_steps - row.step) * self.job.batch_size)
         self.job.results.append(rows)
         seconds = pace.measure(trained)
         m, b = self.job.batch_size, self.job.bn_batch_size
         images = trained * m
         self.timings.add("segment", seconds, m, b, self.program.lanes, trained, images)
         self.status.add_images(images, seconds)
-        self.status.running = sum(run is not None for run in self.runs)
-        self.progress.show(self.status, f"m = {m}" + (f", BN batch {b}" if b != m else ""))
+        self.status.add_running(sum(run is not None for run in self.runs))
+        self.progress.show(self.status, self.job.title)
 
     def _row(self, share: Share, found: Report) -> Row | None:
         """The row of an epoch that ended, well or by divergence; None while it goes on."""

@@ -12,7 +12,7 @@ from smallbatch_jax.experiment import OWN, Experiment, InputError, Run
 from smallbatch_jax.lanes import LaneMapping, LaneProgram
 from smallbatch_jax.mesh import DATA, LANE, lane_mesh
 from smallbatch_jax.models import create_model, micro_batch_size
-from smallbatch_jax.progress import Status
+from smallbatch_jax.progress import Part
 from smallbatch_jax.results import ProgramResults
 from smallbatch_jax.supply import Supply
 from smallbatch_jax.train import Model, Program, Setting
@@ -58,6 +58,12 @@ class Job:
         return f"m{self.batch_size:05d}_b{self.bn_batch_size:05d}"
 
     @property
+    def title(self) -> str:
+        """What the user is told: "m = 8, BN batch 4"."""
+        m, b = self.batch_size, self.bn_batch_size
+        return f"m = {m}" + (f", BN batch {b}" if b != m else "")
+
+    @property
     def num_examples(self) -> int:
         return self.dataset.num_train
 
@@ -68,12 +74,11 @@ class Job:
     def pending(self) -> list[Run]:
         return [run for run in self.runs if not self.results.complete(run, self.experiment.epochs)]
 
-    def count_complete(self, status: Status) -> None:
-        """Adds the runs that an earlier process completed."""
+    def count_complete(self, part: Part) -> None:
+        """Adds the runs that are complete already."""
         for run in self.runs:
             if self.results.complete(run, self.experiment.epochs):
-                status.add_run(self.results.diverged(run))
-                status.images -= self.experiment.epochs * self.num_examples
+                part.add_run(self.results.diverged(run))
 
     @property
     def share(self) -> int:

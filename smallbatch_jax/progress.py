@@ -1,50 +1,126 @@
-"""What the terminal shows while a grid trains: a live line, or now and then a plain one where nobody watches."""
+"""What the terminal shows while a grid trains: live bars, or now and then a plain line where nobody watches."""
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
+
+SMOOTHING = 0.2  # weight of the last segment in the images/s that are shown
 
 
 @dataclass
-class Status:
-    """How far a grid has come."""
+class Part:
+    """How far some runs have come: those of one program, or of the whole grid."""
 
-    runs: int  # in the whole grid
-    images: int  # training images that the grid will need, less those of runs that ended early
-    started: float  # time.monotonic()
+    runs: int
+    images: int  # training images that they will need, less those of runs that ended early
     finished: int = 0
     diverged: int = 0
-    running: int = 0
     trained: int = 0  # images trained by this process
-    best: float = field(default=float("nan"))  # highest last-epoch test accuracy of this process, a fraction
-    images_per_second: float = 0.0  # smoothed
+    best: float = math.nan  # highest last-epoch test accuracy of this process, a fraction
 
     @property
     def done(self) -> int:
         return self.finished + self.diverged
 
-    def add_run(self, diverged: bool, test_accuracy: float = float("nan")) -> None:
+    def add_run(self, diverged: bool, test_accuracy: float = math.nan) -> None:
         """Counts a run that ended."""
         self.diverged += diverged
         self.finished += not diverged
-        if test_accuracy > self.best or self.best != self.best:
+        if test_accuracy > self.best or math.isnan(self.best):
             self.best = test_accuracy
+
+    def counts(self) -> str:
+        """Runs done and diverged, and the best accuracy so far."""
+        best = f", best {100 * self.best:.1f} %" if self.best == self.best else ""
+        return f"{self.done}/{self.runs} runs done ({self.diverged} diverged){best}"
+
+
+@dataclass
+class ProgramPart(Part):
+    """A program that trains."""
+
+    name: str = ""
+    lanes: int = 0
+    running: int = 0  # lanes at work
+    seconds: float = 0.0  # of its segments
+
+    @property
+    def rate(self) -> float:
+        """Images/s since it began, NaN before its first segment."""
+        return self.trained / self.seconds if self.trained else math.nan
+
+
+@dataclass
+class Status(Part):
+    """How far a grid has come, and the program that trains."""
+
+    started: float = field(default_factory=time.monotonic)
+    running: int = 0
+    images_per_second: float = 0.0  # smoothed
+    program: ProgramPart | None = None  # None before the first, or where several train at once
+    later_seconds: float = 0.0  # that the programs after it are expected to take
+
+    def begin(self, program: ProgramPart) -> None:
+        """Another program trains from now on."""
+        self.program, self.images_per_second = program, 0.0
+
+    def end_run(self, diverged: bool, test_accuracy: float) -> None:
+        """Counts a run that ended, of the program that trains."""
+        for part in self._parts():
+            part.add_run(diverged, test_accuracy)
+
+    def spare(self, images: int) -> None:
+        """Images that need not be trained after all."""
+        for part in self._parts():
+            part.images -= images
 
     def add_images(self, images: int, seconds: float) -> None:
         """Counts a segment's images."""
-        self.trained += images
+        for part in self._parts():
+            part.trained += images
+        if self.program:
+            self.program.seconds += seconds
         rate = images / max(seconds, 1e-9)
-        self.images_per_second = 0.8 * self.images_per_second + 0.2 * rate if self.images_per_second else rate
+        known = self.images_per_second
+        self.images_per_second = (1 - SMOOTHING) * known + SMOOTHING * rate if known else rate
+
+    def add_running(self, running: int) -> None:
+        """How many lanes are at work now."""
+        self.running = running
+        if self.program:
+            self.program.running = running
+
+    def _parts(self) -> list[Part]:
+        return [self, self.program] if self.program else [self]
+
+    @property
+    def program_seconds(self) -> float:
+        """Time left for the program that trains; NaN before its first segment."""
+        part = self.program or self
+        return (part.images - part.trained) / self.images_per_second if self.images_per_second else math.nan
+
+    @property
+    def seconds(self) -> float:
+        """Time left for the grid; NaN before the first segment of a program."""
+        return self.program_seconds + self.later_seconds
 
     def line(self) -> str:
-        """One line: runs done, running and diverged, images/s, time left."""
-        left = (self.images - self.trained) / self.images_per_second if self.images_per_second else float("nan")
-        best = f", best {100 * self.best:.1f} %" if self.best == self.best else ""
-        return (
-            f"{self.done}/{self.runs} runs done ({self.diverged} diverged), {self.running} running{best}, "
-            f"{self.images_per_second:,.0f} images/s, {duration(left)} left"
-        )
+        """One line: the program's lanes, speed and time left, then the grid's runs and time left."""
+        speed = f"{self.images_per_second:,.0f} images/s"
+        grid = f"{self.counts()}, {duration(self.seconds)} left"
+        if self.program is None:
+            return f"{self.running} running, {speed}; {grid}"
+        return f"{self.program_line()}; grid: {grid}"
+
+    def program_line(self) -> str:
+        """Of the program that trains: lanes at work, runs done, images/s, time left."""
+        part = self.program
+        if part is None:
+            return ""
+        lanes = f"{part.running} of {part.lanes} lanes at work"
+        return f"{lanes}, {part.counts()}, {self.images_per_second:,.0f} images/s, {duration(self.program_seconds)} left"
 
 
 class Progress(Protocol):
@@ -64,53 +140,67 @@ class NoProgress:
 
 
 class PlainProgress:
-    """A line at a time, at most one in `every_seconds`, and one at the end."""
+    """For a log: a line as each program begins to train, then at most one in `every_seconds`, and one at the end."""
 
-    def __init__(self, stream: TextIO | None = None, every_seconds: float = 10.0):
+    def __init__(self, stream: TextIO | None = None, every_seconds: float = 60.0):
         self._stream, self._every = stream or sys.stderr, every_seconds
-        self._last = -every_seconds
+        self._last, self._doing = -math.inf, ""
 
     def show(self, status: Status, doing: str) -> None:
-        if time.monotonic() - self._last >= self._every:
-            self._last = time.monotonic()
-            print(f"{doing}: {status.line()}", file=self._stream, flush=True)
+        if doing != self._doing or time.monotonic() - self._last >= self._every:
+            self._last, self._doing = time.monotonic(), doing
+            print(f"{doing}: {status.line()}" if status.trained else doing, file=self._stream, flush=True)
 
     def close(self, status: Status) -> None:
         print(_ending(status), file=self._stream, flush=True)
 
 
 class LiveProgress:
-    """A bar that stays in place, for a terminal."""
+    """Two bars that stay in place, for a terminal: the program that trains, and the whole grid."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Any = None) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, SpinnerColumn, TextColumn
-        from rich.progress import Progress as Bar
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bars
+        from rich.table import Column
 
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[line]}"))
-        self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task("", total=None, line="")
-        self._bar.start()
+        columns = (
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(min_width=8, max_width=40, ratio=1)),
+            TextColumn("{task.fields[line]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+        )
+        self._bars = Bars(*columns, console=console or Console(stderr=True), transient=True, expand=True)
+        self._program = self._bars.add_task("", total=None, line="", visible=False)
+        self._grid = self._bars.add_task("grid", total=None, line="")
+        self._bars.start()
 
     def show(self, status: Status, doing: str) -> None:
-        self._bar.update(self._task, description=doing, total=status.images, completed=status.trained, line=status.line())
+        part = status.program
+        if part is not None:
+            self._bars.update(
+                self._program,
+                description=doing,
+                total=max(part.images, 1),
+                completed=part.trained,
+                line=status.program_line(),
+                visible=True,
+            )
+        grid = f"{status.counts()}, {duration(status.seconds)} left" if part else f"{doing}: {status.line()}"
+        self._bars.update(self._grid, total=max(status.images, 1), completed=status.trained, line=grid)
 
     def close(self, status: Status) -> None:
-        self._bar.stop()
+        self._bars.stop()
         print(_ending(status), file=sys.stderr, flush=True)
 
 
 def for_stream(stream: TextIO | None = None) -> Progress:
-    """The live bar on a terminal, plain lines elsewhere."""
+    """The live bars on a terminal, plain lines elsewhere."""
     watched = stream if stream is not None else sys.stderr
     return LiveProgress() if watched.isatty() else PlainProgress(watched)
 
 
 def _ending(status: Status) -> str:
-    return (
-        f"{status.done}/{status.runs} runs done ({status.diverged} diverged), {status.trained:,} images trained in "
-        f"{duration(time.monotonic() - status.started)}"
-    )
+    return f"{status.counts()}; {status.trained:,} images trained in {duration(time.monotonic() - status.started)}"
 
 
 def duration(seconds: float) -> str:

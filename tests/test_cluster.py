@@ -87,7 +87,7 @@ def test_the_launcher_finds_what_earlier_workers_completed_and_makes_every_resul
 
 
 def program(working, **status):
-    return Program(tiny.grid(), Path("w"), (4, 4), "", [], 1, Status(3, 450, 0.0, **status), working)
+    return Program(tiny.grid(), Path("w"), (4, 4), "", [], 1, Status(3, 450, started=0.0, **status), working)
 
 
 def test_the_status_of_all_is_the_sum_and_the_speed_that_of_those_at_work():
@@ -97,7 +97,7 @@ def test_the_status_of_all_is_the_sum_and_the_speed_that_of_those_at_work():
         program(False, finished=3, running=3, trained=450, best=0.75, images_per_second=100.0),
     ]
     assert summed(members, 7.0) == Status(
-        9, 1350, 7.0, finished=4, diverged=1, running=3, trained=780, best=0.75, images_per_second=15.0
+        9, 1350, started=7.0, finished=4, diverged=1, running=3, trained=780, best=0.75, images_per_second=15.0
     )
     assert math.isnan(summed([], 0.0).best)
 
@@ -105,10 +105,10 @@ def test_the_status_of_all_is_the_sum_and_the_speed_that_of_those_at_work():
 def test_the_board_hands_on_what_it_heard_and_asks_to_stop():
     board = Board()
     assert board.report(3, None) == 0
-    assert board.report(3, Status(1, 1, 0.0)) == 0
+    assert board.report(3, Status(1, 1, started=0.0)) == 0
     ((number, (silent, status)),) = board.heard(signal.SIGTERM).items()
     assert board.report(3, None) == signal.SIGTERM
-    assert (number, status) == (3, Status(1, 1, 0.0))
+    assert (number, status) == (3, Status(1, 1, started=0.0))
     assert 0 <= silent < 5
 
 
