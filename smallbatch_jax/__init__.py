@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from smallbatch_jax import analysis as analysis
     from smallbatch_jax import claims as claims
+    from smallbatch_jax import cost as cost
     from smallbatch_jax import data as data
     from smallbatch_jax import driver as driver
     from smallbatch_jax import experiment as experiment
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 _SUBMODULES = (
     "analysis",
     "claims",
+    "cost",
     "data",
     "driver",
     "experiment",

@@ -252,7 +252,8 @@ class _Compiler:
     def _compile(self, job: Job) -> LaneProgram:
         began = time.monotonic()
         program = job.compile(self._supply)
-        self._timings.add("compile", time.monotonic() - began, job.batch_size, job.bn_batch_size, program.lanes)
+        seconds, shape = time.monotonic() - began, (job.batch_size, job.bn_batch_size)
+        self._timings.add("compile", seconds, *shape, program.lanes, peak_bytes=program.peak_bytes)
         return program
 
     def in_turn(self, jobs: list[Job], initial: Callable[[int], TrainState], stop: Stop) -> Iterator[tuple[Job, LaneProgram]]:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ class Study:
       cells: `analysis.planned_cells`, one row per cell, trained or not.
       num_classes: of the data.
       examples: numbers of training and test examples, if they are known.
+      timings: `results.load_timings`; no rows where nothing is known of its time.
     """
 
     workdir: Path
@@ -34,6 +35,7 @@ class Study:
     cells: "pd.DataFrame"
     num_classes: int
     examples: tuple[int, int] | None
+    timings: "pd.DataFrame" = field(default_factory=results.timing_frame)
 
     @property
     def name(self) -> str:
@@ -63,7 +65,8 @@ def load(workdir: str | Path) -> Study:
     num_classes, examples = facts.get("num_classes"), facts.get("examples")
     if not isinstance(num_classes, int) or num_classes < 1:
         raise InputError(f"--workdir: {path}/experiment.json is damaged: its facts do not say num_classes.")
-    return Study(path, experiment, rows, cells, num_classes, (examples[0], examples[1]) if examples else None)
+    numbers = (examples[0], examples[1]) if examples else None
+    return Study(path, experiment, rows, cells, num_classes, numbers, results.load_timings(path))
 
 
 def load_all(workdirs: Iterable[str | Path]) -> dict[str, Study]:

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from smallbatch_jax import results
+from smallbatch_jax.figures.cost import STEMS as COST_STEMS
 
 ROOT = Path(__file__).parent.parent
 SOAK_SECONDS = 350  # for one soak; then it stops, and fails
@@ -277,7 +278,8 @@ def assert_as_if_undisturbed(workdir: Path, reference: Reference) -> None:
     assert rows(workdir) == rows(reference.workdir)
     assert files(workdir) == files(reference.workdir)
     for figure in reference.workdir.glob("figures/*"):
-        assert (workdir / "figures" / figure.name).read_bytes() == figure.read_bytes()
+        if figure.stem not in COST_STEMS:  # which show what the clock said
+            assert (workdir / "figures" / figure.name).read_bytes() == figure.read_bytes()
     for figure in workdir.glob("figures/*.png"):
         with Image.open(figure) as image:
             image.load()

@@ -161,7 +161,7 @@ def test_who_adds_a_line_to_a_shared_file_waits_for_its_turn(tmp_path):
             assert path.stat().st_size == 0
             file.append(",".join(results.TIMING_COLUMNS) + "\n")
         assert other.wait() == 0
-    assert path.read_text().splitlines() == [",".join(results.TIMING_COLUMNS), "compile,0,0,0,1.0,0,0"]
+    assert path.read_text().splitlines() == [",".join(results.TIMING_COLUMNS), "compile,0,0,0,1.0,0,0,0"]
 
 
 @pytest.fixture

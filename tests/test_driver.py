@@ -174,6 +174,7 @@ def test_provenance_says_with_what_the_results_were_made(tmp_path):
     timings = results.load_timings(tmp_path / "w")
     assert {"compile", "segment"} <= set(timings.phase)
     assert timings[timings.phase == "segment"].images.sum() == 38 * 4
+    assert (timings.peak_bytes > 0).equals(timings.phase == "compile")
 
 
 class StopAfter(NoProgress):

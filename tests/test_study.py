@@ -11,7 +11,7 @@ import tiny
 
 from smallbatch_jax import driver, progress, study, workdir
 from smallbatch_jax.experiment import InputError, from_config
-from smallbatch_jax.results import ProgramResults, Row
+from smallbatch_jax.results import ProgramResults, Row, Timings
 
 ROOT = Path(__file__).parent.parent
 RATES = (2**-9, 2**-7, 2**-5)
@@ -44,6 +44,13 @@ def test_a_study_has_a_row_for_every_planned_cell(tmp_path):
     assert cells["pending"].sum() == 4
     assert cells["test_accuracy"].isna().sum() == 5
     assert (found.name, found.runs, found.chance, found.examples) == ("experiment", (2, 6), 1 / 3, (50, 20))
+
+
+def test_a_study_has_the_timings_of_its_workdir(tmp_path):
+    path = store(tmp_path / "w", {(2, RATES[0]): 0.5})
+    assert study.load(path).timings.empty
+    Timings(path).add("segment", 1.5, 2, 2, 1, 10, 20)
+    assert study.load(path).timings[["seconds", "images"]].values.tolist() == [[1.5, 20]]
 
 
 def test_a_seed_that_still_runs_is_pending(tmp_path):

@@ -7,6 +7,7 @@ a display and leaves a notebook's settings alone.
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 
 from smallbatch_jax.experiment import InputError
 from smallbatch_jax.figures import style
+from smallbatch_jax.figures.cost import accuracy_against_memory, accuracy_against_time, cost_figures, time_to_accuracy
 from smallbatch_jax.figures.curves import accuracy_against_bn_batch_size, convergence, own_base_lrs
 from smallbatch_jax.figures.grid import accuracy_against_base_lr, accuracy_against_batch_size, heat_map
 from smallbatch_jax.figures.summary import best_accuracy, convergent_base_lrs, metric_name
@@ -24,6 +26,8 @@ __all__ = [
     "accuracy_against_base_lr",
     "accuracy_against_batch_size",
     "accuracy_against_bn_batch_size",
+    "accuracy_against_memory",
+    "accuracy_against_time",
     "best_accuracy",
     "convergence",
     "convergent_base_lrs",
@@ -31,6 +35,7 @@ __all__ = [
     "draw_studies",
     "draw_summaries",
     "heat_map",
+    "time_to_accuracy",
 ]
 
 PathLike = str | os.PathLike[str]
@@ -57,6 +62,8 @@ def draw(df: pd.DataFrame, out_dir: PathLike) -> list[Path]:
 def draw_studies(studies: Iterable[Study], out_dir: PathLike | None = None) -> list[Path]:
     """Writes the figures of each study, missing cells included, and for several studies those that compare them.
 
+    Where times and memory are known, `cost_figures` come with them; what those show depends on the machine that trained.
+
     Args:
       studies: of different names.
       out_dir: of one study, the folder of its figures; of several, that of their comparison, with a folder for each
@@ -73,7 +80,8 @@ def draw_studies(studies: Iterable[Study], out_dir: PathLike | None = None) -> l
     folders = homes if out_dir is None else _folders(names, Path(out_dir))
     paths = []
     for study in studies:
-        paths += _write_all(_own_figures(study.rows, study.cells, metric_name(study.experiment)), folders[study.name])
+        own = _own_figures(study.rows, study.cells, metric_name(study.experiment))
+        paths += _write_all(chain(own, cost_figures(study)), folders[study.name])
     if len(studies) > 1:
         paths += draw_summaries(studies, homes[names[0]] if out_dir is None else out_dir)
     return paths

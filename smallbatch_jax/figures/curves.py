@@ -50,11 +50,11 @@ def convergence(
       ValueError: the cells are of several experiments, or none is at `base_lr`.
     """
     chosen, title = _choose_cells(rows, base_lr, known_cells(rows) if cells is None else cells)
-    labels, legend_title = _setting_labels(chosen)
+    labels, legend_title = setting_labels(chosen)
     figure = style.new_figure(3.1)
     titles = {"train_accuracy": "training", "test_accuracy": metric.removesuffix(" accuracy")}
     panels = dict(zip(titles, figure.subplots(1, 2, sharey=True), strict=True))
-    entries = _plot_cells(panels, rows, chosen, labels)
+    entries = plot_cells(panels, rows, chosen, labels)
     for column, axes in panels.items():
         axes.set(title=titles[column], xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
@@ -103,7 +103,7 @@ def _default_base_lr(rows: pd.DataFrame, cells: pd.DataFrame) -> float:
     return float(rows["base_lr"].mode().min() if len(rows) else cells["base_lr"].min())
 
 
-def _setting_labels(cells: pd.DataFrame) -> tuple[list[str], str]:
+def setting_labels(cells: pd.DataFrame) -> tuple[list[str], str]:
     """A label per batch size, with its η̃ where they differ, and what the labels say."""
     rates = own_base_lrs(cells)
     if rates.nunique() > 1 and rates.notna().all():
@@ -111,8 +111,13 @@ def _setting_labels(cells: pd.DataFrame) -> tuple[list[str], str]:
     return [str(m) for m in rates.index], "$m$"
 
 
-def _plot_cells(panels: dict[str, Axes], rows: pd.DataFrame, chosen: pd.DataFrame, labels: list[str]) -> dict[str, Any]:
-    """Draws the runs of every chosen cell into both panels; returns the legend's entries, none for a cell without rows."""
+def plot_cells(
+    panels: dict[str, Axes], rows: pd.DataFrame, chosen: pd.DataFrame, labels: list[str], x: str = "epoch"
+) -> dict[str, Any]:
+    """Draws the runs of every chosen cell into all panels; returns the legend's entries, none for a cell without rows.
+
+    Panels are given by the column that they show, over column `x`, which is the same for all seeds after as many epochs.
+    """
     entries = {}
     key = ["batch_size", "bn_batch_size", "base_lr"]
     colors = style.ordered_colors(len(chosen))
@@ -122,24 +127,24 @@ def _plot_cells(panels: dict[str, Axes], rows: pd.DataFrame, chosen: pd.DataFram
             continue
         look = {"color": colors[i], "marker": style.MARKERS[i % len(style.MARKERS)], "markersize": 3}
         step = max(1, int(runs["epoch"].max()) // 8)
-        drawn = [_plot_runs(axes, runs, column, {**look, "markevery": (i % step, step)}) for column, axes in panels.items()]
+        drawn = [_plot_runs(axes, runs, x, column, {**look, "markevery": (i % step, step)}) for column, axes in panels.items()]
         entries[label] = style.mark(**look) if any(drawn) else style.mark(**{**style.CROSS, "color": colors[i]})
     return entries
 
 
-def _plot_runs(axes: Axes, runs: pd.DataFrame, column: str, look: dict[str, Any]) -> bool:
+def _plot_runs(axes: Axes, runs: pd.DataFrame, x: str, column: str, look: dict[str, Any]) -> bool:
     """Draws the runs of one cell, sorted by epoch; whether they have a finite epoch to draw."""
     percent = runs.assign(percent=100 * runs[column]).dropna(subset=[column])
     lost = percent["status"] == "diverged"
-    together = percent[~lost].groupby("epoch")["percent"].agg(["mean", "std"])
+    together = percent[~lost].groupby(x)["percent"].agg(["mean", "std"])
     if len(together):
         axes.plot(together.index, together["mean"], **look)
         if together["std"].notna().any():
             low, high = together["mean"] - together["std"], together["mean"] + together["std"]
             axes.fill_between(together.index, low, high, color=look["color"], alpha=0.2, linewidth=0)
     for _, run in percent[lost].groupby("seed"):
-        axes.plot(run["epoch"], run["percent"], **look)
-        axes.plot(run["epoch"].iloc[-1:], run["percent"].iloc[-1:], color=look["color"], **style.CROSS, path_effects=HALO)
+        axes.plot(run[x], run["percent"], **look)
+        axes.plot(run[x].iloc[-1:], run["percent"].iloc[-1:], color=look["color"], **style.CROSS, path_effects=HALO)
     return bool(len(percent))
 
 
@@ -162,7 +167,7 @@ def accuracy_against_bn_batch_size(cells: pd.DataFrame, metric: str = style.TEST
     """
     cells = with_pending(cells)
     table = make_table(best_of_each(cells), "batch_size", "bn_batch_size")
-    labels, legend_title = _setting_labels(cells)
+    labels, legend_title = setting_labels(cells)
     missing = [i for i in range(len(table.rows)) if (table.unknown | table.all_diverged)[i].any()]
     figure = style.new_figure(3.3 + ROW * len(missing))
     below = [ROW * (len(missing) + 0.5)] if missing else []

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
 
 from smallbatch_jax.analysis import format_base_lr
 from smallbatch_jax.files import write_atomically
@@ -106,6 +107,37 @@ def log2_y_axis(axes: Axes, values: Sequence[float], labels: Sequence[str], most
     axes.set_yticks(values[::step], labels[::step])
     axes.minorticks_off()
     axes.set_ylim(values[0] / 4, values[-1] * 2)
+
+
+def _units(steps: Mapping[str, tuple[float, Sequence[int]]]) -> dict[float, str]:
+    """Label by value of so many of each unit, given by its size."""
+    return {size * count: f"{count} {unit}" for unit, (size, counts) in steps.items() for count in counts}
+
+
+_DECADES = [k * 10**n for n in range(3) for k in (1, 2, 5)]
+_OCTAVES = [2**n for n in range(10)]
+SECONDS = _units(
+    {
+        **{unit: (size, _DECADES) for unit, size in (("µs", 1e-6), ("ms", 1e-3))},
+        **{unit: (size, (1, 2, 5, 10, 30)) for unit, size in (("s", 1), ("min", 60))},
+        "h": (3600, (1, 2, 5, 12)),
+        "d": (86400, [*_DECADES, 1000, 2000, 5000, 10000]),
+    }
+)
+BYTES = _units({unit: (1024**n, _OCTAVES) for n, unit in enumerate(("B", "KiB", "MiB", "GiB", "TiB", "PiB"))})
+
+
+def unit_axis(axes: Axes, which: str, low: float, high: float, units: Mapping[float, str], most_ticks: int = 7) -> None:
+    """A log axis, "x" or "y", from `low` to `high` with ticks at round values, of `SECONDS` or `BYTES`; two at least."""
+    below, above = low / 1.25, high * 1.25
+    if sum(below <= tick <= above for tick in units) < 2:
+        below = max((tick for tick in units if tick <= low), default=below) / 1.1
+        above = min((tick for tick in units if tick >= high and tick > below * 1.2), default=above) * 1.1
+    ticks = [tick for tick in sorted(units) if below <= tick <= above]
+    ticks = ticks[:: tick_step(max(1, len(ticks)), most_ticks)]
+    axes.set(**{f"{which}scale": "log", f"{which}lim": (below, above), f"{which}ticks": ticks})
+    axes.set(**{f"{which}ticklabels": [units[tick] for tick in ticks]})
+    getattr(axes, f"{which}axis").set_minor_locator(NullLocator())
 
 
 def tick_step(count: int, most: int = MOST_TICKS) -> int:
