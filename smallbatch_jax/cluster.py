@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from smallbatch_jax import tasks, worker
 from smallbatch_jax.experiment import Experiment, programs
+from smallbatch_jax.mirrors import Mirrors
 from smallbatch_jax.progress import Progress, Status
 from smallbatch_jax.tasks import Program, summed
 from smallbatch_jax.workdir import open_workdir, record_provenance
@@ -105,6 +106,9 @@ def _programs(experiment: Experiment, workdir: Path, token: str, num_examples: i
                     status.images -= epochs * num_examples
                 else:
                     pending.append(run)
+            if not pending:  # no worker will come to open them
+                with Mirrors(experiment, workdir, [stored]):
+                    pass
         steps = order.total_steps(epochs, num_examples, shape[0])
         found.append(Program(experiment, workdir, shape, token, pending, steps, status))
     return found

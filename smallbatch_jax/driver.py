@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from smallbatch_jax import data, memory, processes, results
+from smallbatch_jax import data, memory, processes, results, weights_and_biases
 from smallbatch_jax import lanes as lane_programs
 from smallbatch_jax.analysis import plural
 from smallbatch_jax.checkpoint import Checkpoints
@@ -29,6 +29,7 @@ from smallbatch_jax.forecast import Forecast
 from smallbatch_jax.jobs import GIB, Job, ModelOf, named_model
 from smallbatch_jax.lanes import LaneProgram
 from smallbatch_jax.mesh import lane_mesh
+from smallbatch_jax.mirrors import Mirrors, NoMirrors
 from smallbatch_jax.models.own import OwnModel
 from smallbatch_jax.planning import spread
 from smallbatch_jax.progress import NoProgress, Progress, Status, for_stream
@@ -132,6 +133,7 @@ class _Study:
     """An experiment with its data and model, checked."""
 
     def __init__(self, experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None):
+        weights_and_biases.require(experiment)
         experiment.require_examples(dataset.num_train)
         streamed = isinstance(dataset, Photographs)
         if experiment.dataset.color_jitter and not (streamed and experiment.dataset.augment):
@@ -169,6 +171,7 @@ class _Study:
             supply = supply_of(self.dataset, self.experiment, skipped.add)
             stack.callback(supply.close)
             found = _results(folder, shapes, stack)
+            shown = _mirrors(self.experiment, folder, found, stack)
             jobs = [self._job(shape, results, there) for shape, results in zip(shapes, found, strict=True)]
             status = _status(jobs)
             stack.callback(progress.close, status)
@@ -183,7 +186,7 @@ class _Study:
                 # When the last lanes had better move, and whether memory ran out, processes would find each for itself.
                 smaller = None if processes.several() else partial(compiler.submit_smaller, job)
                 while True:
-                    feeder = Feeder(job, program, supply, initial, checkpoints, status, forecast, timings, stop, smaller)
+                    feeder = Feeder(job, program, supply, initial, checkpoints, status, forecast, timings, stop, shown, smaller)
                     try:
                         feeder.train()
                         break
@@ -211,6 +214,13 @@ def _results(folder: Path, shapes: list[tuple[int, int]], stack: ExitStack) -> l
 
     followed = processes.on_first(known)
     return opened or followed
+
+
+def _mirrors(experiment: Experiment, folder: Path, stored: list[ProgramResults], stack: ExitStack) -> Mirrors:
+    """What shows the rows elsewhere, open in the first process until `stack` unwinds; in the others nothing does."""
+    opened: list[Mirrors] = []
+    processes.on_first(lambda: opened.append(stack.enter_context(Mirrors(experiment, folder, stored))))
+    return opened[0] if opened else NoMirrors()
 
 
 def _status(jobs: list[Job]) -> Status:
@@ -307,6 +317,7 @@ def sweep(
     image_size: int | None = None,
     lanes: int | None = None,
     name: str = "sweep",
+    tensorboard: bool = False,
     progress: Progress | None = None,
 ) -> "pd.DataFrame":
     """The grid batch_sizes × base_lrs × seeds on your own model and data, with the lanes, store and resume of the commands.
@@ -324,6 +335,7 @@ def sweep(
       bn_batch_sizes: crossed with batch_sizes; None takes m. An own module must have a field `bn_batch_size`.
       norm, bn_decay, bn_statistics: as in a config's `model`; an own module brings its own.
       weight_decay, boundaries, factor, warmup_fraction, augment, precision, lanes, name: as in a config.
+      tensorboard: whether WORKDIR/tensorboard shows the runs, also while they train.
       progress: told after every segment; None shows lines or a bar on stderr.
 
     Returns:
@@ -332,6 +344,8 @@ def sweep(
     Raises:
       InputError: naming what cannot be used.
     """
+    if tensorboard and workdir is None:
+        raise InputError("tensorboard: shows what a workdir keeps, and there is none; give one, or leave tensorboard out.")
     own = None if isinstance(model, str) else OwnModel(model)
     if own is not None and (norm, bn_decay, bn_statistics) != ("none", 0.99, "running"):
         raise InputError(
@@ -353,6 +367,7 @@ def sweep(
         | ({"base_lr_by_batch_size": base_lrs} if isinstance(base_lrs, Mapping) else {"base_lrs": base_lrs}),
         "precision": precision,
         "lanes": lanes,
+        "tensorboard": tensorboard,
     }
     experiment = from_config(_plain(config))
     use_all_cores()

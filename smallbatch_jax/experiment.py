@@ -27,8 +27,8 @@ PRECISIONS = ("float32", "tf32", "bfloat16")
 MOST_RUNS = 100_000  # of a grid: far beyond any study, and still listed at once
 ALL_NORMS = tuple(dict.fromkeys(norm for norms in MODEL_NORMS.values() for norm in norms))
 
-# What may differ when a workdir is resumed: where the data lies, how the work is laid out, and train.py's own choice of
-# one run, which is in the grid by then.
+# What may differ when a workdir is resumed: where the data lies, how the work is laid out, where it can be watched, and
+# train.py's own choice of one run, which is in the grid by then.
 MAY_CHANGE = (
     "dataset.data_dir",
     "dataset.workers",
@@ -37,6 +37,8 @@ MAY_CHANGE = (
     "micro_batch_size",
     "segment_seconds",
     "checkpoint_seconds",
+    "tensorboard",
+    "wandb",
 )
 
 
@@ -130,6 +132,8 @@ class Experiment:
     micro_batch_size: int | None = config_field(None, fields.optional(fields.integer(1)), int)  # most at a time, per device
     segment_seconds: float = config_field(2.0, fields.positive(3600))  # work between two visits to the host
     checkpoint_seconds: float = config_field(30.0, fields.number(0, 1e6))  # least time between two checkpoints
+    tensorboard: bool = config_field(False, fields.boolean)  # whether WORKDIR/tensorboard shows the runs, also while they train
+    wandb: str | None = config_field(None, fields.optional(fields.text), str)  # the W&B project that shows them
 
     def __post_init__(self) -> None:
         known = MODEL_NORMS.get(self.model.name, ALL_NORMS)

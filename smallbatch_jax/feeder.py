@@ -25,6 +25,7 @@ from smallbatch_jax.data.stream import Lost
 from smallbatch_jax.experiment import InputError, Run
 from smallbatch_jax.jobs import Job
 from smallbatch_jax.lanes import LaneProgram, LaneState, Report
+from smallbatch_jax.mirrors import Mirrors
 from smallbatch_jax.progress import ProgramPart, Progress, Status
 from smallbatch_jax.results import Row, Timings
 from smallbatch_jax.signals import Interrupted, Stop
@@ -74,6 +75,7 @@ class Feeder:
     progress: Progress
     timings: Timings
     stop: Stop
+    mirrors: Mirrors
     recompile: Callable[[int], Future[LaneProgram]] | None = None  # the same program with fewer lanes
     queue: deque[Run] = field(default_factory=deque)
     runs: list[Run | None] = field(default_factory=list)  # by lane
@@ -262,7 +264,7 @@ class Feeder:
                 self.status.end_run(row.diverged, row.test_accuracy)
             if row.diverged:  # the images it will not see
                 self.status.spare((self.job.total_steps - row.step) * self.job.batch_size)
-        self.job.results.append(rows)
+        self.mirrors.add(self.job.results.append(rows))
         seconds = pace.measure(trained)
         m, b = self.job.batch_size, self.job.bn_batch_size
         images = trained * m

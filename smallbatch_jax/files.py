@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import io
 import os
 import tempfile
 from collections.abc import Iterator
@@ -58,6 +59,32 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             raise
 
 
+def write_from(path: Path, size: int, content: bytes) -> None:
+    """Has a file go on with `content` after its first `size` bytes, whatever was behind them; made if it is not there.
+
+    Raises:
+      WriteError, InputError: as `writing` does; it ends after `size` bytes then.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb", buffering=0) as file:
+            file.truncate(size)
+            file.seek(size)
+            _write_whole(file, content, size)
+
+
+def _write_whole(file: io.FileIO, content: bytes, size: int) -> None:
+    """All of it behind the first `size` bytes, where the file stands, or none."""
+    rest = memoryview(content)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError:
+        with suppress(OSError):
+            file.truncate(size)
+        raise
+
+
 def is_temporary(name: str, of: str = "") -> bool:
     """Whether a file of that name is one that `write_atomically` was about to put in place."""
     return name.startswith(f".{of}") and name.endswith(".tmp")
@@ -107,14 +134,7 @@ class AppendOnly:
             size = self._file.seek(0, os.SEEK_END)
             self._file.seek(max(0, size - 1))
             half_line = self._file.read(1) not in (b"", b"\n")  # left by a process that was killed
-            rest = memoryview((b"\n" if half_line else b"") + lines.encode())
-            try:
-                while rest:
-                    rest = rest[self._file.write(rest) :]
-            except OSError:
-                with suppress(OSError):
-                    self._file.truncate(size)
-                raise
+            _write_whole(self._file, (b"\n" if half_line else b"") + lines.encode(), size)
 
     def sync(self) -> None:
         """Brings it to the disk."""

@@ -133,8 +133,12 @@ class ProgramResults:
         if row.diverged:
             self._diverged.add(row.run)
 
-    def append(self, rows: Iterable[Row]) -> None:
-        """Writes the rows that are not there yet; all of them or, where that fails, none.
+    def rows(self) -> list[Row]:
+        """All that are there, those of a run in the order of its epochs; for the process that writes them."""
+        return sorted(_read_rows(self.path)[0], key=lambda row: row.epoch)
+
+    def append(self, rows: Iterable[Row]) -> list[Row]:
+        """Writes the rows that are not there yet, and returns them; all of them are written or, where that fails, none.
 
         Raises:
           WriteError: if they cannot be written.
@@ -145,6 +149,7 @@ class ProgramResults:
                 self._file.append("".join(map(_line, new)))
             for row in new:
                 self._note(row)
+        return new
 
     def sync(self) -> None:
         """Brings the rows to the disk, before a checkpoint that counts on them."""

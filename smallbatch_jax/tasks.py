@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from smallbatch_jax import results, worker
 from smallbatch_jax.experiment import Experiment, InputError, Run
 from smallbatch_jax.files import append_line, write_atomically
+from smallbatch_jax.mirrors import Mirrors
 from smallbatch_jax.progress import Progress, Status
+from smallbatch_jax.results import ProgramResults
 from smallbatch_jax.worker import Outcome, Part
 
 if TYPE_CHECKING:
@@ -292,6 +294,8 @@ def _store(program: Program, outcome: Outcome) -> None:
     """Puts into the workdir what a worker wrote elsewhere."""
     if outcome.rows is not None:
         write_atomically(results.path_of(program.workdir, *program.shape), outcome.rows)
+        with ProgramResults(program.workdir, *program.shape) as stored, Mirrors(program.experiment, program.workdir, [stored]):
+            pass
     if outcome.timings:
         append_line(program.workdir / "timings.csv", outcome.timings.rstrip("\n"), header=",".join(results.TIMING_COLUMNS))
     if outcome.provenance:

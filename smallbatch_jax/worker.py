@@ -98,7 +98,9 @@ def train(part: Part, report: Report) -> Outcome:
         folder = Path(scratch)
         stored = results.path_of(folder, *part.shape)
         write_atomically(stored, part.rows)
-        outcome = _train(part, folder, report)
+        # What shows the runs elsewhere is kept with the launcher's workdir, and brought up to date there.
+        unseen = part._replace(experiment=dataclasses.replace(part.experiment, tensorboard=False, wandb=None))
+        outcome = _train(unseen, folder, report)
         _, _, timings = _read(folder / "timings.csv").partition("\n")  # without the header
         return outcome._replace(rows=_read(stored), timings=timings, provenance=_read(folder / "provenance.jsonl"))
 

@@ -68,6 +68,15 @@ def test_place_of_the_data_and_layout_of_the_work_may_change():
     assert differences(experiment(), other) == []
 
 
+def test_where_it_is_watched_may_change_and_was_not_stored_by_older_versions():
+    watched = experiment(tensorboard=True, wandb="project")
+    stored = experiment().to_dict()
+    del stored["tensorboard"], stored["wandb"]
+    before = fields.parse(Experiment, stored, "")
+    assert before == experiment()
+    assert differences(before, watched) == differences(watched, before) == []
+
+
 @pytest.mark.parametrize(
     ("name", "larger"),
     [
