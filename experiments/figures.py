@@ -68,12 +68,14 @@ def compare(chosen: experiment.Experiment, out: Path | None) -> None:
 
 
 def tell(studies: "Sequence[Study]", drawn: Sequence[Path]) -> None:
-    """Prints the table of each study, and where the figures are, a line for each folder."""
+    """Prints the table of each study, its answer, and where the figures are, a line for each folder."""
     import pandas as pd
 
     from smallbatch_jax import analysis
+    from smallbatch_jax.answer import answer
 
     print(analysis.format_summary(pd.concat([analysis.summary(study.rows, study.chance, study.cells) for study in studies])))
+    print("\n".join(["", *(f"{study.name}: {answer(study).sentence}" for study in studies), ""]))
     for folder in dict.fromkeys(path.parent for path in drawn):
         print(f"figures: {', '.join(path.name for path in drawn if path.parent == folder)} in {folder}")
 

@@ -1,8 +1,8 @@
 """The answer of a study in one sentence: the best batch size and base learning rate, and who never gets there."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -42,7 +42,7 @@ def answer(study: Study) -> Answer:
     return Answer(f"{sentence}{'; ' * bool(rest)}{rest}.", tuple(_caveats(study, best)), best)
 
 
-def setting(cell: pd.Series) -> str:
+def setting(cell: Mapping[Any, Any] | pd.Series) -> str:
     """A cell as "m = 4, η̃ = 2^-7", with its BN batch size where that is not m."""
     m, b = int(cell["batch_size"]), int(cell["bn_batch_size"])
     return f"m = {m}, " + (f"BN batch size {b}, " if b != m else "") + f"η̃ = {format_base_lr(cell['base_lr'])}"

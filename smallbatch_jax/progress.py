@@ -165,7 +165,7 @@ class LiveProgress:
         from rich.table import Column
 
         columns = (
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=8)),
             BarColumn(bar_width=None, table_column=Column(min_width=8, max_width=40, ratio=1)),
             TextColumn("{task.fields[line]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
         )

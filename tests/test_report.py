@@ -23,7 +23,7 @@ from claimed import LOST, LRS, fig13, study
 from smallbatch_jax import analysis, claims, report, results, workdir
 from smallbatch_jax.answer import answer
 from smallbatch_jax.experiment import Dataset, InputError
-from smallbatch_jax.report import charts
+from smallbatch_jax.report import charts, costs
 from smallbatch_jax.results import ProgramResults, Row
 from smallbatch_jax.study import load
 
@@ -275,3 +275,40 @@ def until(true, seconds=60):
 def test_a_folder_is_no_place_for_a_page(tmp_path):
     with pytest.raises(InputError, match="is a folder"):
         report.write([study("x", {4: 0.5})], tmp_path)
+
+
+SEGMENTS = [("segment", 3.0, 2, 2, 1, 75, 150), ("segment", 1.0, 4, 4, 1, 36, 144), ("compile", 5.0, 2, 2, 1, 0, 0, 2**20)]
+
+
+@pytest.fixture
+def timed(tmp_path):
+    """m = 2 and 4 to epoch 3, of which m = 2 took 20 ms for each image, 50 in an epoch, and m = 4 about 7."""
+    folder = store(tmp_path / "timed", [(m, epoch) for m in (2, 4) for epoch in (1, 2, 3)])
+    for segment in SEGMENTS:
+        results.Timings(folder).add(*segment)
+    return load(folder)
+
+
+def test_a_program_costs_what_its_timings_say(timed):
+    parts = Parts(report.page([timed]))
+    assert "2 programs trained 294 images in 4 s; compiling took 5 s" in parts.text
+    (two, four) = costs.table(timed).rows
+    assert [cell.shown for cell in two] == ["2", "1", "50", "3 s", "5 s", "1"]
+    assert [cell.shown for cell in four] == ["4", "1", "144", "1 s", "0 s", "–"]
+
+
+def test_accuracy_is_drawn_over_a_runs_own_time(timed):
+    drawn = costs.cost_charts(timed)
+    assert sorted(data_of(Parts(report.page([timed])))["costs"]) == ["target", "time"]
+    two, four = drawn["time"].data
+    assert list(two.x) == pytest.approx([1.0, 2.0, 3.0])
+    assert list(four.x) == pytest.approx([48 / 144, 96 / 144, 1.0])
+    assert list(two.y) == [90.0] * 3
+    (points,) = drawn["target"].data
+    assert (list(points.x), list(points.y)) == ([2, 4], pytest.approx([1.0, 48 / 144]))
+
+
+def test_a_study_without_timings_has_no_cost():
+    parts = parts_of_stored()
+    assert "Cost" not in parts.text
+    assert data_of(parts)["costs"] == {}

@@ -129,15 +129,20 @@ BYTES = _units({unit: (1024**n, _OCTAVES) for n, unit in enumerate(("B", "KiB", 
 
 def unit_axis(axes: Axes, which: str, low: float, high: float, units: Mapping[float, str], most_ticks: int = 7) -> None:
     """A log axis, "x" or "y", from `low` to `high` with ticks at round values, of `SECONDS` or `BYTES`; two at least."""
+    below, above, ticks = unit_ticks(low, high, units, most_ticks)
+    axes.set(**{f"{which}scale": "log", f"{which}lim": (below, above), f"{which}ticks": ticks})
+    axes.set(**{f"{which}ticklabels": [units[tick] for tick in ticks]})
+    getattr(axes, f"{which}axis").set_minor_locator(NullLocator())
+
+
+def unit_ticks(low: float, high: float, units: Mapping[float, str], most: int = 7) -> tuple[float, float, list[float]]:
+    """The ends of an axis that holds `low` to `high`, and its ticks, two at least."""
     below, above = low / 1.25, high * 1.25
     if sum(below <= tick <= above for tick in units) < 2:
         below = max((tick for tick in units if tick <= low), default=below) / 1.1
         above = min((tick for tick in units if tick >= high and tick > below * 1.2), default=above) * 1.1
     ticks = [tick for tick in sorted(units) if below <= tick <= above]
-    ticks = ticks[:: tick_step(max(1, len(ticks)), most_ticks)]
-    axes.set(**{f"{which}scale": "log", f"{which}lim": (below, above), f"{which}ticks": ticks})
-    axes.set(**{f"{which}ticklabels": [units[tick] for tick in ticks]})
-    getattr(axes, f"{which}axis").set_minor_locator(NullLocator())
+    return below, above, ticks[:: tick_step(max(1, len(ticks)), most)]
 
 
 def tick_step(count: int, most: int = MOST_TICKS) -> int:

@@ -23,7 +23,7 @@ from smallbatch_jax.answer import RULE, answer
 from smallbatch_jax.experiment import InputError
 from smallbatch_jax.figures.summary import paper_labels
 from smallbatch_jax.files import write_atomically
-from smallbatch_jax.report import charts, sections
+from smallbatch_jax.report import charts, costs, sections
 from smallbatch_jax.study import Study, describe
 
 __all__ = ["page", "write"]
@@ -86,12 +86,12 @@ def _section(identity: str, study: Study, label: str) -> dict[str, Any]:
     """What page.html shows of one study."""
     found, curves, grids = answer(study), charts.learning_curves(study), charts.grids(study)
     best = 0 if found.best is None else study.cells.index.tolist().index(found.best.name)
-    hover = charts.cell_labels(study)
+    hover, cost_charts = charts.cell_labels(study), costs.cost_charts(study)
     data = {
         "cells": [sections.choice_of(cell) for _, cell in study.cells.iterrows()],
         "maps": [_map(study, grid, hover) for grid in grids],
         "best": best,
-        "costs": [],
+        "costs": {name: _chart(figure) for name, figure in cost_charts.items()},
         **{what: _chart(charts.curves_layout(study, what)) for what in ("accuracy", "loss")},
     }
     return {
@@ -104,7 +104,9 @@ def _section(identity: str, study: Study, label: str) -> dict[str, Any]:
         "choices": sections.choices(study.cells),
         "chosen": curves[best].title,
         "table": sections.cell_table(study.cells),
-        "costs": None,
+        "costs": costs.table(study),
+        "cost_sentence": costs.sentence(study),
+        "cost_charts": list(cost_charts),
         "provenance": sections.provenance(study.workdir),
         "config": json.dumps(study.experiment.to_dict(), indent=1, ensure_ascii=False),
         "data": _script_json(data),

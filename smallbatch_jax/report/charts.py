@@ -1,6 +1,7 @@
 """The charts of a report, made by Plotly in Python. The page shows them and swaps one for another; it draws none itself."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from smallbatch_jax.study import Study
 MOST_SEEDS = 8  # listed one by one in a label
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down")  # as the printed figures' markers
 DIVERGED, PENDING = "#d9d9d9", "#f7f7f7"
+LEGEND_ABOVE = {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0}
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 
 
@@ -71,7 +73,7 @@ def heat_map(study: Study, grid: Grid, labels: Sequence[str]) -> go.Figure:
     bar = {"title": {"text": f"{metric_name(study.experiment)} (%)", "side": "right"}, "thickness": 12, "outlinewidth": 0}
     colours = {"colorscale": COLORS.capitalize(), "colorbar": bar}
     numbers = {"text": [["" if a != a else f"{a:.1f}" for a in row] for row in table.accuracy], "texttemplate": "%{text}"}
-    figure = _figure(height=96 + 34 * len(table.rows))
+    figure = empty_figure(height=96 + 34 * len(table.rows))
     figure.add_heatmap(z=_listed(table.accuracy, lambda a: round(a, 2)), **shared, **colours, **numbers)
     for mask, colour, text in ((table.all_diverged, DIVERGED, "×"), (table.unknown, PENDING, "·")):
         if mask.any():
@@ -174,19 +176,19 @@ def _number(value: float, percent: bool) -> float | None:
 
 def curves_layout(study: Study, what: str) -> go.Figure:
     """The empty chart into which the curves of a cell are put."""
-    figure = _figure(height=330)
+    figure = empty_figure(height=330)
     figure.update_xaxes(title="epoch", dtick=1 if study.experiment.epochs <= 12 else None)
     if what == "accuracy":
         figure.update_yaxes(title="accuracy (%)", range=[0, 100])
     else:
         figure.update_yaxes(title="cross-entropy", type="log", exponentformat="power")
-    figure.update_layout(hovermode="closest", showlegend=True, legend=_LEGEND_ABOVE)
+    figure.update_layout(hovermode="closest", showlegend=True, legend=LEGEND_ABOVE)
     return figure
 
 
 def best_by_batch_size(studies: dict[str, Study]) -> go.Figure:
     """The best test accuracy of each m over all its η̃ (Fig. 15), a curve for each study by its label."""
-    figure = _figure(height=340)
+    figure = empty_figure(height=340)
     for i, (label, study) in enumerate(studies.items()):
         cells = study.cells
         best = best_of_each(cells).sort_values("test_accuracy", ascending=False).drop_duplicates("batch_size")
@@ -206,18 +208,18 @@ def best_by_batch_size(studies: dict[str, Study]) -> go.Figure:
             hovertext=hover,
             hovertemplate="%{hovertext}<extra>" + label + "</extra>",
         )
-    _batch_size_axis(figure, {m for study in studies.values() for m in study.cells["batch_size"].tolist()})
+    batch_size_axis(figure, {m for study in studies.values() for m in study.cells["batch_size"].tolist()})
     names = {metric_name(study.experiment) for study in studies.values()}
     figure.update_yaxes(title=f"best {names.pop() if len(names) == 1 else 'test accuracy'} (%)")
-    figure.update_layout(showlegend=len(studies) > 1, legend=_LEGEND_ABOVE)
+    figure.update_layout(showlegend=len(studies) > 1, legend=LEGEND_ABOVE)
     return figure
 
 
 def accuracy_by_batch_size(study: Study, grid: Grid) -> go.Figure:
     """Test accuracy over m, one curve per η̃: the paper's form (Figs. 1–3, 5–12)."""
-    figure = _figure(height=380)
+    figure = empty_figure(height=380)
     rates = sorted(set(grid.cells.loc[grid.cells["finished"] > 0, grid.column].tolist()))
-    looks = zip(_ordered(len(rates)), itertools.cycle(SYMBOLS), strict=False)
+    looks = zip(map(rgb, ordered_colors(len(rates))), itertools.cycle(SYMBOLS), strict=False)
     for rate, (colour, symbol) in zip(rates, looks, strict=False):
         cells = grid.cells[grid.cells[grid.column] == rate].sort_values("batch_size")
         hover = [f"<b>{setting(cell)}</b><br>{accuracy(cell)}" if cell["finished"] else "" for _, cell in cells.iterrows()]
@@ -234,27 +236,26 @@ def accuracy_by_batch_size(study: Study, grid: Grid) -> go.Figure:
             hovertext=hover,
             hovertemplate="%{hovertext}<extra></extra>",
         )
-    _batch_size_axis(figure, set(grid.cells["batch_size"].tolist()))
+    batch_size_axis(figure, set(grid.cells["batch_size"].tolist()))
     figure.update_yaxes(title=f"{metric_name(study.experiment)} (%)")
     title = "η̃" if grid.column == "base_lr" else "BN batch size"
-    figure.update_layout(showlegend=True, legend={**_LEGEND_ABOVE, "title": {"text": title}})
+    figure.update_layout(showlegend=True, legend={**LEGEND_ABOVE, "title": {"text": title}})
     return figure
 
 
-def _ordered(count: int) -> list[str]:
-    """Colours of ordered curves, as in the printed figures."""
-    return [f"rgb({r:.0f},{g:.0f},{b:.0f})" for r, g, b, _ in 255 * ordered_colors(count)]
+def rgb(colour: Any) -> str:
+    """A colour of `ordered_colors`, as Plotly takes it."""
+    return "rgb({:.0f},{:.0f},{:.0f})".format(*(255 * part for part in colour[:3]))
 
 
-_LEGEND_ABOVE = {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0}
-
-
-def _batch_size_axis(figure: go.Figure, sizes: set[int]) -> None:
+def batch_size_axis(figure: go.Figure, sizes: set[int]) -> None:
     values = sorted(sizes)
-    figure.update_xaxes(type="log", title="batch size m", tickvals=values, ticktext=[str(m) for m in values])
+    limits = [math.log10(values[0] / 1.4), math.log10(values[-1] * 1.4)]
+    names = [str(m) for m in values]
+    figure.update_xaxes(type="log", title="batch size m", tickvals=values, ticktext=names, range=limits)
 
 
-def _figure(height: int) -> go.Figure:
+def empty_figure(height: int) -> go.Figure:
     """An empty chart in the style of the printed figures."""
     figure = go.Figure()
     figure.update_layout(
