@@ -8,7 +8,7 @@ const draw = (name, { data, layout }) => Plotly.react(place(name), data, TOUCH ?
 
 async function unpacked(element) {
   const bytes = Uint8Array.from(atob(element.textContent.trim()), (c) => c.charCodeAt(0));
-  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
 }
 
 class Study {
@@ -17,7 +17,7 @@ class Study {
     this.section = document.getElementById(this.id);
     this.form = this.section.querySelector("form.choice");
     this.found = json(element); // cells, maps, sizes, best and the empty charts of the curves
-    this.curves = unpacked(document.querySelector(`[data-curves="${this.id}"]`));
+    this.curves = unpacked(document.querySelector(`[data-curves="${this.id}"]`)).then(JSON.parse);
     this.map = 0;
     for (const [name, chart] of Object.entries(this.found.costs)) draw(`${this.id}-${name}`, chart);
     this.form.addEventListener("change", (event) => this.asked(event.target.name));
@@ -90,10 +90,17 @@ function sortable(table) {
   });
 }
 
-const comparison = document.querySelector("[data-comparison]");
-if (comparison) draw("comparison", json(comparison));
-for (const element of document.querySelectorAll('script[type="application/json"][data-study]')) new Study(element);
+async function start() {
+  const library = document.createElement("script");
+  library.textContent = await unpacked(document.getElementById("plotly"));
+  document.head.append(library); // runs at once
+  const comparison = document.querySelector("[data-comparison]");
+  if (comparison) draw("comparison", json(comparison));
+  for (const element of document.querySelectorAll('script[type="application/json"][data-study]')) new Study(element);
+}
+
 document.querySelectorAll("table.sortable").forEach(sortable);
+start();
 
 const refresh = +document.body.dataset.refresh;
 if (refresh) setTimeout(() => location.reload(), 1000 * refresh);
