@@ -15,11 +15,11 @@ from collections.abc import Iterable
 import pandas as pd
 
 from smallbatch_jax.experiment import Run
+from smallbatch_jax.protocol import LAST_EPOCHS
 
 SETUP = ["experiment", "batch_size", "bn_batch_size"]
 CELL = [*SETUP, "base_lr"]
 RUN = [*CELL, "seed"]
-LAST_EPOCHS = 5  # §3.1: the reported accuracy is the median of the final 5 epochs
 
 CONVERGENCE_RULE = (
     "Converging: no seed diverged, one or more finished, and their test accuracy is above chance "

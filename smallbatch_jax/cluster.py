@@ -102,7 +102,7 @@ def _programs(experiment: Experiment, workdir: Path, token: str, num_examples: i
         with worker.open_results(workdir, shape) as stored:
             for run in runs:
                 if stored.complete(run, epochs):
-                    status.add_run(stored.diverged(run))
+                    status.add_run(stored.diverged(run), stored.final_accuracy(run))
                     status.images -= epochs * num_examples
                 else:
                     pending.append(run)

@@ -33,11 +33,12 @@ from smallbatch_jax.mirrors import Mirrors, NoMirrors
 from smallbatch_jax.models.own import OwnModel
 from smallbatch_jax.planning import spread
 from smallbatch_jax.progress import NoProgress, Progress, Status, for_stream
-from smallbatch_jax.results import NoTimings, ProgramResults, Timings, load_timings
+from smallbatch_jax.results import ProgramResults
 from smallbatch_jax.signals import Interrupted, Stop, noted_signals
 from smallbatch_jax.skipped import SkippedImages
 from smallbatch_jax.streamed import supply_of
 from smallbatch_jax.supply import Supply
+from smallbatch_jax.timings import NoTimings, Timings, load_timings
 from smallbatch_jax.train import TrainState
 from smallbatch_jax.workdir import open_workdir, record_provenance, surroundings
 

@@ -27,9 +27,10 @@ from smallbatch_jax.jobs import Job
 from smallbatch_jax.lanes import LaneProgram, LaneState, Report
 from smallbatch_jax.mirrors import Mirrors
 from smallbatch_jax.progress import ProgramPart, Progress, Status
-from smallbatch_jax.results import Row, Timings
+from smallbatch_jax.results import Row
 from smallbatch_jax.signals import Interrupted, Stop
 from smallbatch_jax.supply import Span, Supply
+from smallbatch_jax.timings import Timings
 from smallbatch_jax.train import TrainState
 
 CHECKPOINT_SHARE = 0.02  # of the training time, at most
@@ -260,11 +261,8 @@ class Feeder:
             rows.append(row)
             if row.diverged and self.runs[lane] == share.run:
                 self.runs[lane] = None
-            if row.diverged or row.epoch == self.job.experiment.epochs:
-                self.status.end_run(row.diverged, row.test_accuracy)
-            if row.diverged:  # the images it will not see
-                self.status.spare((self.job.total_steps - row.step) * self.job.batch_size)
         self.mirrors.add(self.job.results.append(rows))
+        self._count_ended(rows)
         seconds = pace.measure(trained)
         m, b = self.job.batch_size, self.job.bn_batch_size
         images = trained * m
@@ -272,6 +270,14 @@ class Feeder:
         self.status.add_images(images, seconds)
         self.status.add_running(sum(run is not None for run in self.runs))
         self.progress.show(self.status, self.job.title)
+
+    def _count_ended(self, rows: list[Row]) -> None:
+        """Tells the status of the runs that ended with these rows, which are stored."""
+        for row in rows:
+            if row.diverged or row.epoch == self.job.experiment.epochs:
+                self.status.end_run(row.diverged, self.job.results.final_accuracy(row.run))
+            if row.diverged:  # the images it will not see
+                self.status.spare((self.job.total_steps - row.step) * self.job.batch_size)
 
     def _row(self, share: Share, found: Report) -> Row | None:
         """The row of an epoch that ended, well or by divergence; None while it goes on."""

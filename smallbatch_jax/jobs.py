@@ -78,7 +78,7 @@ class Job:
         """Adds the runs that are complete already."""
         for run in self.runs:
             if self.results.complete(run, self.experiment.epochs):
-                part.add_run(self.results.diverged(run))
+                part.add_run(self.results.diverged(run), self.results.final_accuracy(run))
 
     @property
     def share(self) -> int:

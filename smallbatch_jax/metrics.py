@@ -5,6 +5,7 @@ import statistics
 from typing import Any
 
 from smallbatch_jax.experiment import Experiment, Run
+from smallbatch_jax.protocol import LAST_EPOCHS
 from smallbatch_jax.results import Row
 
 FINAL_ACCURACY, DIVERGED = "final/test_accuracy", "final/diverged"
@@ -58,8 +59,6 @@ def scalars(row: Row) -> dict[str, float]:
 
 def outcome(rows: list[Row], epochs: int) -> dict[str, float]:
     """How a run of these rows ended: 1 if it diverged, else 0 and its final accuracy (§3.1); nothing while it goes on."""
-    from smallbatch_jax.analysis import LAST_EPOCHS
-
     if rows[-1].diverged:
         return {DIVERGED: 1.0}
     if rows[-1].epoch < epochs:

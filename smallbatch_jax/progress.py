@@ -18,7 +18,7 @@ class Part:
     finished: int = 0
     diverged: int = 0
     trained: int = 0  # images trained by this process
-    best: float = math.nan  # highest last-epoch test accuracy of this process, a fraction
+    best: float = math.nan  # highest final test accuracy of a run that ended (§3.1), a fraction
 
     @property
     def done(self) -> int:

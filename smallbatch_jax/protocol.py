@@ -7,6 +7,7 @@ from smallbatch_jax.experiment import default_config
 BATCH_SIZES = tuple(2**k for k in range(1, 12))  # 2 … 2048
 BASE_LRS = tuple(2.0**k for k in range(-12, 1))  # 2^-12 … 2^0
 EPOCHS = {"cifar10": 82, "cifar100": 164, "imagenet2012": 90}
+LAST_EPOCHS = 5  # of a run, the median of whose test accuracies is reported
 ALEXNET_WEIGHT_DECAY, RESNET_WEIGHT_DECAY = 5e-4, 1e-4
 
 

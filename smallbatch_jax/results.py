@@ -8,14 +8,19 @@ trained again from an older checkpoint adds only what was missing. What a killed
 import copy
 import math
 import os
+import statistics
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smallbatch_jax.experiment import Experiment, InputError, Run, programs
-from smallbatch_jax.files import AppendOnly, append_line, write_atomically
+from smallbatch_jax.files import AppendOnly, write_atomically
+from smallbatch_jax.protocol import LAST_EPOCHS
+from smallbatch_jax.timings import Timings as Timings
+from smallbatch_jax.timings import load_timings as load_timings
 from smallbatch_jax.workdir import read_experiment
 
 if TYPE_CHECKING:
@@ -86,6 +91,7 @@ class ProgramResults:
     def __init__(self, workdir: Path, batch_size: int, bn_batch_size: int):
         self.path = path_of(workdir, batch_size, bn_batch_size)
         self._epochs: dict[Run, int] = {}
+        self._accuracies: dict[Run, deque[float]] = {}
         self._diverged: set[Run] = set()
         whole = False
         while not whole:  # a mended file is a new one, to be owned in its turn
@@ -130,6 +136,7 @@ class ProgramResults:
 
     def _note(self, row: Row) -> None:
         self._epochs[row.run] = row.epoch
+        self._accuracies.setdefault(row.run, deque(maxlen=LAST_EPOCHS)).append(row.test_accuracy)
         if row.diverged:
             self._diverged.add(row.run)
 
@@ -166,6 +173,10 @@ class ProgramResults:
 
     def diverged(self, run: Run) -> bool:
         return run in self._diverged
+
+    def final_accuracy(self, run: Run) -> float:
+        """The median test accuracy of a run's last epochs (§3.1); NaN if it diverged."""
+        return math.nan if self.diverged(run) else statistics.median(self._accuracies[run])
 
     def __enter__(self) -> "ProgramResults":
         return self
@@ -257,79 +268,3 @@ def _frame(rows: list[Row]) -> "pd.DataFrame":
 
     frame = pd.DataFrame(rows, columns=list(Row._fields))
     return frame.astype({name: kind.__name__ + "64" for name, kind in zip(Row._fields, _TYPES, strict=True)})
-
-
-TIMING_COLUMNS = ("phase", "batch_size", "bn_batch_size", "lanes", "seconds", "steps", "images", "peak_bytes")
-_TIMING_TYPES: tuple[Any, ...] = (str, *(float if name == "seconds" else int for name in TIMING_COLUMNS[1:]))
-_OLD_TIMING_COLUMNS = list(TIMING_COLUMNS[:-1])  # of files begun before memory was stored
-
-
-class Timings:
-    """Appends to WORKDIR/timings.csv: seconds per phase (import, data, compile, segment, checkpoint, draw) and program."""
-
-    def __init__(self, workdir: Path):
-        self._path = workdir / "timings.csv"
-
-    def add(
-        self,
-        phase: str,
-        seconds: float,
-        batch_size: int = 0,
-        bn_batch_size: int = 0,
-        lanes: int = 0,
-        steps: int = 0,
-        images: int = 0,
-        peak_bytes: int = 0,
-    ) -> None:
-        """One line; steps and images are summed over the lanes, peak_bytes is a compiled program's `LaneProgram.peak_bytes`."""
-        row = (phase, batch_size, bn_batch_size, lanes, round(seconds, 6), steps, images, peak_bytes)
-        append_line(self._path, ",".join(map(str, row)), header=",".join(TIMING_COLUMNS))
-
-
-class NoTimings(Timings):
-    """Of a process that writes nothing."""
-
-    def __init__(self) -> None: ...
-
-    def add(self, *_: object, **__: object) -> None: ...
-
-
-def load_timings(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
-    """Where the time went: one row per measured piece, columns as in `Timings.add`.
-
-    0 stands for what there is none of: batch_size outside programs, peak_bytes outside the phase "compile" and where it is not
-    known. Lines that are not whole are left out, and so is a file that cannot be read, with a warning.
-    """
-    path = Path(workdir) / "timings.csv"
-    try:
-        *lines, _ = path.read_text("utf-8", errors="replace").split("\n")  # a last line without its end is torn
-    except FileNotFoundError:
-        lines = []
-    except OSError as error:
-        warnings.warn(f"{path} left out: {error.strerror}", stacklevel=2)
-        lines = []
-    return timing_frame(_whole_timings(lines))
-
-
-def timing_frame(rows: Iterable[Sequence[Any]] = ()) -> "pd.DataFrame":
-    """Timings, each with a value for every column, as `load_timings` gives them."""
-    import pandas as pd
-
-    types = {name: kind.__name__ + "64" for name, kind in zip(TIMING_COLUMNS[1:], _TIMING_TYPES[1:], strict=True)}
-    return pd.DataFrame(list(rows), columns=list(TIMING_COLUMNS)).astype(types)
-
-
-def _whole_timings(lines: Iterable[str]) -> Iterator[list[Any]]:
-    """The rows of a file. One that an older version began has lines of both lengths, if it was resumed since."""
-    shorter = False
-    for line in lines:
-        values = line.split(",")
-        if values[0] == TIMING_COLUMNS[0]:
-            shorter = values == _OLD_TIMING_COLUMNS
-        elif shorter and len(values) == len(_OLD_TIMING_COLUMNS):
-            values.append("0")
-        try:
-            row = [kind(value) for kind, value in zip(_TIMING_TYPES, values, strict=True)]
-        except ValueError:  # of a header, or of what is torn or damaged
-            continue
-        yield row

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from smallbatch_jax import analysis, results
 from smallbatch_jax.experiment import Experiment, InputError
+from smallbatch_jax.timings import timing_frame
 from smallbatch_jax.workdir import read_experiment, read_facts
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Study:
     cells: "pd.DataFrame"
     num_classes: int
     examples: tuple[int, int] | None
-    timings: "pd.DataFrame" = field(default_factory=results.timing_frame)
+    timings: "pd.DataFrame" = field(default_factory=timing_frame)
 
     @property
     def name(self) -> str:

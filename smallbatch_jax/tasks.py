@@ -21,6 +21,7 @@ from smallbatch_jax.files import append_line, write_atomically
 from smallbatch_jax.mirrors import Mirrors
 from smallbatch_jax.progress import Progress, Status
 from smallbatch_jax.results import ProgramResults
+from smallbatch_jax.timings import TIMING_COLUMNS
 from smallbatch_jax.worker import Outcome, Part
 
 if TYPE_CHECKING:
@@ -297,6 +298,6 @@ def _store(program: Program, outcome: Outcome) -> None:
         with ProgramResults(program.workdir, *program.shape) as stored, Mirrors(program.experiment, program.workdir, [stored]):
             pass
     if outcome.timings:
-        append_line(program.workdir / "timings.csv", outcome.timings.rstrip("\n"), header=",".join(results.TIMING_COLUMNS))
+        append_line(program.workdir / "timings.csv", outcome.timings.rstrip("\n"), header=",".join(TIMING_COLUMNS))
     if outcome.provenance:
         append_line(program.workdir / "provenance.jsonl", outcome.provenance.rstrip("\n"))

@@ -20,6 +20,7 @@ from PIL import Image
 
 from smallbatch_jax import results
 from smallbatch_jax.figures.cost import STEMS as COST_STEMS
+from smallbatch_jax.timings import TIMING_COLUMNS
 
 ROOT = Path(__file__).parent.parent
 SOAK_SECONDS = 350  # for one soak; then it stops, and fails
@@ -287,4 +288,4 @@ def assert_as_if_undisturbed(workdir: Path, reference: Reference) -> None:
         assert json.loads(line)["event"] in ("start", "finish")
     lines = (workdir / "timings.csv").read_text().splitlines()
     assert len(results.load_timings(workdir)) == len(lines) - 1
-    assert {line.count(",") for line in lines} == {len(results.TIMING_COLUMNS) - 1}
+    assert {line.count(",") for line in lines} == {len(TIMING_COLUMNS) - 1}

@@ -21,6 +21,7 @@ from smallbatch_jax.files import AppendOnly
 from smallbatch_jax.progress import NoProgress, Status
 from smallbatch_jax.results import Owned, ProgramResults
 from smallbatch_jax.tasks import Board, Program, resources, summed
+from smallbatch_jax.timings import TIMING_COLUMNS
 from smallbatch_jax.workdir import open_workdir
 from smallbatch_jax.worker import Outcome, Part
 
@@ -159,9 +160,9 @@ def test_who_adds_a_line_to_a_shared_file_waits_for_its_turn(tmp_path):
             other.stdout.readline()
             time.sleep(0.3)
             assert path.stat().st_size == 0
-            file.append(",".join(results.TIMING_COLUMNS) + "\n")
+            file.append(",".join(TIMING_COLUMNS) + "\n")
         assert other.wait() == 0
-    assert path.read_text().splitlines() == [",".join(results.TIMING_COLUMNS), "compile,0,0,0,1.0,0,0,0"]
+    assert path.read_text().splitlines() == [",".join(TIMING_COLUMNS), "compile,0,0,0,1.0,0,0,0"]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from test_analysis import cell, cells_of, results, run
 
 from smallbatch_jax import cost
-from smallbatch_jax.results import timing_frame
+from smallbatch_jax.timings import timing_frame
 
 NAN = math.nan
 

@@ -12,7 +12,7 @@ from smallbatch_jax import progress
 from smallbatch_jax.experiment import Run
 from smallbatch_jax.forecast import Forecast
 from smallbatch_jax.progress import LiveProgress, NoProgress, PlainProgress, ProgramPart, Status
-from smallbatch_jax.results import timing_frame
+from smallbatch_jax.timings import timing_frame
 
 
 def training():

@@ -13,6 +13,7 @@ from smallbatch_jax import results, workdir
 from smallbatch_jax.experiment import InputError
 from smallbatch_jax.files import WriteError
 from smallbatch_jax.results import ProgramResults, Row
+from smallbatch_jax.timings import TIMING_COLUMNS
 
 NAN = float("nan")
 
@@ -96,6 +97,15 @@ def test_a_damaged_line_in_the_middle_costs_that_line_alone(store):
     path.write_text("".join([lines[0], lines[1], "\0garbage\n", lines[3]]))
     with pytest.warns(UserWarning, match="not whole"), pytest.warns(UserWarning, match="missing"):
         assert list(results.load(store).epoch) == [1, 3]
+
+
+def test_the_final_accuracy_of_a_run_is_the_median_of_its_last_five_epochs(store):
+    accuracies = [0.9, 0.8, 0.1, 0.2, 0.6, 0.3, 0.4]
+    with ProgramResults(store, 4, 4) as program:
+        program.append(row(epoch, test_accuracy=value) for epoch, value in enumerate(accuracies, 1))
+        program.append([row(1, seed=1, test_accuracy=NAN)])
+        assert program.final_accuracy(row(1).run) == 0.3
+        assert math.isnan(program.final_accuracy(row(1, seed=1).run))
 
 
 def test_who_reads_is_told_of_rows_that_are_lost(store):
@@ -209,7 +219,7 @@ def test_timings_are_read_with_and_without_memory_whatever_version_began_the_fil
     if resumed:
         results.Timings(tmp_path).add("compile", 1.5, 4, 4, 2, peak_bytes=4096)
     frame = results.load_timings(tmp_path)
-    assert list(frame.columns) == list(results.TIMING_COLUMNS)
+    assert list(frame.columns) == list(TIMING_COLUMNS)
     assert list(frame.peak_bytes) == peaks
     assert list(frame.seconds) == [1.5] * len(peaks)
     assert frame.drop(columns=["phase", "seconds"]).dtypes.unique().tolist() == [np.dtype("int64")]
@@ -227,7 +237,7 @@ def test_a_timing_that_lost_its_end_does_not_pass_for_an_older_one(tmp_path):
 
 
 def test_timings_that_cannot_be_read_are_none_and_named(tmp_path):
-    assert list(results.load_timings(tmp_path).columns) == list(results.TIMING_COLUMNS)
+    assert list(results.load_timings(tmp_path).columns) == list(TIMING_COLUMNS)
     (tmp_path / "timings.csv").mkdir()
     with pytest.warns(UserWarning, match=r"timings.csv left out: Is a directory"):
         assert results.load_timings(tmp_path).empty
