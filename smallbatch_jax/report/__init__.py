@@ -50,7 +50,7 @@ def write(studies: Iterable[Study], path: str | os.PathLike[str], refresh_second
 def page(studies: Iterable[Study], refresh_seconds: int | None = None) -> str:
     """The page as one string of HTML. Arguments as for `write`."""
     studies = list(studies)
-    labels = paper_labels(studies)
+    labels = [label.replace("\\$", "$") for label in paper_labels(studies)]  # those of matplotlib's figures
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_resource("page.html")).render(
         title=f"{', '.join(study.name for study in studies)}: batch size and learning rate",
@@ -98,6 +98,7 @@ def _section(identity: str, study: Study, label: str) -> dict[str, Any]:
         "id": identity,
         "name": study.name,
         "label": label,
+        "title": label.removesuffix(f" ({study.name})"),
         "answer": found,
         "facts": describe(study),
         "maps": [grid.label for grid in grids],

@@ -1,5 +1,6 @@
 """The charts of a report, made by Plotly in Python. The page shows them and swaps one for another; it draws none itself."""
 
+import html
 import itertools
 import math
 from collections.abc import Sequence
@@ -202,11 +203,11 @@ def best_by_batch_size(studies: dict[str, Study]) -> go.Figure:
             x=best["batch_size"],
             y=100 * best["test_accuracy"],
             error_y={"array": std, "visible": bool(std.notna().any()), "thickness": 1, "width": 3},
-            name=label,
+            name=html.escape(label, quote=False),
             mode="lines+markers",
             line={"color": CATEGORIES[i % len(CATEGORIES)], "dash": "solid" if i < len(CATEGORIES) else "dash"},
             hovertext=hover,
-            hovertemplate="%{hovertext}<extra>" + label + "</extra>",
+            hovertemplate="%{hovertext}<extra>" + html.escape(label, quote=False) + "</extra>",
         )
     batch_size_axis(figure, {m for study in studies.values() for m in study.cells["batch_size"].tolist()})
     names = {metric_name(study.experiment) for study in studies.values()}
