@@ -153,7 +153,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     logging.set_verbosity(logging.ERROR)  # config_flags warns of what we refuse
     try:
         _refuse_unknown_fields(argv)
-        return flags.FLAGS(list(argv))
+        return flags.FLAGS([_with_powers(arg) for arg in argv])
     except (InputError, flags.Error) as error:
         # config_flags tells a TypeError or ValueError of a config file with its whole traceback: say the error itself
         cause = error.__context__ and error.__context__.__context__
@@ -163,6 +163,14 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except Exception as error:  # whatever a config file or an override raises is the user's to mend, not ours to trace
         fail(_config_error(error))
     raise AssertionError("unreachable")
+
+
+def _with_powers(arg: str) -> str:
+    """An override of base learning rates in which 2^-7, as all tables write it, or 2**-7 is the number that it stands for."""
+    field, equals, value = arg.partition("=")
+    if not re.fullmatch(r"--?config\.(grid\.)?base_lrs?", field):
+        return arg
+    return field + equals + re.sub(r"\b2(?:\^|\*\*)(-?\d{1,3})\b", lambda power: repr(2.0 ** int(power[1])), value)
 
 
 def _refuse_unknown_fields(argv: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """Trains one run, with the same step and the same store as a sweep.
 
-    python experiments/train.py --config=configs/quickstart.py --config.batch_size=8 --config.base_lr=0.0078125 \
+    python experiments/train.py --config=configs/quickstart.py --config.batch_size=8 --config.base_lr=2^-7 \
         --workdir=runs/one
 
 `--config.bn_batch_size` and `--config.seed` choose the rest; the config's grid is not used. The same command resumes.

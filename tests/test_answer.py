@@ -71,6 +71,11 @@ def test_seeds_give_the_deviation_and_the_noise():
     assert answer(dataclasses.replace(one, examples=None)).sentence.endswith("never reaches it.")
 
 
+def test_seeds_that_differ_much_tell_little():
+    apart = {4: [[0.85, 0.9, 0.95]], 8: [[0.8, 0.85, 0.9]]}
+    assert sentence(apart, lrs=LRS[:1], seeds=(0, 1, 2)).endswith("every other batch size reaches it too.")
+
+
 def test_two_seeds_that_agree_by_luck_do_not_count_as_certain():
     assert sentence({4: [[0.9, 0.9]], 8: [[0.895, 0.895]]}, lrs=LRS[:1], seeds=(0, 1)).endswith("reaches it too.")
 

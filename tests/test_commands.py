@@ -137,6 +137,8 @@ MISTAKES = [
     (["--config.grid.batch_sizes=(2,"], "--config.grid.batch_sizes=(2,"),
     (["--config.grid.base_lrs=(0.5,0.5)"], "grid.base_lrs: 0.5 stands twice"),
     (["--config.grid.base_lrs=(1e999,)"], "grid.base_lrs: got inf"),
+    (["--config.grid.base_lrs=(2^-7,2**-7,2^0)"], "0.0078125 stands twice in (0.0078125, 0.0078125, 1.0)"),
+    (["--config.grid.base_lrs=(0.5,12^2)"], "grid.base_lrs: got '(0.5,12^2)'"),
     (["--config.grid.bn_batch_sizes=(6,)"], "grid.bn_batch_sizes: 6 does not divide batch size 8"),
     (["--config.model.name=resnet9000"], "model.name: unknown model 'resnet9000'"),
     (["--config.epochs=many"], "--config.epochs=many"),

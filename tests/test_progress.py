@@ -142,7 +142,7 @@ def test_programs_to_come_are_expected_at_the_rates_measured_so_far():
 
 
 def test_rates_are_interpolated_between_batch_sizes_and_earlier_sessions_count():
-    jobs = [FakeJob(2), FakeJob(8), FakeJob(32)]
+    jobs = [FakeJob(8), FakeJob(16), FakeJob(32)]
     assert later(forecast(jobs, (32, 2.0, 3200)), jobs, trained=100) == pytest.approx(600 / 400 + 600 / 1600)
 
 

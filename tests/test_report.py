@@ -201,6 +201,13 @@ def test_text_of_a_users_cannot_break_out_of_its_place():
     assert len(re.findall("<script", page)) == len(re.findall("</script>", page))
 
 
+def test_json_in_a_script_is_itself_and_ends_no_script():
+    value = {"</script>": ["<!--", "&amp;", "η̃ = 2^-7"]}
+    text = report._script_json(value)
+    assert json.loads(text) == value
+    assert not set("<>&") & set(text)
+
+
 def store(path, rows):
     """A workdir of two batch sizes with one rate and 3 epochs; `rows` are (batch size, epoch)."""
     experiment = tiny.grid(name="mine", batch_sizes=(2, 4), base_lrs=(2**-6,))
