@@ -65,7 +65,7 @@ def chosen(page, study="study0"):
 
 
 def test_it_fits_the_screen_and_shows_the_answer(page, studies):
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
     for line, found in zip(page.locator("p.answer").all(), studies, strict=True):
         assert answer(found).sentence in line.text_content()
     charts = page.locator(".chart").all()
