@@ -9,6 +9,7 @@ ILSVRC2012_img_train.tar (138 GB) and ILSVRC2012_img_val.tar (6.3 GB) into DIR/d
 disk while it is prepared, those archives included, and 150 GB once it is and they are deleted.
 """
 
+import logging
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,18 @@ def _require_archives(folder: Path) -> None:
 
 def _prepare(name: str, folder: Path) -> Any:
     """TFDS's builder of a dataset, which is prepared unless it was already."""
+    import requests
     import tensorflow_datasets as tfds
 
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it would tell of each of its attempts
     try:
         builder = tfds.builder(name, data_dir=folder, file_format="array_record")
         builder.download_and_prepare()
     except ImportError as error:
         raise InputError(f"--dataset: preparing {name} lacks a package ({error}); {NEEDS}") from error
+    except requests.RequestException as error:
+        host = getattr(error.request, "url", None) or "its host"
+        command.leave(f"{name} cannot be downloaded from {host}: no answer; prepare it where the network is.", 1)
     except tarfile.TarError as error:
         raise InputError(f"--dataset: an archive of {name} is damaged ({error}); download it again.") from error
     return builder

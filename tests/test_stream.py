@@ -168,7 +168,8 @@ if __name__ == "__main__":
     ahead.take(out)
     print("reading", flush=True)
     sys.stdin.readline()
-    ahead.take(out)
+    for _ in range(200):  # more than there is on its way
+        ahead.take(out)
     print("still", flush=True)
     time.sleep(60)
 """

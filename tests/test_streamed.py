@@ -73,13 +73,22 @@ def out_of_step(root, tmp_path_factory):
 def test_lanes_out_of_step_wait_for_each_other_where_there_is_no_room(root, out_of_step, tmp_path, monkeypatch, room):
     """A pool with room for one or two batches, two lanes per device, and lanes that are refilled."""
     monkeypatch.setattr(streamed, "POOL_BYTES", room * photos.SIZE**2 * 3)
-    streams, load = [], streamed.Streamed.load
+    streams, load, steps = [], streamed.Streamed.load, streamed.Streamed.steps
 
     def spy(self, program, batch_size, spans):
         streams.append({(span.seed, span.first_step) for span in spans if span})
         return load(self, program, batch_size, spans)
 
+    def behind_first(self, program, batch_size, wanted, pace):
+        chosen = steps(self, program, batch_size, wanted, pace)
+        went, waited = (
+            {s.first_step for s, n in zip(wanted, chosen, strict=True) if s and bool(n) == go} for go in (True, False)
+        )
+        assert not waited or max(went) < min(waited)
+        return chosen
+
     monkeypatch.setattr(streamed.Streamed, "load", spy)
+    monkeypatch.setattr(streamed.Streamed, "steps", behind_first)
     same(train(tmp_path / "w", photos.load(root), augment=True, lanes=4, base_lrs=OUT_OF_STEP), out_of_step)
     assert {len(found) for found in streams} == set(range(1, room // 4 + 1))
 
