@@ -81,9 +81,8 @@ def test_lanes_out_of_step_wait_for_each_other_where_there_is_no_room(root, out_
 
     def behind_first(self, program, batch_size, wanted, pace):
         chosen = steps(self, program, batch_size, wanted, pace)
-        went, waited = (
-            {s.first_step for s, n in zip(wanted, chosen, strict=True) if s and bool(n) == go} for go in (True, False)
-        )
+        firsts = [(span.first_step, n) for span, n in zip(wanted, chosen, strict=True) if span]
+        went, waited = [step for step, n in firsts if n], [step for step, n in firsts if not n]
         assert not waited or max(went) < min(waited)
         return chosen
 
