@@ -152,6 +152,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         sys.exit(0)
     logging.set_verbosity(logging.ERROR)  # config_flags warns of what we refuse
     try:
+        _refuse_missing_config(argv)
         _refuse_unknown_fields(argv)
         return flags.FLAGS([_with_powers(arg) for arg in argv])
     except (InputError, flags.Error) as error:
@@ -163,6 +164,16 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except Exception as error:  # whatever a config file or an override raises is the user's to mend, not ours to trace
         fail(_config_error(error))
     raise AssertionError("unreachable")
+
+
+def _refuse_missing_config(argv: Sequence[str]) -> None:
+    """Names the config file that is not there; what loads it would say so in many words."""
+    for arg in argv[1:]:
+        match = re.match(r"--?config=([^:]+)", arg)
+        if match and not Path(match.group(1)).exists():
+            raise InputError(
+                f"--config={match.group(1)}: no such file in {os.getcwd()}; give its path from there, or its full path."
+            )
 
 
 def _with_powers(arg: str) -> str:
@@ -272,4 +283,5 @@ def show(folder: Path, out: Path | None = None) -> None:
     if left_out := len(skipped.load(folder)):
         print(f"skipped images, which could not be decoded: {left_out}, listed in {folder}/skipped.csv")
     drawn = figures.draw_studies([stored], out)
-    print(f"figures: {', '.join(path.name for path in drawn)} in {drawn[0].parent}")
+    print(f"figures: {', '.join(dict.fromkeys(path.stem for path in drawn))}, as PNG and PDF in {drawn[0].parent}")
+    print(f"as a page: python experiments/report.py --workdir={folder}")

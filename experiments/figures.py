@@ -77,7 +77,8 @@ def tell(studies: "Sequence[Study]", drawn: Sequence[Path]) -> None:
     print(analysis.format_summary(pd.concat([analysis.summary(study.rows, study.chance, study.cells) for study in studies])))
     print("\n".join(["", *(f"{study.name}: {answer(study).sentence}" for study in studies), ""]))
     for folder in dict.fromkeys(path.parent for path in drawn):
-        print(f"figures: {', '.join(path.name for path in drawn if path.parent == folder)} in {folder}")
+        stems = dict.fromkeys(path.stem for path in drawn if path.parent == folder)
+        print(f"figures: {', '.join(stems)}, as PNG and PDF in {folder}")
 
 
 if __name__ == "__main__":

@@ -191,4 +191,7 @@ def _format_accuracy(mean: float, std: float) -> str:
 
 
 def _format_range(lowest: float, highest: float, count: int) -> str:
-    return f"{format_base_lr(lowest)} … {format_base_lr(highest)} ({count})" if count else "none"
+    if not count:
+        return "none"
+    ends = dict.fromkeys(map(format_base_lr, (lowest, highest)))
+    return f"{' … '.join(ends)} ({count})"

@@ -10,8 +10,8 @@ from smallbatch_jax.analysis import format_base_lr
 from smallbatch_jax.study import Study
 
 RULE = (
-    "A batch size reaches the best if its own best is within two standard errors of the difference: those of the seeds, "
-    "where a cell has fewer than three at least those of a test set of that size."
+    "Within the noise is a gap of less than two standard errors: those of the seeds, and where there are fewer than three at "
+    "least those of a test set of that size."
 )
 
 
@@ -19,7 +19,7 @@ class Answer(NamedTuple):
     """What a study says, in plain text."""
 
     sentence: str  # one, with its full stop
-    caveats: tuple[str, ...]  # what a careful reader would ask; none if there is nothing
+    caveats: tuple[str, ...]  # the learning rate as others write it, and what a careful reader would ask
     best: pd.Series | None  # the row of `study.cells` that is best; None until a run has finished
 
 
@@ -33,7 +33,7 @@ def answer(study: Study) -> Answer:
     ended, runs = study.runs
     so_far = f"So far ({ended:,} of {runs:,} runs ended): " if ended < runs else ""
     if not cells["finished"].any():
-        return Answer(f"{so_far}{'no run has finished.' if so_far else 'Every run diverged.'}", (), None)
+        return Answer(f"{so_far}{'none of them has finished.' if so_far else 'Every run diverged.'}", (), None)
     best = _best(cells)
     if best["test_accuracy"] <= study.chance:
         return Answer(f"{so_far}No run is better than chance, {_percent(study.chance)}.", (), best)
@@ -91,7 +91,7 @@ def _rest(study: Study, best: pd.Series) -> str:
         return ""
     if not never:
         all_ended = others == len(sizes) - 1
-        return ("every other batch size" if all_ended else "every other whose runs have ended") + " reaches it too"
+        return ("every other batch size" if all_ended else "every other whose runs have ended") + " is within the noise of it"
     if len(never) == len(sizes) - 1 > 1:
         return "no other batch size reaches it"
     return _never(never, sizes)
@@ -107,11 +107,20 @@ def _never(never: Sequence[int], sizes: Sequence[int]) -> str:
     return f"{' and '.join(parts)} never {'reach' if several else 'reaches'} it"
 
 
+def _in_words(study: Study, best: pd.Series) -> str:
+    """The best cell as a user of another framework would set it."""
+    schedule, eta = study.experiment.schedule, best["base_lr"] * best["batch_size"]
+    drops = " and ".join(f"{100 * boundary:.3g} %" for boundary in schedule.boundaries)
+    then = f", times {schedule.factor:g} after {drops} of the training" if drops else ""
+    warm_up = f", after a warm-up over {100 * schedule.warmup_fraction:g} %" if schedule.warmup_fraction else ""
+    return f"As most write it: learning rate η = η̃·m = {eta:.6g} on the mean gradient, SGD without momentum{then}{warm_up}."
+
+
 def _caveats(study: Study, best: pd.Series) -> list[str]:
     cells, m = study.cells, int(best["batch_size"])
     same = cells[(cells["batch_size"] == m) & (cells["bn_batch_size"] == best["bn_batch_size"])]
     rates = sorted(same["base_lr"].tolist())
-    found = []
+    found = [_in_words(study, best)]
     if len(rates) > 1 and best["base_lr"] in (rates[0], rates[-1]):
         end, beyond = ("smallest", "smaller") if best["base_lr"] == rates[0] else ("largest", "larger")
         found.append(f"{format_base_lr(best['base_lr'])} is the {end} η̃ tried at m = {m}: a {beyond} one may be better still.")
@@ -125,7 +134,25 @@ def _caveats(study: Study, best: pd.Series) -> list[str]:
         )
     if best["finished"] == 1:
         found.append("One seed: how much chance there is in it is not known.")
-    ways = sum(_reaches(study, cell, best) for _, cell in cells[cells["finished"] > 0].iterrows()) - 1
-    if ways:
-        found.append(f"{ways} other {'cell is' if ways == 1 else 'cells are'} as good within the noise.")
-    return found
+    others = cells[cells["finished"] > 0].drop(index=best.name)
+    near = [int(cell["batch_size"]) for _, cell in others.iterrows() if _reaches(study, cell, best)]
+    if near:
+        are, sizes = "cell is" if len(near) == 1 else "cells are", ", ".join(map(str, sorted(set(near))))
+        found.append(f"{len(near)} other {are} within the noise of it, at m = {sizes}.")
+    return found + _edges_of_others(cells, m)
+
+
+def _edges_of_others(cells: pd.DataFrame, best: int) -> list[str]:
+    """The other batch sizes that are best at an end of their base learning rates, so that a wider grid may do them justice."""
+    ends: dict[str, list[int]] = {"smallest": [], "largest": []}
+    for m, rows in cells[(cells["finished"] > 0) & (cells["batch_size"] != best)].groupby("batch_size"):
+        tried = cells.loc[cells["batch_size"] == m, "base_lr"]
+        for end, rate in (("smallest", tried.min()), ("largest", tried.max())):
+            if tried.nunique() > 1 and _best(rows)["base_lr"] == rate:
+                ends[end].append(int(str(m)))
+    return [
+        f"m = {', '.join(map(str, sizes))} {'is' if len(sizes) == 1 else 'are'} best at the {end} η̃ tried: "
+        f"a {'smaller' if end == 'smallest' else 'larger'} one may bring {'it' if len(sizes) == 1 else 'them'} closer."
+        for end, sizes in ends.items()
+        if sizes
+    ]

@@ -353,6 +353,8 @@ def sweep(
             "norm, bn_decay, bn_statistics: are of the named models; an own module brings its own, leave them out."
         )
     images = data.load(dataset, data_dir, image_size) if isinstance(dataset, str) else dataset
+    if not isinstance(images, (Dataset, Photographs)):
+        raise InputError(f"dataset: got a {type(images).__name__}; accepts a name, or a data.Dataset of your own arrays.")
     config = {
         "name": name,
         "dataset": {

@@ -33,7 +33,7 @@ class Part:
 
     def counts(self) -> str:
         """Runs done and diverged, and the best accuracy so far."""
-        best = f", best {100 * self.best:.1f} %" if self.best == self.best else ""
+        best = f", best run {100 * self.best:.1f} %" if self.best == self.best else ""
         return f"{self.done}/{self.runs} runs done ({self.diverged} diverged){best}"
 
 
@@ -45,6 +45,7 @@ class ProgramPart(Part):
     lanes: int = 0
     running: int = 0  # lanes at work
     seconds: float = 0.0  # of its segments
+    segments: int = 0
 
     @property
     def rate(self) -> float:
@@ -80,10 +81,12 @@ class Status(Part):
         """Counts a segment's images."""
         for part in self._parts():
             part.trained += images
-        if self.program:
-            self.program.seconds += seconds
         rate = images / max(seconds, 1e-9)
         known = self.images_per_second
+        if self.program:
+            self.program.seconds += seconds
+            self.program.segments += 1
+            known *= self.program.segments > 2  # the first also waits for what is done once
         self.images_per_second = (1 - SMOOTHING) * known + SMOOTHING * rate if known else rate
 
     def add_running(self, running: int) -> None:
@@ -97,13 +100,14 @@ class Status(Part):
 
     @property
     def program_seconds(self) -> float:
-        """Time left for the program that trains; NaN before its first segment."""
+        """Time left for the program that trains; NaN before its second segment."""
         part = self.program or self
-        return (part.images - part.trained) / self.images_per_second if self.images_per_second else math.nan
+        known = self.images_per_second and (self.program is None or self.program.segments > 1)
+        return (part.images - part.trained) / self.images_per_second if known else math.nan
 
     @property
     def seconds(self) -> float:
-        """Time left for the grid; NaN before the first segment of a program."""
+        """Time left for the grid; NaN before the second segment of a program."""
         return self.program_seconds + self.later_seconds
 
     def line(self) -> str:
@@ -112,15 +116,15 @@ class Status(Part):
         grid = f"{self.counts()}, {duration(self.seconds)} left"
         if self.program is None:
             return f"{self.running} running, {speed}; {grid}"
-        return f"{self.program_line()}; grid: {grid}"
+        return f"{self.program_line()}, {duration(self.program_seconds)} left; grid: {grid}"
 
     def program_line(self) -> str:
-        """Of the program that trains: lanes at work, runs done, images/s, time left."""
+        """Of the program that trains: lanes at work, images/s, runs done."""
         part = self.program
         if part is None:
             return ""
-        lanes = f"{part.running} of {part.lanes} lanes at work"
-        return f"{lanes}, {part.counts()}, {self.images_per_second:,.0f} images/s, {duration(self.program_seconds)} left"
+        lanes = f"{part.running} of {part.lanes} lanes at work" if part.running else "ending"
+        return f"{lanes}, {self.images_per_second:,.0f} images/s, {part.counts()}"
 
 
 class Progress(Protocol):
@@ -140,14 +144,15 @@ class NoProgress:
 
 
 class PlainProgress:
-    """For a log: a line as each program begins to train, then at most one in `every_seconds`, and one at the end."""
+    """For a log: a line as each program has begun to train, then at most one in `every_seconds`, and one at the end."""
 
     def __init__(self, stream: TextIO | None = None, every_seconds: float = 60.0):
         self._stream, self._every = stream or sys.stderr, every_seconds
         self._last, self._doing = -math.inf, ""
 
     def show(self, status: Status, doing: str) -> None:
-        if doing != self._doing or time.monotonic() - self._last >= self._every:
+        early = status.program is not None and status.program.segments == 1  # nothing can be said of its time yet
+        if (doing != self._doing and not early) or time.monotonic() - self._last >= self._every:
             self._last, self._doing = time.monotonic(), doing
             print(f"{doing}: {status.line()}" if status.trained else doing, file=self._stream, flush=True)
 
@@ -160,18 +165,26 @@ class LiveProgress:
 
     def __init__(self, console: Any = None) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, TextColumn
+        from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
         from rich.progress import Progress as Bars
         from rich.table import Column
+        from rich.text import Text
+
+        class Line(ProgressColumn):
+            """Gives way where there is little room, and is cut, not wrapped."""
+
+            def render(self, task: Task) -> Text:
+                return Text(task.fields["line"], no_wrap=True, overflow="ellipsis")
 
         columns = (
-            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=8)),
-            BarColumn(bar_width=None, table_column=Column(min_width=8, max_width=40, ratio=1)),
-            TextColumn("{task.fields[line]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=6)),
+            BarColumn(bar_width=16, table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
+            Line(),
         )
-        self._bars = Bars(*columns, console=console or Console(stderr=True), transient=True, expand=True)
-        self._program = self._bars.add_task("", total=None, line="", visible=False)
-        self._grid = self._bars.add_task("grid", total=None, line="")
+        self._bars = Bars(*columns, console=console or Console(stderr=True), transient=True)
+        self._program = self._bars.add_task("", total=None, left="", line="", visible=False)
+        self._grid = self._bars.add_task("grid", total=None, left="", line="")
         self._bars.start()
 
     def show(self, status: Status, doing: str) -> None:
@@ -182,11 +195,13 @@ class LiveProgress:
                 description=doing,
                 total=max(part.images, 1),
                 completed=part.trained,
+                left=f"{duration(status.program_seconds)} left",
                 line=status.program_line(),
                 visible=True,
             )
-        grid = f"{status.counts()}, {duration(status.seconds)} left" if part else f"{doing}: {status.line()}"
-        self._bars.update(self._grid, total=max(status.images, 1), completed=status.trained, line=grid)
+        left = f"{duration(status.seconds)} left" if status.trained else ""
+        line = status.counts() if part else f"{doing}: {status.counts()}"
+        self._bars.update(self._grid, total=max(status.images, 1), completed=status.trained, left=left, line=line)
 
     def close(self, status: Status) -> None:
         self._bars.stop()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smallbatch_jax import analysis, results
-from smallbatch_jax.experiment import Experiment, InputError
+from smallbatch_jax.experiment import OWN, Experiment, InputError
 from smallbatch_jax.timings import timing_frame
 from smallbatch_jax.workdir import read_experiment, read_facts
 
@@ -92,9 +92,9 @@ def describe(study: Study) -> str:
     """One line: what was trained, on what, and how much of it has ended."""
     e, cells = study.experiment, study.cells
     images = " ({:,} + {:,} images)".format(*study.examples) if study.examples else ""
-    facts = [e.model.name, f"norm {e.model.norm}"]
+    facts = [e.model.name.removeprefix(OWN), f"norm {e.model.norm}"]
     facts += ["precise statistics"] * (e.model.bn_statistics == "precise")
-    facts += [f"{e.dataset.name}{images}"]
+    facts += [f"{'own data' if e.dataset.name.startswith(OWN) else e.dataset.name}{images}"]
     facts += ["augmented"] * e.dataset.augment
     facts += [analysis.plural(e.epochs, "epoch")]
     facts += [f"warm-up {100 * e.schedule.warmup_fraction:g} %"] * (e.schedule.warmup_fraction > 0)

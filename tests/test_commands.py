@@ -102,7 +102,7 @@ def test_sweep_from_python_equals_the_command_line_bit_for_bit(trained):
 def test_figures_go_where_they_are_asked_to(trained, tmp_path):
     done = run("figures.py", f"--workdir={trained[0]}", f"--out={tmp_path / 'out'}")
     assert done.returncode == 0
-    assert done.stdout.splitlines()[:-1] == trained[1].stdout.splitlines()[:-1]
+    assert done.stdout.splitlines()[:-2] == trained[1].stdout.splitlines()[:-2]
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (trained[0] / "figures").iterdir()}
 
 

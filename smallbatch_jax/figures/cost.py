@@ -129,7 +129,8 @@ def accuracy_against_memory(study: Study) -> Figure:
     lost = _named("diverged", sizes[table.all_diverged[0]])
     marks = _marks(table.some_diverged[0] & here, table.some_pending[0] & here)
     lanes = f"memory of {_lanes_note(study, cells)} together, without the dataset"
-    style.foot(figure, marks, _note(_pending(cells), lost, unknown, lanes))
+    alike = "all need about as much" if here.sum() > 1 and peaks[here].max() < 1.1 * peaks[here].min() else ""
+    style.foot(figure, marks, _note(_pending(cells), lost, unknown, alike, lanes))
     return figure
 
 

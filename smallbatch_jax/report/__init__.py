@@ -108,6 +108,7 @@ def _section(identity: str, study: Study, label: str) -> dict[str, Any]:
         "costs": costs.table(study),
         "cost_sentence": costs.sentence(study),
         "cost_charts": list(cost_charts),
+        "cost_caption": costs.caption(study),
         "provenance": sections.provenance(study.workdir),
         "config": json.dumps(study.experiment.to_dict(), indent=1, ensure_ascii=False),
         "data": _script_json(data),

@@ -102,7 +102,7 @@ def cell_labels(study: Study) -> list[str]:
     labels = []
     for _, cell in study.cells.iterrows():
         eta = cell["base_lr"] * cell["batch_size"]
-        lines = [f"<b>{setting(cell)}</b>", f"η = η̃·m = {eta:.4g}"]
+        lines = [f"<b>{setting(cell)}</b>", f"η = η̃·m = {eta:.6g}"]
         lines += [f"{metric_name(study.experiment)} {accuracy(cell)}"] * bool(cell["finished"])
         fates = seeds.get(tuple(cell[name] for name in CELL), [])
         lines += fates[:MOST_SEEDS] + [f"and {len(fates) - MOST_SEEDS} more seeds"] * (len(fates) > MOST_SEEDS)
@@ -139,7 +139,9 @@ def learning_curves(study: Study) -> list[Curves]:
         traces = {
             what: [trace for i, run in enumerate(runs) for trace in _traces(run, i, what)] for what in ("accuracy", "loss")
         }
-        found.append(Curves(setting(cell) + ("" if runs else ": no epoch has ended yet"), **traces))
+        drawn = any(y is not None for trace in traces["accuracy"] for y in trace["y"])
+        nothing = ": diverged before the end of an epoch" if runs else ": no epoch has ended yet"
+        found.append(Curves(setting(cell) + ("" if drawn else nothing), **traces))
     return found
 
 
@@ -238,10 +240,18 @@ def accuracy_by_batch_size(study: Study, grid: Grid) -> go.Figure:
             hovertemplate="%{hovertext}<extra></extra>",
         )
     batch_size_axis(figure, set(grid.cells["batch_size"].tolist()))
+    if not rates:
+        say_nothing(figure)
     figure.update_yaxes(title=f"{metric_name(study.experiment)} (%)")
     title = "η̃" if grid.column == "base_lr" else "BN batch size"
     figure.update_layout(showlegend=True, legend={**LEGEND_ABOVE, "title": {"text": title}})
     return figure
+
+
+def say_nothing(figure: go.Figure) -> None:
+    """What a chart without a curve says."""
+    figure.add_annotation(text="no run has finished", x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False)
+    figure.update_yaxes(showticklabels=False, showgrid=False)
 
 
 def rgb(colour: Any) -> str:

@@ -13,7 +13,7 @@ from smallbatch_jax.figures.style import SECONDS, ordered_colors, unit_ticks
 from smallbatch_jax.figures.summary import metric_name
 from smallbatch_jax.figures.table import best_of_each, one_bn_batch_size
 from smallbatch_jax.progress import duration
-from smallbatch_jax.report.charts import LEGEND_ABOVE, SYMBOLS, batch_size_axis, empty_figure, rgb
+from smallbatch_jax.report.charts import LEGEND_ABOVE, SYMBOLS, batch_size_axis, empty_figure, rgb, say_nothing
 from smallbatch_jax.report.sections import Table, Value
 from smallbatch_jax.study import Study
 
@@ -34,6 +34,19 @@ def sentence(study: Study) -> str:
     return f"{plural(len(costs), 'program')} trained {images} in {trained}; compiling took {compiled}, {beside}"
 
 
+def caption(study: Study) -> str:
+    """What the chart of times shows."""
+    target = cost.target_accuracy(one_bn_batch_size(study.cells)[0], study.chance)
+    if math.isnan(target):
+        return ""
+    share = f"{100 * cost.TARGET:.0f} % of the way from chance to the best"
+    return f"Right: the time of a run until it reaches {100 * target:.1f} %, {share}; × marks a batch size that never does."
+
+
+def _time(seconds: float) -> str:
+    return duration(seconds) if seconds >= 10 else f"{seconds:.2g} s"
+
+
 def table(study: Study) -> Table | None:
     """A row for each program that was timed; None if there is none."""
     costs = cost.program_costs(study.timings)
@@ -52,8 +65,8 @@ def table(study: Study) -> Table | None:
                 *bn,
                 Value(program["lanes"], str(program["lanes"])),
                 _number(rate, f"{rate:,.0f}"),
-                *(Value(value, duration(value)) for value in seconds),
-                _number(peak, f"{peak / 2**20:,.0f}"),
+                *(Value(value, _time(value)) for value in seconds),
+                _number(peak, f"{peak / 2**20:,.1f}"),
             ]
         )
     return Table(heads, rows)
@@ -76,7 +89,7 @@ def accuracy_by_time(study: Study) -> go.Figure:
             continue
         mean = runs.groupby("epoch")[["seconds", "test_accuracy"]].mean()
         drawn.append(mean["seconds"])
-        hover = [f"<b>{setting(cell)}</b><br>epoch {epoch}, {duration(x)}" for epoch, x in mean["seconds"].items()]
+        hover = [f"<b>{setting(cell)}</b><br>epoch {epoch}, {_time(x)}" for epoch, x in mean["seconds"].items()]
         figure.add_scatter(
             x=mean["seconds"],
             y=100 * mean["test_accuracy"],
@@ -90,6 +103,8 @@ def accuracy_by_time(study: Study) -> go.Figure:
     figure.update_xaxes(title="time of a run", **_time_axis(pd.concat(drawn) if drawn else pd.Series(dtype=float)))
     figure.update_yaxes(title=f"{metric_name(study.experiment)} (%)")
     figure.update_layout(showlegend=True, legend=LEGEND_ABOVE)
+    if not drawn:
+        say_nothing(figure)
     return figure
 
 
@@ -100,7 +115,7 @@ def time_to_accuracy(study: Study) -> go.Figure:
     rows = study.rows.merge(cells[CELL], on=CELL)
     found = cost.time_to_accuracy(rows, study.timings, target).dropna(subset=["seconds"])
     labels = [
-        f"<b>{setting(row)}</b><br>{duration(row['seconds'])}, {row['epochs']:.3g} epochs" for row in found.to_dict("records")
+        f"<b>{setting(row)}</b><br>{_time(row['seconds'])}, {row['epochs']:.3g} epochs" for row in found.to_dict("records")
     ]
     figure = empty_figure(height=340)
     figure.add_scatter(x=found["batch_size"], y=found["seconds"], mode="lines+markers", hovertext=labels)
@@ -108,10 +123,13 @@ def time_to_accuracy(study: Study) -> go.Figure:
     batch_size_axis(figure, set(cells["batch_size"].tolist()))
     shown = "" if target != target else f" to {100 * target:.1f} %"
     figure.update_yaxes(title=f"time of a run{shown}", **_time_axis(found["seconds"]))
-    for m in sorted(set(cells["batch_size"].tolist()) - set(found["batch_size"].tolist())):
+    waiting = set(cells.loc[cells["pending"] > 0, "batch_size"].tolist())
+    for m in sorted(set(cells["batch_size"].tolist()) - set(found["batch_size"].tolist()) - waiting):
         never = {"text": "×", "hovertext": f"m = {m}: no η̃ gets there", "showarrow": False}
         figure.add_annotation(x=math.log10(m), y=1, yref="paper", **never)
     figure.update_layout(showlegend=False)
+    if found.empty:
+        say_nothing(figure)
     return figure
 
 

@@ -22,7 +22,10 @@ class Study {
     for (const [name, chart] of Object.entries(this.found.costs)) draw(`${this.id}-${name}`, chart);
     this.form.addEventListener("change", (event) => this.asked(event.target.name));
     for (const button of this.section.querySelectorAll("button.show"))
-      button.addEventListener("click", () => this.choose(+button.dataset.cell));
+      button.addEventListener("click", () => {
+        this.choose(+button.dataset.cell);
+        this.section.querySelector(".area-curves").scrollIntoView({ block: "nearest" });
+      });
     this.choose(this.remembered() ?? this.found.best);
     place(`${this.id}-map`).on("plotly_click", (event) => this.choose(event.points[0].customdata));
   }

@@ -57,7 +57,7 @@ def cell_table(cells: pd.DataFrame) -> Table:
         setting = [Value(m, str(m)), *[Value(b, str(b))] * shows_bn, Value(base_lr, format_base_lr(base_lr))]
         accuracies = [_percent(cell["test_accuracy"]), _percent(cell["test_accuracy_std"])]
         counts = [Value(cell[name], str(cell[name])) for name in ("finished", "diverged", "pending")]
-        rows.append([*setting, Value(m * base_lr, f"{m * base_lr:.4g}"), *accuracies, *counts])
+        rows.append([*setting, Value(m * base_lr, f"{m * base_lr:.6g}"), *accuracies, *counts])
     return Table(heads, rows)
 
 
