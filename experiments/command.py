@@ -274,12 +274,12 @@ def train(chosen: Experiment, workdir: str, started: float) -> int:
 def show(folder: Path, out: Path | None = None) -> None:
     """Draws the figures of a workdir and prints its table and the answer."""
     from smallbatch_jax import analysis, figures, skipped, study
-    from smallbatch_jax.answer import answer
+    from smallbatch_jax.answer import RULE, answer
 
     stored = study.load(folder)
     print(analysis.format_summary(analysis.summary(stored.rows, stored.chance, stored.cells)))
     found = answer(stored)
-    print("\n".join(["", found.sentence, *(f"- {caveat}" for caveat in found.caveats), ""]), flush=True)
+    print("\n".join(["", found.sentence, *(f"- {caveat}" for caveat in found.caveats), f"({RULE})", ""]), flush=True)
     if left_out := len(skipped.load(folder)):
         print(f"skipped images, which could not be decoded: {left_out}, listed in {folder}/skipped.csv")
     drawn = figures.draw_studies([stored], out)

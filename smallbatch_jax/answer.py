@@ -10,8 +10,8 @@ from smallbatch_jax.analysis import format_base_lr
 from smallbatch_jax.study import Study
 
 RULE = (
-    "Within the noise is a gap of less than two standard errors: those of the seeds, and where there are fewer than three at "
-    "least those of a test set of that size."
+    "A batch size reaches the best if its own best is within the noise: less than two standard errors away, those of the "
+    "seeds, and with fewer than three seeds at least those of a test set of that size."
 )
 
 
