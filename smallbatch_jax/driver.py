@@ -20,7 +20,6 @@ from flax import linen as nn
 
 from smallbatch_jax import data, memory, processes, results, weights_and_biases
 from smallbatch_jax import lanes as lane_programs
-from smallbatch_jax.analysis import plural
 from smallbatch_jax.checkpoint import Checkpoints
 from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.experiment import OWN, Experiment, InputError, from_config, programs
@@ -38,7 +37,7 @@ from smallbatch_jax.signals import Interrupted, Stop, noted_signals
 from smallbatch_jax.skipped import SkippedImages
 from smallbatch_jax.streamed import supply_of
 from smallbatch_jax.supply import Supply
-from smallbatch_jax.timings import NoTimings, Timings, load_timings
+from smallbatch_jax.timings import NoTimings, Timings, timing_rows
 from smallbatch_jax.train import TrainState
 from smallbatch_jax.workdir import open_workdir, record_provenance, surroundings
 
@@ -177,9 +176,9 @@ class _Study:
             status = _status(jobs)
             stack.callback(progress.close, status)
             pending = [job for job in jobs if job.pending()]
-            forecast = Forecast(progress, jobs, load_timings(folder))
+            forecast = Forecast(progress, jobs, timing_rows(folder))
             if pending:
-                progress.show(status, f"compiling {pending[0].title}, the first of {plural(len(pending), 'program')}")
+                progress.show(status, f"compiling {pending[0].title}, program 1 of {len(pending)}")
             compiler = _Compiler(supply, timings)
             for place, (job, program) in enumerate(compiler.in_turn(pending, initial, stop), 1):
                 forecast.begin(job, pending[place:])

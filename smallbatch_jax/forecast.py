@@ -1,12 +1,15 @@
 """How long the rest of a grid will take, from what its programs have done so far."""
 
-from collections.abc import Sequence
-
-import pandas as pd
+import bisect
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from smallbatch_jax import planning
 from smallbatch_jax.jobs import Job
 from smallbatch_jax.progress import Progress, Status
+from smallbatch_jax.timings import TIMING_COLUMNS
 
 
 class Forecast:
@@ -16,36 +19,44 @@ class Forecast:
     sizes the planner interpolates; and a base learning rate that diverged at a smaller batch size to diverge at once.
     """
 
-    def __init__(self, progress: Progress, jobs: Sequence[Job], timings: pd.DataFrame):
-        """`jobs` are all programs of the grid; `timings` those of `results.load_timings`."""
-        self._progress, self._jobs, self.later = progress, jobs, list(jobs)
-        segments = timings[(timings["phase"] == "segment") & (timings["images"] > 0)]
-        totals = segments.groupby("batch_size")[["images", "seconds"]].sum()
-        rates = totals["images"] / totals["seconds"]
-        self._rates = {int(m): float(rate) for m, rate in zip(rates.index, rates, strict=True)}
+    def __init__(self, progress: Progress, jobs: Sequence[Job], timings: Iterable[Sequence[Any]]):
+        """`jobs` are all programs of the grid; `timings` those of `timings.timing_rows`."""
+        self._progress, self._jobs = progress, jobs
+        images: Counter[int] = Counter()
+        seconds: defaultdict[int, float] = defaultdict(float)
+        for row in timings:
+            values = dict(zip(TIMING_COLUMNS, row, strict=True))
+            if values["phase"] == "segment":
+                images[values["batch_size"]] += values["images"]
+                seconds[values["batch_size"]] += values["seconds"]
+        self._rates = {m: count / seconds[m] for m, count in images.items() if count and seconds[m]}
 
     def begin(self, job: Job, later: Sequence[Job]) -> None:
-        """A program begins to train, after which these are to come."""
-        self._job, self.later = job, list(later)
+        """A program begins to train, after which these are to come; of all others' runs nothing changes meanwhile."""
+        self._job = job
+        self._lost = [(other.batch_size, _least_lost(other)) for other in self._jobs if other is not job]
+        self._later = [(other, sorted(run.base_lr for run in other.pending())) for other in later]
 
     def show(self, status: Status, doing: str) -> None:
         part = status.program
         if part is not None and part.trained:
             self._rates[self._job.batch_size] = part.rate
-        status.later_seconds = sum(self._seconds(job) for job in self.later)
+        stored = [{"batch_size": m, "images_per_second": rate} for m, rate in self._rates.items()]
+        lost = [*self._lost, (self._job.batch_size, _least_lost(self._job))]
+        status.later_seconds = sum(_seconds(job, rates, lost, stored) for job, rates in self._later)
         self._progress.show(status, doing)
 
     def close(self, status: Status) -> None:
         self._progress.close(status)
 
-    def _seconds(self, job: Job) -> float:
-        """Of one program, NaN while no rate is known."""
-        stored = [{"batch_size": m, "images_per_second": rate} for m, rate in self._rates.items()]
-        lost = self._lost(job.batch_size)
-        runs = sum(run.base_lr < lost for run in job.pending())
-        return planning.elsewhere(job.batch_size, runs, job.experiment.epochs * job.num_examples, stored)
 
-    def _lost(self, batch_size: int) -> float:
-        """The least base learning rate that diverged at a smaller batch size, or at this one."""
-        earlier = [job for job in self._jobs if job.batch_size <= batch_size]
-        return min((run.base_lr for job in earlier for run in job.runs if job.results.diverged(run)), default=float("inf"))
+def _seconds(job: Job, base_lrs: list[float], lost: list[tuple[int, float]], stored: list[dict[str, float]]) -> float:
+    """Of a program whose runs to come have these rates, ascending; NaN while no speed is known."""
+    least = min((base_lr for batch_size, base_lr in lost if batch_size <= job.batch_size), default=math.inf)
+    runs = bisect.bisect_left(base_lrs, least)
+    return planning.elsewhere(job.batch_size, runs, job.experiment.epochs * job.num_examples, stored)
+
+
+def _least_lost(job: Job) -> float:
+    """The least base learning rate of a program that diverged."""
+    return min((run.base_lr for run in job.runs if job.results.diverged(run)), default=math.inf)

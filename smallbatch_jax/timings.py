@@ -52,15 +52,20 @@ def load_timings(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     0 stands for what there is none of: batch_size outside programs, peak_bytes outside the phase "compile" and where it is not
     known. Lines that are not whole are left out, and so is a file that cannot be read, with a warning.
     """
+    return timing_frame(timing_rows(workdir))
+
+
+def timing_rows(workdir: str | os.PathLike[str]) -> list[list[Any]]:
+    """The same as plain values in the order of the columns, for who trains and has no time to import pandas."""
     path = Path(workdir) / "timings.csv"
     try:
         *lines, _ = path.read_text("utf-8", errors="replace").split("\n")  # a last line without its end is torn
     except FileNotFoundError:
         lines = []
     except OSError as error:
-        warnings.warn(f"{path} left out: {error.strerror}", stacklevel=2)
+        warnings.warn(f"{path} left out: {error.strerror}", stacklevel=3)
         lines = []
-    return timing_frame(_whole_timings(lines))
+    return list(_whole_timings(lines))
 
 
 def timing_frame(rows: Iterable[Sequence[Any]] = ()) -> "pd.DataFrame":

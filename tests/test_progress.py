@@ -13,7 +13,6 @@ from smallbatch_jax import progress
 from smallbatch_jax.experiment import Run
 from smallbatch_jax.forecast import Forecast
 from smallbatch_jax.progress import LiveProgress, NoProgress, PlainProgress, ProgramPart, Status
-from smallbatch_jax.timings import timing_frame
 
 
 def training():
@@ -78,7 +77,7 @@ def test_a_log_has_a_line_for_each_program_and_then_only_now_and_then(monkeypatc
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_terminal_shows_a_bar_of_the_program_and_one_of_the_grid(width):
     live = LiveProgress(Console(file=io.StringIO()))
-    live.show(Status(65, 65_000), "compiling m = 8, the first of 5 programs")
+    live.show(Status(65, 65_000), "compiling m = 8, program 1 of 5")
     live.show(training(), "m = 8")
     live._bars.stop()
     screen = Console(file=io.StringIO(), width=width)
@@ -121,7 +120,7 @@ class FakeJob:
 
 
 def forecast(jobs, *segments):
-    timings = timing_frame([("segment", m, m, 1, seconds, 1, images, 0) for m, seconds, images in segments])
+    timings = [("segment", m, m, 1, seconds, 1, images, 0) for m, seconds, images in segments]
     return Forecast(NoProgress(), jobs, timings)
 
 

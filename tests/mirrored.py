@@ -1,0 +1,69 @@
+"""Grids that are mirrored, and what TensorBoard's own reader finds of them."""
+
+import math
+
+import numpy as np
+import tiny
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+from smallbatch_jax import analysis, driver, results
+from smallbatch_jax.experiment import Run
+from smallbatch_jax.metrics import name_of
+from smallbatch_jax.mirrors import Mirrors
+from smallbatch_jax.progress import NoProgress
+from smallbatch_jax.results import ProgramResults, Row
+
+GRID = {"base_lrs": (2**-9, 0.1, 1e30), "seeds": (0, 1), "lanes": 4}
+TAGS = {name.replace("_", "/"): name for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy")} | {
+    "updates": "step"
+}
+
+
+def train(workdir, progress=None, **fields):
+    """Trains a tiny grid, of which the highest rate diverges, into a workdir; its rows."""
+    grid = tiny.grid(**{"tensorboard": True, **GRID, **fields})
+    driver.train_grid(grid, workdir, tiny.dataset(), progress or NoProgress(), lambda b: tiny.PlainModel())
+    return results.load(workdir)
+
+
+def runs_shown(workdir):
+    """What TensorBoard reads, by run."""
+    found = EventMultiplexer().AddRunsFromDirectory(str(workdir / "tensorboard")).Reload()
+    return {name: found.GetAccumulator(name) for name in found.Runs()}
+
+
+def points(run):
+    """Every scalar of a run: (name, epoch, value)."""
+    tags = run.Tags()["scalars"]
+    return sorted((tag, event.step, event.value) for tag in tags for event in run.Scalars(tag))
+
+
+def expected(frame):
+    """What TensorBoard should show of rows, by run: their values as float32, what is finite of them, and how the run ended."""
+    shown = {}
+    for (m, b, base_lr, seed), rows in frame.groupby(list(results.RUN_COLUMNS)):
+        values = [(tag, row["epoch"], float(row[column])) for _, row in rows.iterrows() for tag, column in TAGS.items()]
+        last, status = rows["epoch"].max(), rows["status"].iloc[0]
+        if status != "running":
+            values.append(("final/diverged", last, float(status == "diverged")))
+        if status == "finished":
+            values.append(("final/test_accuracy", last, analysis.final_accuracy(rows)["test_accuracy"].item()))
+        kept = [(tag, epoch, float(np.float32(value))) for tag, epoch, value in values if math.isfinite(value)]
+        shown[name_of(Run(m, b, base_lr, seed))] = sorted(kept)
+    return shown
+
+
+def assert_all_shown(workdir):
+    assert {name: points(run) for name, run in runs_shown(workdir).items()} == expected(results.load(workdir))
+
+
+def row(epoch, base_lr=2**-7, test_accuracy=0.5, seed=0):
+    return Row(4, 4, base_lr, seed, epoch, 13 * epoch, 1 / epoch, 0.25, 2 / epoch, test_accuracy)
+
+
+def show(workdir, *rows, epochs=7, **fields):
+    """Stores rows and opens the mirrors on what is stored then."""
+    with ProgramResults(workdir, 4, 4) as stored:
+        stored.append(rows)
+        with Mirrors(tiny.grid(**{"epochs": epochs, "tensorboard": True, **fields}), workdir, [stored]):
+            pass
