@@ -9,7 +9,9 @@ from jax import lax
 
 from smallbatch_jax import device_data
 from smallbatch_jax.device_data import DeviceData, TestImages
-from smallbatch_jax.train import Array, Batch, Metrics, Model, TrainState, make_eval_step
+from smallbatch_jax.models import blocks
+from smallbatch_jax.models.blocks import Blocks
+from smallbatch_jax.train import Array, Batch, Model, TrainState, make_eval_step
 
 PRECISE_IMAGES = 4096  # training images that precise statistics are taken over, or all if there are fewer
 
@@ -32,17 +34,16 @@ def make_evaluate(model: Model, axis_name: str | None = None) -> Callable[[Train
         A variance that overflowed gives zeros for activations, and so a finite loss of a network that is lost.
         """
 
-        def one(total: Metrics, batch: Any) -> tuple[Metrics, None]:
+        def one(correct: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
             images, labels, counts = batch if axis_name is None else _share(batch, axis_name)
-            found = eval_step(state, Batch(data.normalise(images), labels), counts)
-            return Metrics(total.loss + found.loss, total.correct + found.correct), None
+            with _as_one_device(data.test_counts.shape[1], axis_name):
+                losses, right = eval_step(state, Batch(data.normalise(images), labels), counts)
+            return correct + right, losses
 
-        zero = Metrics(jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32))
-        total, _ = lax.scan(one, zero, (data.test_images, data.test_labels, data.test_counts))
-        if axis_name is not None:
-            total = lax.psum(total, axis_name)
+        correct, losses = lax.scan(one, jnp.int32(0), (data.test_images, data.test_labels, data.test_counts))
+        loss, correct = _over_devices(losses, correct, axis_name, data.test_counts.shape[1])
         images = data.test_counts.sum(dtype=jnp.int32)
-        return Tested(jnp.where(_sound(state), total.loss / images, jnp.nan), total.correct, images)
+        return Tested(jnp.where(_sound(state), loss / images, jnp.nan), correct, images)
 
     return evaluate
 
@@ -52,13 +53,30 @@ def make_test(model: Model, axis_name: str | None = None) -> Callable[[TrainStat
     eval_step = make_eval_step(model)
 
     def test(state: TrainState, images: jax.Array, part: TestImages) -> Tested:
-        found = eval_step(state, Batch(images, part.labels), part.counts)
-        sums = Tested(found.loss, found.correct, part.counts.sum(dtype=jnp.int32))
-        if axis_name is not None:
-            sums = lax.psum(sums, axis_name)
-        return sums._replace(loss=jnp.where(_sound(state), sums.loss, jnp.nan))
+        n = len(part.counts) * (1 if axis_name is None else lax.axis_size(axis_name))
+        with _as_one_device(n, axis_name):
+            losses, correct = eval_step(state, Batch(images, part.labels), part.counts)
+        count = part.counts.sum(dtype=jnp.int32)
+        loss, correct, count = *_over_devices(losses[None], correct, axis_name, n), _sum(count, axis_name)
+        return Tested(jnp.where(_sound(state), loss, jnp.nan), correct, count)
 
     return test
+
+
+def _as_one_device(n: int, axis_name: str | None) -> Any:
+    """Within it a share of n images is worked on so that each has what it has where one device holds them all."""
+    return blocks.of(None if axis_name is None else Blocks(n, n))
+
+
+def _over_devices(losses: jax.Array, correct: jax.Array, axis_name: str | None, n: int) -> tuple[jax.Array, jax.Array]:
+    """The sums of the losses, float32[batches, this device's share of n], and of the numbers right."""
+    if axis_name is not None:
+        losses = lax.all_gather(losses, axis_name, axis=1, tiled=True)[:, :n]
+    return losses.sum(1).sum(), _sum(correct, axis_name)
+
+
+def _sum(number: jax.Array, axis_name: str | None) -> jax.Array:
+    return number if axis_name is None else lax.psum(number, axis_name)
 
 
 def _sound(state: TrainState) -> Any:

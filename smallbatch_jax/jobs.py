@@ -11,7 +11,8 @@ from smallbatch_jax.data import Dataset, Photographs, order
 from smallbatch_jax.experiment import OWN, Experiment, InputError, Run
 from smallbatch_jax.lanes import LaneMapping, LaneProgram
 from smallbatch_jax.mesh import DATA, LANE, lane_mesh
-from smallbatch_jax.models import create_model, micro_batch_size
+from smallbatch_jax.models import blocks_of, create_model, micro_batch_size
+from smallbatch_jax.models.blocks import Blocks
 from smallbatch_jax.progress import Part
 from smallbatch_jax.results import ProgramResults
 from smallbatch_jax.supply import Supply
@@ -118,8 +119,15 @@ class Job:
 
     def _parts(self, most: int | None) -> int | None:
         """Examples of a device's share that it takes at a time, at most so many if that can be; None for all at once."""
-        own = self.experiment.model.name.startswith(OWN)  # which may do anything with its batch
-        return None if own else micro_batch_size(self.experiment.model.norm, self.share, self.bn_batch_size, most)
+        if self.blocks is None:
+            return None
+        return micro_batch_size(self.experiment.model.norm, self.share, self.bn_batch_size, most, self.blocks.size)
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """How a batch is cut; None for an own model, which may do anything with its batch."""
+        model = self.experiment.model
+        return None if model.name.startswith(OWN) else blocks_of(model.norm, self.batch_size, self.bn_batch_size)
 
     def _compile(self, supply: Supply, lanes: int, parts: int | None) -> LaneProgram:
         chosen, mesh = self.experiment, lane_mesh(data_devices=self.data_devices)
@@ -127,7 +135,16 @@ class Job:
         schedule = chosen.schedule
         axis_name = DATA if self.data_devices > 1 else None
         augment = chosen.dataset.augment and not isinstance(self.dataset, Photographs)  # which come augmented
-        program = Program(self.batch_size, self.total_steps, schedule.boundaries, schedule.factor, axis_name, parts, augment)
+        program = Program(
+            self.batch_size,
+            self.total_steps,
+            schedule.boundaries,
+            schedule.factor,
+            axis_name,
+            parts,
+            augment,
+            self.blocks,
+        )
         bn_batch_size = None if self.bn_batch_size == self.batch_size else self.bn_batch_size
         return lane_programs.compile_lanes(
             self.model_of(bn_batch_size, axis_name=axis_name) if axis_name else self.model_of(bn_batch_size),

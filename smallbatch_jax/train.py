@@ -14,6 +14,8 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from smallbatch_jax import optim
+from smallbatch_jax.models import blocks, norm
+from smallbatch_jax.models.blocks import Blocks
 
 PyTree = Any
 Model = Any  # a flax.linen.Module whose `apply` takes `train`, or an object with the same init and apply
@@ -32,6 +34,8 @@ class Program:
     # Examples at a time, of a device's share, a multiple of the BN batch; None takes all of them at once.
     micro_batch_size: int | None = None
     augment: bool = False  # whether training images are cropped and flipped at random (§3.1)
+    # How sums over a batch are taken, on CPU, so that they do not depend on the number of devices; None for as is fastest.
+    blocks: Blocks | None = None
 
 
 class Setting(NamedTuple):
@@ -84,30 +88,37 @@ def make_train_step(model: Model, program: Program) -> Callable[[TrainState, Set
         if axis is not None:
             dropout = jax.random.fold_in(dropout, lax.axis_index(axis))
 
-        def mean_loss(params: PyTree, part: Batch, dropout: jax.Array) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
+        devices = 1 if axis is None else lax.axis_size(axis)
+        examples = len(batch.labels) * devices  # m
+
+        def share_of_loss(params: PyTree, part: Batch, dropout: jax.Array) -> tuple[jax.Array, tuple[jax.Array, PyTree, PyTree]]:
+            """What the part adds to the batch's mean loss; images right; what moves running averages, and what moved."""
             variables = {"params": params, "batch_stats": state.batch_stats}
             logits, mutated = model.apply(
-                variables, part.images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout}
+                variables, part.images, train=True, mutable=["batch_stats", norm.MOVES], rngs={"dropout": dropout}
             )
-            correct = count_correct(logits, part.labels)
-            return cross_entropy(logits, part.labels).mean(), (correct, mutated.get("batch_stats", state.batch_stats))
+            losses = cross_entropy(logits, part.labels)
+            return blocks.total(losses, len(losses)) / examples, (
+                count_correct(logits, part.labels),
+                mutated.get(norm.MOVES, {}),
+                mutated.get("batch_stats", state.batch_stats),
+            )
 
-        gradient = jax.value_and_grad(mean_loss, has_aux=True)
-        if program.micro_batch_size in (None, len(batch.labels)):
-            (loss, (correct, batch_stats)), grads = gradient(state.params, batch, dropout)
-        else:
-            parts = jax.tree.map(lambda x: x.reshape(-1, program.micro_batch_size, *x.shape[1:]), batch)
-            keys = jax.random.split(dropout, len(parts.labels))
-            found = lax.scan(
-                lambda total, part: (jax.tree.map(jnp.add, total, gradient(state.params, *part)), None),
-                jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, state.params, batch, dropout)),
-                (parts, keys),
-            )[0]
-            correct = found[0][1][0]
-            # All parts begin with the same running averages, which then move by the mean of what each would do.
-            (loss, (_, batch_stats)), grads = jax.tree.map(lambda total: total / len(parts.labels), found)
-        if axis is not None:
-            loss, grads, correct = _over_devices(loss, grads, correct, axis)
+        def gradient(part: Batch, keys: jax.Array) -> tuple[PyTree, PyTree]:
+            (loss, (correct, *averages)), grads = jax.value_and_grad(share_of_loss, has_aux=True)(state.params, part, keys[0])
+            return (loss, grads), (correct, *averages)
+
+        with blocks.of(program.blocks):
+            size = program.micro_batch_size or len(batch.labels)
+            parts = len(batch.labels) // size
+            keys = jax.random.split(dropout, parts) if parts > 1 else dropout[None]
+            sums = blocks.summed(gradient, size, batch, jnp.repeat(keys, size, 0))
+            if axis is not None:
+                sums = _over_devices(sums, axis)
+        (loss, grads), (correct, *averages) = sums
+        # All parts begin with the same running averages, which then move by the mean of what each would do.
+        moves, batch_stats = jax.tree.map(lambda total: total / (parts * devices), averages)
+        batch_stats = norm.move(batch_stats, moves)
         schedule = optim.step_schedule(
             program.total_steps, program.boundaries, program.factor, warmup_fraction=setting.warmup_fraction
         )
@@ -119,21 +130,22 @@ def make_train_step(model: Model, program: Program) -> Callable[[TrainState, Set
     return train_step
 
 
-def _over_devices(loss: jax.Array, grads: PyTree, correct: jax.Array, axis: str) -> tuple[jax.Array, PyTree, jax.Array]:
-    """The mean of the devices' losses and gradients and the sum of what they got right, in one exchange."""
-    flat, unravel = ravel_pytree((loss, grads, correct.astype(jnp.float32)))  # counts up to 2^24 are exact
-    total = lax.psum(flat, axis)
-    loss, grads, _ = unravel(total / lax.axis_size(axis))
-    return loss, grads, total[-1].astype(jnp.int32)
+def _over_devices(sums: PyTree, axis: str) -> PyTree:
+    """Their sums over the devices, in one exchange."""
+    flat, unravel = ravel_pytree(jax.tree.map(lambda x: x.astype(jnp.float32), sums))  # counts up to 2^24 are exact
+    return jax.tree.map(lambda total, x: total.astype(x.dtype), unravel(blocks.over_devices(flat, axis)), sums)
 
 
-def make_eval_step(model: Model) -> Callable[[TrainState, Batch, jax.Array], Metrics]:
-    """The *sum* of cross-entropies and the number right over the images with weight 1; bool[n] weights mask padding."""
+def make_eval_step(model: Model) -> Callable[[TrainState, Batch, jax.Array], tuple[jax.Array, jax.Array]]:
+    """(state, batch, counts) → cross-entropies float32[n] and the number right, of the images that bool[n] counts.
 
-    def eval_step(state: TrainState, batch: Batch, counts: jax.Array) -> Metrics:
+    The others, padding, have a cross-entropy of 0.
+    """
+
+    def eval_step(state: TrainState, batch: Batch, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = model.apply({"params": state.params, "batch_stats": state.batch_stats}, batch.images, train=False)
         losses = jnp.where(counts, cross_entropy(logits, batch.labels), 0.0)
-        return Metrics(losses.sum(), count_correct(logits, jnp.where(counts, batch.labels, -1)))
+        return losses, count_correct(logits, jnp.where(counts, batch.labels, -1))
 
     return eval_step
 

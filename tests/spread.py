@@ -47,6 +47,8 @@ def trained(
     photographs: str = "",
     image_size: int | None = None,
     parts: int | None = None,
+    norm: str = "batch",
+    random_images: bool = False,
 ) -> tuple[dict, int]:
     """Parameters and running averages after steps first…last-1, and the test images right.
 
@@ -54,7 +56,7 @@ def trained(
     before and saved after, if one is given.
     """
     config = experiment.default_config()
-    config.model = {"name": model, "norm": "batch"}
+    config.model = {"name": model, "norm": norm}
     config.grid = {"batch_sizes": (m,), "bn_batch_sizes": (b,), "base_lrs": (base_lr,)}
     config.data_devices, config.weight_decay, config.dataset.augment = devices, 1e-4, True
     config.micro_batch_size = parts
@@ -62,7 +64,8 @@ def trained(
         config.dataset.name, config.dataset.data_dir, config.dataset.image_size = "folder", photographs, image_size
         config.dataset.workers = 1
     chosen = experiment.from_config(config)
-    run, dataset = chosen.runs()[0], data.load(chosen.dataset.name, photographs, image_size)
+    run = chosen.runs()[0]
+    dataset = data.random("cifar10") if random_images else data.load(chosen.dataset.name, photographs, image_size)
     model_of = jobs.named_model(chosen, dataset.num_classes, 0.99)
     job = jobs.Job(chosen, dataset, model_of, m, b, [run], None, data_devices=devices)  # pyright: ignore[reportArgumentType]
     with closing(supply_of(dataset, chosen)) as supply:

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from smallbatch_jax import fields
 from smallbatch_jax.experiment import ALL_NORMS, MODEL_NORMS, InputError
+from smallbatch_jax.models import blocks
 from smallbatch_jax.models.alexnet import AlexNet
 from smallbatch_jax.models.resnet import CifarResNet
 from smallbatch_jax.models.resnet50 import BottleneckResNet
@@ -26,11 +27,13 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 EXAMPLES_AT_ONCE = 32  # on CPU, so that a network's activations stay in the cache
 
 
-def micro_batch_size(norm: str, examples: int, bn_batch_size: int, most: int | None = None) -> int | None:
+def micro_batch_size(
+    norm: str, examples: int, bn_batch_size: int, most: int | None = None, block: int | None = None
+) -> int | None:
     """How many of a device's examples a step should take at a time, their gradients summed; None for all of them at once.
 
     A part must hold whole batches of the batch norm; with an ordinary batch norm there are no parts. Which examples are
-    together changes nothing but rounding.
+    together changes nothing but rounding, and not that where sums are taken by blocks.
 
     Args:
       norm: of the model, as for `create_model`.
@@ -38,13 +41,31 @@ def micro_batch_size(norm: str, examples: int, bn_batch_size: int, most: int | N
       bn_batch_size: b.
       most: examples in a part, if whole batches of the batch norm can be so few; None takes what is fastest on this backend,
         on CPU 32 examples.
+      block: examples of a block (`models.blocks`), of which a part is then a divisor, or so many as a power of two; None for
+        no blocks.
     """
     unit = 1 if norm in ("none", "group") else min(bn_batch_size, examples)
     limit = EXAMPLES_AT_ONCE if most is None else most
-    parts = [size for size in range(unit, max(limit, unit) + 1, unit) if examples % size == 0]
-    largest = max(parts, default=examples)
+
+    def fits(size: int) -> bool:
+        nested = block is None or block % size == 0 or size % block == 0 and (size // block).bit_count() == 1
+        return examples % size == 0 and nested
+
+    largest = max(filter(fits, range(unit, max(limit, unit) + 1, unit)), default=examples)
     faster = jax.default_backend() == "cpu" and largest >= EXAMPLES_AT_ONCE // 2
     return largest if largest < examples and (faster or most is not None) else None
+
+
+def blocks_of(norm: str, batch_size: int, bn_batch_size: int) -> blocks.Blocks:
+    """How a batch of one of these models is cut so that its sums come out the same on any number of devices.
+
+    Args:
+      norm: of the model, as for `create_model`.
+      batch_size: m, over all devices.
+      bn_batch_size: b.
+    """
+    size = blocks.block_size(batch_size, bn_batch_size if norm in ("batch", "batch_conv_only", "batch_renorm") else batch_size)
+    return blocks.Blocks(size, micro_batch_size(norm, batch_size, bn_batch_size, block=size) or batch_size)
 
 
 def create_model(

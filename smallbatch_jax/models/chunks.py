@@ -14,68 +14,96 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from smallbatch_jax.models import blocks
+
 PyTree = Any
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def with_statistics(
-    function: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]], at_once: int, shared: PyTree, images: PyTree
+    function: Callable[[PyTree, PyTree, PyTree], tuple[jax.Array, PyTree]],
+    at_once: int,
+    shared: PyTree,
+    of_blocks: PyTree,
+    images: PyTree,
 ) -> tuple[tuple[jax.Array, PyTree], tuple[jax.Array, jax.Array]]:
-    """`function(shared, images)`, and the channel statistics of the first array it gives.
+    """`function(shared, of_block, images)` of all images, and the channel statistics of the first array it gives.
 
     Args:
-      function: works on every image by itself; gives (x, others), float[n, …, C] and arrays [n, …], of n images. It must not
-        close over traced arrays.
-      at_once: images per chunk, a divisor of their number N. The function's own intermediate results are computed again in
-        the backward pass.
+      function: works on every image by itself; gives (x, others), float[n, …, C] and arrays [n, …], of n images of one block,
+        of whose arrays it is given each with a leading axis of 1. It must not close over traced arrays.
+      at_once: images per chunk, a divisor of a block's. The function's own intermediate results are computed again in the
+        backward pass.
       shared: arrays that are the same for all images.
+      of_blocks: arrays that are the same for all images of a block (`blocks.count` of N), [B, …].
       images: arrays [N, …].
 
     Returns:
-      (x, others) of all N images, and mean and variance of x over all axes but the last, float32[C].
+      (x, others) of all N images, and mean and variance of x in each block over all axes but the last, float32[B, C].
     """
-    return _forward(function, at_once, shared, images)[0]
+    return _forward(function, at_once, shared, of_blocks, images)[0]
 
 
-def _forward(function, at_once, shared, images):
+def _forward(function, at_once, shared, of_blocks, images):
+    n = len(jax.tree.leaves(images)[0])
+    of_chunk, per_block = _of_chunks(of_blocks, n, at_once)
+
     def chunk(carry, few):
-        count, mean, squares = carry
-        x, others = function(shared, few)
-        values = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-        chunk_mean = values.mean(0)
-        chunk_squares = jnp.square(values - chunk_mean[None]).sum(0)
-        # Chan, Golub & LeVeque 1979: of `count` chunks and one more of the same size.
-        difference = chunk_mean - mean
-        mean = mean + difference / (count + 1)
-        squares = squares + chunk_squares + jnp.square(difference) * (len(values) * count / (count + 1))
-        return (count + 1, mean, squares), (x, others)
+        mean, squares = carry
+        position, of_block, images = few
+        x, others = function(shared, of_block, images)
+        values = x.astype(jnp.float32).reshape(1, -1, x.shape[-1])
+        numbers = values.shape[1]
+        chunk_mean = blocks.channel_sums(values)[0] / numbers
+        chunk_squares = blocks.channel_sums(jnp.square(values - chunk_mean[None, None]))[0]
+        # Chan, Golub & LeVeque 1979: of `position` chunks and one more of the same size; a block begins at 0.
+        difference = jnp.where(position > 0, chunk_mean - mean, 0)
+        mean = jnp.where(position > 0, mean, chunk_mean) + difference / (position + 1)
+        between = jnp.square(difference) * (numbers * position / (position + 1))
+        squares = jnp.where(position > 0, squares, 0) + chunk_squares + between
+        return (mean, squares), ((x, others), (mean, squares))
 
-    features = jax.eval_shape(function, shared, jax.tree.map(lambda a: a[:at_once], images))[0].shape[-1]
-    start = jnp.float32(0), jnp.zeros(features, jnp.float32), jnp.zeros(features, jnp.float32)
-    (_, mean, squares), chunks = lax.scan(chunk, start, _in_chunks(images, at_once))
+    few = jax.tree.map(lambda a: a[:at_once], images), jax.tree.map(lambda a: a[:1], of_blocks)
+    features = jax.eval_shape(function, shared, few[1], few[0])[0].shape[-1]
+    start = jnp.zeros(features, jnp.float32), jnp.zeros(features, jnp.float32)
+    positions = jnp.arange(n // at_once, dtype=jnp.float32) % per_block
+    _, (chunks, moments) = lax.scan(chunk, start, (positions, of_chunk, _in_chunks(images, at_once)))
     x, others = _joined(chunks)
-    return ((x, others), (mean, squares / (x.size // features))), (shared, images, x, mean)
+    means, squares = (a[per_block - 1 :: per_block] for a in moments)  # as each block ended
+    return ((x, others), (means, squares / (x.size // features // len(means)))), (shared, of_blocks, images, x, means)
 
 
 def _backward(function, at_once, residuals, cotangents):
-    shared, images, x, mean = residuals
+    shared, of_blocks, images, x, mean = residuals
     (dx, dothers), (dmean, dvar) = cotangents
-    n = x.size // x.shape[-1]
+    n = len(x)
+    count = len(mean)
+    values = x.size // x.shape[-1] // count  # of a channel in a block
+    moments = dmean / values, 2 * dvar / values, mean
+    (of_chunk, moments), per_block = _of_chunks((of_blocks, moments), n, at_once)
 
-    def chunk(total, few):
-        images, x, dx, dothers = few
-        of_mean, of_var, mean_ = (a.reshape((1,) * (x.ndim - 1) + (-1,)) for a in (dmean / n, 2 * dvar / n, mean))
-        dx = dx + (of_mean + of_var * (x - mean_)).astype(dx.dtype)
-        _, pullback = jax.vjp(function, shared, images)
-        dshared, dimages = pullback((dx, dothers))
-        return jax.tree.map(jnp.add, total, dshared), dimages
+    def chunk(totals, few):
+        block, of_block, moments, images, x, dx, dothers = few
+        of_mean, of_var, mean = (a.reshape((1,) * (x.ndim - 1) + (-1,)) for a in moments)
+        dx = dx + (of_mean + of_var * (x - mean)).astype(dx.dtype)
+        _, pullback = jax.vjp(function, shared, of_block, images)
+        dshared, dof_block, dimages = pullback((dx, dothers))
+        return jax.tree.map(lambda total, d: total.at[block].add(d), totals, dshared), (dof_block, dimages)
 
-    start = jax.tree.map(jnp.zeros_like, shared)
-    dshared, dimages = lax.scan(chunk, start, _in_chunks((images, x, dx, dothers), at_once))
-    return dshared, _joined(dimages)
+    start = jax.tree.map(lambda a: jnp.zeros((count, *a.shape), a.dtype), shared)
+    chunks = jnp.arange(n // at_once) // per_block, of_chunk, moments, *_in_chunks((images, x, dx, dothers), at_once)
+    totals, (dof_chunk, dimages) = lax.scan(chunk, start, chunks)
+    dof_blocks = jax.tree.map(lambda a: a.reshape(count, per_block, *a.shape[2:]).sum(1), dof_chunk)
+    return blocks.tree(totals), dof_blocks, _joined(dimages)
 
 
 with_statistics.defvjp(_forward, _backward)
+
+
+def _of_chunks(of_blocks: PyTree, n: int, at_once: int) -> tuple[PyTree, int]:
+    """Arrays of the blocks of n images as those of their chunks, [chunks, 1, …]; and how many chunks a block has."""
+    per_block = n // blocks.count(n) // at_once
+    return jax.tree.map(lambda a: jnp.repeat(a, per_block, 0)[:, None], of_blocks), per_block
 
 
 def _in_chunks(images: PyTree, at_once: int) -> PyTree:

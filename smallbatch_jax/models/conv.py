@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from smallbatch_jax.models import winograd
+from smallbatch_jax.models import blocks, winograd
 from smallbatch_jax.models.fusion import computed_once
 from smallbatch_jax.models.pool import windows
+from smallbatch_jax.models.product import product
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -72,7 +73,7 @@ def _choose(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> "I
     if kernel.shape[:2] == (1, 1) or pixels <= PATCHES_UP_TO_PIXELS.get(jax.default_backend(), 1 << 30):
         return "patches"  # of one pixel they are the image itself: nothing is copied, and the product is 2 to 4 times as fast
     exact = x.dtype == jnp.float32  # the sums of Winograd's transforms would cost bfloat16 digits that it does not have
-    large = x.shape[0] * pixels >= 4 * WINOGRAD_FROM_TILES and min(kernel.shape[2:]) >= WINOGRAD_FROM_CHANNELS
+    large = blocks.together(x.shape[0]) * pixels >= 4 * WINOGRAD_FROM_TILES and min(kernel.shape[2:]) >= WINOGRAD_FROM_CHANNELS
     return "winograd" if exact and large and _is_3x3(kernel, strides) else "direct"
 
 
@@ -99,7 +100,8 @@ def _direct_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) 
     sizes = [_output_size(*axis) for axis in zip(x.shape[1:3], kernel.shape[:2], strides, pads, strict=True)]
     columns = _columns_at_once(kernel.shape[2], kernel.shape[3], sizes[1])
     lows = (pads[0][0], pads[1][0])
-    return _correlate(x, kernel, lows, sizes, strides=strides, columns=columns)
+    correlate = partial(_correlate, kernel=kernel, lows=lows, sizes=sizes, strides=strides, columns=columns)
+    return blocks.filled(correlate, math.prod(sizes) // columns, x)
 
 
 def _direct_forward(x, kernel, strides, pads):
@@ -117,7 +119,8 @@ def _direct_backward(strides, pads, residuals, dy):
     flipped = jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)
     lows = [k - 1 - low for k, (low, _) in zip(kernel.shape[:2], pads, strict=True)]
     columns = strides[1] if strides[1] > 1 else _columns_at_once(flipped.shape[2], flipped.shape[3], x.shape[2])
-    dx = _correlate(dy, flipped, lows, x.shape[1:3], dilation=strides, columns=columns)
+    correlate = partial(_correlate, kernel=flipped, lows=lows, sizes=x.shape[1:3], dilation=strides, columns=columns)
+    dx = blocks.filled(correlate, math.prod(x.shape[1:3]) // (strides[0] * columns), dy)
     return dx, _kernel_gradient(x, dy, kernel.shape[:2], strides, (pads[0][0], pads[1][0]))
 
 
@@ -192,18 +195,8 @@ def _pads(size: int, window: int, first: int, stride: int, outputs: int) -> tupl
 
 def _kernel_gradient(x: jax.Array, dy: jax.Array, window: Sequence[int], strides: Strides, lows: Sequence[int]) -> jax.Array:
     """dw[i, c, o] = Σ_n,y x[n, y·stride + i - low, c] dy[n, y, o], a few images at a time so that they stay in the cache."""
-    n = x.shape[0]
     gradient = partial(_kernel_gradient_of_few, window=window, strides=strides, lows=lows)
-    chunks, rest = divmod(n, IMAGES_AT_ONCE)
-    if chunks < 2:
-        return gradient(x, dy)
-
-    def add(total: jax.Array, chunk: jax.Array) -> tuple[jax.Array, None]:
-        few_x, few_dy = (lax.dynamic_slice_in_dim(a, chunk * IMAGES_AT_ONCE, IMAGES_AT_ONCE) for a in (x, dy))
-        return total + gradient(few_x, few_dy), None
-
-    start = gradient(x[n - rest :], dy[n - rest :]) if rest else jnp.zeros((*window, x.shape[-1], dy.shape[-1]), dy.dtype)
-    return lax.scan(add, start, jnp.arange(chunks))[0]
+    return blocks.summed(gradient, blocks.at_once(len(x), IMAGES_AT_ONCE), x, dy)
 
 
 def _kernel_gradient_of_few(
@@ -249,7 +242,8 @@ def _convolve(
 def _winograd_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
     del strides  # of 1
     sizes = [_output_size(*axis) for axis in zip(x.shape[1:3], winograd.WINDOW, (1, 1), pads, strict=True)]
-    return winograd.correlate(x, kernel, (pads[0][0], pads[1][0]), sizes)
+    correlate = partial(winograd.correlate, kernel=kernel, lows=(pads[0][0], pads[1][0]), sizes=sizes)
+    return blocks.filled(correlate, winograd.tiles(sizes), x)
 
 
 def _winograd_forward(x, kernel, strides, pads):
@@ -262,8 +256,13 @@ def _winograd_backward(strides, pads, residuals, dy):
     dy = computed_once(dy)
     lows = (pads[0][0], pads[1][0])
     flipped = jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)
-    dx = winograd.correlate(dy, flipped, [2 - low for low in lows], x.shape[1:3])
-    return dx, winograd.kernel_gradient(x, dy, lows)
+    correlate = partial(winograd.correlate, kernel=flipped, lows=[2 - low for low in lows], sizes=x.shape[1:3])
+    dx = blocks.filled(correlate, winograd.tiles(x.shape[1:3]), dy)
+    tiles = winograd.tiles(dy.shape[1:3])
+    if len(x) // blocks.count(len(x)) * tiles < WINOGRAD_FROM_TILES:  # too few for its sums, which are over tiles
+        return dx, _kernel_gradient(x, dy, winograd.WINDOW, (1, 1), lows)
+    few = blocks.at_once(len(x), max(1, blocks.LONGEST_SUM // tiles))
+    return dx, blocks.summed(partial(winograd.kernel_gradient, lows=lows), few, x, dy)
 
 
 _winograd_conv.defvjp(_winograd_forward, _winograd_backward)
@@ -273,7 +272,7 @@ def _patches_conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pad
     kh, kw, _, features = kernel.shape
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     patches = jnp.concatenate(windows(padded, (kh, kw), strides), axis=-1)  # [N, H', W', kh·kw·C]
-    flat = patches.reshape(-1, patches.shape[-1]) @ kernel.reshape(-1, features)
+    flat = product(patches.reshape(len(x), -1, patches.shape[-1]), kernel.reshape(-1, features))
     return flat.reshape(*patches.shape[:-1], features)
 
 

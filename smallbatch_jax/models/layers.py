@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 
+from smallbatch_jax.models import blocks
 from smallbatch_jax.models.chunks import with_statistics
 from smallbatch_jax.models.conv import Pads, conv
 from smallbatch_jax.models.fusion import computed_once
 from smallbatch_jax.models.norm import BatchNorm, Deferred, normalised
+from smallbatch_jax.models.product import product
 
 MANY_IMAGES = 64  # from which a batch is taken a few images at a time
-FEW_EXAMPLES = 2  # up to which a dense kernel's gradient is a sum of outer products
 IMAGES_AT_ONCE = 8  # from one convolution's output to the next one's, so that what lies between stays in the cache
 
 # He et al. (2015b), Eq. 10: a Gaussian (not a truncated one) of variance 2 / fan-in; all layers, the logits' too.
@@ -71,7 +71,7 @@ def _convolved(
     x: jax.Array, parameters: dict[str, jax.Array], strides: Sequence[int], padding: str | Pads, dtype: Any
 ) -> jax.Array:
     y = conv(x.astype(dtype), parameters["kernel"].astype(dtype), strides, padding)
-    return y + parameters["bias"].astype(dtype).reshape(1, 1, 1, -1) if "bias" in parameters else y
+    return blocks.add_shared(y, parameters["bias"].astype(dtype)) if "bias" in parameters else y
 
 
 @dataclass(frozen=True)
@@ -114,18 +114,16 @@ def conv_norm(pending: Pending, layer: Conv, norm: Any, train: bool, channels: i
     parameters, convolve = layer.parameters(channels), layer.function()
     batch_norm = isinstance(norm, BatchNorm)
     n = len(jax.tree.leaves(pending.inputs)[0])
-    at_once = _images_at_once(n)
-    if batch_norm and train and at_once < n and norm.sub_batches(n) == 1:
+    if batch_norm and train and norm.is_ordinary(n) and (at_once := _images_at_once(n)):
         images = tuple(x.x if isinstance(x, Deferred) else x for x in pending.inputs)
-        shared: Any = tuple(x[1:] if isinstance(x, Deferred) else None for x in pending.inputs)
+        moments: Any = tuple(x[1:] if isinstance(x, Deferred) else None for x in pending.inputs)
 
-        def of_few(shared: Any, images: Any) -> tuple[jax.Array, Any]:
-            parameters, moments = shared
+        def of_few(parameters: Any, moments: Any, images: Any) -> tuple[jax.Array, Any]:
             few = [x if rest is None else Deferred(x, *rest) for x, rest in zip(images, moments, strict=True)]
             made = pending.prepare(*few)
             return convolve(made, parameters), made if keep else None
 
-        outputs: Any = with_statistics(of_few, at_once, (parameters, shared), images)
+        outputs: Any = with_statistics(of_few, at_once, parameters, moments, images)
         (y, made), statistics = outputs
         return made, norm.deferred(y, train, statistics)
     made = pending.made()
@@ -137,45 +135,26 @@ def conv_norm(pending: Pending, layer: Conv, norm: Any, train: bool, channels: i
     return made if keep else None, y
 
 
-def _images_at_once(n: int) -> int:
-    """The largest divisor of a large n that is not above `IMAGES_AT_ONCE`; n if that is too small, and off CPU."""
-    if n < MANY_IMAGES or jax.default_backend() != "cpu":
-        return n
-    largest = max(d for d in range(1, IMAGES_AT_ONCE + 1) if n % d == 0)
-    return largest if 2 * largest >= IMAGES_AT_ONCE else n
+def _images_at_once(n: int) -> int | None:
+    """How many images of a large batch are taken from one convolution's output to the next one's, on CPU; else None."""
+    if blocks.together(n) < MANY_IMAGES or jax.default_backend() != "cpu":
+        return None
+    size = blocks.at_once(n, IMAGES_AT_ONCE)
+    return size if size <= IMAGES_AT_ONCE else None
 
 
-def Dense(features: int, use_bias: bool = True, dtype: Any = jnp.float32, name: str | None = None) -> nn.Dense:
-    """A fully-connected layer [N, D] → [N, features] with He initialisation."""
-    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=he_normal, dot_general=_dot_general, name=name)
+class Dense(nn.Module):
+    """A fully-connected layer [N, D] → [N, features] with He initialisation; float32 parameters, computed in `dtype`."""
 
+    features: int
+    use_bias: bool = True
+    dtype: Any = jnp.float32
 
-def _dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Any = None, **_: Any) -> jax.Array:
-    """What `nn.Dense` computes of a matrix x, as `_product`; of other shapes as it comes."""
-    if x.ndim == 2 and precision is None and dimension_numbers == (((1,), (0,)), ((), ())):
-        return _product(x, kernel)
-    return lax.dot_general(x, kernel, dimension_numbers, precision)
-
-
-@jax.custom_vjp
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[N, D] · [D, features]; the kernel's gradient for few examples as a sum of outer products.
-
-    XLA:CPU has no fast product for so short a sum, and it can fuse this one with the update of the kernel.
-    """
-    return x @ kernel
-
-
-def _product_forward(x, kernel):
-    return _product(x, kernel), (x, kernel)
-
-
-def _product_backward(residuals, dy):
-    x, kernel = residuals
-    if len(x) <= FEW_EXAMPLES and jax.default_backend() == "cpu":
-        outer = [x[n][:, None] * dy[n][None, :] for n in range(len(x))]
-        return dy @ kernel.T, sum(outer[1:], outer[0])
-    return dy @ kernel.T, x.T @ dy
-
-
-_product.defvjp(_product_forward, _product_backward)
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", he_normal, (x.shape[-1], self.features), jnp.float32)
+        y = product(x.astype(self.dtype), kernel.astype(self.dtype))
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return blocks.add_shared(y, bias.astype(self.dtype))

@@ -8,12 +8,23 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from smallbatch_jax.models import blocks
+from smallbatch_jax.models.fusion import rounded
+
+
+# The collection that a step asks for where it takes a batch in parts, or on several devices: of each batch norm the sums of means
+# and variances, of how many pieces they are, and the momentum. Without it running averages move at once.
+MOVES = "batch_moves"
+
 
 class Deferred(NamedTuple):
-    """A layer's output that is yet to be normalised: y = (x - mean)·gain + bias, for G groups of as many examples each."""
+    """A layer's output that is yet to be normalised: y = (x - mean)·gain + bias, for U pieces of as many examples each.
+
+    A piece is a sub-batch of the batch norm, or what a block has of one (`models.blocks`).
+    """
 
     x: jax.Array  # [N, …, C]
-    mean: jax.Array  # float32[G, C], as all below
+    mean: jax.Array  # float32[U, C], as all below
     gain: jax.Array
     bias: jax.Array
 
@@ -23,8 +34,8 @@ def normalised(deferred: Deferred | jax.Array) -> jax.Array:
     if not isinstance(deferred, Deferred):
         return deferred
     x = deferred.x
-    groups = x.reshape(len(deferred.mean), -1, *x.shape[1:]).astype(jnp.float32)
-    return _affine(groups, deferred.mean, deferred.gain, deferred.bias).reshape(x.shape).astype(x.dtype)
+    pieces = x.reshape(len(deferred.mean), -1, *x.shape[1:]).astype(jnp.float32)
+    return _affine(pieces, deferred.mean, deferred.gain, deferred.bias).reshape(x.shape).astype(x.dtype)
 
 
 class BatchNorm(nn.Module):
@@ -67,40 +78,39 @@ class BatchNorm(nn.Module):
         Args:
           x: float[N, …, C].
           train: whether to normalise by the batch's statistics, not by the running averages.
-          statistics: mean and variance of x over all axes but the last, float32[C], where they are known and
-            `sub_batches(N)` is 1.
+          statistics: mean and variance of x in each block over all axes but the last, float32[B, C], where they are known
+            and the batch norm is ordinary.
 
         Raises:
           ValueError: if `train` and the batch is not made of whole sub-batches.
         """
-        features = x.shape[-1]
+        features, examples = x.shape[-1], len(x)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
         scale = self.param("scale", nn.initializers.ones, (features,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (features,), jnp.float32)
         self._declare()
         if not train:
-            return Deferred(x, *_per_group(running_mean.value, lax.rsqrt(running_var.value + self.epsilon) * scale, bias))
+            return Deferred(x, *_per_piece(running_mean.value, lax.rsqrt(running_var.value + self.epsilon) * scale, bias))
 
-        groups, devices = self._cut(len(x))
-        if statistics:
-            mean, var = _per_group(*statistics)
-        else:
-            mean, var = _statistics(x.reshape(groups, -1, *x.shape[1:]).astype(jnp.float32))  # [G, C]
-        if devices > 1:
-            of_group: Any = _over_devices(mean, var, self.axis_name, devices)
+        groups, devices = self._cut(examples)
+        pieces = blocks.units(examples, groups)
+        mean, var = statistics or _statistics(x.reshape(pieces, -1, *x.shape[1:]).astype(jnp.float32))  # [U, C]
+        if pieces * devices > groups:
+            of_group: Any = _of_groups(mean, var, self.axis_name, groups, devices)
             mean, var = of_group
         known = (lax.stop_gradient(mean), lax.stop_gradient(var), running_mean.value[None], running_var.value[None])
         factor, shift = self._correction(*known)
         if not self.is_initializing():
-            n = x.size // mean.size * devices
-            self._move((running_mean, mean), (running_var, var * (n / max(n - 1, 1))))
-        offset = jnp.broadcast_to(shift * scale[None] + bias[None], mean.shape)
-        return Deferred(x, mean, lax.rsqrt(var + self.epsilon) * (factor * scale[None]), offset)
+            n = x.size // features // groups * devices
+            self._move(examples, mean, var * (n / max(n - 1, 1)))
+        scale, bias = (blocks.shared(parameter, pieces, examples) for parameter in (scale, bias))
+        return Deferred(x, mean, lax.rsqrt(var + self.epsilon) * (factor * scale), shift * scale + bias)
 
-    def sub_batches(self, examples: int) -> int:
-        """How many sub-batches a device's share of the SGD batch makes; 1 if it takes several devices to make one."""
-        return self._cut(examples)[0]
+    def is_ordinary(self, examples: int) -> bool:
+        """Whether a sub-batch is the whole batch, of which so many examples are on this device."""
+        groups, devices = self._cut(examples)
+        return groups == 1 and (self.axis_name is None or devices == lax.axis_size(self.axis_name))
 
     def _cut(self, examples: int) -> tuple[int, int]:
         """How many sub-batches `examples` on a device make, and of how many devices each is."""
@@ -119,17 +129,38 @@ class BatchNorm(nn.Module):
     def _correction(
         self, mean: jax.Array, var: jax.Array, running_mean: jax.Array, running_var: jax.Array
     ) -> tuple[jax.Array | float, jax.Array | float]:
-        """What Eq. 10 is multiplied by and moved by, from the statistics [G, C] and the running ones [1, C] before the step."""
+        """What Eq. 10 is multiplied by and moved by, from the statistics [U, C] and the running ones [1, C] before the step."""
         del mean, var, running_mean, running_var
         return 1.0, 0.0
 
-    def _move(self, *averages: tuple[Any, jax.Array]) -> None:
-        """One step of each running average towards the mean over all sub-batches of the SGD batch."""
-        now: Any = [lax.stop_gradient(of_sub_batches.mean(0)) for _, of_sub_batches in averages]
+    def _move(self, examples: int, mean: jax.Array, var: jax.Array) -> None:
+        """One step of the running averages towards the means over all sub-batches of the SGD batch; or what goes into it."""
+        pieces = len(mean)
+        sums: Any = jnp.stack([blocks.total(lax.stop_gradient(of_pieces), examples) for of_pieces in (mean, var)])
+        if self.is_mutable_collection(MOVES):
+            self.put_variable(MOVES, "sums", sums)
+            self.put_variable(MOVES, "pieces", jnp.float32(pieces))
+            self.put_variable(MOVES, "momentum", jnp.float32(self.momentum))
+            return
         if self.axis_name is not None:
-            now = lax.pmean(jnp.stack(now), self.axis_name)
-        for (running, _), value in zip(averages, now, strict=True):
-            running.value = self.momentum * running.value + (1 - self.momentum) * value
+            pieces *= lax.axis_size(self.axis_name)
+            sums = blocks.over_devices(sums, self.axis_name)
+        for name, total in zip(("mean", "var"), sums, strict=True):
+            running: Any = self.get_variable("batch_stats", name)
+            self.put_variable("batch_stats", name, _moved(running, total, pieces, self.momentum))
+
+
+def _moved(running: jax.Array, total: Any, pieces: Any, momentum: Any) -> jax.Array:
+    return momentum * running + (1 - momentum) * (total / pieces)
+
+
+def move(batch_stats: Any, moves: Any) -> Any:
+    """The running averages after a step, from those before it and the mean of what `MOVES` held of each part of the batch."""
+    if "sums" not in moves:
+        return {name: move(of_module, moves[name]) if name in moves else of_module for name, of_module in batch_stats.items()}
+    sums, pieces, momentum = (rounded(moves[name]) for name in ("sums", "pieces", "momentum"))
+    moved = {name: _moved(batch_stats[name], total, pieces, momentum) for name, total in zip(("mean", "var"), sums, strict=True)}
+    return {**batch_stats, **moved}
 
 
 class BatchRenorm(BatchNorm):
@@ -176,10 +207,23 @@ class GroupNorm(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Normalises x, float[N, …, C], the same way whether or not it is training."""
         del train
-        norm = nn.GroupNorm(
-            None, self.channels_per_group, epsilon=self.epsilon, dtype=self.dtype, use_fast_variance=False, name="norm"
+        normalise = nn.GroupNorm(
+            None, self.channels_per_group, epsilon=self.epsilon, use_bias=False, use_scale=False, use_fast_variance=False
         )
-        return norm(x)
+        scaled = _Affine(name="norm")(normalise(x.astype(jnp.float32)))
+        return scaled.astype(self.dtype or x.dtype)
+
+
+class _Affine(nn.Module):
+    """x·scale + bias, of each channel."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        pieces = blocks.count(len(x))
+        scale, bias = (blocks.shared(parameter, pieces, len(x)) for parameter in (scale, bias))
+        return normalised(Deferred(x, jnp.zeros_like(scale), scale, bias))
 
 
 def make_norm(
@@ -194,8 +238,8 @@ def make_norm(
     return batch_norm(bn_batch_size, bn_decay, axis_name=axis_name, dtype=dtype, name=name)
 
 
-def _per_group(*per_channel: jax.Array) -> tuple[jax.Array, ...]:
-    """[C] → [1, C] of each: all examples are one group."""
+def _per_piece(*per_channel: jax.Array) -> tuple[jax.Array, ...]:
+    """[C] → [1, C] of each: all examples are one piece."""
     return tuple(a[None] for a in per_channel)
 
 
@@ -203,79 +247,93 @@ def _per_group(*per_channel: jax.Array) -> tuple[jax.Array, ...]:
 
 
 @jax.custom_vjp
-def _statistics(groups: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and two-pass variance of each group, float32[G, b, …, C] → [G, C]."""
-    axes = tuple(range(1, groups.ndim - 1))
-    mean = groups.mean(axes)
-    return mean, jnp.square(groups - _spread(mean, groups)).mean(axes)
+def _statistics(pieces: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and two-pass variance of each piece, float32[U, n, …, C] → [U, C]."""
+    numbers = pieces[0].size // pieces.shape[-1]
+    mean = blocks.channel_sums(pieces) / numbers
+    return mean, blocks.channel_sums(jnp.square(pieces - _spread(mean, pieces))) / numbers
 
 
-def _statistics_forward(groups):
-    mean, var = _statistics(groups)
-    return (mean, var), (groups, mean)
+def _statistics_forward(pieces):
+    mean, var = _statistics(pieces)
+    return (mean, var), (pieces, mean)
 
 
 def _statistics_backward(residuals, cotangents):
-    groups, mean = residuals
-    dmean, dvar = (_spread(d, groups) * (mean.size / groups.size) for d in cotangents)
-    return (dmean + 2 * dvar * (groups - _spread(mean, groups)),)
+    pieces, mean = residuals
+    dmean, dvar = (_spread(d, pieces) * (mean.size / pieces.size) for d in cotangents)
+    return (dmean + 2 * dvar * (pieces - _spread(mean, pieces)),)
 
 
 _statistics.defvjp(_statistics_forward, _statistics_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _over_devices(mean: jax.Array, var: jax.Array, axis_name: str, devices: int) -> tuple[jax.Array, jax.Array]:
-    """Mean and variance of each group of `devices` consecutive devices, from those of every device's examples, all [1, C].
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _of_groups(
+    mean: jax.Array, var: jax.Array, axis_name: str | None, groups: int, devices: int
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance of the group that each piece is of, from those of the pieces, all [U, C].
 
-    Their variances and the variance of their means (Chan, Golub & LeVeque 1979): as exact as one two-pass formula.
+    The U pieces make G groups, or with those of `devices` consecutive devices one. Their variances and the variance of their
+    means (Chan, Golub & LeVeque 1979): as exact as one two-pass formula.
     """
-    return _over_devices_forward(mean, var, axis_name, devices)[0]
+    return _of_groups_forward(mean, var, axis_name, groups, devices)[0]
 
 
-def _over_devices_forward(mean, var, axis_name, devices):
-    means, variances = _of_group(jnp.stack([mean, var]), axis_name, devices)
-    of_group = means.mean(0)
-    return (of_group, (variances + jnp.square(means - of_group[None])).mean(0)), mean - of_group
+def _of_groups_forward(mean, var, axis_name, groups, devices):
+    means, variances = _gathered(jnp.stack([mean, var]), axis_name, groups, devices)  # [K, G, C]
+    of_group = blocks.tree(means) / len(means)
+    spread = blocks.tree(variances + jnp.square(means - of_group[None])) / len(means)
+    mean_of_piece, var_of_piece = _for_pieces(len(mean), of_group, spread)
+    return (mean_of_piece, var_of_piece), mean - mean_of_piece
 
 
-def _over_devices_backward(axis_name, devices, difference, cotangents):
-    # Every device's loss depends on the statistics of its group: what they all ask for is summed.
-    dmean, dvar = _of_group(jnp.stack(cotangents), axis_name, devices).sum(1) / devices
+def _of_groups_backward(axis_name, groups, devices, difference, cotangents):
+    # The loss of every piece, on every device, depends on the statistics of its group: what they all ask for is summed.
+    asked = _gathered(jnp.stack(cotangents), axis_name, groups, devices)
+    dmean, dvar = _for_pieces(len(difference), *(blocks.tree(of_pieces) / len(of_pieces) for of_pieces in asked))
     return dmean + 2 * dvar * difference, dvar
 
 
-_over_devices.defvjp(_over_devices_forward, _over_devices_backward)
+_of_groups.defvjp(_of_groups_forward, _of_groups_backward)
 
 
-def _of_group(pair: jax.Array, axis_name: str, devices: int) -> jax.Array:
-    """[2, 1, C] of this device → [2, devices, 1, C] of its group, the same on each device of it."""
-    of_all = lax.all_gather(pair, axis_name, axis=1)
-    first = lax.axis_index(axis_name) // devices * devices
-    return lax.dynamic_slice_in_dim(of_all, first, devices, axis=1)
+def _gathered(pair: jax.Array, axis_name: str | None, groups: int, devices: int) -> jax.Array:
+    """[2, U, C] of this device's pieces → [2, K, G, C], of the K pieces of each of its groups, the same on each device of one."""
+    pair = rounded(pair)
+    if devices > 1:
+        of_all = lax.all_gather(pair, axis_name, axis=1, tiled=True)
+        here = pair.shape[1]
+        first = lax.axis_index(axis_name) // devices * devices * here
+        pair = lax.dynamic_slice_in_dim(of_all, first, devices * here, axis=1)
+    return pair.reshape(2, groups, -1, pair.shape[-1]).swapaxes(1, 2)
+
+
+def _for_pieces(pieces: int, *of_groups: jax.Array) -> list[jax.Array]:
+    """[G, C] → [U, C] of each."""
+    return [jnp.repeat(of_group, pieces // len(of_group), 0) for of_group in of_groups]
 
 
 @jax.custom_vjp
-def _affine(groups: jax.Array, mean: jax.Array, gain: jax.Array, bias: jax.Array) -> jax.Array:
-    """(x - mean)·gain + bias of each group, float32[G, b, …, C] with the rest [G, C]."""
-    return (groups - _spread(mean, groups)) * _spread(gain, groups) + _spread(bias, groups)
+def _affine(pieces: jax.Array, mean: jax.Array, gain: jax.Array, bias: jax.Array) -> jax.Array:
+    """(x - mean)·gain + bias of each piece, float32[U, n, …, C] with the rest [U, C]."""
+    return (pieces - _spread(mean, pieces)) * _spread(gain, pieces) + _spread(bias, pieces)
 
 
-def _affine_forward(groups, mean, gain, bias):
-    return _affine(groups, mean, gain, bias), (groups, mean, gain)
+def _affine_forward(pieces, mean, gain, bias):
+    return _affine(pieces, mean, gain, bias), (pieces, mean, gain)
 
 
 def _affine_backward(residuals, dy):
-    groups, mean, gain = residuals
-    axes = tuple(range(1, groups.ndim - 1))
-    dbias = dy.sum(axes)
-    dgain = (dy * (groups - _spread(mean, groups))).sum(axes)
-    return dy * _spread(gain, groups), -gain * dbias, dgain, dbias
+    pieces, mean, gain = residuals
+    dbias = blocks.channel_sums(dy)
+    dgain = blocks.channel_sums(dy * (pieces - _spread(mean, pieces)))
+    return dy * _spread(gain, pieces), -gain * dbias, dgain, dbias
 
 
 _affine.defvjp(_affine_forward, _affine_backward)
 
 
-def _spread(per_group: jax.Array, groups: jax.Array) -> jax.Array:
-    """[G, C] → [G, 1, …, C] of the groups' rank."""
-    return per_group.reshape(len(per_group), *(1,) * (groups.ndim - 2), -1)
+def _spread(per_piece: jax.Array, pieces: jax.Array) -> jax.Array:
+    """[U, C] → [U, 1, …, C] of the pieces' rank."""
+    return per_piece.reshape(len(per_piece), *(1,) * (pieces.ndim - 2), -1)

@@ -26,6 +26,11 @@ TO_OUTPUT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])  # Aᵀ
 Tiles = dict[tuple[int, int], jax.Array]  # by row and column within the tile: [..., C] of all tiles
 
 
+def tiles(sizes: Sequence[int]) -> int:
+    """Of an image of so many rows and columns of output pixels."""
+    return -(-sizes[0] // 2) * -(-sizes[1] // 2)
+
+
 def correlate(x: jax.Array, kernel: jax.Array, lows: Sequence[int], sizes: Sequence[int]) -> jax.Array:
     """y[a] = Σ_i x[a + i - low] kernel[i] for output pixels a < size; x is zero outside.
 
