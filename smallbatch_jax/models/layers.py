@@ -116,7 +116,7 @@ def conv_norm(pending: Pending, layer: Conv, norm: Any, train: bool, channels: i
     n = len(jax.tree.leaves(pending.inputs)[0])
     if batch_norm and train and norm.is_ordinary(n) and (at_once := _images_at_once(n)):
         images = tuple(x.x if isinstance(x, Deferred) else x for x in pending.inputs)
-        moments: Any = tuple(x[1:] if isinstance(x, Deferred) else None for x in pending.inputs)
+        moments: Any = tuple(x[1:-1] if isinstance(x, Deferred) else None for x in pending.inputs)
 
         def of_few(parameters: Any, moments: Any, images: Any) -> tuple[jax.Array, Any]:
             few = [x if rest is None else Deferred(x, *rest) for x, rest in zip(images, moments, strict=True)]

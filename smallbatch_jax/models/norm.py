@@ -24,18 +24,18 @@ class Deferred(NamedTuple):
     """
 
     x: jax.Array  # [N, …, C]
-    mean: jax.Array  # float32[U, C], as all below
+    mean: jax.Array  # float32[U, C], as gain and bias
     gain: jax.Array
     bias: jax.Array
+    groups: int | None = None  # of as many pieces each that have the same mean, gain and bias; None: every piece is one
 
 
 def normalised(deferred: Deferred | jax.Array) -> jax.Array:
     """[N, …, C] in the dtype of x, computed in float32; an array is as it should be."""
     if not isinstance(deferred, Deferred):
         return deferred
-    x = deferred.x
-    pieces = x.reshape(len(deferred.mean), -1, *x.shape[1:]).astype(jnp.float32)
-    return _affine(pieces, deferred.mean, deferred.gain, deferred.bias).reshape(x.shape).astype(x.dtype)
+    x, *rest, groups = deferred
+    return _affine(x.astype(jnp.float32), *rest, groups or len(deferred.mean)).astype(x.dtype)
 
 
 class BatchNorm(nn.Module):
@@ -95,17 +95,18 @@ class BatchNorm(nn.Module):
 
         groups, devices = self._cut(examples)
         pieces = blocks.units(examples, groups)
-        mean, var = statistics or _statistics(x.reshape(pieces, -1, *x.shape[1:]).astype(jnp.float32))  # [U, C]
-        if pieces * devices > groups:
-            of_group: Any = _of_groups(mean, var, self.axis_name, groups, devices)
-            mean, var = of_group
+        if statistics is None:
+            found: Any = _statistics(x.astype(jnp.float32), pieces, self.axis_name, groups, devices)
+        else:
+            found = _of_groups(*statistics, self.axis_name, groups, devices)
+        mean, var = found  # [U, C], those of its group for each piece
         known = (lax.stop_gradient(mean), lax.stop_gradient(var), running_mean.value[None], running_var.value[None])
         factor, shift = self._correction(*known)
         if not self.is_initializing():
             n = x.size // features // groups * devices
             self._move(examples, mean, var * (n / max(n - 1, 1)))
         scale, bias = (blocks.shared(parameter, pieces, examples) for parameter in (scale, bias))
-        return Deferred(x, mean, lax.rsqrt(var + self.epsilon) * (factor * scale), shift * scale + bias)
+        return Deferred(x, mean, lax.rsqrt(var + self.epsilon) * (factor * scale), shift * scale + bias, groups)
 
     def is_ordinary(self, examples: int) -> bool:
         """Whether a sub-batch is the whole batch, of which so many examples are on this device."""
@@ -246,23 +247,30 @@ def _per_piece(*per_channel: jax.Array) -> tuple[jax.Array, ...]:
 # The gradients by hand: the automatic ones would sum over the batch five times, these do it twice (Ioffe & Szegedy 2015, §3).
 
 
-@jax.custom_vjp
-def _statistics(pieces: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and two-pass variance of each piece, float32[U, n, …, C] → [U, C]."""
-    numbers = pieces[0].size // pieces.shape[-1]
-    mean = blocks.channel_sums(pieces) / numbers
-    return mean, blocks.channel_sums(jnp.square(pieces - _spread(mean, pieces))) / numbers
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _statistics(
+    x: jax.Array, pieces: int, axis_name: str | None, groups: int, devices: int
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and two-pass variance of float32[N, …, C] in the group that each of U pieces is of, [U, C]; groups as for `_of_groups`."""
+    return _statistics_forward(x, pieces, axis_name, groups, devices)[0]
 
 
-def _statistics_forward(pieces):
-    mean, var = _statistics(pieces)
-    return (mean, var), (pieces, mean)
+def _statistics_forward(x, pieces, axis_name, groups, devices):
+    of_pieces, numbers = x.reshape(pieces, -1, *x.shape[1:]), x.size // x.shape[-1] // pieces
+    mean = blocks.channel_sums(of_pieces) / numbers
+    var = blocks.channel_sums(jnp.square(of_pieces - _spread(mean, of_pieces))) / numbers
+    (mean, var), _ = _of_groups_forward(mean, var, axis_name, groups, devices)
+    return (mean, var), (x, mean)
 
 
-def _statistics_backward(residuals, cotangents):
-    pieces, mean = residuals
-    dmean, dvar = (_spread(d, pieces) * (mean.size / pieces.size) for d in cotangents)
-    return (dmean + 2 * dvar * (pieces - _spread(mean, pieces)),)
+def _statistics_backward(pieces, axis_name, groups, devices, residuals, cotangents):
+    x, mean = residuals
+    numbers = x.size // x.shape[-1] // pieces
+    # That of `_of_groups` and then that of each piece's mean and variance, as one: in x - mean of the group.
+    of_groups = x.reshape(groups, -1, *x.shape[1:])
+    asked = _gathered(jnp.stack(cotangents), axis_name, groups, devices)
+    dmean, dvar = (_spread(blocks.tree(of_pieces) / (len(of_pieces) * numbers), of_groups) for of_pieces in asked)
+    return ((dmean + 2 * dvar * (of_groups - _spread(_of_first(mean, groups), of_groups))).reshape(x.shape),)
 
 
 _statistics.defvjp(_statistics_forward, _statistics_backward)
@@ -314,26 +322,35 @@ def _for_pieces(pieces: int, *of_groups: jax.Array) -> list[jax.Array]:
     return [jnp.repeat(of_group, pieces // len(of_group), 0) for of_group in of_groups]
 
 
-@jax.custom_vjp
-def _affine(pieces: jax.Array, mean: jax.Array, gain: jax.Array, bias: jax.Array) -> jax.Array:
-    """(x - mean)·gain + bias of each piece, float32[U, n, …, C] with the rest [U, C]."""
-    return (pieces - _spread(mean, pieces)) * _spread(gain, pieces) + _spread(bias, pieces)
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _affine(x: jax.Array, mean: jax.Array, gain: jax.Array, bias: jax.Array, groups: int) -> jax.Array:
+    """(x - mean)·gain + bias, float32[N, …, C] with the rest [U, C] of each piece, and the same for all pieces of a group."""
+    of_groups = x.reshape(groups, -1, *x.shape[1:])
+    mean, gain, bias = (_spread(_of_first(of_pieces, groups), of_groups) for of_pieces in (mean, gain, bias))
+    return ((of_groups - mean) * gain + bias).reshape(x.shape)
 
 
-def _affine_forward(pieces, mean, gain, bias):
-    return _affine(pieces, mean, gain, bias), (pieces, mean, gain)
+def _affine_forward(x, mean, gain, bias, groups):
+    return _affine(x, mean, gain, bias, groups), (x, mean, gain)
 
 
-def _affine_backward(residuals, dy):
-    pieces, mean, gain = residuals
-    dbias = blocks.channel_sums(dy)
-    dgain = blocks.channel_sums(dy * (pieces - _spread(mean, pieces)))
-    return dy * _spread(gain, pieces), -gain * dbias, dgain, dbias
+def _affine_backward(groups, residuals, dy):
+    x, mean, gain = residuals
+    of_groups, dy_of_groups = (a.reshape(groups, -1, *x.shape[1:]) for a in (x, dy))
+    products = dy_of_groups * (of_groups - _spread(_of_first(mean, groups), of_groups))
+    dbias, dgain = (blocks.channel_sums(a.reshape(len(mean), -1, *x.shape[1:])) for a in (dy, products))
+    dx = (dy_of_groups * _spread(_of_first(gain, groups), of_groups)).reshape(x.shape)
+    return dx, -gain * dbias, dgain, dbias
 
 
 _affine.defvjp(_affine_forward, _affine_backward)
 
 
-def _spread(per_piece: jax.Array, pieces: jax.Array) -> jax.Array:
-    """[U, C] → [U, 1, …, C] of the pieces' rank."""
-    return per_piece.reshape(len(per_piece), *(1,) * (pieces.ndim - 2), -1)
+def _of_first(of_pieces: jax.Array, groups: int) -> jax.Array:
+    """[U, C] → [G, C], that of the first piece of each group."""
+    return of_pieces[:: len(of_pieces) // groups]
+
+
+def _spread(rows: jax.Array, like: jax.Array) -> jax.Array:
+    """[G, C] → [G, 1, …, C] of the rank of another array."""
+    return rows.reshape(len(rows), *(1,) * (like.ndim - 2), -1)
