@@ -12,7 +12,6 @@ where exchanging branches would cost more than it is worth, all examples of a de
 the collective.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -128,29 +127,40 @@ def add_shared(y: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def _add_shared_backward(_, dy):
-    blocks = dy.reshape(count(len(dy)), -1, *dy.shape[1:])
-    return dy, tree(channel_sums(blocks))
+    blocks = count(len(dy))
+    return dy, tree(channel_sums(in_runs(dy, blocks), blocks))
 
 
 add_shared.defvjp(lambda y, bias: (add_shared(y, bias), None), _add_shared_backward)
 
 
-def channel_sums(pieces: jax.Array) -> jax.Array:
-    """Σ of each piece over all axes but the last, float[U, n, …, C] → [U, C], the same for each whatever U.
+def in_runs(x: jax.Array, pieces: int) -> jax.Array:
+    """float[N, …, C] → [R, n, C]: as many runs of each of the pieces, of at most `MOST_NUMBERS` numbers where sums are by blocks.
 
-    Taken of at most `MOST_NUMBERS` numbers at a time, and the sums added as a tree; of zeros too where there are few.
+    What is to be summed is best worked on in this shape: XLA:CPU makes one loop of the work and its sum then.
     """
-    if _current.get() is None:
-        return pieces.sum(range(1, pieces.ndim - 1))
-    count, channels = len(pieces), pieces.shape[-1]
-    pixels = math.prod(pieces.shape[1:-1])
-    run = max((d for d in range(1, pixels + 1) if pixels % d == 0 and d * channels <= MOST_NUMBERS), default=1)
-    runs = pieces.reshape(-1, run, channels)
-    missing = -(-ENOUGH_NUMBERS // (run * channels)) - len(runs)
-    if missing > 0:
-        runs = jnp.concatenate([runs, jnp.zeros((missing, run, channels), runs.dtype)])
-    sums = runs.sum(1)[: count * pixels // run]
-    return tree(sums.reshape(count, -1, channels).swapaxes(0, 1))
+    channels = x.shape[-1]
+    pixels = x.size // channels // pieces
+    if _current.get() is not None:
+        largest = max(1, MOST_NUMBERS // channels)
+        pixels = max(d for d in range(1, pixels + 1) if pixels % d == 0 and d <= largest)
+    return x.reshape(-1, pixels, channels)
+
+
+def for_runs(rows: jax.Array, runs: int) -> jax.Array:
+    """[G, C], of groups of as many runs each → [R, 1, C], or [1, 1, C] where that is as good."""
+    return (rows if len(rows) == 1 else jnp.repeat(rows, runs // len(rows), 0))[:, None]
+
+
+def channel_sums(runs: jax.Array, pieces: int) -> jax.Array:
+    """Σ of each piece, float[R, n, C] → [U, C], the same for each whatever U.
+
+    The sums of its runs are added as a tree; runs of zeros are summed too where there are few numbers in all.
+    """
+    count = len(runs)
+    if _current.get() is not None and (missing := -(-ENOUGH_NUMBERS // runs[0].size) - count) > 0:
+        runs = jnp.concatenate([runs, jnp.zeros((missing, *runs.shape[1:]), runs.dtype)])
+    return tree(runs.sum(1)[:count].reshape(pieces, -1, runs.shape[-1]).swapaxes(0, 1))
 
 
 def summed(function: Callable[..., PyTree], at_once: int, *images: PyTree) -> PyTree:
@@ -167,6 +177,8 @@ def summed(function: Callable[..., PyTree], at_once: int, *images: PyTree) -> Py
     pieces = n // at_once
     blocks = min(count(n), pieces)
     few = jax.tree.map(lambda a: a.reshape(pieces, at_once, *a.shape[1:]), images)
+    if pieces == blocks:
+        return tree(lax.map(lambda images: function(*images), few))
     found = jax.eval_shape(function, *jax.tree.map(lambda a: a[0], few))
 
     def add(totals: PyTree, piece: tuple[jax.Array, PyTree]) -> tuple[PyTree, None]:

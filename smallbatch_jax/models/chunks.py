@@ -52,10 +52,9 @@ def _forward(function, at_once, shared, of_blocks, images):
         mean, squares = carry
         position, of_block, images = few
         x, others = function(shared, of_block, images)
-        values = x.astype(jnp.float32).reshape(1, -1, x.shape[-1])
-        numbers = values.shape[1]
-        chunk_mean = blocks.channel_sums(values)[0] / numbers
-        chunk_squares = blocks.channel_sums(jnp.square(values - chunk_mean[None, None]))[0]
+        numbers, runs = x.size // x.shape[-1], blocks.in_runs(x.astype(jnp.float32), 1)
+        chunk_mean = blocks.channel_sums(runs, 1)[0] / numbers
+        chunk_squares = blocks.channel_sums(jnp.square(runs - chunk_mean[None, None]), 1)[0]
         # Chan, Golub & LeVeque 1979: of `position` chunks and one more of the same size; a block begins at 0.
         difference = jnp.where(position > 0, chunk_mean - mean, 0)
         mean = jnp.where(position > 0, mean, chunk_mean) + difference / (position + 1)

@@ -256,9 +256,9 @@ def _statistics(
 
 
 def _statistics_forward(x, pieces, axis_name, groups, devices):
-    of_pieces, numbers = x.reshape(pieces, -1, *x.shape[1:]), x.size // x.shape[-1] // pieces
-    mean = blocks.channel_sums(of_pieces) / numbers
-    var = blocks.channel_sums(jnp.square(of_pieces - _spread(mean, of_pieces))) / numbers
+    runs, numbers = blocks.in_runs(x, pieces), x.size // x.shape[-1] // pieces
+    mean = blocks.channel_sums(runs, pieces) / numbers
+    var = blocks.channel_sums(jnp.square(runs - blocks.for_runs(mean, len(runs))), pieces) / numbers
     (mean, var), _ = _of_groups_forward(mean, var, axis_name, groups, devices)
     return (mean, var), (x, mean)
 
@@ -336,10 +336,12 @@ def _affine_forward(x, mean, gain, bias, groups):
 
 def _affine_backward(groups, residuals, dy):
     x, mean, gain = residuals
-    of_groups, dy_of_groups = (a.reshape(groups, -1, *x.shape[1:]) for a in (x, dy))
-    products = dy_of_groups * (of_groups - _spread(_of_first(mean, groups), of_groups))
-    dbias, dgain = (blocks.channel_sums(a.reshape(len(mean), -1, *x.shape[1:])) for a in (dy, products))
-    dx = (dy_of_groups * _spread(_of_first(gain, groups), of_groups)).reshape(x.shape)
+    pieces = len(mean)
+    runs, dy_runs = (blocks.in_runs(a, pieces) for a in (x, dy))
+    products = dy_runs * (runs - blocks.for_runs(_of_first(mean, groups), len(runs)))
+    dbias, dgain = (blocks.channel_sums(a, pieces) for a in (dy_runs, products))
+    dy_of_groups = dy.reshape(groups, -1, *x.shape[1:])
+    dx = (dy_of_groups * _spread(_of_first(gain, groups), dy_of_groups)).reshape(x.shape)
     return dx, -gain * dbias, dgain, dbias
 
 
