@@ -163,8 +163,7 @@ def measure(
 def spread(job: Job) -> Job:
     """The job with the number of devices that share each of its batches: what is asked for, or `scaling.data_devices`.
 
-    In one process on CPU a batch is shared only if that is asked for: there a run's result depends on its setting alone, bit
-    for bit, and sums over devices would round as their number has it.
+    In one process on CPU a batch is shared only if that is asked for: lanes use the cores better.
     """
     devices, several = jax.device_count(), jax.process_count() > 1
     chosen = scaling.asked_devices(job.experiment, devices)

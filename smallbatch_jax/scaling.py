@@ -43,14 +43,14 @@ class Network:
 def step_seconds(machine: Machine, network: Network, batch_size: int, bn_batch_size: int, devices: int) -> float:
     """Seconds of a step of one run whose batch is shared by so many devices; what every step costs anyhow is left out.
 
-    They exchange the gradients once; and for each batch norm the running averages, and twice, forward and backward, the
+    They exchange the gradients once, the running averages with them; and twice for each batch norm, forward and backward, the
     statistics of a BN batch that lies on several devices.
     """
     share = batch_size / devices
     computing = share * network.flops_per_image / machine.flops_per_second
     if devices == 1:
         return computing
-    exchanges = 1 + network.batch_norms * (3 if bn_batch_size > share else 1)
+    exchanges = 1 + network.batch_norms * (2 if bn_batch_size > share else 0)
     moved = 2 * network.parameter_bytes * (devices - 1) / devices
     return computing + exchanges * machine.exchange_seconds + moved / machine.bytes_per_second
 

@@ -91,7 +91,9 @@ def make_train_step(model: Model, program: Program) -> Callable[[TrainState, Set
         devices = 1 if axis is None else lax.axis_size(axis)
         examples = len(batch.labels) * devices  # m
 
-        def share_of_loss(params: PyTree, part: Batch, dropout: jax.Array) -> tuple[jax.Array, tuple[jax.Array, PyTree, PyTree]]:
+        def share_of_loss(
+            params: PyTree, part: Batch, dropout: jax.Array
+        ) -> tuple[jax.Array, tuple[jax.Array, PyTree, PyTree]]:
             """What the part adds to the batch's mean loss; images right; what moves running averages, and what moved."""
             variables = {"params": params, "batch_stats": state.batch_stats}
             logits, mutated = model.apply(
@@ -117,7 +119,9 @@ def make_train_step(model: Model, program: Program) -> Callable[[TrainState, Set
                 sums = _over_devices(sums, axis)
         (loss, grads), (correct, *averages) = sums
         # All parts begin with the same running averages, which then move by the mean of what each would do.
-        moves, batch_stats = jax.tree.map(lambda total: total / (parts * devices), averages)
+        if parts * devices > 1:
+            averages = jax.tree.map(lambda total: total / (parts * devices), averages)
+        moves, batch_stats = averages
         batch_stats = norm.move(batch_stats, moves)
         schedule = optim.step_schedule(
             program.total_steps, program.boundaries, program.factor, warmup_fraction=setting.warmup_fraction

@@ -25,8 +25,9 @@ BLOCKS = [f"stage{stage}_block{block}" for stage, count in enumerate((3, 4, 6, 3
 # Relative, of what goes forward and of gradients. Of ResNet-50's millions of ReLUs rounding may turn one on or off, and one in
 # its last block is 2 % of a gradient.
 TOLERANCES, RESNET50_TOLERANCES = (1e-4, 1e-4), (1e-4, 3e-2)
-# Sums one after another, as in code that is compiled quickly, are off by 1.1e-4 there.
-OF_VECTORS = "alexnet|batch|8|4|16"
+# Rounding alone is off by 1.1e-4 there: with sums one after another, as in code that is compiled quickly, on any processor, and
+# with those of vectors on some.
+OF_VECTORS, OF_VECTORS_TOLERANCES = "alexnet|batch|8|4|16", (1e-4, 2e-4)
 START = {"mean": 0.0, "var": 1.0, "updates": 1500.0}  # running statistics before the step, as in the reference
 
 
@@ -94,7 +95,8 @@ def by_name(tree):
 
 @pytest.mark.parametrize("case", [c if c in BY_DEFAULT else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_model_equals_its_pytorch_reference(case, monkeypatch):
-    forward, backward = RESNET50_TOLERANCES if case.startswith("resnet50") else TOLERANCES
+    of_network = RESNET50_TOLERANCES if case.startswith("resnet50") else TOLERANCES
+    forward, backward = OF_VECTORS_TOLERANCES if case == OF_VECTORS else of_network
     logits, loss, grads, stats, blocks = compute(case, monkeypatch)
     for name, output in blocks.items():
         assert_summary(case, name, output, forward)

@@ -17,7 +17,7 @@ from smallbatch_jax.experiment import MODEL_NORMS
 from smallbatch_jax.models import create_model
 from smallbatch_jax.models.layers import Conv, Dense
 from smallbatch_jax.models.norm import BatchNorm
-from smallbatch_jax.train import Batch, Program, Setting, TrainState, init_state, make_eval_step, make_train_step
+from smallbatch_jax.train import Batch, Metrics, Program, Setting, TrainState, init_state, make_eval_step, make_train_step
 
 SETTING = Setting(jnp.float32(0.02), jnp.int32(0), jnp.float32(0.1), jnp.float32(0.2))
 CLASSES, EXAMPLES = 3, 8
@@ -242,11 +242,12 @@ evaluation = jax.jit(make_eval_step(Fixed()))
 
 def evaluate(logits, labels, counts):
     state = TrainState(jnp.int32(0), {}, {}, ())
-    return evaluation(state, Batch(jnp.array(logits), jnp.array(labels)), jnp.array(counts))
+    losses, correct = evaluation(state, Batch(jnp.array(logits), jnp.array(labels)), jnp.array(counts))
+    return Metrics(losses.sum(), correct)
 
 
-def test_evaluation_sums_over_what_counts():
-    """The sum of cross-entropies, ln 4 and nearly 0; an image that is masked counts neither in it nor as right."""
+def test_evaluation_is_of_what_counts():
+    """Cross-entropies of ln 4 and nearly 0; an image that is masked has none and is not right."""
     logits = [[jnp.log(2.0), 0.0, 0.0], [9.0, 0.0, 0.0]]
     masked = evaluate(logits, [1, 0], [True, False])
     np.testing.assert_allclose(masked.loss, np.log(4), rtol=1e-6)

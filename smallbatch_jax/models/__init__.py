@@ -48,7 +48,7 @@ def micro_batch_size(
     limit = EXAMPLES_AT_ONCE if most is None else most
 
     def fits(size: int) -> bool:
-        nested = block is None or block % size == 0 or size % block == 0 and (size // block).bit_count() == 1
+        nested = block is None or block % size == 0 or (size % block == 0 and (size // block).bit_count() == 1)
         return examples % size == 0 and nested
 
     largest = max(filter(fits, range(unit, max(limit, unit) + 1, unit)), default=examples)

@@ -1,15 +1,15 @@
 """Sums over the examples of a batch that come out the same, to the last bit, however many devices hold it.
 
-A sum of floating-point numbers depends on its order, and in training even its last bit counts in the end: it turns a ReLU that is
-all but zero, and then a gradient. So a batch is cut into *blocks* of consecutive examples, 1, 2, 4 or 8 of them. Every sum over
-examples is taken of each block by itself, by the same code for each, and the sums of the blocks are added in pairs, and those in
-pairs again: a binary tree. A device that holds 1, 2 or 4 of the blocks makes a branch of that tree, and devices then exchange
-branches level by level. What is no sum over examples is computed of each image by itself; only that XLA:CPU rounds a matrix
-product of few rows otherwise than the same rows among many, so a small share is filled up with zeros (`filled`).
+A sum of floating-point numbers depends on its order, and in training its last bit counts in the end: it turns a ReLU that is
+all but zero, and so a gradient. So a batch is cut into *blocks* of consecutive examples, 1, 2, 4 or 8 of them. Every sum over
+examples is taken of each block by itself, by the same code for each, and the sums of the blocks are added in pairs, and those
+in pairs again: a binary tree. A device that holds 1, 2 or 4 of the blocks makes a branch of that tree, and devices then
+exchange branches level by level. All else is computed of each image by itself; only that XLA:CPU rounds a matrix product of few
+rows otherwise than the same rows among many, so a small share is filled up with zeros (`filled`).
 
-What a step is traced with is said by `of(…)`, as precision is by `jax.default_matmul_precision`. Without it, and on GPU and TPU,
-where exchanging branches would cost more than it is worth, all examples of a device are one block and devices' sums are left to
-the collective.
+How the batch of a step is cut is said by `of(…)` around what is traced, as precision is by `jax.default_matmul_precision`.
+Without it, and on GPU and TPU, where exchanging branches would cost more than it is worth, a device's examples are one block,
+and sums over devices are left to the collective.
 """
 
 from collections.abc import Callable, Iterator
@@ -135,7 +135,7 @@ add_shared.defvjp(lambda y, bias: (add_shared(y, bias), None), _add_shared_backw
 
 
 def in_runs(x: jax.Array, pieces: int) -> jax.Array:
-    """float[N, …, C] → [R, n, C]: as many runs of each of the pieces, of at most `MOST_NUMBERS` numbers where sums are by blocks.
+    """float[N, …, C] → [R, n, C]: as many runs of each piece, of at most `MOST_NUMBERS` numbers where sums are by blocks.
 
     What is to be summed is best worked on in this shape: XLA:CPU makes one loop of the work and its sum then.
     """
@@ -190,7 +190,7 @@ def summed(function: Callable[..., PyTree], at_once: int, *images: PyTree) -> Py
 
 
 def at_once(n: int, most: int) -> int:
-    """The largest divisor of n, or of a block of it, that is not above `most`; all n, or the block, if that is under half of it."""
+    """The largest divisor of a block of n that is not above `most`; the block's size if that is under half of it."""
     size = n // count(n)
     largest = max(d for d in range(1, min(most, size) + 1) if size % d == 0)
     return largest if 2 * largest >= min(most, size) else size
@@ -207,7 +207,7 @@ def filled(function: Callable[[jax.Array], jax.Array], rows: int, images: jax.Ar
 
 
 def over_devices(x: jax.Array, axis_name: str) -> jax.Array:
-    """Σ over the devices along a mesh axis, the same on each; by pairs of devices, pairs of pairs and so on where that counts."""
+    """Σ over the devices along a mesh axis, the same on each; where sums are by blocks, by pairs, pairs of pairs and so on."""
     devices = lax.axis_size(axis_name)
     if _current.get() is None or devices & (devices - 1):
         return lax.psum(x, axis_name)

@@ -1,4 +1,4 @@
-"""What XLA:CPU fuses, and how to keep it from computing again what it could keep, or from rounding once what else it would twice."""
+"""What XLA:CPU fuses, and how to keep it from computing again what it could keep, and from rounding as the fusion has it."""
 
 import jax
 import jax.numpy as jnp

@@ -11,9 +11,8 @@ from jax import lax
 from smallbatch_jax.models import blocks
 from smallbatch_jax.models.fusion import rounded
 
-
-# The collection that a step asks for where it takes a batch in parts, or on several devices: of each batch norm the sums of means
-# and variances, of how many pieces they are, and the momentum. Without it running averages move at once.
+# The collection that a step asks for, which may take a batch in parts or on several devices: of each batch norm the sums of
+# means and of variances, of how many pieces they are, and the momentum. Where nobody does, running averages move at once.
 MOVES = "batch_moves"
 
 
@@ -30,12 +29,13 @@ class Deferred(NamedTuple):
     groups: int | None = None  # of as many pieces each that have the same mean, gain and bias; None: every piece is one
 
 
-def normalised(deferred: Deferred | jax.Array) -> jax.Array:
-    """[N, …, C] in the dtype of x, computed in float32; an array is as it should be."""
+def normalised(deferred: Any) -> jax.Array:
+    """[N, …, C] of a `Deferred`, in the dtype of its x, computed in float32; an array is as it should be."""
     if not isinstance(deferred, Deferred):
         return deferred
-    x, *rest, groups = deferred
-    return _affine(x.astype(jnp.float32), *rest, groups or len(deferred.mean)).astype(x.dtype)
+    x, mean, gain, bias, groups = deferred
+    y: Any = _affine(x.astype(jnp.float32), mean, gain, bias, groups or len(mean))
+    return y.astype(x.dtype)
 
 
 class BatchNorm(nn.Module):
@@ -91,7 +91,8 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (features,), jnp.float32)
         self._declare()
         if not train:
-            return Deferred(x, *_per_piece(running_mean.value, lax.rsqrt(running_var.value + self.epsilon) * scale, bias))
+            mean, gain, bias = _per_piece(running_mean.value, lax.rsqrt(running_var.value + self.epsilon) * scale, bias)
+            return Deferred(x, mean, gain, bias)
 
         groups, devices = self._cut(examples)
         pieces = blocks.units(examples, groups)
@@ -160,7 +161,9 @@ def move(batch_stats: Any, moves: Any) -> Any:
     if "sums" not in moves:
         return {name: move(of_module, moves[name]) if name in moves else of_module for name, of_module in batch_stats.items()}
     sums, pieces, momentum = (rounded(moves[name]) for name in ("sums", "pieces", "momentum"))
-    moved = {name: _moved(batch_stats[name], total, pieces, momentum) for name, total in zip(("mean", "var"), sums, strict=True)}
+    moved = {
+        name: _moved(batch_stats[name], total, pieces, momentum) for name, total in zip(("mean", "var"), sums, strict=True)
+    }
     return {**batch_stats, **moved}
 
 
@@ -248,10 +251,8 @@ def _per_piece(*per_channel: jax.Array) -> tuple[jax.Array, ...]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _statistics(
-    x: jax.Array, pieces: int, axis_name: str | None, groups: int, devices: int
-) -> tuple[jax.Array, jax.Array]:
-    """Mean and two-pass variance of float32[N, …, C] in the group that each of U pieces is of, [U, C]; groups as for `_of_groups`."""
+def _statistics(x: jax.Array, pieces: int, axis_name: str | None, groups: int, devices: int) -> tuple[jax.Array, jax.Array]:
+    """Mean and two-pass variance of float32[N, …, C] in the group that each of its pieces is of, [U, C]; see `_of_groups`."""
     return _statistics_forward(x, pieces, axis_name, groups, devices)[0]
 
 
@@ -307,7 +308,7 @@ _of_groups.defvjp(_of_groups_forward, _of_groups_backward)
 
 
 def _gathered(pair: jax.Array, axis_name: str | None, groups: int, devices: int) -> jax.Array:
-    """[2, U, C] of this device's pieces → [2, K, G, C], of the K pieces of each of its groups, the same on each device of one."""
+    """[2, U, C] of this device's pieces → [2, K, G, C] of the K pieces of each group, the same on each device of one."""
     pair = rounded(pair)
     if devices > 1:
         of_all = lax.all_gather(pair, axis_name, axis=1, tiled=True)

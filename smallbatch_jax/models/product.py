@@ -1,7 +1,6 @@
 """The product of examples with a layer's kernel, and its gradients."""
 
 import jax
-import jax.numpy as jnp
 
 from smallbatch_jax.models import blocks
 from smallbatch_jax.models.fusion import rounded
@@ -32,8 +31,8 @@ product.defvjp(_forward, _backward)
 def _kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
     """Σ_n xᵀ dy, [D, F].
 
-    Of few examples as a sum of outer products: XLA:CPU has no fast product for so short a sum, and it can fuse this one with the
-    update of the kernel.
+    Of few examples as a sum of outer products: XLA:CPU has no fast product for so short a sum, and can fuse this one with the
+    update of the kernel. The first is rounded, so that each of the others can only be fused into the sum, nothing into it.
     """
     n = len(x)
     if x.ndim == 2 and blocks.together(n) <= FEW_EXAMPLES and jax.default_backend() == "cpu":

@@ -1,0 +1,167 @@
+"""Sums over a batch are the same to the last bit however many devices hold it, and are sums."""
+
+import compiled
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from test_chunks import drawn
+
+from smallbatch_jax import optim
+from smallbatch_jax.models import blocks, blocks_of, create_model, micro_batch_size
+from smallbatch_jax.models.blocks import Blocks
+from smallbatch_jax.models.product import product
+from smallbatch_jax.train import Batch, Program, Setting, TrainState, make_train_step
+
+EIGHT = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32) * 10.0 ** np.arange(-4, 4)[:, None].astype(np.float32)
+SETTING = Setting(jnp.float32(2**-10), jnp.int32(0), jnp.float32(1e-4), jnp.float32(0.2))
+
+
+@pytest.mark.parametrize(
+    ("m", "b", "size"),
+    [(1, 1, 1), (2, 2, 2), (4, 4, 2), (6, 6, 3), (8, 8, 2), (8, 1, 2), (8, 4, 2), (24, 3, 3), (24, 2, 6), (48, 4, 12), (64, 8, 8),
+     (96, 96, 12), (2048, 2048, 256), (7, 7, 7)],
+)  # fmt: skip
+def test_blocks_are_at_most_eight_of_two_examples_or_more_and_nest_with_bn_batches(m, b, size):
+    assert blocks.block_size(m, b) == size
+    assert m % size == 0 and (m // size).bit_count() == 1
+    assert size % b == 0 or b % size == 0
+
+
+@pytest.mark.parametrize(
+    ("norm", "m", "b", "together"), [("none", 128, 128, 32), ("batch", 128, 128, 128), ("batch", 128, 8, 32)]
+)
+def test_what_one_device_takes_together_depends_on_the_whole_batch(norm, m, b, together):
+    assert blocks_of(norm, m, b).together == together
+
+
+@pytest.mark.parametrize(
+    ("examples", "block", "parts"), [(128, 16, 32), (96, 12, 24), (512, 64, 32), (96, 24, 24), (36, 9, 18)]
+)
+def test_parts_are_of_a_block_or_of_a_power_of_two_of_them(examples, block, parts):
+    """The largest up to 32 such: 96 in parts of 24, two blocks of 12, though 32 would divide it too."""
+    assert micro_batch_size("none", examples, examples, block=block) == parts
+
+
+def test_a_tree_adds_in_pairs():
+    x = EIGHT
+    pairs = [x[0] + x[1], x[2] + x[3], x[4] + x[5], x[6] + x[7]]
+    np.testing.assert_array_equal(blocks.tree(jnp.asarray(x)), (pairs[0] + pairs[1]) + (pairs[2] + pairs[3]))
+    assert not np.array_equal(blocks.tree(jnp.asarray(x)), np.cumsum(x, 0, dtype=np.float32)[-1])  # as one order is told apart
+    np.testing.assert_array_equal(blocks.tree(jnp.asarray(x[:5])), ((x[0] + x[1]) + (x[2] + x[3])) + x[4])
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_a_total_is_that_of_one_device(devices):
+    """Of four blocks of two: two devices hold branches of the tree, four its leaves."""
+
+    def share(x):
+        with blocks.of(Blocks(2, 8)):
+            return blocks.over_devices(blocks.total(x, len(x)), "data")
+
+    shares = EIGHT.reshape(devices, -1, 3)
+    pairs = [EIGHT[i] + EIGHT[i + 1] for i in range(0, 8, 2)]
+    for found in jax.jit(jax.vmap(share, axis_name="data"))(shares):
+        np.testing.assert_array_equal(found, (pairs[0] + pairs[1]) + (pairs[2] + pairs[3]))
+
+
+def test_devices_that_are_no_power_of_two_sum_too():
+    def share(x):
+        with blocks.of(Blocks(2, 6)):
+            return blocks.over_devices(blocks.total(x, len(x)), "data")
+
+    found = jax.jit(jax.vmap(share, axis_name="data"))(EIGHT[:6].reshape(3, 2, 3))
+    np.testing.assert_allclose(found[2], EIGHT[:6].sum(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4, 8])
+def test_pieces_are_summed_in_their_order_within_blocks_of_four(at_once):
+    def of_few(x):
+        return {"sum": x.sum(0), "count": jnp.int32(len(x))}
+
+    with blocks.of(Blocks(4, 8)):
+        found = jax.jit(lambda x: blocks.summed(of_few, at_once, x))(EIGHT)
+    np.testing.assert_allclose(found["sum"], EIGHT.sum(0), rtol=1e-6)
+    assert int(found["count"]) == 8
+    if at_once == 1:
+        left, right = (np.cumsum(half, 0, dtype=np.float32)[-1] for half in (EIGHT[:4], EIGHT[4:]))
+        np.testing.assert_array_equal(found["sum"], left + right)
+
+
+@pytest.mark.parametrize("shape", [(8, 5, 5, 3), (8, 64, 64, 16), (16, 2, 2, 8), (8, 7, 9, 24)])
+def test_channel_sums_are_those_of_any_number_of_pieces(shape):
+    """Eight pieces at once and one by one, in a loop as in training; fewer numbers than are summed at a time, and more."""
+    x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+    def sums(pieces):
+        def of_share(_, x):
+            runs = blocks.in_runs(x, pieces)
+            return None, blocks.channel_sums(jnp.square(runs - 0.1), pieces)
+
+        with blocks.of(Blocks(shape[0] // 8, shape[0])):
+            found = jax.jit(lambda x: jax.lax.scan(of_share, None, x)[1])(x.reshape(8 // pieces, -1, *shape[1:]))
+        return np.asarray(found).reshape(8, -1)
+
+    np.testing.assert_allclose(sums(8), np.square(x - 0.1).reshape(8, -1, shape[-1]).sum(1), rtol=1e-5)
+    for pieces in (4, 2, 1):
+        np.testing.assert_array_equal(sums(pieces), sums(8))
+
+
+@pytest.mark.parametrize("n", [2, 3, 8, 40])
+@pytest.mark.parametrize("rows", [(), (4,)])
+def test_a_product_and_its_gradients_are_those_of_a_matrix_product(n, rows):
+    rng = np.random.default_rng(2)
+    x, kernel, dy = (rng.normal(size=shape).astype(np.float32) for shape in ((n, *rows, 6), (6, 5), (n, *rows, 5)))
+    with blocks.of(Blocks(1 if n == 3 else 2, n)):
+        y, pullback = jax.vjp(compiled.quickly(product), x, kernel)
+        dx, dkernel = pullback(dy)
+    for found, expected in [(y, x @ kernel), (dx, dy @ kernel.T), (dkernel, np.einsum("...d,...f->df", x, dy))]:
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_small_share_is_filled_up_and_cut_again():
+    """To as many images as one device takes together, if that makes fewer rows than are enough."""
+    seen = []
+
+    def double(x):
+        seen.append(len(x))
+        return 2 * x
+
+    with blocks.of(Blocks(2, 8)):
+        np.testing.assert_array_equal(blocks.filled(double, 1, jnp.asarray(EIGHT[:2])), 2 * EIGHT[:2])
+        blocks.filled(double, 16, jnp.asarray(EIGHT[:2]))
+        blocks.filled(double, 64, jnp.asarray(EIGHT[:2]))
+    blocks.filled(double, 1, jnp.asarray(EIGHT[:2]))
+    assert seen == [8, 4, 2, 2]
+
+
+@pytest.mark.parametrize(("name", "norm", "b"), [("alexnet", "batch", 8), ("alexnet", "batch", 4), ("alexnet", "none", 8)])
+def test_steps_of_a_network_on_two_devices_are_bit_for_bit_those_on_one(name, norm, b):
+    """Three steps of eight images in four blocks: parameters, running averages, losses."""
+    rng = np.random.default_rng(3)
+    batch = Batch(rng.normal(size=(8, 8, 8, 1)).astype(np.float32), rng.integers(0, 10, 8).astype(np.int32))
+    cut = blocks_of(norm, 8, b)
+
+    def trained(devices):
+        axis = "data" if devices > 1 else None
+        model = create_model(name, 10, norm, b, axis_name=axis)
+        step = make_train_step(model, Program(8, 10, axis_name=axis, blocks=cut))
+
+        def steps(state, batch):
+            return jax.lax.scan(lambda state, _: step(state, SETTING, batch), state, None, 3)
+
+        variables = drawn(model, batch.images)
+        mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+        spread = jax.shard_map(steps, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False)
+        return jax.tree.map(np.asarray, jax.jit(spread)(step_state(variables), batch))
+
+    one, two = trained(1), trained(2)
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    assert not np.array_equal(one[1].loss[0], one[1].loss[2])  # it moved
+
+
+def step_state(variables):
+    opt_state = optim.summed_sgd(1.0, 1).init(variables["params"])
+    return TrainState(jnp.int32(0), variables["params"], variables.get("batch_stats", {}), opt_state)
