@@ -1,5 +1,6 @@
 """A layer a few images at a time is the layer of the whole batch: output, statistics, and every gradient."""
 
+import functools
 from typing import Any
 
 import compiled
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smallbatch_jax.models import create_model, layers, micro_batch_size
+from smallbatch_jax.models import blocks, create_model, layers, micro_batch_size
+from smallbatch_jax.models.blocks import Blocks
 from smallbatch_jax.models.chunks import with_statistics
 from smallbatch_jax.models.layers import Dense
 from smallbatch_jax.models.resnet50 import BottleneckResNet
@@ -18,48 +20,52 @@ X = np.random.default_rng(0).normal(size=(N, 4, 5, 2)).astype(np.float32)
 SHARED = {"w": np.random.default_rng(1).normal(size=(2, C)).astype(np.float32), "b": np.float32(0.7)}
 
 
-def layer(shared, images):
-    """Not linear, with an array kept beside the output."""
+def layer(shared, of_block, images):
+    """Not linear, with an array kept beside the output and one that the images of a block share."""
     x, y = images
     made = jnp.tanh(x) * shared["b"]
-    return made @ shared["w"] + y, {"made": made}
+    return made @ shared["w"] + y * of_block.reshape(-1, 1, 1, 1), {"made": made}
 
 
-def of_all(shared, images):
+def of_all(count, shared, of_blocks, images):
     """By the definition, all images at once and in one pass through NumPy's formulas."""
-    y, others = layer(shared, images)
-    return (y, others), (y.mean((0, 1, 2)), y.var((0, 1, 2)))
+    y, others = layer(shared, of_blocks.repeat(N // count), images)
+    cut = y.reshape(count, -1, C)
+    return (y, others), (cut.mean(1), cut.var(1))
 
 
 def objective(function):
     """A scalar in which every output counts, each with weights of its own."""
 
-    def value(shared, images):
-        outputs: Any = function(shared, images)
+    def value(shared, of_blocks, images):
+        outputs: Any = function(shared, of_blocks, images)
         leaves = jax.tree.leaves(outputs)
         weights = [np.random.default_rng(i).normal(size=leaf.shape).astype(np.float32) for i, leaf in enumerate(leaves)]
         return sum((w * leaf**2).sum() for w, leaf in zip(weights, leaves, strict=True))
 
-    return compiled.quickly(jax.value_and_grad(value, (0, 1)))
+    return compiled.quickly(jax.value_and_grad(value, (0, 1, 2)))
 
 
-@pytest.mark.parametrize("at_once", [1, 4, 12])
+@pytest.mark.parametrize(("count", "at_once"), [(1, 1), (1, 4), (1, 12), (2, 3), (4, 3), (4, 1)])
 @pytest.mark.parametrize("offset", [0.0, 300.0])
-def test_chunks_are_the_whole_batch(at_once, offset):
+def test_chunks_are_the_whole_batch(count, at_once, offset):
     """Value and gradients to rounding; far from zero too, where E[x²] - μ² would have no digit of the variance left."""
     images = (X, np.float32(offset) + np.random.default_rng(2).normal(size=(N, 4, 5, C)).astype(np.float32))
-    found: Any = compiled.quickly(lambda s, i: with_statistics(layer, at_once, s, i))(SHARED, images)
-    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(of_all(SHARED, images)), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-5)
-    if offset == 0:
-        value, gradients = objective(lambda s, i: with_statistics(layer, at_once, s, i))(SHARED, images)
-        expected, theirs = objective(of_all)(SHARED, images)
-        np.testing.assert_allclose(value, expected, rtol=1e-4)
-        for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(theirs), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+    of_blocks = np.linspace(0.5, 2.0, count, dtype=np.float32)
+    with blocks.of(Blocks(N // count, N)):
+        ours = functools.partial(with_statistics, layer, at_once)
+        found: Any = compiled.quickly(lambda *args: ours(*args))(SHARED, of_blocks, images)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(of_all(count, SHARED, of_blocks, images)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
+        if offset == 0:
+            value, gradients = objective(ours)(SHARED, of_blocks, images)
+            expected, theirs = objective(functools.partial(of_all, count))(SHARED, of_blocks, images)
+            np.testing.assert_allclose(value, expected, rtol=1e-4)
+            for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(theirs), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("n", "size"), [(64, 8), (63, 63), (70, 7), (71, 71), (72, 8), (68, 4), (512, 8)])
+@pytest.mark.parametrize(("n", "size"), [(64, 8), (63, None), (70, 7), (71, None), (72, 8), (68, 4), (512, 8)])
 def test_a_large_batch_goes_in_even_chunks_or_not_at_all(n, size):
     """From 64 images, by the largest divisor up to 8 if that is at least 4."""
     assert layers._images_at_once(n) == size
@@ -127,9 +133,9 @@ def test_bn_batches_smaller_than_the_batch_are_not_chunked(monkeypatch):
     np.testing.assert_array_equal(*logits)
 
 
-@pytest.mark.parametrize("examples", [1, 2, 3, 5])
+@pytest.mark.parametrize("examples", [1, 2, 3, 40])
 def test_dense_gradients_of_few_examples_are_those_of_a_product(examples):
-    """Up to two examples the kernel's gradient is a sum of outer products."""
+    """Up to 32 examples the kernel's gradient is a sum of outer products."""
     module = Dense(3)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(examples, 4)), jnp.float32)
     params: Any = jax.tree.map(jnp.asarray, module.init(jax.random.key(0), x))
@@ -160,4 +166,4 @@ def test_parts_hold_whole_bn_batches_and_divide_the_batch(norm, m, b, parts):
 def test_off_cpu_the_batch_is_whole(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert micro_batch_size("none", 128, 128) is None
-    assert layers._images_at_once(512) == 512
+    assert layers._images_at_once(512) is None
