@@ -81,57 +81,67 @@ def make_train_step(model: Model, program: Program) -> Callable[[TrainState, Set
     model must have been made with the same axis_name; state and metrics are then equal on all devices. Under `shard_map`
     use ``check_vma=False``: with the check on, the gradient of replicated parameters is already summed over the axis.
     """
-    axis = program.axis_name
+    gradient = _make_gradient(model, program)
 
     def train_step(state: TrainState, setting: Setting, batch: Batch) -> tuple[TrainState, Metrics]:
         dropout = jax.random.fold_in(jax.random.fold_in(jax.random.key(setting.seed), 2), state.step)
-        if axis is not None:
-            dropout = jax.random.fold_in(dropout, lax.axis_index(axis))
-
-        devices = 1 if axis is None else lax.axis_size(axis)
-        examples = len(batch.labels) * devices  # m
-
-        def share_of_loss(
-            params: PyTree, part: Batch, dropout: jax.Array
-        ) -> tuple[jax.Array, tuple[jax.Array, PyTree, PyTree]]:
-            """What the part adds to the batch's mean loss; images right; what moves running averages, and what moved."""
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, mutated = model.apply(
-                variables, part.images, train=True, mutable=["batch_stats", norm.MOVES], rngs={"dropout": dropout}
-            )
-            losses = cross_entropy(logits, part.labels)
-            return blocks.total(losses, len(losses)) / examples, (
-                count_correct(logits, part.labels),
-                mutated.get(norm.MOVES, {}),
-                mutated.get("batch_stats", state.batch_stats),
-            )
-
-        def gradient(part: Batch, keys: jax.Array) -> tuple[PyTree, PyTree]:
-            (loss, (correct, *averages)), grads = jax.value_and_grad(share_of_loss, has_aux=True)(state.params, part, keys[0])
-            return (loss, grads), (correct, *averages)
-
-        with blocks.of(program.blocks):
-            size = program.micro_batch_size or len(batch.labels)
-            parts = len(batch.labels) // size
-            keys = jax.random.split(dropout, parts) if parts > 1 else dropout[None]
-            sums = blocks.summed(gradient, size, batch, jnp.repeat(keys, size, 0))
-            if axis is not None:
-                sums = _over_devices(sums, axis)
-        (loss, grads), (correct, *averages) = sums
-        # All parts begin with the same running averages, which then move by the mean of what each would do.
-        if parts * devices > 1:
-            averages = jax.tree.map(lambda total: total / (parts * devices), averages)
-        moves, batch_stats = averages
-        batch_stats = norm.move(batch_stats, moves)
+        if program.axis_name is not None:
+            dropout = jax.random.fold_in(dropout, lax.axis_index(program.axis_name))
+        metrics, grads, batch_stats = gradient(state, batch, dropout)
         schedule = optim.step_schedule(
             program.total_steps, program.boundaries, program.factor, warmup_fraction=setting.warmup_fraction
         )
         transform = optim.summed_sgd(setting.base_lr, program.batch_size, schedule, setting.weight_decay)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, batch_stats, opt_state), Metrics(loss, correct)
+        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     return train_step
+
+
+def _make_gradient(model: Model, program: Program) -> Callable[[TrainState, Batch, jax.Array], tuple[Metrics, PyTree, PyTree]]:
+    """(state, batch, dropout key) → metrics, mean gradient and new running averages, of the whole batch on every device.
+
+    Nothing is averaged before it is summed over the parts of a batch and the devices: each example's share of the mean loss is
+    divided by m at once, so that no sum is scaled by what depends on the number of either.
+    """
+    axis = program.axis_name
+
+    def gradient(state: TrainState, batch: Batch, dropout: jax.Array) -> tuple[Metrics, PyTree, PyTree]:
+        devices = 1 if axis is None else lax.axis_size(axis)
+        size = program.micro_batch_size or len(batch.labels)
+        parts = len(batch.labels) // size
+
+        def share_of_loss(params: PyTree, part: Batch, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, PyTree, PyTree]]:
+            """What a part adds to the loss; its images right, what moves running averages, and the averages that moved."""
+            logits, changed = model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                part.images,
+                train=True,
+                mutable=["batch_stats", norm.MOVES],
+                rngs={"dropout": key},
+            )
+            losses = cross_entropy(logits, part.labels)
+            loss = blocks.total(losses, len(losses)) / (len(batch.labels) * devices)
+            moves, batch_stats = changed.get(norm.MOVES, {}), changed.get("batch_stats", state.batch_stats)
+            return loss, (count_correct(logits, part.labels), moves, batch_stats)
+
+        def of_part(part: Batch, keys: jax.Array) -> PyTree:
+            return jax.value_and_grad(share_of_loss, has_aux=True)(state.params, part, keys[0])
+
+        keys = jax.random.split(dropout, parts) if parts > 1 else dropout[None]
+        with blocks.of(program.blocks):
+            sums = blocks.summed(of_part, size, batch, jnp.repeat(keys, size, 0))
+            if axis is not None:
+                sums = _over_devices(sums, axis)
+        (loss, (correct, *averages)), grads = sums
+        # All parts begin with the same running averages, which then move by the mean of what each would do.
+        if parts * devices > 1:
+            averages = jax.tree.map(lambda total: total / (parts * devices), averages)
+        moves, batch_stats = averages
+        return Metrics(loss, correct), grads, norm.move(batch_stats, moves)
+
+    return gradient
 
 
 def _over_devices(sums: PyTree, axis: str) -> PyTree:
