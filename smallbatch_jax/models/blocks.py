@@ -155,11 +155,14 @@ def for_runs(rows: jax.Array, runs: int) -> jax.Array:
 def channel_sums(runs: jax.Array, pieces: int) -> jax.Array:
     """Σ of each piece, float[R, n, C] → [U, C], the same for each whatever U.
 
-    The sums of its runs are added as a tree; runs of zeros are summed too where there are few numbers in all.
+    The sums of its runs are added as a tree; runs of zeros are summed too where there are few numbers in all, or where a share
+    is a single run, which by itself XLA:CPU would sum by other code.
     """
-    count = len(runs)
-    if _current.get() is not None and (missing := -(-ENOUGH_NUMBERS // runs[0].size) - count) > 0:
-        runs = jnp.concatenate([runs, jnp.zeros((missing, *runs.shape[1:]), runs.dtype)])
+    now, count = _current.get(), len(runs)
+    if now is not None:
+        least = max(-(-ENOUGH_NUMBERS // runs[0].size), 1 if now.together == now.size else 2)
+        if count < least:
+            runs = jnp.concatenate([runs, jnp.zeros((least - count, *runs.shape[1:]), runs.dtype)])
     return tree(runs.sum(1)[:count].reshape(pieces, -1, runs.shape[-1]).swapaxes(0, 1))
 
 

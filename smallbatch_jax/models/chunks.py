@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from smallbatch_jax.models import blocks
+from smallbatch_jax.models.fusion import rounded
 
 PyTree = Any
 
@@ -53,7 +54,7 @@ def _forward(function, at_once, shared, of_blocks, images):
         position, of_block, images = few
         x, others = function(shared, of_block, images)
         numbers, runs = x.size // x.shape[-1], blocks.in_runs(x.astype(jnp.float32), 1)
-        chunk_mean = blocks.channel_sums(runs, 1)[0] / numbers
+        chunk_mean = rounded(blocks.channel_sums(runs, 1)[0] / numbers)
         chunk_squares = blocks.channel_sums(jnp.square(runs - chunk_mean[None, None]), 1)[0]
         # Chan, Golub & LeVeque 1979: of `position` chunks and one more of the same size; a block begins at 0.
         difference = jnp.where(position > 0, chunk_mean - mean, 0)

@@ -258,7 +258,7 @@ def _statistics(x: jax.Array, pieces: int, axis_name: str | None, groups: int, d
 
 def _statistics_forward(x, pieces, axis_name, groups, devices):
     runs, numbers = blocks.in_runs(x, pieces), x.size // x.shape[-1] // pieces
-    mean = blocks.channel_sums(runs, pieces) / numbers
+    mean = rounded(blocks.channel_sums(runs, pieces) / numbers)
     var = blocks.channel_sums(jnp.square(runs - blocks.for_runs(mean, len(runs))), pieces) / numbers
     (mean, var), _ = _of_groups_forward(mean, var, axis_name, groups, devices)
     return (mean, var), (x, mean)
@@ -270,7 +270,8 @@ def _statistics_backward(pieces, axis_name, groups, devices, residuals, cotangen
     # That of `_of_groups` and then that of each piece's mean and variance, as one: in x - mean of the group.
     of_groups = x.reshape(groups, -1, *x.shape[1:])
     asked = _gathered(jnp.stack(cotangents), axis_name, groups, devices)
-    dmean, dvar = (_spread(blocks.tree(of_pieces) / (len(of_pieces) * numbers), of_groups) for of_pieces in asked)
+    dmean, dvar = (rounded(blocks.tree(of_pieces) / (len(of_pieces) * numbers)) for of_pieces in asked)
+    dmean, dvar = (_spread(rows, of_groups) for rows in (dmean, dvar))
     return ((dmean + 2 * dvar * (of_groups - _spread(_of_first(mean, groups), of_groups))).reshape(x.shape),)
 
 
