@@ -181,12 +181,11 @@ def test_workers_outlive_a_signal_to_their_group_and_not_their_parent(root, tmp_
     command = [sys.executable, str(tmp_path / "reader.py"), str(root)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(command, **pipes, text=True, env=environment, start_new_session=True) as process:
+        while len(workers := children(process.pid)) < 2:  # still importing, and not able to say what a signal shall do
+            assert process.poll() is None
+        end(workers)
         assert process.stdout.readline() == "reading\n"
-        workers = children(process.pid)
-        assert len(workers) == 2
-        for worker in workers:
-            os.kill(worker, signal.SIGINT)
-            os.kill(worker, signal.SIGTERM)
+        end(workers)
         process.stdin.write("\n")
         process.stdin.flush()
         assert process.stdout.readline() == "still\n"
@@ -196,6 +195,12 @@ def test_workers_outlive_a_signal_to_their_group_and_not_their_parent(root, tmp_
     while alive := [worker for worker in workers if running(worker)]:
         assert time.monotonic() < until, alive
         time.sleep(0.1)
+
+
+def end(processes):
+    for pid in processes:
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
 
 
 def running(pid):

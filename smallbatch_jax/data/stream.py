@@ -20,6 +20,7 @@ from smallbatch_jax.data.slots import Slots
 
 MESSAGE_BYTES = 2**22  # of images that a worker decodes before it hands them over
 MOST_PER_MESSAGE = 64
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that all processes of a terminal get
 MESSAGES_AHEAD = 2  # per worker, beside the one that it works on
 
 
@@ -75,7 +76,7 @@ class Ahead:
                 pipeline = pipeline.mp_prefetch(ahead, worker_init_fn=_begin_worker)
             self._workers.append(iter(grain.experimental.WithOptionsIterDataset(pipeline, options)))
         # A pipeline begins its process when it is first asked, in whose thread the answer is unpacked too.
-        self._asking = ThreadPoolExecutor(len(self._workers))
+        self._asking = ThreadPoolExecutor(len(self._workers), initializer=_hold_signals)
         self._asked: list[Future[Any] | None] = [None] * len(self._workers)
         self._message: Decoded | None = None  # at hand
         self._filling: tuple[Slots, int] | None = None  # where its images are
@@ -161,12 +162,17 @@ def _shared_memory() -> int:
     return found.f_bavail * found.f_frsize
 
 
+def _hold_signals() -> None:
+    """A process that this thread begins holds these signals from its first instruction, before it can say what to do with them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
 def _begin_worker(index: int, count: int) -> None:
-    """A worker outlives a signal, which all processes of a terminal get, and does not outlive its parent."""
+    """A worker outlives the signals, and does not outlive its parent."""
     import cv2
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for held in SIGNALS:
+        signal.signal(held, signal.SIG_IGN)
     cv2.setNumThreads(0)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
