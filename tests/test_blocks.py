@@ -1,5 +1,9 @@
 """Sums over a batch are the same to the last bit however many devices hold it, and are sums."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from test_chunks import drawn
 
 from smallbatch_jax import optim
-from smallbatch_jax.models import blocks, blocks_of, create_model, micro_batch_size
+from smallbatch_jax.models import blocks, blocks_of, conv, create_model, micro_batch_size
 from smallbatch_jax.models.blocks import Blocks
 from smallbatch_jax.models.product import product
 from smallbatch_jax.train import Batch, Program, Setting, TrainState, make_train_step
@@ -67,6 +71,28 @@ def test_a_total_is_that_of_one_device(devices):
         np.testing.assert_array_equal(found, (pairs[0] + pairs[1]) + (pairs[2] + pairs[3]))
 
 
+LANES = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+from smallbatch_jax.models import blocks
+mesh = jax.make_mesh((LANES, DATA), ("lane", "data"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+def steps(x, count):
+    with blocks.of(blocks.Blocks(2, 16)):
+        return jax.lax.fori_loop(0, count[0], lambda _, x: blocks.over_devices(x, "data"), x)
+spread = jax.shard_map(steps, mesh=mesh, in_specs=(P("lane", "data"), P("lane")), out_specs=P("lane"), check_vma=False)
+found = jax.jit(spread)(np.ones((LANES, DATA, 5), np.float32), np.arange(LANES))
+np.testing.assert_array_equal(found, np.array([[[DATA**i] * 5] for i in range(LANES)]))
+"""
+
+
+@pytest.mark.parametrize(("lanes", "data"), [(4, 2), (2, 4)])
+def test_devices_wait_for_none_that_holds_another_lane(lanes, data):
+    """Lanes take 0, 1, … steps, each on devices of its own."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    code = LANES.replace("LANES", str(lanes)).replace("DATA", str(data))
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=100)
+
+
 def test_devices_that_are_no_power_of_two_sum_too():
     def share(x):
         with blocks.of(Blocks(2, 6)):
@@ -98,6 +124,7 @@ def test_channel_sums_are_those_of_any_number_of_pieces(shape):
     def sums(pieces):
         def of_share(_, x):
             runs = blocks.in_runs(x, pieces)
+            assert runs[0].size <= 40_000  # above which XLA:CPU cuts a sum as its threads are
             return None, blocks.channel_sums(jnp.square(runs - 0.1), pieces)
 
         with blocks.of(Blocks(shape[0] // 8, shape[0])):
@@ -119,6 +146,16 @@ def test_a_product_and_its_gradients_are_those_of_a_matrix_product(n, rows):
         dx, dkernel = pullback(dy)
     for found, expected in [(y, x @ kernel), (dx, dy @ kernel.T), (dkernel, x.reshape(-1, 6).T @ dy.reshape(-1, 5))]:
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_how_a_share_is_computed_depends_on_what_one_device_takes_together():
+    """A dense kernel's gradient by outer products or by one product, a convolution directly or by Winograd."""
+    x, image, kernel = jnp.ones((4, 6)), jnp.ones((4, 8, 8, 64)), jnp.ones((3, 3, 64, 64))
+    for together, implementation in ((4, "direct"), (64, "winograd")):
+        with blocks.of(Blocks(2, together)):
+            gradient = jax.make_jaxpr(lambda x: jax.vjp(lambda kernel: product(x, kernel), jnp.ones((6, 5)))[1](x[:, :5]))(x)
+            assert (" mul " in str(gradient)) == (together == 4)
+            assert conv._choose(image, kernel, (1, 1), ((1, 1), (1, 1))) == implementation
 
 
 def test_a_small_share_is_filled_up_and_cut_again():

@@ -85,6 +85,19 @@ def test_running_averages_move_once_per_call_towards_the_mean_over_sub_batches(s
         np.testing.assert_allclose(batch_stats[name], values, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4, None])
+def test_running_averages_over_devices_are_those_of_one(batch_size):
+    """Two images on each of four devices: sub-batches of a part of a share up to all of them."""
+    x, variables = normal(8, 3, 5), norm_variables(jnp.ones(5), jnp.zeros(5))
+    spread = BatchNorm(batch_size, axis_name="data")
+    over_devices = jax.vmap(lambda x: spread.apply(variables, x, True, mutable=["batch_stats"]), axis_name="data")
+    y, found = jax.jit(over_devices)(x.reshape(4, 2, 3, 5))
+    expected_y, expected = train(BatchNorm(batch_size), variables, x)
+    np.testing.assert_allclose(y.reshape(8, 3, 5), expected_y, rtol=1e-4, atol=1e-5)
+    for name in ("mean", "var"):
+        np.testing.assert_allclose(found["batch_stats"][name], [expected[name]] * 4, rtol=1e-5, atol=1e-7)
+
+
 def test_evaluation_uses_running_averages_with_epsilon_1e_5():
     """(x - mean) / √(var + 10⁻⁵)·scale + bias, whatever b, and nothing moves; with var = 0 only ε is left."""
     x, scale, bias, mean, var = normal(3, 2, 4), *(normal(4, seed=s) for s in (1, 2, 3)), jnp.array([0.0, 1e-5, 1.0, 4.0])

@@ -3,8 +3,8 @@
 A sum of floating-point numbers depends on its order, and in training its last bit counts in the end: it turns a ReLU that is
 all but zero, and so a gradient. So a batch is cut into *blocks* of consecutive examples, 1, 2, 4 or 8 of them. Every sum over
 examples is taken of each block by itself, by the same code for each, and the sums of the blocks are added in pairs, and those
-in pairs again: a binary tree. A device that holds 1, 2 or 4 of the blocks makes a branch of that tree, and devices then
-exchange branches level by level. All else is computed of each image by itself; only that XLA:CPU rounds a matrix product of few
+in pairs again: a binary tree. A device that holds 1, 2 or 4 of the blocks makes a branch of that tree, and what devices made
+is added as the rest of it. All else is computed of each image by itself; only that XLA:CPU rounds a matrix product of few
 rows otherwise than the same rows among many, so a small share is filled up with zeros (`filled`).
 
 How the batch of a step is cut is said by `of(…)` around what is traced, as precision is by `jax.default_matmul_precision`.
@@ -210,12 +210,14 @@ def filled(function: Callable[[jax.Array], jax.Array], rows: int, images: jax.Ar
 
 
 def over_devices(x: jax.Array, axis_name: str) -> jax.Array:
-    """Σ over the devices along a mesh axis, the same on each; where sums are by blocks, by pairs, pairs of pairs and so on."""
+    """Σ over the devices along a mesh axis, the same on each; where sums are by blocks, as a tree.
+
+    Each device adds a part for all, and they hand out what they found. No `ppermute`, by which they could add in pairs: all
+    devices of the mesh take part in one on CPU, and those with other lanes may have no step to take.
+    """
     devices = lax.axis_size(axis_name)
-    if _current.get() is None or devices & (devices - 1):
+    if _current.get() is None or devices & (devices - 1) or devices == 2:  # of two the sum has one order
         return lax.psum(x, axis_name)
-    step = 1
-    while step < devices:
-        x = x + lax.ppermute(x, axis_name, [(device, device ^ step) for device in range(devices)])
-        step *= 2
-    return x
+    parts = jnp.pad(x.ravel(), (0, -x.size % devices)).reshape(devices, -1)
+    mine = tree(lax.all_to_all(parts, axis_name, 0, 0))
+    return lax.all_gather(mine, axis_name, tiled=True)[: x.size].reshape(x.shape)
