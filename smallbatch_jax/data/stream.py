@@ -163,7 +163,7 @@ def _shared_memory() -> int:
 
 
 def _hold_signals() -> None:
-    """A process that this thread begins holds these signals from its first instruction, before it can say what to do with them."""
+    """A process that this thread begins holds these signals until it can say what to do with them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
