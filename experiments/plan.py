@@ -13,7 +13,6 @@ of them as --elsewhere_devices names, which share out the runs of each program.
 """
 
 import json
-import math
 from pathlib import Path
 
 import command
@@ -60,8 +59,6 @@ def main() -> int:
 def _measure(chosen: Experiment, there: dict | None) -> None:
     """Prints what each program costs, and the sums."""
     command.start_jax()
-    import jax
-
     from smallbatch_jax import data, memory, planning
     from smallbatch_jax.progress import duration
 
@@ -74,13 +71,12 @@ def _measure(chosen: Experiment, there: dict | None) -> None:
         return
     print(f"\n{'m':>6}{'BN batch':>10}{'lanes':>7}{'shared by':>11}{'diverge':>9}{'FLOPs':>10}", end="")
     print(f"{'images/s':>10}{'compile':>9}{'memory':>10}{'time':>14}{_heads(there)}")
-    plans, total, fewest = [], [0.0] * len(_devices()), math.inf
+    plans, total = [], [0.0] * len(_devices())
     for trial in planning.measure(chosen, dataset):
         job, image_shape = trial.job, dataset.image_shape
         flops = planning.flops_per_image(job.model_of(None), job.batch_size, image_shape)
         plan = planning.plan_program(job, flops, planning.probe(trial, SECONDS.value))
         plans.append(plan)
-        fewest = min(fewest, len(job.runs))
         seconds = _seconds(there, plan.batch_size, plan.runs - plan.diverging, plan.steps * plan.batch_size)
         total = [x + y for x, y in zip(total, seconds, strict=False)]
         print(
@@ -89,8 +85,6 @@ def _measure(chosen: Experiment, there: dict | None) -> None:
             f"{duration(plan.seconds):>14}{_columns(seconds)}",
             flush=True,
         )
-    if fewest < (devices := jax.device_count()) and all(plan.data_devices == 1 for plan in plans):
-        print(f"{devices} devices and fewer runs: --config.data_devices={devices} would share each batch among them.")
     largest, in_all = max(plan.peak_bytes for plan in plans), memory.peak_bytes_in_use()
     print(
         f"{len(plans)} compilations, {sum(plan.flops for plan in plans):.1e} FLOPs, at most {largest / 2**20:,.0f} MiB"

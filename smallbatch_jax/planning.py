@@ -163,13 +163,14 @@ def measure(
 def spread(job: Job) -> Job:
     """The job with the number of devices that share each of its batches: what is asked for, or `scaling.data_devices`.
 
-    In one process on CPU a batch is shared only if that is asked for: lanes use the cores better.
+    In one process on CPU a run shall not depend by a bit on how many cores there are: blocks of a batch are not cut.
     """
-    devices, several = jax.device_count(), jax.process_count() > 1
+    devices, several, backend = jax.device_count(), jax.process_count() > 1, jax.default_backend()
     chosen = scaling.asked_devices(job.experiment, devices)
-    if chosen is None and (several or jax.default_backend() != "cpu") and len(job.runs) < devices:
-        shape, machine = (job.batch_size, job.bn_batch_size), scaling.machine(jax.default_backend(), several)
-        chosen = scaling.data_devices(job.experiment, shape, len(job.runs), devices, machine, network(job))
+    if chosen is None and len(job.runs) < devices:
+        shape, machine = (job.batch_size, job.bn_batch_size), scaling.machine(backend, several)
+        blocks = job.batch_size // job.blocks.size if job.blocks and backend == "cpu" and not several else None
+        chosen = scaling.data_devices(job.experiment, shape, len(job.runs), devices, machine, network(job), blocks)
     return dataclasses.replace(job, data_devices=chosen or 1)
 
 

@@ -73,7 +73,13 @@ def asked_devices(experiment: Experiment, devices: int) -> int | None:
 
 
 def data_devices(
-    experiment: Experiment, shape: tuple[int, int], runs: int, devices: int, machine: Machine, network: Network
+    experiment: Experiment,
+    shape: tuple[int, int],
+    runs: int,
+    devices: int,
+    machine: Machine,
+    network: Network,
+    blocks: int | None = None,
 ) -> int:
     """How many of the devices should share each batch of a program: 1 while each has a run of its own, else the fastest.
 
@@ -83,10 +89,11 @@ def data_devices(
       runs: of the program.
       devices: that there are.
       machine, network: of the model of `step_seconds`.
+      blocks: that each batch is cut into, to be shared evenly; None if they may be cut.
     """
     if _is_own(experiment) or runs >= devices:
         return 1
-    able = [d for d in _divisors(devices) if experiment.can_share(*shape, d)]
+    able = [d for d in _divisors(devices) if experiment.can_share(*shape, d) and (blocks or d) % d == 0]
     return min(able, key=lambda d: (-(-runs // (devices // d)) * step_seconds(machine, network, *shape, d), d))
 
 

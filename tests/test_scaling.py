@@ -85,18 +85,26 @@ def test_an_own_model_is_not_spread():
         scaling.asked_devices(dataclasses.replace(own, data_devices=2), 2)
 
 
-def job(**fields):
+def job(m=4, b=4, **fields):
     data = tiny.dataset()
     asked = tiny.grid(base_lrs=(2**-7,), **fields)
-    return jobs.Job(asked, data, lambda b, axis_name=None: tiny.TinyModel(b), 4, 4, asked.runs(), None)  # pyright: ignore
+    return jobs.Job(asked, data, lambda b, axis_name=None: tiny.TinyModel(b), m, b, asked.runs(), None)  # pyright: ignore
 
 
-def test_on_cpu_a_batch_is_shared_only_if_that_is_asked_for(monkeypatch):
-    """There results do not depend on the number of devices, not by a bit."""
+def test_one_run_of_much_work_is_shared_by_idle_cores_and_one_of_little_is_not(monkeypatch):
     assert len(job().runs) < jax.device_count()
-    monkeypatch.setattr(scaling, "data_devices", lambda *_: 2)
     assert planning.spread(job()).data_devices == 1
     assert planning.spread(job(data_devices=2)).data_devices == 2
+    monkeypatch.setattr(planning, "flops_per_image", lambda *_: 1e9)
+    assert planning.spread(job()).data_devices == 2
+    assert planning.spread(job(data_devices=1)).data_devices == 1
+
+
+@pytest.mark.parametrize(("m", "b", "devices"), [(64, 64, 8), (8, 8, 4), (64, 16, 8), (36, 36, 4), (6, 6, 2), (2, 2, 1)])
+def test_on_cpu_only_whole_blocks_are_shared_so_that_no_bit_depends_on_the_cores(monkeypatch, m, b, devices):
+    monkeypatch.setattr(jax, "device_count", lambda: 16)
+    monkeypatch.setattr(scaling, "step_seconds", lambda *shape: 1 / shape[-1])
+    assert planning.spread(job(m, b)).data_devices == devices
 
 
 def test_a_share_that_does_not_fit_is_taken_in_parts(monkeypatch):
