@@ -15,6 +15,8 @@ from test_chunks import drawn
 from smallbatch_jax import optim
 from smallbatch_jax.models import blocks, blocks_of, conv, create_model, micro_batch_size
 from smallbatch_jax.models.blocks import Blocks
+from smallbatch_jax.models.fusion import computed_once
+from smallbatch_jax.models.pool import mean_pool
 from smallbatch_jax.models.product import product
 from smallbatch_jax.train import Batch, Program, Setting, TrainState, make_train_step
 
@@ -146,6 +148,26 @@ def test_a_product_and_its_gradients_are_those_of_a_matrix_product(n, rows):
         dx, dkernel = pullback(dy)
     for found, expected in [(y, x @ kernel), (dx, dy @ kernel.T), (dkernel, x.reshape(-1, 6).T @ dy.reshape(-1, 5))]:
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 7, 7, 2048), (4, 8, 8, 64), (4, 1, 3, 5)])
+def test_the_mean_of_an_image_is_the_same_whatever_others_there_are(shape):
+    """After work that it may be fused with, in a loop as in training; its gradient is spread evenly."""
+    x = np.random.default_rng(4).normal(size=shape).astype(np.float32)
+
+    def means(shares):
+        def of_share(x):
+            return mean_pool(computed_once(jnp.maximum(x * 1.5, 0)))
+
+        with blocks.of(Blocks(1, 4)):
+            return jax.jit(lambda x: jax.lax.map(of_share, x))(x.reshape(shares, -1, *shape[1:])).reshape(4, -1)
+
+    np.testing.assert_allclose(means(1), np.maximum(x * 1.5, 0).mean((1, 2)), rtol=1e-5)
+    for shares in (2, 4):
+        np.testing.assert_array_equal(means(shares), means(1))
+    dy = x[:, 0, 0]
+    (dx,) = jax.vjp(mean_pool, x)[1](dy)
+    np.testing.assert_allclose(dx, np.broadcast_to(dy[:, None, None] / (shape[1] * shape[2]), shape), rtol=1e-5)
 
 
 def test_how_a_share_is_computed_depends_on_what_one_device_takes_together():

@@ -1,4 +1,4 @@
-"""Max pooling whose gradient is deterministic and, on CPU, fast."""
+"""Max pooling whose gradient is deterministic and, on CPU, fast; and the mean over an image."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,10 +7,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from smallbatch_jax.models import blocks
 from smallbatch_jax.models.fusion import computed_once
 
 Pair = tuple[int, int]
 Pads = tuple[Pair, Pair]
+
+
+def mean_pool(x: jax.Array) -> jax.Array:
+    """Mean of every image [N, H, W, C] → [N, C], summed in float32; the same for an image whatever N is (`models.blocks`)."""
+    n, height, width, _ = x.shape
+    return (blocks.channel_sums(blocks.in_runs(x.astype(jnp.float32), n), n) / (height * width)).astype(x.dtype)
 
 
 def max_pool(

@@ -10,7 +10,7 @@ from flax import linen as nn
 from smallbatch_jax.models.fusion import computed_once
 from smallbatch_jax.models.layers import Conv, Dense, Pending, activated, as_it_is, conv_norm, relu
 from smallbatch_jax.models.norm import make_norm, normalised
-from smallbatch_jax.models.pool import max_pool
+from smallbatch_jax.models.pool import max_pool, mean_pool
 
 
 class CifarResNet(nn.Module):
@@ -54,7 +54,7 @@ class CifarResNet(nn.Module):
                 stride = 2 if stage and not block else 1
                 x = self._block(x, channels, features, stride, train, f"stage{stage + 1}_block{block + 1}")
                 channels = features
-        pooled = x.made().mean((1, 2))
+        pooled = mean_pool(x.made())
         return Dense(self.num_classes, dtype=self.dtype, name="logits")(pooled).astype(jnp.float32)
 
     def _block(self, x: Pending, channels: int, features: int, stride: int, train: bool, name: str) -> Pending:

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from smallbatch_jax.models.layers import Conv, Dense, Pending, activated, as_it_is, conv_norm, relu
 from smallbatch_jax.models.norm import make_norm, normalised
-from smallbatch_jax.models.pool import max_pool
+from smallbatch_jax.models.pool import max_pool, mean_pool
 
 WIDTHS = (64, 128, 256, 512)  # of the stages' 3×3 convolutions
 EXPANSION = 4  # channels that a block puts out, for each of its width
@@ -54,7 +54,7 @@ class BottleneckResNet(nn.Module):
                 stride = 2 if stage and not block else 1
                 x = self._block(x, channels, width, stride, train, f"stage{stage + 1}_block{block + 1}")
                 channels = EXPANSION * width
-        pooled = x.made().mean((1, 2))
+        pooled = mean_pool(x.made())
         return Dense(self.num_classes, dtype=self.dtype, name="logits")(pooled).astype(jnp.float32)
 
     def _block(self, x: Pending, channels: int, width: int, stride: int, train: bool, name: str) -> Pending:
