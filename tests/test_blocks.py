@@ -152,15 +152,16 @@ def test_a_product_and_its_gradients_are_those_of_a_matrix_product(n, rows):
 
 @pytest.mark.parametrize("shape", [(4, 7, 7, 2048), (4, 8, 8, 64), (4, 1, 3, 5)])
 def test_the_mean_of_an_image_is_the_same_whatever_others_there_are(shape):
-    """After work that it may be fused with, in a loop as in training; its gradient is spread evenly."""
+    """After work whose result is kept for the backward pass, in a loop as in training; its gradient is spread evenly."""
     x = np.random.default_rng(4).normal(size=shape).astype(np.float32)
 
     def means(shares):
         def of_share(x):
-            return mean_pool(computed_once(jnp.maximum(x * 1.5, 0)))
+            y = computed_once(jnp.maximum(x * 1.5, 0))
+            return mean_pool(y), y
 
         with blocks.of(Blocks(1, 4)):
-            return jax.jit(lambda x: jax.lax.map(of_share, x))(x.reshape(shares, -1, *shape[1:])).reshape(4, -1)
+            return jax.jit(lambda x: jax.lax.map(of_share, x))(x.reshape(shares, -1, *shape[1:]))[0].reshape(4, -1)
 
     np.testing.assert_allclose(means(1), np.maximum(x * 1.5, 0).mean((1, 2)), rtol=1e-5)
     for shares in (2, 4):
