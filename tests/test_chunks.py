@@ -89,7 +89,7 @@ def drawn(model, images) -> Any:
     [
         (create_model("resnet8", 3, "batch"), 7),
         (create_model("alexnet", 3, "batch"), 5),
-        (create_model("resnet8", 3, "batch_renorm"), 7),
+        pytest.param(create_model("resnet8", 3, "batch_renorm"), 7, marks=pytest.mark.slow),
         pytest.param(BottleneckResNet((1, 1, 1, 1), 3), 17, marks=pytest.mark.slow),
     ],
     ids=["resnet8-batch", "alexnet-batch", "resnet8-batch_renorm", "bottlenecks-batch"],

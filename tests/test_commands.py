@@ -106,7 +106,7 @@ def test_figures_go_where_they_are_asked_to(trained, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (trained[0] / "figures").iterdir()}
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_says_that_the_same_command_goes_on(tmp_path, signum):
     line, options = sweep(tmp_path / "w", "--config.epochs=500", sizes="(128,)")
     process = subprocess.Popen(line, **options, stderr=subprocess.PIPE, text=True)

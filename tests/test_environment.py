@@ -125,7 +125,7 @@ def test_a_sweep_on_a_full_disk_says_so_and_goes_on_once_there_is_room(small_dis
     pd.testing.assert_frame_equal(results.load(folder / "w"), results.load(undisturbed), check_exact=True)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_while_the_first_program_compiles_ends_the_command_soon(tmp_path, signum):
     """ResNet-32 takes longer to compile than this allows."""
     slow = ("--config.model.name=resnet32", "--config.model.norm=batch", *SMALL)
