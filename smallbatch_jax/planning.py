@@ -169,9 +169,14 @@ def spread(job: Job) -> Job:
     chosen = scaling.asked_devices(job.experiment, devices)
     if chosen is None and len(job.runs) < devices:
         shape, machine = (job.batch_size, job.bn_batch_size), scaling.machine(backend, several)
-        blocks = job.batch_size // job.blocks.size if job.blocks and backend == "cpu" and not several else None
+        blocks = _exact_parts(job) if backend == "cpu" and not several else None
         chosen = scaling.data_devices(job.experiment, shape, len(job.runs), devices, machine, network(job), blocks)
     return dataclasses.replace(job, data_devices=chosen or 1)
+
+
+def _exact_parts(job: Job) -> int:
+    """Into how many equal parts a batch can be cut on CPU without changing a bit of what is computed in float32."""
+    return job.batch_size // job.blocks.size if job.blocks and job.experiment.precision == "float32" else 1
 
 
 def network(job: Job) -> scaling.Network:
