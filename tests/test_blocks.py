@@ -138,6 +138,15 @@ def test_channel_sums_are_those_of_any_number_of_pieces(shape):
         np.testing.assert_array_equal(sums(pieces), sums(8))
 
 
+def test_a_batch_of_a_single_run_is_summed_as_two():
+    """XLA:CPU sums the products of one run a number at a time; a share of a batch is cut as the whole is."""
+    x = jnp.zeros((2, 32, 32, 16))
+    for cut, runs in ((Blocks(2, 2), 2), (Blocks(2, 4), 1), (None, 2)):
+        with blocks.of(cut):
+            assert blocks.in_runs(x, 1).shape == (runs, 2048 // runs, 16)
+    assert blocks.in_runs(jnp.zeros((1, 5, 5, 3)), 1).shape == (1, 25, 3)
+
+
 @pytest.mark.parametrize("n", [2, 3, 8, 40])
 @pytest.mark.parametrize("rows", [(), (4,)])
 def test_a_product_and_its_gradients_are_those_of_a_matrix_product(n, rows):

@@ -137,14 +137,16 @@ add_shared.defvjp(lambda y, bias: (add_shared(y, bias), None), _add_shared_backw
 def in_runs(x: jax.Array, pieces: int) -> jax.Array:
     """float[N, …, C] → [R, n, C]: as many runs of each piece, of at most `MOST_NUMBERS` numbers where sums are by blocks.
 
-    What is to be summed is best worked on in this shape: XLA:CPU makes one loop of the work and its sum then.
+    What is to be summed is best worked on in this shape: XLA:CPU makes one loop of the work and its sum then. But not of the
+    products of a single run, which it sums 30 times as slowly: a batch that is one run, on any number of devices, is made two.
     """
-    channels = x.shape[-1]
+    now, channels = _current.get(), x.shape[-1]
     pixels = x.size // channels // pieces
-    if _current.get() is not None:
+    if now is not None:
         largest = max(1, MOST_NUMBERS // channels)
         pixels = max(d for d in range(1, pixels + 1) if pixels % d == 0 and d <= largest)
-    return x.reshape(-1, pixels, channels)
+    alone = pixels * channels == x.size and (now is None or now.together == now.size) and jax.default_backend() == "cpu"
+    return x.reshape(-1, pixels // 2 if alone and pixels % 2 == 0 else pixels, channels)
 
 
 def for_runs(rows: jax.Array, runs: int) -> jax.Array:
