@@ -15,6 +15,7 @@ from test_chunks import drawn
 from smallbatch_jax import optim
 from smallbatch_jax.models import blocks, blocks_of, conv, create_model, micro_batch_size
 from smallbatch_jax.models.blocks import Blocks
+from smallbatch_jax.models.chunks import with_statistics
 from smallbatch_jax.models.fusion import computed_once
 from smallbatch_jax.models.pool import mean_pool
 from smallbatch_jax.models.product import product
@@ -136,6 +137,26 @@ def test_channel_sums_are_those_of_any_number_of_pieces(shape):
     np.testing.assert_allclose(sums(8), np.square(x - 0.1).reshape(8, -1, shape[-1]).sum(1), rtol=1e-5)
     for pieces in (4, 2, 1):
         np.testing.assert_array_equal(sums(pieces), sums(8))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_statistics_in_chunks_are_those_of_each_block_by_itself(devices):
+    """Four blocks of five chunks of 5 images, of which no sum of two is exact; two of them on each of two devices."""
+    x = np.random.default_rng(5).normal(size=(100, 32, 32, 4)).astype(np.float32)
+    kernel = np.random.default_rng(6).normal(size=(4, 16)).astype(np.float32)
+
+    def of_few(kernel, _, images):
+        return images @ kernel, None
+
+    def statistics(kernel, x):
+        with blocks.of(Blocks(25, 100)):
+            return with_statistics(of_few, 5, kernel, None, x)[1]
+
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+    spread = jax.shard_map(statistics, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False)
+    alone = [jax.jit(statistics)(kernel, block) for block in x.reshape(4, 25, 32, 32, 4)]
+    for found, expected in zip(jax.jit(spread)(kernel, x), zip(*alone, strict=True), strict=True):
+        np.testing.assert_array_equal(found, np.concatenate(expected))
 
 
 def test_a_batch_of_a_single_run_is_summed_as_two():

@@ -9,7 +9,7 @@ import pytest
 from arrays import assert_all_close, normal, with_gradients
 from flax import linen as nn
 
-from smallbatch_jax.models.norm import BatchNorm
+from smallbatch_jax.models.norm import BatchNorm, move
 
 
 def batch_norm(batch_size=None, **options):
@@ -96,6 +96,23 @@ def test_running_averages_over_devices_are_those_of_one(batch_size):
     np.testing.assert_allclose(y.reshape(8, 3, 5), expected_y, rtol=1e-4, atol=1e-5)
     for name in ("mean", "var"):
         np.testing.assert_allclose(found["batch_stats"][name], [expected[name]] * 4, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("pieces", [3, 6, 7])
+def test_running_averages_are_the_same_where_the_compiler_knows_more(pieces):
+    """Of how many pieces they are, and the momentum: it does on one device, and not where devices exchange them."""
+    stats = {"mean": normal(500), "var": jnp.abs(normal(500, seed=1))}
+    sums = jnp.stack([normal(500, seed=2), normal(500, seed=3)])
+
+    def moved(sums, pieces, momentum):
+        return move(stats, {"sums": sums, "pieces": pieces, "momentum": momentum})
+
+    expected = jax.jit(moved)(sums, jnp.float32(pieces), jnp.float32(0.99))
+    for known in (
+        jax.jit(lambda sums: moved(sums, jnp.float32(pieces), jnp.float32(0.99)))(sums),
+        jax.jit(lambda sums, momentum: moved(sums, jnp.float32(pieces), momentum))(sums, jnp.float32(0.99)),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, known, expected)
 
 
 def test_evaluation_uses_running_averages_with_epsilon_1e_5():

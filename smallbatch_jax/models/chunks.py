@@ -56,11 +56,12 @@ def _forward(function, at_once, shared, of_blocks, images):
         numbers, runs = x.size // x.shape[-1], blocks.in_runs(x.astype(jnp.float32), 1)
         chunk_mean = rounded(blocks.channel_sums(runs, 1)[0] / numbers)
         chunk_squares = blocks.channel_sums(jnp.square(runs - chunk_mean[None, None]), 1)[0]
-        # Chan, Golub & LeVeque 1979: of `position` chunks and one more of the same size; a block begins at 0.
-        difference = jnp.where(position > 0, chunk_mean - mean, 0)
-        mean = jnp.where(position > 0, mean, chunk_mean) + difference / (position + 1)
-        between = jnp.square(difference) * (numbers * position / (position + 1))
-        squares = jnp.where(position > 0, squares, 0) + chunk_squares + between
+        # Chan, Golub & LeVeque 1979: of `position` chunks and one more of the same size; a block begins at 0. Rounded, as what
+        # is a loop's step in one program may be several in another.
+        difference, part = jnp.where(position > 0, chunk_mean - mean, 0), 1 / (position + 1)
+        mean = jnp.where(position > 0, mean, chunk_mean) + rounded(difference * part)
+        between = jnp.square(difference) * (numbers * position * part)
+        squares = jnp.where(position > 0, squares, 0) + chunk_squares + rounded(between)
         return (mean, squares), ((x, others), (mean, squares))
 
     few = jax.tree.map(lambda a: a[:at_once], images), jax.tree.map(lambda a: a[:1], of_blocks)

@@ -153,7 +153,9 @@ class BatchNorm(nn.Module):
 
 
 def _moved(running: jax.Array, total: Any, pieces: Any, momentum: Any) -> jax.Array:
-    return momentum * running + (1 - momentum) * (total / pieces)
+    # Only in some programs the compiler knows pieces and momentum; it then makes products of quotients, and one of constants.
+    mean = rounded(total * (1 / pieces))
+    return rounded(momentum * running) + rounded((1 - momentum) * mean)
 
 
 def move(batch_stats: Any, moves: Any) -> Any:
@@ -293,7 +295,7 @@ def _of_groups(
 def _of_groups_forward(mean, var, axis_name, groups, devices):
     means, variances = _gathered(jnp.stack([mean, var]), axis_name, groups, devices)  # [K, G, C]
     of_group = blocks.tree(means) / len(means)
-    spread = blocks.tree(variances + jnp.square(means - of_group[None])) / len(means)
+    spread = blocks.tree(variances + rounded(jnp.square(means - of_group[None]))) / len(means)
     mean_of_piece, var_of_piece = _for_pieces(len(mean), of_group, spread)
     return (mean_of_piece, var_of_piece), mean - mean_of_piece
 
