@@ -70,7 +70,7 @@ def share_cases(devices):
     """BN batches smaller than, equal to and larger than a device's share of four, and the whole batch; then larger images."""
     digits = {f"{m}-{b}": {"m": m, "b": b, "devices": devices} for m, b in
               [(8, 1), (8, 2), (8, 4), (8, 8), (64, 8), (64, 16), (64, 32), (64, 64)]}  # fmt: skip
-    large = [(8, 2), (8, 8), (64, 8), (64, 64)]
+    large = [(8, 2), (8, 8), (64, 8), (64, 64), (100, 100)]
     return digits | {f"large {m}-{b}": {"m": m, "b": b, "devices": devices, "random_images": True} for m, b in large}
 
 
