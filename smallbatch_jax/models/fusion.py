@@ -2,18 +2,27 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 
 def computed_once(x: jax.Array) -> jax.Array:
-    """x, a floating-point array, unchanged, which XLA:CPU is kept from computing again wherever it is used.
+    """x, an array, unchanged, which XLA:CPU is kept from computing again wherever it is used.
 
     XLA:CPU fuses cheap element-wise work into each of its uses and so repeats it: the comparisons of a max pool 36 times
     over, a concatenation in a loop that is no longer a vector's. It drops an `optimization_barrier` before it fuses, but
-    does not repeat a division; here by ones that it cannot know to be ones.
+    does not fuse through a call; here of a function that is not to be inlined and gives back what it was given, which
+    costs nothing.
     """
     if jax.default_backend() != "cpu":
         return x
-    return x / jnp.where(x > jnp.inf, 2, 1).astype(x.dtype)
+    with set_xla_metadata(inlineable="false"):
+        return _given_back(x)
+
+
+@jax.jit
+def _given_back(x: jax.Array) -> jax.Array:
+    return lax.optimization_barrier(x)  # or JAX would leave the call out where it takes the gradient
 
 
 def rounded(x: jax.Array) -> jax.Array:
