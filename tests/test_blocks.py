@@ -141,7 +141,7 @@ def test_channel_sums_are_those_of_any_number_of_pieces(shape):
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_statistics_in_chunks_are_those_of_each_block_by_itself(devices):
-    """Four blocks of five chunks of 5 images, of which no sum of two is exact; two of them on each of two devices."""
+    """Four blocks of five chunks, whose means are divided by 3 and 5; all on one device, or two on each of two."""
     x = np.random.default_rng(5).normal(size=(100, 32, 32, 4)).astype(np.float32)
     kernel = np.random.default_rng(6).normal(size=(4, 16)).astype(np.float32)
 

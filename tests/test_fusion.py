@@ -10,7 +10,6 @@ import pytest
 from smallbatch_jax.models.fusion import computed_once, rounded
 
 X = np.array([[-1.5, 0.0, 2.0], [np.inf, -np.inf, np.nan]], np.float32)
-on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere nothing is done")
 
 
 def uses(keep, x):
@@ -23,7 +22,6 @@ def maxima(function):
     return jax.jit(function).lower(np.ones((64, 64), np.float32)).compile().as_text().count(" maximum(")
 
 
-@on_cpu
 def test_what_has_several_uses_is_computed_once():
     assert maxima(lambda x: uses(lambda y: y, x)) == 2  # or this test could not fail
     assert maxima(lambda x: uses(computed_once, x)) == 1
@@ -31,7 +29,6 @@ def test_what_has_several_uses_is_computed_once():
     assert maxima(lambda x: in_a_loop(x[None])) == 1
 
 
-@on_cpu
 def test_its_gradient_is_computed_once_too_and_the_value_still_is():
     """JAX leaves out a call that gives back what it was given, where it takes the gradient."""
 
