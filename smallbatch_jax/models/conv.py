@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from smallbatch_jax.models import blocks, winograd
+from smallbatch_jax.models import blocks, native, winograd
 from smallbatch_jax.models.fusion import computed_once
 from smallbatch_jax.models.pool import windows
 from smallbatch_jax.models.product import product
@@ -73,6 +73,8 @@ def _choose(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> "I
     if kernel.shape[:2] == (1, 1) or pixels <= PATCHES_UP_TO_PIXELS.get(jax.default_backend(), 1 << 30):
         return "patches"  # of one pixel they are the image itself: nothing is copied, and the product is 2 to 4 times as fast
     exact = x.dtype == jnp.float32  # the sums of Winograd's transforms would cost bfloat16 digits that it does not have
+    if jax.default_backend() == "cpu" and exact and native.possible(kernel.shape[3]):
+        return "native"
     large = blocks.together(x.shape[0]) * pixels >= 4 * WINOGRAD_FROM_TILES and min(kernel.shape[2:]) >= WINOGRAD_FROM_CHANNELS
     return "winograd" if exact and large and _is_3x3(kernel, strides) else "direct"
 
@@ -117,14 +119,18 @@ def _direct_backward(strides, pads, residuals, dy):
     x, kernel = residuals
     dy = computed_once(dy)  # or the work on it that came before is done again, element by element, in the transposed copy
     flipped = jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)
-    lows = [k - 1 - low for k, (low, _) in zip(kernel.shape[:2], pads, strict=True)]
-    columns = strides[1] if strides[1] > 1 else _columns_at_once(flipped.shape[2], flipped.shape[3], x.shape[2])
-    correlate = partial(_correlate, kernel=flipped, lows=lows, sizes=x.shape[1:3], dilation=strides, columns=columns)
-    dx = blocks.filled(correlate, math.prod(x.shape[1:3]) // (strides[0] * columns), dy)
+    dx = _image_gradient(x, dy, flipped, strides, pads)
     return dx, _kernel_gradient(x, dy, kernel.shape[:2], strides, (pads[0][0], pads[1][0]))
 
 
 _direct_conv.defvjp(_direct_forward, _direct_backward)
+
+
+def _image_gradient(x: jax.Array, dy: jax.Array, flipped: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
+    lows = [k - 1 - low for k, (low, _) in zip(flipped.shape[:2], pads, strict=True)]
+    columns = strides[1] if strides[1] > 1 else _columns_at_once(flipped.shape[2], flipped.shape[3], x.shape[2])
+    correlate = partial(_correlate, kernel=flipped, lows=lows, sizes=x.shape[1:3], dilation=strides, columns=columns)
+    return blocks.filled(correlate, math.prod(x.shape[1:3]) // (strides[0] * columns), dy)
 
 
 def _columns_at_once(channels: int, features: int, width: int) -> int:
@@ -268,6 +274,35 @@ def _winograd_backward(strides, pads, residuals, dy):
 _winograd_conv.defvjp(_winograd_forward, _winograd_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _native_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
+    return native.correlate(_correlation(x, kernel, strides, pads), x, kernel)
+
+
+def _correlation(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> native.Correlation:
+    (kh, kw, channels, features), (height, width) = kernel.shape, x.shape[1:3]
+    rows, columns = (_output_size(*axis) for axis in zip((height, width), (kh, kw), strides, pads, strict=True))
+    return native.Correlation((height, width), channels, features, (kh, kw), (rows, columns), (pads[0][0], pads[1][0]), strides)
+
+
+def _native_forward(x, kernel, strides, pads):
+    return _native_conv(x, kernel, strides, pads), (x, kernel)
+
+
+def _native_backward(strides, pads, residuals, dy):
+    x, kernel = residuals
+    of = _correlation(x, kernel, strides, pads)
+    flipped = jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)
+    if native.possible(of.channels):
+        dx = native.correlate(of.of_image_gradient(), dy, flipped)
+    else:
+        dx = _image_gradient(x, dy, flipped, strides, pads)
+    return dx, blocks.tree(native.kernel_gradient(of, blocks.count(len(x)), x, dy))
+
+
+_native_conv.defvjp(_native_forward, _native_backward)
+
+
 def _patches_conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads) -> jax.Array:
     kh, kw, _, features = kernel.shape
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
@@ -280,8 +315,9 @@ def _plain_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -
     return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=NHWC)
 
 
-Implementation = Literal["direct", "winograd", "patches", "plain"]
+Implementation = Literal["native", "direct", "winograd", "patches", "plain"]
 IMPLEMENTATIONS: dict[str, Any] = {
+    "native": _native_conv,
     "direct": _direct_conv,
     "winograd": _winograd_conv,  # and `direct` where the kernel is not 3×3 or the stride not 1
     "patches": _patches_conv,
