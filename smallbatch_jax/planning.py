@@ -25,7 +25,6 @@ from smallbatch_jax.experiment import Experiment, Run, programs
 from smallbatch_jax.jobs import Job, ModelOf, named_model
 from smallbatch_jax.lanes import LaneMapping, LaneProgram, initialiser
 from smallbatch_jax.models.conv import forced
-from smallbatch_jax.models.layers import MANY_IMAGES
 from smallbatch_jax.results import ProgramResults
 from smallbatch_jax.streamed import supply_of
 from smallbatch_jax.supply import Load, Span, Supply
@@ -284,7 +283,7 @@ def flops_per_image(model: Model, batch_size: int, image_shape: Sequence[int]) -
 
     The tricks by which a convolution is made fast do not count; products with padding neither.
     """
-    counted = min(batch_size, MANY_IMAGES // 2)  # the body of a loop over images would be counted once
+    counted = min(batch_size, 32)  # the body of a loop over images would be counted once
     images = jax.ShapeDtypeStruct((counted, *image_shape), jnp.float32)
     batch = Batch(images, jax.ShapeDtypeStruct((counted,), jnp.int32))
     setting = Setting(*(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.float32)))

@@ -32,7 +32,7 @@ CONVOLUTIONS = [
 ]
 
 
-@pytest.fixture(params=["direct", "winograd", "patches"])
+@pytest.fixture(params=["direct", "patches"])
 def implementation(request):
     with conv_module.forced(request.param):
         yield request.param
@@ -90,34 +90,6 @@ def test_conv_of_the_shapes_of_resnet50(image, window, strides, channels, featur
     with jax.enable_x64(True):
         exact = with_gradients(lambda x, k: lax_conv(x, k, (strides,) * 2, pads), *(np.float64(a) for a in (x, kernel)))
     assert_errors_within_three_times(ours, theirs, exact)
-
-
-@pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 6), (5, 9)])
-@pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 2), (2, 0)), ((0, 0), (3, 1))])
-def test_winograd_is_the_direct_sum_at_the_widths_that_it_is_chosen_for(height, width, padding):
-    """48 to 64 channels, odd and even images; errors, measured in float64, within three times those of lax."""
-    x, kernel = normal(3, height, width, 48), normal(3, 3, 48, 64, seed=1)
-    with conv_module.forced("winograd"):
-        ours = with_gradients(lambda x, k: conv(x, k, (1, 1), padding), x, kernel)
-    theirs = with_gradients(lambda x, k: lax_conv(x, k, (1, 1), padding), x, kernel)
-    with jax.enable_x64(True):
-        exact = with_gradients(lambda x, k: lax_conv(x, k, (1, 1), padding), *(np.float64(a) for a in (x, kernel)))
-    assert_errors_within_three_times(ours, theirs, exact)
-
-
-@pytest.mark.parametrize(("examples", "channels", "strides", "dtype", "chosen"), [
-    (32, 48, (1, 1), jnp.float32, "winograd"), (31, 48, (1, 1), jnp.float32, "direct"),
-    (32, 47, (1, 1), jnp.float32, "direct"), (128, 48, (2, 2), jnp.float32, "direct"), (32, 48, (1, 1), jnp.bfloat16, "direct"),
-])  # fmt: skip
-def test_winograd_is_chosen_by_width_tiles_stride_and_dtype(monkeypatch, examples, channels, strides, dtype, chosen):
-    """From 128 tiles of 2×2 pixels and 48 channels in and out; 6×6 images here, 3×3 of them with stride 2."""
-    monkeypatch.setattr(conv_module, "PATCHES_UP_TO_PIXELS", {jax.default_backend(): 0})
-    monkeypatch.setattr(conv_module, "WINOGRAD_FROM_TILES", 32 * 9)
-    called = []
-    for name in ("direct", "winograd"):
-        monkeypatch.setitem(conv_module.IMPLEMENTATIONS, name, lambda *a, name=name: called.append(name))
-    conv(jnp.zeros((examples, 6, 6, channels), dtype), jnp.zeros((3, 3, channels, 48), dtype), strides)
-    assert called == [chosen]
 
 
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])

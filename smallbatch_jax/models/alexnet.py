@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from smallbatch_jax.models.layers import Conv, Dense, Pending, activated, as_it_is, conv_norm, relu
+from smallbatch_jax.models.layers import Conv, Dense, relu
 from smallbatch_jax.models.norm import make_norm
 from smallbatch_jax.models.pool import max_pool
 
@@ -46,13 +46,13 @@ class AlexNet(nn.Module):
             height, width = images.shape[1:3]
             raise ValueError(f"alexnet: got images of {height}x{width} pixels, needs at least 8x8")
         norm_conv, norm_dense = self.norm != "none", self.norm not in ("none", "batch_conv_only")
-        x, channels = Pending(as_it_is, (images.astype(self.dtype),)), images.shape[-1]
+        x = images.astype(self.dtype)
         for index, (kernel, features) in enumerate(zip((5, 3, 3, 3, 3), (16, 48, 96, 64, 64), strict=True)):
-            layer = Conv(features, (kernel, kernel), use_bias=not norm_conv, dtype=self.dtype, name=f"conv{index + 1}")
-            norm = self._norm(f"conv{index + 1}_norm") if norm_conv else None
-            _, y = conv_norm(x, layer, norm, train, channels, keep=False)
-            x, channels = Pending(_pooled if index in (0, 1, 4) else activated, (y,)), features
-        x = x.made().reshape(len(images), -1)
+            name = f"conv{index + 1}"
+            x = Conv(features, (kernel, kernel), use_bias=not norm_conv, dtype=self.dtype, name=name)(x)
+            x = relu(self._norm(f"{name}_norm")(x, train) if norm_conv else x)
+            x = max_pool(x) if index in (0, 1, 4) else x
+        x = x.reshape(len(images), -1)
         for index in range(2):
             x = Dense(256, use_bias=not norm_dense, dtype=self.dtype, name=f"dense{index + 1}")(x)
             x = relu(self._norm(f"dense{index + 1}_norm")(x, train) if norm_dense else x)
@@ -61,7 +61,3 @@ class AlexNet(nn.Module):
     def _norm(self, name: str) -> Any:
         kind = "batch" if self.norm == "batch_conv_only" else self.norm
         return make_norm(kind, self.bn_batch_size, self.bn_decay, self.axis_name, self.dtype, name)
-
-
-def _pooled(y: Any) -> jax.Array:
-    return max_pool(activated(y))

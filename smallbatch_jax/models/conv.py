@@ -4,11 +4,11 @@
 convolutions are brought into the layout of the fast path in the entry computation only), and under `vmap` over kernels it
 becomes a grouped convolution, slow on CPU and GPU alike. Three implementations avoid both:
 
+- `native`: machine code of our own for the CPU at hand, see `models.native`; float32, and features in whole vectors;
 - `direct`: convolutions in XLA:CPU's fast layout only, forward and backward, made wide enough and small enough to be fast;
-- `winograd`: 3×3 of stride 1 as 16 matrix products of less than half the work, see `models.winograd`;
 - `patches`: k² shifted copies of the image side by side, then one matrix product (im2col): no convolution is left.
 
-Which one runs depends on the backend and the layer's shape alone, by `_choose`; never on timing at run time.
+Which one runs depends on the backend, the processor and the layer's shape alone, by `_choose`; never on timing at run time.
 `docs/speed.md` has the measurements behind the choice. `plain` is `lax.conv` as it comes, for comparison.
 """
 
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from smallbatch_jax.models import blocks, native, winograd
+from smallbatch_jax.models import blocks, native
 from smallbatch_jax.models.fusion import computed_once
 from smallbatch_jax.models.pool import windows
 from smallbatch_jax.models.product import product
@@ -33,10 +33,6 @@ NHWC = ("NHWC", "HWIO", "NHWC")
 # Output pixels per image up to which `patches` runs. Off CPU unmeasured: lanes under `vmap` favour batched matrix products
 # over grouped convolutions.
 PATCHES_UP_TO_PIXELS = {"cpu": 16}
-
-# Channels and features, and tiles of 2×2 output pixels in the batch, from which `winograd` runs on CPU: below, its matrix
-# products are too small to win back the transforms.
-WINOGRAD_FROM_CHANNELS, WINOGRAD_FROM_TILES = 48, 128
 
 NARROW, DEEP = 16, 48  # features up to which XLA:CPU has no fast convolution, unless there are so many input channels
 IMAGES_AT_ONCE = 4  # of a kernel's gradient, so that its transposed copies stay in the cache
@@ -63,7 +59,7 @@ def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int] = (1, 1), paddi
         (top, bottom), (left, right) = lax.padtype_to_pads(spatial, window, strides, padding)
         padding = ((top, bottom), (left, right))
     chosen = _forced.get() or _choose(x, kernel, strides, padding)
-    if chosen == "winograd" and not _is_3x3(kernel, strides):
+    if chosen == "native" and not native.possible(kernel.shape[-1]):
         chosen = "direct"
     return IMPLEMENTATIONS[chosen](x, kernel, strides, padding)
 
@@ -72,15 +68,8 @@ def _choose(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> "I
     pixels = math.prod(_output_size(*axis) for axis in zip(x.shape[1:3], kernel.shape[:2], strides, pads, strict=True))
     if kernel.shape[:2] == (1, 1) or pixels <= PATCHES_UP_TO_PIXELS.get(jax.default_backend(), 1 << 30):
         return "patches"  # of one pixel they are the image itself: nothing is copied, and the product is 2 to 4 times as fast
-    exact = x.dtype == jnp.float32  # the sums of Winograd's transforms would cost bfloat16 digits that it does not have
-    if jax.default_backend() == "cpu" and exact and native.possible(kernel.shape[3]):
-        return "native"
-    large = blocks.together(x.shape[0]) * pixels >= 4 * WINOGRAD_FROM_TILES and min(kernel.shape[2:]) >= WINOGRAD_FROM_CHANNELS
-    return "winograd" if exact and large and _is_3x3(kernel, strides) else "direct"
-
-
-def _is_3x3(kernel: jax.Array, strides: Strides) -> bool:
-    return kernel.shape[:2] == winograd.WINDOW and strides == (1, 1)
+    exact = jax.default_backend() == "cpu" and x.dtype == jnp.float32
+    return "native" if exact and native.possible(kernel.shape[-1]) else "direct"
 
 
 @contextmanager
@@ -245,36 +234,6 @@ def _convolve(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _winograd_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
-    del strides  # of 1
-    sizes = [_output_size(*axis) for axis in zip(x.shape[1:3], winograd.WINDOW, (1, 1), pads, strict=True)]
-    correlate = partial(winograd.correlate, kernel=kernel, lows=(pads[0][0], pads[1][0]), sizes=sizes)
-    return blocks.filled(correlate, winograd.tiles(sizes), x)
-
-
-def _winograd_forward(x, kernel, strides, pads):
-    return _winograd_conv(x, kernel, strides, pads), (x, kernel)
-
-
-def _winograd_backward(strides, pads, residuals, dy):
-    del strides
-    x, kernel = residuals
-    dy = computed_once(dy)
-    lows = (pads[0][0], pads[1][0])
-    flipped = jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)
-    correlate = partial(winograd.correlate, kernel=flipped, lows=[2 - low for low in lows], sizes=x.shape[1:3])
-    dx = blocks.filled(correlate, winograd.tiles(x.shape[1:3]), dy)
-    tiles = winograd.tiles(dy.shape[1:3])
-    if len(x) // blocks.count(len(x)) * tiles < WINOGRAD_FROM_TILES:  # too few for its sums, which are over tiles
-        return dx, _kernel_gradient(x, dy, winograd.WINDOW, (1, 1), lows)
-    few = blocks.at_once(len(x), max(1, blocks.LONGEST_SUM // tiles))
-    return dx, blocks.summed(partial(winograd.kernel_gradient, lows=lows), few, x, dy)
-
-
-_winograd_conv.defvjp(_winograd_forward, _winograd_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _native_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
     return native.correlate(_correlation(x, kernel, strides, pads), x, kernel)
 
@@ -315,11 +274,10 @@ def _plain_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -
     return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=NHWC)
 
 
-Implementation = Literal["native", "direct", "winograd", "patches", "plain"]
+Implementation = Literal["native", "direct", "patches", "plain"]
 IMPLEMENTATIONS: dict[str, Any] = {
     "native": _native_conv,
     "direct": _direct_conv,
-    "winograd": _winograd_conv,  # and `direct` where the kernel is not 3×3 or the stride not 1
     "patches": _patches_conv,
     "plain": _plain_conv,
 }

@@ -1,7 +1,7 @@
 """Batch normalisation with a batch size of its own (§2.3, §3.6), and the alternatives for tiny batches that the paper names."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,28 +14,6 @@ from smallbatch_jax.models.fusion import rounded
 # The collection that a step asks for, which may take a batch in parts or on several devices: of each batch norm the sums of
 # means and of variances, of how many pieces they are, and the momentum. Where nobody does, running averages move at once.
 MOVES = "batch_moves"
-
-
-class Deferred(NamedTuple):
-    """A layer's output that is yet to be normalised: y = (x - mean)·gain + bias, for U pieces of as many examples each.
-
-    A piece is a sub-batch of the batch norm, or what a block has of one (`models.blocks`).
-    """
-
-    x: jax.Array  # [N, …, C]
-    mean: jax.Array  # float32[U, C], as gain and bias
-    gain: jax.Array
-    bias: jax.Array
-    groups: int | None = None  # of as many pieces each that have the same mean, gain and bias; None: every piece is one
-
-
-def normalised(deferred: Any) -> jax.Array:
-    """[N, …, C] of a `Deferred`, in the dtype of its x, computed in float32; an array is as it should be."""
-    if not isinstance(deferred, Deferred):
-        return deferred
-    x, mean, gain, bias, groups = deferred
-    y: Any = _affine(x.astype(jnp.float32), mean, gain, bias, groups or len(mean))
-    return y.astype(x.dtype)
 
 
 class BatchNorm(nn.Module):
@@ -63,23 +41,9 @@ class BatchNorm(nn.Module):
     axis_name: str | None = None
     dtype: Any = None
 
+    @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Normalises x, float[N, …, C], over all axes but the last; by running averages unless `train`.
-
-        Raises:
-          ValueError: if `train` and the batch is not made of whole sub-batches.
-        """
-        return normalised(self.deferred(x, train)).astype(self.dtype or x.dtype)
-
-    @nn.compact
-    def deferred(self, x: jax.Array, train: bool, statistics: tuple[jax.Array, jax.Array] | None = None) -> "Deferred":
-        """`__call__` but for the work on x itself, which `normalised` does; the running averages move.
-
-        Args:
-          x: float[N, …, C].
-          train: whether to normalise by the batch's statistics, not by the running averages.
-          statistics: mean and variance of x in each block over all axes but the last, float32[B, C], where they are known
-            and the batch norm is ordinary.
 
         Raises:
           ValueError: if `train` and the batch is not made of whole sub-batches.
@@ -92,14 +56,11 @@ class BatchNorm(nn.Module):
         self._declare()
         if not train:
             mean, gain, bias = _per_piece(running_mean.value, lax.rsqrt(running_var.value + self.epsilon) * scale, bias)
-            return Deferred(x, mean, gain, bias)
+            return _normalised(x, mean, gain, bias).astype(self.dtype or x.dtype)
 
         groups, devices = self._cut(examples)
         pieces = blocks.units(examples, groups)
-        if statistics is None:
-            found: Any = _statistics(x.astype(jnp.float32), pieces, self.axis_name, groups, devices)
-        else:
-            found = _of_groups(*statistics, self.axis_name, groups, devices)
+        found: Any = _statistics(x.astype(jnp.float32), pieces, self.axis_name, groups, devices)
         mean, var = found  # [U, C], those of its group for each piece
         known = (lax.stop_gradient(mean), lax.stop_gradient(var), running_mean.value[None], running_var.value[None])
         factor, shift = self._correction(*known)
@@ -107,12 +68,8 @@ class BatchNorm(nn.Module):
             n = x.size // features // groups * devices
             self._move(examples, mean, var * (n / max(n - 1, 1)))
         scale, bias = (blocks.shared(parameter, pieces, examples) for parameter in (scale, bias))
-        return Deferred(x, mean, lax.rsqrt(var + self.epsilon) * (factor * scale), shift * scale + bias, groups)
-
-    def is_ordinary(self, examples: int) -> bool:
-        """Whether a sub-batch is the whole batch, of which so many examples are on this device."""
-        groups, devices = self._cut(examples)
-        return groups == 1 and (self.axis_name is None or devices == lax.axis_size(self.axis_name))
+        gain, bias = lax.rsqrt(var + self.epsilon) * (factor * scale), shift * scale + bias
+        return _normalised(x, mean, gain, bias, groups).astype(self.dtype or x.dtype)
 
     def _cut(self, examples: int) -> tuple[int, int]:
         """How many sub-batches `examples` on a device make, and of how many devices each is."""
@@ -229,7 +186,7 @@ class _Affine(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         pieces = blocks.count(len(x))
         scale, bias = (blocks.shared(parameter, pieces, len(x)) for parameter in (scale, bias))
-        return normalised(Deferred(x, jnp.zeros_like(scale), scale, bias))
+        return _normalised(x, jnp.zeros_like(scale), scale, bias)
 
 
 def make_norm(
@@ -262,14 +219,13 @@ def _statistics_forward(x, pieces, axis_name, groups, devices):
     runs, numbers = blocks.in_runs(x, pieces), x.size // x.shape[-1] // pieces
     mean = rounded(blocks.channel_sums(runs, pieces) / numbers)
     var = blocks.channel_sums(jnp.square(runs - blocks.for_runs(mean, len(runs))), pieces) / numbers
-    (mean, var), _ = _of_groups_forward(mean, var, axis_name, groups, devices)
+    mean, var = _of_groups(mean, var, axis_name, groups, devices)
     return (mean, var), (x, mean)
 
 
 def _statistics_backward(pieces, axis_name, groups, devices, residuals, cotangents):
     x, mean = residuals
     numbers = x.size // x.shape[-1] // pieces
-    # That of `_of_groups` and then that of each piece's mean and variance, as one: in x - mean of the group.
     of_groups = x.reshape(groups, -1, *x.shape[1:])
     asked = _gathered(jnp.stack(cotangents), axis_name, groups, devices)
     dmean, dvar = (rounded(blocks.tree(of_pieces) / (len(of_pieces) * numbers)) for of_pieces in asked)
@@ -280,7 +236,6 @@ def _statistics_backward(pieces, axis_name, groups, devices, residuals, cotangen
 _statistics.defvjp(_statistics_forward, _statistics_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _of_groups(
     mean: jax.Array, var: jax.Array, axis_name: str | None, groups: int, devices: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -289,25 +244,11 @@ def _of_groups(
     The U pieces make G groups, or with those of `devices` consecutive devices one. Their variances and the variance of their
     means (Chan, Golub & LeVeque 1979): as exact as one two-pass formula.
     """
-    return _of_groups_forward(mean, var, axis_name, groups, devices)[0]
-
-
-def _of_groups_forward(mean, var, axis_name, groups, devices):
     means, variances = _gathered(jnp.stack([mean, var]), axis_name, groups, devices)  # [K, G, C]
     of_group = blocks.tree(means) / len(means)
     spread = blocks.tree(variances + rounded(jnp.square(means - of_group[None]))) / len(means)
-    mean_of_piece, var_of_piece = _for_pieces(len(mean), of_group, spread)
-    return (mean_of_piece, var_of_piece), mean - mean_of_piece
-
-
-def _of_groups_backward(axis_name, groups, devices, difference, cotangents):
-    # The loss of every piece, on every device, depends on the statistics of its group: what they all ask for is summed.
-    asked = _gathered(jnp.stack(cotangents), axis_name, groups, devices)
-    dmean, dvar = _for_pieces(len(difference), *(blocks.tree(of_pieces) / len(of_pieces) for of_pieces in asked))
-    return dmean + 2 * dvar * difference, dvar
-
-
-_of_groups.defvjp(_of_groups_forward, _of_groups_backward)
+    mean_of_piece, var_of_piece = (jnp.repeat(a, len(mean) // groups, 0) for a in (of_group, spread))
+    return mean_of_piece, var_of_piece
 
 
 def _gathered(pair: jax.Array, axis_name: str | None, groups: int, devices: int) -> jax.Array:
@@ -321,9 +262,12 @@ def _gathered(pair: jax.Array, axis_name: str | None, groups: int, devices: int)
     return pair.reshape(2, groups, -1, pair.shape[-1]).swapaxes(1, 2)
 
 
-def _for_pieces(pieces: int, *of_groups: jax.Array) -> list[jax.Array]:
-    """[G, C] → [U, C] of each."""
-    return [jnp.repeat(of_group, pieces // len(of_group), 0) for of_group in of_groups]
+def _normalised(x: jax.Array, mean: jax.Array, gain: jax.Array, bias: jax.Array, groups: int | None = None) -> jax.Array:
+    """(x - mean)·gain + bias in float32; mean, gain and bias [U, C] of each of U pieces of x [N, …, C], or of its groups alike.
+
+    A piece is a sub-batch of the batch norm, or what a block has of one (`models.blocks`).
+    """
+    return _affine(x.astype(jnp.float32), mean, gain, bias, groups or len(mean))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

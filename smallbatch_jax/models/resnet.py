@@ -1,6 +1,5 @@
 """The residual networks of He et al. (2015a) for CIFAR: 8, 20 and 32 layers (§3.1)."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -8,8 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from smallbatch_jax.models.fusion import computed_once
-from smallbatch_jax.models.layers import Conv, Dense, Pending, activated, as_it_is, conv_norm, relu
-from smallbatch_jax.models.norm import make_norm, normalised
+from smallbatch_jax.models.layers import Conv, Dense, relu
+from smallbatch_jax.models.norm import make_norm
 from smallbatch_jax.models.pool import max_pool, mean_pool
 
 
@@ -46,35 +45,24 @@ class CifarResNet(nn.Module):
         blocks, remainder = divmod(self.depth - 2, 6)
         if remainder or blocks < 1:
             raise ValueError(f"depth: got {self.depth}, must be 6n+2")
-        x = Pending(as_it_is, (images.astype(self.dtype),))
-        _, y = self._conv(x, images.shape[-1], 16, 1, train, "stem", keep=False)
-        x, channels = Pending(activated, (y,)), 16
+        x = relu(self._conv(images.astype(self.dtype), 16, 1, train, "stem"))
         for stage, features in enumerate((16, 32, 64)):
             for block in range(blocks):
                 stride = 2 if stage and not block else 1
-                x = self._block(x, channels, features, stride, train, f"stage{stage + 1}_block{block + 1}")
-                channels = features
-        pooled = mean_pool(x.made())
-        return Dense(self.num_classes, dtype=self.dtype, name="logits")(pooled).astype(jnp.float32)
+                x = self._block(x, features, stride, train, f"stage{stage + 1}_block{block + 1}")
+        return Dense(self.num_classes, dtype=self.dtype, name="logits")(mean_pool(x)).astype(jnp.float32)
 
-    def _block(self, x: Pending, channels: int, features: int, stride: int, train: bool, name: str) -> Pending:
-        """Two convolutions of x and their sum with it, up to what the next convolution does itself."""
-        made, y = self._conv(x, channels, features, stride, train, f"{name}_conv1")
-        _, y = self._conv(Pending(activated, (y,)), features, features, 1, train, f"{name}_conv2", keep=False)
-        return Pending(partial(_joined, features=features, stride=stride), (y, made))
+    def _block(self, x: jax.Array, features: int, stride: int, train: bool, name: str) -> jax.Array:
+        y = relu(self._conv(x, features, stride, train, f"{name}_conv1"))
+        y = self._conv(y, features, 1, train, f"{name}_conv2")
+        return relu(y + _shortcut(x, features, stride))
 
-    def _conv(
-        self, x: Pending, channels: int, features: int, stride: int, train: bool, name: str, keep: bool = True
-    ) -> tuple[Any, Any]:
+    def _conv(self, x: jax.Array, features: int, stride: int, train: bool, name: str) -> jax.Array:
         """3×3 convolution with padding 1 on all sides, as in the original, and its normalisation."""
         pads = ((1, 1), (1, 1))
-        layer = Conv(features, (3, 3), (stride, stride), pads, use_bias=self.norm == "none", dtype=self.dtype, name=name)
+        y = Conv(features, (3, 3), (stride, stride), pads, use_bias=self.norm == "none", dtype=self.dtype, name=name)(x)
         norm = make_norm(self.norm, self.bn_batch_size, self.bn_decay, self.axis_name, self.dtype, f"{name}_norm")
-        return conv_norm(x, layer, norm, train, channels, keep)
-
-
-def _joined(y: Any, x: jax.Array, features: int, stride: int) -> jax.Array:
-    return relu(normalised(y) + _shortcut(x, features, stride))
+        return y if norm is None else norm(y, train)
 
 
 def _shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:

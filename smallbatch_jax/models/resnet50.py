@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from smallbatch_jax.models.layers import Conv, Dense, Pending, activated, as_it_is, conv_norm, relu
-from smallbatch_jax.models.norm import make_norm, normalised
+from smallbatch_jax.models.layers import Conv, Dense, relu
+from smallbatch_jax.models.norm import make_norm
 from smallbatch_jax.models.pool import max_pool, mean_pool
 
 WIDTHS = (64, 128, 256, 512)  # of the stages' 3×3 convolutions
@@ -46,43 +46,27 @@ class BottleneckResNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Logits float32[N, num_classes] of normalised images float32[N, H, W, C], of any size."""
-        x = Pending(as_it_is, (images.astype(self.dtype),))
-        _, y = self._conv(x, images.shape[-1], 64, 7, 2, train, "stem", keep=False)
-        x, channels = Pending(_pooled, (y,)), 64
+        x = relu(self._conv(images.astype(self.dtype), 64, 7, 2, train, "stem"))
+        x = max_pool(x, padding=((1, 1), (1, 1)))  # as in the original: SAME would pad an even image at its end alone
         for stage, (blocks, width) in enumerate(zip(self.blocks, WIDTHS, strict=True)):
             for block in range(blocks):
                 stride = 2 if stage and not block else 1
-                x = self._block(x, channels, width, stride, train, f"stage{stage + 1}_block{block + 1}")
-                channels = EXPANSION * width
-        pooled = mean_pool(x.made())
-        return Dense(self.num_classes, dtype=self.dtype, name="logits")(pooled).astype(jnp.float32)
+                x = self._block(x, width, stride, train, f"stage{stage + 1}_block{block + 1}")
+        return Dense(self.num_classes, dtype=self.dtype, name="logits")(mean_pool(x)).astype(jnp.float32)
 
-    def _block(self, x: Pending, channels: int, width: int, stride: int, train: bool, name: str) -> Pending:
-        """Three convolutions of x and their sum with its shortcut, up to what the next convolution does itself."""
+    def _block(self, x: jax.Array, width: int, stride: int, train: bool, name: str) -> jax.Array:
         features = EXPANSION * width
-        shortcut, y = self._conv(x, channels, width, 1, stride, train, f"{name}_conv1")
-        _, y = self._conv(Pending(activated, (y,)), width, width, 3, 1, train, f"{name}_conv2", keep=False)
-        _, y = self._conv(Pending(activated, (y,)), width, features, 1, 1, train, f"{name}_conv3", keep=False)
-        if channels != features:
-            made = Pending(as_it_is, (shortcut,))
-            _, shortcut = self._conv(made, channels, features, 1, stride, train, f"{name}_shortcut", keep=False)
-        return Pending(_joined, (y, shortcut))
+        y = relu(self._conv(x, width, 1, stride, train, f"{name}_conv1"))
+        y = relu(self._conv(y, width, 3, 1, train, f"{name}_conv2"))
+        y = self._conv(y, features, 1, 1, train, f"{name}_conv3")
+        if x.shape[-1] != features:
+            x = self._conv(x, features, 1, stride, train, f"{name}_shortcut")
+        return relu(y + x)
 
-    def _conv(
-        self, x: Pending, channels: int, features: int, size: int, stride: int, train: bool, name: str, keep: bool = True
-    ) -> tuple[Any, Any]:
+    def _conv(self, x: jax.Array, features: int, size: int, stride: int, train: bool, name: str) -> jax.Array:
         """Convolution of an odd size, padded by half of it on all sides, as in the original, and its normalisation."""
         pads = ((size // 2, size // 2), (size // 2, size // 2))
         bias = self.norm == "none"
-        layer = Conv(features, (size, size), (stride, stride), pads, use_bias=bias, dtype=self.dtype, name=name)
+        y = Conv(features, (size, size), (stride, stride), pads, use_bias=bias, dtype=self.dtype, name=name)(x)
         norm = make_norm(self.norm, self.bn_batch_size, self.bn_decay, self.axis_name, self.dtype, f"{name}_norm")
-        return conv_norm(x, layer, norm, train, channels, keep)
-
-
-def _pooled(y: Any) -> jax.Array:
-    """Max pool with padding 1 on all sides, as in the original: SAME would pad an even image at its end alone."""
-    return max_pool(activated(y), padding=((1, 1), (1, 1)))
-
-
-def _joined(y: Any, shortcut: Any) -> jax.Array:
-    return relu(normalised(y) + normalised(shortcut))
+        return y if norm is None else norm(y, train)

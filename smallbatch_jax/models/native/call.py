@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from llvmlite import ir
 
-from smallbatch_jax.models.native.convolution import Correlation, correlation, kernel_gradient
-from smallbatch_jax.models.native.routine import FLAG, INTEGER, POINTER, Compiled, Routine, compiled, integer, processor
+from smallbatch_jax.models.native.correlation import Correlation
+from smallbatch_jax.models.native.loops import correlation, kernel_gradient
+from smallbatch_jax.models.native.processor import Processor
+from smallbatch_jax.models.native.routine import FLAG, INTEGER, POINTER, Compiled, Routine, compiled, integer
 
 VERSION = (0, 3)
 
@@ -30,18 +32,16 @@ ROUTINES = {"correlation": correlation, "kernel_gradient": kernel_gradient}
 _kept: list[Compiled] = []  # which XLA may call until the process ends
 
 
-def call(routine: str, of: Correlation, result: Sequence[int], *arrays: jax.Array) -> jax.Array:
+def call(routine: str, of: Correlation, here: Processor, result: Sequence[int], *arrays: jax.Array) -> jax.Array:
     """What a routine of `ROUTINES` puts into an array of float32 of the shape `result`, from arrays of float32."""
-    target = _registered(routine, of)
+    target = _registered(routine, of, here)
     return jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(tuple(result), jnp.float32), vmap_method="sequential")(*arrays)
 
 
 @cache
-def _registered(routine: str, of: Correlation) -> str:
+def _registered(routine: str, of: Correlation, here: Processor) -> str:
     """The name by which XLA knows the routine, which says all that it depends on."""
-    here = processor()
-    assert here is not None
-    numbers = "_".join(str(number) for number in jax.tree.leaves(tuple(of)))
+    numbers = "_".join(str(number) for number in jax.tree.leaves((*of, here.lanes)))
     name = f"smallbatch_jax_{routine}_{numbers}"
     code = ROUTINES[routine](f"{name}_loops", of, here)
     _write_handler(code, name)

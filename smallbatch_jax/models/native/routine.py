@@ -5,37 +5,19 @@ pointers to float32 arrays in which the innermost loops are written out by hand:
 where it is written, not left to a compiler's heuristics.
 """
 
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+from smallbatch_jax.models.native.processor import WIDE, Processor
+
 INTEGER, FLAG, FLOAT, POINTER = ir.IntType(64), ir.IntType(32), ir.FloatType(), ir.PointerType()
 
 Value = Any  # of LLVM's
 Index = Any  # an integer of LLVM's, or one known already
-
-
-class Processor(NamedTuple):
-    """What a routine is written for."""
-
-    lanes: int  # numbers in a vector
-    registers: int  # vectors that the processor holds
-
-
-@cache
-def processor() -> Processor | None:
-    """The processor at hand; None if it is one for which nothing is written here: not x86-64, or without fused products."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return None
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512f") and features.get("avx512vl"):
-        return Processor(lanes=16, registers=32)
-    return Processor(lanes=8, registers=16) if features.get("avx2") and features.get("fma") else None
 
 
 class Routine:
@@ -165,7 +147,9 @@ def _target(processor: Processor) -> Any:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     features = llvm.get_host_cpu_features()
-    if processor.lanes < 16:
+    if processor != WIDE:
         features.update({name: False for name in features if name.startswith("avx512")})
     flags = features.flatten() + ",-prefer-256-bit"
-    return llvm.Target.from_default_triple().create_target_machine(cpu=llvm.get_host_cpu_name(), features=flags, opt=3, jit=True)
+    return llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=flags, opt=3, jit=True
+    )

@@ -6,42 +6,15 @@ copied, padded or transposed, and no product with a zero of a padded or dilated 
 when the code is written, and columns are written out.
 """
 
+import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
 
-from smallbatch_jax.models.native.routine import Index, Processor, Routine, Value
-
-Pair = tuple[int, int]
+from smallbatch_jax.models.native.correlation import Correlation, Pair
+from smallbatch_jax.models.native.processor import Processor
+from smallbatch_jax.models.native.routine import Index, Routine, Value
 
 CACHE = 1 << 19  # bytes of images that a kernel's gradient passes over several times
-
-
-class Correlation(NamedTuple):
-    """y[a] = Σ_i x[(a·stride + i - low) / dilation] kernel[i], over the taps i that meet a pixel of x.
-
-    Of images [N, H, W, C] and a kernel [kh, kw, C, O], as outputs [N, H', W', O].
-    """
-
-    sizes: Pair  # H, W
-    channels: int  # C
-    features: int  # O, whole vectors
-    window: Pair  # kh, kw
-    outputs: Pair  # H', W'
-    lows: Pair  # zeros before the first row and column
-    strides: Pair = (1, 1)
-    dilation: Pair = (1, 1)
-
-    def of_image_gradient(self) -> "Correlation":
-        """That of the cotangents with the kernel flipped and its channels swapped, if this one has no dilation."""
-        lows = self.window[0] - 1 - self.lows[0], self.window[1] - 1 - self.lows[1]
-        return Correlation(
-            self.outputs, self.features, self.channels, self.window, self.sizes, lows, dilation=self.strides
-        )
-
-    def column(self, output: int, tap: int) -> int | None:
-        """The column of x that an output's tap meets, if it meets one."""
-        place, rest = divmod(output * self.strides[1] + tap - self.lows[1], self.dilation[1])
-        return place if rest == 0 and 0 <= place < self.sizes[1] else None
+SCARCE = 5  # registers that are left for what is added to the sums
 
 
 def vectors_at_once(vectors: int) -> int:
@@ -132,7 +105,7 @@ def _add_gradients(code: Routine, of: Correlation, count: Value, x: Value, dy: V
     lanes, channels, features = code.processor.lanes, of.channels, of.features
     (height, width), (out_height, out_width), stride, low = of.sizes, of.outputs, of.strides[0], of.lows[0]
     vectors = vectors_at_once(features // lanes)
-    room = max(1, (code.processor.registers - 5) // (vectors * of.window[1]))
+    room = max(1, (code.processor.registers - SCARCE) // (vectors * of.window[1]))
     together = max(count for count in range(1, min(room, channels) + 1) if channels % count == 0)
     with (
         code.loop(0, of.window[0]) as tap,
@@ -151,7 +124,9 @@ def _add_gradients(code: Routine, of: Correlation, count: Value, x: Value, dy: V
         with code.loop(0, count) as image, code.loop(first, end) as row:
             x_row = code.sum(code.product(image, height), code.product(row, stride), code.difference(tap, low))
             pixels = code.at(x, code.product(x_row, width * channels), channel)
-            cotangents = code.at(dy, code.product(code.sum(code.product(image, out_height), row), out_width * features), feature)
+            cotangents = code.at(
+                dy, code.product(code.sum(code.product(image, out_height), row), out_width * features), feature
+            )
             for column, taps in _columns(code, of):
                 at = code.at(pixels, code.product(column, of.strides[1] * channels))
                 dys = code.at(cotangents, code.product(column, features))
@@ -187,4 +162,4 @@ def _even_parts(count: int, most: int) -> list[range]:
     """The numbers below `count`, in runs of at most so many and as even as may be."""
     parts = -(-count // most)
     bounds = [count * part // parts for part in range(parts + 1)]
-    return [range(low, high) for low, high in zip(bounds, bounds[1:], strict=False)]
+    return [range(low, high) for low, high in itertools.pairwise(bounds)]
