@@ -109,7 +109,7 @@ def seconds_per_block(program: Callable[..., Any], arrays: Sequence[jax.Array], 
 
 
 def time_layer(layer: Layer, m: int, lanes: int, seconds: float, precision: str, deadline: float) -> dict[str, Any]:
-    """A row of the table: microseconds per image by way, without those ways that were left out or failed."""
+    """A row of the table: microseconds per image by way, without those that were left out, failed, or are not written."""
     kernel = jax.ShapeDtypeStruct(layer.kernel, jnp.float32)
     images = jax.ShapeDtypeStruct((m, *layer.image), COMPUTE_DTYPE[precision])
     y = jax.eval_shape(lambda x, w: conv.conv(x, w.astype(x.dtype), layer.strides, layer.padding), images, kernel)
@@ -124,6 +124,8 @@ def time_layer(layer: Layer, m: int, lanes: int, seconds: float, precision: str,
         implementation, mapping = way.split()
         if time.monotonic() > deadline:
             row["left_out"] += 1
+            continue
+        if implementation == "native" and not conv.natively(images, kernel):
             continue
         try:
             arrays = arrays or draw()  # here, where they may not fit

@@ -55,7 +55,8 @@ def test_resnet8_is_six_distinct_convolutions_of_seven(layers):
 def test_every_way_of_every_layer_is_timed_and_summed(layers, capsys):
     rows = layers.report({one_layer(layers): 3}, (2,), (1, 2), seconds=1e-4, precision="float32", deadline=soon())
     rows = json.loads(json.dumps(rows))
-    assert [[way for way in layers.WAYS if row.get(way, 0) > 0] for row in rows] == [layers.WAYS[::3], layers.WAYS]
+    written = [way for way in layers.WAYS if not way.startswith("native")]  # six features are no whole vector
+    assert [[way for way in layers.WAYS if row.get(way, 0) > 0] for row in rows] == [written[::3], written]
     assert [(row["count"], row["m"], row["lanes"], row["left_out"], row["failed"]) for row in rows] == [
         (3, 2, 1, 0, {}),
         (3, 2, 2, 0, {}),

@@ -59,7 +59,7 @@ def conv(x: jax.Array, kernel: jax.Array, strides: Sequence[int] = (1, 1), paddi
         (top, bottom), (left, right) = lax.padtype_to_pads(spatial, window, strides, padding)
         padding = ((top, bottom), (left, right))
     chosen = _forced.get() or _choose(x, kernel, strides, padding)
-    if chosen == "native" and not native.possible(kernel.shape[-1]):
+    if chosen == "native" and not natively(x, kernel):
         chosen = "direct"
     return IMPLEMENTATIONS[chosen](x, kernel, strides, padding)
 
@@ -68,8 +68,12 @@ def _choose(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> "I
     pixels = math.prod(_output_size(*axis) for axis in zip(x.shape[1:3], kernel.shape[:2], strides, pads, strict=True))
     if kernel.shape[:2] == (1, 1) or pixels <= PATCHES_UP_TO_PIXELS.get(jax.default_backend(), 1 << 30):
         return "patches"  # of one pixel they are the image itself: nothing is copied, and the product is 2 to 4 times as fast
-    exact = jax.default_backend() == "cpu" and x.dtype == jnp.float32
-    return "native" if exact and native.possible(kernel.shape[-1]) else "direct"
+    return "native" if natively(x, kernel) else "direct"
+
+
+def natively(x: Any, kernel: Any) -> bool:
+    """Whether there is machine code for a convolution of these, arrays or their shapes and dtypes."""
+    return jax.default_backend() == "cpu" and x.dtype == jnp.float32 and native.possible(kernel.shape[-1])
 
 
 @contextmanager
