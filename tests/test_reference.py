@@ -16,7 +16,8 @@ import numpy as np
 import optax
 import pytest
 
-from smallbatch_jax.models import create_model, resnet50
+from smallbatch_jax.models import create_model
+from smallbatch_jax.models.resnet50 import BottleneckResNet
 
 FOLDER = Path(__file__).parent / "reference"
 FIXTURES = np.load(FOLDER / "models.npz", allow_pickle=False)
@@ -72,13 +73,13 @@ def compute(case, monkeypatch):
         lambda path, x: np.full(x.shape, START[path[-1].key], np.float32), dict(shapes).get("batch_stats", {})
     )
 
-    joined = resnet50._joined
+    block = BottleneckResNet._block
 
     @(jax.jit if case == OF_VECTORS else compiled.quickly)
     def losses(params):
         def loss(params):
             blocks = []
-            monkeypatch.setattr(resnet50, "_joined", lambda *branches: blocks.append(joined(*branches)) or blocks[-1])
+            monkeypatch.setattr(BottleneckResNet, "_block", lambda *args: blocks.append(block(*args)) or blocks[-1])
             logits, mutated = model.apply({"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"])
             labels = np.arange(int(batch)) % 10
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), (logits, mutated, blocks)

@@ -5,6 +5,7 @@ that interface (`xla/ffi/api/c_api.h` in jaxlib 0.10), to which XLA promises to 
 """
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -29,12 +30,14 @@ ASKS_FOR_VERSION = 1  # type of the extension that a frame has once, when XLA is
 
 ROUTINES = {"correlation": correlation, "kernel_gradient": kernel_gradient}
 
+_one_at_a_time = threading.Lock()  # programs are traced in several threads, and a name can be registered once
 _kept: list[Compiled] = []  # which XLA may call until the process ends
 
 
 def call(routine: str, of: Correlation, here: Processor, result: Sequence[int], *arrays: jax.Array) -> jax.Array:
     """What a routine of `ROUTINES` puts into an array of float32 of the shape `result`, from arrays of float32."""
-    target = _registered(routine, of, here)
+    with _one_at_a_time:
+        target = _registered(routine, of, here)
     return jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(tuple(result), jnp.float32), vmap_method="sequential")(*arrays)
 
 
