@@ -78,6 +78,14 @@ def test_a_kernels_gradient_of_a_block_is_the_same_whatever_others_there_are(of_
     np.testing.assert_allclose(found.sum(0), expected, rtol=1e-4, atol=2e-3)
 
 
+def test_a_kernels_gradient_of_many_images_has_the_digits_of_few():
+    """Sums of a quarter of a million numbers of one sign, of which each addition to one sum would round off more."""
+    of = native.Correlation((32, 32), 1, 16, (1, 1), (32, 32), (0, 0))
+    x, dy = (np.random.default_rng(seed).uniform(1, 2, (256, 32, 32, c)).astype(np.float32) for seed, c in ((0, 1), (1, 16)))
+    found = native.kernel_gradient(of, 1, jnp.asarray(x), jnp.asarray(dy))[0, 0, 0, 0]
+    np.testing.assert_allclose(found, (x.astype(float) * dy).sum((0, 1, 2)), rtol=5e-6)
+
+
 def test_a_gradient_is_summed_by_blocks():
     """As `blocks.tree` adds what each block gives."""
     x, kernel, dy = normal(8, 8, 8, 16), normal(3, 3, 16, 16, seed=1), normal(8, 8, 8, 16, seed=2)

@@ -253,7 +253,7 @@ def _native_forward(x, kernel, strides, pads):
 
 
 def _native_backward(strides, pads, residuals, dy):
-    """As `_direct_backward`; the image of a first layer, of few channels, is none for machine code, and nobody asks for its gradient."""
+    """As `_direct_backward`. The few channels of a first layer's image are no vector; of its gradient no use is made."""
     x, kernel = residuals
     of = _correlation(x, kernel, strides, pads)
     flipped = jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)

@@ -116,8 +116,8 @@ def _add_gradients(code: Routine, of: Correlation, count: Value, x: Value, dy: V
         places = [(j, c, v) for j in range(of.window[1]) for c in range(together) for v in range(vectors)]
         sums = {place: code.accumulator() for place in places}
         offsets = {(j, c, v): (j * channels + c) * features + v * lanes for j, c, v in places}
-        for place, total in sums.items():
-            code.set(total, code.load(code.at(here, offsets[place])))
+        for total in sums.values():
+            code.set(total, code.zeros)
         above = code.difference(low, tap)
         first = code.greatest(0, code.ceiling(above, stride))  # of the output rows whose tap meets a row of x
         end = code.least(out_height, code.ceiling(code.sum(above, height), stride))
@@ -136,15 +136,16 @@ def _add_gradients(code: Routine, of: Correlation, count: Value, x: Value, dy: V
                         pixel = code.spread(code.at(at, (j - of.lows[1]) * channels + c))
                         for v in range(vectors):
                             code.add_product(sums[j, c, v], pixel, vector[v])
-        for place, total in sums.items():
-            code.store(code.get(total), code.at(here, offsets[place]))
+        for place, total in sums.items():  # not summed on from dw, in which the rounding of so many additions would be seen
+            so_far = code.at(here, offsets[place])
+            code.store(code.add(code.load(so_far), code.get(total)), so_far)
 
 
 def _columns(code: Routine, of: Correlation) -> Iterator[tuple[Index, list[int]]]:
     """Output columns, and which taps of each meet a column of x: those at the edges one by one, the others in a loop."""
     meets = [[j for j in range(of.window[1]) if of.column(a, j) is not None] for a in range(of.outputs[1])]
-    inside = [a for a, taps in enumerate(meets) if len(taps) == of.window[1]] or [0]
-    start, stop = (inside[0], inside[-1] + 1) if len(meets[inside[0]]) == of.window[1] else (0, 0)
+    inside = [a for a, taps in enumerate(meets) if len(taps) == of.window[1]]
+    start, stop = (inside[0], inside[-1] + 1) if inside else (0, 0)
     for a in range(start):
         yield a, meets[a]
     if start < stop:
@@ -155,6 +156,7 @@ def _columns(code: Routine, of: Correlation) -> Iterator[tuple[Index, list[int]]
 
 
 def _accumulators(processor: Processor) -> int:
+    """Registers that hold sums of a correlation: the others are for vectors of the kernel."""
     return processor.registers * 3 // 4
 
 

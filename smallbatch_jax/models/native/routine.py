@@ -111,6 +111,10 @@ class Routine:
         nowhere = ir.Constant(ir.VectorType(FLAG, self.processor.lanes), None)
         return self.build.shuffle_vector(first, ir.Constant(self.vector, ir.Undefined), nowhere)
 
+    def add(self, a: Value, b: Value) -> Value:
+        """The sum of two vectors."""
+        return self.build.fadd(a, b)
+
     def add_product(self, accumulator: Value, a: Value, b: Value) -> None:
         """accumulator += a·b, rounded once."""
         self.set(accumulator, self.build.call(self._fma, [a, b, self.get(accumulator)]))
