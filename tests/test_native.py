@@ -1,6 +1,7 @@
 """Convolution in machine code against its definition, for each kind of processor, and how it is chosen."""
 
 import itertools
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,22 @@ def test_it_is_chosen_for_whole_vectors_of_float32(monkeypatch, features, dtype,
     monkeypatch.setattr(native, "processor", lambda: there)
     x, kernel = jnp.zeros((2, 8, 8, 3), dtype), jnp.zeros((3, 3, 3, features), dtype)
     assert conv._choose(x, kernel, (1, 1), ((1, 1), (1, 1))) == chosen
+
+
+def test_where_xla_takes_no_machine_code_its_own_convolution_runs(monkeypatch, caplog):
+    """As one of an interface that this is not written for, which refuses the handler; it is said once."""
+    from smallbatch_jax.models.native import call
+
+    monkeypatch.setattr(call, "VERSION", (1, 0))
+    monkeypatch.setattr(call, "_made", call._made.__wrapped__)
+    monkeypatch.setattr(native, "_works", cache(native._works.__wrapped__))
+    x, kernel = normal(2, 8, 8, 3), normal(3, 3, 3, 16, seed=1)
+    for _ in range(2):
+        np.testing.assert_allclose(
+            by_native(x, kernel, (1, 1), "SAME"), lax_conv(x, kernel, (1, 1), "SAME"), rtol=1e-4, atol=1e-5
+        )
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "version" in caplog.text
 
 
 def test_off_cpu_it_is_not(monkeypatch):

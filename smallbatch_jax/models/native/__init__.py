@@ -5,12 +5,14 @@ The code here is written by this program for each shape (`loops`), compiled by L
 second, and called by XLA through its foreign function interface (`call`). It runs on one core: a device's.
 """
 
+import logging
+from functools import cache
 from typing import Any
 
 import jax
 
 from smallbatch_jax.models.native.correlation import Correlation
-from smallbatch_jax.models.native.processor import processor
+from smallbatch_jax.models.native.processor import Processor, processor
 
 __all__ = ["Correlation", "correlate", "kernel_gradient", "possible"]
 
@@ -18,7 +20,20 @@ __all__ = ["Correlation", "correlate", "kernel_gradient", "possible"]
 def possible(features: int) -> bool:
     """Whether there is machine code for this processor and so many features: they must be whole vectors."""
     here = processor()
-    return here is not None and features % here.lanes == 0
+    return here is not None and features % here.lanes == 0 and _works(here)
+
+
+@cache
+def _works(here: Processor) -> bool:
+    """Whether LLVM makes code here that XLA takes; where not it is said once."""
+    from smallbatch_jax.models.native.call import registered
+
+    try:
+        registered("correlation", Correlation((1, 1), 1, here.lanes, (1, 1), (1, 1), (0, 0)), here)
+    except Exception as error:  # whatever LLVM or XLA raises: nothing is lost but speed
+        logging.warning("Convolutions are XLA's, which are slower: it takes no machine code of ours (%s).", error)
+        return False
+    return True
 
 
 def correlate(of: Correlation, x: jax.Array, kernel: jax.Array) -> jax.Array:

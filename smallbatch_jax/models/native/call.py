@@ -36,14 +36,18 @@ _kept: list[Compiled] = []  # which XLA may call until the process ends
 
 def call(routine: str, of: Correlation, here: Processor, result: Sequence[int], *arrays: jax.Array) -> jax.Array:
     """What a routine of `ROUTINES` puts into an array of float32 of the shape `result`, from arrays of float32."""
-    with _one_at_a_time:
-        target = _registered(routine, of, here)
+    target = registered(routine, of, here)
     return jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(tuple(result), jnp.float32), vmap_method="sequential")(*arrays)
 
 
+def registered(routine: str, of: Correlation, here: Processor) -> str:
+    """The name by which XLA knows a routine of `ROUTINES`, which says all that it depends on."""
+    with _one_at_a_time:
+        return _made(routine, of, here)
+
+
 @cache
-def _registered(routine: str, of: Correlation, here: Processor) -> str:
-    """The name by which XLA knows the routine, which says all that it depends on."""
+def _made(routine: str, of: Correlation, here: Processor) -> str:
     numbers = "_".join(str(number) for number in jax.tree.leaves((*of, here.lanes)))
     name = f"smallbatch_jax_{routine}_{numbers}"
     code = ROUTINES[routine](f"{name}_loops", of, here)
