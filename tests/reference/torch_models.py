@@ -25,7 +25,7 @@ CASES = [
     ("alexnet", "batch_renorm", 8, 4, 16),
     ("resnet8", "none", 4, None, 32),
     ("resnet8", "batch", 4, None, 32),
-    ("resnet8", "batch", 8, 2, 32),
+    ("resnet8", "batch", 6, 2, 32),
     ("resnet8", "group", 2, None, 32),
     ("resnet8", "batch_renorm", 8, 4, 32),
     ("resnet20", "none", 2, None, 32),
