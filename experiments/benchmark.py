@@ -23,7 +23,7 @@ import command
 import torch_peer
 from absl import flags
 
-from smallbatch_jax import experiment
+from smallbatch_jax import experiment, extras
 from smallbatch_jax.experiment import Experiment, InputError
 
 CONFIG = command.define_config_flag()
@@ -41,7 +41,9 @@ Measure = Callable[[float], dict[str, float]]  # seconds → images/s by way
 
 
 def main() -> int:
-    if PEER.value:  # or JAX would take most of a GPU's memory for itself
+    if PEER.value:
+        extras.require("peer", "--peer")
+        # JAX would otherwise take most of a GPU's memory for itself.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     chosen = _of_batch_sizes(experiment.from_config(command.given_config(CONFIG)))
     command.start_jax()

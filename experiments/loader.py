@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import command
 from absl import flags
 
-from smallbatch_jax import experiment
+from smallbatch_jax import experiment, extras
 from smallbatch_jax.experiment import InputError
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ SETTLE_SECONDS = 1.5  # in which the processes of the way before fill up what th
 
 
 def main() -> int:
+    if PEER.value:
+        extras.require("peer", "--peer")
     chosen = experiment.from_config(command.given_config(CONFIG))
     from smallbatch_jax import data
     from smallbatch_jax.data.numbered import Numbered
@@ -128,10 +130,8 @@ def _ours(numbered: "Numbered", size: int, workers: int, stack: ExitStack) -> Ca
 
 
 def _torch(numbered: "Numbered", photographs, workers: int, stack: ExitStack) -> Callable[[float], float]:
-    try:
-        import torch_loader
-    except ImportError as error:
-        raise InputError(f'--peer: torch is not installed ({error}); pip install -e ".[peer]"') from None
+    import torch_loader
+
     batches = torch_loader.batches(numbered, photographs, workers, RECEIVED)
 
     def rate(seconds: float) -> float:

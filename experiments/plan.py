@@ -20,6 +20,7 @@ from absl import flags
 
 from smallbatch_jax import experiment
 from smallbatch_jax.experiment import Experiment, InputError
+from smallbatch_jax.extras import MissingPackage
 
 CONFIG = command.define_config_flag()
 SECONDS = flags.DEFINE_float("probe_seconds", 2.0, "Seconds that each program is tried for; 0 measures nothing.", lower_bound=0)
@@ -66,6 +67,8 @@ def _measure(chosen: Experiment, there: dict | None) -> None:
         dataset = (data.random if RANDOM.value else data.load)(
             chosen.dataset.name, chosen.dataset.data_dir, chosen.dataset.image_size
         )
+    except MissingPackage:
+        raise
     except InputError as error:
         print(f"not measured: {error} Or use --random_images.")
         return

@@ -17,12 +17,12 @@ from typing import Any
 import command
 from absl import flags
 
+from smallbatch_jax import extras
 from smallbatch_jax.experiment import InputError
 from smallbatch_jax.fields import nearest
 
 DATASETS = ("cifar10", "cifar100", "imagenet2012")
 IMAGENET_ARCHIVES = {"ILSVRC2012_img_train.tar": "138 GB", "ILSVRC2012_img_val.tar": "6.3 GB"}
-NEEDS = 'pip install -e ".[prepare]" brings what it needs.'
 
 DATASET = flags.DEFINE_string("dataset", None, "cifar10, cifar100 or imagenet2012.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where to put it; $TFDS_DATA_DIR or ~/tensorflow_datasets by default.")
@@ -35,8 +35,10 @@ def main() -> int:
     if name not in DATASETS:
         raise InputError(f"--dataset: nothing to prepare for {name!r}{nearest(name, DATASETS)} Known: {', '.join(DATASETS)}.")
     folder = Path(DATA_DIR.value or prepared.default_data_dir()).expanduser()
-    if name == "imagenet2012":
-        _require_archives(folder)
+    if not any((folder / name).glob("[0-9]*/dataset_info.json")):
+        if name == "imagenet2012":
+            _require_archives(folder)
+        extras.require("prepare", f"--dataset={name}")
     builder = _prepare(name, folder)
     if name == "imagenet2012":  # which no machine should hold in memory
         counts = [builder.info.splits[split].num_examples for split in ("train", "validation")]
@@ -48,10 +50,10 @@ def main() -> int:
 
 
 def _require_archives(folder: Path) -> None:
-    """Refuses to begin without ImageNet's archives, unless they are no longer needed."""
+    """Refuses to begin without ImageNet's archives."""
     manual = folder / "downloads" / "manual"
     missing = [f"{name} ({size})" for name, size in IMAGENET_ARCHIVES.items() if not (manual / name).is_file()]
-    if missing and not any((folder / "imagenet2012").glob("[0-9]*/dataset_info.json")):
+    if missing:
         raise InputError(
             f"--dataset: imagenet2012 is not for anyone to download, and {manual} lacks {' and '.join(missing)}. Register at "
             "https://image-net.org/download-images, download ILSVRC2012 from there, both the training images (task 1 & 2) and "
@@ -62,15 +64,15 @@ def _require_archives(folder: Path) -> None:
 
 def _prepare(name: str, folder: Path) -> Any:
     """TFDS's builder of a dataset, which is prepared unless it was already."""
-    import requests
-    import tensorflow_datasets as tfds
-
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # it would tell of each of its attempts
     try:
+        import requests
+        import tensorflow_datasets as tfds
+
         builder = tfds.builder(name, data_dir=folder, file_format="array_record")
         builder.download_and_prepare()
     except ImportError as error:
-        raise InputError(f"--dataset: preparing {name} lacks a package ({error}); {NEEDS}") from error
+        raise extras.MissingPackage(f"--dataset={name}", error.name or f"a package ({error})", "prepare") from error
     except requests.RequestException as error:
         host = getattr(error.request, "url", None) or "its host"
         command.leave(f"{name} cannot be downloaded from {host}: no answer; prepare it where the network is.", 1)

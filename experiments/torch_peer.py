@@ -5,7 +5,6 @@ threads, device and graphs. A worker prints "ready" once it is warm; then for ea
 trains for about that long and prints the images per second. Only workers import PyTorch.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -38,7 +37,7 @@ class Peer:
         process of N threads and as N processes of one thread.
 
     Raises:
-      InputError: if there is no such model here, no PyTorch, or a worker ends before it is told to.
+      InputError: if there is no such model here, or a worker ends before it is told to.
     """
 
     def __init__(
@@ -57,8 +56,6 @@ class Peer:
             raise InputError(f"--peer: has no model {model!r}; it accepts alexnet and resnetD of D = 6n+2 layers.")
         if norm not in ("none", "batch"):
             raise InputError(f"--peer: has no norm {norm!r}; it accepts none and batch.")
-        if importlib.util.find_spec("torch") is None:
-            raise InputError("--peer: needs PyTorch; install it with pip install 'smallbatch_jax[peer]'")
         spec = {"model": model, "norm": norm, "num_classes": num_classes, "image_shape": list(image_shape)}
         spec |= {"batch_size": batch_size, "augment": augment, "weight_decay": weight_decay}
         self._ways = {way: [spec | task for task in tasks] for way, tasks in _ways(accelerator).items()}

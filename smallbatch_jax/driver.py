@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from smallbatch_jax import data, memory, processes, results, weights_and_biases
+from smallbatch_jax import data, memory, mirrors, processes, results
 from smallbatch_jax import lanes as lane_programs
 from smallbatch_jax.checkpoint import Checkpoints
 from smallbatch_jax.data import Dataset, Photographs
@@ -133,7 +133,7 @@ class _Study:
     """An experiment with its data and model, checked."""
 
     def __init__(self, experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None):
-        weights_and_biases.require(experiment)
+        mirrors.require(experiment)
         experiment.require_examples(dataset.num_train)
         streamed = isinstance(dataset, Photographs)
         if experiment.dataset.color_jitter and not (streamed and experiment.dataset.augment):

@@ -8,13 +8,24 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from smallbatch_jax import extras, weights_and_biases
 from smallbatch_jax.experiment import Experiment, Run
 from smallbatch_jax.files import write_from
 from smallbatch_jax.metrics import DIVERGED, FINAL_ACCURACY, hparams, name_of, outcome, scalars
 from smallbatch_jax.results import ProgramResults, Row
-from smallbatch_jax.weights_and_biases import WeightsAndBiases
 
 EVENT_FILE = "events.out.tfevents.0"  # of each run; TensorBoard reads what has "tfevents" in its name
+
+
+def require(experiment: Experiment) -> None:
+    """Refuses an experiment whose trackers cannot be opened here.
+
+    Raises:
+      InputError: if the package of a tracker is not installed, or W&B accepts no project of that name.
+    """
+    if experiment.tensorboard:
+        extras.require("tensorboard", "tensorboard")
+    weights_and_biases.require(experiment)
 
 
 class Mirror(Protocol):
@@ -50,7 +61,7 @@ class Mirrors:
         if experiment.tensorboard:
             self._mirrors.append(TensorBoard(experiment, workdir))
         if experiment.wandb is not None:
-            self._mirrors.append(WeightsAndBiases(experiment, workdir))
+            self._mirrors.append(weights_and_biases.WeightsAndBiases(experiment, workdir))
         for program in stored if self._mirrors else ():
             self.add(program.rows())
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smallbatch_jax import results, worker
+from smallbatch_jax import extras, results, worker
 from smallbatch_jax.experiment import Experiment, InputError, Run
 from smallbatch_jax.files import append_line, write_atomically
 from smallbatch_jax.mirrors import Mirrors
@@ -117,10 +117,9 @@ def resources(nodes: Iterable[Mapping[str, float]], runs: int, lanes: int | None
 
 
 def imported_ray() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise InputError('Ray is not installed; pip install -e ".[cluster]" brings it.') from None
+    extras.require("cluster", "launch.py")
+    import ray
+
     return ray
 
 

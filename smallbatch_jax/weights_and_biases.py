@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from smallbatch_jax import extras
 from smallbatch_jax.experiment import Experiment, InputError, Run
 from smallbatch_jax.files import append_line
 from smallbatch_jax.metrics import hparams, name_of, outcome, scalars
@@ -17,17 +18,16 @@ UPLOAD_SECONDS = 60.0  # that W&B may take for what a run still has to upload as
 
 
 def require(experiment: Experiment) -> None:
-    """Refuses an experiment whose mirrors cannot be opened here.
+    """Refuses an experiment whose W&B project cannot be opened here.
 
     Raises:
       InputError: if W&B is asked for but not installed, or accepts no project of that name.
     """
     if experiment.wandb is None:
         return
-    try:
-        from wandb import Settings
-    except ImportError:
-        raise InputError('wandb: W&B is not installed; pip install -e ".[wandb]" brings it.') from None
+    extras.require("wandb", "wandb")
+    from wandb import Settings
+
     try:
         Settings(project=experiment.wandb)
     except Exception as error:  # of a type that depends on the version

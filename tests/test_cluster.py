@@ -25,8 +25,6 @@ from smallbatch_jax.timings import TIMING_COLUMNS
 from smallbatch_jax.workdir import open_workdir
 from smallbatch_jax.worker import Outcome, Part
 
-pytest.importorskip("ray")
-
 ROOT = Path(__file__).parent.parent
 FACTS = {"num_classes": 3, "examples": [50, 20]}
 

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import ray
 
 from smallbatch_jax import results, tasks
 from smallbatch_jax.experiment import InputError
 from smallbatch_jax.figures.cost import STEMS as COST_STEMS
-
-ray = pytest.importorskip("ray")
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = "--config=configs/quickstart.py"
@@ -299,13 +298,6 @@ def test_several_configs_and_workers_that_do_not_see_the_workdirs(tmp_path, swep
     assert done.stderr.splitlines()[-1].startswith("22/22 runs done")
     assert (results.load(tmp_path / "v").groupby("base_lr").epoch.max() == 1).all()
     assert re.findall("^(quickstart|other)$", done.stdout, re.M) == ["quickstart", "other"]
-
-
-def test_without_ray_one_line_says_how_to_install_it(tmp_path):
-    begin = "import runpy, sys; sys.modules['ray'] = None; sys.path.insert(0, 'experiments');"
-    begin += "runpy.run_path('experiments/launch.py', run_name='__main__')"
-    refused(run("-c", begin, QUICKSTART, f"--workdir={tmp_path / 'w'}"), 'pip install -e ".[cluster]"')
-    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])

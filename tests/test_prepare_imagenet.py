@@ -96,6 +96,7 @@ def test_once_it_is_prepared_the_archives_may_go(tmp_path, no_tfds, folder, goes
 def test_the_counts_are_printed_and_no_image_is_loaded(data_dir, tmp_path_factory):
     """TFDS's own builder needs TensorFlow; one that knows the numbers of ImageNet stands in for it."""
     folder = tmp_path_factory.mktemp("modules")
+    (folder / "tensorflow.py").touch()
     (folder / "tensorflow_datasets.py").write_text(
         """if True:
         from types import SimpleNamespace as Namespace

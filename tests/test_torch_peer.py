@@ -33,12 +33,6 @@ def peer(model="resnet8", norm="batch", image_shape=SHAPE):
     return torch_peer.Peer(model, norm, 10, image_shape, 4, augment=True, weight_decay=5e-4, accelerator=False)
 
 
-def test_without_pytorch_it_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"^--peer: needs PyTorch; install it with pip install 'smallbatch_jax\[peer\]'$"):
-        peer()
-
-
 @pytest.mark.parametrize(
     ("model", "norm", "says"), [("resnet10", "batch", "no model 'resnet10'"), ("alexnet", "group", "no norm 'group'")]
 )

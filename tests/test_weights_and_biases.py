@@ -32,7 +32,8 @@ def watched(tmp_path_factory):
 @pytest.fixture
 def wandb(monkeypatch, tmp_path):
     """W&B offline, with nothing of the user's."""
-    found = pytest.importorskip("wandb")
+    import wandb as found
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
@@ -143,7 +144,7 @@ def test_a_failure_of_wandb_is_one_line_and_the_grid_goes_on(wandb, watched, tmp
 
 def test_wandb_that_is_not_installed_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(InputError, match=r'^wandb: W&B is not installed; pip install -e "\.\[wandb\]" brings it\.$'):
+    with pytest.raises(InputError, match=r'^wandb: needs wandb, which is not installed; run pip install -e "\.\[wandb\]"\.$'):
         train(tmp_path / "w", wandb="p")
     assert not (tmp_path / "w").exists()
 

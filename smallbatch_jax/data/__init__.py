@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smallbatch_jax import fields
+from smallbatch_jax import extras, fields
 from smallbatch_jax.data import prepared
 from smallbatch_jax.data.dataset import Dataset
 from smallbatch_jax.data.digits import load_digits
@@ -70,6 +70,7 @@ def load(name: str, data_dir: str | os.PathLike | None = None, image_size: int |
             f"dataset.image_size: got {image_size!r}, but the images of {name} share one size and live in memory; use None. "
             f"Streamed are {', '.join(_STREAMS)}."
         )
+    extras.require("photographs", "dataset.image_size")
     return _STREAMS[name](data_dir, image_size)
 
 
@@ -86,6 +87,7 @@ def random(name: str, data_dir: str | os.PathLike | None = None, image_size: int
     if name not in _SIZES:
         return load(name, data_dir, image_size)
     if name in _STREAMS:
+        extras.require("photographs", f"dataset.name={name}")
         size = _SIZES[name]
         train, test = (Drawn(count, size.classes) for count in (size.train, size.test))
         return Photographs(train, test, image_size or size.image[0], size.classes, (), prepared.IMAGENET_STATISTICS)
