@@ -1,9 +1,17 @@
 """Settings that every test shares, made before any JAX backend starts."""
 
+import atexit
 import os
 import shutil
 import tempfile
 from pathlib import Path
+
+# One cache of compiled programs for the whole session: this process, pytest-xdist's workers and the commands that tests start.
+# Most tests train the same few tiny programs, and JAX finds one only for who asks for the same, to the last flag.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    CACHE = tempfile.mkdtemp(prefix="smallbatch_compiled_")
+    atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 import jax
 import pytest

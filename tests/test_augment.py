@@ -1,6 +1,5 @@
 """Augmentation: pad 4, random crop, random flip, a function of (seed, epoch, example) alone (§3.1)."""
 
-import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +12,6 @@ from smallbatch_jax.progress import NoProgress
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8, 10, 3)), jnp.float32)
 augment = jax.jit(crop_and_flip)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    with compiled.once():
-        yield
 
 
 def test_every_result_is_one_of_the_162_crops_and_flips_and_all_of_them_come_up():

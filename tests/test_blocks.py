@@ -218,9 +218,8 @@ def drawn(model, images) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(model.init, jax.random.key(0), images[:1]))
 
 
-@pytest.mark.parametrize(
-    ("norm", "b"), [("batch", 8), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("batch", 4), ("none", 8)))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("norm", "b"), [("batch", 8), ("batch", 4), ("none", 8)])
 def test_steps_of_a_network_on_two_devices_are_bit_for_bit_those_on_one(norm, b):
     """Three steps of eight images in four blocks: parameters, running averages, losses."""
     rng = np.random.default_rng(3)

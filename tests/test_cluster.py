@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import compiled
 import pandas as pd
 import pytest
 import tiny
@@ -27,12 +26,6 @@ from smallbatch_jax.worker import Outcome, Part
 
 ROOT = Path(__file__).parent.parent
 FACTS = {"num_classes": 3, "examples": [50, 20]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    with compiled.once():
-        yield
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import compiled
 import pandas as pd
 import pytest
 from PIL import Image
@@ -23,7 +22,7 @@ QUICKSTART = "--config=configs/quickstart.py"
 
 
 def command(script, *arguments, **options):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | compiled.ONCE
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return [sys.executable, f"experiments/{script}", *map(str, arguments)], {"cwd": ROOT, "env": environment, **options}
 
 
@@ -92,10 +91,9 @@ def test_train_py_equals_the_same_run_of_the_sweep_bit_for_bit(trained, tmp_path
 
 
 def test_sweep_from_python_equals_the_command_line_bit_for_bit(trained):
-    with compiled.once():
-        frame = sbj.sweep(
-            "alexnet", "digits", (128, 512), (0.001, 8.0), epochs=1, weight_decay=5e-4, name="quickstart", progress=NoProgress()
-        )
+    frame = sbj.sweep(
+        "alexnet", "digits", (128, 512), (0.001, 8.0), epochs=1, weight_decay=5e-4, name="quickstart", progress=NoProgress()
+    )
     pd.testing.assert_frame_equal(frame, results.load(trained[0]), check_exact=True)
 
 
@@ -192,24 +190,28 @@ def test_a_workdir_of_another_experiment_is_refused_with_the_fields_that_differ(
     refused(finish((line, options)), "weight_decay is 0.0005 there and 0.1 here")
 
 
-def test_a_folder_of_images_is_trained_and_a_broken_image_is_named(tmp_path):
+@pytest.fixture
+def pictures(tmp_path):
+    """The arguments of a small sweep on a folder of two classes."""
     data = tmp_path / "data"
     for split, count in (("train", 12), ("test", 4)):
         for kind, shade in (("dark", 40), ("light", 200)):
             (data / split / kind).mkdir(parents=True)
             for i in range(count):
                 Image.new("RGB", (8, 8), (shade, shade + i, shade)).save(data / split / kind / f"{i}.png")
-    asked = (
-        QUICKSTART,
-        "--config.dataset.name=folder",
-        f"--config.dataset.data_dir={data}",
-        "--config.epochs=1",
-        "--config.grid.batch_sizes=(8,)",
-        "--config.grid.base_lrs=(0.001,)",
-    )
-    done = run("sweep.py", *asked, f"--workdir={tmp_path / 'w'}")
+    folder = ("--config.dataset.name=folder", f"--config.dataset.data_dir={data}")
+    grid = ("--config.epochs=1", "--config.grid.batch_sizes=(8,)", "--config.grid.base_lrs=(0.001,)")
+    return QUICKSTART, *folder, *grid, f"--workdir={tmp_path / 'w'}"
+
+
+@pytest.mark.slow
+def test_a_folder_of_images_is_trained(pictures, tmp_path):
+    done = run("sweep.py", *pictures)
     assert done.returncode == 0, done.stderr
     assert results.load(tmp_path / "w").step.item() == 3
-    (data / "train/dark/3.png").write_text("this is no image")
-    refused(run("sweep.py", *asked, f"--workdir={tmp_path / 'v'}"), "dark/3.png")
-    assert not (tmp_path / "v").exists()
+
+
+def test_a_broken_image_is_named_before_anything_is_written(pictures, tmp_path):
+    (tmp_path / "data/train/dark/3.png").write_text("this is no image")
+    refused(run("sweep.py", *pictures), "dark/3.png")
+    assert not (tmp_path / "w").exists()

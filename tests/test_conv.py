@@ -67,7 +67,7 @@ def test_conv_and_its_gradients_are_those_of_lax(implementation, image, window, 
     assert_all_close(ours, of_lax(shapes, strides, padding))
 
 
-@pytest.mark.parametrize("examples", [8, 16, 19])
+@pytest.mark.parametrize("examples", [19, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 16))])
 @pytest.mark.parametrize(("channels", "features"), [(3, 4), (8, 4), (4, 20), (20, 20)])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
 def test_conv_however_many_images_channels_and_features(examples, channels, features, strides):

@@ -10,7 +10,6 @@ import textwrap
 import time
 from pathlib import Path
 
-import compiled
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,12 +22,6 @@ from smallbatch_jax.files import WriteError
 from smallbatch_jax.models.layers import Dense
 from smallbatch_jax.models.norm import BatchNorm
 from smallbatch_jax.progress import NoProgress
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    with compiled.once():
-        yield
 
 
 def train(workdir, model=tiny.TinyModel, data=None, **fields):
@@ -189,7 +182,10 @@ class StopAfter(NoProgress):
             signal.raise_signal(self.signum)
 
 
-@pytest.mark.parametrize(("segments", "signum"), [(2, signal.SIGINT), (3, signal.SIGTERM), (7, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("segments", "signum"),
+    [(2, signal.SIGINT), (7, signal.SIGTERM), pytest.param(3, signal.SIGTERM, marks=pytest.mark.slow)],
+)
 def test_a_stopped_grid_goes_on_from_its_checkpoint_bit_for_bit(undisturbed, tmp_path, monkeypatch, segments, signum):
     monkeypatch.setattr(feeder.Pace, "FIRST_IMAGES", 8)
     fields = {**GRID, "segment_seconds": 1e-9}
@@ -224,7 +220,7 @@ def test_rows_lost_behind_a_checkpoint_are_trained_again(undisturbed, tmp_path, 
     pd.testing.assert_frame_equal(undisturbed, train(tmp_path / "w", **fields), check_exact=True)
 
 
-@pytest.mark.parametrize("size", [64, 1500, 2500])
+@pytest.mark.parametrize("size", [1500, *(pytest.param(size, marks=pytest.mark.slow) for size in (64, 2500))])
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(undisturbed, tmp_path, monkeypatch, size):
     """No file may grow beyond `size` bytes: the experiment, the rows or a checkpoint does not fit."""
     monkeypatch.setattr(feeder, "CHECKPOINT_SHARE", 1e9)

@@ -59,6 +59,7 @@ def test_an_environment_that_cannot_be_had_is_refused_in_one_line(tmp_path, envi
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 def test_the_users_devices_and_flags_are_respected_and_no_locale_stands_in_the_way(tmp_path):
     environment = {
         "JAX_PLATFORMS": "cpu",
@@ -104,24 +105,25 @@ TWO_RATES = ("--config.epochs=3", "--config.grid.batch_sizes=(64,)", "--config.g
 def undisturbed(tmp_path_factory):
     """The workdir of a sweep of two rates."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "w"
-    assert run("sweep.py", QUICKSTART, *TWO_RATES, f"--workdir={workdir}", environment=compiled.ONCE)[0] == 0
+    assert run("sweep.py", QUICKSTART, *TWO_RATES, f"--workdir={workdir}")[0] == 0
     return workdir
 
 
+@pytest.mark.slow
 def test_a_sweep_on_a_full_disk_says_so_and_goes_on_once_there_is_room(small_disk, undisturbed):
     """The lanes of an AlexNet do not fit on it."""
     folder, resize = small_disk
     often = ("--config.checkpoint_seconds=0", "--config.segment_seconds=0.05")
     limit = "from smallbatch_jax import feeder; feeder.CHECKPOINT_SHARE = 1e9; "
     unlimited = limit + RUN_SWEEP
-    asked, once = (QUICKSTART, *TWO_RATES, f"--workdir={folder / 'w'}"), {"environment": compiled.ONCE}
-    status, _, errors = run(None, "-c", unlimited, *asked, *often, **once)
+    asked = (QUICKSTART, *TWO_RATES, f"--workdir={folder / 'w'}")
+    status, _, errors = run(None, "-c", unlimited, *asked, *often)
     assert status == 1, errors
     said = errors.splitlines()[-1]
     assert said.startswith(f"{folder}/w/checkpoints/m00064_b00064 cannot be written: No space left on device; ")
     assert "Traceback" not in errors
     resize("64m")
-    assert run("sweep.py", *asked, **once)[0] == 0
+    assert run("sweep.py", *asked)[0] == 0
     pd.testing.assert_frame_equal(results.load(folder / "w"), results.load(undisturbed), check_exact=True)
 
 
@@ -141,19 +143,18 @@ def test_a_signal_while_the_first_program_compiles_ends_the_command_soon(tmp_pat
     assert "Traceback" not in errors
 
 
-def test_a_workdir_that_may_only_be_read_is_read_and_what_cannot_be_drawn_is_one_line(undisturbed, tmp_path):
+def test_a_workdir_that_may_only_be_read_is_read_and_what_cannot_be_drawn_is_one_line(tmp_path):
     """Its figures folder is taken by a file: not even root, who runs the tests at times, may write into that."""
-    workdir = shutil.copytree(undisturbed, tmp_path / "w")
-    shutil.rmtree(workdir / "figures")
+    workdir = shutil.copytree(ROOT / "notebooks/results/digits/fig08", tmp_path / "w")
     (workdir / "figures").write_text("")
     status, out, errors = run("figures.py", f"--workdir={workdir}")
     assert status == 2
-    assert out.startswith("  m ") or "64" in out
+    assert "512" in out
     assert errors.count("\n") == 1
     assert "cannot be written: " in errors
-    assert run("figures.py", f"--workdir={workdir}", f"--out={tmp_path / 'out'}")[0] == 0
 
 
+@pytest.mark.slow
 def test_the_owner_of_a_workdir_is_named_and_a_dead_one_is_not(tmp_path):
     asked = (QUICKSTART, *SMALL, "--config.epochs=400", f"--workdir={tmp_path / 'w'}")
     first = start("sweep.py", *asked)

@@ -56,6 +56,7 @@ def test_a_notebook_shows_a_figure_that_is_the_value_of_a_cell(cells):
         assert figures.heat_map(cells)._repr_png_() == plain
 
 
+@pytest.mark.usefixtures("unwritten")
 def test_experiments_go_into_folders_of_their_own(cells, tmp_path):
     one = results(cells[:2])
     two = pd.concat([one, one.assign(experiment="other")])

@@ -10,7 +10,6 @@ import shutil
 import signal
 from pathlib import Path
 
-import compiled
 import jax
 import numpy as np
 import pytest
@@ -24,12 +23,6 @@ from smallbatch_jax.checkpoint import Checkpoints
 from smallbatch_jax.progress import NoProgress
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    with compiled.once():
-        yield
 
 
 @pytest.fixture

@@ -52,6 +52,7 @@ def test_resnet8_is_six_distinct_convolutions_of_seven(layers):
     ]
 
 
+@pytest.mark.slow
 def test_every_way_of_every_layer_is_timed_and_summed(layers, capsys):
     rows = layers.report({one_layer(layers): 3}, (2,), (1, 2), seconds=1e-4, precision="float32", deadline=soon())
     rows = json.loads(json.dumps(rows))
@@ -72,7 +73,7 @@ def test_every_way_of_every_layer_is_timed_and_summed(layers, capsys):
         assert [cell.rstrip("*") for cell in sums[4:-1]] == expected
 
 
-@pytest.mark.parametrize("channels", [3, 5])
+@pytest.mark.parametrize("channels", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_every_way_takes_the_same_steps(layers, channels, monkeypatch):
     """Steps long enough to be seen: the ways differ in how, not in what, and the loops in nothing but length."""
     monkeypatch.setattr(layers, "STEP_SIZE", 1e-3)
@@ -133,6 +134,7 @@ def test_a_mistake_is_one_line_and_exit_status_2(argument, says):
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_device_the_table_and_json():
     done = run("--config=configs/quickstart.py", "--batch_sizes=2", "--lanes=1", "--limit=0", "--json")
     assert done.returncode == 0, done.stderr

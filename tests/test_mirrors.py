@@ -6,7 +6,6 @@ import shutil
 import signal
 from contextlib import ExitStack
 
-import compiled
 import numpy as np
 import pandas as pd
 import pytest
@@ -25,12 +24,6 @@ from smallbatch_jax.progress import NoProgress
 from smallbatch_jax.results import ProgramResults
 
 NAN = float("nan")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    with compiled.once():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,16 @@ def test_resnet50_has_25_557_032_parameters(monkeypatch):
     ]
 
 
-@pytest.mark.parametrize(("norm", "leaves"), [("none", {"bias"}), ("batch", set()), ("group", set()), ("batch_renorm", set())])
+@pytest.mark.parametrize(
+    ("norm", "leaves"),
+    [
+        ("batch", set()),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("none", {"bias"}), ("group", set()), ("batch_renorm", set()))
+        ),
+    ],
+)
 def test_resnet50_has_a_norm_or_a_bias_after_each_convolution(norm, leaves):
     """53 of either; the logits have a bias and no norm. In bfloat16 too all variables and the logits are float32."""
     model = create_model("resnet50", 10, norm, dtype=jnp.bfloat16)

@@ -57,7 +57,7 @@ def by_hand(params, b):
     return losses.mean(), (logits.argmax(1) == DATA.test_labels).sum()
 
 
-@pytest.mark.parametrize("b", [2, 8])
+@pytest.mark.parametrize("b", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_the_test_set_is_normalised_by_the_mean_over_bn_batches_of_training_images(b):
     state, report = trained(b, True)
     loss, correct = by_hand(state.train.params, b)
@@ -65,7 +65,7 @@ def test_the_test_set_is_normalised_by_the_mean_over_bn_batches_of_training_imag
     assert report.test_correct == correct
 
 
-@pytest.mark.parametrize("b", [2, 8])
+@pytest.mark.parametrize("b", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_training_is_bit_for_bit_what_it_is_with_running_averages(b):
     precise, running = trained(b, True), trained(b, False)
     jax.tree.map(np.testing.assert_array_equal, precise[0], running[0])

@@ -63,6 +63,7 @@ def files(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_sweep_of_two_processes_is_that_of_one(tmp_path):
     """The same files and rows; the first process alone says how it went, and native code says nothing.
 

@@ -39,7 +39,7 @@ def augmented(root, tmp_path_factory):
     return train(tmp_path_factory.mktemp("augmented") / "w", photos.load(root), augment=True)
 
 
-@pytest.mark.parametrize("model", [tiny.PlainModel, tiny.TinyModel])
+@pytest.mark.parametrize("model", [tiny.PlainModel, pytest.param(tiny.TinyModel, marks=pytest.mark.slow)])
 def test_streamed_images_train_as_the_same_images_in_memory_do(root, tmp_path, model):
     """Diverged runs and evaluations included; to rounding, that of the channels' statistics."""
     found = train(tmp_path / "streamed", photos.load(root), model=model)
@@ -69,7 +69,7 @@ def out_of_step(root, tmp_path_factory):
     return train(tmp_path_factory.mktemp("out") / "w", photos.load(root), augment=True, lanes=4, base_lrs=OUT_OF_STEP)
 
 
-@pytest.mark.parametrize("room", [4, 8])
+@pytest.mark.parametrize("room", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_lanes_out_of_step_wait_for_each_other_where_there_is_no_room(root, out_of_step, tmp_path, monkeypatch, room):
     """A pool with room for one or two batches, two lanes per device, and lanes that are refilled."""
     monkeypatch.setattr(streamed, "POOL_BYTES", room * photos.SIZE**2 * 3)

@@ -1,6 +1,5 @@
 """`sbj.sweep`: the same grid from Python, on a model and data that are not ours."""
 
-import compiled
 import numpy as np
 import optax
 import pandas as pd
@@ -14,12 +13,6 @@ from smallbatch_jax.experiment import InputError
 from smallbatch_jax.progress import NoProgress
 
 import jax  # isort: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    with compiled.once():
-        yield
 
 
 class Mlp(nn.Module):

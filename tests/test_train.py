@@ -271,9 +271,9 @@ def test_a_nan_logit_is_never_right(label):
         assert int(evaluate([logits], [label], [True]).correct) == 0
 
 
-# The deeper ResNets are of the blocks of ResNet-8: by default they are only trained, in three cases of test_reference.py.
+# The deeper ResNets are of the blocks of ResNet-8, and are traced slowly.
 MODELS_AND_NORMS = [
-    pytest.param(name, norm, marks=[pytest.mark.slow] if name in ("resnet20", "resnet32") else [])
+    pytest.param(name, norm, marks=[pytest.mark.slow] if name in ("resnet20", "resnet32", "resnet50") else [])
     for name, norms in MODEL_NORMS.items()
     for norm in norms
 ]

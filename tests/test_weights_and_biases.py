@@ -6,7 +6,6 @@ import struct
 import sys
 import time
 
-import compiled
 import pandas as pd
 import pytest
 from mirrored import TAGS, assert_all_shown, row, show, train
@@ -14,12 +13,6 @@ from mirrored import TAGS, assert_all_shown, row, show, train
 from smallbatch_jax import results
 from smallbatch_jax.experiment import InputError, Run
 from smallbatch_jax.metrics import name_of
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    with compiled.once():
-        yield
 
 
 @pytest.fixture(scope="module")
