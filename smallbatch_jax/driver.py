@@ -29,6 +29,7 @@ from smallbatch_jax.jobs import GIB, Job, ModelOf, named_model
 from smallbatch_jax.lanes import LaneProgram
 from smallbatch_jax.mesh import lane_mesh
 from smallbatch_jax.mirrors import Mirrors, NoMirrors
+from smallbatch_jax.models import require_images, transposed
 from smallbatch_jax.models.own import OwnModel
 from smallbatch_jax.planning import spread
 from smallbatch_jax.progress import NoProgress, Progress, Status, for_stream
@@ -66,7 +67,12 @@ def use_all_cores(devices: int | None = None) -> None:
 
 
 def train_grid(
-    experiment: Experiment, workdir: Path, dataset: Dataset | Photographs, progress: Progress, model_of: ModelOf | None = None
+    experiment: Experiment,
+    workdir: Path,
+    dataset: Dataset | Photographs,
+    progress: Progress,
+    model_of: ModelOf | None = None,
+    fingerprint: Callable[[], dict[str, Any]] | None = None,
 ) -> None:
     """Trains every run of the experiment that `workdir` does not hold yet, program by program.
 
@@ -76,6 +82,8 @@ def train_grid(
       dataset: the experiment's data, already loaded.
       progress: told after every segment.
       model_of: the model for a BN batch size; None makes the experiment's own.
+      fingerprint: of that model (`models.identity`), which must be the same whenever the workdir is resumed; None for one
+        whose name says what it is.
 
     Raises:
       InputError: if the grid does not fit the data or the workdir is not this experiment's; nothing is written then.
@@ -86,7 +94,8 @@ def train_grid(
         processes.require_same(experiment.to_dict(), "config")
         processes.require_same(dataset.digest(), "dataset")
     with ExitStack() as stack:
-        folder = processes.on_first(lambda: stack.enter_context(open_workdir(workdir, experiment, facts(dataset))))
+        known = facts(dataset) | ({"model": fingerprint()} if fingerprint and processes.is_first() else {})
+        folder = processes.on_first(lambda: stack.enter_context(open_workdir(workdir, experiment, known)))
         stop = stack.enter_context(noted_signals())
         status = study.train(folder, list(programs(experiment.runs())), progress, stop)
         if processes.is_first():
@@ -95,6 +104,24 @@ def train_grid(
             raise Interrupted(stop.signum)
         if processes.is_first():
             record_provenance(folder, "finish", finished=status.finished, diverged=status.diverged)
+
+
+def _require_pictures(image_shape: Sequence[int]) -> None:
+    """Refuses to crop and flip what has no height, width and channels."""
+    if len(image_shape) != 3:
+        raise InputError(
+            f"dataset.augment: crops and flips images [H, W, C], the dataset has {_brackets(image_shape)}; use False."
+        )
+    moved = transposed(image_shape)
+    if moved:
+        raise InputError(
+            f"dataset.augment: crops and flips images [H, W, C], the dataset has {_brackets(image_shape)}, which looks like "
+            f"channels in front; use images.transpose{moved}."
+        )
+
+
+def _brackets(image_shape: Sequence[int]) -> str:
+    return f"[{', '.join(map(str, image_shape))}]"
 
 
 def facts(dataset: Dataset | Photographs) -> dict[str, Any]:
@@ -150,9 +177,24 @@ class _Study:
         self.model_of = model_of or named_model(experiment, dataset.num_classes, experiment.model.bn_decay)
         precise = experiment.model.bn_statistics == "precise"
         self.precise_model_of = named_model(experiment, dataset.num_classes, 0.0) if precise else None
-        lane_programs.require_model(self.model_of(None), dataset.image_shape, dataset.num_classes)
-        for m, b in programs(experiment.runs()):
-            self.model_of(None if b == m else b)  # a model that takes no BN batch size is refused now
+        if model_of is None:
+            require_images(experiment.model.name, dataset.image_shape)
+        if experiment.dataset.augment:
+            _require_pictures(dataset.image_shape)
+        self._require_models()
+
+    def _require_models(self) -> None:
+        """Refuses a model that cannot be trained in one of the programs; runs nothing."""
+        image_shape, num_classes = self.dataset.image_shape, self.dataset.num_classes
+        known = False
+        for m, b in sorted(programs(self.experiment.runs())):
+            model = self.model_of(None if b == m else b)  # a model that takes no BN batch size is refused now
+            if isinstance(model, OwnModel):
+                model.require_batch(image_shape, m)
+            # The batch sizes of a named model differ in nothing but statistics over a single example.
+            if not known or b == 1:
+                lane_programs.require_model(model, image_shape, num_classes, m)
+            known = True
 
     def train(self, folder: Path, shapes: list[tuple[int, int]], progress: Progress, stop: Stop) -> Status:
         """Trains the programs of these (batch size, BN batch size), one after the other."""
@@ -373,10 +415,16 @@ def sweep(
     }
     experiment = from_config(_plain(config))
     use_all_cores()
+    if own is not None:
+        own = own.settled(images.image_shape)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if workdir is None else workdir)
         model_of = None if own is None else own.with_bn_batch_size
-        train_grid(experiment, folder, images, progress or for_stream(), model_of)
+        fingerprint = None
+        if own is not None and workdir is not None:
+            fingerprint = partial(own.fingerprint, images.image_shape)
+            own.warn_of_unstable_fields(folder)
+        train_grid(experiment, folder, images, progress or for_stream(), model_of, fingerprint)
         return processes.on_first(lambda: results.load(folder))
 
 
