@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections import deque
@@ -22,6 +23,7 @@ from smallbatch_jax import data, memory, mirrors, processes, results
 from smallbatch_jax import lanes as lane_programs
 from smallbatch_jax.checkpoint import Checkpoints
 from smallbatch_jax.data import Dataset, Photographs
+from smallbatch_jax.data.doubts import doubts
 from smallbatch_jax.experiment import OWN, Experiment, InputError, from_config, programs
 from smallbatch_jax.feeder import Feeder
 from smallbatch_jax.forecast import Forecast
@@ -90,6 +92,9 @@ def train_grid(
       Interrupted: on SIGINT or SIGTERM, after the segment at work ended and all lanes were saved.
     """
     study = _Study(experiment, dataset, model_of)
+    if processes.is_first():
+        for doubt in _doubts(experiment, dataset):
+            print(f"warning: dataset: {doubt}", file=sys.stderr, flush=True)
     if processes.several():
         processes.require_same(experiment.to_dict(), "config")
         processes.require_same(dataset.digest(), "dataset")
@@ -118,6 +123,27 @@ def _require_pictures(image_shape: Sequence[int]) -> None:
             f"dataset.augment: crops and flips images [H, W, C], the dataset has {_brackets(image_shape)}, which looks like "
             f"channels in front; use images.transpose{moved}."
         )
+
+
+def _doubts(experiment: Experiment, dataset: Dataset | Photographs) -> list[str]:
+    """What may not be meant in data that the user brought."""
+    name, shape = experiment.dataset.name, dataset.image_shape
+    if not isinstance(dataset, Dataset) or not (name == "folder" or name.startswith(OWN)):
+        return []
+    found = doubts(dataset)
+    pixels = dataset.train_images.dtype == np.uint8
+    moved = transposed(shape)
+    if moved:
+        normalised = ", and normalised so" if pixels else ""
+        found.append(
+            f"images of shape {_brackets(shape)} are taken as [H, W, C]{normalised}; to put the channels last, use "
+            f"images.transpose{moved}."
+        )
+    elif len(shape) == 2 and pixels:
+        found.append(
+            f"uint8 images of shape {_brackets(shape)} are normalised by column; of grey pictures give images[..., None]."
+        )
+    return found
 
 
 def _brackets(image_shape: Sequence[int]) -> str:
@@ -366,14 +392,15 @@ def sweep(
 
     Args:
       model: a name of `create_model`, with `norm`; or an own linen module: `init(key, images)`, and `apply(variables, images)`
-        to logits float[n, num_classes], called with `train=…` if it takes that; with or without "batch_stats" and dropout.
+        to logits float[n, num_classes], called with `train=…` or a mode of another usual name (`models.own.MODES`) if it takes
+        one; with or without "batch_stats" and dropout.
       dataset: a name of `data.load`, with `data_dir` and `image_size`; or a `data.Dataset` of your own arrays, of any
         shape [n, …].
       batch_sizes: m, each at most the number of training examples.
       base_lrs: η̃ = η/m, the step length per example: those that each batch size is crossed with, or its own for each.
       epochs: E, of every run, whatever m.
       seeds: of initialisation and order: the replicates of a cell.
-      workdir: where the results are kept and resumed; None keeps nothing.
+      workdir: where the results are kept and resumed, with the same model and data alone; None keeps nothing.
       bn_batch_sizes: crossed with batch_sizes; None takes m. An own module must have a field `bn_batch_size`.
       norm, bn_decay, bn_statistics: as in a config's `model`; an own module brings its own.
       weight_decay, boundaries, factor, warmup_fraction, augment, precision, lanes, name: as in a config.

@@ -267,3 +267,16 @@ def test_what_a_users_model_raises_is_its_own(tmp_path):
     line = refused(model=Broken(), workdir=tmp_path / "w")
     assert line.startswith("model: Broken raised ZeroDivisionError: of the user's")
     assert "images of shape" not in line
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [((3, 8, 8), "images.transpose(0, 2, 3, 1)"), ((8, 8), "give images[..., None]"), ((8, 8, 3), None), ((64,), None)],
+)
+def test_an_own_model_is_warned_of_axes_that_may_not_be_meant(capsys, monkeypatch, shape, says):
+    """It may transpose its images itself; but uint8 is normalised over the last axis."""
+    monkeypatch.setattr("smallbatch_jax.driver._Study.train", lambda *given: (_ for _ in ()).throw(InputError("enough")))
+    assert refused(model=Flat(), dataset=pictures(shape)) == "enough"
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == (says is not None)
+    assert all(line.startswith("warning: dataset: ") and says in line for line in warnings)

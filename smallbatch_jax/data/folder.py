@@ -53,8 +53,9 @@ def load_folder(data_dir: str | os.PathLike | None) -> Dataset:
 
     The classes are the sorted names of the directories in train/, the same as in test/. Suffixes count in upper and
     lower case; other files, hidden files and directories below a class are left out, with one warning that counts those
-    that may be pictures. Pictures come in order of class, then of file name. How one is decoded is said in decode.py. The arrays are kept in a cache outside the
-    folder (cache.py), and read from there until a name, a size or a modification time below the folder changes.
+    that may be pictures. Pictures come in order of class, then of file name. How one is decoded is said in decode.py. The
+    arrays are kept in a cache outside the folder (cache.py), and read from there until a name, a size or a modification
+    time below the folder changes.
 
     Raises:
       InputError: one line with the path of what is missing, unreadable or of another size.

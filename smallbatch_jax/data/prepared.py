@@ -81,12 +81,13 @@ def _not_array_record(name: str, version: Path) -> str:
         stored = str(json.loads((version / "dataset_info.json").read_text()).get("fileFormat") or "tfrecord")  # TFDS's default
     except (OSError, ValueError, AttributeError):
         stored = "another format"
+    root = version.parent.parent
     if stored == "array_record":
-        return f"dataset.data_dir: {str(version)!r} lacks its array_record files; delete it and prepare it again: {_command(name, version.parent.parent)}"
-    return (
-        f"dataset.data_dir: {str(version)!r} was prepared as {stored}, and array_record alone is read. Prepare it once more, in "
-        f"another folder: {_command(name, version.parent.parent / 'array_record')}, and give that as data_dir."
-    )
+        way = f"lacks its array_record files; delete it and prepare it again: {_command(name, root)}"
+    else:
+        again = _command(name, root / "array_record")
+        way = f"was prepared as {stored}, and array_record alone is read. Prepare it in another folder and give that: {again}"
+    return f"dataset.data_dir: {str(version)!r} {way}"
 
 
 def _command(name: str, root: Path) -> str:

@@ -91,8 +91,8 @@ class BatchNorm(nn.Module):
             pixels = "×".join(map(str, x.shape[1:-1])) or "no"
             raise InputError(
                 f"bn_batch_size: the batch norm {'/'.join(self.path)} would take mean and variance over 1 value per channel "
-                f"(BN batches of 1 example, {pixels} pixels) and give a constant. Use BN batches of 2 or more, or no batch norm "
-                "there (alexnet: norm batch_conv_only)."
+                f"(BN batches of 1 example, {pixels} pixels) and give a constant. Use BN batches of 2 or more, or no batch "
+                "norm there (alexnet: norm batch_conv_only)."
             )
 
     def _declare(self) -> None:

@@ -279,7 +279,8 @@ def _require_statistics(module: nn.Module, path: str, x: Any, args: Any, kwargs:
             channel: Any = module.feature_axes if isinstance(module, nn.InstanceNorm) else ()
             channels = {a % x.ndim for a in ((channel,) if isinstance(channel, int) else channel)}
             features = [a for a in range(1, x.ndim) if a not in channels]
-        values = math.prod(x.shape[a] for a in ((features,) if isinstance(features, int) else features))
+        reduced: Any = (features,) if isinstance(features, int) else features
+        values = math.prod(x.shape[a] for a in reduced)
     else:
         return
     if values == 1:
