@@ -139,6 +139,10 @@ def _doubts(experiment: Experiment, dataset: Dataset | Photographs) -> list[str]
             f"images of shape {_brackets(shape)} are taken as [H, W, C]{normalised}; to put the channels last, use "
             f"images.transpose{moved}."
         )
+    elif len(shape) == 3 and shape[0] < shape[1] == shape[2]:
+        found.append(
+            f"images of shape {_brackets(shape)} are taken as [H, W, C]; if they are [C, H, W], use images.transpose(0, 2, 3, 1)."
+        )
     elif len(shape) == 2 and pixels:
         found.append(
             f"uint8 images of shape {_brackets(shape)} are normalised by column; of grey pictures give images[..., None]."

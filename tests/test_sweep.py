@@ -271,7 +271,13 @@ def test_what_a_users_model_raises_is_its_own(tmp_path):
 
 @pytest.mark.parametrize(
     ("shape", "says"),
-    [((3, 8, 8), "images.transpose(0, 2, 3, 1)"), ((8, 8), "give images[..., None]"), ((8, 8, 3), None), ((64,), None)],
+    [
+        ((3, 8, 8), "images.transpose(0, 2, 3, 1)"),
+        ((6, 8, 8), "if they are [C, H, W]"),
+        ((8, 8), "give images[..., None]"),
+        ((8, 8, 3), None),
+        ((64,), None),
+    ],
 )
 def test_an_own_model_is_warned_of_axes_that_may_not_be_meant(capsys, monkeypatch, shape, says):
     """It may transpose its images itself; but uint8 is normalised over the last axis."""

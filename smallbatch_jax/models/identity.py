@@ -106,7 +106,8 @@ class _Describer:
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         closure = [[name, self._cell(cell, f"{path}.{name}")] for name, cell in cells]
         defaults = [self.describe(given, path) for given in (function.__defaults__, function.__kwdefaults__)]
-        return ["function", _name(function), self._constants(function.__code__), closure, defaults]
+        constants = [] if _of_library(function) else self._constants(function.__code__)
+        return ["function", _name(function), constants, closure, defaults]
 
     def _cell(self, cell: Any, path: str) -> Any:
         try:
@@ -134,11 +135,17 @@ class _Describer:
                 found.append([name, self._function(written, f"{path}.{name}")])
         return bases + found
 
+    def _is_default(self, value: Any, default: Any) -> bool:
+        return value is default or self.describe(value, "") == self.describe(default, "")
+
     def _object(self, value: Any, path: str) -> Any:
         kind = type(value)
         described = self.describe(kind, path)
         if dataclasses.is_dataclass(value):
-            names = [field.name for field in dataclasses.fields(value) if field.name != "parent"]
+            given = [field for field in dataclasses.fields(value) if field.name != "parent"]
+            if _of_library(kind):  # another version of it may have more fields
+                given = [field for field in given if not self._is_default(getattr(value, field.name, None), field.default)]
+            names = [field.name for field in given]
         else:
             slots = itertools.chain.from_iterable(_slots(base) for base in kind.__mro__)
             names = [*sorted(getattr(value, "__dict__", {})), *sorted(set(slots))]
@@ -155,6 +162,11 @@ class _Describer:
         self._unstable.append(path)
         _held[id(value)] = value
         return ["address", described, _THIS_PROCESS, id(value)]
+
+
+def _of_library(value: Any) -> bool:
+    """Whether another version of a library may have other code for it, and has the same meaning."""
+    return _name(value).partition(":")[0] in _LIBRARIES
 
 
 def _is_scalar_type(value: Any) -> bool:

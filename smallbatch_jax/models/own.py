@@ -263,15 +263,17 @@ class _Seen:
 
 def _require_statistics(module: nn.Module, path: str, x: Any, args: Any, kwargs: Any) -> None:
     """Refuses one of Flax's norms that would take mean and variance over a single value: it gives a constant."""
+    axes: Any
     if isinstance(module, nn.BatchNorm):
         average = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
-        axes = (module.axis,) if isinstance(module.axis, int) else module.axis
+        axes = module.axis if isinstance(module.axis, (tuple, list)) else (module.axis,)
         if (module.use_running_average if average is None else average) or module.axis_name is not None:
             return
         values = x.size // math.prod(x.shape[axis] for axis in axes)
     elif isinstance(module, nn.GroupNorm):
         axes, channels = module.reduction_axes, module.group_size or x.shape[-1] // (module.num_groups or 1)
-        pixels = x.shape[1:-1] if axes is None else [x.shape[a] for a in axes if a % x.ndim != x.ndim - 1]
+        axes = range(1, x.ndim) if axes is None else axes if isinstance(axes, (tuple, list)) else (axes,)
+        pixels = [x.shape[axis] for axis in axes if axis % x.ndim != x.ndim - 1]
         values = channels * math.prod(pixels)
     elif isinstance(module, (nn.LayerNorm, nn.InstanceNorm)):
         features: Any = getattr(module, "reduction_axes", None)
