@@ -141,7 +141,8 @@ def _doubts(experiment: Experiment, dataset: Dataset | Photographs) -> list[str]
         )
     elif len(shape) == 3 and shape[0] < shape[1] == shape[2]:
         found.append(
-            f"images of shape {_brackets(shape)} are taken as [H, W, C]; if they are [C, H, W], use images.transpose(0, 2, 3, 1)."
+            f"images of shape {_brackets(shape)} are taken as [H, W, C]; if they are [C, H, W], use "
+            "images.transpose(0, 2, 3, 1)."
         )
     elif len(shape) == 2 and pixels:
         found.append(
@@ -216,15 +217,12 @@ class _Study:
     def _require_models(self) -> None:
         """Refuses a model that cannot be trained in one of the programs; runs nothing."""
         image_shape, num_classes = self.dataset.image_shape, self.dataset.num_classes
-        known = False
-        for m, b in sorted(programs(self.experiment.runs())):
+        for place, (m, b) in enumerate(sorted(programs(self.experiment.runs()))):
             model = self.model_of(None if b == m else b)  # a model that takes no BN batch size is refused now
             if isinstance(model, OwnModel):
                 model.require_batch(image_shape, m)
-            # The batch sizes of a named model differ in nothing but statistics over a single example.
-            if not known or b == 1:
+            if place == 0:  # with the smallest b, which alone may be too small for a named model
                 lane_programs.require_model(model, image_shape, num_classes, m)
-            known = True
 
     def train(self, folder: Path, shapes: list[tuple[int, int]], progress: Progress, stop: Stop) -> Status:
         """Trains the programs of these (batch size, BN batch size), one after the other."""

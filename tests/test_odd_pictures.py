@@ -3,6 +3,7 @@
 import io
 import os
 import resource
+import struct
 import subprocess
 import sys
 import time
@@ -474,10 +475,31 @@ def test_a_gif_has_the_colours_of_its_palette(load_one):
 
 @pytest.mark.parametrize("kind", ["TIFF", "WEBP", "BMP"])
 def test_alpha_of_other_kinds_is_dropped(load_one, kind):
-    """Whatever byte stands where a PNG has its colour type."""
     rgba = np.concatenate([NOISE, np.full((*NOISE.shape[:2], 1), 4, np.uint8)], -1)
-    content = encoded(rgba, kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {}))
-    np.testing.assert_array_equal(load_one(content[:25] + content[25:], "0.png"), NOISE)
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    np.testing.assert_array_equal(load_one(encoded(rgba, kind, **options), "0.png"), NOISE)
+
+
+def test_only_of_a_png_a_byte_is_the_colour_type(load_one):
+    """A TIFF with the same byte in the same place: its height is a LONG, type 4."""
+    tags = [
+        (256, 3, 2),
+        (257, 4, 1),
+        (258, 3, 8),
+        (259, 3, 1),
+        (262, 3, 2),
+        (273, 4, 146),
+        (277, 3, 4),
+        (278, 4, 1),
+        (279, 4, 8),
+    ]
+    tags += [(284, 3, 1), (338, 3, 2)]
+    entries = b"".join(
+        struct.pack(">HHI" + ("HH" if kind == 3 else "I"), tag, kind, 1, value, *[0] * (kind == 3)) for tag, kind, value in tags
+    )
+    content = b"MM\0*" + struct.pack(">IH", 8, len(tags)) + entries + bytes(4) + bytes((*RED, 9, *GREEN, 9))
+    assert content[25] == 4
+    np.testing.assert_array_equal(load_one(content, "0.tif"), [[RED, GREEN]])
 
 
 def test_a_tiff_of_16_bits_keeps_the_upper_eight(load_one):
