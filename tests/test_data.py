@@ -187,6 +187,37 @@ def test_channel_statistics_leave_float_images_as_they_are():
     np.testing.assert_array_equal(std, np.ones(3, np.float32))
 
 
+class Bytes:
+    """A source of a user's own."""
+
+    upright = False
+
+    def __init__(self, contents):
+        self.contents = contents
+
+    def __len__(self):
+        return len(self.contents)
+
+    def read(self, index):
+        return self.contents[index], 0
+
+
+def test_photographs_without_a_listing_are_known_by_their_content():
+    names = [
+        data.Photographs(Bytes(train), Bytes([b"t"]), 8, 1, ("a",)).digest()
+        for train in ([b"a", b"b"], [b"a", b"b"], [b"a", b"c"], [b"a", b"b", b"b"])
+    ]
+    assert names[0] == names[1]
+    assert len(set(names)) == 3
+
+
+def test_digest_is_that_of_values_types_and_classes():
+    changes = ({}, {"num_classes": 4}, {"test_labels": np.array([0, 0])}, {"train_images": np.ones((4, 5, 5, 3), np.uint8)})
+    floats = {f"{split}_images": arrays()[f"{split}_images"].astype(np.float32) for split in ("train", "test")}
+    assert len({data.Dataset(**arrays(**change)).digest() for change in (*changes, floats)}) == 5
+    assert data.Dataset(**arrays()).digest() == data.Dataset(**arrays(class_names=("a", "b", "c"))).digest()
+
+
 def test_digits_shapes_and_range():
     digits = data.load("digits")
     assert digits.train_images.shape == (1437, 8, 8, 1)

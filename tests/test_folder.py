@@ -34,6 +34,7 @@ def test_folder_ignores_what_is_no_picture(root, capsys):
     (root / "train" / ".ipynb_checkpoints").mkdir()
     (root / "train" / "cat" / "Thumbs.db").write_bytes(b"\0")
     (root / "train" / "cat" / "labels.txt").write_text("hello")
+    (root / "train" / "cat" / "README").write_text("hello")
     (root / "train" / "cat" / "._0.png").write_bytes(b"\0")
     (root / "train" / "cat" / "more.png").mkdir()
     assert load(root).train_images.shape == (6, 4, 6, 3)

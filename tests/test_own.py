@@ -259,6 +259,13 @@ def test_a_field_that_holds_itself_has_a_name():
     assert OwnModel(Held([held])).name == OwnModel(Held([held])).name
 
 
+def test_fields_nested_without_end_are_one_line():
+    held = []
+    for _ in range(5000):
+        held = [held]
+    assert "nested too deeply" in error_line(lambda: OwnModel(Held((held,))).name)
+
+
 def written(text):
     """A module named Own, of one field."""
     scope: dict[str, Any] = {"nn": nn, "jnp": jnp}

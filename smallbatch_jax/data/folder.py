@@ -156,7 +156,7 @@ def _list_class(path: str, left_out: Counter[str]) -> list[ImageFile]:
             left_out.update(_pictures_below(entry))
         elif _suffix(entry.name) in SUFFIXES:
             images.append(_image_file(entry))
-        elif _suffix(entry.name) not in _NO_PICTURES:
+        elif _suffix(entry.name) not in _NO_PICTURES and not entry.name.startswith(("README", "LICENSE")):
             left_out[_suffix(entry.name) or "without a suffix"] += 1
     return images
 

@@ -24,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from smallbatch_jax.experiment import InputError
+
 # Libraries whose functions are known by their name, wherever a version of the library keeps them.
 _LIBRARIES = ("flax", "jax", "jaxlib", "numpy", "optax")
 _ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+|\bobject at \w+")
@@ -38,7 +40,12 @@ def digest(module: nn.Module) -> tuple[str, list[str]]:
     equal to itself alone, and only in this process.
     """
     unstable: list[str] = []
-    described = _Describer(unstable).describe(module, "")
+    try:
+        described = _Describer(unstable).describe(module, "")
+    except RecursionError as error:
+        raise InputError(
+            f"model: the fields of {type(module).__name__} are nested too deeply to be told from others."
+        ) from error
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12], unstable
 
 
