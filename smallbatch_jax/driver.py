@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections import deque
@@ -22,6 +23,7 @@ from smallbatch_jax import data, memory, mirrors, processes, results
 from smallbatch_jax import lanes as lane_programs
 from smallbatch_jax.checkpoint import Checkpoints
 from smallbatch_jax.data import Dataset, Photographs
+from smallbatch_jax.data.doubts import doubts
 from smallbatch_jax.experiment import OWN, Experiment, InputError, from_config, programs
 from smallbatch_jax.feeder import Feeder
 from smallbatch_jax.forecast import Forecast
@@ -29,6 +31,7 @@ from smallbatch_jax.jobs import GIB, Job, ModelOf, named_model
 from smallbatch_jax.lanes import LaneProgram
 from smallbatch_jax.mesh import lane_mesh
 from smallbatch_jax.mirrors import Mirrors, NoMirrors
+from smallbatch_jax.models import require_images, transposed
 from smallbatch_jax.models.own import OwnModel
 from smallbatch_jax.planning import spread
 from smallbatch_jax.progress import NoProgress, Progress, Status, for_stream
@@ -66,7 +69,12 @@ def use_all_cores(devices: int | None = None) -> None:
 
 
 def train_grid(
-    experiment: Experiment, workdir: Path, dataset: Dataset | Photographs, progress: Progress, model_of: ModelOf | None = None
+    experiment: Experiment,
+    workdir: Path,
+    dataset: Dataset | Photographs,
+    progress: Progress,
+    model_of: ModelOf | None = None,
+    fingerprint: Callable[[], dict[str, Any]] | None = None,
 ) -> None:
     """Trains every run of the experiment that `workdir` does not hold yet, program by program.
 
@@ -76,17 +84,23 @@ def train_grid(
       dataset: the experiment's data, already loaded.
       progress: told after every segment.
       model_of: the model for a BN batch size; None makes the experiment's own.
+      fingerprint: of that model (`models.identity`), which must be the same whenever the workdir is resumed; None for one
+        whose name says what it is.
 
     Raises:
       InputError: if the grid does not fit the data or the workdir is not this experiment's; nothing is written then.
       Interrupted: on SIGINT or SIGTERM, after the segment at work ended and all lanes were saved.
     """
     study = _Study(experiment, dataset, model_of)
+    if processes.is_first():
+        for doubt in _doubts(experiment, dataset):
+            print(f"warning: dataset: {doubt}", file=sys.stderr, flush=True)
     if processes.several():
         processes.require_same(experiment.to_dict(), "config")
         processes.require_same(dataset.digest(), "dataset")
     with ExitStack() as stack:
-        folder = processes.on_first(lambda: stack.enter_context(open_workdir(workdir, experiment, facts(dataset))))
+        known = facts(dataset) | ({"model": fingerprint()} if fingerprint and processes.is_first() else {})
+        folder = processes.on_first(lambda: stack.enter_context(open_workdir(workdir, experiment, known)))
         stop = stack.enter_context(noted_signals())
         status = study.train(folder, list(programs(experiment.runs())), progress, stop)
         if processes.is_first():
@@ -95,6 +109,50 @@ def train_grid(
             raise Interrupted(stop.signum)
         if processes.is_first():
             record_provenance(folder, "finish", finished=status.finished, diverged=status.diverged)
+
+
+def _require_pictures(image_shape: Sequence[int]) -> None:
+    """Refuses to crop and flip what has no height, width and channels."""
+    if len(image_shape) != 3:
+        raise InputError(
+            f"dataset.augment: crops and flips images [H, W, C], the dataset has {_brackets(image_shape)}; use False."
+        )
+    moved = transposed(image_shape)
+    if moved:
+        raise InputError(
+            f"dataset.augment: crops and flips images [H, W, C], the dataset has {_brackets(image_shape)}, which looks like "
+            f"channels in front; use images.transpose{moved}."
+        )
+
+
+def _doubts(experiment: Experiment, dataset: Dataset | Photographs) -> list[str]:
+    """What may not be meant in data that the user brought."""
+    name, shape = experiment.dataset.name, dataset.image_shape
+    if not isinstance(dataset, Dataset) or not (name == "folder" or name.startswith(OWN)):
+        return []
+    found = doubts(dataset)
+    pixels = dataset.train_images.dtype == np.uint8
+    moved = transposed(shape)
+    if moved:
+        normalised = ", and normalised so" if pixels else ""
+        found.append(
+            f"images of shape {_brackets(shape)} are taken as [H, W, C]{normalised}; to put the channels last, use "
+            f"images.transpose{moved}."
+        )
+    elif len(shape) == 3 and shape[0] < shape[1] == shape[2]:
+        found.append(
+            f"images of shape {_brackets(shape)} are taken as [H, W, C]; if they are [C, H, W], use "
+            "images.transpose(0, 2, 3, 1)."
+        )
+    elif len(shape) == 2 and pixels:
+        found.append(
+            f"uint8 images of shape {_brackets(shape)} are normalised by column; of grey pictures give images[..., None]."
+        )
+    return found
+
+
+def _brackets(image_shape: Sequence[int]) -> str:
+    return f"[{', '.join(map(str, image_shape))}]"
 
 
 def facts(dataset: Dataset | Photographs) -> dict[str, Any]:
@@ -150,9 +208,21 @@ class _Study:
         self.model_of = model_of or named_model(experiment, dataset.num_classes, experiment.model.bn_decay)
         precise = experiment.model.bn_statistics == "precise"
         self.precise_model_of = named_model(experiment, dataset.num_classes, 0.0) if precise else None
-        lane_programs.require_model(self.model_of(None), dataset.image_shape, dataset.num_classes)
-        for m, b in programs(experiment.runs()):
-            self.model_of(None if b == m else b)  # a model that takes no BN batch size is refused now
+        if model_of is None:
+            require_images(experiment.model.name, dataset.image_shape)
+        if experiment.dataset.augment:
+            _require_pictures(dataset.image_shape)
+        self._require_models()
+
+    def _require_models(self) -> None:
+        """Refuses a model that cannot be trained in one of the programs; runs nothing."""
+        image_shape, num_classes = self.dataset.image_shape, self.dataset.num_classes
+        for place, (m, b) in enumerate(sorted(programs(self.experiment.runs()))):
+            model = self.model_of(None if b == m else b)  # a model that takes no BN batch size is refused now
+            if isinstance(model, OwnModel):
+                model.require_batch(image_shape, m)
+            if place == 0:  # with the smallest b, which alone may be too small for a named model
+                lane_programs.require_model(model, image_shape, num_classes, m)
 
     def train(self, folder: Path, shapes: list[tuple[int, int]], progress: Progress, stop: Stop) -> Status:
         """Trains the programs of these (batch size, BN batch size), one after the other."""
@@ -324,14 +394,15 @@ def sweep(
 
     Args:
       model: a name of `create_model`, with `norm`; or an own linen module: `init(key, images)`, and `apply(variables, images)`
-        to logits float[n, num_classes], called with `train=…` if it takes that; with or without "batch_stats" and dropout.
+        to logits float[n, num_classes], called with `train=…` or a mode of another usual name (`models.own.MODES`) if it takes
+        one; with or without "batch_stats" and dropout.
       dataset: a name of `data.load`, with `data_dir` and `image_size`; or a `data.Dataset` of your own arrays, of any
         shape [n, …].
       batch_sizes: m, each at most the number of training examples.
       base_lrs: η̃ = η/m, the step length per example: those that each batch size is crossed with, or its own for each.
       epochs: E, of every run, whatever m.
       seeds: of initialisation and order: the replicates of a cell.
-      workdir: where the results are kept and resumed; None keeps nothing.
+      workdir: where the results are kept and resumed, with the same model and data alone; None keeps nothing.
       bn_batch_sizes: crossed with batch_sizes; None takes m. An own module must have a field `bn_batch_size`.
       norm, bn_decay, bn_statistics: as in a config's `model`; an own module brings its own.
       weight_decay, boundaries, factor, warmup_fraction, augment, precision, lanes, name: as in a config.
@@ -373,10 +444,16 @@ def sweep(
     }
     experiment = from_config(_plain(config))
     use_all_cores()
+    if own is not None:
+        own = own.settled(images.image_shape)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if workdir is None else workdir)
         model_of = None if own is None else own.with_bn_batch_size
-        train_grid(experiment, folder, images, progress or for_stream(), model_of)
+        fingerprint = None
+        if own is not None and workdir is not None:
+            fingerprint = partial(own.fingerprint, images.image_shape)
+            own.warn_of_unstable_fields(folder)
+        train_grid(experiment, folder, images, progress or for_stream(), model_of, fingerprint)
         return processes.on_first(lambda: results.load(folder))
 
 

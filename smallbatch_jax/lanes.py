@@ -232,10 +232,10 @@ def initialiser(model: Model, image_shape: Sequence[int]) -> Callable[[int], Tra
     return functools.cache(lambda seed: jax.tree.map(np.asarray, init(np.int32(seed))))
 
 
-def require_model(model: Model, image_shape: Sequence[int], num_classes: int) -> None:
+def require_model(model: Model, image_shape: Sequence[int], num_classes: int, batch_size: int = 2) -> None:
     """Refuses a model that cannot take a dataset's images or gives other logits than one per class; runs nothing."""
-    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
-    batch = Batch(images, jax.ShapeDtypeStruct((2,), jnp.int32))
+    images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
+    batch = Batch(images, jax.ShapeDtypeStruct((batch_size,), jnp.int32))
     setting = Setting(*(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.float32)))
 
     def logits(state: TrainState, images: jax.Array) -> Any:
@@ -243,16 +243,19 @@ def require_model(model: Model, image_shape: Sequence[int], num_classes: int) ->
 
     try:
         state = jax.eval_shape(lambda images: init_state(model, images, jnp.int32(0)), images)
-        shape = jax.eval_shape(logits, state, images).shape[1:]
-        trained, _ = jax.eval_shape(make_train_step(model, Program(2, 1)), state, setting, batch)
+        found = jax.eval_shape(logits, state, images)
+        if not isinstance(found, jax.ShapeDtypeStruct) or found.shape != (batch_size, num_classes):
+            shape = found.shape[1:] if isinstance(found, jax.ShapeDtypeStruct) else f"a {type(found).__name__} in place of"
+            raise InputError(f"model: gives {shape} logits per image, the dataset has {num_classes} classes.")
+        if not jnp.issubdtype(found.dtype, jnp.floating):
+            raise InputError(f"model: gives logits of {found.dtype}, accepts floating point.")
+        trained, _ = jax.eval_shape(make_train_step(model, Program(batch_size, 1)), state, setting, batch)
     except InputError:
         raise
     except Exception as error:  # whatever a model raises for a shape it was not made for
         raise InputError(f"model: cannot take images of shape {images.shape[1:]}: {error}") from error
     if jax.tree.structure(trained) != jax.tree.structure(state):
         raise InputError("model: training makes other variables than init did; make them whatever `train` is.")
-    if shape != (num_classes,):
-        raise InputError(f"model: gives {shape} logits per image, the dataset has {num_classes} classes.")
 
 
 def _image_shape(data: DeviceData | Pool) -> tuple[int, ...]:

@@ -3,19 +3,20 @@
 import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from smallbatch_jax import fields
-from smallbatch_jax.experiment import Experiment, InputError, differences
+from smallbatch_jax.experiment import OWN, Experiment, InputError, differences
 from smallbatch_jax.files import append_line, is_temporary, remove_abandoned, write_atomically
 
 FORMAT = 1
@@ -31,7 +32,7 @@ def open_workdir(path: Path, experiment: Experiment, facts: dict[str, Any]) -> I
       InputError: if it holds another experiment (with the fields that differ), belongs to a process that is still at
         work, or cannot be written. Nothing is written then.
     """
-    refuse_difference(path, experiment)
+    refuse_difference(path, experiment, facts)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / "lock", "a+")  # noqa: SIM115
@@ -43,7 +44,7 @@ def open_workdir(path: Path, experiment: Experiment, facts: dict[str, Any]) -> I
         except OSError:
             lock.seek(0)
             raise InputError(f"--workdir: {path} belongs to {lock.read().strip() or 'another process'}.") from None
-        refuse_difference(path, experiment)  # nobody else can change it now
+        refuse_difference(path, experiment, facts)  # nobody else can change it now
         content = {"format": FORMAT, "experiment": experiment.to_dict(), "facts": facts}
         try:
             lock.truncate(0)
@@ -57,8 +58,11 @@ def open_workdir(path: Path, experiment: Experiment, facts: dict[str, Any]) -> I
         yield path
 
 
-def refuse_difference(path: Path, experiment: Experiment) -> None:
-    """Refuses to go on in a workdir with anything but what it holds already; a missing one is fine."""
+def refuse_difference(path: Path, experiment: Experiment, facts: Mapping[str, Any] | None = None) -> None:
+    """Refuses to go on in a workdir with anything but what it holds already; a missing one is fine.
+
+    Of the facts, only those that both have are compared.
+    """
     try:
         is_file, names = path.is_file(), [p.name for p in path.iterdir()] if path.is_dir() else []
     except OSError as error:
@@ -72,9 +76,44 @@ def refuse_difference(path: Path, experiment: Experiment) -> None:
                 f"--workdir: {path} holds {foreign[0]!r} but no experiment; give a new or empty folder, or a workdir."
             )
         return
-    found = differences(read_experiment(path), experiment)
+    stored, known = _read(path)
+    found = differences(stored, experiment)
+    if stored.model.name != experiment.model.name and stored.model.name.startswith(OWN) and "model" not in known:
+        found[0] += " (an earlier version made this workdir and named own models in another way)"
+    found = found or _differing_facts(known, facts or {})
     if found:
         raise InputError(f"--workdir: {path} holds a different experiment: {'; '.join(found)}. Use another folder.")
+
+
+def _differing_facts(known: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    """What differs between two of one name: the data, or what an own model computes."""
+    found = [
+        f"the dataset has {name} {known[name]} there and {facts[name]} here"
+        for name in ("num_classes", "examples")
+        if name in known and name in facts and known[name] != facts[name]
+    ]
+    if "model" in known and "model" in facts:
+        place = _model_difference(known["model"], facts["model"])
+        if place:
+            found.append(f"model is another one of the same name and fields, with other code ({place} differs)")
+    return found
+
+
+def _model_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """The first thing that two fingerprints (`models.identity`) differ in by more than their tolerance, or None."""
+    old, new = there["values"], here["values"]
+    if old.keys() != new.keys():
+        return min(old.keys() ^ new.keys())
+    tolerance = max(there["tolerance"], here["tolerance"])
+    # Gradients may cancel to nothing, e.g. of a bias before a batch norm: they are compared on the scale of the largest.
+    steepest = max((abs(norm) for name, (norm, _) in new.items() if name.startswith("gradient")), default=0.0)
+    for name, values in new.items():
+        scale = steepest if name.startswith("gradient") else max(abs(old[name][0]), abs(values[0]))
+        for a, b in zip(old[name], values, strict=True):
+            # Written so that a scale that is not finite, or not a number, leaves only what is equal.
+            if not (a == b or (a != a and b != b) or (scale < math.inf and abs(a - b) <= tolerance * scale)):
+                return name
+    return None
 
 
 def read_experiment(path: Path) -> Experiment:

@@ -8,6 +8,7 @@ import pytest
 from pictures import error_line
 
 from smallbatch_jax import data
+from smallbatch_jax.data.doubts import doubts
 
 
 def arrays(**changes):
@@ -96,6 +97,12 @@ def test_dataset_does_not_copy_what_already_fits():
         ({"test_labels": np.array([2**32, 0])}, "test_labels", str(2**32)),
         ({"train_labels": np.zeros(4)}, "train_labels", "float64"),
         ({"train_labels": np.eye(4, 3, dtype=int)}, "train_labels", "(4, 3)"),
+        ({"train_labels": np.eye(4, 3, dtype=int)}, "train_labels", "labels.argmax(1)"),
+        ({"train_labels": np.array([[0], [1], [2], [1]])}, "train_labels", "labels[:, 0]"),
+        ({"train_labels": np.array([1, 2, 3, 1])}, "train_labels", "it accepts 0 to 2; subtract 1"),
+        ({"train_images": np.zeros((4, 5, 5, 3), bool)}, "train_images", "bool"),
+        ({"train_images": np.zeros((4, 5, 5, 3), int)}, "train_images", "images.astype(np.uint8)"),
+        ({"train_images": np.ma.masked_less(np.arange(20.0).reshape(4, 5), 3)}, "train_images", "masked values"),
         ({"num_classes": 0}, "num_classes", "0"),
         ({"num_classes": 2.5}, "num_classes", "2.5"),
         ({"class_names": ("a", "b")}, "class_names", "3 strings"),
@@ -106,6 +113,45 @@ def test_bad_arrays_are_refused_by_name(changes, argument, said):
     message = error_line(data.Dataset, **arrays(**changes))
     assert message.startswith(f"Dataset.{argument}: ")
     assert said in message
+
+
+def sound(**changes):
+    """A dataset without a doubt, some of its arrays changed."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (200, 4, 4, 3)).astype(np.uint8)
+    labels = np.arange(200) % 3
+    given = arrays(train_images=images[:150], train_labels=labels[:150], test_images=images[150:], test_labels=labels[150:])
+    return data.Dataset(**given | changes)
+
+
+FLOATS = (np.random.default_rng(1).random((200, 4, 4, 3)), np.arange(200) % 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, []),
+        ({"train_images": FLOATS[0][:150], "test_images": FLOATS[0][150:]}, []),
+        ({"train_images": 255 * FLOATS[0][:150], "test_images": 255 * FLOATS[0][150:]}, ["floats that reach 25"]),
+        ({"train_images": FLOATS[0][:150], "test_images": 255 * FLOATS[0][150:]}, ["scale both alike"]),
+        (
+            {"train_images": sound().train_images // 128, "test_images": sound().test_images // 128},
+            ["uint8 with no value above 1"],
+        ),
+        ({"train_images": sound().train_images[:1].repeat(150, 0)}, ["all train_images are the same"]),
+        ({"test_images": sound().train_images[:50]}, ["50 of 50 test images are training images too"]),
+        ({"test_images": np.concatenate([sound().test_images[:49], sound().train_images[:1]])}, ["1 of 50 test images"]),
+        ({"train_labels": np.arange(150) % 2 + 1}, ["1 of 3 classes have no training example: 0."]),
+        ({"num_classes": 10}, ["7 of 10 classes have no training example: 3, 4, 5, 6, 7, …"]),
+        (
+            {"train_images": sound().train_images[:40], "train_labels": np.arange(40) % 3},
+            ["more test examples (50) than training"],
+        ),
+    ],
+)
+def test_what_may_not_be_meant_is_doubted(changes, said):
+    found = doubts(sound(**changes))
+    assert [text in line for text, line in zip(said, found, strict=True)] == [True] * len(said)
 
 
 def one_class(images):
@@ -139,6 +185,37 @@ def test_channel_statistics_leave_float_images_as_they_are():
     mean, std = one_class(images).channel_statistics()
     np.testing.assert_array_equal(mean, np.zeros(3, np.float32))
     np.testing.assert_array_equal(std, np.ones(3, np.float32))
+
+
+class Bytes:
+    """A source of a user's own."""
+
+    upright = False
+
+    def __init__(self, contents):
+        self.contents = contents
+
+    def __len__(self):
+        return len(self.contents)
+
+    def read(self, index):
+        return self.contents[index], 0
+
+
+def test_photographs_without_a_listing_are_known_by_their_content():
+    names = [
+        data.Photographs(Bytes(train), Bytes([b"t"]), 8, 1, ("a",)).digest()
+        for train in ([b"a", b"b"], [b"a", b"b"], [b"a", b"c"], [b"a", b"b", b"b"])
+    ]
+    assert names[0] == names[1]
+    assert len(set(names)) == 3
+
+
+def test_digest_is_that_of_values_types_and_classes():
+    changes = ({}, {"num_classes": 4}, {"test_labels": np.array([0, 0])}, {"train_images": np.ones((4, 5, 5, 3), np.uint8)})
+    floats = {f"{split}_images": arrays()[f"{split}_images"].astype(np.float32) for split in ("train", "test")}
+    assert len({data.Dataset(**arrays(**change)).digest() for change in (*changes, floats)}) == 5
+    assert data.Dataset(**arrays()).digest() == data.Dataset(**arrays(class_names=("a", "b", "c"))).digest()
 
 
 def test_digits_shapes_and_range():

@@ -28,21 +28,58 @@ def test_folder_gives_the_pictures_by_class_and_name(root):
     np.testing.assert_array_equal(pictures.train_images[:, 0, 0, :], [(*c[:2], i) for c in (RED, GREEN) for i in range(3)])
 
 
-def test_folder_ignores_what_is_no_picture(root):
+def test_folder_ignores_what_is_no_picture(root, capsys):
     (root / "README.txt").write_text("hello")
     (root / "train" / "notes.txt").write_text("hello")
     (root / "train" / ".ipynb_checkpoints").mkdir()
     (root / "train" / "cat" / "Thumbs.db").write_bytes(b"\0")
     (root / "train" / "cat" / "labels.txt").write_text("hello")
+    (root / "train" / "cat" / "README").write_text("hello")
     (root / "train" / "cat" / "._0.png").write_bytes(b"\0")
     (root / "train" / "cat" / "more.png").mkdir()
     assert load(root).train_images.shape == (6, 4, 6, 3)
+    assert capsys.readouterr().err == ""
 
 
-def test_folder_takes_suffixes_in_any_case(root):
-    for name in ("x.JPG", "y.Jpeg", "z.PNG"):
+def test_folder_takes_suffixes_in_any_case(root, capsys):
+    names = ("x.JPG", "y.Jpeg", "z.PNG", "a.webp", "b.bmp", "c.TIF", "d.tiff", "e.gif", "f.jpe")
+    for name in names:
         save(root / "train" / "dog" / name, Image.new("RGB", (6, 4)))
-    assert len(load(root).train_images) == 9
+    save(root / "train" / "dog" / "g.jfif", Image.new("RGB", (6, 4)), format="JPEG")
+    assert len(load(root).train_images) == 6 + len(names) + 1
+    assert capsys.readouterr().err == ""
+
+
+def test_what_may_be_pictures_and_is_left_out_is_counted_in_one_warning(root, capsys):
+    picture = Image.new("RGB", (6, 4))
+    for name in ("a.png", "b.webp"):
+        save(root / "train" / "cat" / "more" / "deep" / name, picture)
+    save(root / "test" / "c.png", picture)
+    (root / "elsewhere").mkdir()
+    save(root / "elsewhere" / "d.jpg", picture)
+    (root / "train" / "dog" / "link").symlink_to(root / "elsewhere", target_is_directory=True)
+    for name in ("e.heic", "f.HEIC", "g.npy", "noending", "h.png.bak"):
+        (root / "train" / "dog" / name).write_bytes(b"x")
+    for _ in range(2):
+        assert len(load(root).train_images) == 6
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert line.startswith(f"warning: dataset.data_dir: {str(root)!r} has files that are left out: ")
+    counted = line.partition("left out: ")[2].partition(";")[0].split(", ")
+    assert sorted(counted) == [
+        "1 .bak",
+        "1 .npy",
+        "1 picture(s) directly in test/",
+        "1 without a suffix",
+        "2 .heic",
+        "3 picture(s) in directories below a class",
+    ]
+
+
+@pytest.mark.parametrize("wrong", ["train", "test", "train/cat", "..", "../more/.."])
+def test_a_folder_above_or_below_is_answered_with_the_right_one(root, wrong):
+    line = error_line(load, root / wrong)
+    assert f"give {str(root)!r}, which holds train/CLASS/" in line.replace("more/../", "")
 
 
 def test_folder_follows_links_and_home(root, tmp_path, monkeypatch):
@@ -137,12 +174,12 @@ def image_bytes(file_format):
     ("content", "said"),
     [
         (b"", "is empty"),
-        (b"I am a text file", "is not a JPEG or PNG image"),
-        (image_bytes("GIF"), "is not a JPEG or PNG image"),
+        (b"I am a text file", "is not a JPEG, PNG, WebP, BMP, TIFF or GIF image"),
+        (image_bytes("PPM"), "is not a JPEG, PNG, WebP, BMP, TIFF or GIF image"),
         (image_bytes("JPEG")[:2000], "cannot be decoded"),
         (image_bytes("JPEG")[:30], "cannot be decoded"),
     ],
-    ids=["empty", "text", "gif", "truncated", "header cut"],
+    ids=["empty", "text", "ppm", "truncated", "header cut"],
 )
 @pytest.mark.parametrize("name", ["0.png", "1.jpg"])
 def test_unreadable_picture_is_named(root, name, content, said):

@@ -53,7 +53,9 @@ def test_the_bombs_of_these_tests_go_off(tmp_path):
 def test_a_pickle_for_a_picture_is_refused(root, bomb, name):
     path = root / "train" / "dog" / name
     path.write_bytes(bomb)
-    assert error_line(load, root).startswith(f"dataset.data_dir: {str(path)!r} is not a JPEG or PNG image")
+    assert error_line(load, root).startswith(
+        f"dataset.data_dir: {str(path)!r} is not a JPEG, PNG, WebP, BMP, TIFF or GIF image"
+    )
 
 
 def test_other_files_in_a_folder_of_pictures_are_left_alone(root, bomb, mark, monkeypatch):
@@ -86,7 +88,7 @@ def postscript(mark, tmp_path, monkeypatch):
 def test_no_program_is_started_for_a_picture(root, postscript):
     path = root / "train" / "dog" / "1.png"
     path.write_bytes(postscript)
-    assert f"{str(path)!r} is not a JPEG or PNG image" in error_line(load, root)
+    assert f"{str(path)!r} is not a JPEG, PNG, WebP, BMP, TIFF or GIF image" in error_line(load, root)
 
 
 def png_of(value):

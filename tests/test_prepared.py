@@ -1,7 +1,9 @@
 """Datasets prepared by TensorFlow Datasets: real folders, read without TensorFlow."""
 
 import io
+import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -24,8 +26,8 @@ def picture(i):
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    """A folder as `prepare_data.py` leaves it: array_record files of PNGs, written by TFDS itself."""
+def builder():
+    """TFDS's builder of a small dataset of PNGs."""
     import tensorflow_datasets as tfds
 
     class Cifar10(tfds.core.GeneratorBasedBuilder):
@@ -46,8 +48,14 @@ def data_dir(tmp_path_factory):
                 file.seek(0)
                 yield i, {"id": f"{i}", "image": file, "label": i % 3}
 
+    return Cifar10
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory, builder):
+    """A folder as `prepare_data.py` leaves it: array_record files, written by TFDS itself."""
     folder = tmp_path_factory.mktemp("tfds")
-    Cifar10(data_dir=folder, file_format="array_record").download_and_prepare()
+    builder(data_dir=folder, file_format="array_record").download_and_prepare()
     return folder
 
 
@@ -98,8 +106,6 @@ def test_the_newest_complete_version_is_taken(tmp_path):
 
 
 def test_a_damaged_folder_is_one_line(data_dir, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(data_dir, copy)
     (record,) = (copy / "cifar10/3.0.2").glob("*train.array_record*")
@@ -107,6 +113,30 @@ def test_a_damaged_folder_is_one_line(data_dir, tmp_path):
     assert str(copy) in error_line(data.load, "cifar10", copy)
     (copy / "cifar10/3.0.2/dataset_info.json").write_text("{")
     assert "cannot be read as cifar10" in error_line(data.load, "cifar10", copy)
+
+
+def test_another_file_format_is_one_line_that_helps(data_dir, tmp_path):
+    """TFDS's default is tfrecord; to prepare it once more in the same folder changes nothing."""
+    folder = tmp_path / "my data"
+    version = shutil.copytree(data_dir, folder) / "cifar10" / "3.0.2"
+    for path in version.glob("*array_record*"):
+        path.rename(path.with_name(path.name.replace("array_record", "tfrecord")))
+    info = version / "dataset_info.json"
+    facts = json.loads(info.read_text())
+    for named in ({"fileFormat": "tfrecord"}, {}):  # an old version of TFDS does not say
+        info.write_text(json.dumps({k: v for k, v in facts.items() if k != "fileFormat"} | named))
+        line = error_line(data.load, "cifar10", folder)
+        assert "was prepared as tfrecord, and array_record alone is read" in line
+        assert f"--dataset=cifar10 --data_dir='{folder}/array_record'" in line
+
+
+@pytest.mark.parametrize("wrong", ["cifar10", "cifar10/3.0.2", ".."])
+def test_a_folder_above_or_below_is_answered_with_the_right_one(data_dir, tmp_path, wrong):
+    folder = tmp_path / "more"
+    folder.symlink_to(data_dir)
+    line = error_line(data.load, "cifar10", tmp_path if wrong == ".." else folder / wrong)
+    assert f"Give {str(folder)!r}, where it is." in line
+    assert "prepare_data.py" not in line
 
 
 def test_prepare_data_refuses_what_it_does_not_know():

@@ -130,6 +130,10 @@ def _checked_class_names(names, num_classes: int) -> tuple[str, ...] | None:
 
 
 def _as_array(name: str, value) -> np.ndarray:
+    if np.ma.is_masked(value):
+        raise InputError(
+            f"Dataset.{name}: got an array with masked values; it accepts one without, fill them or leave them out"
+        )
     try:
         return np.asarray(value)
     except (ValueError, TypeError) as error:
@@ -142,7 +146,8 @@ def _checked_images(name: str, value) -> np.ndarray:
     images = _as_array(name, value)
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
         raise InputError(
-            f"Dataset.{name}: got dtype {images.dtype}; it accepts uint8 (0..255) or floating point, used as given"
+            f"Dataset.{name}: got dtype {images.dtype}; it accepts uint8 (0..255) or floating point, used as given. "
+            "For pixels in 0..255 give images.astype(np.uint8)"
         )
     if images.ndim < 2 or images.size == 0:
         raise InputError(f"Dataset.{name}: got shape {images.shape}; it accepts [N, H, W, C] or [N, ...], no axis empty")
@@ -160,13 +165,17 @@ def _checked_labels(name: str, value, num_classes: int) -> np.ndarray:
     """Returns int32[N] in [0, num_classes)."""
     labels = _as_array(name, value)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        way = ""
+        if labels.ndim == 2:
+            way = ", as labels[:, 0]" if labels.shape[1] == 1 else ", as labels.argmax(1) gives them of one-hot rows"
         raise InputError(
             f"Dataset.{name}: got {labels.dtype} of shape {labels.shape}; it accepts integers of shape [N], "
-            "one class number for each image"
+            f"one class number for each image{way}"
         )
     if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        way = "; subtract 1" if (labels.min(), labels.max()) == (1, num_classes) else ""
         raise InputError(
             f"Dataset.{name}: got labels from {labels.min()} to {labels.max()}; "
-            f"with num_classes={num_classes} it accepts 0 to {num_classes - 1}"
+            f"with num_classes={num_classes} it accepts 0 to {num_classes - 1}{way}"
         )
     return labels.astype(np.int32, copy=False)

@@ -1,9 +1,10 @@
-"""JPEG and PNG files to one uint8 array.
+"""JPEG, PNG, WebP, BMP, TIFF and GIF files to one uint8 array.
 
 A picture is turned as its EXIF orientation says; EXIF that cannot be read turns nothing. If every picture is grey (also
 with 1 or 16 bits, or with alpha) the array has one channel; if any is not, all become RGB, whatever their order. Palettes
 and CMYK are converted to RGB as Pillow does it, which takes every CMYK JPEG for inverted, as Adobe writes them. Alpha is
-dropped: what lies under a transparent pixel is shown as it is stored. Of 16 bits the upper eight are kept.
+dropped: what lies under a transparent pixel is shown as it is stored. Of 16 bits the upper eight are kept. A file of several
+pictures, e.g. an animated GIF, is refused, and so is a TIFF of numbers other than integers of 1, 2, 4, 8 or 16 bits.
 
 A file that lacks pixels is refused. Damaged pixels are noticed in a PNG, which has a checksum of them; in a JPEG only where
 the decoder cannot go on, and are taken as they come otherwise.
@@ -25,7 +26,15 @@ import numpy as np
 from smallbatch_jax.experiment import InputError
 
 VERSION = 2  # of the rules above; stored arrays decoded by other rules are not used
-_FORMATS = ("JPEG", "PNG")  # a suffix does not choose the decoder, and some of Pillow's start other programs
+KINDS = "JPEG, PNG, WebP, BMP, TIFF or GIF"
+_FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "TIFF",
+    "GIF",
+)  # a suffix does not choose the decoder, and some of Pillow's start other programs
 _CHUNK = 64  # files a thread takes at once
 _CHUNKS_AHEAD = 16  # per thread; bounds what is decoded but not yet in its place
 # Below this the interpreter's lock is held for most of a file's time, and threads make each other wait.
@@ -45,7 +54,7 @@ def decode_images(paths: Sequence[str], total_bytes: int) -> np.ndarray:
     """Decodes the files, in order.
 
     Args:
-      paths: at least one JPEG or PNG file.
+      paths: at least one file.
       total_bytes: the size of all files together; it decides how many threads are worth their while.
     Returns:
       uint8[len(paths), H, W, C], C = 1 if every picture is grey and 3 otherwise.
@@ -106,7 +115,7 @@ def what_is_wrong(error: Exception, empty: bool) -> str:
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
-        return "is empty" if empty else "is not a JPEG or PNG image"
+        return "is empty" if empty else f"is not a {KINDS} image"
     system = getattr(error, "strerror", None)  # the file is gone, say, since the directory was listed
     return f"cannot be read ({system})" if system else f"cannot be decoded ({' '.join(str(error).split())})"
 
@@ -119,17 +128,31 @@ def decode(file: BinaryIO, upright: bool = True) -> np.ndarray:
     if image.width * image.height > MOST_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels, at most {MOST_PIXELS} are accepted")
     after_header = file.tell()
+    if image.format in ("WEBP", "TIFF", "GIF"):
+        _require_one_picture(image)
     image.load()
     if image.format == "JPEG":
         _require_end(file, after_header)
     pixels = _pixels(_upright(image) if upright else image)
-    return pixels[..., :1] if image.mode == "RGBA" and _is_grey_png(file) else pixels
+    return pixels[..., :1] if image.format == "PNG" and image.mode == "RGBA" and _is_grey_png(file) else pixels
 
 
 def _is_grey_png(file: BinaryIO) -> bool:
     """Grey with alpha, that is, which of 16 bits Pillow gives as RGBA."""
     file.seek(25)  # the colour type, in a header of fixed length
     return file.read(1) == b"\4"
+
+
+def _require_one_picture(image: Any) -> None:
+    """Raises ValueError for a file of several pictures, or of numbers that `_pixels` would take for others."""
+    pictures = getattr(image, "n_frames", 1)
+    if pictures > 1:
+        raise ValueError(f"{pictures} pictures in one file, one is accepted")
+    if image.format != "TIFF":
+        return
+    bits, signs, white_is_zero = (image.tag_v2.get(tag, default) for tag, default in ((258, (1,)), (339, (1,)), (262, 1)))
+    if not {*bits} <= {1, 2, 4, 8, 16} or {*signs} != {1} or (16 in bits and white_is_zero == 0):
+        raise ValueError(f"samples of {bits[0]} bits, format {signs[0]}; unsigned integers of up to 16 bits are accepted")
 
 
 def _require_end(file: BinaryIO, after_header: int) -> None:

@@ -1,8 +1,13 @@
-"""Your own pictures: ROOT/train/CLASS/*.jpg|jpeg|png and ROOT/test/CLASS/…, all of one size or streamed."""
+"""Your own pictures: ROOT/train/CLASS/*.jpg|png|… and ROOT/test/CLASS/…, all of one size or streamed."""
 
+import functools
 import hashlib
+import itertools
 import os
 import stat
+import sys
+from collections import Counter
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +18,26 @@ from smallbatch_jax.data.photographs import Files, Photographs
 from smallbatch_jax.experiment import InputError
 
 SPLITS = ("train", "test")
-SUFFIXES = (".jpg", ".jpeg", ".png")
-_LAYOUT = "train/CLASS/*.jpg|jpeg|png and test/CLASS/*.jpg|jpeg|png"
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+_LAYOUT = f"train/CLASS/* and test/CLASS/*, pictures of {decode.KINDS}"
+# Notes about pictures, and what file managers leave behind; any other file that is left out is told of.
+_NO_PICTURES = (
+    ".txt",
+    ".csv",
+    ".tsv",
+    ".json",
+    ".xml",
+    ".md",
+    ".yaml",
+    ".yml",
+    ".html",
+    ".log",
+    ".py",
+    ".ipynb",
+    ".db",
+    ".ini",
+)
+_MOST_WALKED = 100_000  # directories and files below classes, that are counted
 
 
 class ImageFile(NamedTuple):
@@ -29,9 +52,10 @@ def load_folder(data_dir: str | os.PathLike | None) -> Dataset:
     """Loads the pictures below `data_dir` as uint8[N, H, W, C], C = 1 if all of them are grey and 3 otherwise.
 
     The classes are the sorted names of the directories in train/, the same as in test/. Suffixes count in upper and
-    lower case; other files, hidden files and directories below a class are not looked at. Pictures come in order of
-    class, then of file name. How one is decoded is said in decode.py. The arrays are kept in a cache outside the
-    folder (cache.py), and read from there until a name, a size or a modification time below the folder changes.
+    lower case; other files, hidden files and directories below a class are left out, with one warning that counts those
+    that may be pictures. Pictures come in order of class, then of file name. How one is decoded is said in decode.py. The
+    arrays are kept in a cache outside the folder (cache.py), and read from there until a name, a size or a modification
+    time below the folder changes.
 
     Raises:
       InputError: one line with the path of what is missing, unreadable or of another size.
@@ -65,8 +89,12 @@ def stream_folder(data_dir: str | os.PathLike | None, image_size: int) -> Photog
 def _listed(data_dir: str | os.PathLike | None) -> tuple[str, list[str], dict[str, list[ImageFile]]]:
     """The root, the classes, and the pictures of each split in order of class, then of file name."""
     root = _checked_root(data_dir)
-    listing = {split: _list_split(root, split) for split in SPLITS}
+    left_out: Counter[str] = Counter()
+    listing = {split: _list_split(root, split, left_out) for split in SPLITS}
     classes = _common_classes(root, listing)
+    if left_out:
+        counted = ", ".join(f"{count} {what}" for what, count in sorted(left_out.items()))
+        _warn(f"dataset.data_dir: {root!r} has files that are left out: {counted}; read are {_LAYOUT}")
     return root, classes, {split: [file for name in classes for file in listing[split][name]] for split in SPLITS}
 
 
@@ -86,22 +114,64 @@ def _checked_root(data_dir: str | os.PathLike | None) -> str:
             os.scandir(path).close()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise InputError(
-                f"dataset.data_dir: cannot list {path!r} ({reason}); it accepts a ROOT that holds {_LAYOUT}"
-            ) from error
+            other = _other_root(given)
+            way = f"give {other!r}, which holds" if other else "it accepts a ROOT that holds"
+            raise InputError(f"dataset.data_dir: cannot list {path!r} ({reason}); {way} {_LAYOUT}") from error
     return os.path.realpath(given)
 
 
-def _list_split(root: str, split: str) -> dict[str, list[ImageFile]]:
-    """Returns the pictures of each class of one split: names sorted, files sorted."""
-    return {
-        entry.name: _list_class(entry.path) for entry in _visible_entries(os.path.join(root, split)) if _is_directory(entry)
-    }
+def _other_root(given: str) -> str | None:
+    """A directory above or below that holds both splits."""
+    with suppress(OSError, ValueError):
+        path = os.path.abspath(given)
+        parents = [os.path.dirname(path), os.path.dirname(os.path.dirname(path))]
+        below = [os.path.join(path, name) for name in sorted(os.listdir(path))] if os.path.isdir(path) else []
+        for candidate in (*parents, *below):
+            if all(os.path.isdir(os.path.join(candidate, split)) for split in SPLITS):
+                return candidate
+    return None
 
 
-def _list_class(path: str) -> list[ImageFile]:
-    images = [entry for entry in _visible_entries(path) if entry.name.lower().endswith(SUFFIXES)]
-    return [_image_file(entry) for entry in images if not _is_directory(entry)]
+@functools.cache
+def _warn(message: str) -> None:
+    """Once in a process."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def _list_split(root: str, split: str, left_out: Counter[str]) -> dict[str, list[ImageFile]]:
+    """Returns the pictures of each class of one split: names sorted, files sorted; and counts what is left out."""
+    classes = {}
+    for entry in _visible_entries(os.path.join(root, split)):
+        if _is_directory(entry):
+            classes[entry.name] = _list_class(entry.path, left_out)
+        elif _suffix(entry.name) in SUFFIXES:
+            left_out[f"picture(s) directly in {split}/"] += 1
+    return classes
+
+
+def _list_class(path: str, left_out: Counter[str]) -> list[ImageFile]:
+    images = []
+    for entry in _visible_entries(path):
+        if _is_directory(entry):
+            left_out.update(_pictures_below(entry))
+        elif _suffix(entry.name) in SUFFIXES:
+            images.append(_image_file(entry))
+        elif _suffix(entry.name) not in _NO_PICTURES and not entry.name.startswith(("README", "LICENSE")):
+            left_out[_suffix(entry.name) or "without a suffix"] += 1
+    return images
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _pictures_below(directory: os.DirEntry) -> dict[str, int]:
+    """Counts the pictures in a directory below a class, which is not read; of a link only those directly in it."""
+    walk = os.walk(directory.path)
+    levels = itertools.islice(walk, 1) if directory.is_symlink() else walk
+    names = itertools.islice((name for _, _, files in levels for name in files), _MOST_WALKED)
+    count = sum(_suffix(name) in SUFFIXES and not name.startswith(".") for name in names)
+    return {"picture(s) in directories below a class": count} if count else {}
 
 
 def _visible_entries(path: str) -> list[os.DirEntry]:
@@ -125,7 +195,7 @@ def _image_file(entry: os.DirEntry) -> ImageFile:
     except OSError as error:
         raise _unreadable(entry.path, error) from error
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise InputError(f"dataset.data_dir: {entry.path!r} is not a regular file; a JPEG or PNG image is needed")
+        raise InputError(f"dataset.data_dir: {entry.path!r} is not a regular file; a {decode.KINDS} image is needed")
     return ImageFile(entry.path, status.st_size, status.st_mtime_ns)
 
 
@@ -148,7 +218,7 @@ def _common_classes(root: str, listing: dict[str, dict[str, list[ImageFile]]]) -
             if not listing[split][name]:
                 raise InputError(
                     f"dataset.data_dir: class {name!r} has no images in {split}/; "
-                    f"{path!r} must hold at least one .jpg, .jpeg or .png file, not in a directory below it"
+                    f"{path!r} must hold at least one {decode.KINDS} file, not in a directory below it"
                 )
     return classes
 

@@ -19,6 +19,7 @@ import numpy as np
 from smallbatch_jax.data import decode, order
 from smallbatch_jax.experiment import InputError
 
+DIGEST_IMAGES = 64  # of each split, that name a dataset without a listing
 STATISTICS_IMAGES = 1024  # training images that the channels' mean and deviation are taken over
 
 
@@ -142,8 +143,17 @@ class Photographs:
         return len(self.test)
 
     def digest(self) -> str:
-        """A name for these pictures, such that results of others are not mixed with theirs."""
-        return hashlib.sha256(f"{self.listing} {self.image_size} {self.num_classes}".encode()).hexdigest()[:16]
+        """A name for these pictures, such that results of others are not mixed with theirs.
+
+        Without a listing, from the content of some of them, always the same.
+        """
+        digest = hashlib.sha256(f"{self.listing} {self.image_size} {self.num_classes}".encode())
+        for source in () if self.listing else (self.train, self.test):
+            digest.update(f"{len(source)}".encode())
+            for index in np.linspace(0, len(source) - 1, DIGEST_IMAGES, dtype=int).tolist() if len(source) else ():
+                content, label = source.read(index)
+                digest.update(f"{label} {hashlib.sha256(content).hexdigest()}".encode())
+        return digest.hexdigest()[:16]
 
     def channel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """(mean, deviation), float32[C] each, in units of 0 … 255, of the training images.

@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -70,10 +71,27 @@ def stream_imagenet(data_dir: str | os.PathLike | None, image_size: int) -> Phot
 def _record_files(name: str, version: Path, split: str) -> list[str]:
     paths = sorted(map(str, version.glob(f"{name}-{split}.array_record-*")))
     if not paths:
-        raise InputError(
-            f"dataset.data_dir: {str(version)!r} holds no {name}-{split}.array_record files; prepare_data.py writes them."
-        )
+        raise InputError(_not_array_record(name, version))
     return paths
+
+
+def _not_array_record(name: str, version: Path) -> str:
+    """Says what a folder without array_record files holds, and how to come to one that has them."""
+    try:
+        stored = str(json.loads((version / "dataset_info.json").read_text()).get("fileFormat") or "tfrecord")  # TFDS's default
+    except (OSError, ValueError, AttributeError):
+        stored = "another format"
+    root = version.parent.parent
+    if stored == "array_record":
+        way = f"lacks its array_record files; delete it and prepare it again: {_command(name, root)}"
+    else:
+        again = _command(name, root / "array_record")
+        way = f"was prepared as {stored}, and array_record alone is read. Prepare it in another folder and give that: {again}"
+    return f"dataset.data_dir: {str(version)!r} {way}"
+
+
+def _command(name: str, root: Path) -> str:
+    return f"python experiments/prepare_data.py --dataset={name} --data_dir={shlex.quote(str(root))}"
 
 
 STREAMS = {"imagenet2012": stream_imagenet}
@@ -99,11 +117,21 @@ def newest_version(name: str, data_dir: str | os.PathLike | None) -> Path:
         if len(parts) == 3 and all(part.isdecimal() for part in parts):  # not incomplete.XXX_3.0.2
             versions.append(([int(part) for part in parts], info.parent))
     if not versions:
-        raise InputError(
-            f"dataset.data_dir: {name} is not in {str(root)!r}. Once, where the network is: "
-            f"python experiments/prepare_data.py --dataset={name} --data_dir={shlex.quote(str(root))}"
-        )
+        other = _other_root(name, root)
+        way = f"Give {str(other)!r}, where it is." if other else f"Once, where the network is: {_command(name, root)}"
+        raise InputError(f"dataset.data_dir: {name} is not in {str(root)!r}. {way}")
     return max(versions)[1]
+
+
+def _other_root(name: str, root: Path) -> Path | None:
+    """A folder above or below in which the dataset is."""
+    with suppress(OSError):
+        root = root.absolute()
+        below = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+        for candidate in (root.parent, root.parent.parent, *below):
+            if any((candidate / name).glob("[0-9]*/dataset_info.json")):
+                return candidate
+    return None
 
 
 def _key(version: Path) -> str:
@@ -138,6 +166,8 @@ def _info(name: str, version: Path, names: Sequence[str] = SPLITS) -> tuple[list
 
 def _read(name: str, version: Path, counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Every image uint8[N, H, W, C] and label, training examples first; labels as uint8[N, 1, 1, 1], for the cache."""
+    for split in SPLITS:
+        _record_files(name, version, split)
     try:
         with decode.quiet_pillow():
             found = [_examples(name, version, split) for split in SPLITS]
@@ -147,8 +177,8 @@ def _read(name: str, version: Path, counts: list[int]) -> tuple[np.ndarray, np.n
         return np.stack(images), np.array(labels, np.uint8).reshape(-1, 1, 1, 1)
     except Exception as error:
         raise InputError(
-            f"dataset.data_dir: the records in {str(version)!r} cannot be read ({error}); files in array_record can be, "
-            "which prepare_data.py writes."
+            f"dataset.data_dir: the records in {str(version)!r} cannot be read ({error}); delete them and prepare them again: "
+            f"{_command(name, version.parent.parent)}"
         ) from error
 
 

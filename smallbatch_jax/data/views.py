@@ -33,7 +33,7 @@ def training_view(
     """A random square of a photograph at a random scale, mirrored half the time.
 
     Args:
-      content: of a JPEG or PNG file.
+      content: of a file, JPEG or another kind (`decode.py`).
       size: S, pixels.
       draw: what is random; five numbers are taken, or eight.
       color_jitter: whether multiples of the colours' principal components are added, the same for all pixels.
@@ -87,7 +87,7 @@ def _decoded(content: bytes, shorter: int, upright: bool) -> np.ndarray:
         if int(height) * int(width) > decode.MOST_PIXELS:
             raise ValueError("too large")
         image = simplejpeg.decode_jpeg(content, "RGB", min_height=shorter, min_width=shorter, min_factor=2)
-    except ValueError:  # PNG, CMYK, a remark that Pillow passes over; or damage, which it says in its own words
+    except ValueError:  # another kind, CMYK, a remark that Pillow passes over; or damage, which it says in its own words
         image = decode.decode(io.BytesIO(content), upright)
         return image if image.shape[2] == 3 else np.repeat(image, 3, axis=2)
     return decode.turned(image, content) if upright and b"Exif\0\0" in content[:_EXIF_WITHIN] else image

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from smallbatch_jax.experiment import InputError
 from smallbatch_jax.models import blocks
 from smallbatch_jax.models.fusion import rounded
 
@@ -24,7 +25,7 @@ class BatchNorm(nn.Module):
 
     The statistics of a sub-batch are the mean and the *two-pass* variance E[(x-μ)²] over its examples and pixels, in
     float32: the one-pass E[x²]-μ² loses too many digits at b = 2. The running averages move once per SGD step, towards
-    the mean over the sub-batches of their means and of their unbiased variances (divisor max(n-1, 1), n = b·pixels).
+    the mean over the sub-batches of their means and of their unbiased variances (divisor n-1, n = b·pixels).
 
     Attributes:
       batch_size: b; None takes the whole batch, the ordinary batch norm.
@@ -47,6 +48,7 @@ class BatchNorm(nn.Module):
 
         Raises:
           ValueError: if `train` and the batch is not made of whole sub-batches.
+          InputError: if `train` and a sub-batch has a single value per channel (n = 1), whose output is constant.
         """
         features, examples = x.shape[-1], len(x)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
@@ -66,7 +68,8 @@ class BatchNorm(nn.Module):
         factor, shift = self._correction(*known)
         if not self.is_initializing():
             n = x.size // features // groups * devices
-            self._move(examples, mean, var * (n / max(n - 1, 1)))
+            self._require_spread(n, x)
+            self._move(examples, mean, var * (n / (n - 1)))
         scale, bias = (blocks.shared(parameter, pieces, examples) for parameter in (scale, bias))
         gain, bias = lax.rsqrt(var + self.epsilon) * (factor * scale), shift * scale + bias
         return _normalised(x, mean, gain, bias, groups).astype(self.dtype or x.dtype)
@@ -81,6 +84,16 @@ class BatchNorm(nn.Module):
             return 1, b // examples
         there = f"{examples} examples it is applied to" + (f", on each of {devices} devices" if devices > 1 else "")
         raise ValueError(f"bn_batch_size: {b} does not divide the batch of {there}")
+
+    def _require_spread(self, n: int, x: jax.Array) -> None:
+        """Refuses statistics over a single value, whose mean it is and whose variance is 0: the output is constant."""
+        if n == 1:
+            pixels = "×".join(map(str, x.shape[1:-1])) or "no"
+            raise InputError(
+                f"bn_batch_size: the batch norm {'/'.join(self.path)} would take mean and variance over 1 value per channel "
+                f"(BN batches of 1 example, {pixels} pixels) and give a constant. Use BN batches of 2 or more, or no batch "
+                "norm there (alexnet: norm batch_conv_only)."
+            )
 
     def _declare(self) -> None:
         """Makes the variables of a subclass, which must be the same in training and evaluation."""
