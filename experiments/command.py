@@ -106,36 +106,43 @@ def leave(line: str, status: int) -> None:
     os._exit(status)
 
 
+def import_jax() -> None:
+    """JAX and Flax, which read their variables when they are imported.
+
+    Raises:
+      InputError: if one has a value that there is not.
+    """
+    try:
+        import flax  # noqa: F401
+    except ValueError as error:
+        raise InputError(f"JAX cannot be imported: {error}") from None
+
+
 def start_jax(cpu_devices: int | None = None, join: Callable[[], None] = lambda: None) -> None:
     """JAX and its devices, as the user's environment asks for them; on CPU one for each core, or as many as are given.
 
-    `join` is called before the devices are made.
+    Flags that could change a result are held from now on. `join` is called before the devices are made.
 
     Raises:
       InputError: if JAX_PLATFORMS, XLA_FLAGS or another variable asks for what there is not.
     """
-    try:
-        from smallbatch_jax import driver
-    except ValueError as error:
-        raise InputError(f"JAX cannot be imported: {error}") from None
-    _require_xla_flags()
+    import_jax()
+    from smallbatch_jax import ambient, driver
+
+    ambient.hold_for_good()
+    _require_xla_flags(ambient.expand_xla_flags())
     driver.use_all_cores()
     import jax
 
     if cpu_devices is not None:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     join()
-    try:
-        jax.devices()
-    except Exception as error:  # of a type that depends on the platform
-        asked = os.environ.get("JAX_PLATFORMS", "")
-        raise InputError(f"JAX_PLATFORMS={asked}: cannot be used: {_one_line(error)}") from None
+    ambient.require_devices()
 
 
-def _require_xla_flags() -> None:
+def _require_xla_flags(given: str) -> None:
     """XLA ends the process that gives it a flag it does not know; so another process asks first."""
-    given = os.environ.get("XLA_FLAGS", "")
-    if not given.strip():
+    if not given:
         return
     trial = "import jax; jax.config.update('jax_platforms', 'cpu'); jax.devices()"
     done = subprocess.run([sys.executable, "-c", trial], capture_output=True, text=True, errors="replace")

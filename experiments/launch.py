@@ -35,6 +35,7 @@ def main() -> int:
         if folders.count(workdir) > 1:
             raise InputError(f"--workdir, --also: {workdir} stands twice; give each config a folder of its own.")
     chosen = [(command.for_workdir(config, workdir), Path(workdir)) for config, workdir in asked]
+    command.import_jax()
     from smallbatch_jax import cluster, progress, results
     from smallbatch_jax.signals import Interrupted
 

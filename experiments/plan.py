@@ -30,6 +30,7 @@ THERE = flags.DEFINE_list("elsewhere_devices", ["1"], "Numbers of such devices, 
 
 
 def main() -> int:
+    command.import_jax()
     from smallbatch_jax import data
     from smallbatch_jax.data import order
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from smallbatch_jax import data, memory, mirrors, processes, results
+from smallbatch_jax import ambient, data, memory, mirrors, processes, results
 from smallbatch_jax import lanes as lane_programs
 from smallbatch_jax.checkpoint import Checkpoints
 from smallbatch_jax.data import Dataset, Photographs
@@ -55,8 +55,11 @@ def use_all_cores(devices: int | None = None) -> None:
     XLA:CPU gains little from running one small operation on many cores, much from running many lanes at once. And it
     unrolls a loop over 32 channels or fewer into scalar instructions, unless told to unroll none: a vector's are six times
     as fast. A choice of the user's in XLA_FLAGS stays.
+
+    Raises:
+      InputError: if XLA_FLAGS would make a diverged run look like any other.
     """
-    chosen = os.environ.get("XLA_FLAGS", "")
+    chosen = ambient.expand_xla_flags()
     if "xla_backend_extra_options" not in chosen:
         os.environ["XLA_FLAGS"] = f"{chosen} --xla_backend_extra_options=xla_cpu_disable_loop_unrolling".lstrip()
     if "xla_force_host_platform_device_count" in chosen:
@@ -65,6 +68,7 @@ def use_all_cores(devices: int | None = None) -> None:
         jax.config.update("jax_num_cpu_devices", devices or len(os.sched_getaffinity(0)))
 
 
+@ambient.held()
 def train_grid(
     experiment: Experiment, workdir: Path, dataset: Dataset | Photographs, progress: Progress, model_of: ModelOf | None = None
 ) -> None:
@@ -102,11 +106,13 @@ def facts(dataset: Dataset | Photographs) -> dict[str, Any]:
     return {"num_classes": dataset.num_classes, "examples": [dataset.num_train, dataset.num_test]}
 
 
+@ambient.held()
 def require_trainable(experiment: Experiment, dataset: Dataset | Photographs) -> None:
     """Refuses an experiment that does not fit the data, as `train_grid` would; runs nothing."""
     _Study(experiment, dataset, None)
 
 
+@ambient.held()
 def train_program(
     experiment: Experiment,
     workdir: Path,
@@ -160,7 +166,7 @@ class _Study:
         device = {"kind": mesh.devices.flat[0].device_kind, "platform": jax.default_backend(), "count": mesh.size}
         timings = Timings(folder)
         if processes.is_first():
-            made = {**surroundings(), "device": device, "precision": self.experiment.precision}
+            made = {**surroundings(), "device": device, "precision": self.experiment.precision, "flags": ambient.recorded()}
             record_provenance(folder, "start", **made, processes=jax.process_count())
         else:
             timings, progress = NoTimings(), NoProgress()
@@ -373,6 +379,7 @@ def sweep(
     }
     experiment = from_config(_plain(config))
     use_all_cores()
+    ambient.require_devices()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if workdir is None else workdir)
         model_of = None if own is None else own.with_bn_batch_size
