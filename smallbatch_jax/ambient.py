@@ -148,13 +148,15 @@ EXTRAS = {"cuda": "cuda12", "gpu": "cuda12", "rocm": "rocm7-local", "tpu": "tpu"
 def held() -> Iterator[None]:
     """Holds the flags that could change a result, in all threads, until the block ends; then they are as they were.
 
-    A line warns of those that were at another value.
+    So is the mesh of `jax.set_mesh`. A line warns of the flags that were at another value.
     """
     with ExitStack() as stack:
         changed = [*_hold(jax.config, _existing(HELD), stack), *_hold_flax(stack)]
         if changed:
             named = ", ".join(changed)
-            warnings.warn(f"{named}: without effect here, results are made with the defaults of JAX", stacklevel=3)
+            warnings.warn(f"{named}: without effect here, results are made with the defaults of JAX", stacklevel=4)
+        if not jax.sharding.get_abstract_mesh().empty:
+            stack.enter_context(jax.set_mesh(None))  # lanes have a mesh of their own
         yield
 
 

@@ -98,10 +98,12 @@ def test_nor_does_a_context_manager_around_the_call(plain, tmp_path):
         for name, value in others(ambient.HELD).items():
             if callable(jax.config._value_holders[name]):
                 stack.enter_context(jax.config._value_holders[name](value))
+        stack.enter_context(jax.set_mesh(jax.make_mesh((len(jax.devices()),), ("mine",))))
         before = jax.config.values
         with pytest.warns(UserWarning, match="jax_enable_x64=True.*: without effect here"):
             frame = swept(tmp_path / "w")
         assert jax.config.values == before
+        assert jax.sharding.get_abstract_mesh().axis_names == ("mine",)
     pd.testing.assert_frame_equal(frame, plain, check_exact=True)
 
 
