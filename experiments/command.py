@@ -16,14 +16,47 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from smallbatch_jax import experiment
+from smallbatch_jax import experiment, fields, signals
 from smallbatch_jax.experiment import Experiment, InputError
 from smallbatch_jax.files import OUT_OF_SPACE, WriteError
 
 
+flags.disclaim_key_flags()  # the flags that it defines are the command's own
+
+
+class _Given:
+    """The arguments of this command that are about its config."""
+
+    config = "--config"
+    overrides: dict[str, str] = {}  # noqa: RUF012 - the text of each --config.FIELD=VALUE, the last of each field
+
+
 def define_config_flag() -> Any:
     """--config, an ml_collections file, of which --config.FIELD=VALUE overrides any field."""
-    return config_flags.DEFINE_config_file("config", None, "Config file; --config.FIELD=VALUE overrides a field.")
+    # No arguments for ml_collections to find overrides in, of which it refuses some: `_without_overrides` takes them.
+    described = "Config file; --config.FIELD=VALUE overrides a field."
+    return config_flags.DEFINE_config_file("config", None, described, sys_argv=[])
+
+
+def define_path(name: str, described: str) -> Any:
+    """A flag for a path, in which ~ is the home folder."""
+    return flags.DEFINE(_PathParser(name), name, None, described)
+
+
+def define_paths(name: str, described: str) -> Any:
+    """The same for one that may be given several times."""
+    return flags.DEFINE_multi(_PathParser(name), flags.ArgumentSerializer(), name, None, described)
+
+
+class _PathParser(flags.ArgumentParser):
+    def __init__(self, name: str):
+        self._name = name
+
+    def parse(self, argument: str) -> str:
+        return fields.expanded_path(f"--{self._name}", argument)
+
+    def flag_type(self) -> str:
+        return "path"
 
 
 def given(flag: Any, example: str) -> Any:
@@ -39,10 +72,14 @@ def given_config(flag: Any) -> ConfigDict:
     absl loads the file when it parses the flags, but some failures show only when the config is first read.
     """
     if flag.value is None and flag.present:
-        raise InputError(f"{_config_argument()}: get_config() returned None, accepts a ConfigDict")
+        raise InputError(f"{_Given.config}: get_config() returned None, accepts a ConfigDict")
     config = given(flag, "configs/quickstart.py")
     try:
-        return config if isinstance(config, ConfigDict) else ConfigDict(config)
+        config = config if isinstance(config, ConfigDict) else ConfigDict(config)
+        experiment.override(config, _Given.overrides)
+        return config
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(_config_error(error)) from None
 
@@ -50,7 +87,7 @@ def given_config(flag: Any) -> ConfigDict:
 def run(main: Callable[[], int]) -> None:
     """Parses the flags, runs `main` and exits with what it returns.
 
-    One line on stderr says what went wrong: 2 for bad input, 1 for a disk that is full, 130 or 143 for a signal.
+    One line on stderr says what went wrong: 2 for bad input, 1 for a disk that is full, 128 and its number for a signal.
     """
 
     def guarded(argv: Sequence[str]) -> None:
@@ -60,7 +97,7 @@ def run(main: Callable[[], int]) -> None:
             if isinstance(stream, io.TextIOWrapper):  # a locale without our letters is no reason to fail
                 stream.reconfigure(errors="backslashreplace")
         try:
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for signum in signals.handled():
                 signal.signal(signum, _stop)
             if len(argv) > 1:
                 raise InputError(f"{argv[1]!r}: unknown argument; every option starts with --")
@@ -84,7 +121,8 @@ def run(main: Callable[[], int]) -> None:
 
 def _stop(signum: int, frame: object) -> None:
     """Outside training, which notes a signal and saves first. An exception would be lost in what JAX imports."""
-    os.write(2, b"stopped; the same command goes on\n")
+    with suppress(OSError):
+        os.write(2, b"stopped; the same command goes on\n")
     os._exit(128 + signum)
 
 
@@ -100,8 +138,8 @@ def fail(line: str, status: int = 2) -> None:
 
 def leave(line: str, status: int) -> None:
     """One line on stderr, and the end at once: threads that compile or save are not waited for."""
-    print(line, file=sys.stderr, flush=True)
-    with suppress(OSError):
+    with suppress(OSError):  # the terminal may be gone
+        print(line, file=sys.stderr, flush=True)
         sys.stdout.flush()
     os._exit(status)
 
@@ -159,11 +197,14 @@ def _parse(argv: Sequence[str]) -> list[str]:
         sys.exit(0)
     logging.set_verbosity(logging.ERROR)  # config_flags warns of what we refuse
     try:
-        _refuse_missing_config(argv)
-        _refuse_unknown_fields(argv)
-        return flags.FLAGS([_with_powers(arg) for arg in argv])
+        args = _expanded(argv[1:])
+        if "config" in flags.FLAGS:
+            args = _without_overrides(args)
+        return flags.FLAGS([argv[0], *args])
     except (InputError, flags.Error) as error:
         # config_flags tells a TypeError or ValueError of a config file with its whole traceback: say the error itself
+        if isinstance(error.__context__, InputError):
+            fail(str(error.__context__))  # without absl's own words before it
         cause = error.__context__ and error.__context__.__context__
         if isinstance(cause, Exception) and "Traceback" in str(error):
             fail(_config_error(cause))
@@ -173,38 +214,102 @@ def _parse(argv: Sequence[str]) -> list[str]:
     raise AssertionError("unreachable")
 
 
-def _refuse_missing_config(argv: Sequence[str]) -> None:
-    """Names the config file that is not there; what loads it would say so in many words."""
-    for arg in argv[1:]:
-        match = re.match(r"--?config=([^:]+)", arg)
-        if match and not Path(match.group(1)).exists():
-            raise InputError(
-                f"--config={match.group(1)}: no such file in {os.getcwd()}; give its path from there, or its full path."
-            )
+def _expanded(args: Sequence[str], within: tuple[str, ...] = ()) -> list[str]:
+    """The arguments, with the lines of each --flagfile in its place: comments and quotes left out, --name=value."""
+    found, waiting = [], list(args)
+    while waiting:
+        arg = waiting.pop(0)
+        if arg == "--":
+            return [*found, arg, *waiting]
+        name, value = _name_and_value(arg)
+        if name != "flagfile":
+            found.append(arg)
+            continue
+        value = value if value is not None else waiting.pop(0) if waiting else ""
+        if not value:
+            raise InputError("--flagfile: empty; give the path of a file of arguments")
+        path = fields.expanded_path("--flagfile", value)
+        if path in within:
+            raise InputError(f"--flagfile={path}: names itself")
+        try:
+            lines = [line.strip() for line in Path(path).read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise InputError(f"--flagfile={path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        lines = [line for line in lines if line and not line.startswith(("#", "//"))]
+        found += _expanded([_unquoted(line) for line in lines], (*within, path))
+    return found
 
 
-def _with_powers(arg: str) -> str:
-    """An override of base learning rates in which 2^-7, as all tables write it, or 2**-7 is the number that it stands for."""
-    field, equals, value = arg.partition("=")
-    if not re.fullmatch(r"--?config\.(grid\.)?base_lrs?", field):
-        return arg
-    return field + equals + re.sub(r"\b2(?:\^|\*\*)(-?\d{1,3})\b", lambda power: repr(2.0 ** int(power[1])), value)
+def _name_and_value(arg: str) -> tuple[str, str | None]:
+    """The name and the value of --name=value, or of "--name value" as a line of a file has it; no name for anything else."""
+    match = re.fullmatch(r"--?([^= \t]+)(?:(?:[ \t]*=[ \t]*|[ \t]+)(.*))?", arg, re.DOTALL)
+    return (match[1], match[2]) if match else ("", None)
 
 
-def _refuse_unknown_fields(argv: Sequence[str]) -> None:
-    """Names the nearest field for each --config.FIELD that does not exist."""
-    for arg in argv[1:]:
-        match = re.match(r"--?config\.([^=]+)", arg)
-        if match:
-            experiment.require_field(match.group(1))
+def _unquoted(line: str) -> str:
+    name, value = _name_and_value(line)
+    return line if value is None else f"--{name}={fields.unquoted(value)}"
+
+
+def _without_overrides(args: Sequence[str]) -> list[str]:
+    """The arguments but for those of fields of the config, which are noted; they may stand before --config=FILE.
+
+    Raises:
+      InputError: if a field does not exist or has no value, or the file does not exist.
+    """
+    others, overrides, waiting, file = [], {}, list(args), None
+    while waiting:
+        arg = waiting.pop(0)
+        if arg == "--":
+            others += [arg, *waiting]
+            break
+        name, value = _name_and_value(arg)
+        override = re.fullmatch(r"(no)?config\.(.*)", name, re.DOTALL)
+        if override:
+            path = override[2]
+            field = experiment.require_field(path)
+            if value is None:
+                value = _value_of(arg, field, bool(override[1]), waiting)
+            elif override[1]:
+                raise InputError(f"{arg}: takes no value; use --config.{path}=False")
+            overrides.pop(path, None)
+            overrides[path] = value
+        elif name == "config":
+            file = value if value is not None else waiting.pop(0) if waiting else ""
+        else:
+            others.append(arg)
+    if file is not None:
+        _Given.config, _Given.overrides = f"--config={_config_file(file)}", overrides
+        others.insert(0, _Given.config)
+    elif overrides:
+        raise InputError(f"--config: not given, of which --config.{next(iter(overrides))} is a field")
+    return others
+
+
+def _value_of(arg: str, field: Any, negated: bool, waiting: list[str]) -> str:
+    """The value of an override that has no "=": the next argument, if it can be one, or that of a switch."""
+    if negated and field.type is not bool:
+        raise InputError(f"{arg}: no such flag; {field.name} is not True or False")
+    if field.type is bool and (negated or not waiting or waiting[0].lower() not in fields.BOOLEANS):
+        return str(not negated)
+    if not waiting or waiting[0].startswith("--"):
+        raise InputError(f"{arg}: has no value; for example {arg}={field.default}")
+    return waiting.pop(0)
+
+
+def _config_file(given: str) -> str:
+    """The config file, and what follows a colon for its get_config; refused if it is not there."""
+    path, colon, argument = given.partition(":")
+    if not path.strip():
+        raise InputError("--config: empty; for example --config=configs/quickstart.py")
+    path = fields.expanded_path("--config", path)
+    if not Path(path).exists():
+        raise InputError(f"--config={path}: no such file in {os.getcwd()}; give its path from there, or its full path.")
+    return path + colon + argument
 
 
 def _config_error(error: Exception) -> str:
-    return f"{_config_argument()}: {type(error).__name__}: {_one_line(error)}"
-
-
-def _config_argument() -> str:
-    return next((arg for arg in sys.argv if re.match(r"--?config=", arg)), "--config")
+    return f"{_Given.config}: {type(error).__name__}: {_one_line(error)}"
 
 
 def _one_line(error: BaseException | str) -> str:

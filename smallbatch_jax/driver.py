@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 from flax import linen as nn
 
 from smallbatch_jax import ambient, data, memory, mirrors, processes, results
@@ -23,6 +22,7 @@ from smallbatch_jax import lanes as lane_programs
 from smallbatch_jax.checkpoint import Checkpoints
 from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.experiment import OWN, Experiment, InputError, from_config, programs
+from smallbatch_jax.fields import expanded_path
 from smallbatch_jax.feeder import Feeder
 from smallbatch_jax.forecast import Forecast
 from smallbatch_jax.jobs import GIB, Job, ModelOf, named_model
@@ -83,7 +83,7 @@ def train_grid(
 
     Raises:
       InputError: if the grid does not fit the data or the workdir is not this experiment's; nothing is written then.
-      Interrupted: on SIGINT or SIGTERM, after the segment at work ended and all lanes were saved.
+      Interrupted: on a signal of `signals`, after the segment at work ended and all lanes were saved.
     """
     study = _Study(experiment, dataset, model_of)
     if processes.several():
@@ -350,6 +350,7 @@ def sweep(
     Raises:
       InputError: naming what cannot be used.
     """
+    workdir = None if workdir is None else expanded_path("workdir", workdir)
     if tensorboard and workdir is None:
         raise InputError("tensorboard: shows what a workdir keeps, and there is none; give one, or leave tensorboard out.")
     own = None if isinstance(model, str) else OwnModel(model)
@@ -377,7 +378,7 @@ def sweep(
         "lanes": lanes,
         "tensorboard": tensorboard,
     }
-    experiment = from_config(_plain(config))
+    experiment = from_config(config)
     use_all_cores()
     ambient.require_devices()
     with ExitStack() as stack:
@@ -385,14 +386,3 @@ def sweep(
         model_of = None if own is None else own.with_bn_batch_size
         train_grid(experiment, folder, images, progress or for_stream(), model_of)
         return processes.on_first(lambda: results.load(folder))
-
-
-def _plain(values: Any) -> Any:
-    """NumPy's arrays and scalars, ranges and tuples as the plain values that a config holds."""
-    if isinstance(values, dict):
-        return {_plain(name): _plain(value) for name, value in values.items()}
-    if isinstance(values, (np.ndarray, np.generic)):
-        return _plain(values.tolist())
-    if isinstance(values, (list, tuple, range)):
-        return tuple(_plain(value) for value in values)
-    return values
