@@ -20,7 +20,6 @@ from smallbatch_jax import experiment, fields, signals
 from smallbatch_jax.experiment import Experiment, InputError
 from smallbatch_jax.files import OUT_OF_SPACE, WriteError
 
-
 flags.disclaim_key_flags()  # the flags that it defines are the command's own
 
 
@@ -35,7 +34,7 @@ def define_config_flag() -> Any:
     """--config, an ml_collections file, of which --config.FIELD=VALUE overrides any field."""
     # No arguments for ml_collections to find overrides in, of which it refuses some: `_without_overrides` takes them.
     described = "Config file; --config.FIELD=VALUE overrides a field."
-    return config_flags.DEFINE_config_file("config", None, described, sys_argv=[])
+    return config_flags.DEFINE_config_file("config", None, described, flags.FLAGS, sys_argv=[])
 
 
 def define_path(name: str, described: str) -> Any:

@@ -189,7 +189,8 @@ def expand_xla_flags() -> str:
     for flag in given.split():
         if FAST_MATH.fullmatch(flag):
             raise InputError(
-                f"XLA_FLAGS={flag}: lets the compiler assume that no number is NaN, by which a diverged run is known; leave it out."
+                f"XLA_FLAGS={flag}: lets the compiler assume that no number is NaN, by which a diverged run is known; "
+                "leave it out."
             )
     return given
 

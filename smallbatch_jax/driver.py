@@ -22,8 +22,8 @@ from smallbatch_jax import lanes as lane_programs
 from smallbatch_jax.checkpoint import Checkpoints
 from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.experiment import OWN, Experiment, InputError, from_config, programs
-from smallbatch_jax.fields import expanded_path
 from smallbatch_jax.feeder import Feeder
+from smallbatch_jax.fields import expanded_path
 from smallbatch_jax.forecast import Forecast
 from smallbatch_jax.jobs import GIB, Job, ModelOf, named_model
 from smallbatch_jax.lanes import LaneProgram

@@ -270,9 +270,13 @@ def default_config() -> Any:
 
 
 def _defaults(kind: type) -> dict[str, Any]:
-    values = {field.name: field.default for field in dataclasses.fields(kind)}
-    sections = {name: _defaults(type(value)) for name, value in values.items() if dataclasses.is_dataclass(value)}
-    return values | {name: _Float(value) for name, value in values.items() if isinstance(value, float)} | sections
+    return {field.name: _default(field.default) for field in dataclasses.fields(kind)}
+
+
+def _default(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):  # of whose fields a dict stays one, whatever its keys are
+        return ConfigDict(_defaults(type(value)), type_safe=False, convert_dict=False)
+    return _Float(value) if isinstance(value, float) else value
 
 
 class _Float(float):

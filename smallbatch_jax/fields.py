@@ -47,7 +47,8 @@ def parse(kind: type[T], values: Mapping[str, Any], prefix: str) -> T:
     return kind(**checked)
 
 
-BOOLEANS = dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True) | dict.fromkeys(("false", "f", "no", "n", "off", "0"), False)
+YES, NO = ("true", "t", "yes", "y", "on", "1"), ("false", "f", "no", "n", "off", "0")
+BOOLEANS: dict[str, bool] = {**dict.fromkeys(YES, True), **dict.fromkeys(NO, False)}
 
 
 def read(field: dataclasses.Field, given: str) -> Any:
@@ -73,7 +74,7 @@ def read(field: dataclasses.Field, given: str) -> Any:
 def unquoted(given: str) -> str:
     """Without the quotes around it, which a shell takes away and a file does not."""
     inner = given[1:-1]
-    return inner if len(given) > 1 and given[0] == given[-1] and given[0] in "'\"" and given[0] not in inner else given
+    return inner if given[:1] in ("'", '"') and given == given[0] + inner + given[0] and given[0] not in inner else given
 
 
 def _read_tuple(given: str) -> Any:
@@ -120,7 +121,7 @@ def _value(node: ast.expr) -> Any:
 
 def _power(base: Any, exponent: Any) -> Any:
     power = float(base) ** float(exponent)
-    exact = isinstance(base, int) and isinstance(exponent, int) and 0 <= exponent and abs(power) < 2**53
+    exact = isinstance(base, int) and isinstance(exponent, int) and exponent >= 0 and abs(power) < 2**53
     return int(power) if exact else power
 
 

@@ -61,12 +61,13 @@ def others(values):
         **{f"jax_error_checking_behavior_{kind}": "raise" for kind in ("nan", "divide", "oob")},
         **{f"jax_transfer_guard{way}": "disallow" for way in ("", "_host_to_device", "_device_to_device", "_device_to_host")},
     }
-    return {name: special[name] if name in special else not value for name, value in values.items() if name in jax.config.values}
+    return {name: special.get(name, not value) for name, value in values.items() if name in jax.config.values}
 
 
 def test_every_flag_of_this_jax_is_in_one_table_and_at_the_value_there():
     """A new JAX brings new ones; what they do to a result is for a person to find out."""
-    asked = "import jax; from smallbatch_jax import ambient; print({n: ambient._plain(v) for n, v in jax.config.values.items()})"
+    values = "{name: ambient._plain(value) for name, value in jax.config.values.items()}"
+    asked = f"import jax; from smallbatch_jax import ambient; print({values})"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     line = [sys.executable, "-c", asked]
     defaults = eval(subprocess.run(line, capture_output=True, text=True, check=True, env=environment).stdout)
