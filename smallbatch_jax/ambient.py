@@ -141,7 +141,7 @@ WITHOUT_EFFECT = (  # on results; provenance has the devices that were chosen
 )
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "TF_CUDNN_DETERMINISTIC")  # recorded where they are set
 FAST_MATH = re.compile(r"--xla_\w*(fast_math|fast_min_max)(=(true|t|yes|y|1))?", re.IGNORECASE)  # assumes that nothing is NaN
-EXTRAS = {"cuda": "cuda12", "gpu": "cuda12", "rocm": "rocm7-local", "tpu": "tpu"}  # of jax, by platform
+EXTRAS = {"cuda": "cuda12", "gpu": "cuda12", "rocm": "rocm7-local", "tpu": "tpu", "oneapi": "oneapi"}  # of jax, by platform
 
 
 @contextmanager

@@ -80,15 +80,12 @@ def unquoted(given: str) -> str:
 def _read_tuple(given: str) -> Any:
     """A tuple, with or without brackets, or a single value; of texts also without quotes."""
     value = _read_literal(given)
-    if value != given or not given:
-        return value if isinstance(value, (tuple, dict, set)) else (value,)
-    inner = given[1:-1] if given[0] + given[-1] in ("()", "[]") else given
+    if value != given:
+        return value if isinstance(value, (tuple, dict)) else (value,)
+    inner = given[1:-1] if given[:1] + given[-1:] in ("()", "[]") else given
     parts = tuple(unquoted(part.strip()) for part in inner.split(",") if part.strip())
-    return given if any(map(_is_numeric, parts)) else parts or given
-
-
-def _is_numeric(given: str) -> bool:
-    return not isinstance(_read_literal(given), str)
+    as_texts = parts and all(part[0] not in "([{" and isinstance(_read_literal(part), str) for part in parts)
+    return parts if as_texts else given
 
 
 def _read_literal(given: str) -> Any:

@@ -189,7 +189,7 @@ class StopAfter(NoProgress):
             signal.raise_signal(self.signum)
 
 
-@pytest.mark.parametrize(("segments", "signum"), [(2, signal.SIGINT), (3, signal.SIGTERM), (7, signal.SIGTERM)])
+@pytest.mark.parametrize(("segments", "signum"), [(2, signal.SIGINT), (3, signal.SIGTERM), (7, signal.SIGUSR1)])
 def test_a_stopped_grid_goes_on_from_its_checkpoint_bit_for_bit(undisturbed, tmp_path, monkeypatch, segments, signum):
     monkeypatch.setattr(feeder.Pace, "FIRST_IMAGES", 8)
     fields = {**GRID, "segment_seconds": 1e-9}
