@@ -5,7 +5,7 @@ python experiments/claims.py --workdir=runs/fig01 [--workdir=runs/fig02 …]
 
 import command
 
-WORKDIR = command.define_paths("workdir", "Folder of the results of one figure; repeat it for more.")
+WORKDIR = command.DEFINE_paths("workdir", "Folder of the results of one figure; repeat it for more.")
 
 
 def main() -> int:

@@ -37,12 +37,12 @@ def define_config_flag() -> Any:
     return config_flags.DEFINE_config_file("config", None, described, flags.FLAGS, sys_argv=[])
 
 
-def define_path(name: str, described: str) -> Any:
+def DEFINE_path(name: str, described: str) -> Any:
     """A flag for a path, in which ~ is the home folder."""
     return flags.DEFINE(_PathParser(name), name, None, described)
 
 
-def define_paths(name: str, described: str) -> Any:
+def DEFINE_paths(name: str, described: str) -> Any:
     """The same for one that may be given several times."""
     return flags.DEFINE_multi(_PathParser(name), flags.ArgumentSerializer(), name, None, described)
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from smallbatch_jax.study import Study
 
 CONFIG = command.define_config_flag()
-WORKDIR = command.define_paths("workdir", "Folder of the results; may be given several times.")
-OUT = command.define_path("out", "Folder of the figures; by default WORKDIR/figures, for --config runs/NAME.")
+WORKDIR = command.DEFINE_paths("workdir", "Folder of the results; may be given several times.")
+OUT = command.DEFINE_path("out", "Folder of the figures; by default WORKDIR/figures, for --config runs/NAME.")
 
 
 def main() -> int:

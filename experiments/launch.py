@@ -23,7 +23,7 @@ from smallbatch_jax.experiment import Experiment, InputError  # noqa: E402
 from smallbatch_jax.fields import expanded_path  # noqa: E402
 
 CONFIG = command.define_config_flag()
-WORKDIR = command.define_path("workdir", "Folder of the results; made if it is not there.")
+WORKDIR = command.DEFINE_path("workdir", "Folder of the results; made if it is not there.")
 ADDRESS = flags.DEFINE_string("address", None, "Of a running Ray cluster, or auto; left out, this machine is one.")
 ALSO = flags.DEFINE_multi_string("also", [], "CONFIG.py:WORKDIR, another config and its folder; may be given several times.")
 

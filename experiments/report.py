@@ -14,8 +14,8 @@ from pathlib import Path
 import command
 from absl import flags
 
-WORKDIR = command.define_paths("workdir", "Folder of the results; repeat it for several on one page.")
-OUT = command.define_path("out", "The HTML file; by default report.html in the first workdir.")
+WORKDIR = command.DEFINE_paths("workdir", "Folder of the results; repeat it for several on one page.")
+OUT = command.DEFINE_path("out", "The HTML file; by default report.html in the first workdir.")
 WATCH = flags.DEFINE_bool("watch", False, "Write it again whenever there are new results, until all runs have ended.")
 EVERY = flags.DEFINE_integer("every_seconds", 10, "With --watch, how often to look.", lower_bound=1)
 

@@ -16,7 +16,7 @@ import several  # noqa: E402, F401 - its flags
 from smallbatch_jax import experiment  # noqa: E402
 
 CONFIG = command.define_config_flag()
-WORKDIR = command.define_path("workdir", "Folder of the results; made if it is not there.")
+WORKDIR = command.DEFINE_path("workdir", "Folder of the results; made if it is not there.")
 
 
 def main() -> int:
