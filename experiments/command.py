@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import arguments
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -32,7 +33,7 @@ class _Given:
 
 def define_config_flag() -> Any:
     """--config, an ml_collections file, of which --config.FIELD=VALUE overrides any field."""
-    # No arguments for ml_collections to find overrides in, of which it refuses some: `_without_overrides` takes them.
+    # No arguments for ml_collections to find overrides in, of which it refuses some: `arguments.split` does.
     described = "Config file; --config.FIELD=VALUE overrides a field."
     return config_flags.DEFINE_config_file("config", None, described, flags.FLAGS, sys_argv=[])
 
@@ -196,9 +197,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
         sys.exit(0)
     logging.set_verbosity(logging.ERROR)  # config_flags warns of what we refuse
     try:
-        args = _expanded(argv[1:])
+        args = arguments.expanded(argv[1:])
         if "config" in flags.FLAGS:
-            args = _without_overrides(args)
+            args = _without_config(args)
         return flags.FLAGS([argv[0], *args])
     except (InputError, flags.Error) as error:
         # config_flags tells a TypeError or ValueError of a config file with its whole traceback: say the error itself
@@ -213,98 +214,15 @@ def _parse(argv: Sequence[str]) -> list[str]:
     raise AssertionError("unreachable")
 
 
-def _expanded(args: Sequence[str], within: tuple[str, ...] = ()) -> list[str]:
-    """The arguments, with the lines of each --flagfile in its place: comments and quotes left out, --name=value."""
-    found, waiting = [], list(args)
-    while waiting:
-        arg = waiting.pop(0)
-        if arg == "--":
-            return [*found, arg, *waiting]
-        name, value = _name_and_value(arg)
-        if name != "flagfile":
-            found.append(arg)
-            continue
-        value = value if value is not None else waiting.pop(0) if waiting else ""
-        if not value:
-            raise InputError("--flagfile: empty; give the path of a file of arguments")
-        path = fields.expanded_path("--flagfile", value)
-        if path in within:
-            raise InputError(f"--flagfile={path}: names itself")
-        try:
-            lines = [line.strip() for line in Path(path).read_text().splitlines()]
-        except (OSError, ValueError) as error:
-            raise InputError(f"--flagfile={path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-        lines = [line for line in lines if line and not line.startswith(("#", "//"))]
-        found += _expanded([_unquoted(line) for line in lines], (*within, path))
-    return found
-
-
-def _name_and_value(arg: str) -> tuple[str, str | None]:
-    """The name and the value of --name=value, or of "--name value" as a line of a file has it; no name for anything else."""
-    match = re.fullmatch(r"--?([^= \t]+)(?:(?:[ \t]*=[ \t]*|[ \t]+)(.*))?", arg, re.DOTALL)
-    return (match[1], match[2]) if match else ("", None)
-
-
-def _unquoted(line: str) -> str:
-    name, value = _name_and_value(line)
-    return line if value is None else f"--{name}={fields.unquoted(value)}"
-
-
-def _without_overrides(args: Sequence[str]) -> list[str]:
-    """The arguments but for those of fields of the config, which are noted; they may stand before --config=FILE.
-
-    Raises:
-      InputError: if a field does not exist or has no value, or the file does not exist.
-    """
-    others, overrides, waiting, file = [], {}, list(args), None
-    while waiting:
-        arg = waiting.pop(0)
-        if arg == "--":
-            others += [arg, *waiting]
-            break
-        name, value = _name_and_value(arg)
-        override = re.fullmatch(r"(no)?config\.(.*)", name, re.DOTALL)
-        if override:
-            path = override[2]
-            field = experiment.require_field(path)
-            if value is None:
-                value = _value_of(arg, field, bool(override[1]), waiting)
-            elif override[1]:
-                raise InputError(f"{arg}: takes no value; use --config.{path}=False")
-            overrides.pop(path, None)
-            overrides[path] = value
-        elif name == "config":
-            file = value if value is not None else waiting.pop(0) if waiting else ""
-        else:
-            others.append(arg)
-    if file is not None:
-        _Given.config, _Given.overrides = f"--config={_config_file(file)}", overrides
-        others.insert(0, _Given.config)
-    elif overrides:
-        raise InputError(f"--config: not given, of which --config.{next(iter(overrides))} is a field")
-    return others
-
-
-def _value_of(arg: str, field: Any, negated: bool, waiting: list[str]) -> str:
-    """The value of an override that has no "=": the next argument, if it can be one, or that of a switch."""
-    if negated and field.type is not bool:
-        raise InputError(f"{arg}: no such flag; {field.name} is not True or False")
-    if field.type is bool and (negated or not waiting or waiting[0].lower() not in fields.BOOLEANS):
-        return str(not negated)
-    if not waiting or waiting[0].startswith("--"):
-        raise InputError(f"{arg}: has no value; for example {arg}={field.default}")
-    return waiting.pop(0)
-
-
-def _config_file(given: str) -> str:
-    """The config file, and what follows a colon for its get_config; refused if it is not there."""
-    path, colon, argument = given.partition(":")
-    if not path.strip():
-        raise InputError("--config: empty; for example --config=configs/quickstart.py")
-    path = fields.expanded_path("--config", path)
-    if not Path(path).exists():
-        raise InputError(f"--config={path}: no such file in {os.getcwd()}; give its path from there, or its full path.")
-    return path + colon + argument
+def _without_config(args: Sequence[str]) -> list[str]:
+    """The arguments but for the fields of the config, which are noted for `given_config`."""
+    found = arguments.split(args)
+    if found.file is None:
+        if found.overrides:
+            raise InputError(f"--config: not given, of which --config.{next(iter(found.overrides))} is a field")
+        return found.others
+    _Given.config, _Given.overrides = f"--config={found.file}", found.overrides
+    return [_Given.config, *found.others]
 
 
 def _config_error(error: Exception) -> str:
