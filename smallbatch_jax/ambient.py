@@ -66,6 +66,7 @@ HELD: dict[str, Any] = {
     "jax_disallow_mesh_context_manager": False,
     "jax_no_tracing": False,
     "jax_no_execution": False,
+    "jax_raise_persistent_cache_errors": False,  # a cache that cannot be written is not used
     # which devices compute: JAX_PLATFORMS says it
     "jax_default_device": None,
 }
@@ -123,7 +124,7 @@ WITHOUT_EFFECT = (  # on results; provenance has the devices that were chosen
     *("jax_share_binary_between_hosts", "jax_share_binary_between_hosts_timeout_ms"),
     *("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_compilation_cache_check_contents"),
     *("jax_compilation_cache_expect_pgle", "jax_compilation_cache_include_metadata_in_key"),
-    *("jax_compilation_cache_max_size", "jax_persistent_cache_enable_xla_caches", "jax_raise_persistent_cache_errors"),
+    *("jax_compilation_cache_max_size", "jax_persistent_cache_enable_xla_caches"),
     *("jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_min_entry_size_bytes"),
     "jax_remove_custom_partitioning_ptr_from_cache_key",
     *("jax_pgle_aggregation_percentile", "jax_pgle_profiling_runs", "jax_xla_profile_version"),
@@ -151,18 +152,13 @@ def held() -> Iterator[None]:
     So is the mesh of `jax.set_mesh`. A line warns of the flags that were at another value.
     """
     with ExitStack() as stack:
-        changed = [*_hold(jax.config, _existing(HELD), stack), *_hold_flax(stack)]
-        if changed:
-            named = ", ".join(changed)
-            warnings.warn(f"{named}: without effect here, results are made with the defaults of JAX", stacklevel=4)
-        if not jax.sharding.get_abstract_mesh().empty:
-            stack.enter_context(jax.set_mesh(None))  # lanes have a mesh of their own
+        _hold_all(stack)
         yield
 
 
 def hold_for_good() -> None:
     """The same for the rest of this process, which is a command's."""
-    held().__enter__()
+    _hold_all(ExitStack())
 
 
 def recorded() -> dict[str, Any]:
@@ -214,6 +210,16 @@ def require_devices() -> None:
             f"{variable}={asked}: cannot be used: {reason}; JAX {jax.__version__} is here with "
             f"{', '.join(sorted(plugins)) or 'the CPU alone'}: {install}unset {variable}."
         ) from None
+
+
+def _hold_all(stack: ExitStack) -> None:
+    """Holds the flags until the stack unwinds."""
+    changed = [*_hold(jax.config, _existing(HELD), stack), *_hold_flax(stack)]
+    if changed:
+        named = ", ".join(changed)
+        warnings.warn(f"{named}: without effect here, results are made with the defaults of JAX", stacklevel=5)
+    if not jax.sharding.get_abstract_mesh().empty:
+        stack.enter_context(jax.set_mesh(None))  # lanes have a mesh of their own
 
 
 def _existing(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A sweep under JAX's and Flax's flags: whatever they are set to, the rows are the same, or what was set is written down."""
 
+import gc
 import json
 import os
 import subprocess
@@ -106,6 +107,14 @@ def test_nor_does_a_context_manager_around_the_call(plain, tmp_path):
         assert jax.config.values == before
         assert jax.sharding.get_abstract_mesh().axis_names == ("mine",)
     pd.testing.assert_frame_equal(frame, plain, check_exact=True)
+
+
+def test_a_command_holds_them_for_good():
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    with pytest.warns(UserWarning, match="jax_numpy_dtype_promotion=strict: without effect here"):
+        ambient.hold_for_good()
+    gc.collect()
+    assert ambient._plain(jax.config.values["jax_numpy_dtype_promotion"]) == "standard"
 
 
 def test_flags_said_to_be_without_effect_are(plain, tmp_path):
