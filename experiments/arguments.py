@@ -31,7 +31,7 @@ def expanded(args: Sequence[str], within: tuple[str, ...] = ()) -> list[str]:
         if path in within:
             raise InputError(f"--flagfile={path}: names itself")
         try:
-            lines = [line.strip() for line in Path(path).read_text().splitlines()]
+            lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
         except (OSError, ValueError) as error:
             raise InputError(f"--flagfile={path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
         lines = [line for line in lines if line and not line.startswith(("#", "//"))]

@@ -15,7 +15,7 @@ from typing import Any
 
 import arguments
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from smallbatch_jax import experiment, fields, signals
 from smallbatch_jax.experiment import Experiment, InputError
@@ -33,9 +33,9 @@ class _Given:
 
 def define_config_flag() -> Any:
     """--config, an ml_collections file, of which --config.FIELD=VALUE overrides any field."""
-    # No arguments for ml_collections to find overrides in, of which it refuses some: `arguments.split` does.
+    # No arguments in which ml_collections could find fields: `arguments.split` does, and refuses those that do not exist.
     described = "Config file; --config.FIELD=VALUE overrides a field."
-    return config_flags.DEFINE_config_file("config", None, described, flags.FLAGS, sys_argv=[])
+    return config_flags.DEFINE_config_file("config", None, described, flags.FLAGS, lock_config=False, sys_argv=[])
 
 
 def DEFINE_path(name: str, described: str) -> Any:
@@ -75,6 +75,8 @@ def given_config(flag: Any) -> ConfigDict:
         raise InputError(f"{_Given.config}: get_config() returned None, accepts a ConfigDict")
     config = given(flag, "configs/quickstart.py")
     try:
+        if isinstance(config, FrozenConfigDict):
+            config = config.as_configdict()
         config = config if isinstance(config, ConfigDict) else ConfigDict(config)
         experiment.override(config, _Given.overrides)
         return config

@@ -6,6 +6,9 @@ import difflib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -31,9 +34,14 @@ def config_field(default: Any, check: Check, kind: type | None = None) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """The value as a field holds it: Python's own, of NumPy's and JAX's scalars and arrays, and a tuple of a range."""
+    """The value as a field holds it: Python's own for NumPy's and JAX's, a fraction and a path; a tuple for a range."""
     if isinstance(value, range):
         return tuple(value[: MOST_VALUES + 1])  # one too many is enough to be refused
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (Decimal, Fraction)):
+        with suppress(ValueError, OverflowError):  # a signalling NaN, a number that is too large
+            return float(value)
     if isinstance(value, type) or not (hasattr(value, "dtype") and hasattr(value, "tolist")):
         return value
     return (value[: MOST_VALUES + 1] if getattr(value, "ndim", 0) else value).tolist()

@@ -1,6 +1,9 @@
 """The fields of a config as a command line gives them: =, a space, a flagfile; the last of each counts."""
 
 import dataclasses
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -147,6 +150,15 @@ def test_the_file_may_come_after_its_fields(tmp_path):
     assert (found.weight_decay, found.grid.seeds) == (0.25, (7,))
 
 
+@pytest.mark.parametrize("kind", ["FrozenConfigDict", "dict"])
+def test_the_file_may_give_another_kind_of_mapping(tmp_path, kind):
+    file = tmp_path / "other.py"
+    returned = f"{kind}({{'grid': {{'seeds': (1, 2)}}}})"
+    file.write_text(f"from ml_collections import FrozenConfigDict\ndef get_config(): return {returned}")
+    found = from_command_line(f"--config={file}", "--config.grid.batch_sizes=4")
+    assert (found.grid.batch_sizes, found.grid.seeds) == ((4,), (1, 2))
+
+
 def test_a_reference_to_an_overridden_field_follows_it(tmp_path):
     file = tmp_path / "referring.py"
     body = "config = default_config(); config.lanes = config.get_ref('epochs'); return config"
@@ -188,6 +200,10 @@ PLAIN = [
     ("grid.base_lrs", 2.0 ** jnp.arange(-2, 0), (0.25, 0.5)),
     ("grid.base_lr_by_batch_size", {np.int64(2): np.float64(0.5), 8: 1, 32: 1}, ((2, 0.5), (8, 1.0), (32, 1.0))),
     ("grid.base_lr_by_batch_size", np.array([[2, 1], [8, 1], [32, 1]]), ((2, 1.0), (8, 1.0), (32, 1.0))),
+    ("weight_decay", Fraction(1, 4), 0.25),
+    ("weight_decay", Decimal("0.25"), 0.25),
+    ("dataset.data_dir", Path("a/b"), "a/b"),
+    ("drawn_from", [Path("a/b")], ("a/b",)),
     ("schedule.boundaries", np.linspace(0.25, 0.75, 3), (0.25, 0.5, 0.75)),
 ]
 
