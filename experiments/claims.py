@@ -4,18 +4,14 @@ python experiments/claims.py --workdir=runs/fig01 [--workdir=runs/fig02 …]
 """
 
 import command
-from absl import flags
 
-WORKDIR = flags.DEFINE_multi_string("workdir", None, "Folder of the results of one figure; repeat it for more.")
+WORKDIR = command.DEFINE_paths("workdir", "Folder of the results of one figure; repeat it for more.")
 
 
 def main() -> int:
     from smallbatch_jax import claims, study
-    from smallbatch_jax.experiment import InputError
 
     workdirs = command.given(WORKDIR, "runs/fig01")
-    if "" in workdirs:
-        raise InputError("--workdir: empty; for example --workdir=runs/fig01")
     studies = study.load_all(workdirs)
     verdicts = claims.judge(studies)
     print(claims.format_report(studies, verdicts))

@@ -13,17 +13,50 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import arguments
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from smallbatch_jax import experiment
+from smallbatch_jax import experiment, fields, signals
 from smallbatch_jax.experiment import Experiment, InputError
 from smallbatch_jax.files import OUT_OF_SPACE, WriteError
+
+flags.disclaim_key_flags()  # the flags that it defines are the command's own
+
+
+class _Given:
+    """The arguments of this command that are about its config."""
+
+    config = "--config"
+    overrides: dict[str, str] = {}  # noqa: RUF012 - the text of each --config.FIELD=VALUE, the last of each field
 
 
 def define_config_flag() -> Any:
     """--config, an ml_collections file, of which --config.FIELD=VALUE overrides any field."""
-    return config_flags.DEFINE_config_file("config", None, "Config file; --config.FIELD=VALUE overrides a field.")
+    # No arguments in which ml_collections could find fields: `arguments.split` does, and refuses those that do not exist.
+    described = "Config file; --config.FIELD=VALUE overrides a field."
+    return config_flags.DEFINE_config_file("config", None, described, flags.FLAGS, lock_config=False, sys_argv=[])
+
+
+def DEFINE_path(name: str, described: str) -> Any:
+    """A flag for a path, in which ~ is the home folder."""
+    return flags.DEFINE(_PathParser(name), name, None, described)
+
+
+def DEFINE_paths(name: str, described: str) -> Any:
+    """The same for one that may be given several times."""
+    return flags.DEFINE_multi(_PathParser(name), flags.ArgumentSerializer(), name, None, described)
+
+
+class _PathParser(flags.ArgumentParser):
+    def __init__(self, name: str):
+        self._name = name
+
+    def parse(self, argument: str) -> str:
+        return fields.expanded_path(f"--{self._name}", argument)
+
+    def flag_type(self) -> str:
+        return "path"
 
 
 def given(flag: Any, example: str) -> Any:
@@ -39,10 +72,16 @@ def given_config(flag: Any) -> ConfigDict:
     absl loads the file when it parses the flags, but some failures show only when the config is first read.
     """
     if flag.value is None and flag.present:
-        raise InputError(f"{_config_argument()}: get_config() returned None, accepts a ConfigDict")
+        raise InputError(f"{_Given.config}: get_config() returned None, accepts a ConfigDict")
     config = given(flag, "configs/quickstart.py")
     try:
-        return config if isinstance(config, ConfigDict) else ConfigDict(config)
+        if isinstance(config, FrozenConfigDict):
+            config = config.as_configdict()
+        config = config if isinstance(config, ConfigDict) else ConfigDict(config)
+        experiment.override(config, _Given.overrides)
+        return config
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(_config_error(error)) from None
 
@@ -50,7 +89,7 @@ def given_config(flag: Any) -> ConfigDict:
 def run(main: Callable[[], int]) -> None:
     """Parses the flags, runs `main` and exits with what it returns.
 
-    One line on stderr says what went wrong: 2 for bad input, 1 for a disk that is full, 130 or 143 for a signal.
+    One line on stderr says what went wrong: 2 for bad input, 1 for a disk that is full, 128 and its number for a signal.
     """
 
     def guarded(argv: Sequence[str]) -> None:
@@ -60,7 +99,7 @@ def run(main: Callable[[], int]) -> None:
             if isinstance(stream, io.TextIOWrapper):  # a locale without our letters is no reason to fail
                 stream.reconfigure(errors="backslashreplace")
         try:
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for signum in signals.handled():
                 signal.signal(signum, _stop)
             if len(argv) > 1:
                 raise InputError(f"{argv[1]!r}: unknown argument; every option starts with --")
@@ -84,7 +123,8 @@ def run(main: Callable[[], int]) -> None:
 
 def _stop(signum: int, frame: object) -> None:
     """Outside training, which notes a signal and saves first. An exception would be lost in what JAX imports."""
-    os.write(2, b"stopped; the same command goes on\n")
+    with suppress(OSError):
+        os.write(2, b"stopped; the same command goes on\n")
     os._exit(128 + signum)
 
 
@@ -100,42 +140,49 @@ def fail(line: str, status: int = 2) -> None:
 
 def leave(line: str, status: int) -> None:
     """One line on stderr, and the end at once: threads that compile or save are not waited for."""
-    print(line, file=sys.stderr, flush=True)
-    with suppress(OSError):
+    with suppress(OSError):  # the terminal may be gone
+        print(line, file=sys.stderr, flush=True)
         sys.stdout.flush()
     os._exit(status)
+
+
+def import_jax() -> None:
+    """JAX and Flax, which read their variables when they are imported.
+
+    Raises:
+      InputError: if one has a value that there is not.
+    """
+    try:
+        import flax  # noqa: F401
+    except ValueError as error:
+        raise InputError(f"JAX cannot be imported: {error}") from None
 
 
 def start_jax(cpu_devices: int | None = None, join: Callable[[], None] = lambda: None) -> None:
     """JAX and its devices, as the user's environment asks for them; on CPU one for each core, or as many as are given.
 
-    `join` is called before the devices are made.
+    Flags that could change a result are held from now on. `join` is called before the devices are made.
 
     Raises:
       InputError: if JAX_PLATFORMS, XLA_FLAGS or another variable asks for what there is not.
     """
-    try:
-        from smallbatch_jax import driver
-    except ValueError as error:
-        raise InputError(f"JAX cannot be imported: {error}") from None
-    _require_xla_flags()
+    import_jax()
+    from smallbatch_jax import ambient, driver
+
+    ambient.hold_for_good()
+    _require_xla_flags(ambient.expand_xla_flags())
     driver.use_all_cores()
     import jax
 
     if cpu_devices is not None:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     join()
-    try:
-        jax.devices()
-    except Exception as error:  # of a type that depends on the platform
-        asked = os.environ.get("JAX_PLATFORMS", "")
-        raise InputError(f"JAX_PLATFORMS={asked}: cannot be used: {_one_line(error)}") from None
+    ambient.require_devices()
 
 
-def _require_xla_flags() -> None:
+def _require_xla_flags(given: str) -> None:
     """XLA ends the process that gives it a flag it does not know; so another process asks first."""
-    given = os.environ.get("XLA_FLAGS", "")
-    if not given.strip():
+    if not given:
         return
     trial = "import jax; jax.config.update('jax_platforms', 'cpu'); jax.devices()"
     done = subprocess.run([sys.executable, "-c", trial], capture_output=True, text=True, errors="replace")
@@ -152,11 +199,14 @@ def _parse(argv: Sequence[str]) -> list[str]:
         sys.exit(0)
     logging.set_verbosity(logging.ERROR)  # config_flags warns of what we refuse
     try:
-        _refuse_missing_config(argv)
-        _refuse_unknown_fields(argv)
-        return flags.FLAGS([_with_powers(arg) for arg in argv])
+        args = arguments.expanded(argv[1:])
+        if "config" in flags.FLAGS:
+            args = _without_config(args)
+        return flags.FLAGS([argv[0], *args])
     except (InputError, flags.Error) as error:
         # config_flags tells a TypeError or ValueError of a config file with its whole traceback: say the error itself
+        if isinstance(error.__context__, InputError):
+            fail(str(error.__context__))  # without absl's own words before it
         cause = error.__context__ and error.__context__.__context__
         if isinstance(cause, Exception) and "Traceback" in str(error):
             fail(_config_error(cause))
@@ -166,38 +216,19 @@ def _parse(argv: Sequence[str]) -> list[str]:
     raise AssertionError("unreachable")
 
 
-def _refuse_missing_config(argv: Sequence[str]) -> None:
-    """Names the config file that is not there; what loads it would say so in many words."""
-    for arg in argv[1:]:
-        match = re.match(r"--?config=([^:]+)", arg)
-        if match and not Path(match.group(1)).exists():
-            raise InputError(
-                f"--config={match.group(1)}: no such file in {os.getcwd()}; give its path from there, or its full path."
-            )
-
-
-def _with_powers(arg: str) -> str:
-    """An override of base learning rates in which 2^-7, as all tables write it, or 2**-7 is the number that it stands for."""
-    field, equals, value = arg.partition("=")
-    if not re.fullmatch(r"--?config\.(grid\.)?base_lrs?", field):
-        return arg
-    return field + equals + re.sub(r"\b2(?:\^|\*\*)(-?\d{1,3})\b", lambda power: repr(2.0 ** int(power[1])), value)
-
-
-def _refuse_unknown_fields(argv: Sequence[str]) -> None:
-    """Names the nearest field for each --config.FIELD that does not exist."""
-    for arg in argv[1:]:
-        match = re.match(r"--?config\.([^=]+)", arg)
-        if match:
-            experiment.require_field(match.group(1))
+def _without_config(args: Sequence[str]) -> list[str]:
+    """The arguments but for the fields of the config, which are noted for `given_config`."""
+    found = arguments.split(args)
+    if found.file is None:
+        if found.overrides:
+            raise InputError(f"--config: not given, of which --config.{next(iter(found.overrides))} is a field")
+        return found.others
+    _Given.config, _Given.overrides = f"--config={found.file}", found.overrides
+    return [_Given.config, *found.others]
 
 
 def _config_error(error: Exception) -> str:
-    return f"{_config_argument()}: {type(error).__name__}: {_one_line(error)}"
-
-
-def _config_argument() -> str:
-    return next((arg for arg in sys.argv if re.match(r"--?config=", arg)), "--config")
+    return f"{_Given.config}: {type(error).__name__}: {_one_line(error)}"
 
 
 def _one_line(error: BaseException | str) -> str:

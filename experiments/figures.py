@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import command
-from absl import flags
 
 from smallbatch_jax import experiment
 from smallbatch_jax.experiment import InputError
+from smallbatch_jax.fields import expanded_path
 
 if TYPE_CHECKING:
     from smallbatch_jax.study import Study
 
 CONFIG = command.define_config_flag()
-WORKDIR = flags.DEFINE_multi_string("workdir", None, "Folder of the results; may be given several times.")
-OUT = flags.DEFINE_string("out", None, "Folder of the figures; by default WORKDIR/figures, for --config runs/NAME.")
+WORKDIR = command.DEFINE_paths("workdir", "Folder of the results; may be given several times.")
+OUT = command.DEFINE_path("out", "Folder of the figures; by default WORKDIR/figures, for --config runs/NAME.")
 
 
 def main() -> int:
@@ -51,8 +51,9 @@ def compare(chosen: experiment.Experiment, out: Path | None) -> None:
         raise InputError(
             f"--config: {chosen.name} has no drawn_from, it trains runs of its own; draw them with --workdir=runs/{chosen.name}"
         )
-    there = [workdir for workdir in chosen.drawn_from if os.path.exists(workdir)]
-    missing = ", ".join(workdir for workdir in chosen.drawn_from if workdir not in there)
+    named = [expanded_path("drawn_from", workdir) for workdir in chosen.drawn_from]
+    there = [workdir for workdir in named if os.path.exists(workdir)]
+    missing = ", ".join(workdir for workdir in named if workdir not in there)
     if not there:
         raise InputError(
             f"drawn_from: not there yet: {missing}; train one first: "

@@ -20,9 +20,10 @@ from absl import flags  # noqa: E402
 
 from smallbatch_jax import experiment  # noqa: E402
 from smallbatch_jax.experiment import Experiment, InputError  # noqa: E402
+from smallbatch_jax.fields import expanded_path  # noqa: E402
 
 CONFIG = command.define_config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results; made if it is not there.")
+WORKDIR = command.DEFINE_path("workdir", "Folder of the results; made if it is not there.")
 ADDRESS = flags.DEFINE_string("address", None, "Of a running Ray cluster, or auto; left out, this machine is one.")
 ALSO = flags.DEFINE_multi_string("also", [], "CONFIG.py:WORKDIR, another config and its folder; may be given several times.")
 
@@ -35,6 +36,7 @@ def main() -> int:
         if folders.count(workdir) > 1:
             raise InputError(f"--workdir, --also: {workdir} stands twice; give each config a folder of its own.")
     chosen = [(command.for_workdir(config, workdir), Path(workdir)) for config, workdir in asked]
+    command.import_jax()
     from smallbatch_jax import cluster, progress, results
     from smallbatch_jax.signals import Interrupted
 
@@ -62,6 +64,7 @@ def _also(value: str) -> tuple[Experiment, str]:
     path, _, workdir = value.partition(":")
     if not path or not workdir:
         raise InputError(f"--also: got {value!r}, accepts CONFIG.py:WORKDIR, for example configs/quickstart.py:runs/quickstart")
+    path, workdir = (expanded_path("--also", given) for given in (path, workdir))
     try:
         config = runpy.run_path(path)["get_config"]()
     except Exception as error:  # whatever a config file raises is the user's to mend

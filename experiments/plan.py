@@ -25,11 +25,12 @@ from smallbatch_jax.extras import MissingPackage
 CONFIG = command.define_config_flag()
 SECONDS = flags.DEFINE_float("probe_seconds", 2.0, "Seconds that each program is tried for; 0 measures nothing.", lower_bound=0)
 RANDOM = flags.DEFINE_bool("random_images", False, "Measure on random images of the right shape: the data need not be here.")
-ELSEWHERE = flags.DEFINE_string("elsewhere", None, "File with the JSON line of benchmark.py on another device.")
+ELSEWHERE = command.DEFINE_path("elsewhere", "File with the JSON line of benchmark.py on another device.")
 THERE = flags.DEFINE_list("elsewhere_devices", ["1"], "Numbers of such devices, with commas between.")
 
 
 def main() -> int:
+    command.import_jax()
     from smallbatch_jax import data
     from smallbatch_jax.data import order
 

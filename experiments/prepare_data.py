@@ -25,7 +25,7 @@ DATASETS = ("cifar10", "cifar100", "imagenet2012")
 IMAGENET_ARCHIVES = {"ILSVRC2012_img_train.tar": "138 GB", "ILSVRC2012_img_val.tar": "6.3 GB"}
 
 DATASET = flags.DEFINE_string("dataset", None, "cifar10, cifar100 or imagenet2012.")
-DATA_DIR = flags.DEFINE_string("data_dir", None, "Where to put it; $TFDS_DATA_DIR or ~/tensorflow_datasets by default.")
+DATA_DIR = command.DEFINE_path("data_dir", "Where to put it; $TFDS_DATA_DIR or ~/tensorflow_datasets by default.")
 
 
 def main() -> int:

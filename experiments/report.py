@@ -14,18 +14,14 @@ from pathlib import Path
 import command
 from absl import flags
 
-WORKDIR = flags.DEFINE_multi_string("workdir", None, "Folder of the results; repeat it for several on one page.")
-OUT = flags.DEFINE_string("out", None, "The HTML file; by default report.html in the first workdir.")
+WORKDIR = command.DEFINE_paths("workdir", "Folder of the results; repeat it for several on one page.")
+OUT = command.DEFINE_path("out", "The HTML file; by default report.html in the first workdir.")
 WATCH = flags.DEFINE_bool("watch", False, "Write it again whenever there are new results, until all runs have ended.")
 EVERY = flags.DEFINE_integer("every_seconds", 10, "With --watch, how often to look.", lower_bound=1)
 
 
 def main() -> int:
-    from smallbatch_jax.experiment import InputError
-
     workdirs = command.given(WORKDIR, "runs/quickstart")
-    if "" in workdirs:
-        raise InputError("--workdir: empty; for example --workdir=runs/quickstart")
     out = Path(OUT.value or os.path.join(workdirs[0], "report.html"))
     if WATCH.value:
         watch([Path(workdir) for workdir in workdirs], out)

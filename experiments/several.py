@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from absl import flags
 
+from smallbatch_jax import signals
 from smallbatch_jax.fields import InputError
 
 HEARTBEAT_SECONDS = 30  # after which a process that went silent is taken to be lost, where its connections did not tell at once
@@ -97,7 +98,7 @@ def _our_own(stream: Any) -> Any:
 
 
 def _watch(child: int, reader: int, number: int | None) -> NoReturn:
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in signals.handled():
         signal.signal(signum, lambda signum, _: os.kill(child, signum))
     with open(reader, errors="backslashreplace") as lines:
         for line in without_noise(lines):

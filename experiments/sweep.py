@@ -11,12 +11,11 @@ STARTED = time.monotonic()
 
 import command  # noqa: E402
 import several  # noqa: E402, F401 - its flags
-from absl import flags  # noqa: E402
 
 from smallbatch_jax import experiment  # noqa: E402
 
 CONFIG = command.define_config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results; made if it is not there.")
+WORKDIR = command.DEFINE_path("workdir", "Folder of the results; made if it is not there.")
 
 
 def main() -> int:

@@ -40,7 +40,7 @@ def train_grids(grids: Sequence[Grid], address: str | None, progress: Progress) 
 
     Raises:
       InputError: if a grid does not fit its data, a workdir is not its experiment's, or there is no cluster.
-      Interrupted: on SIGINT or SIGTERM, once the workers have saved.
+      Interrupted: on a signal of `signals`, once the workers have saved.
     """
     ray = tasks.imported_ray()
     facts = _facts_of([grid.experiment for grid in grids])

@@ -19,13 +19,14 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from smallbatch_jax import data, memory, mirrors, processes, results
+from smallbatch_jax import ambient, data, memory, mirrors, processes, results
 from smallbatch_jax import lanes as lane_programs
 from smallbatch_jax.checkpoint import Checkpoints
 from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.data.doubts import doubts
 from smallbatch_jax.experiment import OWN, Experiment, InputError, from_config, programs
 from smallbatch_jax.feeder import Feeder
+from smallbatch_jax.fields import expanded_path
 from smallbatch_jax.forecast import Forecast
 from smallbatch_jax.jobs import GIB, Job, ModelOf, named_model
 from smallbatch_jax.lanes import LaneProgram
@@ -58,8 +59,11 @@ def use_all_cores(devices: int | None = None) -> None:
     XLA:CPU gains little from running one small operation on many cores, much from running many lanes at once. And it
     unrolls a loop over 32 channels or fewer into scalar instructions, unless told to unroll none: a vector's are six times
     as fast. A choice of the user's in XLA_FLAGS stays.
+
+    Raises:
+      InputError: if XLA_FLAGS would make a diverged run look like any other.
     """
-    chosen = os.environ.get("XLA_FLAGS", "")
+    chosen = ambient.expand_xla_flags()
     if "xla_backend_extra_options" not in chosen:
         os.environ["XLA_FLAGS"] = f"{chosen} --xla_backend_extra_options=xla_cpu_disable_loop_unrolling".lstrip()
     if "xla_force_host_platform_device_count" in chosen:
@@ -68,6 +72,7 @@ def use_all_cores(devices: int | None = None) -> None:
         jax.config.update("jax_num_cpu_devices", devices or len(os.sched_getaffinity(0)))
 
 
+@ambient.held()
 def train_grid(
     experiment: Experiment,
     workdir: Path,
@@ -89,7 +94,7 @@ def train_grid(
 
     Raises:
       InputError: if the grid does not fit the data or the workdir is not this experiment's; nothing is written then.
-      Interrupted: on SIGINT or SIGTERM, after the segment at work ended and all lanes were saved.
+      Interrupted: on a signal of `signals`, after the segment at work ended and all lanes were saved.
     """
     study = _Study(experiment, dataset, model_of)
     if processes.is_first():
@@ -160,11 +165,13 @@ def facts(dataset: Dataset | Photographs) -> dict[str, Any]:
     return {"num_classes": dataset.num_classes, "examples": [dataset.num_train, dataset.num_test]}
 
 
+@ambient.held()
 def require_trainable(experiment: Experiment, dataset: Dataset | Photographs) -> None:
     """Refuses an experiment that does not fit the data, as `train_grid` would; runs nothing."""
     _Study(experiment, dataset, None)
 
 
+@ambient.held()
 def train_program(
     experiment: Experiment,
     workdir: Path,
@@ -230,7 +237,7 @@ class _Study:
         device = {"kind": mesh.devices.flat[0].device_kind, "platform": jax.default_backend(), "count": mesh.size}
         timings = Timings(folder)
         if processes.is_first():
-            made = {**surroundings(), "device": device, "precision": self.experiment.precision}
+            made = {**surroundings(), "device": device, "precision": self.experiment.precision, "flags": ambient.recorded()}
             record_provenance(folder, "start", **made, processes=jax.process_count())
         else:
             timings, progress = NoTimings(), NoProgress()
@@ -415,6 +422,7 @@ def sweep(
     Raises:
       InputError: naming what cannot be used.
     """
+    workdir = None if workdir is None else expanded_path("workdir", workdir)
     if tensorboard and workdir is None:
         raise InputError("tensorboard: shows what a workdir keeps, and there is none; give one, or leave tensorboard out.")
     own = None if isinstance(model, str) else OwnModel(model)
@@ -442,11 +450,13 @@ def sweep(
         "lanes": lanes,
         "tensorboard": tensorboard,
     }
-    experiment = from_config(_plain(config))
+    experiment = from_config(config)
     use_all_cores()
-    if own is not None:
-        own = own.settled(images.image_shape)
+    ambient.require_devices()
     with ExitStack() as stack:
+        stack.enter_context(ambient.held())
+        if own is not None:
+            own = own.settled(images.image_shape)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if workdir is None else workdir)
         model_of = None if own is None else own.with_bn_batch_size
         fingerprint = None
@@ -455,14 +465,3 @@ def sweep(
             own.warn_of_unstable_fields(folder)
         train_grid(experiment, folder, images, progress or for_stream(), model_of, fingerprint)
         return processes.on_first(lambda: results.load(folder))
-
-
-def _plain(values: Any) -> Any:
-    """NumPy's arrays and scalars, ranges and tuples as the plain values that a config holds."""
-    if isinstance(values, dict):
-        return {_plain(name): _plain(value) for name, value in values.items()}
-    if isinstance(values, (np.ndarray, np.generic)):
-        return _plain(values.tolist())
-    if isinstance(values, (list, tuple, range)):
-        return tuple(_plain(value) for value in values)
-    return values

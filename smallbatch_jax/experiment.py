@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from smallbatch_jax import fields
 from smallbatch_jax.fields import InputError, config_field
@@ -262,30 +262,63 @@ class OneRun:
 
 
 def default_config() -> Any:
-    """A ConfigDict with every field there is, at its default; what a config file starts from."""
-    return ConfigDict({**_defaults(Experiment), **_defaults(OneRun)})
+    """A ConfigDict with every field there is, at its default; what a config file starts from.
+
+    It takes any value: `from_config` checks them all, and says what a field accepts.
+    """
+    return ConfigDict({**_defaults(Experiment), **_defaults(OneRun)}, type_safe=False)
 
 
 def _defaults(kind: type) -> dict[str, Any]:
-    values = {}
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(field.default):
-            values[field.name] = _defaults(type(field.default))
-        elif field.default is None:  # a plain None could not be overridden from the command line
-            values[field.name] = config_dict.placeholder(field.metadata["type"])
-        else:
-            values[field.name] = field.default
-    return values
+    return {field.name: _default(field.default) for field in dataclasses.fields(kind)}
 
 
-def require_field(path: str) -> None:
-    """Refuses a dotted name that is no field of a config."""
-    known, prefix = _defaults(Experiment) | _defaults(OneRun), ""
+def _default(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):  # of whose fields a dict stays one, whatever its keys are
+        return ConfigDict(_defaults(type(value)), type_safe=False, convert_dict=False)
+    return _Float(value) if isinstance(value, float) else value
+
+
+class _Float(float):
+    """A number that a ConfigDict lets any value take the place of; into a plain float it would turn True, as 1.0."""
+
+
+def require_field(path: str) -> dataclasses.Field:
+    """The field of a config that a dotted name is of; refuses one that is of none."""
+    known, prefix, field = [*dataclasses.fields(Experiment), *dataclasses.fields(OneRun)], "", None
     for name in path.split("."):
-        if not isinstance(known, dict):
+        if field is not None and not dataclasses.is_dataclass(field.default):
             raise InputError(f"{path}: unknown field; {prefix[:-1]} has no fields of its own.")
-        fields.refuse_unknown({name: None}, list(known), prefix)
-        known, prefix = known[name], f"{prefix}{name}."
+        fields.refuse_unknown({name: None}, [field.name for field in known], prefix)
+        field = next(field for field in known if field.name == name)
+        prefix = f"{prefix}{name}."
+        known = dataclasses.fields(field.default) if dataclasses.is_dataclass(field.default) else ()
+    assert field is not None
+    return field
+
+
+def override(config: ConfigDict, texts: Mapping[str, str]) -> None:
+    """Gives fields of a config the values that texts stand for, by dotted name; what a section is given, before its fields."""
+    for path in sorted(texts, key=lambda path: path.count(".")):
+        _put(config, path, fields.read(require_field(path), texts[path]))
+
+
+def _put(config: ConfigDict, path: str, value: Any) -> None:
+    if dataclasses.is_dataclass(require_field(path).default) and isinstance(value, dict):
+        for name in value:  # of the section's other fields nothing was said
+            _put(config, f"{path}.{name}", value[name])
+        return
+    *sections, name = path.split(".")
+    target = config
+    for section in sections:
+        if section not in target:
+            with target.unlocked():
+                target[section] = ConfigDict(type_safe=False)
+        target = target[section]
+        if not isinstance(target, ConfigDict):
+            raise InputError(f"{section}: got {fields.shown(target)}, accepts a section with fields such as {path}.")
+    with target.unlocked(), target.ignore_type():
+        target[name] = value
 
 
 def from_config(config: ConfigDict | Mapping[str, Any]) -> Experiment:

@@ -1,8 +1,14 @@
 """How one field of a config is checked: each check takes (field name, value) and returns the value or raises InputError."""
 
+import ast
 import dataclasses
 import difflib
+import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -27,12 +33,101 @@ def config_field(default: Any, check: Check, kind: type | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"check": check, "type": kind})
 
 
+def plain(value: Any) -> Any:
+    """The value as a field holds it: Python's own for NumPy's and JAX's, a fraction and a path; a tuple for a range."""
+    if isinstance(value, range):
+        return tuple(value[: MOST_VALUES + 1])  # one too many is enough to be refused
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (Decimal, Fraction)):
+        with suppress(ValueError, OverflowError):  # a signalling NaN, a number that is too large
+            return float(value)
+    if isinstance(value, type) or not (hasattr(value, "dtype") and hasattr(value, "tolist")):
+        return value
+    return (value[: MOST_VALUES + 1] if getattr(value, "ndim", 0) else value).tolist()
+
+
 def parse(kind: type[T], values: Mapping[str, Any], prefix: str) -> T:
     """A dataclass of `config_field`s from plain values, checked in the order of its fields."""
     known = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
     refuse_unknown(values, [field.name for field in known], prefix)
-    checked = {f.name: f.metadata["check"](prefix + f.name, values[f.name]) for f in known if f.name in values}
+    checked = {f.name: f.metadata["check"](prefix + f.name, plain(values[f.name])) for f in known if f.name in values}
     return kind(**checked)
+
+
+YES, NO = ("true", "t", "yes", "y", "on", "1"), ("false", "f", "no", "n", "off", "0")
+BOOLEANS: dict[str, bool] = {**dict.fromkeys(YES, True), **dict.fromkeys(NO, False)}
+
+
+def read(field: dataclasses.Field, given: str) -> Any:
+    """The value that a text stands for, by the type of a field, for its check to judge; what makes no sense stays text."""
+    given, kind = given.strip(), field.metadata["type"] or type(field.default)
+    if given == "None" or (field.default is None and given.lower() in ("none", "null")):
+        return None
+    if kind is bool:
+        return BOOLEANS.get(given.lower(), given)
+    if kind is str:
+        return unquoted(given)
+    if kind is tuple:
+        return _read_tuple(given)
+    for number in (int, float):
+        try:
+            return number(given)
+        except ValueError:
+            pass
+    value = _read_literal(given)
+    return given if isinstance(value, bool) else value  # ml_collections would take True for 1.0
+
+
+def unquoted(given: str) -> str:
+    """Without the quotes around it, which a shell takes away and a file does not."""
+    inner = given[1:-1]
+    return inner if given[:1] in ("'", '"') and given == given[0] + inner + given[0] and given[0] not in inner else given
+
+
+def _read_tuple(given: str) -> Any:
+    """A tuple, with or without brackets, or a single value; of texts also without quotes."""
+    value = _read_literal(given)
+    if value != given:
+        return value if isinstance(value, (tuple, dict)) else (value,)
+    inner = given[1:-1] if given[:1] + given[-1:] in ("()", "[]") else given
+    parts = tuple(unquoted(part.strip()) for part in inner.split(",") if part.strip())
+    as_texts = parts and all(part[0] not in "([{" and isinstance(_read_literal(part), str) for part in parts)
+    return parts if as_texts else given
+
+
+def _read_literal(given: str) -> Any:
+    """A Python literal, in which 2^-7 and 2**-7 are powers; the text itself if it is none."""
+    for written in (given, given.replace("\u2212", "-")):  # the minus sign of a typeset table
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                return _value(ast.parse(written, mode="eval").body)
+        except (SyntaxError, ValueError, TypeError, ArithmeticError, MemoryError, RecursionError):
+            pass
+    return given
+
+
+def _value(node: ast.expr) -> Any:
+    match node:
+        case ast.Constant():
+            return node.value
+        case ast.Tuple() | ast.List():
+            return tuple(map(_value, node.elts))
+        case ast.Dict() if None not in node.keys:
+            return dict(zip(map(_value, node.keys), map(_value, node.values), strict=True))  # pyright: ignore[reportArgumentType]
+        case ast.UnaryOp(ast.USub() | ast.UAdd() as sign, operand):
+            return -_value(operand) if isinstance(sign, ast.USub) else +_value(operand)
+        case ast.BinOp(base, ast.Pow() | ast.BitXor(), exponent):
+            return _power(_value(base), _value(exponent))
+        case ast.Name("nan" | "inf" as name):
+            return float(name)
+    raise ValueError
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    power = float(base) ** float(exponent)
+    exact = isinstance(base, int) and isinstance(exponent, int) and exponent >= 0 and abs(power) < 2**53
+    return int(power) if exact else power
 
 
 def refuse_unknown(values: Mapping[str, Any], known: Sequence[str], prefix: str) -> None:
@@ -72,6 +167,18 @@ def text(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > MOST_CHARACTERS:
         raise InputError(f"{name}: got {shown(value)}, accepts text that can be printed, of 1 to {MOST_CHARACTERS} characters.")
     return value
+
+
+def expanded_path(name: str, given: str | os.PathLike[str]) -> str:
+    """A path in which ~ and ~user are the home folders that they stand for; refuses what no file can be called."""
+    path = os.path.expanduser(os.fsdecode(given))
+    if not path.strip():
+        raise InputError(f"{name}: empty; for example {name}=runs/fig01")
+    if "\0" in path:
+        raise InputError(f"{name}: got {shown(path)}, accepts a path.")
+    if path.startswith("~"):
+        raise InputError(f"{name}: got {shown(path)}, there is no such user; for a folder of that name give ./{path}")
+    return path
 
 
 def folder_name(name: str, value: Any) -> str:
@@ -158,7 +265,7 @@ def distinct(element: Check, least: int = 0, most: int = MOST_VALUES) -> Check:
             raise InputError(f"{name}: got {shown(value)}, accepts a tuple of at least {least} value(s).")
         if len(value) > most:
             raise InputError(f"{name}: got {len(value)} values, accepts a tuple of at most {most}.")
-        checked = tuple(element(name, item) for item in value)
+        checked = tuple(element(name, plain(item)) for item in value)
         before = set()
         for item in checked:
             if item in before:
@@ -174,12 +281,13 @@ def by_batch_size(value_check: Check) -> Check:
 
     def check(name: str, value: Any) -> tuple:
         pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+        pairs = [plain(pair) for pair in pairs] if isinstance(pairs, (tuple, list)) else pairs
         if not isinstance(pairs, (tuple, list)) or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in pairs):
             raise InputError(
                 f"{name}: got {shown(value)}, accepts pairs of batch size and value such as ((2, 0.01), (8, 0.002))."
             )
         sizes = distinct(integer(1))(name, [size for size, _ in pairs])
-        return tuple((size, value_check(name, item)) for size, (_, item) in zip(sizes, pairs, strict=True))
+        return tuple((size, value_check(name, plain(item))) for size, (_, item) in zip(sizes, pairs, strict=True))
 
     return check
 

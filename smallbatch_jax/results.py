@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smallbatch_jax.experiment import Experiment, InputError, Run, programs
+from smallbatch_jax.fields import expanded_path
 from smallbatch_jax.files import AppendOnly, write_atomically
 from smallbatch_jax.protocol import LAST_EPOCHS
 from smallbatch_jax.timings import Timings as Timings
@@ -221,7 +222,7 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    workdir = Path(workdir)
+    workdir = Path(expanded_path("workdir", workdir))
     experiment = read_experiment(workdir)
     found = sorted((workdir / "results").glob("m*_b*.csv"))
     expected = {path_of(workdir, m, b) for m, b in programs(experiment.runs())}

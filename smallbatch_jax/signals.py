@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: noted, so that what is at work can be saved; a second one ends the process."""
+"""Signals that ask for an end: noted, so that what is at work can be saved; a second SIGINT or SIGTERM ends the process."""
 
 import os
 import signal
@@ -7,7 +7,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+ENDING = (signal.SIGINT, signal.SIGTERM)
+# Of an end that is near: what batch systems send before the time limit, and a terminal that closes.
+WARNING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)
 SAME_SIGNAL_SECONDS = 0.1  # within which two signals are one
+
+
+def handled() -> list[signal.Signals]:
+    """All of them, less SIGHUP where `nohup` has it ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signum for signum in ENDING + WARNING if not (ignored and signum == signal.SIGHUP)]
 
 
 class Interrupted(Exception):
@@ -26,7 +35,7 @@ class Stop:
 
 @contextmanager
 def noted_signals() -> Iterator[Stop]:
-    """Notes SIGINT and SIGTERM instead of dying of them; a second one ends the process at once.
+    """Notes the signals instead of dying of them; a second SIGINT or SIGTERM ends the process at once.
 
     At once even while the main thread waits for a segment, where Python runs no handler: a thread reads the signals' numbers
     as they come.
@@ -35,9 +44,11 @@ def noted_signals() -> Iterator[Stop]:
 
     def note(signum: int, frame: object) -> None:
         stop.signum = signum
+        if signum == signal.SIGHUP:
+            _leave_closed_terminal()
 
     try:
-        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, note) for s in handled()}
     except ValueError:  # not the main thread, which alone may handle signals
         yield stop
         return
@@ -58,10 +69,21 @@ def noted_signals() -> Iterator[Stop]:
         os.close(writer)
 
 
+def _leave_closed_terminal() -> None:
+    """What we still say on the way to the end would raise."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
 def _end_at_the_second(reader: int, stop: Stop) -> None:
     first = 0.0
     while number := os.read(reader, 1)[0]:
-        if number in (signal.SIGINT, signal.SIGTERM):
+        if number in WARNING:
+            stop.signum = stop.signum or number
+        if number in ENDING:
             stop.signum, first = number, first or time.monotonic()
             # A batch system may send the same one to a process twice: by itself, and by the one that watches it.
             if time.monotonic() - first > SAME_SIGNAL_SECONDS:

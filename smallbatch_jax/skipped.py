@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from smallbatch_jax.fields import expanded_path
 from smallbatch_jax.files import append_line
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     """The images that runs of a workdir left out: columns image (its path) and reason, one row for each."""
     import pandas as pd
 
-    path = Path(workdir) / "skipped.csv"
+    path = Path(expanded_path("workdir", workdir)) / "skipped.csv"
     if not path.exists():
         return pd.DataFrame(columns=list(COLUMNS))
     return pd.read_csv(path, on_bad_lines="skip", encoding_errors="replace", dtype=str).drop_duplicates(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from smallbatch_jax import analysis, results
 from smallbatch_jax.experiment import OWN, Experiment, InputError
+from smallbatch_jax.fields import expanded_path
 from smallbatch_jax.timings import timing_frame
 from smallbatch_jax.workdir import read_experiment, read_facts
 
@@ -60,7 +61,7 @@ def load(workdir: str | Path) -> Study:
     Raises:
       InputError: if the folder is no workdir.
     """
-    path = Path(workdir)
+    path = Path(expanded_path("workdir", workdir))
     experiment, facts, rows = read_experiment(path), read_facts(path), results.load(path)
     cells = analysis.planned_cells(rows, experiment.runs(), experiment.name)
     num_classes, examples = facts.get("num_classes"), facts.get("examples")
@@ -133,7 +134,8 @@ def choose_base_lrs(experiment: Experiment, workdir: str | Path | None = None) -
     return dataclasses.replace(experiment, grid=dataclasses.replace(grid, base_lr_by_batch_size=pairs))
 
 
-def _source(path: str) -> Study:
+def _source(given: str) -> Study:
+    path = expanded_path("grid.base_lrs_from", given)
     try:
         return load(path)
     except InputError as error:

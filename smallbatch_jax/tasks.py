@@ -180,7 +180,7 @@ class Tasks:
         """Returns when each program is trained or has failed.
 
         Raises:
-          Interrupted: on SIGINT or SIGTERM.
+          Interrupted: on a signal of `signals`.
         """
         from smallbatch_jax.signals import Interrupted, noted_signals
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smallbatch_jax.fields import expanded_path
 from smallbatch_jax.files import append_line
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def load_timings(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
 
 def timing_rows(workdir: str | os.PathLike[str]) -> list[list[Any]]:
     """The same as plain values in the order of the columns, for who trains and has no time to import pandas."""
-    path = Path(workdir) / "timings.csv"
+    path = Path(expanded_path("workdir", workdir)) / "timings.csv"
     try:
         *lines, _ = path.read_text("utf-8", errors="replace").split("\n")  # a last line without its end is torn
     except FileNotFoundError:

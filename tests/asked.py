@@ -1,8 +1,15 @@
 """Experiments as a user asks for them, for the tests of what is accepted."""
 
+import sys
+import warnings
+from pathlib import Path
+
 import pytest
+from absl import flags
 
 from smallbatch_jax.experiment import InputError, default_config, from_config
+
+ROOT = Path(__file__).parent.parent
 
 
 def changed(**values):
@@ -28,3 +35,29 @@ def refusal(make, *arguments):
     message = str(error.value)
     assert message.splitlines() == [message]
     return message
+
+
+def from_command_line(*arguments, make=from_config):
+    """The experiment that a command of the quickstart config trains, or the line that refuses its arguments."""
+    sys.path.insert(0, str(ROOT / "experiments"))
+    try:
+        import command
+    finally:
+        sys.path.pop(0)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the way in which ml_collections loads a file
+        patch.setattr(flags, "FLAGS", flags.FlagValues())
+        patch.setattr(command._Given, "overrides", {})
+        said = []
+        patch.setattr(command, "fail", lambda line: (said.append(line), sys.exit(2)))
+        config = command.define_config_flag()
+        flags.DEFINE_string("other", None, "Any other flag.", flags.FLAGS)
+        try:
+            rest = command._parse(["sweep.py", f"--config={ROOT}/configs/quickstart.py", *map(str, arguments)])
+            assert rest == ["sweep.py"], rest
+            return make(command.given_config(config))
+        except SystemExit:
+            (line,) = said
+            return line
+        except InputError as error:
+            return str(error)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import smallbatch_jax as sbj
-from smallbatch_jax import results
+from smallbatch_jax import results, signals
 from smallbatch_jax.figures.cost import STEMS as COST_STEMS
 from smallbatch_jax.progress import NoProgress
 
@@ -104,7 +104,7 @@ def test_figures_go_where_they_are_asked_to(trained, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (trained[0] / "figures").iterdir()}
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, *(pytest.param(s, marks=pytest.mark.slow) for s in signals.handled())])
 def test_a_signal_saves_and_says_that_the_same_command_goes_on(tmp_path, signum):
     line, options = sweep(tmp_path / "w", "--config.epochs=500", sizes="(128,)")
     process = subprocess.Popen(line, **options, stderr=subprocess.PIPE, text=True)
@@ -132,14 +132,15 @@ MISTAKES = [
     (["--config.grid.batch_sizes=(0,2)"], "grid.batch_sizes: got 0"),
     (["--config.grid.batch_sizes=(2,5000)"], "grid.batch_sizes (batch_size for one run): 5000 is larger than"),
     (["--config.grid.batch_sizes=()"], "grid.batch_sizes: got ()"),
-    (["--config.grid.batch_sizes=(2,"], "--config.grid.batch_sizes=(2,"),
+    (["--config.grid.batch_sizes=(2,"], "grid.batch_sizes: got '(2,'"),
     (["--config.grid.base_lrs=(0.5,0.5)"], "grid.base_lrs: 0.5 stands twice"),
     (["--config.grid.base_lrs=(1e999,)"], "grid.base_lrs: got inf"),
-    (["--config.grid.base_lrs=(2^-7,2**-7,2^0)"], "0.0078125 stands twice in (0.0078125, 0.0078125, 1.0)"),
-    (["--config.grid.base_lrs=(0.5,12^2)"], "grid.base_lrs: got '(0.5,12^2)'"),
+    (["--config.grid.base_lrs=(2^-7,2**-7,2^0)"], "0.0078125 stands twice in (0.0078125, 0.0078125, 1)"),
+    (["--config.grid.base_lrs=(0.5,12^^2)"], "grid.base_lrs: got '(0.5,12^^2)'"),
+    (["--flagfile=/nowhere"], "--flagfile=/nowhere: cannot be read"),
     (["--config.grid.bn_batch_sizes=(6,)"], "grid.bn_batch_sizes: 6 does not divide batch size 8"),
     (["--config.model.name=resnet9000"], "model.name: unknown model 'resnet9000'"),
-    (["--config.epochs=many"], "--config.epochs=many"),
+    (["--config.epochs=many"], "epochs: got 'many'"),
     (["--config.dataset.name=folder"], "dataset.data_dir: got None"),
     (["--config.dataset.name=folder", "--config.dataset.data_dir=/nowhere"], "dataset.data_dir: cannot list '/nowhere'"),
     (["--no_such_flag"], "no_such_flag"),
@@ -158,6 +159,9 @@ def test_a_mistake_is_one_line_exit_status_2_and_nothing_written(tmp_path, argum
     [
         ("sweep.py", [QUICKSTART], "--workdir: not given"),
         ("sweep.py", ["--workdir=w"], "--config: not given"),
+        ("sweep.py", ["--workdir=w", "--config.epochs=2"], "--config: not given, of which --config.epochs is a field"),
+        ("claims.py", ["--workdir=~nobody_here/w"], "--workdir: got '~nobody_here/w', there is no such user"),
+        ("figures.py", ["--workdir=w", "--out="], "--out: empty"),
         ("sweep.py", ["--config=configs/none.py", "--workdir=w"], "--config=configs/none.py"),
         ("sweep.py", ["--config=README.md", "--workdir=w"], "--config=README.md"),
         ("sweep.py", [QUICKSTART, "--workdir=configs"], "but no experiment; give a new or empty folder"),

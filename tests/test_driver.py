@@ -184,7 +184,7 @@ class StopAfter(NoProgress):
 
 @pytest.mark.parametrize(
     ("segments", "signum"),
-    [(2, signal.SIGINT), (7, signal.SIGTERM), pytest.param(3, signal.SIGTERM, marks=pytest.mark.slow)],
+    [(2, signal.SIGINT), (7, signal.SIGUSR1), pytest.param(3, signal.SIGTERM, marks=pytest.mark.slow)],
 )
 def test_a_stopped_grid_goes_on_from_its_checkpoint_bit_for_bit(undisturbed, tmp_path, monkeypatch, segments, signum):
     monkeypatch.setattr(feeder.Pace, "FIRST_IMAGES", 8)

@@ -1,6 +1,8 @@
 """What the commands meet outside their flags: signals, full disks, other processes, the environment."""
 
 import os
+import pty
+import select
 import shutil
 import signal
 import subprocess
@@ -12,7 +14,7 @@ import compiled
 import pandas as pd
 import pytest
 
-from smallbatch_jax import results
+from smallbatch_jax import results, signals
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = "--config=configs/quickstart.py"
@@ -52,6 +54,9 @@ def refused(done, says):
         ),
         ({"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=maybe"}, "Couldn't interpret value maybe"),
         ({"JAX_ENABLE_X64": "maybe"}, "JAX cannot be imported: "),
+        ({"FLAX_FIX_RNG_SEPARATOR": "maybe"}, "JAX cannot be imported: "),
+        ({"JAX_PLATFORMS": "rocm"}, 'install its plugin with pip install -U "jax[rocm7-local]", or unset JAX_PLATFORMS'),
+        ({"XLA_FLAGS": "--xla_cpu_enable_fast_math=true"}, "lets the compiler assume that no number is NaN"),
     ],
 )
 def test_an_environment_that_cannot_be_had_is_refused_in_one_line(tmp_path, environment, says):
@@ -141,6 +146,45 @@ def test_a_signal_while_the_first_program_compiles_ends_the_command_soon(tmp_pat
     assert process.returncode == 128 + signum
     assert errors.splitlines()[-1].endswith("the same command goes on")
     assert "Traceback" not in errors
+
+
+FLAGS = {
+    **dict.fromkeys(("JAX_DEBUG_NANS", "JAX_DEBUG_INFS", "JAX_DISABLE_JIT", "JAX_ENABLE_X64", "JAX_NO_TRACING"), "1"),
+    **{"JAX_TRANSFER_GUARD": "disallow", "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16", "JAX_RANDOM_SEED_OFFSET": "3"},
+    **{"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_LOG_COMPILES": "1"},
+    **{"FLAX_RETURN_FROZENDICT": "1", "FLAX_FIX_RNG_SEPARATOR": "1"},
+}
+
+
+@pytest.mark.slow
+def test_flags_of_jax_change_no_bit_of_a_sweep_and_home_is_the_users(undisturbed, tmp_path):
+    environment = {**FLAGS, "HOME": str(tmp_path)}
+    status, _, errors = run("sweep.py", QUICKSTART, *TWO_RATES, "--workdir=~/w", environment=environment)
+    assert status == 0, errors
+    assert "jax_debug_nans=True" in errors
+    pd.testing.assert_frame_equal(results.load(tmp_path / "w"), results.load(undisturbed), check_exact=True)
+
+
+@pytest.mark.slow
+def test_a_terminal_that_closes_saves_what_was_trained(tmp_path):
+    """SIGHUP, and nowhere to write to; `nohup` has it ignored, which stays."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        line = ["experiments/sweep.py", QUICKSTART, *SMALL, "--config.epochs=4000", f"--workdir={tmp_path / 'w'}"]
+        os.execve(sys.executable, [sys.executable, *line], os.environ)
+    rows = tmp_path / "w/results/m00256_b00256.csv"
+    while not (rows.exists() and rows.read_bytes().count(b"\n") > 3):
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 10_000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    assert list((tmp_path / "w/checkpoints/m00256_b00256").iterdir())
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in signals.handled()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_workdir_that_may_only_be_read_is_read_and_what_cannot_be_drawn_is_one_line(tmp_path):

@@ -24,7 +24,7 @@ def test_default_config_is_valid_and_is_the_default_experiment():
 
 BAD_INTEGERS = [0, -1, 4.5, 8.0, True, "8", None, math.nan, 2**31, (2,)]
 BAD_BASE_LRS = [0, 0.0, -0.1, math.inf, -math.inf, math.nan, 1e39, 1e-46, True, "0.1", None]
-NO_TUPLES = [8, 0.5, "8", "(2, 8)", {2: 8}, {2, 8}, range(3), np.array([2, 8])]
+NO_TUPLES = [8, 0.5, "8", "(2, 8)", {2: 8}, {2, 8}, np.array(8), np.zeros((2, 2))]
 
 
 @pytest.mark.parametrize(

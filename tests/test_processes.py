@@ -172,7 +172,7 @@ def test_when_one_process_is_killed_the_other_ends_and_both_go_on_later(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_process_stops_both_and_both_go_on_later(tmp_path, undisturbed, signum):
     arguments = ("train.py", *SHARED, f"--workdir={tmp_path / 'w'}")
     processes = start_two(*arguments)

@@ -279,3 +279,14 @@ def test_an_own_model_is_warned_of_axes_that_may_not_be_meant(capsys, monkeypatc
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == (says is not None)
     assert all(line.startswith("warning: dataset: ") and says in line for line in warnings)
+
+
+def test_home_and_an_empty_workdir(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    frame = quiet(Mlp(), table(), np.array([8]), [np.float64(2**-8)], epochs=np.int64(1), seeds=range(1), workdir="~/w")
+    assert (tmp_path / "w/experiment.json").exists()
+    pd.testing.assert_frame_equal(sbj.results.load("~/w"), frame)
+    assert len(sbj.results.load_timings("~/w"))
+    for workdir in ("", "~nobody_here/w"):
+        with pytest.raises(InputError, match=r"workdir: (empty|.* no such user)"):
+            quiet(Mlp(), table(), [8], [2**-8], epochs=1, workdir=workdir)

@@ -20,7 +20,7 @@ from smallbatch_jax.data.slots import Slots
 
 MESSAGE_BYTES = 2**22  # of images that a worker decodes before it hands them over
 MOST_PER_MESSAGE = 64
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that all processes of a terminal get
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # that all processes of a job may get
 MESSAGES_AHEAD = 2  # per worker, beside the one that it works on
 
 
