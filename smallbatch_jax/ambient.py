@@ -229,28 +229,33 @@ def _existing(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _hold(config: Any, values: Mapping[str, Any], stack: ExitStack) -> list[str]:
     """Sets the flags that differ, for all threads and for a context manager of the user's in this one; `name=value` of each."""
-    holders = config._value_holders  # the only way to what a thread has set for itself
     ours = {name: value for name, value in config.values.items() if name in values and _plain(value) != values[name]}
-    before = {name: _of_all_threads(holders[name]) for name in values}
+    before = {name: _of_all_threads(config, name) for name in values}
     stack.callback(_restore, config, before)
     for name, value in values.items():
         if _plain(before[name]) != value:
             config.update(name, value)
     for name in ours:
-        if _plain(holders[name].value) != values[name]:
-            stack.enter_context(holders[name](values[name]))
+        if _plain(config.values[name]) != values[name]:
+            stack.enter_context(_holder(config, name)(values[name]))
     return [f"{name}={_plain(value)}" for name, value in ours.items()]
 
 
 def _restore(config: Any, before: Mapping[str, Any]) -> None:
     for name, value in before.items():  # jax_transfer_guard before those that it sets
-        if _of_all_threads(config._value_holders[name]) != value:
+        if _of_all_threads(config, name) != value:
             config.update(name, value)
 
 
-def _of_all_threads(holder: Any) -> Any:
+def _of_all_threads(config: Any, name: str) -> Any:
     """A flag's value where no thread has set its own; some flags are of the process alone."""
-    return holder.get_global() if hasattr(holder, "get_global") else holder.value
+    holder = _holder(config, name)
+    return holder.get_global() if hasattr(holder, "get_global") else config.values[name]
+
+
+def _holder(config: Any, name: str) -> Any:
+    """JAX's object for a flag, by which alone it is known what a thread has set for itself; no public name leads to it."""
+    return getattr(config, "_value_holders", {}).get(name)
 
 
 def _hold_flax(stack: ExitStack) -> list[str]:

@@ -39,12 +39,12 @@ def plain(value: Any) -> Any:
         return tuple(value[: MOST_VALUES + 1])  # one too many is enough to be refused
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if hasattr(value, "dtype") and hasattr(value, "tolist") and not isinstance(value, type):
+        return (value[: MOST_VALUES + 1] if getattr(value, "ndim", 0) else value).tolist()
     if isinstance(value, (Decimal, Fraction)):
         with suppress(ValueError, OverflowError):  # a signalling NaN, a number that is too large
             return float(value)
-    if isinstance(value, type) or not (hasattr(value, "dtype") and hasattr(value, "tolist")):
-        return value
-    return (value[: MOST_VALUES + 1] if getattr(value, "ndim", 0) else value).tolist()
+    return value
 
 
 def parse(kind: type[T], values: Mapping[str, Any], prefix: str) -> T:

@@ -24,7 +24,7 @@ TABLES = (ambient.HELD, ambient.RECORDED, ambient.WITHOUT_EFFECT)
 @pytest.fixture(autouse=True)
 def as_before():
     """Every flag as it was."""
-    before = {name: ambient._of_all_threads(holder) for name, holder in jax.config._value_holders.items()}
+    before = {name: ambient._of_all_threads(jax.config, name) for name in jax.config.values}
     yield
     ambient._restore(jax.config, before)
 
@@ -85,7 +85,7 @@ def test_no_held_flag_changes_a_bit_and_all_are_the_users_again(plain, tmp_path)
         with pytest.warns(UserWarning, match=r"jax_debug_nans=True.*flax_fix_rng_separator=True.*: without effect here"):
             frame = swept(tmp_path / "w")
         assert {name: getattr(flax.config, name) for name in ambient.HELD_OF_FLAX} != ambient.HELD_OF_FLAX
-        found = {name: ambient._of_all_threads(jax.config._value_holders[name]) for name in changed}
+        found = {name: ambient._of_all_threads(jax.config, name) for name in changed}
     finally:
         for name, value in ambient.HELD_OF_FLAX.items():
             flax.config.update(name, value)
@@ -96,8 +96,8 @@ def test_no_held_flag_changes_a_bit_and_all_are_the_users_again(plain, tmp_path)
 def test_nor_does_a_context_manager_around_the_call(plain, tmp_path):
     with ExitStack() as stack:
         for name, value in others(ambient.HELD).items():
-            if callable(jax.config._value_holders[name]):
-                stack.enter_context(jax.config._value_holders[name](value))
+            if callable(ambient._holder(jax.config, name)):
+                stack.enter_context(ambient._holder(jax.config, name)(value))
         stack.enter_context(jax.set_mesh(jax.make_mesh((len(jax.devices()),), ("mine",))))
         before = jax.config.values
         with pytest.warns(UserWarning, match="jax_enable_x64=True.*: without effect here"):
