@@ -1,5 +1,6 @@
 """Checks what the README's main job left, in the environment it made: the base install and nothing else."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from smallbatch_jax import analysis, results
 
 WORKDIR = Path("runs/quickstart")
 QUICKSTART, FIG12 = "--config=configs/quickstart.py", "--config=configs/fig12_resnet50.py"
+BENCHMARK = ("experiments/benchmark.py", QUICKSTART, "--batch_sizes=512", "--seconds=0.05", "--repeats=1", "--json")
 # Commands that need an extra, and the extra that the one line on stderr must name.
 LEAN = [
     (("sweep.py", QUICKSTART, "--workdir=w", "--config.tensorboard=True"), "tensorboard"),
@@ -31,6 +33,9 @@ def main() -> None:
     missing = [name for name in stems if not (WORKDIR / "figures" / name).stat().st_size]
     assert not missing, missing
     subprocess.run([sys.executable, "experiments/report.py", f"--workdir={WORKDIR}"], check=True, stdout=subprocess.DEVNULL)
+    timed = subprocess.run([sys.executable, *BENCHMARK], check=True, capture_output=True, text=True).stdout
+    (row,) = json.loads(timed.splitlines()[-1])["results"]
+    assert min(row["images_per_second"], row["seconds_to_compile"], row["peak_bytes"], row["lanes"]) > 0, row
     for arguments, extra in LEAN:
         script, *flags = arguments
         done = subprocess.run([sys.executable, f"experiments/{script}", *flags], capture_output=True, text=True)

@@ -170,7 +170,7 @@ def accepted(path):
 
 
 fitting = st.sampled_from(FIELDS).flatmap(lambda path: st.tuples(st.just(path), st.sampled_from(accepted(path))))
-FEW_AND_MANY = pytest.mark.parametrize("count", [300, pytest.param(20_000, marks=pytest.mark.slow)])
+FEW_AND_MANY = pytest.mark.parametrize("count", [100, pytest.param(20_000, marks=pytest.mark.slow)])
 
 
 @FEW_AND_MANY

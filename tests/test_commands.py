@@ -71,6 +71,7 @@ def test_a_sweep_trains_draws_and_prints_its_table(trained):
     assert frame.groupby("base_lr").status.unique().map(list).to_dict() == {0.001: ["finished"], 8.0: ["diverged"]}
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_is_redrawn_and_not_trained_again(trained):
     workdir, first = trained
     stored = {p: p.read_bytes() for p in (workdir / "results").iterdir()}
@@ -82,6 +83,7 @@ def test_a_finished_sweep_is_redrawn_and_not_trained_again(trained):
     assert stored == {p: p.read_bytes() for p in (workdir / "results").iterdir()}
 
 
+@pytest.mark.slow
 def test_train_py_equals_the_same_run_of_the_sweep_bit_for_bit(trained, tmp_path):
     one = ("--config.epochs=1", "--config.batch_size=512", "--config.base_lr=0.001")
     assert run("train.py", QUICKSTART, f"--workdir={tmp_path / 'one'}", *one).returncode == 0
@@ -97,6 +99,7 @@ def test_sweep_from_python_equals_the_command_line_bit_for_bit(trained):
     pd.testing.assert_frame_equal(frame, results.load(trained[0]), check_exact=True)
 
 
+@pytest.mark.slow
 def test_figures_go_where_they_are_asked_to(trained, tmp_path):
     done = run("figures.py", f"--workdir={trained[0]}", f"--out={tmp_path / 'out'}")
     assert done.returncode == 0

@@ -163,7 +163,7 @@ def shared_by(devices, mapping):
     return train(compiled, [2**-7, 1e30], segments=[segment([0, 0], [STEPS] * 2, first) for first in (0, STEPS)])
 
 
-@pytest.mark.parametrize("mapping", ["map", "vmap"])
+@pytest.mark.parametrize("mapping", ["vmap", pytest.param("map", marks=pytest.mark.slow)])
 def test_a_batch_shared_by_two_devices_trains_and_is_evaluated_as_on_one(mapping):
     """Parameters, sums, test loss and images right; and the lane that diverges does so at the same step."""
     one, two = shared_by(1, mapping), shared_by(2, mapping)

@@ -149,6 +149,7 @@ def test_a_program_that_would_not_fit_is_compiled_with_half_the_lanes(undisturbe
         train(tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_more_rates_and_more_seeds_compile_nothing_more(tmp_path):
     """One program for each batch size, however many runs it has."""
     few = train(tmp_path / "few", batch_sizes=(4, 8), base_lrs=(2**-7,))

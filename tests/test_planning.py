@@ -165,6 +165,7 @@ def test_plan_refuses_a_file_that_holds_no_probe(tmp_path):
     assert "bad.json" in done.stderr
 
 
+@pytest.mark.slow
 def test_benchmark_prints_a_row_and_the_json_that_plan_reads():
     flags = ("--batch_sizes=64", "--seconds=0.05", "--repeats=2", "--json", "--config.grid.base_lrs=(0.1,0.2)")
     done = run("benchmark.py", QUICKSTART, *flags)
