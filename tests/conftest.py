@@ -27,6 +27,12 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_collectreport(report):
+    """Ends the run at a file that cannot be imported, which pytest-xdist would only say after all other tests."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        pytest.exit(report.longreprtext, returncode=2)
+
+
 @pytest.fixture(autouse=True)
 def cache_dir(tmp_path, monkeypatch):
     """Each test has a cache of its own; the user's is left alone."""
