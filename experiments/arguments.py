@@ -1,6 +1,6 @@
-"""What a command line says, before absl reads it: lines of flagfiles, paths, and the fields of the config.
+"""Reads a command line before absl does: it expands flagfiles and takes out the overrides of the config.
 
-ml_collections would read the fields too, but refuses None, adds up tuples that are given twice and wants "=".
+ml_collections reads overrides too, but it refuses None, concatenates tuples that are given twice, and needs "=".
 """
 
 import os
@@ -14,7 +14,7 @@ from smallbatch_jax.experiment import InputError
 
 
 def expanded(args: Sequence[str], within: tuple[str, ...] = ()) -> list[str]:
-    """The arguments, with the lines of each --flagfile in its place: comments and quotes left out, --name=value."""
+    """Returns the arguments with each --flagfile replaced by its lines, as --name=value, without comments and quotes."""
     found, waiting = [], list(args)
     while waiting:
         arg = waiting.pop(0)
@@ -40,7 +40,7 @@ def expanded(args: Sequence[str], within: tuple[str, ...] = ()) -> list[str]:
 
 
 def _name_and_value(arg: str) -> tuple[str, str | None]:
-    """The name and the value of --name=value, or of "--name value" as a line of a file has it; no name for anything else."""
+    """Returns (name, value) of "--name=value" or of a flagfile's line "--name value"; an empty name for anything else."""
     match = re.fullmatch(r"--?([^= \t]+)(?:(?:[ \t]*=[ \t]*|[ \t]+)(.*))?", arg, re.DOTALL)
     return (match[1], match[2]) if match else ("", None)
 
@@ -89,7 +89,7 @@ def split(args: Sequence[str]) -> Split:
 
 
 def _value_of(arg: str, field: Any, negated: bool, waiting: list[str]) -> str:
-    """The value of an override that has no "=": the next argument, if it can be one, or that of a switch."""
+    """Returns the value of an override without "=": the next argument, or for a boolean field whether it is negated."""
     if negated and field.type is not bool:
         raise InputError(f"{arg}: no such flag; {field.name} is not True or False")
     if field.type is bool and (negated or not waiting or waiting[0].lower() not in fields.BOOLEANS):
@@ -100,7 +100,7 @@ def _value_of(arg: str, field: Any, negated: bool, waiting: list[str]) -> str:
 
 
 def _config_file(given: str) -> str:
-    """The config file, and what follows a colon for its get_config; refused if it is not there."""
+    """Checks that the config file exists and returns its path, with any ":argument" for get_config."""
     path, colon, argument = given.partition(":")
     if not path.strip():
         raise InputError("--config: empty; for example --config=configs/quickstart.py")

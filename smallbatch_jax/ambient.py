@@ -1,4 +1,4 @@
-"""JAX's flags, as the environment or a notebook set them: which are held while we train, which are recorded, which are free.
+"""JAX's configuration flags: which ones are held at their defaults while we train, which are recorded, which are left alone.
 
 A flag that could change a result or end a run early is held at the value that every result here is made with, which is JAX's
 default. A flag that chooses between implementations inside JAX, and one that this list does not know, is left alone and

@@ -1,4 +1,4 @@
-"""Signals that ask for an end: noted, so that what is at work can be saved; a second SIGINT or SIGTERM ends the process."""
+"""Notes signals that ask the process to end, so that it can save first; a second SIGINT or SIGTERM ends it at once."""
 
 import os
 import signal
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
-# Of an end that is near: what batch systems send before the time limit, and a terminal that closes.
+# Batch systems send the first three before the time limit; a closing terminal sends SIGHUP.
 WARNING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)
 SAME_SIGNAL_SECONDS = 0.1  # within which two signals are one
 
 
 def handled() -> list[signal.Signals]:
-    """All of them, less SIGHUP where `nohup` has it ignored."""
+    """Returns the signals to handle: all of them, but SIGHUP where `nohup` made the process ignore it."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [signum for signum in ENDING + WARNING if not (ignored and signum == signal.SIGHUP)]
 
@@ -70,7 +70,7 @@ def noted_signals() -> Iterator[Stop]:
 
 
 def _leave_closed_terminal() -> None:
-    """What we still say on the way to the end would raise."""
+    """Sends output to /dev/null if the terminal is gone: printing on the way to the end would raise."""
     for descriptor in (1, 2):
         try:
             os.write(descriptor, b"")

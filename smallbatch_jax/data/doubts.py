@@ -1,4 +1,4 @@
-"""What in a user's own data can be used, and may not be meant: one line for each doubt."""
+"""Warnings about a user's own arrays that can be trained on but may not be what was meant."""
 
 import hashlib
 
@@ -6,12 +6,12 @@ import numpy as np
 
 from smallbatch_jax.data.dataset import Dataset
 
-LARGE = 100  # absolute value of a float image that was scaled for training: no more
+LARGE = 100  # floats scaled for training stay below it
 _SAMPLE = 1024  # images whose spread is compared
 
 
 def doubts(dataset: Dataset) -> list[str]:
-    """Returns what a user should look at before training, for people; empty if nothing is odd."""
+    """Returns one sentence for each property of the data that its owner should check; empty if there is none."""
     train, test = dataset.train_images, dataset.test_images
     found = []
     largest = float(np.abs(train).max()) if train.dtype != np.uint8 else 0.0
