@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from smallbatch_jax import analysis, results
+from smallbatch_jax import results
 
 WORKDIR = Path("runs/quickstart")
 QUICKSTART, FIG12 = "--config=configs/quickstart.py", "--config=configs/fig12_resnet50.py"
@@ -27,7 +27,7 @@ def main() -> None:
     last = frame.groupby(["batch_size", "base_lr"]).status.last()
     assert len(last) == 65, f"{len(last)} of 65 runs"
     assert set(last) == {"finished", "diverged"}, set(last)
-    best = analysis.final_accuracy(frame).groupby("batch_size").accuracy.max()
+    best = frame.groupby("batch_size").test_accuracy.max()
     assert best.loc[[2, 8]].min() > 0.95, best
     stems = [f"{name}.{kind}" for name in ("accuracy_vs_batch_size", "heat_map", "convergence") for kind in ("png", "pdf")]
     missing = [name for name in stems if not (WORKDIR / "figures" / name).stat().st_size]
