@@ -102,7 +102,16 @@ SAME_CHECKS = [  # of the other figures of a claim about all of them
     *(("C11", {name: {2: 0.594, 32: 0.6, 64: 0.5}}, {i}) for i, name in enumerate(FIG15[:2], 8)),
     *(("C12", {name: WIDE}, {i}) for i, name in enumerate(FIG16) if i > 0),
 ]
-NEEDED = [(claim, name) for claim, tables in HOLDS.items() for name in tables]
+
+
+def needed(claim):
+    """(claim, study) of each study; of a claim about every figure, which examines all alike, the first and last by default."""
+    names = list(HOLDS[claim])
+    few = names if len(names) <= 4 else (names[0], names[-1])
+    return [pytest.param(claim, name, marks=[] if name in few else pytest.mark.slow) for name in names]
+
+
+NEEDED = [case for claim in HOLDS for case in needed(claim)]
 
 
 @functools.cache
@@ -142,7 +151,7 @@ def test_a_run_that_has_not_ended_leaves_a_claim_open(claim, name):
     assert verdict(claim, tables).holds is None
 
 
-@pytest.mark.parametrize(("claim", "name"), [(c, n) for c, n in NEEDED if not CLAIMS[c].one_of])
+@pytest.mark.parametrize(("claim", "name"), [case for claim in HOLDS if not CLAIMS[claim].one_of for case in needed(claim)])
 def test_a_missing_study_leaves_a_claim_open_and_is_named_once(claim, name):
     tables = {k: v for k, v in holding(claim).items() if k != name}
     assert texts(claim, tables, None) == [f"{name} is not among the workdirs"]

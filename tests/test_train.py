@@ -178,8 +178,14 @@ def whole_step(bn_batch_size):
     return compiled.quickly(make_train_step(Tiny(bn_batch_size), Program(EXAMPLES, 20)))
 
 
-@pytest.mark.parametrize("bn_batch_size", [2, EXAMPLES // 2, EXAMPLES])
-@pytest.mark.parametrize("spread", [by_shard_map, by_vmap, by_pmap])
+@pytest.mark.parametrize(
+    ("spread", "bn_batch_size"),
+    [
+        *((by_shard_map, b) for b in (2, EXAMPLES // 2, EXAMPLES)),
+        *((spread, EXAMPLES) for spread in (by_vmap, by_pmap)),
+        *(pytest.param(spread, b, marks=pytest.mark.slow) for spread in (by_vmap, by_pmap) for b in (2, EXAMPLES // 2)),
+    ],
+)
 def test_a_batch_spread_over_devices_is_the_same_step(batch, spread, bn_batch_size):
     """Half the batch on each of two devices, one per-device step: parameters, statistics, loss and count are those of one.
 
