@@ -142,7 +142,7 @@ def test_a_signal_while_the_first_program_compiles_ends_the_command_soon(tmp_pat
         time.sleep(0.05)
     time.sleep(0.5)
     process.send_signal(signum)
-    _, errors = process.communicate(timeout=8)
+    _, errors = process.communicate(timeout=15)
     assert process.returncode == 128 + signum
     assert errors.splitlines()[-1].endswith("the same command goes on")
     assert "Traceback" not in errors
@@ -168,17 +168,17 @@ def test_flags_of_jax_change_no_bit_of_a_sweep_and_home_is_the_users(undisturbed
 @pytest.mark.slow
 def test_a_terminal_that_closes_saves_what_was_trained(tmp_path):
     """SIGHUP, and nowhere to write to; `nohup` has it ignored, which stays."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(ROOT)
-        line = ["experiments/sweep.py", QUICKSTART, *SMALL, "--config.epochs=4000", f"--workdir={tmp_path / 'w'}"]
-        os.execve(sys.executable, [sys.executable, *line], os.environ)
+    terminal, inner = pty.openpty()
+    line = ["experiments/sweep.py", QUICKSTART, *SMALL, "--config.epochs=4000", f"--workdir={tmp_path / 'w'}"]
+    line = ["setsid", "--ctty", sys.executable, *line]
+    sweep = subprocess.Popen(line, cwd=ROOT, stdin=inner, stdout=inner, stderr=inner)
+    os.close(inner)
     rows = tmp_path / "w/results/m00256_b00256.csv"
     while not (rows.exists() and rows.read_bytes().count(b"\n") > 3):
         if select.select([terminal], [], [], 0.05)[0]:
             os.read(terminal, 10_000)
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    assert sweep.wait(timeout=60) == 128 + signal.SIGHUP
     assert list((tmp_path / "w/checkpoints/m00256_b00256").iterdir())
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
