@@ -21,11 +21,11 @@ from smallbatch_jax import experiment, fields, signals
 from smallbatch_jax.experiment import Experiment, InputError
 from smallbatch_jax.files import OUT_OF_SPACE, WriteError
 
-flags.disclaim_key_flags()  # the flags that it defines are the command's own
+flags.disclaim_key_flags()  # the flags defined here belong to the command that asks for them
 
 
 class _Given:
-    """The arguments of this command that are about its config."""
+    """The parts of the command line that concern the config."""
 
     config = "--config"
     overrides: dict[str, str] = {}  # noqa: RUF012 - the text of each --config.FIELD=VALUE, the last of each field
@@ -33,7 +33,7 @@ class _Given:
 
 def define_config_flag() -> Any:
     """--config, an ml_collections file, of which --config.FIELD=VALUE overrides any field."""
-    # No arguments in which ml_collections could find fields: `arguments.split` does, and refuses those that do not exist.
+    # ml_collections gets no arguments to find overrides in: `arguments.split` does that, and refuses unknown fields.
     described = "Config file; --config.FIELD=VALUE overrides a field."
     return config_flags.DEFINE_config_file("config", None, described, flags.FLAGS, lock_config=False, sys_argv=[])
 
@@ -44,7 +44,7 @@ def DEFINE_path(name: str, described: str) -> Any:
 
 
 def DEFINE_paths(name: str, described: str) -> Any:
-    """The same for one that may be given several times."""
+    """A flag for paths, which may be given several times."""
     return flags.DEFINE_multi(_PathParser(name), flags.ArgumentSerializer(), name, None, described)
 
 
@@ -217,7 +217,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def _without_config(args: Sequence[str]) -> list[str]:
-    """The arguments but for the fields of the config, which are noted for `given_config`."""
+    """Returns the arguments without overrides of the config, which it keeps for `given_config`."""
     found = arguments.split(args)
     if found.file is None:
         if found.overrides:

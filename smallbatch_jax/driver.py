@@ -117,7 +117,7 @@ def train_grid(
 
 
 def _require_pictures(image_shape: Sequence[int]) -> None:
-    """Refuses to crop and flip what has no height, width and channels."""
+    """Refuses augmentation of anything but pictures [H, W, C]."""
     if len(image_shape) != 3:
         raise InputError(
             f"dataset.augment: crops and flips images [H, W, C], the dataset has {_brackets(image_shape)}; use False."
@@ -131,7 +131,7 @@ def _require_pictures(image_shape: Sequence[int]) -> None:
 
 
 def _doubts(experiment: Experiment, dataset: Dataset | Photographs) -> list[str]:
-    """What may not be meant in data that the user brought."""
+    """Returns warnings about data that the user brought and that may not be what was meant."""
     name, shape = experiment.dataset.name, dataset.image_shape
     if not isinstance(dataset, Dataset) or not (name == "folder" or name.startswith(OWN)):
         return []
@@ -225,7 +225,7 @@ class _Study:
         """Refuses a model that cannot be trained in one of the programs; runs nothing."""
         image_shape, num_classes = self.dataset.image_shape, self.dataset.num_classes
         for place, (m, b) in enumerate(sorted(programs(self.experiment.runs()))):
-            model = self.model_of(None if b == m else b)  # a model that takes no BN batch size is refused now
+            model = self.model_of(None if b == m else b)  # refuses a model that takes no BN batch size
             if isinstance(model, OwnModel):
                 model.require_batch(image_shape, m)
             if place == 0:  # with the smallest b, which alone may be too small for a named model

@@ -274,17 +274,17 @@ def _defaults(kind: type) -> dict[str, Any]:
 
 
 def _default(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):  # of whose fields a dict stays one, whatever its keys are
+    if dataclasses.is_dataclass(value):  # a dict given for one of its fields stays a dict, whatever its keys
         return ConfigDict(_defaults(type(value)), type_safe=False, convert_dict=False)
     return _Float(value) if isinstance(value, float) else value
 
 
 class _Float(float):
-    """A number that a ConfigDict lets any value take the place of; into a plain float it would turn True, as 1.0."""
+    """A float that a ConfigDict replaces by any value as it is; for a plain float it would turn True into 1.0."""
 
 
 def require_field(path: str) -> dataclasses.Field:
-    """The field of a config that a dotted name is of; refuses one that is of none."""
+    """Returns the field of a config that a dotted name refers to; refuses a name that refers to none."""
     known, prefix, field = [*dataclasses.fields(Experiment), *dataclasses.fields(OneRun)], "", None
     for name in path.split("."):
         if field is not None and not dataclasses.is_dataclass(field.default):
@@ -298,14 +298,14 @@ def require_field(path: str) -> dataclasses.Field:
 
 
 def override(config: ConfigDict, texts: Mapping[str, str]) -> None:
-    """Gives fields of a config the values that texts stand for, by dotted name; what a section is given, before its fields."""
+    """Sets fields of a config, by dotted name, to the values of their texts; sections before their fields."""
     for path in sorted(texts, key=lambda path: path.count(".")):
         _put(config, path, fields.read(require_field(path), texts[path]))
 
 
 def _put(config: ConfigDict, path: str, value: Any) -> None:
     if dataclasses.is_dataclass(require_field(path).default) and isinstance(value, dict):
-        for name in value:  # of the section's other fields nothing was said
+        for name in value:  # the section's other fields keep their values
             _put(config, f"{path}.{name}", value[name])
         return
     *sections, name = path.split(".")

@@ -20,7 +20,7 @@ from smallbatch_jax.experiment import InputError
 SPLITS = ("train", "test")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _LAYOUT = f"train/CLASS/* and test/CLASS/*, pictures of {decode.KINDS}"
-# Notes about pictures, and what file managers leave behind; any other file that is left out is told of.
+# Notes about pictures, and files of file managers. Any other file that is left out is counted in the warning.
 _NO_PICTURES = (
     ".txt",
     ".csv",
@@ -121,7 +121,7 @@ def _checked_root(data_dir: str | os.PathLike | None) -> str:
 
 
 def _other_root(given: str) -> str | None:
-    """A directory above or below that holds both splits."""
+    """Returns a directory above or below the given one that holds both splits."""
     with suppress(OSError, ValueError):
         path = os.path.abspath(given)
         parents = [os.path.dirname(path), os.path.dirname(os.path.dirname(path))]
@@ -134,7 +134,7 @@ def _other_root(given: str) -> str | None:
 
 @functools.cache
 def _warn(message: str) -> None:
-    """Once in a process."""
+    """Prints a warning, once per process."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 

@@ -76,7 +76,7 @@ def _record_files(name: str, version: Path, split: str) -> list[str]:
 
 
 def _not_array_record(name: str, version: Path) -> str:
-    """Says what a folder without array_record files holds, and how to come to one that has them."""
+    """Returns the error for a folder without array_record files: its format, and the command that prepares the right one."""
     try:
         stored = str(json.loads((version / "dataset_info.json").read_text()).get("fileFormat") or "tfrecord")  # TFDS's default
     except (OSError, ValueError, AttributeError):
@@ -124,7 +124,7 @@ def newest_version(name: str, data_dir: str | os.PathLike | None) -> Path:
 
 
 def _other_root(name: str, root: Path) -> Path | None:
-    """A folder above or below in which the dataset is."""
+    """Returns a folder above or below the given one that holds the dataset."""
     with suppress(OSError):
         root = root.absolute()
         below = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
