@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from smallbatch_jax import results
+from smallbatch_jax.store import results
 
 WORKDIR = Path("runs/quickstart")
 QUICKSTART, FIG12 = "--config=configs/quickstart.py", "--config=configs/fig12_resnet50.py"

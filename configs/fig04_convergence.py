@@ -7,7 +7,7 @@ Expect: 11 runs of 82 epochs; the paper: similar for 4 ≤ m ≤ 64, degraded fo
 
 from typing import Any
 
-from smallbatch_jax.protocol import cifar_config
+from smallbatch_jax.config.protocol import cifar_config
 
 
 def get_config() -> Any:

@@ -7,7 +7,7 @@ Expect: 143 runs of 82 epochs; the paper: best at m = 4 or 8, the best η̃ reac
 
 from typing import Any
 
-from smallbatch_jax.protocol import cifar_config
+from smallbatch_jax.config.protocol import cifar_config
 
 
 def get_config() -> Any:

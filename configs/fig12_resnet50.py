@@ -11,7 +11,7 @@ Expect: 286 runs of 90 epochs; the paper: best at m = 16 … 64, m below 16 stab
 
 from typing import Any
 
-from smallbatch_jax.protocol import imagenet_config
+from smallbatch_jax.config.protocol import imagenet_config
 
 
 def get_config() -> Any:

@@ -8,7 +8,7 @@ Expect: 66 runs of 164 epochs; the paper: best at a BN batch size of 4 or 8, sma
 
 from typing import Any
 
-from smallbatch_jax.protocol import cifar_config
+from smallbatch_jax.config.protocol import cifar_config
 
 
 def get_config() -> Any:

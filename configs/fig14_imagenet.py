@@ -9,7 +9,7 @@ Expect: 54 runs of 90 epochs; the paper: best at a BN batch size of 16 … 64 fo
 
 from typing import Any
 
-from smallbatch_jax.protocol import imagenet_config
+from smallbatch_jax.config.protocol import imagenet_config
 
 
 def get_config() -> Any:

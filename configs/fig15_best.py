@@ -8,7 +8,7 @@ Expect: a drawing, no runs of its own; the paper: always best at m = 32 or small
 
 from typing import Any
 
-from smallbatch_jax.experiment import default_config
+from smallbatch_jax.config.experiment import default_config
 
 
 def get_config() -> Any:

@@ -8,7 +8,7 @@ Expect: a drawing, no runs of its own; the paper: the range narrows as the batch
 
 from typing import Any
 
-from smallbatch_jax.experiment import default_config
+from smallbatch_jax.config.experiment import default_config
 
 
 def get_config() -> Any:

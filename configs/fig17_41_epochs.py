@@ -7,7 +7,7 @@ Expect: 143 runs of 41 epochs; the paper: worse than Fig. 8 (Appendix A);
 
 from typing import Any
 
-from smallbatch_jax.protocol import cifar_config
+from smallbatch_jax.config.protocol import cifar_config
 
 
 def get_config() -> Any:

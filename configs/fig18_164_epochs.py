@@ -7,7 +7,7 @@ Expect: 143 runs of 164 epochs; the paper: better than Fig. 8, at the best η̃ 
 
 from typing import Any
 
-from smallbatch_jax.protocol import cifar_config
+from smallbatch_jax.config.protocol import cifar_config
 
 
 def get_config() -> Any:

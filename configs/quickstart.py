@@ -6,7 +6,7 @@ Expect: 65 runs of 8 epochs; the range of base learning rates that converge shri
 
 from ml_collections import ConfigDict
 
-from smallbatch_jax.experiment import default_config
+from smallbatch_jax.config.experiment import default_config
 
 
 def get_config() -> ConfigDict:

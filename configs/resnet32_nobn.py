@@ -7,7 +7,7 @@ Expect: 143 runs of 82 epochs; the paper: only m = 2, 4 and 8 learn, best 76 % (
 
 from typing import Any
 
-from smallbatch_jax.protocol import cifar_config
+from smallbatch_jax.config.protocol import cifar_config
 
 
 def get_config() -> Any:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from smallbatch_jax import experiment, fields
-from smallbatch_jax.experiment import InputError
+from smallbatch_jax.config import experiment, fields
+from smallbatch_jax.config.experiment import InputError
 
 
 def expanded(args: Sequence[str], within: tuple[str, ...] = ()) -> list[str]:

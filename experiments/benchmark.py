@@ -23,8 +23,8 @@ import command
 import torch_peer
 from absl import flags
 
-from smallbatch_jax import experiment, extras
-from smallbatch_jax.experiment import Experiment, InputError
+from smallbatch_jax.config import experiment, extras
+from smallbatch_jax.config.experiment import Experiment, InputError
 
 CONFIG = command.define_config_flag()
 BATCH_SIZES = flags.DEFINE_list("batch_sizes", None, "Batch sizes; the config's if not given.")
@@ -49,7 +49,8 @@ def main() -> int:
     command.start_jax()
     import jax
 
-    from smallbatch_jax import data, planning
+    from smallbatch_jax import data
+    from smallbatch_jax.runner import planning
 
     load = data.random if RANDOM.value else data.load
     dataset = load(chosen.dataset.name, chosen.dataset.data_dir, chosen.dataset.image_size)
@@ -83,15 +84,16 @@ def _of_batch_sizes(chosen: Experiment) -> Experiment:
 
 def _time(trial: Any, dataset: Any) -> dict[str, Any]:
     """One batch size: our segments, in turn with what they are compared with."""
-    from smallbatch_jax import memory, planning
+    from smallbatch_jax.program import devices
+    from smallbatch_jax.runner import planning
 
     job, program = trial.job, trial.program
     _reset_peak()
-    before = memory.peak_bytes_in_use()
+    before = devices.peak_bytes_in_use()
     trial.warm_up()
     trial.train(SECONDS.value)
     trial.evaluate()
-    measured = memory.peak_bytes_in_use() - before
+    measured = devices.peak_bytes_in_use() - before
     with ExitStack() as stack:
         ways: list[Measure] = [lambda seconds: {"ours": _rate(*trial.train(seconds))}]
         if PEER.value:
@@ -132,9 +134,9 @@ def _peer(job: Any, dataset: Any, accelerator: bool) -> torch_peer.Peer:
 
 def _plain(chosen: Experiment, batch_size: int, dataset: Any) -> Measure:
     """The same program, its lanes side by side and its convolutions as `lax.conv` makes them."""
-    from smallbatch_jax import planning
     from smallbatch_jax.data import Photographs
     from smallbatch_jax.models.conv import forced
+    from smallbatch_jax.runner import planning
 
     if isinstance(dataset, Photographs):
         raise InputError(f"--plain: takes images that lie in memory; {chosen.dataset.name} is streamed.")

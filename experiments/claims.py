@@ -9,7 +9,7 @@ WORKDIR = command.DEFINE_paths("workdir", "Folder of the results of one figure; 
 
 
 def main() -> int:
-    from smallbatch_jax import claims, study
+    from smallbatch_jax.study import claims, study
 
     workdirs = command.given(WORKDIR, "runs/fig01")
     studies = study.load_all(workdirs)

@@ -17,9 +17,10 @@ import arguments
 from absl import app, flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from smallbatch_jax import experiment, fields, signals
-from smallbatch_jax.experiment import Experiment, InputError
-from smallbatch_jax.files import OUT_OF_SPACE, WriteError
+from smallbatch_jax.config import experiment, fields
+from smallbatch_jax.config.experiment import Experiment, InputError
+from smallbatch_jax.runner import signals
+from smallbatch_jax.store.files import OUT_OF_SPACE, WriteError
 
 flags.disclaim_key_flags()  # the flags defined here belong to the command that asks for them
 
@@ -167,11 +168,11 @@ def start_jax(cpu_devices: int | None = None, join: Callable[[], None] = lambda:
       InputError: if JAX_PLATFORMS, XLA_FLAGS or another variable asks for what there is not.
     """
     import_jax()
-    from smallbatch_jax import ambient, driver
+    from smallbatch_jax.program import ambient, devices
 
     ambient.hold_for_good()
     _require_xla_flags(ambient.expand_xla_flags())
-    driver.use_all_cores()
+    devices.use_all_cores()
     import jax
 
     if cpu_devices is not None:
@@ -240,7 +241,7 @@ def resolved(chosen: Experiment, workdir: str | None = None) -> Experiment:
     """The experiment with the base learning rates that it takes from other workdirs."""
     if not chosen.grid.base_lrs_from:
         return chosen
-    from smallbatch_jax.study import choose_base_lrs
+    from smallbatch_jax.study.study import choose_base_lrs
 
     return choose_base_lrs(chosen, workdir)
 
@@ -257,7 +258,7 @@ def for_workdir(chosen: Experiment, workdir: str) -> Experiment:
             "use python experiments/figures.py with the same --config."
         )
     chosen = resolved(chosen, workdir)
-    from smallbatch_jax.workdir import refuse_difference
+    from smallbatch_jax.store.workdir import refuse_difference
 
     refuse_difference(Path(workdir), chosen)
     return chosen
@@ -275,8 +276,11 @@ def train(chosen: Experiment, workdir: str, started: float) -> int:
     start_jax(join=several.join)
     import jax
 
-    from smallbatch_jax import data, driver, processes, progress, results
+    from smallbatch_jax import data
     from smallbatch_jax.data.stream import Lost
+    from smallbatch_jax.program import processes
+    from smallbatch_jax.runner import driver, progress
+    from smallbatch_jax.store import results
 
     imported = time.monotonic()
     dataset = data.load(chosen.dataset.name, chosen.dataset.data_dir, chosen.dataset.image_size)
@@ -304,8 +308,9 @@ def train(chosen: Experiment, workdir: str, started: float) -> int:
 
 def show(folder: Path, out: Path | None = None) -> None:
     """Draws the figures of a workdir and prints its table and the answer."""
-    from smallbatch_jax import analysis, figures, skipped, study
-    from smallbatch_jax.answer import RULE, answer
+    from smallbatch_jax.store import skipped
+    from smallbatch_jax.study import analysis, figures, study
+    from smallbatch_jax.study.answer import RULE, answer
 
     stored = study.load(folder)
     print(analysis.format_summary(analysis.summary(stored.rows, stored.chance, stored.cells)))

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import command
 
-from smallbatch_jax import experiment
-from smallbatch_jax.experiment import InputError
-from smallbatch_jax.fields import expanded_path
+from smallbatch_jax.config import experiment
+from smallbatch_jax.config.experiment import InputError
+from smallbatch_jax.config.fields import expanded_path
 
 if TYPE_CHECKING:
-    from smallbatch_jax.study import Study
+    from smallbatch_jax.study.study import Study
 
 CONFIG = command.define_config_flag()
 WORKDIR = command.DEFINE_paths("workdir", "Folder of the results; may be given several times.")
@@ -38,7 +38,7 @@ def main() -> int:
     if len(workdirs) == 1:
         command.show(Path(workdirs[0]), out)
         return 0
-    from smallbatch_jax import figures, study
+    from smallbatch_jax.study import figures, study
 
     studies = list(study.load_all(workdirs).values())
     tell(studies, figures.draw_studies(studies, out))
@@ -59,7 +59,7 @@ def compare(chosen: experiment.Experiment, out: Path | None) -> None:
             f"drawn_from: not there yet: {missing}; train one first: "
             f"python experiments/sweep.py --config=… --workdir={chosen.drawn_from[0]}"
         )
-    from smallbatch_jax import figures, study
+    from smallbatch_jax.study import figures, study
 
     studies = list(study.load_all(there).values())
     drawn = figures.draw_summaries(studies, out or Path("runs", chosen.name))
@@ -72,8 +72,8 @@ def tell(studies: "Sequence[Study]", drawn: Sequence[Path]) -> None:
     """Prints the table of each study, its answer, and where the figures are, a line for each folder."""
     import pandas as pd
 
-    from smallbatch_jax import analysis
-    from smallbatch_jax.answer import answer
+    from smallbatch_jax.study import analysis
+    from smallbatch_jax.study.answer import answer
 
     print(analysis.format_summary(pd.concat([analysis.summary(study.rows, study.chance, study.cells) for study in studies])))
     print("\n".join(["", *(f"{study.name}: {answer(study).sentence}" for study in studies), ""]))

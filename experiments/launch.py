@@ -18,9 +18,9 @@ STARTED = time.monotonic()
 import command  # noqa: E402
 from absl import flags  # noqa: E402
 
-from smallbatch_jax import experiment  # noqa: E402
-from smallbatch_jax.experiment import Experiment, InputError  # noqa: E402
-from smallbatch_jax.fields import expanded_path  # noqa: E402
+from smallbatch_jax.config import experiment  # noqa: E402
+from smallbatch_jax.config.experiment import Experiment, InputError  # noqa: E402
+from smallbatch_jax.config.fields import expanded_path  # noqa: E402
 
 CONFIG = command.define_config_flag()
 WORKDIR = command.DEFINE_path("workdir", "Folder of the results; made if it is not there.")
@@ -37,8 +37,10 @@ def main() -> int:
             raise InputError(f"--workdir, --also: {workdir} stands twice; give each config a folder of its own.")
     chosen = [(command.for_workdir(config, workdir), Path(workdir)) for config, workdir in asked]
     command.import_jax()
-    from smallbatch_jax import cluster, progress, results
-    from smallbatch_jax.signals import Interrupted
+    from smallbatch_jax.cluster import launcher as cluster
+    from smallbatch_jax.runner import progress
+    from smallbatch_jax.runner.signals import Interrupted
+    from smallbatch_jax.store import results
 
     imported = time.monotonic()
     try:

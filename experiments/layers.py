@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from smallbatch_jax import data, experiment, fields
-from smallbatch_jax.lanes import COMPUTE_DTYPE, MATMUL_PRECISION
+from smallbatch_jax import data
+from smallbatch_jax.config import experiment, fields
 from smallbatch_jax.models import conv, create_model
+from smallbatch_jax.program.lanes import COMPUTE_DTYPE, MATMUL_PRECISION
 
 CONFIG = command.define_config_flag()
 BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["4", "32", "128"], "Images per lane, several with commas between.")

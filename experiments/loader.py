@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING
 import command
 from absl import flags
 
-from smallbatch_jax import experiment, extras
-from smallbatch_jax.experiment import InputError
+from smallbatch_jax.config import experiment, extras
+from smallbatch_jax.config.experiment import InputError
 
 if TYPE_CHECKING:
-    from smallbatch_jax.data.numbered import Numbered
+    from smallbatch_jax.data.numbered import SampleIndex
 
 CONFIG = command.define_config_flag()
 SECONDS = flags.DEFINE_float("seconds", 3.0, "Seconds of each way in each round.", lower_bound=0.1)
@@ -48,14 +48,14 @@ def main() -> int:
         extras.require("peer", "--peer")
     chosen = experiment.from_config(command.given_config(CONFIG))
     from smallbatch_jax import data
-    from smallbatch_jax.data.numbered import Numbered
+    from smallbatch_jax.data.numbered import SampleIndex
 
     source = chosen.dataset
     photographs = (data.random if RANDOM.value else data.load)(source.name, source.data_dir, source.image_size)
     if not isinstance(photographs, data.Photographs):
         raise InputError(f"dataset.image_size: got None, so {source.name} is not streamed; use a size in pixels.")
     workers = source.workers or len(os.sched_getaffinity(0))
-    numbered = Numbered(photographs, (0,), 1000, source.augment, source.color_jitter)
+    numbered = SampleIndex(photographs, (0,), 1000, source.augment, source.color_jitter)
     print(f"{photographs.num_train:,} photographs to {source.image_size} pixels, {workers} processes", flush=True)
     with ExitStack() as stack:
         ways = {"bare": _bare(numbered, workers, stack), "ours": _ours(numbered, source.image_size or 0, workers, stack)}
@@ -82,7 +82,7 @@ def _report(found: dict[str, list[float]], workers: int) -> None:
         print(json.dumps({"workers": workers, "images_per_second": rates, "rounds": found}))
 
 
-def _bare(numbered: "Numbered", workers: int, stack: ExitStack) -> Callable[[float], float]:
+def _bare(numbered: "SampleIndex", workers: int, stack: ExitStack) -> Callable[[float], float]:
     pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers, _remember, (numbered,)))
     pool.map(_decode_for, [(0, 0.1)] * workers, chunksize=1)  # all have begun
 
@@ -92,10 +92,10 @@ def _bare(numbered: "Numbered", workers: int, stack: ExitStack) -> Callable[[flo
     return rate
 
 
-_NUMBERED: "list[Numbered]" = []
+_NUMBERED: "list[SampleIndex]" = []
 
 
-def _remember(numbered: "Numbered") -> None:
+def _remember(numbered: "SampleIndex") -> None:
     import cv2
 
     cv2.setNumThreads(0)
@@ -112,7 +112,7 @@ def _decode_for(job: tuple[int, float]) -> float:
     return (number - first) / (time.perf_counter() - began)
 
 
-def _ours(numbered: "Numbered", size: int, workers: int, stack: ExitStack) -> Callable[[float], float]:
+def _ours(numbered: "SampleIndex", size: int, workers: int, stack: ExitStack) -> Callable[[float], float]:
     import numpy as np
 
     from smallbatch_jax.data.numbered import Decoded
@@ -129,7 +129,7 @@ def _ours(numbered: "Numbered", size: int, workers: int, stack: ExitStack) -> Ca
     return rate
 
 
-def _torch(numbered: "Numbered", photographs, workers: int, stack: ExitStack) -> Callable[[float], float]:
+def _torch(numbered: "SampleIndex", photographs, workers: int, stack: ExitStack) -> Callable[[float], float]:
     import torch_loader
 
     batches = torch_loader.batches(numbered, photographs, workers, RECEIVED)

@@ -18,9 +18,9 @@ from pathlib import Path
 import command
 from absl import flags
 
-from smallbatch_jax import experiment
-from smallbatch_jax.experiment import Experiment, InputError
-from smallbatch_jax.extras import MissingPackage
+from smallbatch_jax.config import experiment
+from smallbatch_jax.config.experiment import Experiment, InputError
+from smallbatch_jax.config.extras import MissingPackage
 
 CONFIG = command.define_config_flag()
 SECONDS = flags.DEFINE_float("probe_seconds", 2.0, "Seconds that each program is tried for; 0 measures nothing.", lower_bound=0)
@@ -61,8 +61,10 @@ def main() -> int:
 def _measure(chosen: Experiment, there: dict | None) -> None:
     """Prints what each program costs, and the sums."""
     command.start_jax()
-    from smallbatch_jax import data, memory, planning
-    from smallbatch_jax.progress import duration
+    from smallbatch_jax import data
+    from smallbatch_jax.program import devices
+    from smallbatch_jax.runner import planning
+    from smallbatch_jax.runner.progress import duration
 
     try:
         dataset = (data.random if RANDOM.value else data.load)(
@@ -89,7 +91,7 @@ def _measure(chosen: Experiment, there: dict | None) -> None:
             f"{duration(plan.seconds):>14}{_columns(seconds)}",
             flush=True,
         )
-    largest, in_all = max(plan.peak_bytes for plan in plans), memory.peak_bytes_in_use()
+    largest, in_all = max(plan.peak_bytes for plan in plans), devices.peak_bytes_in_use()
     print(
         f"{len(plans)} compilations, {sum(plan.flops for plan in plans):.1e} FLOPs, at most {largest / 2**20:,.0f} MiB"
         f" ({in_all / 2**20:,.0f} with all else, as this command took); here {duration(planning.total_seconds(plans))}"
@@ -112,19 +114,19 @@ def _heads(there: dict | None) -> str:
 
 def _seconds(there: dict | None, batch_size: int, runs: int, images: int) -> list[float]:
     """Of training, for each number of devices elsewhere."""
-    from smallbatch_jax import planning
+    from smallbatch_jax.runner import planning
 
     return [] if there is None else [planning.elsewhere(batch_size, runs, images, there["results"], n) for n in _devices()]
 
 
 def _columns(seconds: list[float]) -> str:
-    from smallbatch_jax.progress import duration
+    from smallbatch_jax.runner.progress import duration
 
     return "".join(f"{duration(x):>16}" for x in seconds)
 
 
 def _totals(there: dict, total: list[float]) -> str:
-    from smallbatch_jax.progress import duration
+    from smallbatch_jax.runner.progress import duration
 
     counted = [f"{duration(x)}" + (f" ({n} of them)" if n > 1 else "") for n, x in zip(_devices(), total, strict=True)]
     return f"on {there['device']} {', '.join(counted)}"

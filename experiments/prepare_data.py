@@ -17,9 +17,9 @@ from typing import Any
 import command
 from absl import flags
 
-from smallbatch_jax import extras
-from smallbatch_jax.experiment import InputError
-from smallbatch_jax.fields import nearest
+from smallbatch_jax.config import extras
+from smallbatch_jax.config.experiment import InputError
+from smallbatch_jax.config.fields import nearest
 
 DATASETS = ("cifar10", "cifar100", "imagenet2012")
 IMAGENET_ARCHIVES = {"ILSVRC2012_img_train.tar": "138 GB", "ILSVRC2012_img_val.tar": "6.3 GB"}

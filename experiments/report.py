@@ -32,8 +32,8 @@ def main() -> int:
 
 def write(workdirs: list[str], out: Path, refresh_seconds: int | None = None) -> bool:
     """Writes the page and says the answers; whether runs are still to come."""
-    from smallbatch_jax import report, study
-    from smallbatch_jax.answer import answer
+    from smallbatch_jax.study import report, study
+    from smallbatch_jax.study.answer import answer
 
     studies = list(study.load_all(workdirs).values())
     unfinished = any(ended < runs for ended, runs in (found.runs for found in studies))

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 from absl import flags
 
-from smallbatch_jax import signals
-from smallbatch_jax.fields import InputError
+from smallbatch_jax.config.fields import InputError
+from smallbatch_jax.runner import signals
 
 HEARTBEAT_SECONDS = 30  # after which a process that went silent is taken to be lost, where its connections did not tell at once
 END_SECONDS = 600  # that the others wait for the first, which draws the figures

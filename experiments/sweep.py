@@ -12,7 +12,7 @@ STARTED = time.monotonic()
 import command  # noqa: E402
 import several  # noqa: E402, F401 - its flags
 
-from smallbatch_jax import experiment  # noqa: E402
+from smallbatch_jax.config import experiment  # noqa: E402
 
 CONFIG = command.define_config_flag()
 WORKDIR = command.DEFINE_path("workdir", "Folder of the results; made if it is not there.")

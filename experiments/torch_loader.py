@@ -10,13 +10,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset  # pyright: ignore[reportMissingImports]
 
 from smallbatch_jax.data import Photographs, views
-from smallbatch_jax.data.numbered import Numbered
+from smallbatch_jax.data.numbered import SampleIndex
 
 
 class Pictures(Dataset):
     """Item k: the image that training sees at position k of its stream, at a scale and place of its own drawing."""
 
-    def __init__(self, numbered: Numbered, photographs: Photographs):
+    def __init__(self, numbered: SampleIndex, photographs: Photographs):
         self._numbered, self._photographs = numbered, photographs
 
     def __len__(self) -> int:
@@ -38,6 +38,6 @@ class Pictures(Dataset):
         return torch.from_numpy(np.array(image)), label
 
 
-def batches(numbered: Numbered, photographs: Photographs, workers: int, size: int) -> Iterator[Any]:
+def batches(numbered: SampleIndex, photographs: Photographs, workers: int, size: int) -> Iterator[Any]:
     """Images uint8[size, S, S, 3] and labels, without end."""
     return iter(DataLoader(Pictures(numbered, photographs), size, num_workers=workers, multiprocessing_context="spawn"))

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
-from smallbatch_jax.experiment import InputError
+from smallbatch_jax.config.experiment import InputError
 
 EXAMPLES = 4096  # random images, kept on the device
 PAD = 4  # pixels, of the augmentation (§3.1)

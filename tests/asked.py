@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from smallbatch_jax.experiment import InputError, default_config, from_config
+from smallbatch_jax.config.experiment import InputError, default_config, from_config
 
 ROOT = Path(__file__).parent.parent
 

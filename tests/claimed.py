@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 import tiny
 
-from smallbatch_jax import analysis, claims
-from smallbatch_jax.study import Study
+from smallbatch_jax.study import analysis, claims
+from smallbatch_jax.study.study import Study
 
 LOST = math.nan  # a run that diverged
 LRS = (2**-9, 2**-8, 2**-7)

@@ -19,7 +19,7 @@ from pictures import GREEN, RED, save
 from PIL import Image
 
 from smallbatch_jax.data import decode
-from smallbatch_jax.driver import use_all_cores
+from smallbatch_jax.program.devices import use_all_cores
 
 use_all_cores()  # with its compiler flags, so that results in this process are those of the commands
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):

@@ -18,16 +18,16 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from smallbatch_jax import results
-from smallbatch_jax.figures.cost import STEMS as COST_STEMS
-from smallbatch_jax.timings import TIMING_COLUMNS
+from smallbatch_jax.store import results
+from smallbatch_jax.store.timings import TIMING_COLUMNS
+from smallbatch_jax.study.figures.cost import STEMS as COST_STEMS
 
 ROOT = Path(__file__).parent.parent
 SOAK_SECONDS = 350  # for one soak; then it stops, and fails
 LIFE_SECONDS = 120  # for a single process, wherever no soak bounds it
 
 # A checkpoint is saved whenever a segment ends: by default a fiftieth of the time may go into them.
-OFTEN = "from smallbatch_jax import feeder; feeder.CHECKPOINT_SHARE = 1e9"
+OFTEN = "from smallbatch_jax.runner import scheduler as feeder; feeder.CHECKPOINT_SHARE = 1e9"
 # Death at the nth file that is whole under a temporary name, and would now get its own.
 DIES = """
 import os, signal
@@ -40,7 +40,7 @@ os.replace = replace
 # Every segment takes seconds more, in C, where Python sees no signal; as a large model's does. A file says that it began.
 LONG = """
 import hashlib, pathlib
-from smallbatch_jax.lanes import LaneProgram
+from smallbatch_jax.program.lanes import LaneProgram
 real = LaneProgram.run
 def run(*values):
     pathlib.Path("{marker}").touch()

@@ -6,12 +6,14 @@ import numpy as np
 import tiny
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
-from smallbatch_jax import analysis, driver, results
-from smallbatch_jax.experiment import Run
-from smallbatch_jax.metrics import name_of
-from smallbatch_jax.mirrors import Mirrors
-from smallbatch_jax.progress import NoProgress
-from smallbatch_jax.results import ProgramResults, Row
+from smallbatch_jax.config.experiment import Run
+from smallbatch_jax.runner import driver
+from smallbatch_jax.runner.progress import NoProgress
+from smallbatch_jax.store import results
+from smallbatch_jax.store.results import ProgramResults, Row
+from smallbatch_jax.study import analysis
+from smallbatch_jax.tracking.metrics import name_of
+from smallbatch_jax.tracking.trackers import Trackers
 
 GRID = {"base_lrs": (2**-9, 0.1, 1e30), "seeds": (0, 1), "lanes": 4}
 TAGS = {name.replace("_", "/"): name for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy")} | {
@@ -65,5 +67,5 @@ def show(workdir, *rows, epochs=7, **fields):
     """Stores rows and opens the mirrors on what is stored then."""
     with ProgramResults(workdir, 4, 4) as stored:
         stored.append(rows)
-        with Mirrors(tiny.grid(**{"epochs": epochs, "tensorboard": True, **fields}), workdir, [stored]):
+        with Trackers(tiny.grid(**{"epochs": epochs, "tensorboard": True, **fields}), workdir, [stored]):
             pass

@@ -7,7 +7,7 @@ import zlib
 import pytest
 
 from smallbatch_jax import data
-from smallbatch_jax.experiment import InputError
+from smallbatch_jax.config.experiment import InputError
 
 RED, GREEN = (250, 10, 10), (10, 250, 10)
 

@@ -13,16 +13,19 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from smallbatch_jax import data, driver, experiment, jobs, lanes, processes
-from smallbatch_jax.checkpoint import Checkpoints
-from smallbatch_jax.streamed import supply_of
-from smallbatch_jax.supply import Span
+from smallbatch_jax import data
+from smallbatch_jax.config import experiment
+from smallbatch_jax.program import devices, lanes, processes
+from smallbatch_jax.runner import jobs
+from smallbatch_jax.runner.input import Span
+from smallbatch_jax.runner.streaming import supply_of
+from smallbatch_jax.store.checkpoint import Checkpoints
 
 STEPS = 20
 
 
 def main(out: str, cases: str, *distributed: str) -> None:
-    driver.use_all_cores()
+    devices.use_all_cores()
     if distributed:
         jax.distributed.initialize(distributed[0], *map(int, distributed[1:]))
     found = {}

@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 from flax import linen as nn
 
-from smallbatch_jax import experiment, results
+from smallbatch_jax.config import experiment
 from smallbatch_jax.data import Dataset
 from smallbatch_jax.models.layers import Dense
 from smallbatch_jax.models.norm import BatchNorm
+from smallbatch_jax.store import results
 
 
 class TinyModel(nn.Module):

@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smallbatch_jax import extras, fields
+from smallbatch_jax.config import extras, fields
+from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.data import prepared
 from smallbatch_jax.data.dataset import Dataset
 from smallbatch_jax.data.digits import load_digits
 from smallbatch_jax.data.folder import load_folder, stream_folder
-from smallbatch_jax.data.photographs import Drawn, Photographs
-from smallbatch_jax.experiment import InputError
+from smallbatch_jax.data.photographs import Photographs, SyntheticImages
 
 __all__ = ["DATASETS", "Dataset", "Photographs", "load", "num_train_examples", "random"]
 
@@ -89,7 +89,7 @@ def random(name: str, data_dir: str | os.PathLike | None = None, image_size: int
     if name in _STREAMS:
         extras.require("photographs", f"dataset.name={name}")
         size = _SIZES[name]
-        train, test = (Drawn(count, size.classes) for count in (size.train, size.test))
+        train, test = (SyntheticImages(count, size.classes) for count in (size.train, size.test))
         return Photographs(train, test, image_size or size.image[0], size.classes, (), prepared.IMAGENET_STATISTICS)
     size, draw = _SIZES[name], np.random.default_rng(0)
 

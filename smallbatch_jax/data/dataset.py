@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smallbatch_jax.experiment import InputError
+from smallbatch_jax.config.experiment import InputError
 
 _STATISTICS_CHUNK_BYTES = 2**22  # of uint8 images; the chunk's squares take four times as much
 

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from smallbatch_jax.experiment import InputError
+from smallbatch_jax.config.experiment import InputError
 
 VERSION = 2  # of the rules above; stored arrays decoded by other rules are not used
 KINDS = "JPEG, PNG, WebP, BMP, TIFF or GIF"

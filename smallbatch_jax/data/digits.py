@@ -4,8 +4,8 @@ import os
 
 import numpy as np
 
+from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.data.dataset import Dataset
-from smallbatch_jax.experiment import InputError
 
 _INK_LEVELS = 16  # the pictures count the inked pixels, 0..16, of 4 × 4 blocks
 

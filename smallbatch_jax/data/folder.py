@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.data import cache, decode
 from smallbatch_jax.data.dataset import Dataset
 from smallbatch_jax.data.photographs import Files, Photographs
-from smallbatch_jax.experiment import InputError
 
 SPLITS = ("train", "test")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")

@@ -33,7 +33,7 @@ class Decoded(NamedTuple):
     sound: np.ndarray  # bool[n], False where a file could not be read or decoded
 
 
-class Numbered:
+class SampleIndex:
     """Every image that may be asked for: of each seed its stream of epochs (`data.order`), then the test set."""
 
     def __init__(

@@ -16,8 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
+from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.data import decode, order
-from smallbatch_jax.experiment import InputError
 
 DIGEST_IMAGES = 64  # of each split, that name a dataset without a listing
 STATISTICS_IMAGES = 1024  # training images that the channels' mean and deviation are taken over
@@ -94,7 +94,7 @@ class Records:
         return {"_paths": self._paths, "_count": self._count}  # not the open files
 
 
-class Drawn:
+class SyntheticImages:
     """Made-up photographs of 500×375, to measure how fast real ones would be read."""
 
     upright = False

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.data import cache, decode
 from smallbatch_jax.data.dataset import Dataset
 from smallbatch_jax.data.photographs import Photographs, Records
-from smallbatch_jax.experiment import InputError
 
 SPLITS = ("train", "test")
 

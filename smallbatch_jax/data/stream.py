@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from smallbatch_jax.data import slots
-from smallbatch_jax.data.numbered import Decoded, Numbered
+from smallbatch_jax.data.numbered import Decoded, SampleIndex
 from smallbatch_jax.data.slots import Slots
 
 MESSAGE_BYTES = 2**22  # of images that a worker decodes before it hands them over
@@ -27,7 +27,7 @@ MESSAGES_AHEAD = 2  # per worker, beside the one that it works on
 class _Messages:
     """What workers send at once: so many images of consecutive numbers."""
 
-    def __init__(self, numbered: Numbered, size: int, slots: Slots | None):
+    def __init__(self, numbered: SampleIndex, size: int, slots: Slots | None):
         """`slots` for the images; without, they are a part of the message."""
         self._numbered, self._size, self._slots = numbered, size, slots
 
@@ -51,9 +51,9 @@ class Lost(Exception):
 
 
 class Ahead:
-    """Reads `Numbered` images from any number on, with worker processes that stay ahead."""
+    """Reads `SampleIndex` images from any number on, with worker processes that stay ahead."""
 
-    def __init__(self, numbered: Numbered, image_bytes: int, workers: int):
+    def __init__(self, numbered: SampleIndex, image_bytes: int, workers: int):
         """`workers` processes; 0 for a thread of this process."""
         import grain
         from absl import flags

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from smallbatch_jax import fields
-from smallbatch_jax.experiment import ALL_NORMS, MODEL_NORMS, InputError
+from smallbatch_jax.config import fields
+from smallbatch_jax.config.experiment import ALL_NORMS, MODEL_NORMS, InputError
 from smallbatch_jax.models import blocks
 from smallbatch_jax.models.alexnet import AlexNet
 from smallbatch_jax.models.resnet import CifarResNet

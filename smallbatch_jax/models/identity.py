@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from smallbatch_jax.experiment import InputError
+from smallbatch_jax.config.experiment import InputError
 
 # Libraries whose functions are known by their name, wherever a version of the library keeps them.
 _LIBRARIES = ("flax", "jax", "jaxlib", "numpy", "optax")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from smallbatch_jax.experiment import InputError
+from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.models import blocks
 from smallbatch_jax.models.fusion import rounded
 

@@ -15,7 +15,7 @@ from flax import errors as flax_errors
 from flax import linen as nn
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from smallbatch_jax.experiment import OWN, InputError
+from smallbatch_jax.config.experiment import OWN, InputError
 from smallbatch_jax.models import identity
 
 # Arguments that tell a module whether it trains, and what they are while it does.

@@ -1,0 +1,293 @@
+"""A program of many lanes: compile it, put a new run into a lane, run a segment, evaluate.
+
+Each lane holds one run. On CPU the lanes of a device are trained one after the other, on GPU and TPU side by side
+(`segment.py`). The devices form a mesh (`mesh.py`), over whose rows the lanes are spread.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from smallbatch_jax.config.experiment import InputError
+from smallbatch_jax.program.device_data import POOL, DeviceData, Pool, TestImages
+from smallbatch_jax.program.devices import DATA, LANE, keep_freed_memory, lane_mesh
+from smallbatch_jax.program.evaluation import Tested
+from smallbatch_jax.program.processes import put
+from smallbatch_jax.program.segment import (
+    INDICES,
+    LaneMapping,
+    LaneState,
+    Report,
+    Segment,
+    expand,
+    make_segment,
+    make_test_lanes,
+)
+from smallbatch_jax.program.train import Batch, Model, Program, Setting, TrainState, init_state, make_train_step
+
+__all__ = ["LaneMapping", "LaneProgram", "LaneState", "Report", "Segment", "compile_lanes", "initialiser", "lane_mesh"]
+
+MATMUL_PRECISION = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "bfloat16"}
+COMPUTE_DTYPE = {"float32": jnp.float32, "tf32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def lane_mapping() -> LaneMapping:
+    """How this backend trains the lanes of one device."""
+    return "map" if jax.default_backend() == "cpu" else "vmap"
+
+
+@dataclass(frozen=True)
+class LaneProgram:
+    """Many lanes of one program, compiled. Every method is one dispatch; states given to it are used up (donated).
+
+    With several processes all call the same methods with the same arguments.
+    """
+
+    lanes: int
+    segment_steps: int  # S, the most steps of a segment
+    any_length: bool  # whether a shorter segment costs less; side by side, lanes take S masked steps whatever is asked
+    sharding: NamedSharding
+    compile_seconds: float
+    _segment: Callable[..., Any]
+    _data: DeviceData | Pool  # of a streamed dataset, its shapes and dtypes
+    template: LaneState  # shapes and dtypes of the stacked lanes
+    _test: Callable[..., Tested] | None = None  # of some of a streamed test set
+
+    def empty(self) -> LaneState:
+        """Lanes that hold no run: not alive."""
+        return self.put(self.zeros())
+
+    def zeros(self) -> LaneState:
+        """The same on the host."""
+        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.template)
+
+    def start(self, state: LaneState, fresh: Mapping[int, TrainState]) -> LaneState:
+        """Puts a new run, given by its state before the first update, into each lane named; the others are as they were."""
+        mask = np.zeros(self.lanes, bool)
+        new = self.zeros()
+        for lane, train in fresh.items():
+            mask[lane] = new.alive[lane] = True
+            jax.tree.map(lambda stacked, leaf, at=lane: stacked.__setitem__(at, leaf), new.train, train)
+        return _replace_lanes(state, self.put(mask), self.put(new))
+
+    def run(
+        self, state: LaneState, settings: Setting, segment: Segment, pool: Pool | None = None, test: Iterable[TestImages] = ()
+    ) -> tuple[LaneState, Report]:
+        """One segment of every lane; settings and segment are stacked by lane.
+
+        Args:
+          state: of the lanes.
+          settings: of the runs in them.
+          segment: what each does; its indices are of the dataset's examples, or of the pool's.
+          pool: the images of the segment, if the dataset is streamed.
+          test: then, the test set part by part; nothing of it is asked for unless a lane evaluates.
+        """
+        shares = NamedSharding(self.mesh, INDICES)
+        sent = Segment(put(segment.indices, shares), self.put(segment.steps), self.put(segment.evaluate))
+        state, report = self._segment(state, self.put(settings), sent, self._data if pool is None else pool)
+        if self._test is None or pool is None or not np.any(segment.evaluate):
+            return state, report
+        zeros = (np.zeros(self.lanes, dtype) for dtype in (np.float32, np.int32, np.int32))
+        tested = self.put(Tested(*zeros))
+        for part in test:
+            tested = self._test(state, tested, sent.evaluate, part, pool.mean, pool.deviation)
+        return state, _with_tested(report, tested, sent.evaluate)
+
+    def put(self, stacked: Any) -> Any:
+        """Arrays stacked by lane, to the devices of their lanes."""
+        return put(stacked, self.sharding)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of this process's devices that the program needs while it runs, its states included, a dataset not."""
+        found = self._segment.memory_analysis()
+        if found is None:
+            return 0
+        if isinstance(self._data, Pool):  # each device has its own, and a second is on its way
+            dataset = -self._data.images.size // self.mesh.size
+        else:  # on each device, an argument as the states are
+            dataset = sum(x.nbytes for x in jax.tree.leaves(self._data))
+        arguments = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+        return (arguments + found.temp_size_in_bytes - dataset) * len(self.mesh.local_devices)
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.sharding.mesh  # pyright: ignore[reportReturnType]
+
+    @property
+    def rows(self) -> int:
+        """Rows of devices, each with lanes of its own."""
+        return self.mesh.shape[LANE]
+
+    def even_steps(self, running: Sequence[bool], pace: int) -> list[int]:
+        """Steps for each running lane of a segment: more in a row with fewer of them, so that all devices take as long.
+
+        In the row with the most lanes each gets `pace`; the others share out as many steps. Where any lane costs what all do,
+        all get `pace`.
+        """
+        if not self.any_length:
+            return [pace * runs for runs in running]
+        lanes_of: dict[int, list[int]] = {}
+        for lane, runs in enumerate(running):
+            if runs:
+                lanes_of.setdefault(self.row_of_lane(lane), []).append(lane)
+        steps = [0] * self.lanes
+        most = max(map(len, lanes_of.values()), default=0)
+        for lanes in lanes_of.values():
+            each, more = divmod(pace * most, len(lanes))
+            for position, lane in enumerate(lanes):
+                steps[lane] = min(self.segment_steps, each + (position < more))
+        return steps
+
+    def row_of_lane(self, lane: int) -> int:
+        """Position in the mesh of the row of devices that holds a lane."""
+        return lane * self.rows // self.lanes
+
+
+def compile_lanes(
+    model: Model,
+    program: Program,
+    data: DeviceData | Pool,
+    mesh: Mesh,
+    lanes: int,
+    segment_steps: int,
+    precision: str = "float32",
+    mapping: LaneMapping | None = None,
+    statistics_model: Model | None = None,
+) -> LaneProgram:
+    """Compiles a program of `lanes` lanes, a multiple of the rows of devices in `mesh`, spread evenly over them.
+
+    Args:
+      model: linen module, `apply(variables, images, train=…)`.
+      program: what the runs share; its axis_name and the model's are "data" if a row has several devices, else None.
+      data: from `to_device`, on the same devices; or the shapes of the pools of a streamed dataset, as it lies on `mesh`.
+      mesh: from `lane_mesh`.
+      lanes: L, runs trained side by side.
+      segment_steps: S, the most steps between two visits to the host.
+      precision: of matrix products and convolutions: "float32", "tf32" or "bfloat16".
+      mapping: "map" or "vmap"; None takes `lane_mapping()`.
+      statistics_model: the model with bn_decay 0 and its bn_batch_size given, to evaluate by precise statistics; None
+        evaluates by running averages.
+    """
+    if lanes % mesh.shape[LANE]:
+        raise ValueError(f"lanes: {lanes} is not a multiple of {mesh.shape[LANE]} devices")
+    if program.axis_name != (DATA if mesh.shape[DATA] > 1 else None):
+        raise ValueError(f"axis_name: {program.axis_name!r} does not go with {mesh.shape[DATA]} devices that share a batch")
+    mapping = mapping or lane_mapping()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
+    sharding = NamedSharding(mesh, P(LANE))
+    fresh = jax.eval_shape(lambda: init_state(model, jnp.zeros((1, *_image_shape(data))), jnp.int32(0)))
+    template = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((lanes, *x.shape), x.dtype, sharding=sharding),
+        LaneState(fresh, *(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32, jnp.bool))),
+    )
+    streamed = isinstance(data, Pool)
+    segment = jax.shard_map(
+        make_segment(model, program, segment_steps, mapping, statistics_model, streamed),
+        mesh=mesh,
+        in_specs=(P(LANE), P(LANE), Segment(INDICES, P(LANE), P(LANE)), POOL if streamed else P()),
+        out_specs=P(LANE),
+        check_vma=False,
+    )
+    test = None
+    if streamed:
+        each = jax.shard_map(
+            make_test_lanes(model, program, mapping),
+            mesh=mesh,
+            in_specs=(P(LANE), P(LANE), P(LANE), P(DATA), P(), P()),
+            out_specs=P(LANE),
+            check_vma=False,
+        )
+        test = _at_precision(jax.jit(each, donate_argnums=1), precision)
+        abstract_data = data
+    else:
+        everywhere = NamedSharding(mesh, P())
+        abstract_data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), data)
+    arguments = _abstract_arguments(program.batch_size, lanes, segment_steps, sharding)
+    began = time.monotonic()
+    lower = _at_precision(jax.jit(segment, donate_argnums=0).lower, precision)
+    compiled = lower(template, *arguments, abstract_data).compile()
+    seconds = time.monotonic() - began
+    any_length = streamed or mapping == "map"
+    return LaneProgram(lanes, segment_steps, any_length, sharding, seconds, compiled, data, template, test)
+
+
+def _at_precision(function: Callable[..., Any], precision: str) -> Callable[..., Any]:
+    """The function, with matrix products and convolutions that it traces at this precision."""
+
+    def call(*args: Any) -> Any:
+        with jax.default_matmul_precision(MATMUL_PRECISION[precision]):
+            return function(*args)
+
+    return call
+
+
+def initialiser(model: Model, image_shape: Sequence[int]) -> Callable[[int], TrainState]:
+    """seed → the state before the first update, as NumPy arrays; compiled once, each seed drawn once.
+
+    No program is named: initialisation depends on the seed alone, not on batch sizes or base learning rates.
+    """
+    init = jax.jit(lambda seed: init_state(model, jnp.zeros((1, *image_shape)), seed))
+    return functools.cache(lambda seed: jax.tree.map(np.asarray, init(np.int32(seed))))
+
+
+def require_model(model: Model, image_shape: Sequence[int], num_classes: int, batch_size: int = 2) -> None:
+    """Refuses a model that cannot take a dataset's images or gives other logits than one per class; runs nothing."""
+    images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
+    batch = Batch(images, jax.ShapeDtypeStruct((batch_size,), jnp.int32))
+    setting = Setting(*(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.float32)))
+
+    def logits(state: TrainState, images: jax.Array) -> Any:
+        return model.apply({"params": state.params, "batch_stats": state.batch_stats}, images, train=False)
+
+    try:
+        state = jax.eval_shape(lambda images: init_state(model, images, jnp.int32(0)), images)
+        found = jax.eval_shape(logits, state, images)
+        if not isinstance(found, jax.ShapeDtypeStruct) or found.shape != (batch_size, num_classes):
+            shape = found.shape[1:] if isinstance(found, jax.ShapeDtypeStruct) else f"a {type(found).__name__} in place of"
+            raise InputError(f"model: gives {shape} logits per image, the dataset has {num_classes} classes.")
+        if not jnp.issubdtype(found.dtype, jnp.floating):
+            raise InputError(f"model: gives logits of {found.dtype}, accepts floating point.")
+        trained, _ = jax.eval_shape(make_train_step(model, Program(batch_size, 1)), state, setting, batch)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a model raises for a shape it was not made for
+        raise InputError(f"model: cannot take images of shape {images.shape[1:]}: {error}") from error
+    if jax.tree.structure(trained) != jax.tree.structure(state):
+        raise InputError("model: training makes other variables than init did; make them whatever `train` is.")
+
+
+def _image_shape(data: DeviceData | Pool) -> tuple[int, ...]:
+    return data.images.shape[3:] if isinstance(data, Pool) else data.train_images.shape[1:]
+
+
+@jax.jit
+def _with_tested(report: Report, tested: Tested, evaluated: jax.Array) -> Report:
+    loss = jnp.where(evaluated & report.alive, tested.loss / tested.images, jnp.nan)
+    return report._replace(test_loss=loss, test_correct=tested.correct, test_images=tested.images)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _replace_lanes(state: LaneState, mask: jax.Array, new: LaneState) -> LaneState:
+    return jax.tree.map(lambda old, n: jnp.where(expand(mask, n), n, old), state, new)
+
+
+def _abstract_arguments(batch_size: int, lanes: int, segment_steps: int, sharding: NamedSharding) -> tuple[Setting, Segment]:
+    """Shapes of the settings and segments that a program is called with."""
+
+    def stacked(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((lanes,), dtype, sharding=sharding)
+
+    settings = Setting(*(stacked(np.float32), stacked(np.int32), stacked(np.float32), stacked(np.float32)))
+    shares = NamedSharding(sharding.mesh, INDICES)
+    indices = jax.ShapeDtypeStruct((lanes, segment_steps, batch_size), np.int32, sharding=shares)
+    return settings, Segment(indices, stacked(np.int32), stacked(bool))

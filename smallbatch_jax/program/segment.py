@@ -1,0 +1,158 @@
+"""A segment of every lane on one device: the steps between two visits to the host, and the evaluation that ends an epoch.
+
+Pure functions of the lanes, their settings, what each is to do and the images; `lanes.py` compiles them. Lanes are trained one
+after the other ("map"), each in a loop that ends when its share is done or its loss is not finite: an ended lane costs nothing,
+and no lane's arithmetic touches another's. Or side by side ("vmap"), with ended lanes masked.
+
+Images lie on the device, all of them or a pool of those that the segment needs: the steps are the same.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from smallbatch_jax.data.augment import crop_and_flip
+from smallbatch_jax.program.device_data import DeviceData, TestImages, normalised
+from smallbatch_jax.program.devices import DATA, LANE
+from smallbatch_jax.program.evaluation import Tested, make_evaluate, make_test, not_evaluated, with_precise_statistics
+from smallbatch_jax.program.train import Array, Batch, Model, Program, Setting, TrainState, make_train_step
+
+LaneMapping = Literal["map", "vmap"]
+
+
+class LaneState(NamedTuple):
+    """One lane; all lanes of a program are stacked along a leading axis."""
+
+    train: TrainState
+    loss_sum: Array  # float32[], of the epoch's batches so far
+    correct: Array  # int32[], of the epoch's examples so far
+    alive: Array  # bool[], False once a training loss was not finite
+
+
+class Segment(NamedTuple):
+    """What each lane does in a segment; all stacked by lane, int32 but for `evaluate`."""
+
+    indices: Array  # int32[S, m], the examples of each step; rows from `steps` on are not read
+    steps: Array  # int32[], updates to take, at most S
+    evaluate: Array  # bool[], whether the segment ends an epoch
+
+
+INDICES = P(LANE, None, DATA)  # of the lanes, the steps, and the examples of a step
+
+
+class Report(NamedTuple):
+    """What each lane found in a segment."""
+
+    step: Array  # int32[], updates taken by the run
+    alive: Array  # bool[]
+    loss_sum: Array  # float32[], of the epoch so far, the loss that was not finite included
+    correct: Array  # int32[], of the epoch so far
+    test_loss: Array  # float32[], mean over the test set; NaN if not evaluated
+    test_correct: Array  # int32[]; 0 if not evaluated
+    test_images: Array  # int32[], that they are of; 0 if not evaluated
+
+
+def make_segment(
+    model: Model, program: Program, segment_steps: int, mapping: LaneMapping, statistics_model: Model | None, streamed: bool
+) -> Callable[..., Any]:
+    """(lanes, settings, segments, data) → (lanes, reports), for the lanes of one device and its share of their batches.
+
+    Where images are streamed, data is a `Pool`, and the test set is not evaluated here but by `make_test_lanes`.
+    """
+    advance, evaluate = _make_advance(model, program), make_evaluate(model, program.axis_name)
+    if statistics_model is not None:
+        evaluate = with_precise_statistics(evaluate, statistics_model)
+
+    def run_lane(state: LaneState, setting: Setting, segment: Segment, data: DeviceData) -> tuple[LaneState, Report]:
+        def unfinished(carry: tuple[jax.Array, LaneState]) -> jax.Array:
+            return (carry[0] < segment.steps) & carry[1].alive
+
+        def step(carry: tuple[jax.Array, LaneState]) -> tuple[jax.Array, LaneState]:
+            i, state = carry
+            return i + 1, advance(state, setting, segment.indices[i], data)
+
+        _, state = lax.while_loop(unfinished, step, (jnp.int32(0), state))
+        if streamed:
+            return _report(state, segment, not_evaluated())
+        tested = lax.cond(segment.evaluate & state.alive, lambda: evaluate(state.train, data), not_evaluated)
+        return _report(state, segment, tested)
+
+    def run_mapped(states, settings, segments, data):
+        return lax.map(lambda lane: run_lane(lane[0], lane[1], lane[2], data), (states, settings, segments))
+
+    def run_vmapped(states, settings, segments, data):
+        def step(i: jax.Array, states: LaneState) -> LaneState:
+            new = jax.vmap(advance, (0, 0, 0, None))(states, settings, segments.indices[:, i], data)
+            active = (i < segments.steps) & states.alive
+            return jax.tree.map(lambda n, o: jnp.where(expand(active, n), n, o), new, states)
+
+        if streamed:  # a step is long enough for the device to ask whether there is another
+            states = lax.fori_loop(0, jnp.max(segments.steps), step, states)
+            return jax.vmap(lambda state, segment: _report(state, segment, not_evaluated()))(states, segments)
+        states, _ = lax.scan(lambda states, i: (step(i, states), None), states, jnp.arange(segment_steps))
+        # One branch for the device: under vmap a branch per lane would run both.
+        tested = lax.cond(
+            jnp.any(segments.evaluate),
+            lambda: jax.vmap(evaluate, (0, None))(states.train, data),
+            lambda: jax.vmap(lambda _: not_evaluated())(segments.steps),
+        )
+        return jax.vmap(_report)(states, segments, tested)
+
+    run = run_mapped if mapping == "map" else run_vmapped
+    if not streamed:
+        return run
+    return lambda states, settings, segments, pool: run(states, settings, segments, pool.on_this_device())
+
+
+def make_test_lanes(model: Model, program: Program, mapping: LaneMapping) -> Callable[..., Tested]:
+    """(lanes, tested, which, images, mean, deviation) → tested: what each lane of which bool[L] finds is added to its sums."""
+    test = make_test(model, program.axis_name)
+
+    def test_lane(state: LaneState, tested: Tested, named: jax.Array, images: jax.Array, part: TestImages) -> Tested:
+        def added() -> Tested:
+            return jax.tree.map(jnp.add, tested, test(state.train, images, part))
+
+        return lax.cond(named & state.alive, added, lambda: tested)
+
+    def run(states, tested, which, part, mean, deviation):
+        images = normalised(part.images, mean, deviation)
+        if mapping == "map":
+            return lax.map(lambda lane: test_lane(lane[0], lane[1], lane[2], images, part), (states, tested, which))
+        return jax.vmap(test_lane, (0, 0, 0, None, None))(states, tested, which, images, part)
+
+    return run
+
+
+def _make_advance(model: Model, program: Program) -> Callable[..., LaneState]:
+    train_step = make_train_step(model, program)
+
+    def advance(state: LaneState, setting: Setting, indices: jax.Array, data: DeviceData) -> LaneState:
+        """One update of one lane. If its loss is not finite the lane dies, and the update is not counted."""
+        images = data.normalise(data.train_images[indices])
+        if program.augment:
+            first = 0 if program.axis_name is None else lax.axis_index(program.axis_name) * len(indices)
+            positions = state.train.step * program.batch_size + first + jnp.arange(len(indices))
+            images = crop_and_flip(images, setting.seed, positions // len(data.train_labels), indices)
+        train, metrics = train_step(state.train, setting, Batch(images, data.train_labels[indices]))
+        finite = jnp.isfinite(metrics.loss)
+        train = train._replace(step=jnp.where(finite, train.step, state.train.step))
+        return LaneState(train, state.loss_sum + metrics.loss, state.correct + metrics.correct, finite)
+
+    return advance
+
+
+def _report(state: LaneState, segment: Segment, tested: Tested) -> tuple[LaneState, Report]:
+    """What a lane found, and the lane with its sums cleared if the segment ended an epoch."""
+    report = Report(state.train.step, state.alive, state.loss_sum, state.correct, *tested)
+    state = state._replace(
+        loss_sum=jnp.where(segment.evaluate, 0.0, state.loss_sum), correct=jnp.where(segment.evaluate, 0, state.correct)
+    )
+    return state, report
+
+
+def expand(mask: jax.Array, like: jax.Array) -> jax.Array:
+    return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))

@@ -1,0 +1,220 @@
+"""What the terminal shows while a grid trains: live bars, or now and then a plain line where nobody watches."""
+
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TextIO
+
+from smallbatch_jax.config.text import duration
+
+SMOOTHING = 0.2  # weight of the last segment in the images/s that are shown
+
+
+@dataclass
+class Part:
+    """How far some runs have come: those of one program, or of the whole grid."""
+
+    runs: int
+    images: int  # training images that they will need, less those of runs that ended early
+    finished: int = 0
+    diverged: int = 0
+    trained: int = 0  # images trained by this process
+    best: float = math.nan  # highest final test accuracy of a run that ended (§3.1), a fraction
+
+    @property
+    def done(self) -> int:
+        return self.finished + self.diverged
+
+    def add_run(self, diverged: bool, test_accuracy: float = math.nan) -> None:
+        """Counts a run that ended."""
+        self.diverged += diverged
+        self.finished += not diverged
+        if test_accuracy > self.best or math.isnan(self.best):
+            self.best = test_accuracy
+
+    def counts(self) -> str:
+        """Runs done and diverged, and the best accuracy so far."""
+        best = f", best run {100 * self.best:.1f} %" if self.best == self.best else ""
+        return f"{self.done}/{self.runs} runs done ({self.diverged} diverged){best}"
+
+
+@dataclass
+class ProgramPart(Part):
+    """A program that trains."""
+
+    name: str = ""
+    lanes: int = 0
+    running: int = 0  # lanes at work
+    seconds: float = 0.0  # of its segments
+    segments: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Images/s since it began, NaN before its first segment."""
+        return self.trained / self.seconds if self.trained else math.nan
+
+
+@dataclass
+class Status(Part):
+    """How far a grid has come, and the program that trains."""
+
+    started: float = field(default_factory=time.monotonic)
+    running: int = 0
+    images_per_second: float = 0.0  # smoothed
+    program: ProgramPart | None = None  # None before the first, or where several train at once
+    later_seconds: float = 0.0  # that the programs after it are expected to take
+
+    def begin(self, program: ProgramPart) -> None:
+        """Another program trains from now on."""
+        self.program, self.images_per_second = program, 0.0
+
+    def end_run(self, diverged: bool, test_accuracy: float) -> None:
+        """Counts a run that ended, of the program that trains."""
+        for part in self._parts():
+            part.add_run(diverged, test_accuracy)
+
+    def spare(self, images: int) -> None:
+        """Images that need not be trained after all."""
+        for part in self._parts():
+            part.images -= images
+
+    def add_images(self, images: int, seconds: float) -> None:
+        """Counts a segment's images."""
+        for part in self._parts():
+            part.trained += images
+        rate = images / max(seconds, 1e-9)
+        known = self.images_per_second
+        if self.program:
+            self.program.seconds += seconds
+            self.program.segments += 1
+            known *= self.program.segments > 2  # the first also waits for what is done once
+        self.images_per_second = (1 - SMOOTHING) * known + SMOOTHING * rate if known else rate
+
+    def add_running(self, running: int) -> None:
+        """How many lanes are at work now."""
+        self.running = running
+        if self.program:
+            self.program.running = running
+
+    def _parts(self) -> list[Part]:
+        return [self, self.program] if self.program else [self]
+
+    @property
+    def program_seconds(self) -> float:
+        """Time left for the program that trains; NaN before its second segment."""
+        part = self.program or self
+        known = self.images_per_second and (self.program is None or self.program.segments > 1)
+        return (part.images - part.trained) / self.images_per_second if known else math.nan
+
+    @property
+    def seconds(self) -> float:
+        """Time left for the grid; NaN before the second segment of a program."""
+        return self.program_seconds + self.later_seconds
+
+    def line(self) -> str:
+        """One line: the program's lanes, speed and time left, then the grid's runs and time left."""
+        speed = f"{self.images_per_second:,.0f} images/s"
+        grid = f"{self.counts()}, {duration(self.seconds)} left"
+        if self.program is None:
+            return f"{self.running} running, {speed}; {grid}"
+        return f"{self.program_line()}, {duration(self.program_seconds)} left; grid: {grid}"
+
+    def program_line(self) -> str:
+        """Of the program that trains: lanes at work, images/s, runs done."""
+        part = self.program
+        if part is None:
+            return ""
+        lanes = f"{part.running} of {part.lanes} lanes at work" if part.running else "ending"
+        return f"{lanes}, {self.images_per_second:,.0f} images/s, {part.counts()}"
+
+
+class Progress(Protocol):
+    def show(self, status: Status, doing: str) -> None:
+        """Called after every segment."""
+
+    def close(self, status: Status) -> None:
+        """Called once, when all is done."""
+
+
+class NoProgress:
+    """Says nothing."""
+
+    def show(self, status: Status, doing: str) -> None: ...
+
+    def close(self, status: Status) -> None: ...
+
+
+class PlainProgress:
+    """For a log: a line as each program has begun to train, then at most one in `every_seconds`, and one at the end."""
+
+    def __init__(self, stream: TextIO | None = None, every_seconds: float = 60.0):
+        self._stream, self._every = stream or sys.stderr, every_seconds
+        self._last, self._doing = -math.inf, ""
+
+    def show(self, status: Status, doing: str) -> None:
+        early = status.program is not None and status.program.segments == 1  # nothing can be said of its time yet
+        if (doing != self._doing and not early) or time.monotonic() - self._last >= self._every:
+            self._last, self._doing = time.monotonic(), doing
+            print(f"{doing}: {status.line()}" if status.trained else doing, file=self._stream, flush=True)
+
+    def close(self, status: Status) -> None:
+        print(_ending(status), file=self._stream, flush=True)
+
+
+class LiveProgress:
+    """Two bars that stay in place, for a terminal: the program that trains, and the whole grid."""
+
+    def __init__(self, console: Any = None) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+        from rich.progress import Progress as Bars
+        from rich.table import Column
+        from rich.text import Text
+
+        class Line(ProgressColumn):
+            """Gives way where there is little room, and is cut, not wrapped."""
+
+            def render(self, task: Task) -> Text:
+                return Text(task.fields["line"], no_wrap=True, overflow="ellipsis")
+
+        columns = (
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=6)),
+            BarColumn(bar_width=16, table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
+            Line(),
+        )
+        self._bars = Bars(*columns, console=console or Console(stderr=True), transient=True)
+        self._program = self._bars.add_task("", total=None, left="", line="", visible=False)
+        self._grid = self._bars.add_task("grid", total=None, left="", line="")
+        self._bars.start()
+
+    def show(self, status: Status, doing: str) -> None:
+        part = status.program
+        if part is not None:
+            self._bars.update(
+                self._program,
+                description=doing,
+                total=max(part.images, 1),
+                completed=part.trained,
+                left=f"{duration(status.program_seconds)} left",
+                line=status.program_line(),
+                visible=True,
+            )
+        left = f"{duration(status.seconds)} left" if status.trained else ""
+        line = status.counts() if part else f"{doing}: {status.counts()}"
+        self._bars.update(self._grid, total=max(status.images, 1), completed=status.trained, left=left, line=line)
+
+    def close(self, status: Status) -> None:
+        self._bars.stop()
+        print(_ending(status), file=sys.stderr, flush=True)
+
+
+def for_stream(stream: TextIO | None = None) -> Progress:
+    """The live bars on a terminal, plain lines elsewhere."""
+    watched = stream if stream is not None else sys.stderr
+    return LiveProgress() if watched.isatty() else PlainProgress(watched)
+
+
+def _ending(status: Status) -> str:
+    return f"{status.counts()}; {status.trained:,} images trained in {duration(time.monotonic() - status.started)}"

@@ -1,0 +1,196 @@
+"""Checkpoints of a program's lanes, by Orbax: atomic, the last two kept, a damaged one passed over.
+
+One process writes and reads them, however many train: it is given all lanes, and tells the others what it read. So their
+number and that of the devices may change from one start to the next. (Orbax's older interface: its newer one cannot leave
+out the other processes.)
+"""
+
+import dataclasses
+import gc
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+from orbax import checkpoint as ocp
+
+from smallbatch_jax.config import fields
+from smallbatch_jax.config.experiment import Experiment, InputError, Run, differences
+from smallbatch_jax.store.files import WriteError
+
+FORMAT = 1
+KEEP = 2
+LAST_WORDS_SECONDS = 0.3  # after a failure, in which Orbax's threads still find out about it
+PyTree = Any
+
+
+class Checkpoints:
+    """The checkpoints of one program of an experiment, in a folder of their own."""
+
+    def __init__(self, folder: Path, experiment: Experiment):
+        self._folder, self._experiment = folder, experiment
+        self._manager: ocp.CheckpointManager | None = None
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            alone = {jax.process_index()} if jax.process_count() > 1 else None
+            options: Any = ocp.CheckpointManagerOptions(
+                create=False,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=False,
+                max_to_keep=KEEP,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    primary_host=jax.process_index(), active_processes=alone, barrier_sync_key_prefix="checkpoints"
+                ),
+            )
+            self._manager = ocp.CheckpointManager(self._folder.resolve(), options=options)
+        return self._manager
+
+    def save(self, lanes: PyTree, runs: list[Run | None]) -> None:
+        """Saves the stacked lanes and the run in each; returns once they are on the disk.
+
+        Raises:
+          WriteError: if they cannot be written; the checkpoints before are there still.
+        """
+        lanes = jax.tree.map(np.asarray, lanes)
+        metadata: Any = {
+            "format": FORMAT,
+            "experiment": self._experiment.to_dict(),
+            "runs": [None if run is None else dataclasses.asdict(run) for run in runs],
+            "arrays": _arrays(lanes),
+            "checksum": _checksum(lanes),
+        }
+        metadata["seal"] = _seal(metadata)
+        try:
+            with _quietly():
+                manager, content = self._open(), ocp.args.StandardSave(lanes)  # pyright: ignore[reportCallIssue]
+                latest = manager.latest_step()
+                manager.save(0 if latest is None else latest + 1, args=content, custom_metadata=metadata, force=True)
+        except Exception as error:  # Orbax passes on whatever its storage raises
+            self.close()
+            raise WriteError(self._folder, _reason(error)) from error
+
+    def restore(self, template: PyTree) -> tuple[PyTree, list[Run | None]] | None:
+        """The lanes last saved, as NumPy arrays stacked by lane, and the run in each; None if nothing was saved.
+
+        Their number may differ from that of `template`, whose leaves give the other axes and the dtypes. A checkpoint that
+        cannot be read whole is put aside with a warning, and the one before is taken.
+
+        Raises:
+          InputError: if they are of another experiment, model or format.
+        """
+        if not self._folder.is_dir():
+            return None
+        with _quietly():
+            for step in sorted(self._open().all_steps(), reverse=True):
+                try:
+                    return self._load(step, template)
+                except InputError:
+                    raise
+                except Exception as error:  # whatever reading a damaged file raises
+                    aside = self._put_aside(step)
+                    warnings.warn(f"damaged checkpoint put aside in {aside}: {_reason(error)}", stacklevel=2)
+                    gc.collect()
+        return None
+
+    def _load(self, step: int, template: PyTree) -> tuple[PyTree, list[Run | None]]:
+        manager = self._open()
+        found: Any = manager.metadata(step)
+        metadata: Any = found.custom_metadata
+        if _seal({name: value for name, value in metadata.items() if name != "seal"}) != metadata["seal"]:
+            raise ValueError("its description does not match its checksum")
+        self._require_same(metadata, template)
+        runs = [None if run is None else Run(**run) for run in metadata["runs"]]
+        here = SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(runs), *x.shape[1:]), x.dtype, sharding=here), template)
+        content = ocp.args.StandardRestore(abstract)  # pyright: ignore[reportCallIssue]
+        lanes = jax.tree.map(np.asarray, manager.restore(step, args=content))
+        if _checksum(lanes) != metadata["checksum"]:
+            raise ValueError("its arrays do not match their checksum")
+        return lanes, runs
+
+    def _require_same(self, metadata: Any, template: PyTree) -> None:
+        """Refuses a checkpoint that is whole but not of these runs, naming what differs."""
+        if metadata["format"] != FORMAT:
+            raise InputError(f"checkpoints: {self._folder} has format {metadata['format']}, this version reads {FORMAT}.")
+        found = differences(fields.parse(Experiment, metadata["experiment"], ""), self._experiment)
+        there, here = metadata["arrays"], _arrays(template)
+        found += [
+            f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+            for name in sorted(there.keys() | here.keys())
+            if there.get(name) != here.get(name)
+        ][:1]
+        if found:
+            raise InputError(f"checkpoints: {self._folder} is of another experiment or model: {'; '.join(found)}.")
+
+    def _put_aside(self, step: int) -> Path:
+        self.close()
+        aside = self._folder.with_name(f"{self._folder.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        return Path(shutil.move(self._folder / str(step), aside / str(step)))
+
+    def delete(self) -> None:
+        """Removes the checkpoints of a program that is done."""
+        self.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def close(self) -> None:
+        if self._manager is not None:
+            with _quietly(), suppress(Exception):  # it raises again what a save did
+                self._manager.close()
+            self._manager = None
+
+
+def _arrays(lanes: PyTree) -> dict[str, str]:
+    """The dtype and shape of each array, less the axis of lanes, by its name."""
+    leaves = jax.tree_util.tree_leaves_with_path(lanes)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape[1:])}" for path, leaf in leaves}
+
+
+def _seal(metadata: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
+
+
+def _checksum(lanes: PyTree) -> int:
+    checksum = 0
+    for leaf in jax.tree.leaves(lanes):
+        checksum = zlib.crc32(np.ascontiguousarray(leaf).data, checksum)
+    return checksum
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keeps Orbax's threads and tasks from telling at length, each for itself, of a failure: we say it in one line."""
+    before = sys.excepthook, sys.unraisablehook, threading.excepthook
+    sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    except Exception:
+        gc.collect()  # an abandoned task tells of itself when it is freed
+        time.sleep(LAST_WORDS_SECONDS)
+        raise
+    finally:
+        logging.disable(logging.NOTSET)
+        sys.excepthook, sys.unraisablehook, threading.excepthook = before
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, if it can be found in what Orbax said, or else how that begins."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code.group(1))) if code else (str(error).strip() or type(error).__name__).split("\n")[0][:200]

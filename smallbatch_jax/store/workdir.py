@@ -1,0 +1,188 @@
+"""The folder of one experiment: what it holds, who owns it, and where its results come from."""
+
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from smallbatch_jax.config import fields
+from smallbatch_jax.config.experiment import OWN, Experiment, InputError, differences
+from smallbatch_jax.store.files import append_line, is_temporary, remove_abandoned, write_atomically
+
+FORMAT = 1
+
+
+@contextmanager
+def open_workdir(path: Path, experiment: Experiment, facts: dict[str, Any]) -> Iterator[Path]:
+    """Makes or resumes the workdir of an experiment, and owns it until the block ends.
+
+    `facts` about the data are stored beside the experiment, for those who read the results without the data.
+
+    Raises:
+      InputError: if it holds another experiment (with the fields that differ), belongs to a process that is still at
+        work, or cannot be written. Nothing is written then.
+    """
+    refuse_difference(path, experiment, facts)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / "lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"--workdir: {path} cannot be written: {error.strerror}.") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise InputError(f"--workdir: {path} belongs to {lock.read().strip() or 'another process'}.") from None
+        refuse_difference(path, experiment, facts)  # nobody else can change it now
+        content = {"format": FORMAT, "experiment": experiment.to_dict(), "facts": facts}
+        try:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+        except OSError as error:
+            raise InputError(f"--workdir: {path} cannot be written: {error.strerror}.") from None
+        write_atomically(path / "experiment.json", json.dumps(content, indent=1) + "\n")
+        for folder in (path, path / "results", path / "figures"):
+            remove_abandoned(folder)
+        yield path
+
+
+def refuse_difference(path: Path, experiment: Experiment, facts: Mapping[str, Any] | None = None) -> None:
+    """Refuses to go on in a workdir with anything but what it holds already; a missing one is fine.
+
+    Of the facts, only those that both have are compared.
+    """
+    try:
+        is_file, names = path.is_file(), [p.name for p in path.iterdir()] if path.is_dir() else []
+    except OSError as error:
+        raise InputError(f"--workdir: {path} cannot be read: {error.strerror}.") from None
+    if is_file:
+        raise InputError(f"--workdir: {path} is a file; give a folder.")
+    if "experiment.json" not in names:
+        foreign = sorted(name for name in names if name != "lock" and not is_temporary(name, of="experiment.json"))
+        if foreign:
+            raise InputError(
+                f"--workdir: {path} holds {foreign[0]!r} but no experiment; give a new or empty folder, or a workdir."
+            )
+        return
+    stored, known = _read(path)
+    found = differences(stored, experiment)
+    if stored.model.name != experiment.model.name and stored.model.name.startswith(OWN) and "model" not in known:
+        found[0] += " (an earlier version made this workdir and named own models in another way)"
+    found = found or _differing_facts(known, facts or {})
+    if found:
+        raise InputError(f"--workdir: {path} holds a different experiment: {'; '.join(found)}. Use another folder.")
+
+
+def _differing_facts(known: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    """What differs between two of one name: the data, or what an own model computes."""
+    found = [
+        f"the dataset has {name} {known[name]} there and {facts[name]} here"
+        for name in ("num_classes", "examples")
+        if name in known and name in facts and known[name] != facts[name]
+    ]
+    if "model" in known and "model" in facts:
+        place = _model_difference(known["model"], facts["model"])
+        if place:
+            found.append(f"model is another one of the same name and fields, with other code ({place} differs)")
+    return found
+
+
+def _model_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """The first thing that two fingerprints (`models.identity`) differ in by more than their tolerance, or None."""
+    old, new = there["values"], here["values"]
+    if old.keys() != new.keys():
+        return min(old.keys() ^ new.keys())
+    tolerance = max(there["tolerance"], here["tolerance"])
+    # Gradients may cancel to nothing, e.g. of a bias before a batch norm: they are compared on the scale of the largest.
+    steepest = max((abs(norm) for name, (norm, _) in new.items() if name.startswith("gradient")), default=0.0)
+    for name, values in new.items():
+        scale = steepest if name.startswith("gradient") else max(abs(old[name][0]), abs(values[0]))
+        for a, b in zip(old[name], values, strict=True):
+            # Written so that a scale that is not finite, or not a number, leaves only what is equal.
+            if not (a == b or (a != a and b != b) or (scale < math.inf and abs(a - b) <= tolerance * scale)):
+                return name
+    return None
+
+
+def read_experiment(path: Path) -> Experiment:
+    """The experiment that a workdir holds."""
+    return _read(path)[0]
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What is known of the data: num_classes, and examples, [training, test]."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[Experiment, dict[str, Any]]:
+    try:
+        content = json.loads((path / "experiment.json").read_text())
+        if content["format"] != FORMAT:
+            raise InputError(f"--workdir: {path} has format {content['format']}, this version reads {FORMAT}.")
+        return fields.parse(Experiment, content["experiment"], ""), dict(content["facts"])
+    except FileNotFoundError:
+        raise InputError(f"--workdir: {path} is no workdir, it has no experiment.json.") from None
+    except OSError as error:
+        raise InputError(f"--workdir: {path}/experiment.json cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"--workdir: {path}/experiment.json is damaged: {error}.") from None
+
+
+def record_provenance(path: Path, event: str, **facts: Any) -> None:
+    """Appends one line to WORKDIR/provenance.jsonl: when, where and with what the results are made."""
+    line = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}
+    append_line(path / "provenance.jsonl", json.dumps(line))
+
+
+def read_provenance(path: Path) -> list[dict[str, Any]]:
+    """The lines of WORKDIR/provenance.jsonl, oldest first, less what is damaged; empty if there is none."""
+    try:
+        lines = (path / "provenance.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict)]
+
+
+def surroundings() -> dict[str, Any]:
+    """Versions, machine and commit of this process."""
+    packages = ("smallbatch_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "host": socket.gethostname(),
+        "machine": platform.platform(),
+        "command": sys.argv,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The git commit of this code, with a + if files differ from it; None outside a repository."""
+    here = Path(__file__).resolve().parent
+    try:
+        git = ["git", "-C", str(here)]
+        top = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if top.returncode or head.returncode:
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

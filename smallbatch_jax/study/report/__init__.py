@@ -1,0 +1,146 @@
+"""One HTML page that explains a study: it opens from disk, needs no network, and holds everything it shows.
+
+The charts are Plotly's, made in `charts`; `sections` says what stands beside them; page.html, page.css and page.js lay it out.
+"""
+
+import base64
+import gzip
+import importlib.metadata
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import plotly.offline
+from markupsafe import Markup
+
+from smallbatch_jax.config.experiment import InputError
+from smallbatch_jax.store.files import write_atomically
+from smallbatch_jax.study.answer import RULE, answer
+from smallbatch_jax.study.figures.summary import paper_labels
+from smallbatch_jax.study.report import charts, costs, sections
+from smallbatch_jax.study.study import Study, describe
+
+__all__ = ["page", "write"]
+
+
+def write(studies: Iterable[Study], path: str | os.PathLike[str], refresh_seconds: int | None = None) -> None:
+    """Writes the page of one or several studies, finished or not, whole or not at all.
+
+    Args:
+      studies: of different names.
+      path: of the HTML file; its folder is made if need be.
+      refresh_seconds: after how long a browser loads it again; None: it is written once and for all.
+
+    Raises:
+      InputError: if it cannot be written there.
+      WriteError: if the disk is full.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise InputError(f"--out: {target} is a folder; give the name of a file, such as {target / 'report.html'}")
+    write_atomically(target, page(studies, refresh_seconds))
+
+
+def page(studies: Iterable[Study], refresh_seconds: int | None = None) -> str:
+    """The page as one string of HTML. Arguments as for `write`."""
+    studies = list(studies)
+    labels = [label.replace("\\$", "$") for label in paper_labels(studies)]  # those of matplotlib's figures
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_resource("page.html")).render(
+        title=f"{', '.join(study.name for study in studies)}: batch size and learning rate",
+        studies=[_section(f"study{i}", study, label) for i, (study, label) in enumerate(zip(studies, labels, strict=True))],
+        comparison=_script_json(_chart(charts.best_by_batch_size(_labelled(studies, labels)))) if len(studies) > 1 else "",
+        claims=sections.claims_of({study.name: study for study in studies}),
+        RULE=RULE,
+        refresh_seconds=refresh_seconds,
+        written=time.strftime("%Y-%m-%d %H:%M:%S"),
+        version=importlib.metadata.version("smallbatch_jax"),
+        css=Markup(_resource("page.css")),
+        script=Markup(_resource("page.js")),
+        plotly=Markup(_plotly()),
+    )
+
+
+def _labelled(studies: Sequence[Study], labels: Sequence[str]) -> dict[str, Study]:
+    return dict(zip(labels, studies, strict=True))
+
+
+@cache
+def _resource(name: str) -> str:
+    return resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
+
+
+@cache
+def _plotly() -> str:
+    """Plotly's library for browsers, a third as large as it is."""
+    return _packed(plotly.offline.get_plotlyjs())
+
+
+def _section(identity: str, study: Study, label: str) -> dict[str, Any]:
+    """What page.html shows of one study."""
+    found, curves, grids = answer(study), charts.learning_curves(study), charts.grids(study)
+    best = 0 if found.best is None else study.cells.index.tolist().index(found.best.name)
+    hover, cost_charts = charts.cell_labels(study), costs.cost_charts(study)
+    data = {
+        "cells": [sections.choice_of(cell) for _, cell in study.cells.iterrows()],
+        "maps": [_map(study, grid, hover) for grid in grids],
+        "best": best,
+        "costs": {name: _chart(figure) for name, figure in cost_charts.items()},
+        **{what: _chart(charts.curves_layout(study, what)) for what in ("accuracy", "loss")},
+    }
+    return {
+        "id": identity,
+        "name": study.name,
+        "label": label,
+        "title": label.removesuffix(f" ({study.name})"),
+        "answer": found,
+        "facts": describe(study),
+        "maps": [grid.label for grid in grids],
+        "choices": sections.choices(study.cells),
+        "chosen": curves[best].title,
+        "table": sections.cell_table(study.cells),
+        "costs": costs.table(study),
+        "cost_sentence": costs.sentence(study),
+        "cost_charts": list(cost_charts),
+        "cost_caption": costs.caption(study),
+        "provenance": sections.provenance(study.workdir),
+        "config": json.dumps(study.experiment.to_dict(), indent=1, ensure_ascii=False),
+        "data": _script_json(data),
+        "curves": Markup(_packed(_json([curve._asdict() for curve in curves]))),
+    }
+
+
+def _map(study: Study, grid: charts.Grid, hover: Sequence[str]) -> dict[str, Any]:
+    """A heat map, where each of its cells is, and the same cells as curves."""
+    rows, columns = (sorted(set(grid.cells[name].tolist())) for name in ("batch_size", grid.column))
+    places = [(columns.index(x), rows.index(y)) for x, y in zip(grid.cells[grid.column], grid.cells["batch_size"], strict=True)]
+    return {
+        "chart": _chart(charts.heat_map(study, grid, hover)),
+        "sizes": _chart(charts.accuracy_by_batch_size(study, grid)),
+        "cells": study.cells.index.get_indexer(grid.cells.index).tolist(),
+        "places": places,
+    }
+
+
+def _chart(figure: Any) -> Any:
+    return json.loads(figure.to_json())
+
+
+def _script_json(value: Any) -> Markup:
+    """JSON that can stand inside a script element, whatever is in its strings."""
+    return Markup(_json(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _packed(text: str) -> str:
+    """The text compressed, in letters that need no escape; the same for the same text."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()

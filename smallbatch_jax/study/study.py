@@ -1,0 +1,168 @@
+"""A study: what one workdir holds, read whole, to be drawn, judged, or asked for the base learning rates of another grid."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smallbatch_jax.config.experiment import OWN, Experiment, InputError
+from smallbatch_jax.config.fields import expanded_path
+from smallbatch_jax.store import results
+from smallbatch_jax.store.timings import timing_frame
+from smallbatch_jax.store.workdir import read_experiment, read_facts
+from smallbatch_jax.study import analysis
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """The stored results of one workdir, finished or not.
+
+    Attributes:
+      workdir: where they are.
+      experiment: what it trains; its name says which figure it is.
+      rows: `results.load`, one row per run and epoch.
+      cells: `analysis.planned_cells`, one row per cell, trained or not.
+      num_classes: of the data.
+      examples: numbers of training and test examples, if they are known.
+      timings: `results.load_timings`; no rows where nothing is known of its time.
+    """
+
+    workdir: Path
+    experiment: Experiment
+    rows: "pd.DataFrame"
+    cells: "pd.DataFrame"
+    num_classes: int
+    examples: tuple[int, int] | None
+    timings: "pd.DataFrame" = field(default_factory=timing_frame)
+
+    @property
+    def name(self) -> str:
+        return self.experiment.name
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of a guess, where the test classes are balanced."""
+        return 1 / self.num_classes
+
+    @property
+    def runs(self) -> tuple[int, int]:
+        """Runs that have ended, and all."""
+        ended = int(self.cells["finished"].sum() + self.cells["diverged"].sum())
+        return ended, ended + int(self.cells["pending"].sum())
+
+
+def load(workdir: str | Path) -> Study:
+    """The study that a workdir holds; reads only.
+
+    Raises:
+      InputError: if the folder is no workdir.
+    """
+    path = Path(expanded_path("workdir", workdir))
+    experiment, facts, rows = read_experiment(path), read_facts(path), results.load(path)
+    cells = analysis.planned_cells(rows, experiment.runs(), experiment.name)
+    num_classes, examples = facts.get("num_classes"), facts.get("examples")
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise InputError(f"--workdir: {path}/experiment.json is damaged: its facts do not say num_classes.")
+    numbers = (examples[0], examples[1]) if examples else None
+    return Study(path, experiment, rows, cells, num_classes, numbers, results.load_timings(path))
+
+
+def load_all(workdirs: Iterable[str | Path]) -> dict[str, Study]:
+    """The studies of several workdirs by name, in the order given.
+
+    Raises:
+      InputError: if a folder is no workdir, or two hold an experiment of one name.
+    """
+    studies: dict[str, Study] = {}
+    for workdir in workdirs:
+        study = load(workdir)
+        if study.name in studies:
+            raise InputError(
+                f"--workdir: {studies[study.name].workdir} and {workdir} both hold {study.name!r}; "
+                "give one of them, or train one under another name."
+            )
+        studies[study.name] = study
+    return studies
+
+
+def describe(study: Study) -> str:
+    """One line: what was trained, on what, and how much of it has ended."""
+    e, cells = study.experiment, study.cells
+    images = " ({:,} + {:,} images)".format(*study.examples) if study.examples else ""
+    facts = [e.model.name.removeprefix(OWN), f"norm {e.model.norm}"]
+    facts += ["precise statistics"] * (e.model.bn_statistics == "precise")
+    facts += [f"{'own data' if e.dataset.name.startswith(OWN) else e.dataset.name}{images}"]
+    facts += ["augmented"] * e.dataset.augment
+    facts += [analysis.plural(e.epochs, "epoch")]
+    facts += [f"warm-up {100 * e.schedule.warmup_fraction:g} %"] * (e.schedule.warmup_fraction > 0)
+    facts += [f"m = {_span(cells['batch_size'])}"]
+    facts += [f"BN batch {_span(cells['bn_batch_size'])}"] * (not cells["bn_batch_size"].equals(cells["batch_size"]))
+    facts += [f"base_lr {_span(cells['base_lr'], analysis.format_base_lr)}", analysis.plural(len(e.grid.seeds), "seed")]
+    ended, planned = study.runs
+    return f"{', '.join(facts)}: {ended:,} of {planned:,} runs ended"
+
+
+def _span(values: Iterable[Any], shown: Callable[[Any], str] = str) -> str:
+    """The least and the largest; one of them if they are equal."""
+    ordered = sorted(values)
+    return " … ".join(dict.fromkeys(map(shown, (*ordered[:1], *ordered[-1:])))) or "none"
+
+
+def choose_base_lrs(experiment: Experiment, workdir: str | Path | None = None) -> Experiment:
+    """The experiment with each batch size's best base_lr from the stored results that `grid.base_lrs_from` names (§3.6).
+
+    What `workdir` was begun with stays, so that it can be resumed whatever became of those results since.
+
+    Raises:
+      InputError: if they are not there, or not complete for a batch size.
+    """
+    grid = experiment.grid
+    if not grid.base_lrs_from or experiment.drawn_from:
+        return experiment
+    chosen = dict(grid.base_lr_by_batch_size)
+    if workdir is not None and os.path.isfile(Path(workdir) / "experiment.json"):
+        chosen = dict(read_experiment(Path(workdir)).grid.base_lr_by_batch_size) | chosen
+    missing = [m for m in grid.batch_sizes if m not in chosen]
+    if missing:
+        sources = [_source(path) for path in grid.base_lrs_from]
+        chosen |= {m: _best_base_lr(m, sources) for m in missing}
+    pairs = tuple((m, chosen[m]) for m in grid.batch_sizes)
+    return dataclasses.replace(experiment, grid=dataclasses.replace(grid, base_lr_by_batch_size=pairs))
+
+
+def _source(given: str) -> Study:
+    path = expanded_path("grid.base_lrs_from", given)
+    try:
+        return load(path)
+    except InputError as error:
+        if os.path.isfile(Path(path, "experiment.json")):
+            raise
+        raise InputError(
+            f"grid.base_lrs_from: {path} holds no results yet; train it first: "
+            f"python experiments/sweep.py --config=… --workdir={path}"
+        ) from error
+
+
+def _best_base_lr(batch_size: int, sources: list[Study]) -> float:
+    """The base_lr of the most accurate cell of a batch size; of equals, the smallest."""
+    import pandas as pd
+
+    cells = pd.concat([study.cells for study in sources], ignore_index=True)
+    cells = cells[cells["batch_size"] == batch_size]
+    named = ", ".join(str(study.workdir) for study in sources)
+    if cells.empty:
+        raise InputError(f"grid.base_lrs_from: no run of batch size {batch_size} in {named}.")
+    if pending := int(cells["pending"].sum()):
+        raise InputError(
+            f"grid.base_lrs_from: {pending} run(s) of batch size {batch_size} have not ended yet in {named}; the same "
+            "sweep.py command goes on there."
+        )
+    best = cells.sort_values(["test_accuracy", "base_lr"], ascending=[False, True], na_position="last").iloc[0]
+    if not best["finished"]:
+        raise InputError(f"grid.base_lrs_from: every run of batch size {batch_size} diverged in {named}.")
+    return float(best["base_lr"])

@@ -1,0 +1,4 @@
+"""TensorBoard and Weights & Biases, fed from the stored rows.
+
+May import `store` and `config`.
+"""

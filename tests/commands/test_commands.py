@@ -1,0 +1,225 @@
+"""The commands as a user types them: one line and exit status 2 for a mistake, the same results however they are asked for."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+import smallbatch_jax as sbj
+from smallbatch_jax.runner import signals
+from smallbatch_jax.runner.progress import NoProgress
+from smallbatch_jax.store import results
+from smallbatch_jax.study.figures.cost import STEMS as COST_STEMS
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = "--config=configs/quickstart.py"
+
+
+def command(script, *arguments, **options):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return [sys.executable, f"experiments/{script}", *map(str, arguments)], {"cwd": ROOT, "env": environment, **options}
+
+
+def run(script, *arguments):
+    line, options = command(script, *arguments, capture_output=True, text=True, timeout=300)
+    return subprocess.run(line, **options)
+
+
+def sweep(workdir, *arguments, sizes="(128,512)"):
+    """Two tiny programs of the reduced AlexNet on digits."""
+    small = ("--config.epochs=1", f"--config.grid.batch_sizes={sizes}", "--config.grid.base_lrs=(0.001,8.0)")
+    return command("sweep.py", QUICKSTART, f"--workdir={workdir}", *small, *arguments)
+
+
+def finish(line_and_options):
+    line, options = line_and_options
+    return subprocess.run(line, **options, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("sweep") / "w"
+    return workdir, finish(sweep(workdir))
+
+
+@pytest.mark.parametrize("script", ["sweep.py", "train.py", "figures.py", "launch.py"])
+def test_help_says_how_and_exits_0_within_two_seconds(script):
+    began = time.perf_counter()
+    done = run(script, "--help")
+    assert done.returncode == 0
+    assert f"python experiments/{script}" in done.stdout
+    assert "--workdir" in done.stdout
+    assert time.perf_counter() - began < 2
+
+
+def test_a_sweep_trains_draws_and_prints_its_table(trained):
+    workdir, done = trained
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^128 +\d+\.\d\d % ", done.stdout, re.M)
+    assert "Converging:" in done.stdout
+    assert "4/4 runs done (2 diverged)" in done.stderr
+    drawn = {path.name for path in (workdir / "figures").iterdir()}
+    stems = ("accuracy_vs_batch_size", "accuracy_vs_base_lr", "heat_map", "convergence", *COST_STEMS)
+    assert drawn == {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")}
+    frame = results.load(workdir)
+    assert frame.groupby("base_lr").status.unique().map(list).to_dict() == {0.001: ["finished"], 8.0: ["diverged"]}
+
+
+@pytest.mark.slow
+def test_a_finished_sweep_is_redrawn_and_not_trained_again(trained):
+    workdir, first = trained
+    stored = {p: p.read_bytes() for p in (workdir / "results").iterdir()}
+    (workdir / "figures/heat_map.png").unlink()
+    again = finish(sweep(workdir))
+    assert again.returncode == 0
+    assert again.stdout == first.stdout
+    assert (workdir / "figures/heat_map.png").exists()
+    assert stored == {p: p.read_bytes() for p in (workdir / "results").iterdir()}
+
+
+@pytest.mark.slow
+def test_train_py_equals_the_same_run_of_the_sweep_bit_for_bit(trained, tmp_path):
+    one = ("--config.epochs=1", "--config.batch_size=512", "--config.base_lr=0.001")
+    assert run("train.py", QUICKSTART, f"--workdir={tmp_path / 'one'}", *one).returncode == 0
+    frame = results.load(trained[0])
+    of_sweep = frame[(frame.batch_size == 512) & (frame.base_lr == 0.001)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(of_sweep, results.load(tmp_path / "one"), check_exact=True)
+
+
+def test_sweep_from_python_equals_the_command_line_bit_for_bit(trained):
+    frame = sbj.sweep(
+        "alexnet", "digits", (128, 512), (0.001, 8.0), epochs=1, weight_decay=5e-4, name="quickstart", progress=NoProgress()
+    )
+    pd.testing.assert_frame_equal(frame, results.load(trained[0]), check_exact=True)
+
+
+@pytest.mark.slow
+def test_figures_go_where_they_are_asked_to(trained, tmp_path):
+    done = run("figures.py", f"--workdir={trained[0]}", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[:-2] == trained[1].stdout.splitlines()[:-2]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (trained[0] / "figures").iterdir()}
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, *(pytest.param(s, marks=pytest.mark.slow) for s in signals.handled())])
+def test_a_signal_saves_and_says_that_the_same_command_goes_on(tmp_path, signum):
+    line, options = sweep(tmp_path / "w", "--config.epochs=500", sizes="(128,)")
+    process = subprocess.Popen(line, **options, stderr=subprocess.PIPE, text=True)
+    results_file = tmp_path / "w/results/m00128_b00128.csv"
+    while not (results_file.exists() and results_file.read_bytes().count(b"\n") > 3):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert errors.splitlines()[-1].endswith("the same command goes on")
+    assert list((tmp_path / "w/checkpoints/m00128_b00128").iterdir())
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly():
+    line, options = command("plan.py", QUICKSTART, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(line, **options) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+MISTAKES = [
+    (["--config.grid.batch_size=(2,)"], "grid.batch_size: unknown field; did you mean 'batch_sizes'?"),
+    (["--config.grid.batch_sizes=(0,2)"], "grid.batch_sizes: got 0"),
+    (["--config.grid.batch_sizes=(2,5000)"], "grid.batch_sizes (batch_size for one run): 5000 is larger than"),
+    (["--config.grid.batch_sizes=()"], "grid.batch_sizes: got ()"),
+    (["--config.grid.batch_sizes=(2,"], "grid.batch_sizes: got '(2,'"),
+    (["--config.grid.base_lrs=(0.5,0.5)"], "grid.base_lrs: 0.5 stands twice"),
+    (["--config.grid.base_lrs=(1e999,)"], "grid.base_lrs: got inf"),
+    (["--config.grid.base_lrs=(2^-7,2**-7,2^0)"], "0.0078125 stands twice in (0.0078125, 0.0078125, 1)"),
+    (["--config.grid.base_lrs=(0.5,12^^2)"], "grid.base_lrs: got '(0.5,12^^2)'"),
+    (["--flagfile=/nowhere"], "--flagfile=/nowhere: cannot be read"),
+    (["--config.grid.bn_batch_sizes=(6,)"], "grid.bn_batch_sizes: 6 does not divide batch size 8"),
+    (["--config.model.name=resnet9000"], "model.name: unknown model 'resnet9000'"),
+    (["--config.epochs=many"], "epochs: got 'many'"),
+    (["--config.dataset.name=folder"], "dataset.data_dir: got None"),
+    (["--config.dataset.name=folder", "--config.dataset.data_dir=/nowhere"], "dataset.data_dir: cannot list '/nowhere'"),
+    (["--no_such_flag"], "no_such_flag"),
+    (["stray"], "'stray': unknown argument"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), MISTAKES)
+def test_a_mistake_is_one_line_exit_status_2_and_nothing_written(tmp_path, arguments, says):
+    refused(run("sweep.py", QUICKSTART, f"--workdir={tmp_path / 'w'}", *arguments), says)
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "says"),
+    [
+        ("sweep.py", [QUICKSTART], "--workdir: not given"),
+        ("sweep.py", ["--workdir=w"], "--config: not given"),
+        ("sweep.py", ["--workdir=w", "--config.epochs=2"], "--config: not given, of which --config.epochs is a field"),
+        ("claims.py", ["--workdir=~nobody_here/w"], "--workdir: got '~nobody_here/w', there is no such user"),
+        ("figures.py", ["--workdir=w", "--out="], "--out: empty"),
+        ("sweep.py", ["--config=configs/none.py", "--workdir=w"], "--config=configs/none.py"),
+        ("sweep.py", ["--config=README.md", "--workdir=w"], "--config=README.md"),
+        ("sweep.py", [QUICKSTART, "--workdir=configs"], "but no experiment; give a new or empty folder"),
+        ("sweep.py", [QUICKSTART, "--workdir=README.md"], "--workdir: README.md is a file"),
+        ("train.py", [QUICKSTART, "--workdir=w"], "batch_size: not given"),
+        ("train.py", [QUICKSTART, "--workdir=w", "--config.batch_size=8", "--config.base_lr=nan"], "base_lr: got nan"),
+        ("figures.py", ["--workdir=configs"], "--workdir: configs is no workdir"),
+    ],
+)
+def test_a_mistake_in_what_to_do_is_one_line_and_exit_status_2(script, arguments, says):
+    refused(run(script, *arguments), says)
+    assert not (ROOT / "w").exists()
+
+
+def refused(done, says):
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert says in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("body", ["def get_config(:", "x = 1", "raise RuntimeError('a\\nb')", "def get_config(): return 3"])
+def test_a_config_file_that_cannot_be_read_is_one_line(tmp_path, body):
+    (tmp_path / "config.py").write_text(body)
+    refused(run("sweep.py", f"--config={tmp_path / 'config.py'}", "--workdir=w"), "config.py: ")
+
+
+def test_a_workdir_of_another_experiment_is_refused_with_the_fields_that_differ(trained):
+    line, options = sweep(trained[0], "--config.weight_decay=0.1")
+    refused(finish((line, options)), "weight_decay is 0.0005 there and 0.1 here")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """The arguments of a small sweep on a folder of two classes."""
+    data = tmp_path / "data"
+    for split, count in (("train", 12), ("test", 4)):
+        for kind, shade in (("dark", 40), ("light", 200)):
+            (data / split / kind).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8), (shade, shade + i, shade)).save(data / split / kind / f"{i}.png")
+    folder = ("--config.dataset.name=folder", f"--config.dataset.data_dir={data}")
+    grid = ("--config.epochs=1", "--config.grid.batch_sizes=(8,)", "--config.grid.base_lrs=(0.001,)")
+    return QUICKSTART, *folder, *grid, f"--workdir={tmp_path / 'w'}"
+
+
+@pytest.mark.slow
+def test_a_folder_of_images_is_trained(pictures, tmp_path):
+    done = run("sweep.py", *pictures)
+    assert done.returncode == 0, done.stderr
+    assert results.load(tmp_path / "w").step.item() == 3
+
+
+def test_a_broken_image_is_named_before_anything_is_written(pictures, tmp_path):
+    (tmp_path / "data/train/dark/3.png").write_text("this is no image")
+    refused(run("sweep.py", *pictures), "dark/3.png")
+    assert not (tmp_path / "w").exists()

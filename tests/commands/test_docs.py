@@ -1,0 +1,107 @@
+"""What the documentation points to is there: files, headings, commands with their flags, configs and their fields."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from smallbatch_jax.config import experiment
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "notebooks/results/README.md",
+]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOT_A_VALUE = re.compile(r"[…\[\]<>]|DIR|ROOT|NAME|FILE")  # what a reader puts something else for
+
+ids = {"ids": lambda path: str(path.relative_to(ROOT))}
+
+
+def anchors(page):
+    """The fragments of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(text):
+    """Targets of links and pictures that are not on the web."""
+    return [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", target)]
+
+
+def commands(text):
+    """Every command line of experiments/ in a page: script and its arguments; several lines joined, comments left out."""
+    code = [*re.findall(r"```\w*\n(.*?)```", text, re.S), *re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)]
+    code += re.findall(r"^ {4}(.*(?:\\\n.*)*)$", text, re.M)
+    for block in code:
+        for line in block.replace("\\\n", " ").split("\n"):
+            for found in re.finditer(r"(?:python )?experiments/(\w+)\.py([^;&|]*)", line):
+                if line[: found.start() + 7].rstrip().endswith("python") or not line[: found.start()].strip():
+                    yield found[1], re.findall(r"""--[\w.]+(?:=(?:"[^"]*"|[^\s"\]]+))?""", found[2].partition("#")[0])
+
+
+def flags_of(script):
+    """Names of the flags that a script defines, its own and those of the modules of experiments/ that it imports."""
+    text = (ROOT / "experiments" / f"{script}.py").read_text()
+    own = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text)
+    own += [f"no{name}" for name in re.findall(r'DEFINE_bool\(\s*"(\w+)"', text)]
+    own += ["config"] * ("define_config_flag()" in text)
+    others = {"several"} & set(re.findall(r"^import (\w+)", text, re.M))
+    return {"help", *own, *(flag for other in others for flag in flags_of(other))}
+
+
+def mistakes(script, arguments):
+    """What is wrong with a command line of the documentation."""
+    if not (ROOT / "experiments" / f"{script}.py").is_file():
+        return [f"experiments/{script}.py is not there"]
+    found, known = [], flags_of(script)
+    for argument in arguments:
+        name, _, value = argument.removeprefix("--").partition("=")
+        if name.startswith("config.") and "config" in known and name != "config.FIELD":
+            try:
+                experiment.require_field(name.removeprefix("config."))
+            except experiment.InputError as error:
+                found.append(str(error))
+        elif name.partition(".")[0] not in known:
+            found.append(f"{script}.py has no flag --{name}")
+        elif name == "config" and value and not NOT_A_VALUE.search(value) and not (ROOT / value).is_file():
+            found.append(f"--config={value} is not there")
+    return found
+
+
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], **ids)
+def test_every_relative_link_leads_to_a_file_and_a_heading_of_it(page):
+    for target in links(page.read_text()):
+        path, _, fragment = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        assert not fragment or fragment in anchors(file), target
+
+
+@pytest.mark.parametrize("page", PAGES, **ids)
+def test_every_command_line_names_a_script_flags_and_a_config_that_are_there(page):
+    assert [wrong for script, arguments in commands(page.read_text()) for wrong in mistakes(script, arguments)] == []
+
+
+def test_commands_are_found_in_blocks_tables_and_over_several_lines():
+    text = (
+        "```bash\npip install x && python experiments/a.py --b \\\n    --c=1  # why\n```\n| `python experiments/d.py [--e]` |\n"
+    )
+    assert list(commands(text)) == [("a", ["--b", "--c=1"]), ("d", ["--e"])]
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("nothing --workdir=x", "experiments/nothing.py is not there"),
+        ("sweep --worldir=x", "sweep.py has no flag --worldir"),
+        ("claims --config=configs/quickstart.py", "claims.py has no flag --config"),
+        ("sweep --config=configs/fig99.py", "--config=configs/fig99.py is not there"),
+        ("sweep --config.epoch=2", "epoch: unknown field"),
+    ],
+)
+def test_a_planted_mistake_is_found(command, said):
+    script, *arguments = command.split()
+    assert said in " ".join(mistakes(script, arguments))

@@ -1,0 +1,96 @@
+"""The training step in PyTorch that the benchmark compares with; all but the first test need PyTorch."""
+
+import importlib.util
+import math
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from smallbatch_jax.config.experiment import InputError
+from smallbatch_jax.models import create_model
+
+SHAPE = (32, 32, 3)
+
+
+def load(path: Path) -> ModuleType:
+    """A module of experiments/, which is no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+torch_peer = load(Path(__file__).parents[2] / "experiments/torch_peer.py")
+
+
+def peer(model="resnet8", norm="batch", image_shape=SHAPE):
+    return torch_peer.Peer(model, norm, 10, image_shape, 4, augment=True, weight_decay=5e-4, accelerator=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "norm", "says"), [("resnet10", "batch", "no model 'resnet10'"), ("alexnet", "group", "no norm 'group'")]
+)
+def test_a_model_that_is_not_written_in_pytorch_is_refused(model, norm, says):
+    with pytest.raises(InputError, match=rf"^--peer: has {says}; it accepts "):
+        peer(model, norm)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The processes that were started, in a list that grows."""
+    processes = []
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: processes.append(real(*a, **k)) or processes[-1])
+    return processes
+
+
+@pytest.mark.slow
+def test_each_way_has_a_speed_and_none_goes_on_afterwards(started, monkeypatch):
+    monkeypatch.setattr(torch_peer.os, "sched_getaffinity", lambda pid: {0, 1})
+    with peer() as two_ways:
+        speeds = two_ways.measure(0.3)
+        assert [process.poll() for process in started] == [None, None, None]
+    assert list(speeds) == ["1 process x 2 threads", "2 processes x 1 thread"]
+    assert all(1 < speed < math.inf for speed in speeds.values())
+    assert all(process.poll() is not None for process in started)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_is_reported_and_none_goes_on(started):
+    with pytest.raises(InputError, match=r"^--peer: a PyTorch process ended: \S*Error: [^\n]*$"), peer(image_shape=(32, 32)):
+        pass
+    assert started
+    assert all(process.poll() is not None for process in started)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [SHAPE, (19, 14, 1)])
+@pytest.mark.parametrize(
+    ("model", "norm"), [("alexnet", "none"), ("alexnet", "batch"), ("resnet8", "batch"), ("resnet8", "none")]
+)
+def test_the_models_have_our_parameters_and_take_our_images(model, norm, shape):
+    import torch
+
+    ours = jax.eval_shape(create_model(model, 10, norm).init, jax.random.key(0), jnp.zeros((2, *shape)))["params"]
+    theirs = torch_peer.build_model(model, norm, 10, shape)
+    assert sum(p.numel() for p in theirs.parameters()) == sum(math.prod(p.shape) for p in jax.tree.leaves(ours))
+    assert theirs(torch.zeros(2, shape[2], *shape[:2])).shape == (2, 10)
+
+
+@pytest.mark.slow
+def test_a_crop_is_a_window_of_the_padded_image_or_of_its_mirror_image():
+    import torch
+
+    images = torch.randint(0, 256, (3, 6, 5, 2), dtype=torch.uint8)
+    crops = torch_peer._crops(torch, images, torch.tensor([7.2, 9.0]))
+    assert crops.shape == (6, 9, 9, 6, 5, 2)
+    assert (crops[:3, 4, 4] == images).all()
+    assert (crops[3:, 4, 4] == images.flip(2)).all()
+    assert (crops[:3, 0, 8, 4:, :1] == images[:, :2, 4:]).all()
+    assert (crops[:, 0, 8, :4] == torch.tensor([7, 9])).all()

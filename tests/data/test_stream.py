@@ -1,0 +1,286 @@
+"""Images decoded ahead: the same under every number whoever asks, in whatever order, and however many workers there are."""
+
+import contextlib
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import photos
+import pytest
+from pictures import error_line
+from PIL import Image
+
+from smallbatch_jax import data
+from smallbatch_jax.data import order, stream
+from smallbatch_jax.data.numbered import Block, Decoded, SampleIndex
+from smallbatch_jax.data.stream import Ahead, Lost
+
+BYTES = photos.SIZE**2 * 3
+SEEDS, EPOCHS = (3, 7), 4
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return photos.write(tmp_path_factory.mktemp("photos"))
+
+
+def numbered(root, augment=True, **blocks):
+    return SampleIndex(photos.load(root), SEEDS, EPOCHS, augment, False, **blocks)
+
+
+def empty(count):
+    shape = (photos.SIZE, photos.SIZE, 3)
+    return Decoded(np.empty((count, *shape), np.uint8), np.empty(count, "i4"), np.empty(count, "i4"), np.empty(count, bool))
+
+
+def taken(ahead, count):
+    out = empty(count)
+    ahead.take(out)
+    return out
+
+
+def one_by_one(images, first, count):
+    return Decoded(*(np.stack(values) for values in zip(*(images[first + i] for i in range(count)), strict=True)))
+
+
+def equal(found, expected):
+    for name, a, b in zip(Decoded._fields, found, expected, strict=True):
+        np.testing.assert_array_equal(a, b, name)
+
+
+@pytest.fixture(scope="module")
+def two_workers(root):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "MOST_PER_MESSAGE", 7)
+        ahead = Ahead(numbered(root), BYTES, 2)
+    yield ahead
+    ahead.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_number_can_be_gone_to(root, two_workers, workers, monkeypatch):
+    """Forwards, backwards, to the middle of what a worker sends at once, across the seeds and to the test set."""
+    monkeypatch.setattr(stream, "MOST_PER_MESSAGE", 7)
+    images = numbered(root)
+    ahead = two_workers if workers else Ahead(numbered(root), BYTES, 0)
+    at, across, test = 0, images.training(7, 0) - 2, images.testing(0)
+    for number, count in ((10, 25), (35, 4), (0, 10), (3, 1), (4, 40), (200, 5), (across, 9), (test, 20), (5, 30), (test, 20)):
+        if number != at:
+            ahead.seek(number)
+        equal(taken(ahead, count), one_by_one(images, number, count))
+        time.sleep(0.2 * (number == test))  # in which workers run on beyond the last image
+        at = number + count
+        assert ahead.number == at
+
+
+def test_a_seeds_numbers_are_the_stream_of_its_epochs(root):
+    images = numbered(root)
+    for seed in SEEDS:
+        found = [int(images[images.training(seed, position)].examples) for position in range(110)]
+        np.testing.assert_array_equal(found, order.batch_indices(seed, 0, 11, 10, 50).reshape(-1))
+    assert [int(images[images.testing(i)].examples) for i in range(20)] == list(range(20))
+
+
+def test_labels_are_those_of_the_files(root):
+    images, memory = numbered(root, augment=False), photos.in_memory(root)
+    for position in range(60):
+        found = images[images.training(7, position)]
+        np.testing.assert_array_equal(found.images, memory.train_images[found.examples])
+        assert found.labels == memory.train_labels[found.examples]
+
+
+def test_what_an_image_looks_like_depends_on_seed_epoch_and_example(root):
+    images = numbered(root)
+    looks = {(seed, epoch): images.train_image(seed, epoch, 5).images.tobytes() for seed in SEEDS for epoch in range(3)}
+    assert len(set(looks.values())) == 6
+    assert images.train_image(3, 1, 5).images.tobytes() == looks[3, 1]
+    assert images.train_image(3, 1, 6).images.tobytes() != looks[3, 1]
+
+
+def test_the_parts_of_two_processes_are_the_whole(root):
+    """Of batches of 6 each takes half, and of 8 test images at a time."""
+    whole = numbered(root)
+    halves = [numbered(root, train=Block(6, first, 3), test=Block(8, first // 3 * 4, 4)) for first in (0, 3)]
+    for seed in SEEDS:
+        for step in (0, 1, 9, 20):
+            begins = [half.training(seed, 6 * step) for half in halves]
+            found = [int(half[begin + i].examples) for half, begin in zip(halves, begins, strict=True) for i in range(3)]
+            assert found == [int(whole[whole.training(seed, 6 * step + i)].examples) for i in range(6)]
+            assert [half.position(begin + 1) for half, begin in zip(halves, begins, strict=True)] == [
+                6 * step + 1,
+                6 * step + 4,
+            ]
+    for begin in (0, 8):
+        found = [int(half[half.testing(begin) + i].examples) for half in halves for i in range(4)]
+        assert found == list(range(begin, begin + 8))
+    assert not halves[1][halves[1].testing(16) + 4].sound  # beyond the 20 test images: there is none
+
+
+def test_a_broken_file_is_marked_and_the_others_are_as_they_were(root, tmp_path):
+    copy = shutil.copytree(root, tmp_path / "copy")
+    images = numbered(copy)
+    path = Path(photos.load(copy).train.name(11))
+    for content in (b"", b"not a picture", path.read_bytes()[:100], None):
+        path.unlink() if content is None else path.write_bytes(content)
+        assert not images.train_image(3, 0, 11).sound
+        assert not images.train_image(3, 0, 11).images.any()
+    equal(images.train_image(3, 0, 12), numbered(root).train_image(3, 0, 12))
+
+
+def test_a_lost_worker_is_told_of(root):
+    before = children(os.getpid())
+    ahead = Ahead(numbered(root), BYTES, 1)
+    taken(ahead, 3)
+    (worker,) = children(os.getpid()) - before
+    os.kill(worker, signal.SIGKILL)
+    with pytest.raises(Lost, match="a process that decodes images was lost"):
+        taken(ahead, 2000)  # more than there is on its way
+    ahead.close()
+
+
+def children(pid):
+    """Processes that decode for this one."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((folder / "stat").read_text().rsplit(")")[-1].split()[1])
+            if parent == pid and "spawn_main" in (folder / "cmdline").read_text():
+                found.add(int(folder.name))
+    return found
+
+
+READER = """
+import sys, time
+import photos
+from smallbatch_jax.data import numbered, stream
+if __name__ == "__main__":
+    images = numbered.SampleIndex(photos.load(sys.argv[1]), (0,), 1000, True, False)
+    ahead = stream.Ahead(images, 192, 2)
+    import numpy as np
+    out = numbered.Decoded(np.empty((9, 8, 8, 3), np.uint8), np.empty(9, "i4"), np.empty(9, "i4"), np.empty(9, bool))
+    ahead.take(out)
+    print("reading", flush=True)
+    sys.stdin.readline()
+    for _ in range(200):  # more than there is on its way
+        ahead.take(out)
+    print("still", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_workers_outlive_a_signal_to_their_group_and_not_their_parent(root, tmp_path):
+    (tmp_path / "reader.py").write_text(textwrap.dedent(READER))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[2:0:-1])),
+    }
+    command = [sys.executable, str(tmp_path / "reader.py"), str(root)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, **pipes, text=True, env=environment, start_new_session=True) as process:
+        while len(workers := children(process.pid)) < 2:  # still importing, and not able to say what a signal shall do
+            assert process.poll() is None
+        end(workers)
+        assert process.stdout.readline() == "reading\n"
+        end(workers)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "still\n"
+        process.kill()
+        process.communicate()
+    until = time.monotonic() + 20
+    while alive := [worker for worker in workers if running(worker)]:
+        assert time.monotonic() < until, alive
+        time.sleep(0.1)
+
+
+def end(processes):
+    for pid in processes:
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def photograph(i):
+    rng = np.random.default_rng(i)
+    image = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8)).resize((40 + i, 30))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """A folder as `prepare_data.py` leaves it, in small: array_record files of JPEGs, written by TFDS itself."""
+    import tensorflow_datasets as tfds
+
+    class Imagenet2012(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("5.1.0")
+
+        def _info(self):
+            features = {"image": tfds.features.Image(encoding_format="jpeg"), "file_name": tfds.features.Text()}
+            features["label"] = tfds.features.ClassLabel(names=["n01", "n02", "n03"])
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(range(30)), "validation": self._generate_examples(range(100, 112))}
+
+        def _generate_examples(self, numbers):
+            for i in numbers:
+                yield i, {"image": io.BytesIO(photograph(i)), "file_name": f"{i}.JPEG", "label": i % 3}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    Imagenet2012(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def test_imagenet_is_read_record_by_record(imagenet):
+    found = data.load("imagenet2012", imagenet, 16)
+    assert (found.num_train, found.num_test, found.num_classes, found.image_shape) == (30, 12, 3, (16, 16, 3))
+    for source, numbers in ((found.train, range(30)), (found.test, range(100, 112))):
+        content = dict(source.read(i) for i in reversed(range(len(source))))
+        assert content == {photograph(i): i % 3 for i in numbers}
+    mean, deviation = found.channel_statistics()
+    np.testing.assert_allclose(mean / 255, [0.485, 0.456, 0.406], rtol=1e-6)
+    np.testing.assert_allclose(deviation / 255, [0.229, 0.224, 0.225], rtol=1e-6)
+
+
+def test_workers_read_records(imagenet):
+    found = data.load("imagenet2012", imagenet, 16)
+    images = SampleIndex(found, (0,), 2, True, True)
+    ahead = Ahead(images, 16 * 16 * 3, 1)
+    out = Decoded(np.empty((40, 16, 16, 3), np.uint8), np.empty(40, "i4"), np.empty(40, "i4"), np.empty(40, bool))
+    ahead.take(out)
+    ahead.close()
+    equal(out, one_by_one(images, 0, 40))
+    assert out.sound.all()
+
+
+def test_imagenet_that_is_not_there_says_how_to_prepare_it(tmp_path):
+    assert "python experiments/prepare_data.py --dataset=imagenet2012" in error_line(data.load, "imagenet2012", tmp_path, 224)
+
+
+def test_statistics_of_a_folder_are_those_of_its_training_images(root):
+    mean, deviation = photos.in_memory(root).channel_statistics()
+    found = photos.load(root).channel_statistics()
+    np.testing.assert_allclose(found[0], mean, rtol=1e-6)
+    np.testing.assert_allclose(found[1], deviation, rtol=1e-6)
+
+
+def test_a_folder_without_one_sound_image_is_refused(root, tmp_path):
+    copy = shutil.copytree(root, tmp_path / "copy")
+    for path in copy.glob("train/*/*"):
+        path.write_bytes(b"x")
+    assert "none of 50 training images can be decoded" in error_line(photos.load(copy).channel_statistics)

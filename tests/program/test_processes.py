@@ -1,0 +1,207 @@
+"""Several processes that run one command together: real ones, on this machine."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import compiled
+import pandas as pd
+import pytest
+
+from smallbatch_jax.store import results
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import several  # noqa: E402
+
+SMALL = ("--config=configs/quickstart.py", "--config.epochs=1", "--config.grid.batch_sizes=(512,)")
+RATES = "--config.grid.base_lrs=(0.0001,0.0005,8.0)"
+# One run whose batch four devices share, BN batches on two of them; a checkpoint as often as can be.
+SHARED = (
+    "--config=configs/quickstart.py",
+    "--config.model.name=resnet8",
+    "--config.model.norm=batch",
+    "--config.batch_size=64",
+    "--config.bn_batch_size=32",
+    "--config.base_lr=0.0009765625",
+    "--config.data_devices=4",
+    "--config.epochs=50",
+    "--config.checkpoint_seconds=0",
+    "--config.segment_seconds=0.5",
+)
+
+
+def start(script, *arguments, devices=2, flags="", **environment):
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {flags}", **environment}
+    line = [sys.executable, f"experiments/{script}", *map(str, arguments)]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(line, cwd=ROOT, env=environment, **pipe)
+
+
+def start_two(script, *arguments, others=(), flags=""):
+    """Two processes of two devices each; the second may have other arguments."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"--coordinator_address=localhost:{probe.getsockname()[1]}"
+    of = [start(script, *arguments, address, "--num_processes=2", "--process_id=0", flags=flags)]
+    return [*of, start(script, *(others or arguments), address, "--num_processes=2", "--process_id=1", flags=flags)]
+
+
+def ended(processes, seconds=240):
+    """(exit status, output, errors) of each."""
+    outputs = [process.communicate(timeout=seconds) for process in processes]
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_sweep_of_two_processes_is_that_of_one(tmp_path):
+    """The same files and rows; the first process alone says how it went, and native code says nothing.
+
+    The rows agree to rounding: XLA:CPU cuts some sums by how many devices there are in all.
+    """
+    flags = compiled.QUICKLY
+    alone = ended([start("sweep.py", *SMALL, RATES, f"--workdir={tmp_path / 'alone'}", flags=flags)])[0]
+    first, second = ended(start_two("sweep.py", *SMALL, RATES, f"--workdir={tmp_path / 'two'}", flags=flags))
+    assert (alone[0], first[0], second) == (0, 0, (0, "", "")), first[2]
+    assert first[1] == alone[1].replace("/alone", "/two")
+    assert "Gloo" not in first[2]
+    pd.testing.assert_frame_equal(*(results.load(tmp_path / name) for name in ("alone", "two")), rtol=1e-4)
+    assert files(tmp_path / "alone") == files(tmp_path / "two")
+
+
+def test_processes_that_were_not_started_alike_are_refused(tmp_path):
+    """Both, in one line each, with nothing written."""
+    given = (*SMALL, f"--workdir={tmp_path / 'w'}")
+    for status, output, errors in ended(start_two("sweep.py", *given, RATES, others=given)):
+        assert (status, output) == (2, "")
+        assert errors == "config: process 1 was given another than process 0; start all of them alike.\n"
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "said"),
+    [
+        (("--num_processes=2",), {}, "--coordinator_address: not given"),
+        (("--coordinator_address=here",), {}, "--coordinator_address: got 'here', accepts HOST:PORT"),
+        (("--coordinator_address=here:1",), {}, "--num_processes: not given"),
+        (("--coordinator_address=here:1", "--num_processes=2"), {}, "--process_id: not given"),
+        (("--coordinator_address=here:1", "--num_processes=2", "--process_id=2"), {}, "--process_id: got 2 of 2 processes"),
+        ((), {"JAX_COORDINATOR_ADDRESS": "here:1", "JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES: got 'two'"),
+    ],
+)
+def test_a_process_that_cannot_join_says_what_is_missing(tmp_path, arguments, environment, said):
+    process = start("sweep.py", *SMALL, f"--workdir={tmp_path / 'w'}", *arguments, **environment)
+    (status, output, errors) = ended([process])[0]
+    assert (status, output) == (2, "")
+    assert errors.startswith(said)
+    assert errors.count("\n") == 1
+
+
+def test_what_processes_log_of_each_other_is_left_out():
+    said = [
+        "[Gloo] Rank 1 is connected to 3 peer ranks. Expected number of connected peer ranks is : 3\n",
+        "W1123 06:35:35.826467 226 preemption_sync_manager.cc:147] Failed to retrieve\n",
+        "Additional GRPC error information\n",
+        "W1123 06:35:35.826467 226 convolution.cc:7] slow kernel\n",
+        "of 7 by 7\n",
+        "F1123 06:35:35.826646 226 client.h:80] Terminating as the JAX distributed service detected errors.\n",
+        "*** Check failure stack trace: ***\n",
+    ]
+    assert list(several.without_noise(said)) == said[3:5]
+
+
+# ---- killed, stopped and started again; minutes
+
+
+def rows(workdir):
+    file = workdir / "results" / "m00064_b00032.csv"
+    return file.read_bytes() if file.exists() else b""
+
+
+def wait_for(condition, processes, seconds=120):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        assert all(process.poll() is None for process in processes), ended(processes)
+        time.sleep(0.05)
+
+
+def has_checkpoint(workdir):
+    return any((workdir / "checkpoints").glob("m*_b*/[0-9]*/commit_success.txt"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed") / "w"
+    processes = start_two("train.py", *SHARED, f"--workdir={workdir}")
+    assert [status for status, *_ in ended(processes)] == [0, 0]
+    return rows(workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_when_one_process_is_killed_the_other_ends_and_both_go_on_later(tmp_path, undisturbed, lost):
+    """The other within a minute, with one line; the second life goes on from a checkpoint and ends with the same bytes."""
+    arguments = ("train.py", *SHARED, f"--workdir={tmp_path / 'w'}")
+    processes = start_two(*arguments)
+    wait_for(lambda: has_checkpoint(tmp_path / "w"), processes)
+    processes[lost].kill()
+    processes[lost].communicate()
+    then = time.monotonic()
+    status, output, errors = ended([processes[1 - lost]])[0]
+    assert time.monotonic() - then < 60
+    assert (status, output) == (1, "")
+    last = errors.splitlines()[-1]
+    assert last.startswith(f"process {1 - lost} stopped: another process was lost")
+    assert last.count("the same command goes on") == errors.count("stopped") == 1
+    before = rows(tmp_path / "w")
+    assert 0 < before.count(b"\n") < 51
+    assert [status for status, *_ in ended(start_two(*arguments))] == [0, 0]
+    assert rows(tmp_path / "w") == undisturbed
+    assert undisturbed.startswith(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_process_stops_both_and_both_go_on_later(tmp_path, undisturbed, signum):
+    arguments = ("train.py", *SHARED, f"--workdir={tmp_path / 'w'}")
+    processes = start_two(*arguments)
+    wait_for(lambda: rows(tmp_path / "w").count(b"\n") > 5, processes)
+    processes[1].send_signal(signum)
+    for status, output, errors in ended(processes):
+        assert (status, output) == (128 + signum, "")
+        assert errors.splitlines()[-1].startswith("stopped; everything is saved")
+    assert has_checkpoint(tmp_path / "w")
+    assert [status for status, *_ in ended(start_two(*arguments))] == [0, 0]
+    assert rows(tmp_path / "w") == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_run_of_two_processes_goes_on_in_one(tmp_path, undisturbed, devices):
+    """On fewer devices, from its checkpoint: the next epochs' losses agree, until rounding makes them part."""
+    arguments = ["train.py", *SHARED, f"--workdir={tmp_path / 'w'}"]
+    processes = start_two(*arguments)
+    wait_for(lambda: rows(tmp_path / "w").count(b"\n") > 3, processes)
+    processes[0].send_signal(signal.SIGTERM)
+    ended(processes)
+    shutil.copytree(tmp_path / "w", tmp_path / "before")
+    stored = results.load(tmp_path / "w")
+    fewer = start(*arguments, f"--config.data_devices={devices}", devices=devices)
+    wait_for(lambda: rows(tmp_path / "w").count(b"\n") > len(stored) + 4, [fewer])
+    fewer.kill()
+    fewer.communicate()
+    (tmp_path / "undisturbed.csv").write_bytes(undisturbed)
+    expected, found = pd.read_csv(tmp_path / "undisturbed.csv"), results.load(tmp_path / "w")
+    after = slice(len(stored), len(stored) + 2)
+    assert abs(found.train_loss[after] / expected.train_loss[after] - 1).max() < 1e-4

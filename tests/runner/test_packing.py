@@ -1,0 +1,164 @@
+"""Where the last runs of a program go: evenly over the devices, into a smaller program, or into one that fits the memory."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import pandas as pd
+import pytest
+import tiny
+
+from smallbatch_jax.config.experiment import InputError
+from smallbatch_jax.program import devices, lanes
+from smallbatch_jax.runner import driver
+from smallbatch_jax.runner import input as supply
+from smallbatch_jax.runner import scheduler as feeder
+from smallbatch_jax.runner.progress import NoProgress
+from smallbatch_jax.store import results
+
+FIELDS = {"base_lrs": (2**-7, 2e30, 2**-8, 3e30), "seeds": (0,), "segment_seconds": 1e-9}
+
+
+def train(workdir, **fields):
+    driver.train_grid(tiny.grid(**{**FIELDS, **fields}), workdir, tiny.dataset(), NoProgress(), lambda b: tiny.PlainModel())
+    return results.load(workdir)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("packing") / "w")
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """(runs on each device before, after) of every time that lanes were packed; small segments, so that there are many."""
+    seen, pack = [], feeder.Scheduler._pack
+
+    def spy(self, program, state, runs):
+        before = self._loads() if self.runs and any(self.runs) else None
+        state = pack(self, program, state, runs)
+        seen.append((before, self._loads()))
+        return state
+
+    monkeypatch.setattr(feeder.Pace, "FIRST_IMAGES", 8)
+    monkeypatch.setattr(feeder.Scheduler, "_pack", spy)
+    return seen
+
+
+def test_runs_left_on_one_device_are_spread_over_both_and_no_bit_changes(packed, tmp_path):
+    """Of three runs the one alone on its device goes twice as fast; when it is done, one of the two others moves there."""
+    rates = (2**-9, 2**-8, 2**-7)
+    alone = pd.concat([train(tmp_path / str(rate), base_lrs=(rate,)) for rate in rates], ignore_index=True)
+    packed.clear()
+    frame = train(tmp_path / "w", base_lrs=rates)
+    assert packed == [([2, 0], [1, 1])]
+    pd.testing.assert_frame_equal(frame, alone, check_exact=True)
+
+
+def test_the_device_with_fewer_lanes_takes_more_steps_of_each():
+    sharding = SimpleNamespace(mesh=SimpleNamespace(shape={"lane": 2}))
+    program = lanes.LaneProgram(6, 40, True, sharding, 0.0, None, None, None)  # pyright: ignore
+    running = [True, True, True, True, False, False]
+    assert program.even_steps(running, 10) == [10, 10, 10, 30, 0, 0]
+    assert program.even_steps(running, 20) == [20, 20, 20, 40, 0, 0]  # as many as were compiled in
+    assert program.even_steps([*running[:4], True, False], 1) == [1, 1, 1, 2, 1, 0]
+    assert program.even_steps([False] * 6, 10) == [0] * 6
+    side_by_side = dataclasses.replace(program, any_length=False)
+    assert side_by_side.even_steps(running, 10) == [10, 10, 10, 10, 0, 0]
+
+
+def test_side_by_side_the_program_shrinks_once_half_of_it_is_empty(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(lanes, "lane_mapping", lambda: "vmap")
+    monkeypatch.setattr(supply, "FIXED_SEGMENT_IMAGES", 8)
+    whole = train(tmp_path / "whole", lanes=4)
+    assert packed == []  # compiling would take longer than what is left
+    compiled, compile_lanes = [], lanes.compile_lanes
+
+    def at_once(*args, **kwargs):
+        program = dataclasses.replace(compile_lanes(*args, **kwargs), compile_seconds=0.0)
+        compiled.append(program.lanes)
+        return program
+
+    monkeypatch.setattr(lanes, "compile_lanes", at_once)
+    monkeypatch.setattr(driver._Compiler, "submit", submit_and_wait(driver._Compiler.submit))
+    shrunk = train(tmp_path / "shrunk", lanes=8, base_lrs=(2**-7, 2e30, 2**-8, 3e30, 4e30, 5e30, 6e30, 7e30))
+    assert compiled == [8, 2]
+    assert packed == [([1, 1], [1, 1])]
+    kept = shrunk[shrunk.base_lr < 1].reset_index(drop=True)
+    pd.testing.assert_frame_equal(kept, whole[whole.base_lr < 1].reset_index(drop=True), rtol=1e-5)
+
+
+def submit_and_wait(submit):
+    def submitted(self, job):
+        future = submit(self, job)
+        future.result()
+        return future
+
+    return submitted
+
+
+def test_half_the_lanes_go_on_when_memory_runs_out(undisturbed, tmp_path, monkeypatch):
+    tried, run = [], lanes.LaneProgram.run
+
+    def short_of_memory(self, *args):
+        tried.append(self.lanes)
+        if self.lanes > 2 and len(tried) > 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes")
+        return run(self, *args)
+
+    monkeypatch.setattr(lanes.LaneProgram, "run", short_of_memory)
+    frame = train(tmp_path / "w")
+    assert tried[:3] == [4, 4, 4]
+    assert set(tried[3:]) == {2}
+    pd.testing.assert_frame_equal(frame, undisturbed, check_exact=True)
+
+
+def test_out_of_memory_with_one_lane_per_device_is_one_line(tmp_path, monkeypatch):
+    def no_memory(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(lanes.LaneProgram, "run", no_memory)
+    with pytest.raises(InputError, match=r"m = 4: out of memory with one lane per device, which needs 0\.0 GiB"):
+        train(tmp_path / "w")
+
+
+def test_other_failures_of_the_device_are_not_taken_for_a_lack_of_memory(tmp_path, monkeypatch):
+    def broken(*args):
+        raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+
+    monkeypatch.setattr(lanes.LaneProgram, "run", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        train(tmp_path / "w")
+
+
+def test_a_program_that_would_not_fit_is_compiled_with_half_the_lanes(undisturbed, tmp_path, monkeypatch):
+    sizes, compile_lanes = [], lanes.compile_lanes
+
+    def spy(*args, **kwargs):
+        program = compile_lanes(*args, **kwargs)
+        sizes.append((program.lanes, program.peak_bytes))
+        return program
+
+    monkeypatch.setattr(lanes, "compile_lanes", spy)
+    train(tmp_path / "whole")
+    ((four, needed),) = sizes
+    assert four == 4
+    monkeypatch.setattr(devices, "memory_bytes", lambda mesh: needed - 1)
+    frame = train(tmp_path / "w")
+    assert [count for count, _ in sizes] == [4, 4, 2]
+    assert sizes[2][1] < needed
+    pd.testing.assert_frame_equal(frame, undisturbed, check_exact=True)
+    monkeypatch.setattr(devices, "memory_bytes", lambda mesh: 0)
+    with pytest.raises(InputError, match="m = 4: one lane per device needs"):
+        train(tmp_path / "none")
+
+
+@pytest.mark.slow
+def test_more_rates_and_more_seeds_compile_nothing_more(tmp_path):
+    """One program for each batch size, however many runs it has."""
+    few = train(tmp_path / "few", batch_sizes=(4, 8), base_lrs=(2**-7,))
+    many = train(tmp_path / "many", batch_sizes=(4, 8), base_lrs=tuple(2.0**-k for k in range(5, 15)), seeds=(0, 1))
+    assert len(many) == 20 * len(few)
+    for name in ("few", "many"):
+        timings = results.load_timings(tmp_path / name)
+        assert list(timings[timings.phase == "compile"].batch_size) == [4, 8]

@@ -1,0 +1,311 @@
+"""The store: rows appended once and read back to the bit, whatever a crash left behind."""
+
+import json
+import math
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from smallbatch_jax.config.experiment import InputError
+from smallbatch_jax.store import results, workdir
+from smallbatch_jax.store.files import WriteError
+from smallbatch_jax.store.results import ProgramResults, Row
+from smallbatch_jax.store.timings import TIMING_COLUMNS
+
+NAN = float("nan")
+
+
+def row(epoch, base_lr=2**-7, seed=0, test_accuracy=0.5, **fields):
+    values = {"step": 13 * epoch, "train_loss": 1 / 3, "train_accuracy": 0.25, "test_loss": 0.1 + 0.2}
+    return Row(4, 4, base_lr, seed, epoch, test_accuracy=test_accuracy, **values | fields)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A workdir of a 3-epoch experiment without rows."""
+    with workdir.open_workdir(tmp_path / "w", tiny.grid(), {"num_classes": 3}) as folder:
+        yield folder
+
+
+def append(folder, *rows):
+    with ProgramResults(folder, 4, 4) as program:
+        program.append(rows)
+
+
+def test_rows_come_back_to_the_bit_with_the_columns_of_the_public_surface(store):
+    exact = row(1, base_lr=0.1, train_loss=float(np.nextafter(1, 2)), test_loss=5e-324, test_accuracy=1 / 3)
+    append(store, exact)
+    frame = results.load(store)
+    assert list(frame.columns) == list(results.COLUMNS)
+    found = frame.iloc[0]
+    assert (found.experiment, found.batch_size, found.base_lr, found.bn_batch_size) == ("experiment", 4, 0.1, 4)
+    assert (found.train_loss, found.test_loss, found.test_accuracy) == (exact.train_loss, 5e-324, 1 / 3)
+    assert [frame[c].dtype.kind for c in ("batch_size", "seed", "epoch", "step", "base_lr")] == list("iiiif")
+
+
+def test_status_is_that_of_the_run_on_all_its_rows(store):
+    append(store, *(row(e, seed=0) for e in (1, 2, 3)), row(1, seed=1), row(2, seed=1), row(1, seed=2))
+    append(store, row(2, seed=2, test_accuracy=NAN, train_accuracy=NAN, train_loss=math.inf))
+    frame = results.load(store)
+    assert frame.groupby("seed")["status"].unique().map(list).to_dict() == {
+        0: ["finished"],
+        1: ["running"],
+        2: ["diverged"],
+    }
+    assert math.isinf(frame[(frame.seed == 2) & (frame.epoch == 2)].train_loss.item())
+
+
+def test_a_row_is_written_once_even_by_another_process(store):
+    append(store, row(1), row(2))
+    append(store, row(1), row(2), row(3))
+    assert list(results.load(store).epoch) == [1, 2, 3]
+    assert (store / "results/m00004_b00004.csv").read_text().count("\n") == 4
+
+
+def test_a_diverged_run_takes_no_more_rows(store):
+    append(store, row(1, test_accuracy=NAN))
+    append(store, row(2))
+    assert list(results.load(store).epoch) == [1]
+
+
+def test_a_line_torn_by_a_crash_is_left_out_by_readers_and_cut_off_by_the_next_writer(store):
+    append(store, row(1), row(2))
+    path = store / "results/m00004_b00004.csv"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    with pytest.warns(UserWarning, match=r"m00004_b00004.csv: left out lines that are not whole"):
+        assert list(results.load(store).epoch) == [1]
+    append(store, row(2))
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", [b"", b"batch_si"])
+def test_a_file_torn_in_its_header_is_begun_anew(store, content):
+    (store / "results").mkdir()
+    (store / "results/m00004_b00004.csv").write_bytes(content)
+    append(store, row(1))
+    assert list(results.load(store).epoch) == [1]
+
+
+def test_a_damaged_line_in_the_middle_costs_that_line_alone(store):
+    append(store, row(1), row(2), row(3))
+    path = store / "results/m00004_b00004.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], lines[1], "\0garbage\n", lines[3]]))
+    with pytest.warns(UserWarning, match="not whole"), pytest.warns(UserWarning, match="missing"):
+        assert list(results.load(store).epoch) == [1, 3]
+
+
+def test_the_final_accuracy_of_a_run_is_the_median_of_its_last_five_epochs(store):
+    accuracies = [0.9, 0.8, 0.1, 0.2, 0.6, 0.3, 0.4]
+    with ProgramResults(store, 4, 4) as program:
+        program.append(row(epoch, test_accuracy=value) for epoch, value in enumerate(accuracies, 1))
+        program.append([row(1, seed=1, test_accuracy=NAN)])
+        assert program.final_accuracy(row(1).run) == 0.3
+        assert math.isnan(program.final_accuracy(row(1, seed=1).run))
+
+
+def test_who_reads_is_told_of_rows_that_are_lost(store):
+    append(store, row(1), row(2), row(1, seed=1), row(2, seed=1))
+    path = store / "results/m00004_b00004.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], *lines[2:]]))
+    with pytest.warns(UserWarning, match=r"missing \(runs: 1\)"):
+        assert list(results.load(store).epoch) == [2, 1, 2]
+
+
+@pytest.mark.parametrize("damage", ["a line lost", "a line damaged", "the header lost", "a line twice", "no UTF-8"])
+def test_the_next_writer_mends_the_file_and_drops_what_counts_on_lost_rows(store, damage):
+    """So that the run is trained again from there, and another that lost nothing is not."""
+    append(store, row(1), row(1, seed=1), row(2), row(2, seed=1), row(3), row(3, seed=1, test_accuracy=NAN))
+    path = store / "results/m00004_b00004.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    damaged = {
+        "a line lost": lines[:3] + lines[4:],
+        "a line damaged": [*lines[:3], lines[3].replace("4,4,", "4,x,"), *lines[4:]],
+        "the header lost": lines[1:],
+        "a line twice": [*lines, lines[2]],
+        "no UTF-8": [*lines[:3], lines[3].replace("4,4,", "4,\xff,"), *lines[4:]],
+    }[damage]
+    path.write_bytes("".join(damaged).encode("latin-1"))
+    kept = [1, 2, 3] if damage in ("the header lost", "a line twice") else [1]
+    with ProgramResults(store, 4, 4) as program:
+        assert program.epochs(row(1).run) == kept[-1]
+        assert program.complete(row(1).run, 3) == (kept[-1] == 3)
+        assert program.diverged(row(1, seed=1).run)
+        frame = results.load(store)
+        assert list(frame[frame.seed == 0].epoch) == kept
+        assert list(frame[frame.seed == 1].epoch) == [1, 2, 3]
+        program.append([row(2), row(3)])
+    assert sorted(path.read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_a_missing_file_is_named_and_the_rest_is_read(tmp_path):
+    grid = tiny.grid(batch_sizes=(4, 8))
+    with workdir.open_workdir(tmp_path / "w", grid, {"num_classes": 3}) as folder:
+        append(folder, row(1))
+        with pytest.warns(UserWarning, match=r"m00008_b00008.csv: missing; the runs count as not trained"):
+            assert list(results.load(folder).batch_size) == [4]
+
+
+def limit_file_size(size):
+    """Lets this process write no file beyond `size` bytes, as a disk that is full would: the hard limit stays."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.fixture
+def unlimited():
+    yield
+    limit_file_size(resource.RLIM_INFINITY)
+
+
+@pytest.mark.parametrize("room", [0, 1, 60, 100])
+def test_rows_that_do_not_fit_leave_the_file_whole_and_are_not_counted(store, unlimited, room):
+    append(store, row(1))
+    path = store / "results/m00004_b00004.csv"
+    whole = path.read_bytes()
+    with ProgramResults(store, 4, 4) as program:
+        limit_file_size(len(whole) + room)
+        with pytest.raises(WriteError, match=r"m00004_b00004.csv cannot be written: File too large"):
+            program.append([row(2), row(3)])
+        assert path.read_bytes() == whole
+        assert program.epochs(row(1).run) == 1
+        limit_file_size(resource.RLIM_INFINITY)
+        program.append([row(2), row(3)])
+    assert list(results.load(store).epoch) == [1, 2, 3]
+
+
+def test_what_a_killed_writer_left_half_written_is_removed_by_the_next_owner(tmp_path):
+    with workdir.open_workdir(tmp_path / "w", tiny.grid(), {"num_classes": 3}) as folder:
+        pass
+    left = [folder / name for name in (".experiment.json.x.tmp", "results/.m.csv.x.tmp", "figures/.heat_map.png.x.tmp")]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("half")
+    with workdir.open_workdir(folder, tiny.grid(), {"num_classes": 3}):
+        assert not any(path.exists() for path in left)
+
+
+def test_a_timing_torn_by_a_crash_costs_that_line_alone(tmp_path):
+    timings = results.Timings(tmp_path)
+    timings.add("compile", 1.0, 4, 4)
+    with open(tmp_path / "timings.csv", "a") as torn:
+        torn.write("segment,2.")
+    timings.add("segment", 3.0, 4, 4, 2, 10, 40)
+    frame = results.load_timings(tmp_path)
+    assert list(frame[frame.images == 40].seconds) == [3.0]
+    assert list(frame[frame.phase == "compile"].seconds) == [1.0]
+    assert len(frame) == 2
+
+
+OLD = "phase,batch_size,bn_batch_size,lanes,seconds,steps,images\n"  # before memory was stored
+
+
+@pytest.mark.parametrize(
+    ("begun_with", "resumed", "peaks"),
+    [
+        (OLD + "compile,4,4,2,1.5,0,0\n", False, [0]),
+        (OLD + "compile,4,4,2,1.5,0,0\n", True, [0, 4096]),
+        ("", True, [4096]),
+        (OLD + "compile,4,4,2,1.5,0,0\ncompile,4,4", True, [0, 4096]),
+    ],
+    ids=["old", "old, resumed", "new", "old, torn, resumed"],
+)
+def test_timings_are_read_with_and_without_memory_whatever_version_began_the_file(tmp_path, begun_with, resumed, peaks):
+    (tmp_path / "timings.csv").write_text(begun_with)
+    if resumed:
+        results.Timings(tmp_path).add("compile", 1.5, 4, 4, 2, peak_bytes=4096)
+    frame = results.load_timings(tmp_path)
+    assert list(frame.columns) == list(TIMING_COLUMNS)
+    assert list(frame.peak_bytes) == peaks
+    assert list(frame.seconds) == [1.5] * len(peaks)
+    assert frame.drop(columns=["phase", "seconds"]).dtypes.unique().tolist() == [np.dtype("int64")]
+
+
+def test_a_timing_that_lost_its_end_does_not_pass_for_an_older_one(tmp_path):
+    """Cut within its images, it has as many values as a line had before memory was stored."""
+    timings = results.Timings(tmp_path)
+    timings.add("segment", 1.0, 4, 4, 2, 10, 4000)
+    path = tmp_path / "timings.csv"
+    path.write_text(path.read_text()[: -len("00,0\n")])
+    assert results.load_timings(tmp_path).empty
+    timings.add("segment", 3.0, 4, 4, 2, 10, 40)
+    assert list(results.load_timings(tmp_path).images) == [40]
+
+
+def test_timings_that_cannot_be_read_are_none_and_named(tmp_path):
+    assert list(results.load_timings(tmp_path).columns) == list(TIMING_COLUMNS)
+    (tmp_path / "timings.csv").mkdir()
+    with pytest.warns(UserWarning, match=r"timings.csv left out: Is a directory"):
+        assert results.load_timings(tmp_path).empty
+
+
+def test_no_rows_are_an_empty_frame_with_all_columns(store):
+    frame = results.load(store)
+    assert frame.empty
+    assert list(frame.columns) == list(results.COLUMNS)
+
+
+def test_a_read_only_reader_needs_no_lock(store):
+    """`store` owns the workdir throughout these tests."""
+    append(store, row(1))
+    assert len(results.load(str(store))) == 1
+
+
+def test_complete_says_which_runs_need_no_more_training(store):
+    append(store, *(row(e) for e in (1, 2, 3)), row(1, seed=1), row(1, seed=2, test_accuracy=NAN))
+    with ProgramResults(store, 4, 4) as program:
+        assert [program.complete(row(1, seed=s).run, 3) for s in (0, 1, 2, 3)] == [True, False, True, False]
+
+
+def test_a_folder_that_is_no_workdir_is_refused_in_one_line(tmp_path):
+    with pytest.raises(InputError, match="is no workdir"):
+        results.load(tmp_path)
+    (tmp_path / "experiment.json").write_text("{")
+    with pytest.raises(InputError, match=r"experiment.json is damaged"):
+        results.load(tmp_path)
+    (tmp_path / "experiment.json").write_text(json.dumps({"format": 999}))
+    with pytest.raises(InputError, match="has format 999"):
+        results.load(tmp_path)
+
+
+def test_a_folder_of_something_else_is_never_made_a_workdir(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match=r"holds 'thesis.tex' but no experiment"), open_(tmp_path):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("path", ["file", "file/below", "/proc/none"])
+def test_a_workdir_that_cannot_be_written_is_refused_in_one_line(tmp_path, path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--workdir: .*(is a file|cannot be written)"), open_(tmp_path / path):
+        pass
+
+
+def test_a_workdir_without_permission_is_refused_in_one_line(forbidden):
+    """As an ordinary user, in folders of root's and below one that may not be entered."""
+    for path in (Path("/root/runs/w"), forbidden / "w"):
+        with pytest.raises(InputError, match=r"^--workdir: .* cannot be (read|written): Permission denied\.$"), open_(path):
+            pass
+
+
+def open_(path):
+    return workdir.open_workdir(path, tiny.grid(), {})
+
+
+def test_a_full_paper_grid_loads_within_two_seconds(store):
+    """143 runs × 164 epochs × 5 seeds."""
+    import time
+
+    with ProgramResults(store, 4, 4) as program:
+        program.append(row(e, base_lr=lr / 1000, seed=s) for lr in range(1, 144) for s in range(5) for e in range(1, 165))
+    began = time.perf_counter()
+    assert len(results.load(store)) == 143 * 164 * 5
+    assert time.perf_counter() - began < 2 * SLACK
+
+
+SLACK = 2  # for machines that are busy with other tests

@@ -1,0 +1,132 @@
+"""The answer in one sentence, and what a careful reader would ask."""
+
+import dataclasses
+
+import pytest
+from claimed import LOST, LRS, study
+
+from smallbatch_jax.config.experiment import Schedule
+from smallbatch_jax.study import analysis
+from smallbatch_jax.study.answer import answer
+
+FAR = {4: [0.5, 0.912, 0.4], 64: [0.6, 0.5, LOST], 128: [0.3, LOST, LOST]}
+
+
+def sentence(table, **options):
+    return answer(study("fig08", table, **options)).sentence
+
+
+def caveats(table, **options):
+    return " ".join(answer(study("fig08", table, **options)).caveats)
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        (FAR, "Best at m = 4, η̃ = 2^-8: 91.2 %; no other batch size reaches it."),
+        ({2: 0.905, **FAR}, "Best at m = 4, η̃ = 2^-8: 91.2 %; m ≥ 64 never reaches it."),
+        ({2: 0.4, **FAR, 8: 0.911}, "Best at m = 4, η̃ = 2^-8: 91.2 %; m = 2 and m ≥ 64 never reach it."),
+        ({2: 0.4, 4: 0.9, 8: 0.4, 16: 0.9}, "Best at m = 4, η̃ = 2^-9: 90.0 %; m = 2, 8 never reach it."),
+        ({4: 0.9, 8: 0.9, 16: 0.5}, "Best at m = 4, η̃ = 2^-9: 90.0 %; m = 16 never reaches it."),
+        ({4: 0.9, 8: 0.895}, "Best at m = 4, η̃ = 2^-9: 90.0 %; every other batch size is within the noise of it."),
+        ({4: 0.9, 8: LOST}, "Best at m = 4, η̃ = 2^-9: 90.0 %; m = 8 never reaches it."),
+        ({4: 0.9}, "Best at m = 4, η̃ = 2^-9: 90.0 %."),
+        ({4: LOST, 8: LOST}, "Every run diverged."),
+        ({4: 0.1, 8: 0.05}, "No run is better than chance, 10.0 %."),
+    ],
+)
+def test_the_sentence(table, says):
+    assert sentence(table) == says
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        (
+            {4: [0.9, None, LOST], 8: [0.5, 0.6, LOST]},
+            "So far (5 of 6 runs ended): best at m = 4, η̃ = 2^-9: 90.0 %; m = 8 never",
+        ),
+        ({4: 0.9, 8: [0.5, None, LOST]}, "So far (5 of 6 runs ended): best at m = 4, η̃ = 2^-9: 90.0 %."),
+        ({4: 0.9, 8: [0.5, None, LOST], 16: 0.9}, "%; every other whose runs have ended is within the noise of it."),
+        ({4: [None, None, LOST]}, "So far (1 of 3 runs ended): none of them has finished."),
+    ],
+)
+def test_while_runs_are_to_come_only_what_has_ended_is_judged(table, says):
+    assert says in sentence(table)
+
+
+def test_the_best_cell_is_that_of_the_analysis():
+    found = study("fig08", {2: 0.4, **FAR})
+    cells = analysis.final_accuracy(found.rows)
+    best = cells.loc[cells["test_accuracy"].idxmax()]
+    assert answer(found).best[analysis.CELL].tolist() == best[analysis.CELL].tolist()
+
+
+def test_seeds_give_the_deviation_and_the_noise():
+    """0.02 are 12 standard errors of three seeds; with one seed 0.03 are 2.2 of a test set of 1,000, 1.5 of one of 500."""
+    close = {4: [[0.9, 0.902, 0.898]], 8: [[0.88, 0.882, 0.878]]}
+    assert sentence(close, lrs=LRS[:1], seeds=(0, 1, 2)) == "Best at m = 4, η̃ = 2^-9: 90.0 ± 0.2 %; m = 8 never reaches it."
+    one = study("fig08", {4: 0.91, 8: 0.88})
+    assert answer(one).sentence.endswith("m = 8 never reaches it.")
+    assert answer(dataclasses.replace(one, examples=(5000, 500))).sentence.endswith("is within the noise of it.")
+    assert answer(dataclasses.replace(one, examples=None)).sentence.endswith("never reaches it.")
+
+
+def test_seeds_that_differ_much_tell_little():
+    apart = {4: [[0.85, 0.9, 0.95]], 8: [[0.8, 0.85, 0.9]]}
+    assert sentence(apart, lrs=LRS[:1], seeds=(0, 1, 2)).endswith("every other batch size is within the noise of it.")
+
+
+def test_two_seeds_that_agree_by_luck_do_not_count_as_certain():
+    assert sentence({4: [[0.9, 0.9]], 8: [[0.895, 0.895]]}, lrs=LRS[:1], seeds=(0, 1)).endswith("is within the noise of it.")
+
+
+def test_a_bn_batch_size_of_its_own_is_named():
+    found = study("fig13_cifar10", {32: {8: 0.8}}, lrs=LRS[:1], bn=(4, 8, 32))
+    assert answer(found).sentence == "Best at m = 32, BN batch size 8, η̃ = 2^-9: 80.0 %."
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ({2: 0.3, 4: [0.9, 0.5, 0.4], 8: 0.3}, "2^-9 is the smallest η̃ tried at m = 4: a smaller one may be better still."),
+        ({2: 0.3, 4: [0.5, 0.6, 0.9], 8: 0.3}, "2^-7 is the largest η̃ tried at m = 4: a larger one may be better still."),
+        ({2: 0.9, 4: 0.3}, "2 is the smallest batch size tried: a smaller one may be better still."),
+        ({2: 0.3, 4: 0.9}, "4 is the largest batch size tried: a larger one may be better still."),
+        ({2: 0.9}, "One seed"),
+        ({2: 0.9, 4: 0.899, 8: 0.3}, "1 other cell is within the noise of it, at m = 4."),
+        ({2: 0.9, 4: [0.899, 0.901, 0.3]}, "2 other cells are within the noise of it, at m = 2, 4."),
+    ],
+)
+def test_what_a_careful_reader_would_ask(table, says):
+    assert says in caveats(table)
+
+
+def test_a_best_inside_the_grid_that_stands_alone_needs_no_caveat_but_its_seed():
+    lost = [0.2, 0.3, 0.2]
+    first, *caveats = answer(study("fig08", {2: lost, 4: [0.5, 0.9, 0.4], 8: lost})).caveats
+    assert first.startswith("As most write it: learning rate η = η̃·m = 0.015625 on the mean gradient, SGD without momentum")
+    assert caveats == ["One seed: how much chance there is in it is not known."]
+    lost = [[0.2] * 3, [0.3] * 3, [0.2] * 3]
+    three = {2: lost, 4: [[0.5] * 3, [0.9, 0.89, LOST], [0.4] * 3], 8: lost}
+    assert answer(study("fig08", three, seeds=(0, 1, 2))).caveats[1:] == ("1 of its 3 seeds diverged.",)
+
+
+def test_the_learning_rate_is_told_with_its_schedule():
+    def told(**schedule):
+        found = study("fig10", {4: 0.9})
+        return answer(
+            dataclasses.replace(found, experiment=dataclasses.replace(found.experiment, schedule=Schedule(**schedule)))
+        ).caveats[0]
+
+    start = "As most write it: learning rate η = η̃·m = 0.0078125 on the mean gradient, SGD without momentum"
+    assert told(boundaries=()) == f"{start}."
+    assert told(boundaries=(1 / 3, 0.5), factor=0.2, warmup_fraction=0.05) == (
+        f"{start}, times 0.2 after 33.3 % and 50 % of the training, after a warm-up over 5 %."
+    )
+
+
+def test_batch_sizes_that_a_wider_grid_might_help_are_named():
+    told = caveats({2: [0.5, 0.9, 0.4], 4: [0.6, 0.5, 0.4], 8: [0.6, 0.5, LOST], 16: [0.1, 0.2, 0.3]})
+    assert "m = 4, 8 are best at the smallest η̃ tried: a smaller one may bring them closer." in told
+    assert "m = 16 is best at the largest η̃ tried: a larger one may bring it closer." in told

@@ -1,0 +1,272 @@
+"""What figures must show: every cell where it belongs, and no cell for what it is not."""
+
+import io
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.collections import LineCollection
+from matplotlib.colors import same_color
+
+from smallbatch_jax.study import figures
+from smallbatch_jax.study.analysis import CELL, RUN
+
+COLUMNS = [*CELL, "test_accuracy", "test_accuracy_std", "finished", "diverged", "pending"]
+
+
+def cell(batch_size, base_lr, accuracy, std=math.nan, finished=1, diverged=0, pending=0, bn_batch_size=None):
+    return ("exp", batch_size, bn_batch_size or batch_size, base_lr, accuracy, std, finished, diverged, pending)
+
+
+def missing(batch_size, base_lr, pending=1, bn_batch_size=None):
+    """A planned cell of which no seed has ended."""
+    return cell(batch_size, base_lr, math.nan, finished=0, pending=pending, bn_batch_size=bn_batch_size)
+
+
+def table(*rows):
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+@pytest.fixture
+def cells():
+    """Three batch sizes: all finished; one cell diverged; one partly diverged, one running, one never started (8, 0.125)."""
+    rows = [
+        cell(2, 0.125, 0.6, 0.01, finished=2),
+        cell(2, 0.25, 0.7, 0.02, finished=2),
+        cell(2, 0.5, 0.8, 0.03, finished=2),
+        cell(4, 0.125, 0.5),
+        cell(4, 0.25, 0.75),
+        cell(4, 0.5, math.nan, finished=0, diverged=2),
+        missing(8, 0.125),
+        cell(8, 0.25, 0.3, finished=1, diverged=1),
+        missing(8, 0.5),
+    ]
+    return table(*rows)
+
+
+@pytest.fixture
+def seeds_pending():
+    """At 0.125 one seed of three has finished; at 0.25 one has, one diverged; at 0.5 one diverged; one is pending in each."""
+    rows = [cell(2, 0.125, 0.6, pending=1), cell(2, 0.25, 0.7, diverged=1, pending=1)]
+    return table(*rows, cell(2, 0.5, math.nan, finished=0, diverged=1, pending=1))
+
+
+def results(cells):
+    """One-epoch results that hold `cells`' finished and diverged seeds; a cell with neither is running."""
+    rows = []
+    for c in cells.itertuples():
+        statuses = ["finished"] * c.finished + ["diverged"] * c.diverged or ["running"]
+        for seed, status in enumerate(statuses):
+            accuracy = math.nan if status == "diverged" else c.test_accuracy
+            key = (c.experiment, c.batch_size, c.bn_batch_size, c.base_lr, seed)
+            rows.append((*key, 1, 10, 0.1, accuracy, 0.1, accuracy, status))
+    measures = ["train_loss", "train_accuracy", "test_loss", "test_accuracy"]
+    return pd.DataFrame(rows, columns=[*RUN, "epoch", "step", *measures, "status"])
+
+
+def curves(figure):
+    """The labelled lines of a figure, as label → (x, y)."""
+    lines = figure.axes[0].get_lines()
+    return {
+        line.get_label(): (np.asarray(line.get_xdata()), np.asarray(line.get_ydata()))
+        for line in lines
+        if not str(line.get_label()).startswith("_")
+    }
+
+
+def marks(figure):
+    """The marked cells of a heat map, as kind → set of (column, row)."""
+    scatters = [c for c in figure.axes[0].collections if not str(c.get_label()).startswith("_")]
+    return {c.get_label(): {tuple(map(round, xy)) for xy in c.get_offsets().tolist()} for c in scatters}
+
+
+def placed(figure, panel=0, **look):
+    """The finite points, over all lines of a panel, of those that have the look given, such as marker="x"."""
+    lines = [
+        line for line in figure.axes[panel].get_lines() if all(str(getattr(line, f"get_{k}")()) == v for k, v in look.items())
+    ]
+    points = np.concatenate([np.asarray(line.get_xydata(), float) for line in lines] or [np.empty((0, 2))])
+    return points[~np.isnan(points[:, 1])]
+
+
+def bars(figure, panel=0):
+    """The ends of a panel's error bars and vertical lines, as x → (low, high)."""
+    groups = [lines.get_segments() for lines in figure.axes[panel].collections if isinstance(lines, LineCollection)]
+    return {line[0, 0]: tuple(np.round(line[:, 1], 6)) for lines in groups for line in lines if len(line)}
+
+
+def foot(figure):
+    """The small text under a figure, and the labels of the legend beside it."""
+    legends = figure.legends
+    texts = [text.get_text() for legend in legends for text in legend.get_texts()]
+    return "".join(legend.get_title().get_text() for legend in legends), texts
+
+
+def legend_texts(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def tick_texts(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def test_accuracy_against_batch_size_has_one_curve_per_base_lr(cells):
+    drawn = curves(figures.accuracy_against_batch_size(cells))
+    nan = math.nan
+    expected = {"$2^{-3}$": [60, 50, nan], "$2^{-2}$": [70, 75, 30], "$2^{-1}$": [80, nan, nan]}
+    assert list(drawn) == list(expected)
+    for label, percent in expected.items():
+        np.testing.assert_array_equal(drawn[label][0], [2, 4, 8])
+        np.testing.assert_allclose(drawn[label][1], percent)
+
+
+def test_accuracy_against_base_lr_has_one_curve_per_batch_size(cells):
+    drawn = curves(figures.accuracy_against_base_lr(cells))
+    nan = math.nan
+    expected = {"2": [60, 70, 80], "4": [50, 75, nan], "8": [nan, 30, nan]}
+    assert list(drawn) == list(expected)
+    for label, percent in expected.items():
+        np.testing.assert_array_equal(drawn[label][0], [0.125, 0.25, 0.5])
+        np.testing.assert_allclose(drawn[label][1], percent)
+
+
+def test_axes_are_log2_with_ticks_at_the_grid(cells):
+    by_batch_size = figures.accuracy_against_batch_size(cells).axes[0]
+    by_base_lr = figures.accuracy_against_base_lr(cells).axes[0]
+    assert by_batch_size.get_xscale() == by_base_lr.get_xscale() == "log"
+    assert by_batch_size.get_xticks().tolist() == [2, 4, 8]
+    assert tick_texts(by_batch_size.xaxis) == ["2", "4", "8"]
+    assert by_base_lr.get_xticks().tolist() == [0.125, 0.25, 0.5]
+    assert tick_texts(by_base_lr.xaxis) == ["$2^{-3}$", "$2^{-2}$", "$2^{-1}$"]
+
+
+def test_error_bars_are_deviations_over_seeds(cells):
+    """Only m = 2 has two finished seeds per cell: bars of ±1, ±2, ±3 % and no others."""
+    figure = figures.accuracy_against_base_lr(cells)
+    assert bars(figure) == {0.125: (59, 61), 0.25: (68, 72), 0.5: (77, 83)}
+
+
+def test_partly_diverged_cells_are_hollow_and_crossed(cells):
+    figure = figures.accuracy_against_batch_size(cells)
+    np.testing.assert_allclose(placed(figure, markerfacecolor="white"), [[8, 30]])
+    np.testing.assert_allclose(placed(figure, marker="x"), [[8, 30]])
+    assert foot(figure)[1] == ["some seeds diverged"]
+
+
+def test_points_with_seeds_pending_are_hollow(seeds_pending):
+    """Both points are means of fewer seeds than planned; only the one that lost a seed is crossed."""
+    figure = figures.accuracy_against_base_lr(seeds_pending)
+    np.testing.assert_allclose(placed(figure, markerfacecolor="white"), [[0.125, 60], [0.25, 70]])
+    np.testing.assert_allclose(placed(figure, marker="x"), [[0.25, 70]])
+    assert foot(figure) == ("3 of 3 cells not finished, 1 diverged", ["some seeds diverged", "some seeds pending"])
+
+
+@pytest.mark.parametrize("draw", [figures.accuracy_against_batch_size, figures.accuracy_against_base_lr])
+def test_curves_say_how_much_is_missing(cells, draw):
+    """Nine cells: two not finished, one diverged. Of finished ones there is nothing to say."""
+    assert foot(draw(cells))[0] == "2 of 9 cells not finished, 1 diverged"
+    assert foot(draw(cells[cells["batch_size"] == 4]))[0] == "1 of 3 cells diverged"
+    assert foot(draw(cells[cells["batch_size"] == 2])) == ("", [])
+
+
+@pytest.mark.parametrize("draw", [figures.accuracy_against_batch_size, figures.accuracy_against_base_lr, figures.heat_map])
+def test_cells_without_a_plan_are_drawn_the_same(cells, draw):
+    """`final_accuracy` has no column `pending`: a cell of which no seed has ended is taken to be pending."""
+    plain, planned = draw(cells.drop(columns="pending")), draw(cells)
+    assert foot(plain) == foot(planned)
+    assert marks(plain) == marks(planned)
+
+
+def test_curve_keeps_its_colour_as_results_arrive(cells):
+    """Colours go by the planned grid: m = 8 looks the same before and after the others are there."""
+    early = cells.copy()
+    early.loc[early["batch_size"] < 8, ["test_accuracy", "finished", "diverged", "pending"]] = math.nan, 0, 0, 1
+
+    def color_of_eight(some):
+        lines = figures.accuracy_against_base_lr(some).axes[0].get_lines()
+        return next(line.get_color() for line in lines if line.get_label() == "8")
+
+    assert list(curves(figures.accuracy_against_base_lr(early))) == ["8"]
+    assert same_color(color_of_eight(early), color_of_eight(cells))
+
+
+def test_heat_map_tells_four_kinds_of_cell_apart(cells):
+    """Columns are base_lr, rows are m; (0, 2) was never started, (2, 2) is running."""
+    figure = figures.heat_map(cells)
+    assert marks(figure) == {"diverged": {(2, 1)}, "not finished": {(0, 2), (2, 2)}, "some seeds diverged": {(1, 2)}}
+    assert foot(figure)[1] == list(marks(figure))
+    colored, grey = (~np.ma.getmaskarray(np.ma.asarray(mesh.get_array())) for mesh in figure.axes[0].collections[:2])
+    np.testing.assert_array_equal(colored, [[1, 1, 1], [1, 1, 0], [0, 1, 0]])
+    np.testing.assert_array_equal(grey, [[0, 0, 0], [0, 0, 1], [0, 0, 0]])
+
+
+def test_heat_map_marks_cells_with_seeds_pending(seeds_pending):
+    """Also the one that is crossed: the seed that is pending may yet finish."""
+    shown = marks(figures.heat_map(seeds_pending))
+    assert shown == {"diverged": {(2, 0)}, "some seeds diverged": {(1, 0)}, "some seeds pending": {(0, 0), (1, 0), (2, 0)}}
+
+
+def test_heat_map_writes_each_accuracy_in_its_cell(cells):
+    figure = figures.heat_map(cells)
+    axes = figure.axes[0]
+    written = {text.get_position(): text.get_text() for text in axes.texts}
+    assert written == {(0, 0): "60.0", (1, 0): "70.0", (2, 0): "80.0", (0, 1): "50.0", (1, 1): "75.0", (1, 2): "30.0"}
+    np.testing.assert_allclose(np.ma.asarray(axes.collections[0].get_array())[0], [60, 70, 80])
+    assert tick_texts(axes.xaxis) == ["$2^{-3}$", "$2^{-2}$", "$2^{-1}$"]
+    assert tick_texts(axes.yaxis) == ["2", "4", "8"]
+
+
+def test_a_cell_that_is_not_planned_is_blank(cells):
+    """Without (8, 0.125) in the plan its place has neither colour nor mark; a planned batch size has a row of its own."""
+    figure = figures.heat_map(cells.drop(index=6))
+    assert marks(figure)["not finished"] == {(2, 2)}
+    colored, grey = (np.ma.asarray(mesh.get_array()) for mesh in figure.axes[0].collections[:2])
+    assert colored.mask[2, 0]
+    assert grey.mask[2, 0]
+    wider = pd.concat([cells, table(*(missing(16, x) for x in (0.125, 0.25, 0.5)))])
+    assert marks(figures.heat_map(wider))["not finished"] == {(0, 2), (2, 2), (0, 3), (1, 3), (2, 3)}
+
+
+def test_wide_grid_shows_fewer_labels_and_no_numbers():
+    many = table(*(cell(2, 2.0**k, 0.5) for k in range(-29, 1)))
+    axes = figures.heat_map(many).axes[0]
+    assert len(axes.get_xticks()) == 10
+    assert not axes.texts
+
+
+def test_bn_batch_sizes_other_than_m_are_left_out_and_said_so(cells):
+    other = table(cell(8, 0.25, 0.9, bn_batch_size=2))
+    figure = figures.accuracy_against_base_lr(pd.concat([cells, other]))
+    np.testing.assert_allclose(curves(figure)["8"][1][1], 30)
+    assert figure.axes[0].get_title() == "exp (BN batch size = $m$)"
+    assert figures.accuracy_against_base_lr(cells).axes[0].get_title() == "exp"
+
+
+def test_largest_bn_batch_size_stands_for_m_where_none_equals_it():
+    rows = [
+        cell(8, 0.25, 0.9, bn_batch_size=2),
+        cell(8, 0.25, 0.7, bn_batch_size=4),
+        cell(8, 0.5, 0.6, bn_batch_size=2),
+    ]
+    figure = figures.accuracy_against_base_lr(table(*rows))
+    np.testing.assert_allclose(curves(figure)["8"][1], [70])
+    assert figure.axes[0].get_title() == "exp (BN batch size 4)"
+
+
+def test_one_figure_shows_one_experiment(cells):
+    both = pd.concat([cells, cells.assign(experiment="other")])
+    with pytest.raises(ValueError, match="one experiment, got 2"):
+        figures.heat_map(both)
+
+
+def test_results_without_a_finished_run_can_be_drawn(cells):
+    """Nothing finished yet: no curve to show, no warning, and the heat map still tells diverged from running."""
+    early = cells[cells["finished"] == 0]
+    figure = figures.accuracy_against_batch_size(early)
+    figure.savefig(io.BytesIO(), format="png")
+    assert not curves(figure)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["no run has finished"]
+    early_map = figures.heat_map(early)
+    assert marks(early_map) == {"diverged": {(1, 0)}, "not finished": {(0, 1), (1, 1)}}
+    assert early_map.axes[1].get_ylim() == (0, 100)
