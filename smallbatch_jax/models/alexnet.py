@@ -1,19 +1,15 @@
 """The paper's reduced AlexNet (§3.1)."""
 
-from typing import Any
-
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
-from smallbatch_jax.models.layers import Conv, Dense, relu
-from smallbatch_jax.models.norm import make_norm
+from smallbatch_jax.models.layers import PaperModel, relu
 from smallbatch_jax.models.pool import max_pool
 
 SMALLEST_IMAGE = 8
 
 
-class AlexNet(nn.Module):
+class AlexNet(PaperModel):
     """AlexNet (Krizhevsky et al. 2012), reduced for small images as §3.1 says; 472,794 parameters at 32×32×3, 10 classes.
 
     From the paper: five convolutions of stride 1, kernels 5, 3, 3, 3, 3, channels 16, 48, 96, 64, 64; 3×3 max pools of
@@ -22,22 +18,9 @@ class AlexNet(nn.Module):
     local response normalisation; biases start at 0; batch norm stands between a layer and its ReLU, in place of the
     layer's bias, and never on the logits.
 
-    Attributes:
-      num_classes: logits per image.
-      norm: "none"; "batch" after every convolution and hidden layer (Fig. 5); "batch_conv_only" after convolutions only
-        (Fig. 6); "group" or "batch_renorm" in the places of "batch".
-      bn_batch_size: examples per batch of the batch norm; None takes the whole batch.
-      bn_decay: weight of the old running average at each step.
-      axis_name: mesh axis over which a batch is spread.
-      dtype: of the computation; parameters and statistics are float32.
+    `norm` "batch" normalises after every convolution and hidden layer (Fig. 5), "batch_conv_only" after convolutions only
+    (Fig. 6), "group" and "batch_renorm" in the places of "batch".
     """
-
-    num_classes: int
-    norm: str = "batch"
-    bn_batch_size: int | None = None
-    bn_decay: float = 0.99
-    axis_name: str | None = None
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -45,19 +28,13 @@ class AlexNet(nn.Module):
         if min(images.shape[1:3]) < SMALLEST_IMAGE:
             height, width = images.shape[1:3]
             raise ValueError(f"alexnet: got images of {height}x{width} pixels, needs at least 8x8")
-        norm_conv, norm_dense = self.norm != "none", self.norm not in ("none", "batch_conv_only")
+        conv_norm, dense_norm = {"batch_conv_only": ("batch", "none")}.get(self.norm, (self.norm, self.norm))
         x = images.astype(self.dtype)
-        for index, (kernel, features) in enumerate(zip((5, 3, 3, 3, 3), (16, 48, 96, 64, 64), strict=True)):
-            name = f"conv{index + 1}"
-            x = Conv(features, (kernel, kernel), use_bias=not norm_conv, dtype=self.dtype, name=name)(x)
-            x = relu(self._norm(f"{name}_norm")(x, train) if norm_conv else x)
+        for index, (size, features) in enumerate(zip((5, 3, 3, 3, 3), (16, 48, 96, 64, 64), strict=True)):
+            x = relu(self.conv(x, features, size, 1, train, f"conv{index + 1}", conv_norm))
             x = max_pool(x) if index in (0, 1, 4) else x
         x = x.reshape(len(images), -1)
-        for index in range(2):
-            x = Dense(256, use_bias=not norm_dense, dtype=self.dtype, name=f"dense{index + 1}")(x)
-            x = relu(self._norm(f"dense{index + 1}_norm")(x, train) if norm_dense else x)
-        return Dense(self.num_classes, dtype=self.dtype, name="logits")(x).astype(jnp.float32)
-
-    def _norm(self, name: str) -> Any:
-        kind = "batch" if self.norm == "batch_conv_only" else self.norm
-        return make_norm(kind, self.bn_batch_size, self.bn_decay, self.axis_name, self.dtype, name)
+        for name in ("dense1", "dense2"):
+            x = self.dense(x, 256, name, bias=dense_norm == "none")
+            x = relu(self.normalise(x, dense_norm, train, f"{name}_norm"))
+        return self.logits(x)

@@ -1,4 +1,4 @@
-"""Linear layers, initialised as the paper says (§3.1)."""
+"""What the paper's models are made of: linear layers initialised as in §3.1, ReLU, and the fields that all models have."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,35 +7,17 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from smallbatch_jax.models import blocks
 from smallbatch_jax.models.conv import Pads, conv
-from smallbatch_jax.models.fusion import computed_once
-from smallbatch_jax.models.product import product
+from smallbatch_jax.models.norm import make_norm
 
 # He et al. (2015b), Eq. 10: a Gaussian (not a truncated one) of variance 2 / fan-in; all layers, the logits' too.
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
-
-@jax.custom_vjp
-def relu(x: jax.Array) -> jax.Array:
-    """max(x, 0); NaN stays NaN."""
-    return jnp.maximum(x, 0)
-
-
-def _relu_forward(x):
-    y = computed_once(relu(x))
-    return y, y
-
-
-def _relu_backward(y, dy):
-    return (computed_once(jnp.where(y > 0, dy, 0)),)
-
-
-relu.defvjp(_relu_forward, _relu_backward)
+relu = nn.relu
 
 
 class Conv(nn.Module):
-    """2-D convolution [N, H, W, C] → [N, H', W', features] by `models.conv`; float32 parameters, computed in `dtype`."""
+    """2-D convolution [N, H, W, C] → [N, H', W', features]; float32 parameters, computed in `dtype` (see `models.conv`)."""
 
     features: int
     kernel_size: tuple[int, int]
@@ -43,15 +25,13 @@ class Conv(nn.Module):
     padding: str | Pads = "SAME"
     use_bias: bool = True
     dtype: Any = jnp.float32
+    platform: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", he_normal, (*self.kernel_size, x.shape[-1], self.features), jnp.float32)
-        y = conv(x.astype(self.dtype), kernel.astype(self.dtype), self.strides, self.padding)
-        if not self.use_bias:
-            return y
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        return blocks.add_shared(y, bias.astype(self.dtype))
+        y = conv(x.astype(self.dtype), kernel.astype(self.dtype), self.strides, self.padding, self.platform)
+        return _add_bias(self, y) if self.use_bias else y
 
 
 class Dense(nn.Module):
@@ -60,12 +40,74 @@ class Dense(nn.Module):
     features: int
     use_bias: bool = True
     dtype: Any = jnp.float32
+    platform: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", he_normal, (x.shape[-1], self.features), jnp.float32)
-        y = product(x.astype(self.dtype), kernel.astype(self.dtype))
-        if not self.use_bias:
-            return y
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        return blocks.add_shared(y, bias.astype(self.dtype))
+        kernel = self.param("kernel", he_normal, (x.shape[-1], self.features), jnp.float32).astype(self.dtype)
+        few = self.platform == "cpu" and len(x) <= FEW_EXAMPLES
+        y = (_product_of_few if few else jnp.matmul)(x.astype(self.dtype), kernel)
+        return _add_bias(self, y) if self.use_bias else y
+
+
+def _add_bias(layer: Any, y: jax.Array) -> jax.Array:
+    bias = layer.param("bias", nn.initializers.zeros, (y.shape[-1],), jnp.float32)
+    return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+FEW_EXAMPLES = 32
+
+
+@jax.custom_vjp
+def _product_of_few(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[N, D] · [D, F] → [N, F] whose kernel gradient is a sum of N outer products.
+
+    XLA:CPU has no fast matrix product for so short a sum, and fuses this one with the update of the kernel.
+    """
+    return x @ kernel
+
+
+def _product_of_few_backward(residuals, dy):
+    x, kernel = residuals
+    return dy @ kernel.T, sum(x[i][:, None] * dy[i][None, :] for i in range(len(x)))
+
+
+_product_of_few.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_of_few_backward)
+
+
+class PaperModel(nn.Module):
+    """Fields of the paper's models, and their layers.
+
+    Attributes:
+      num_classes: logits per image.
+      norm: a name in `config.catalog.NORMS` that the model accepts.
+      bn_batch_size: b, examples per BN group; None takes the whole batch.
+      bn_decay: weight of the old running average at each step.
+      axis_name: mesh axis over which a batch is sharded.
+      dtype: of the computation; parameters and statistics are float32.
+      platform: "cpu", "gpu" or "tpu", which the model is compiled for; None decides when it is compiled.
+    """
+
+    num_classes: int
+    norm: str = "batch"
+    bn_batch_size: int | None = None
+    bn_decay: float = 0.99
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+    platform: str | None = None
+
+    def conv(self, x: jax.Array, features: int, size: int, stride: int, train: bool, name: str, norm: str) -> jax.Array:
+        """Convolution of an odd size, padded by half of it on all sides, and its normalisation in place of a bias."""
+        pads = ((size // 2, size // 2), (size // 2, size // 2))
+        y = Conv(features, (size, size), (stride, stride), pads, norm == "none", self.dtype, self.platform, name=name)(x)
+        return self.normalise(y, norm, train, f"{name}_norm")
+
+    def normalise(self, x: jax.Array, norm: str, train: bool, name: str) -> jax.Array:
+        layer = make_norm(norm, self.bn_batch_size, self.bn_decay, self.axis_name, self.dtype, name)
+        return x if layer is None else layer(x, train)
+
+    def dense(self, x: jax.Array, features: int, name: str, bias: bool = True) -> jax.Array:
+        return Dense(features, bias, self.dtype, self.platform, name=name)(x)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        return self.dense(x, self.num_classes, "logits").astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Max pooling whose gradient is deterministic and, on CPU, fast; and the mean over an image."""
+"""Max pooling whose gradient is deterministic and, on CPU, fast."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -6,18 +6,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-from smallbatch_jax.models import blocks
-from smallbatch_jax.models.fusion import computed_once
+from jax.experimental.xla_metadata import set_xla_metadata
 
 Pair = tuple[int, int]
 Pads = tuple[Pair, Pair]
-
-
-def mean_pool(x: jax.Array) -> jax.Array:
-    """Mean of every image [N, H, W, C] → [N, C], summed in float32; the same for an image whatever N is (`models.blocks`)."""
-    n, height, width, _ = x.shape
-    return (blocks.channel_sums(blocks.in_runs(x.astype(jnp.float32), n), n) / (height * width)).astype(x.dtype)
 
 
 def max_pool(
@@ -48,7 +40,21 @@ def _max_pool_forward(x, window, strides, pads, sizes):
         # A NaN must not lose a comparison, or a diverged run would go unseen.
         stays = (pooled >= other) | jnp.isnan(pooled)
         pooled, winner = jnp.where(stays, pooled, other), jnp.where(stays, winner, float(offset))
-    return pooled, computed_once(winner)
+    return pooled, lax.platform_dependent(winner, cpu=_materialised, default=lambda winner: winner)
+
+
+@jax.jit
+def _identity(x: jax.Array) -> jax.Array:
+    return lax.optimization_barrier(x)  # keeps JAX from dropping the call
+
+
+def _materialised(x: jax.Array) -> jax.Array:
+    """Identity that XLA:CPU does not fuse through, a call that is not inlined.
+
+    XLA:CPU fuses cheap element-wise work into each of its uses: the gradient would repeat the comparisons 36 times.
+    """
+    with set_xla_metadata(inlineable="false"):
+        return _identity(x)
 
 
 def _max_pool_backward(window, strides, pads, sizes, winner, dy):

@@ -11,11 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.flatten_util import ravel_pytree
 
 from smallbatch_jax import optim
-from smallbatch_jax.models import blocks, norm
-from smallbatch_jax.models.blocks import Blocks
 
 PyTree = Any
 Model = Any  # a flax.linen.Module whose `apply` takes `train`, or an object with the same init and apply
@@ -30,12 +27,9 @@ class Program:
     total_steps: int  # T, updates in a run
     boundaries: tuple[float, ...] = (0.5, 0.75)
     factor: float = 0.1
-    axis_name: str | None = None  # mesh axis over which each batch is spread; None if a device holds all of it
-    # Examples at a time, of a device's share, a multiple of the BN batch; None takes all of them at once.
-    micro_batch_size: int | None = None
+    axis_name: str | None = None  # mesh axis over which each batch is sharded; None if one device holds all of it
+    micro_batch_size: int | None = None  # examples of a shard computed at a time, whole BN groups; None takes all at once
     augment: bool = False  # whether training images are cropped and flipped at random (§3.1)
-    # How sums over a batch are taken, on CPU, so that they do not depend on the number of devices; None for as is fastest.
-    blocks: Blocks | None = None
 
 
 class Setting(NamedTuple):
@@ -77,89 +71,66 @@ def init_state(model: Model, images: jax.Array, seed: jax.Array) -> TrainState:
 def make_train_step(model: Model, program: Program) -> Callable[[TrainState, Setting, Batch], tuple[TrainState, Metrics]]:
     """Eq. 5 as a pure function of the state, the run's scalars and one batch.
 
-    With `program.axis_name` the batch it is given is one device's share, consecutive examples, as many on each, and the
-    model must have been made with the same axis_name; state and metrics are then equal on all devices. Under `shard_map`
-    use ``check_vma=False``: with the check on, the gradient of replicated parameters is already summed over the axis.
+    With `program.axis_name` the batch is one device's shard, consecutive examples, as many on each device, and the model must
+    have been made with the same axis_name; state and metrics are then equal on all devices. Under `shard_map` use
+    ``check_vma=False``: with the check on, the gradient of replicated parameters is already summed over the axis.
     """
-    gradient = _make_gradient(model, program)
+    axis = program.axis_name
+
+    def loss_fn(params: PyTree, batch_stats: PyTree, batch: Batch, dropout: jax.Array) -> tuple[jax.Array, Any]:
+        """Returns the mean cross-entropy and aux = (num_correct, new_batch_stats)."""
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits, updated = model.apply(variables, batch.images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout})
+        aux = count_correct(logits, batch.labels), updated.get("batch_stats", batch_stats)
+        return cross_entropy(logits, batch.labels).mean(), aux
 
     def train_step(state: TrainState, setting: Setting, batch: Batch) -> tuple[TrainState, Metrics]:
         dropout = jax.random.fold_in(jax.random.fold_in(jax.random.key(setting.seed), 2), state.step)
-        if program.axis_name is not None:
-            dropout = jax.random.fold_in(dropout, lax.axis_index(program.axis_name))
-        metrics, grads, batch_stats = gradient(state, batch, dropout)
+        if axis is not None:
+            dropout = jax.random.fold_in(dropout, lax.axis_index(axis))
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (correct, batch_stats)), grads = _over_micro_batches(
+            lambda batch, key: grad_fn(state.params, state.batch_stats, batch, key), batch, dropout, program.micro_batch_size
+        )
+        if axis is not None:
+            loss, batch_stats, grads = lax.pmean((loss, batch_stats, grads), axis)
+            correct = lax.psum(correct, axis)
         schedule = optim.step_schedule(
             program.total_steps, program.boundaries, program.factor, warmup_fraction=setting.warmup_fraction
         )
         transform = optim.summed_sgd(setting.base_lr, program.batch_size, schedule, setting.weight_decay)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+        return TrainState(state.step + 1, params, batch_stats, opt_state), Metrics(loss, correct)
 
     return train_step
 
 
-def _make_gradient(model: Model, program: Program) -> Callable[[TrainState, Batch, jax.Array], tuple[Metrics, PyTree, PyTree]]:
-    """(state, batch, dropout key) → metrics, mean gradient and new running averages, of the whole batch on every device.
+def _over_micro_batches(
+    function: Callable[[Batch, jax.Array], PyTree], batch: Batch, key: jax.Array, size: int | None
+) -> PyTree:
+    """Mean of `function` over the micro-batches of a batch; sum of the integers in it."""
+    parts = len(batch.labels) // (size or len(batch.labels))
+    if parts == 1:
+        return function(batch, key)
+    micro_batches = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    keys = jax.random.split(key, parts)
 
-    Nothing is averaged before it is summed over the parts of a batch and the devices: each example's share of the mean loss is
-    divided by m at once, so that no sum is scaled by what depends on the number of either.
-    """
-    axis = program.axis_name
+    def add(total: PyTree, part: tuple[Batch, jax.Array]) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, function(*part)), None
 
-    def gradient(state: TrainState, batch: Batch, dropout: jax.Array) -> tuple[Metrics, PyTree, PyTree]:
-        devices = 1 if axis is None else lax.axis_size(axis)
-        size = program.micro_batch_size or len(batch.labels)
-        parts = len(batch.labels) // size
-
-        def share_of_loss(params: PyTree, part: Batch, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, PyTree, PyTree]]:
-            """What a part adds to the loss; its images right, what moves running averages, and the averages that moved."""
-            logits, changed = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                part.images,
-                train=True,
-                mutable=["batch_stats", norm.MOVES],
-                rngs={"dropout": key},
-            )
-            losses = cross_entropy(logits, part.labels)
-            loss = blocks.total(losses, len(losses)) / (len(batch.labels) * devices)
-            moves, batch_stats = changed.get(norm.MOVES, {}), changed.get("batch_stats", state.batch_stats)
-            return loss, (count_correct(logits, part.labels), moves, batch_stats)
-
-        def of_part(part: Batch, keys: jax.Array) -> PyTree:
-            return jax.value_and_grad(share_of_loss, has_aux=True)(state.params, part, keys[0])
-
-        keys = jax.random.split(dropout, parts) if parts > 1 else dropout[None]
-        with blocks.of(program.blocks):
-            sums = blocks.summed(of_part, size, batch, jnp.repeat(keys, size, 0))
-            if axis is not None:
-                sums = _over_devices(sums, axis)
-        (loss, (correct, *averages)), grads = sums
-        # All parts begin with the same running averages, which then move by the mean of what each would do.
-        if parts * devices > 1:
-            averages = jax.tree.map(lambda total: total / (parts * devices), averages)
-        moves, batch_stats = averages
-        return Metrics(loss, correct), grads, norm.move(batch_stats, moves)
-
-    return gradient
-
-
-def _over_devices(sums: PyTree, axis: str) -> PyTree:
-    """Their sums over the devices, in one exchange."""
-    flat, unravel = ravel_pytree(jax.tree.map(lambda x: x.astype(jnp.float32), sums))  # counts up to 2^24 are exact
-    return jax.tree.map(lambda total, x: total.astype(x.dtype), unravel(blocks.over_devices(flat, axis)), sums)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], micro_batches), keys[0])
+    total, _ = lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), (micro_batches, keys))
+    return jax.tree.map(lambda x: x / parts if jnp.issubdtype(x.dtype, jnp.floating) else x, total)
 
 
 def make_eval_step(model: Model) -> Callable[[TrainState, Batch, jax.Array], tuple[jax.Array, jax.Array]]:
-    """(state, batch, counts) → cross-entropies float32[n] and the number right, of the images that bool[n] counts.
-
-    The others, padding, have a cross-entropy of 0.
-    """
+    """(state, batch, counts) → sums over the images where counts, bool[n], is set: cross-entropy float32[], correct int32[]."""
 
     def eval_step(state: TrainState, batch: Batch, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = model.apply({"params": state.params, "batch_stats": state.batch_stats}, batch.images, train=False)
         losses = jnp.where(counts, cross_entropy(logits, batch.labels), 0.0)
-        return losses, count_correct(logits, jnp.where(counts, batch.labels, -1))
+        return losses.sum(), count_correct(logits, jnp.where(counts, batch.labels, -1))
 
     return eval_step
 

@@ -9,8 +9,7 @@ import pytest
 from arrays import assert_all_close, normal, with_gradients
 from jax import lax
 
-from smallbatch_jax.models import conv as conv_module
-from smallbatch_jax.models.conv import NHWC, conv
+from smallbatch_jax.models.conv import conv
 from smallbatch_jax.models.pool import max_pool
 
 # Image, kernel, strides, padding.
@@ -32,14 +31,14 @@ CONVOLUTIONS = [
 ]
 
 
-@pytest.fixture(params=["direct", "patches"])
-def implementation(request):
-    with conv_module.forced(request.param):
-        yield request.param
+@pytest.fixture(params=[None, "cpu", "gpu"])
+def platform(request):
+    """Off CPU `conv` is lax's; None has both and decides at compilation."""
+    return request.param
 
 
 def lax_conv(x, kernel, strides, padding):
-    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 @cache
@@ -60,10 +59,10 @@ def assert_errors_within_three_times(ours, theirs, exact):
 
 
 @pytest.mark.parametrize(("image", "window", "strides", "padding"), CONVOLUTIONS)
-def test_conv_and_its_gradients_are_those_of_lax(implementation, image, window, strides, padding):
+def test_conv_and_its_gradients_are_those_of_lax(platform, image, window, strides, padding):
     """Output, gradient of the image, gradient of the kernel, to rounding."""
     shapes = (2, image, 3, window, 4)
-    ours = with_gradients(lambda x, k: conv(x, k, strides, padding), *images_and_kernel(*shapes))
+    ours = with_gradients(lambda x, k: conv(x, k, strides, padding, platform), *images_and_kernel(*shapes))
     assert_all_close(ours, of_lax(shapes, strides, padding))
 
 
@@ -71,9 +70,9 @@ def test_conv_and_its_gradients_are_those_of_lax(implementation, image, window, 
 @pytest.mark.parametrize(("channels", "features"), [(3, 4), (8, 4), (4, 20), (20, 20)])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
 def test_conv_however_many_images_channels_and_features(examples, channels, features, strides):
-    """Few features are computed several columns at once, the kernel's gradient a few images at a time."""
+    """Features that are no whole vectors go by im2col, some images at a time."""
     shapes, padding = (examples, (8, 8), channels, (3, 3), features), ((1, 1), (1, 1))
-    ours = with_gradients(lambda x, k: conv(x, k, strides, padding), *images_and_kernel(*shapes))
+    ours = with_gradients(lambda x, k: conv(x, k, strides, padding, "cpu"), *images_and_kernel(*shapes))
     assert_all_close(ours, of_lax(shapes, strides, padding), atol=1e-4)
 
 
@@ -85,48 +84,44 @@ def test_conv_of_the_shapes_of_resnet50(image, window, strides, channels, featur
     """By whatever is chosen for them, 8 images; errors, measured in float64, within three times those of lax."""
     pads = ((window // 2,) * 2,) * 2
     x, kernel = normal(8, *image, channels), normal(window, window, channels, features, seed=1)
-    ours = with_gradients(lambda x, k: conv(x, k, (strides,) * 2, pads), x, kernel)
+    ours = with_gradients(lambda x, k: conv(x, k, (strides,) * 2, pads, "cpu"), x, kernel)
     theirs = with_gradients(lambda x, k: lax_conv(x, k, (strides,) * 2, pads), x, kernel)
     with jax.enable_x64(True):
         exact = with_gradients(lambda x, k: lax_conv(x, k, (strides,) * 2, pads), *(np.float64(a) for a in (x, kernel)))
     assert_errors_within_three_times(ours, theirs, exact)
 
 
-@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
-def test_a_convolution_of_one_pixel_is_a_matrix_product(monkeypatch, strides):
-    """However large the image."""
-    monkeypatch.setattr(conv_module, "PATCHES_UP_TO_PIXELS", {jax.default_backend(): 0})
-    text = str(jax.make_jaxpr(lambda x, k: conv(x, k, strides))(jnp.zeros((2, 56, 56, 64)), jnp.zeros((1, 1, 64, 256))))
-    assert "dot_general" in text
+@pytest.mark.parametrize(("image", "window"), [((56, 56), (1, 1)), ((4, 4), (3, 3))])
+def test_a_small_window_or_image_is_one_matrix_product_on_cpu(image, window):
+    x, kernel = jnp.zeros((2, *image, 64)), jnp.zeros((*window, 64, 256))
+    text = str(jax.make_jaxpr(lambda x, k: conv(x, k, platform="cpu"))(x, kernel))
+    assert text.count("dot_general[") == 1
     assert "conv_general_dilated" not in text
 
 
-def test_conv_under_vmap_over_kernels_is_each_lane_by_itself(implementation):
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_off_cpu_a_convolution_is_one_operation_of_lax(platform):
+    text = str(jax.make_jaxpr(lambda x, k: conv(x, k, platform=platform))(jnp.zeros((2, 8, 8, 16)), jnp.zeros((3, 3, 16, 16))))
+    assert text.count("conv_general_dilated[") == 1
+    assert "ffi_call" not in text
+
+
+def test_conv_under_vmap_over_kernels_is_each_lane_by_itself(platform):
     """Lanes with kernels and images of their own: output and both gradients as lax gives them one by one."""
     x, kernels = normal(3, 2, 6, 5, 3), normal(3, 3, 3, 3, 4, seed=1)
-    ours = with_gradients(jax.vmap(lambda x, k: conv(x, k, (2, 1))), x, kernels)
+    ours = with_gradients(jax.vmap(lambda x, k: conv(x, k, (2, 1), platform=platform)), x, kernels)
     theirs = with_gradients(lambda x, k: jnp.stack([lax_conv(x[i], k[i], (2, 1), "SAME") for i in range(3)]), x, kernels)
     assert_all_close(ours, theirs)
 
 
-def test_conv_keeps_bfloat16(implementation):
+def test_conv_keeps_bfloat16(platform):
     """Output and gradients of bfloat16 are bfloat16, near those of float32."""
     x, kernel = normal(2, 6, 6, 3), normal(3, 3, 3, 4, seed=1)
-    exact = with_gradients(conv, x, kernel)
-    rounded = with_gradients(conv, x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
+    on_platform = partial(conv, platform=platform)
+    exact = with_gradients(on_platform, x, kernel)
+    rounded = with_gradients(on_platform, x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
     assert {found.dtype for found in rounded} == {jnp.dtype(jnp.bfloat16)}
     assert_all_close([r.astype(jnp.float32) for r in rounded], exact, rtol=0.05, atol=0.3)
-
-
-def test_patches_leave_no_convolution_and_the_table_chooses_them(monkeypatch):
-    """Up to so many output pixels per image, 4×3 here, `conv` is one matrix product; beyond, a convolution."""
-
-    def convolves(height):
-        text = str(jax.make_jaxpr(jax.grad(lambda x, k: conv(x, k).sum(), (0, 1)))(normal(1, height, 3, 2), normal(3, 3, 2, 2)))
-        return "conv_general_dilated" in text
-
-    monkeypatch.setattr(conv_module, "PATCHES_UP_TO_PIXELS", {jax.default_backend(): 12})
-    assert [convolves(height) for height in (3, 4, 5)] == [False, False, True]
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 9), (8, 2), (3, 7), (6, 4), (5, 5)])

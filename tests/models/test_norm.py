@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from arrays import assert_all_close, normal, with_gradients
 from flax import linen as nn
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from smallbatch_jax.models.norm import BatchNorm, move
+from smallbatch_jax.models.norm import BatchNorm
 
 
 def batch_norm(batch_size=None, **options):
@@ -86,33 +88,31 @@ def test_running_averages_move_once_per_call_towards_the_mean_over_sub_batches(s
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, None])
-def test_running_averages_over_devices_are_those_of_one(batch_size):
-    """Two images on each of four devices: sub-batches of a part of a share up to all of them."""
-    x, variables = normal(8, 3, 5), norm_variables(jnp.ones(5), jnp.zeros(5))
-    spread = BatchNorm(batch_size, axis_name="data")
-    over_devices = jax.vmap(lambda x: spread.apply(variables, x, True, mutable=["batch_stats"]), axis_name="data")
-    y, found = jax.jit(over_devices)(x.reshape(4, 2, 3, 5))
-    expected_y, expected = train(BatchNorm(batch_size), variables, x)
-    np.testing.assert_allclose(y.reshape(8, 3, 5), expected_y, rtol=1e-4, atol=1e-5)
-    for name in ("mean", "var"):
-        np.testing.assert_allclose(found["batch_stats"][name], [expected[name]] * 4, rtol=1e-5, atol=1e-7)
+def test_a_batch_sharded_over_devices_is_normalised_as_on_one(batch_size):
+    """Four examples on each of two devices: BN groups smaller than, equal to and larger than a shard; output and gradients."""
+    x, scale, bias, weights = normal(8, 3, 5), normal(5, seed=1), normal(5, seed=2), normal(8, 3, 5, seed=3)
 
+    def loss(axis_name):
+        def of_shard(x, scale, bias, weights):
+            norm = BatchNorm(batch_size, axis_name=axis_name)
+            y, state = norm.apply(norm_variables(scale, bias), x, True, mutable=["batch_stats"])
+            return (y * weights).mean(), (y, state["batch_stats"])
 
-@pytest.mark.parametrize("pieces", [3, 6, 7])
-def test_running_averages_are_the_same_where_the_compiler_knows_more(pieces):
-    """Of how many pieces they are, and the momentum: it does on one device, and not where devices exchange them."""
-    stats = {"mean": normal(500), "var": jnp.abs(normal(500, seed=1))}
-    sums = jnp.stack([normal(500, seed=2), normal(500, seed=3)])
+        return jax.value_and_grad(of_shard, (0, 1, 2), has_aux=True)
 
-    def moved(sums, pieces, momentum):
-        return move(stats, {"sums": sums, "pieces": pieces, "momentum": momentum})
+    def of_device(*shard):
+        (value, (y, stats)), (dx, *grads) = loss("data")(*shard)
+        return y, dx, jax.lax.pmean((value, stats, grads), "data")
 
-    expected = jax.jit(moved)(sums, jnp.float32(pieces), jnp.float32(0.99))
-    for known in (
-        jax.jit(lambda sums: moved(sums, jnp.float32(pieces), jnp.float32(0.99)))(sums),
-        jax.jit(lambda sums, momentum: moved(sums, jnp.float32(pieces), momentum))(sums, jnp.float32(0.99)),
-    ):
-        jax.tree.map(np.testing.assert_array_equal, known, expected)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    shard, whole = P("data"), P()
+    spread = jax.shard_map(
+        of_device, mesh=mesh, in_specs=(shard, whole, whole, shard), out_specs=(shard, shard, whole), check_vma=False
+    )
+    y, dx, (value, stats, grads) = jax.jit(spread)(x, scale, bias, weights)
+    (expected, (expected_y, expected_stats)), (expected_dx, *expected_grads) = jax.jit(loss(None))(x, scale, bias, weights)
+    found, wanted = (y, dx / 2, value, stats, grads), (expected_y, expected_dx, expected, expected_stats, expected_grads)
+    assert_all_close(jax.tree.leaves(found), jax.tree.leaves(wanted), rtol=1e-4, atol=1e-5)
 
 
 def test_evaluation_uses_running_averages_with_epsilon_1e_5():

@@ -65,7 +65,7 @@ def weights(params):
 def compute(case, monkeypatch):
     """(logits, loss, gradients by name, running statistics by name, outputs of ResNet-50's blocks by name) of our model."""
     name, norm, batch, bn_batch, size = case.split("|")
-    model = create_model(name, 10, norm, None if bn_batch == "None" else int(bn_batch))
+    model = create_model(name, 10, norm, None if bn_batch == "None" else int(bn_batch), platform="cpu")
     images = draw()(f"images {case}", (int(batch), int(size), int(size), 3))
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     params = weights(shapes["params"])
@@ -73,13 +73,13 @@ def compute(case, monkeypatch):
         lambda path, x: np.full(x.shape, START[path[-1].key], np.float32), dict(shapes).get("batch_stats", {})
     )
 
-    block = BottleneckResNet._block
+    block = BottleneckResNet.block
 
     @(jax.jit if case == OF_VECTORS else compiled.quickly)
     def losses(params):
         def loss(params):
             blocks = []
-            monkeypatch.setattr(BottleneckResNet, "_block", lambda *args: blocks.append(block(*args)) or blocks[-1])
+            monkeypatch.setattr(BottleneckResNet, "block", lambda *args: blocks.append(block(*args)) or blocks[-1])
             logits, mutated = model.apply({"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"])
             labels = np.arange(int(batch)) % 10
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), (logits, mutated, blocks)
@@ -133,5 +133,5 @@ def close(found, expected, name, tolerance):
 def test_the_fixtures_were_made_without_this_package():
     assert "smallbatch_jax" not in (FOLDER / "torch_models.py").read_text()
     # In a process of its own: where the `peer` extra is installed, other tests import PyTorch into this one.
-    code = "import sys, test_reference; test_reference.draw(); assert 'torch' not in sys.modules"
+    code = "import sys; sys.path.append('..'); import test_reference; test_reference.draw(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)

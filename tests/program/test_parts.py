@@ -14,7 +14,7 @@ from smallbatch_jax.models.layers import Dense
 @pytest.mark.parametrize("examples", [1, 2, 3, 40])
 def test_dense_gradients_of_few_examples_are_those_of_a_product(examples):
     """Up to 32 examples the kernel's gradient is a sum of outer products."""
-    module = Dense(3)
+    module = Dense(3, platform="cpu")
     x = jnp.asarray(np.random.default_rng(0).normal(size=(examples, 4)), jnp.float32)
     params: Any = jax.tree.map(jnp.asarray, module.init(jax.random.key(0), x))
     dy = jnp.asarray(np.random.default_rng(1).normal(size=(examples, 3)), jnp.float32)
@@ -41,6 +41,6 @@ def test_parts_hold_whole_bn_batches_and_divide_the_batch(norm, m, b, parts):
     assert micro_batch_size(norm, m, b) == parts
 
 
-def test_off_cpu_the_batch_is_whole(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert micro_batch_size("none", 128, 128) is None
+def test_off_cpu_the_batch_is_whole():
+    assert micro_batch_size("none", 128, 128, platform="gpu") is None
+    assert micro_batch_size("none", 128, 128, 16, platform="gpu") == 16

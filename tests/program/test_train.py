@@ -257,7 +257,7 @@ evaluation = jax.jit(make_eval_step(Fixed()))
 
 def evaluate(logits, labels, counts):
     state = TrainState(jnp.int32(0), {}, {}, ())
-    losses, correct = evaluation(state, Batch(jnp.array(logits), jnp.array(labels)), jnp.array(counts))
+    loss, correct = evaluation(state, Batch(jnp.array(logits), jnp.array(labels)), jnp.array(counts))
     return Metrics(losses.sum(), correct)
 
 
