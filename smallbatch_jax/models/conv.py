@@ -261,7 +261,7 @@ def _native_backward(strides, pads, residuals, dy):
         dx = native.correlate(of.of_image_gradient(), dy, flipped)
     else:
         dx = _image_gradient(x, dy, flipped, strides, pads)
-    return dx, blocks.tree(native.kernel_gradient(of, blocks.count(len(x)), x, dy))
+    return dx, native.kernel_gradient(of, x, dy)
 
 
 _native_conv.defvjp(_native_forward, _native_backward)

@@ -1,13 +1,13 @@
-"""Routines as functions of JAX: XLA's foreign function interface, in machine code too.
+"""Routines as JAX operations, through XLA's foreign function interface.
 
-XLA calls a function of C with one pointer, to a frame that tells where the arrays are. Offsets here are those of version 0.3 of
-that interface (`xla/ffi/api/c_api.h` in jaxlib 0.10), to which XLA promises to add only.
+XLA calls a C function with a pointer to the struct XLA_FFI_CallFrame; that function is generated too. It depends on the C ABI
+alone, and offsets are the same on all 64-bit platforms, x86-64 and ARM: 8 bytes for pointers, size_t and int64_t, 4 for enums.
+They are those of version 0.3 of the interface (`xla/ffi/api/c_api.h` of jaxlib 0.10), which XLA promises to extend only.
 """
 
 import ctypes
 import threading
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import jax
@@ -17,73 +17,65 @@ from llvmlite import ir
 from smallbatch_jax.models.native.correlation import Correlation
 from smallbatch_jax.models.native.loops import correlation, kernel_gradient
 from smallbatch_jax.models.native.processor import Processor
-from smallbatch_jax.models.native.routine import FLAG, INTEGER, POINTER, Compiled, Routine, compiled, integer
-
-VERSION = (0, 3)
-
-# Bytes from the beginning of XLA_FFI_CallFrame, of XLA_FFI_Extension_Base, of XLA_FFI_Metadata and of XLA_FFI_Buffer.
-EXTENSION, ARGUMENTS, RESULTS = 8, 72, 112
-TYPE, METADATA = 8, 24
-MAJOR, MINOR = 24, 28
-DATA, DIMENSIONS = 24, 40
-ASKS_FOR_VERSION = 1  # type of the extension that a frame has once, when XLA is told of the function, and never later
+from smallbatch_jax.models.native.routine import INT32, INT64, POINTER, Routine, machine_code
 
 ROUTINES = {"correlation": correlation, "kernel_gradient": kernel_gradient}
 
-_one_at_a_time = threading.Lock()  # programs are traced in several threads, and a name can be registered once
-_kept: list[Compiled] = []  # which XLA may call until the process ends
+VERSION = (0, 3)  # of the interface
+
+# Offsets in bytes in the structs XLA_FFI_CallFrame, _Metadata_Extension, _Metadata and _Buffer.
+FRAME_EXTENSION, FRAME_ARGUMENTS, FRAME_RESULTS = 8, 72, 112
+EXTENSION_TYPE, EXTENSION_METADATA = 8, 24
+METADATA_VERSION = (24, 28)
+BUFFER_DATA, BUFFER_DIMENSIONS = 24, 40
+METADATA = 1  # XLA_FFI_Extension_Metadata: at registration XLA calls the function once to ask for its version
+
+_names: set[str] = set()  # of the routines that XLA knows
+_lock = threading.Lock()  # programs are traced in several threads, and a name can be registered once
 
 
-def call(routine: str, of: Correlation, here: Processor, result: Sequence[int], *arrays: jax.Array) -> jax.Array:
-    """What a routine of `ROUTINES` puts into an array of float32 of the shape `result`, from arrays of float32."""
-    target = registered(routine, of, here)
+def call(routine: str, shape: Correlation, here: Processor, result: Sequence[int], *arrays: jax.Array) -> jax.Array:
+    """Applies a routine of `ROUTINES` to float32 arrays; `result` is the shape of the float32 array it returns."""
+    target = registered(routine, shape, here)
     return jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(tuple(result), jnp.float32), vmap_method="sequential")(*arrays)
 
 
-def registered(routine: str, of: Correlation, here: Processor) -> str:
-    """The name by which XLA knows a routine of `ROUTINES`, which says all that it depends on."""
-    with _one_at_a_time:
-        return _made(routine, of, here)
-
-
-@cache
-def _made(routine: str, of: Correlation, here: Processor) -> str:
-    numbers = "_".join(str(number) for number in jax.tree.leaves((*of, here.lanes)))
-    name = f"smallbatch_jax_{routine}_{numbers}"
-    code = ROUTINES[routine](f"{name}_loops", of, here)
-    _write_handler(code, name)
-    made = compiled(code, name)
-    _kept.append(made)
-    handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(made.address)
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
+def registered(routine: str, shape: Correlation, here: Processor) -> str:
+    """The name under which XLA knows a routine of `ROUTINES`; compiles and registers it the first time."""
+    name = "_".join(map(str, ["smallbatch_jax", routine, *jax.tree.leaves(tuple(shape)), here.lanes]))
+    with _lock:
+        if name not in _names:
+            code = ROUTINES[routine](f"{name}_loops", shape, here)
+            write_handler(code, name)
+            handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(machine_code(code, name))
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
+            _names.add(name)
     return name
 
 
-def _write_handler(code: Routine, name: str) -> None:
-    """Writes the function of C that calls a routine, beside it."""
+def write_handler(code: Routine, name: str) -> None:
+    """Adds to a routine's module the C function that XLA calls: it reads the frame and calls the routine."""
     function = ir.Function(code.module, ir.FunctionType(POINTER, [POINTER]), name)
     build = ir.IRBuilder(function.append_basic_block())
-    succeeded = ir.Constant(POINTER, None)
+    success = ir.Constant(POINTER, None)  # XLA_FFI_Error*
 
-    def load(base: Any, offset: int, type_: Any) -> Any:
-        return build.load(_beyond(build, base, offset), typ=type_)
+    def field(struct: Any, offset: int) -> Any:
+        return build.gep(struct, [ir.Constant(INT64, offset)], source_etype=ir.IntType(8))
 
-    frame = function.args[0]
-    extension = load(frame, EXTENSION, POINTER)
-    with build.if_then(build.icmp_unsigned("!=", extension, succeeded)):
-        asks = build.icmp_signed("==", load(extension, TYPE, FLAG), ir.Constant(FLAG, ASKS_FOR_VERSION))
-        with build.if_then(asks):
-            metadata = load(extension, METADATA, POINTER)
-            for offset, number in zip((MAJOR, MINOR), VERSION, strict=True):
-                build.store(ir.Constant(FLAG, number), _beyond(build, metadata, offset))
-            build.ret(succeeded)
-    arguments, results = load(frame, ARGUMENTS, POINTER), load(frame, RESULTS, POINTER)
-    count = len(code.arguments) - 3  # of the arrays beside the result
-    buffers = [*(load(arguments, 8 * i, POINTER) for i in range(count)), load(results, 0, POINTER)]
-    leading = [load(load(buffer, DIMENSIONS, POINTER), 0, INTEGER) for buffer in (buffers[0], buffers[-1])]
-    build.call(code.function, [*leading, *(load(buffer, DATA, POINTER) for buffer in buffers)])
-    build.ret(succeeded)
+    def load(struct: Any, offset: int, kind: ir.Type = POINTER) -> Any:
+        return build.load(field(struct, offset), typ=kind)
 
-
-def _beyond(build: ir.IRBuilder, base: Any, offset: int) -> Any:
-    return build.gep(base, [integer(offset)], source_etype=ir.IntType(8))
+    (frame,) = function.args
+    extension = load(frame, FRAME_EXTENSION)
+    with build.if_then(build.icmp_unsigned("!=", extension, success)):
+        asked = build.icmp_signed("==", load(extension, EXTENSION_TYPE, INT32), ir.Constant(INT32, METADATA))
+        with build.if_then(asked):
+            metadata = load(extension, EXTENSION_METADATA)
+            for offset, number in zip(METADATA_VERSION, VERSION, strict=True):
+                build.store(ir.Constant(INT32, number), field(metadata, offset))
+            build.ret(success)
+    arguments, results = load(frame, FRAME_ARGUMENTS), load(frame, FRAME_RESULTS)
+    buffers = [load(arguments, 0), load(arguments, 8), load(results, 0)]
+    images = load(load(buffers[0], BUFFER_DIMENSIONS), 0, INT64)
+    build.call(code.function, [images, *(load(buffer, BUFFER_DATA) for buffer in buffers)])
+    build.ret(success)
