@@ -6,7 +6,6 @@ that products with the zeros of a padded or dilated image are left out when the 
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 from smallbatch_jax.models.native.correlation import Correlation, Pair
 from smallbatch_jax.models.native.processor import Processor
@@ -39,11 +38,13 @@ def _rows(code: Routine, shape: Correlation, remainder: int, x: Pointer, kernel:
     first_top = (remainder * stride + first_tap - shape.lows[0]) // dilation  # row of x that tap reads for the first output
     taps = len(range(first_tap, shape.window[0], dilation))
     kernel_row = shape.window[1] * shape.channels * shape.features
+    tiles = -(-out_width // (code.processor.accumulators // vectors))
     with code.loop(0, len(range(remainder, out_height, dilation))) as row:
         top = row * stride + first_top
         y_row = y + (row * dilation + remainder) * (out_width * shape.features)
         from_tap, to_tap = (0 - top).at_least(0), (height - top).at_most(taps)
-        for columns in _even_parts(out_width, code.processor.accumulators // vectors):
+        for tile in range(tiles):
+            columns = range(out_width * tile // tiles, out_width * (tile + 1) // tiles)
             sums = {(column, v): code.accumulator() for column in columns for v in range(vectors)}
             with code.loop(from_tap, to_tap) as tap, code.loop(0, shape.channels) as channel:
                 pixels = x + ((top + tap) * (width * shape.channels) + channel)
@@ -146,10 +147,3 @@ def _columns(code: Routine, shape: Correlation) -> Iterator[tuple[Index, list[in
 def _vectors_at_once(shape: Correlation, processor: Processor) -> int:
     """Vectors of features in a tile: a divisor of their number, small enough to leave registers for several pixels."""
     return max(count for count in (1, 2, 3) if shape.features // processor.lanes % count == 0)
-
-
-def _even_parts(count: int, most: int) -> list[range]:
-    """Splits range(count) into the fewest ranges of at most `most`, as even as possible."""
-    parts = -(-count // most)
-    bounds = [count * part // parts for part in range(parts + 1)]
-    return [range(low, high) for low, high in pairwise(bounds)]
