@@ -108,7 +108,7 @@ def _model_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str 
     if not any(name.startswith("updated") for name in old):  # an earlier version did not store the updated batch statistics
         new = {name: pair for name, pair in new.items() if not name.startswith("updated")}
     if old.keys() != new.keys():
-        return min(old.keys() ^ new.keys())
+        return next(name for name in (*old, *new) if name not in old or name not in new)
     tolerance = here["tolerance"]
     # Gradients may cancel to nothing, e.g. of a bias before a batch norm: they are compared on the scale of the largest.
     steepest = max((abs(norm) for name, (norm, _) in new.items() if name.startswith("gradient")), default=0.0)

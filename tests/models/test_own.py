@@ -1,4 +1,4 @@
-"""A user's own module: how it is told that it trains, what it is called, and what of it is refused."""
+"""The user's own module: how it is told that it trains, how a workdir recognises it, and what is refused."""
 
 import functools
 import json
