@@ -14,7 +14,7 @@ from arrays import assert_all_close, normal
 from jax import lax
 
 from smallbatch_jax.models import native
-from smallbatch_jax.models.native import call, loops
+from smallbatch_jax.models.native import ffi, loops
 from smallbatch_jax.models.native.processor import AVX2, AVX512, NEON, processor
 from smallbatch_jax.models.native.routine import optimised
 
@@ -144,8 +144,8 @@ def test_the_vector_unit_follows_from_the_machine_and_its_features(monkeypatch, 
 
 
 def test_where_xla_refuses_the_code_there_is_one_warning(monkeypatch, caplog):
-    monkeypatch.setattr(call, "VERSION", (1, 0))  # an interface that this package is not written for
-    monkeypatch.setattr(call, "_names", set())
+    monkeypatch.setattr(ffi, "VERSION", (1, 0))  # an interface that this package is not written for
+    monkeypatch.setattr(ffi, "_names", set())
     monkeypatch.setattr(native, "_processor", cache(native._processor.__wrapped__))
     assert not any(native.possible(16) for _ in range(2))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -171,7 +171,7 @@ def test_for_64_bit_arm_the_loops_are_vector_products_without_spills(write, chan
     target = llvm.Target.from_triple("aarch64-unknown-linux-gnu").create_target_machine(cpu="neoverse-n1", opt=3, jit=True)
     shape = shape_of(jnp.zeros((1, 32, 32, channels)), jnp.zeros((3, 3, channels, features)), strides, SAME)
     code = write("routine", shape, NEON)
-    call.write_handler(code, "handler")
+    ffi.write_handler(code, "handler")
     assembly = target.emit_assembly(optimised(code, target))
     busy = [body for body in innermost_loops(assembly) if any(line[0] == "fmla" for line in body)]
     assert busy

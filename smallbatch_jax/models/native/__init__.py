@@ -1,24 +1,22 @@
-"""2-D convolution of float32 images on CPU, in machine code generated for each shape.
+"""2-D convolution of float32 images on CPU, in machine code generated for each shape; imports nothing else of this project.
 
 It serves the training of small networks. XLA:CPU delegates convolutions to libraries tuned for hundreds of features, and inside
 a loop it computes their gradients naively (jax issue 12868); these networks have 16 to 64 features and train inside `lax.scan`.
 
 `loops` writes the loops of one shape: a tile of output pixels × features stays in vector registers while taps and channels
 are summed, and nothing is padded, copied or transposed. `routine` holds the instructions that the loops consist of, and
-compiles them with LLVM (llvmlite) in 0.05 to 0.1 s. `call` adds the C function that XLA's foreign function interface calls,
+compiles them with LLVM (llvmlite) in 0.05 to 0.1 s. `ffi` adds the C function that XLA's foreign function interface calls,
 so that a routine is a JAX operation of one core. `processor` lists the vector units: AVX-512, AVX2 and NEON.
 
 Against XLA's convolutions in their fastest layout, ResNet-8 with batch norm trained 1.59 × as fast at m = 4, 1.52 × at 32 and
 1.29 × at 512 (2 cores of an Intel Xeon with AVX-512, 2026-11-25; docs/speed.md). NEON code is tested but was never timed.
-
-The package imports nothing else of this project.
 """
 
 import logging
 from functools import cache
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from smallbatch_jax.models.native.correlation import Correlation
 from smallbatch_jax.models.native.processor import Processor, processor
@@ -36,7 +34,7 @@ def possible(features: int) -> bool:
 def _processor() -> Processor | None:
     """This machine's vector unit, if LLVM compiles for it and XLA accepts the code; logs one warning if not."""
     try:
-        from smallbatch_jax.models.native.call import registered
+        from smallbatch_jax.models.native.ffi import registered
 
         here = processor()
         if here:
@@ -66,9 +64,11 @@ def kernel_gradient(shape: Correlation, x: jax.Array, dy: jax.Array) -> jax.Arra
     return _call("kernel_gradient", shape, (*shape.window, shape.channels, shape.features), x, dy)
 
 
-def _call(routine: str, shape: Correlation, *rest: Any) -> jax.Array:
-    from smallbatch_jax.models.native.call import call  # loads LLVM only where it is used
+def _call(routine: str, shape: Correlation, result: tuple[int, ...], *arrays: jax.Array) -> jax.Array:
+    """Applies a routine of one core to float32 arrays; `result` is the shape of the float32 array it returns."""
+    from smallbatch_jax.models.native.ffi import registered  # loads LLVM only where it is used
 
     here = _processor()
     assert here is not None, "possible() must be asked first"
-    return call(routine, shape, here, *rest)
+    target = registered(routine, shape, here)
+    return jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(result, jnp.float32), vmap_method="sequential")(*arrays)

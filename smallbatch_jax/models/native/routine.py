@@ -137,8 +137,8 @@ def machine_code(code: Routine, name: str) -> int:
     features = host_features()
     features.update({flag: False for flag in features if flag.startswith("avx512") and code.processor != AVX512})
     flags = f"{features.flatten()},-prefer-256-bit" if features else ""  # or LLVM splits wide vectors on some x86 processors
-    cpu = llvm.get_host_cpu_name()
-    target = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=flags, opt=3, jit=True)
+    host = llvm.Target.from_default_triple()
+    target = host.create_target_machine(cpu=llvm.get_host_cpu_name(), features=flags, opt=3, jit=True)
     engine = llvm.create_mcjit_compiler(optimised(code, target), target)
     engine.finalize_object()
     _engines.append(engine)

@@ -1,4 +1,4 @@
-"""Routines as JAX operations, through XLA's foreign function interface.
+"""Registers routines with XLA, through its foreign function interface.
 
 XLA calls a C function with a pointer to the struct XLA_FFI_CallFrame; that function is generated too. It depends on the C ABI
 alone, and offsets are the same on all 64-bit platforms, x86-64 and ARM: 8 bytes for pointers, size_t and int64_t, 4 for enums.
@@ -7,11 +7,9 @@ They are those of version 0.3 of the interface (`xla/ffi/api/c_api.h` of jaxlib 
 
 import ctypes
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from llvmlite import ir
 
 from smallbatch_jax.models.native.correlation import Correlation
@@ -34,18 +32,12 @@ _names: set[str] = set()  # of the routines that XLA knows
 _lock = threading.Lock()  # programs are traced in several threads, and a name can be registered once
 
 
-def call(routine: str, shape: Correlation, here: Processor, result: Sequence[int], *arrays: jax.Array) -> jax.Array:
-    """Applies a routine of `ROUTINES` to float32 arrays; `result` is the shape of the float32 array it returns."""
-    target = registered(routine, shape, here)
-    return jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(tuple(result), jnp.float32), vmap_method="sequential")(*arrays)
-
-
-def registered(routine: str, shape: Correlation, here: Processor) -> str:
-    """The name under which XLA knows a routine of `ROUTINES`; compiles and registers it the first time."""
-    name = "_".join(map(str, ["smallbatch_jax", routine, *jax.tree.leaves(tuple(shape)), here.lanes]))
+def registered(routine: str, shape: Correlation, processor: Processor) -> str:
+    """The name under which `jax.ffi` calls a routine of `ROUTINES`; compiles and registers it the first time."""
+    name = "_".join(map(str, ["smallbatch_jax", routine, *jax.tree.leaves(tuple(shape)), processor.lanes]))
     with _lock:
         if name not in _names:
-            code = ROUTINES[routine](f"{name}_loops", shape, here)
+            code = ROUTINES[routine](f"{name}_loops", shape, processor)
             write_handler(code, name)
             handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(machine_code(code, name))
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
