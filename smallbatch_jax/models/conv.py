@@ -23,7 +23,6 @@ Strides = tuple[int, int]
 
 SMALL_IMAGE = 16  # output pixels up to which im2col and XLA's matrix product beat the native kernel
 IMAGES_AT_ONCE = 16  # of which im2col makes k² shifted copies
-IMAGES_PER_SUM = 32  # of a kernel's gradient: a single running sum over 256 images is wrong by 1e-5
 
 
 def conv(
@@ -93,8 +92,7 @@ def _native_backward(strides, pads, residuals, dy):
         dx = native.correlate(shape.of_image_gradient(), dy, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
     else:  # images have no whole vector of channels; nobody uses their gradient, so XLA drops it
         (dx,) = jax.linear_transpose(lambda x: _lax_conv(x, kernel, strides, pads), x)(dy)
-    sums = math.gcd(len(x), max(1, len(x) // IMAGES_PER_SUM))
-    return dx, native.kernel_gradient(shape, sums, x, dy).sum(0)
+    return dx, native.kernel_gradient(shape, x, dy)
 
 
 _native_conv.defvjp(_native_forward, _native_backward)

@@ -446,6 +446,5 @@ def sweep(
         fingerprint = None
         if own is not None and workdir is not None:
             fingerprint = partial(own.fingerprint, images.image_shape)
-            own.warn_of_unstable_fields(folder)
         train_grid(experiment, folder, images, progress or for_stream(), model_of, fingerprint)
         return processes.on_first(lambda: results.load(folder))

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -95,16 +96,20 @@ def _differing_facts(known: Mapping[str, Any], facts: Mapping[str, Any]) -> list
     if "model" in known and "model" in facts:
         place = _model_difference(known["model"], facts["model"])
         if place:
-            found.append(f"model is another one of the same name and fields, with other code ({place} differs)")
+            found.append(f"model is another one of the same name, with other fields or code ({place} differs)")
     return found
 
 
 def _model_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
     """The first thing that two fingerprints (`models.identity`) differ in by more than their tolerance, or None."""
-    old, new = there["values"], here["values"]
+    if there["tolerance"] != here["tolerance"]:
+        return "precision"
+    old, new = dict(there["values"]), dict(here["values"])
+    if not any(name.startswith("updated") for name in old):  # an earlier version did not store the updated batch statistics
+        new = {name: pair for name, pair in new.items() if not name.startswith("updated")}
     if old.keys() != new.keys():
-        return min(old.keys() ^ new.keys())
-    tolerance = max(there["tolerance"], here["tolerance"])
+        return next(name for name in (*old, *new) if name not in old or name not in new)
+    tolerance = here["tolerance"]
     # Gradients may cancel to nothing, e.g. of a bias before a batch norm: they are compared on the scale of the largest.
     steepest = max((abs(norm) for name, (norm, _) in new.items() if name.startswith("gradient")), default=0.0)
     for name, values in new.items():
@@ -131,7 +136,10 @@ def _read(path: Path) -> tuple[Experiment, dict[str, Any]]:
         content = json.loads((path / "experiment.json").read_text())
         if content["format"] != FORMAT:
             raise InputError(f"--workdir: {path} has format {content['format']}, this version reads {FORMAT}.")
-        return fields.parse(Experiment, content["experiment"], ""), dict(content["facts"])
+        model, facts = content["experiment"]["model"], dict(content["facts"])
+        if "model" in facts:  # a fingerprint: earlier versions also had a digest of the fields in the name of an own model
+            model["name"] = re.sub(rf"^({OWN}.+)-[0-9a-f]{{12}}$", r"\1", model["name"])
+        return fields.parse(Experiment, content["experiment"], ""), facts
     except FileNotFoundError:
         raise InputError(f"--workdir: {path} is no workdir, it has no experiment.json.") from None
     except OSError as error:

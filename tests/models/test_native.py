@@ -1,129 +1,184 @@
-"""Convolution in machine code against its definition, for each kind of processor, and how it is chosen."""
+"""Convolution in machine code against its definition, for each vector unit, and how it is compiled."""
 
 import itertools
+import platform
+import re
 from functools import cache
 
 import jax
 import jax.numpy as jnp
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
-from arrays import assert_all_close, normal, with_gradients
+from arrays import assert_all_close, normal
 from jax import lax
-from test_conv import CONVOLUTIONS, lax_conv
 
-from smallbatch_jax.models import blocks, conv, native
-from smallbatch_jax.models.native.processor import NARROW, WIDE
+from smallbatch_jax.models import native
+from smallbatch_jax.models.native import ffi, loops
+from smallbatch_jax.models.native.processor import AVX2, AVX512, NEON, processor
+from smallbatch_jax.models.native.routine import optimised
 
 # Image, window, strides, padding: the first as in the networks, with more columns than a processor holds sums of.
-SHAPES = [((32, 33), (3, 3), (1, 1), ((1, 1), (1, 1))), *CONVOLUTIONS]
+SAME = ((1, 1), (1, 1))
+SHAPES = [
+    ((32, 33), (3, 3), (1, 1), SAME),
+    ((8, 8), (3, 3), (1, 1), SAME),
+    ((7, 5), (5, 5), (1, 1), ((2, 2), (2, 2))),
+    ((8, 7), (2, 3), (1, 1), ((0, 0), (0, 0))),
+    ((8, 8), (3, 3), (2, 2), ((0, 1), (0, 1))),
+    ((7, 9), (3, 4), (2, 2), ((0, 0), (0, 0))),
+    ((8, 7), (1, 1), (2, 2), ((0, 0), (0, 0))),
+    ((9, 8), (3, 3), (3, 2), ((0, 0), (0, 1))),
+    ((11, 10), (2, 2), (3, 3), ((0, 0), (0, 0))),
+    ((5, 6), (3, 2), (3, 1), ((0, 4), (3, 0))),
+    ((16, 13), (7, 7), (2, 2), ((3, 3), (3, 3))),
+    ((3, 2), (7, 7), (2, 2), ((3, 3), (3, 3))),
+]
 CHANNELS = [(3, 16), (16, 16), (32, 48), (16, 64), (5, 96)]
 
 
-@pytest.fixture(autouse=True, params=[NARROW, WIDE], ids=["AVX2", "AVX-512"])
-def kind(request, monkeypatch):
-    """Each kind of processor: LLVM makes several vectors of one that is too wide for that at hand."""
-    monkeypatch.setattr(native, "processor", lambda: request.param)
+@pytest.fixture(params=[NEON, AVX2, AVX512], ids=["NEON", "AVX2", "AVX-512"])
+def unit(request, monkeypatch):
+    """Each vector unit's code: LLVM splits vectors that are too wide for this machine, and leaves registers unused."""
+    monkeypatch.setattr(native, "_processor", lambda: request.param)
+    return request.param
 
 
-def by_native(x, kernel, strides, padding):
-    with conv.forced("native"):
-        return conv.conv(x, kernel, strides, padding)
+def shape_of(x, kernel, strides, pads):
+    (kh, kw, channels, features), sizes = kernel.shape, x.shape[-3:-1]
+    outputs = tuple((s + sum(p) - k) // d + 1 for s, p, k, d in zip(sizes, pads, (kh, kw), strides, strict=True))
+    return native.Correlation(sizes, channels, features, (kh, kw), outputs, (pads[0][0], pads[1][0]), strides)
 
 
+def by_lax(x, kernel, strides, pads):
+    return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def ours(x, kernel, dy, strides, pads):
+    """Output, and gradients of image and kernel; that of the image only where its channels fill vectors."""
+    shape = shape_of(x, kernel, strides, pads)
+    found = [native.correlate(shape, x, kernel), native.kernel_gradient(shape, x, dy)]
+    if native.possible(shape.channels):
+        flipped = jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)
+        found.append(native.correlate(shape.of_image_gradient(), dy, flipped))
+    return found
+
+
+def theirs(x, kernel, dy, strides, pads):
+    y, pullback = jax.vjp(lambda x, kernel: by_lax(x, kernel, strides, pads), x, kernel)
+    dx, dw = pullback(dy)
+    return [y, dw, dx][: 2 + native.possible(kernel.shape[2])]
+
+
+def operands(image, window, strides, pads, channels, features, images=3):
+    x, kernel = normal(images, *image, channels), normal(*window, channels, features, seed=1)
+    return x, kernel, normal(images, *shape_of(x, kernel, strides, pads).outputs, features, seed=2)
+
+
+@pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize(
     ("shape", "channels"), [*zip(SHAPES, itertools.cycle(CHANNELS), strict=False), *((SHAPES[0], pair) for pair in CHANNELS)]
 )
 def test_it_and_its_gradients_are_those_of_lax(shape, channels):
-    """Output, gradient of the image, gradient of the kernel, to rounding."""
-    image, window, strides, padding = shape
-    x, kernel = normal(3, *image, channels[0]), normal(*window, *channels, seed=1)
-    ours = with_gradients(lambda x, k: by_native(x, k, strides, padding), x, kernel)
-    theirs = with_gradients(lambda x, k: lax_conv(x, k, strides, padding), x, kernel)
-    assert_all_close(ours, theirs, rtol=1e-4, atol=2e-4)
+    """Output, gradient of the kernel, gradient of the image, to rounding."""
+    arrays = operands(*shape, *channels)
+    assert_all_close(ours(*arrays, *shape[2:]), theirs(*arrays, *shape[2:]), rtol=1e-4, atol=5e-4)
 
 
-@pytest.mark.parametrize("of_blocks", [1, 2, 8])
-def test_a_kernels_gradient_of_a_block_is_the_same_whatever_others_there_are(of_blocks):
-    """To the last bit, where a block is more images than are taken at a time; and it is their sum."""
-    of = native.Correlation((32, 32), 16, 16, (3, 3), (32, 32), (1, 1))
-    x, dy = normal(24, 32, 32, 16), normal(24, 32, 32, 16, seed=1)
-    found = native.kernel_gradient(of, of_blocks, x, dy)
-    size = 24 // of_blocks
-    for block, (images, cotangents) in enumerate(
-        zip(x.reshape(-1, size, 32, 32, 16), dy.reshape(-1, size, 32, 32, 16), strict=True)
-    ):
-        np.testing.assert_array_equal(found[block], native.kernel_gradient(of, 1, images, cotangents)[0])
-    (expected,) = jax.vjp(lambda k: lax_conv(x, k, (1, 1), "SAME"), jnp.zeros((3, 3, 16, 16)))[1](dy)
-    np.testing.assert_allclose(found.sum(0), expected, rtol=1e-4, atol=2e-3)
+@pytest.mark.usefixtures("unit")
+def test_the_gradient_of_the_kernel_over_more_images_than_the_cache_holds():
+    x, kernel, dy = operands((32, 32), (3, 3), (1, 1), SAME, 16, 16, images=24)
+    dw = native.kernel_gradient(shape_of(x, kernel, (1, 1), SAME), x, dy)
+    np.testing.assert_allclose(dw, theirs(x, kernel, dy, (1, 1), SAME)[1], rtol=1e-4, atol=2e-3)
 
 
-def test_a_kernels_gradient_of_many_images_has_the_digits_of_few():
-    """Sums of a quarter of a million numbers of one sign, of which each addition to one sum would round off more."""
-    of = native.Correlation((32, 32), 1, 16, (1, 1), (32, 32), (0, 0))
+@pytest.mark.usefixtures("unit")
+def test_the_gradient_of_the_kernel_over_many_images_is_as_exact_as_over_few():
+    """Sums of 262,144 positive products: if they were added one by one to one sum, each addition would round off more."""
+    shape = native.Correlation((32, 32), 1, 16, (1, 1), (32, 32), (0, 0))
     x, dy = (np.random.default_rng(seed).uniform(1, 2, (256, 32, 32, c)).astype(np.float32) for seed, c in ((0, 1), (1, 16)))
-    found = native.kernel_gradient(of, 1, jnp.asarray(x), jnp.asarray(dy))[0, 0, 0, 0]
-    np.testing.assert_allclose(found, (x.astype(float) * dy).sum((0, 1, 2)), rtol=5e-6)
+    dw = native.kernel_gradient(shape, jnp.asarray(x), jnp.asarray(dy))[0, 0, 0]
+    np.testing.assert_allclose(dw, (x.astype(float) * dy).sum((0, 1, 2)), rtol=5e-6)
 
 
-def test_a_gradient_is_summed_by_blocks():
-    """As `blocks.tree` adds what each block gives."""
-    x, kernel, dy = normal(8, 8, 8, 16), normal(3, 3, 16, 16, seed=1), normal(8, 8, 8, 16, seed=2)
-
-    def gradient(x, dy):
-        return jax.vjp(lambda k: by_native(x, k, (1, 1), "SAME"), kernel)[1](dy)[0]
-
-    with blocks.of(blocks.Blocks(2, 8)):
-        found = gradient(x, dy)
-    parts = jnp.stack([gradient(x[i : i + 2], dy[i : i + 2]) for i in range(0, 8, 2)])
-    np.testing.assert_array_equal(found, blocks.tree(parts))
-
-
-def test_under_vmap_each_lane_is_by_itself_and_in_a_loop_too():
-    x, kernels = normal(3, 2, 6, 5, 3), normal(3, 3, 3, 3, 16, seed=1)
-    ours = with_gradients(jax.vmap(lambda x, k: by_native(x, k, (2, 1), "SAME")), x, kernels)
-    looped = with_gradients(lambda x, k: lax.map(lambda xk: by_native(*xk, (2, 1), "SAME"), (x, k)), x, kernels)
-    theirs = with_gradients(lambda x, k: jnp.stack([lax_conv(x[i], k[i], (2, 1), "SAME") for i in range(3)]), x, kernels)
-    assert_all_close(ours, theirs)
-    assert_all_close(looped, theirs)
+@pytest.mark.usefixtures("unit")
+@pytest.mark.parametrize("transform", [jax.vmap, lambda f: lambda *xs: lax.map(lambda x: f(*x), xs)], ids=["vmap", "map"])
+def test_under_vmap_and_in_a_loop_each_lane_is_computed_by_itself(transform):
+    strides, pads = (2, 1), ((0, 1), (1, 1))
+    arrays = [
+        jnp.stack(lanes) for lanes in zip(*(operands((6, 5), (3, 3), strides, pads, 3, 16) for _ in range(3)), strict=True)
+    ]
+    found = transform(lambda *lane: ours(*lane, strides, pads))(*arrays)
+    expected = [theirs(*(a[i] for a in arrays), strides, pads) for i in range(3)]
+    assert_all_close(found, [jnp.stack(lanes) for lanes in zip(*expected, strict=True)], atol=1e-4)
 
 
-def test_what_is_not_finite_stays_so_and_where_it_belongs():
-    """A NaN of one image is in the outputs whose windows hold it and in no other; infinite weights meet no padded zero."""
+@pytest.mark.usefixtures("unit")
+def test_values_that_are_not_finite_stay_where_they_belong():
+    """A NaN reaches the outputs whose windows contain it and no others; infinite weights are never multiplied by padding."""
     x = jnp.zeros((2, 8, 8, 16)).at[1, 0, 0, 3].set(jnp.nan)
-    y = by_native(x, jnp.ones((3, 3, 16, 16)), (1, 1), "SAME")
+    kernel = jnp.ones((3, 3, 16, 16))
+    shape = shape_of(x, kernel, (1, 1), SAME)
     expected = np.zeros((2, 8, 8, 16), bool)
     expected[1, :2, :2] = True
-    np.testing.assert_array_equal(jnp.isnan(y), expected)
-    assert (by_native(jnp.ones((1, 3, 3, 16)), jnp.full((3, 3, 16, 16), jnp.inf), (1, 1), "SAME") == jnp.inf).all()
+    np.testing.assert_array_equal(jnp.isnan(native.correlate(shape, x, kernel)), expected)
+    assert (native.correlate(shape, jnp.ones(x.shape), jnp.inf * kernel) == jnp.inf).all()
 
 
-@pytest.mark.parametrize(("features", "dtype", "there", "chosen"), [
-    (16, jnp.float32, WIDE, "native"), (24, jnp.float32, WIDE, "direct"), (24, jnp.float32, NARROW, "native"),
-    (16, jnp.bfloat16, WIDE, "direct"), (16, jnp.float32, None, "direct"),
+def test_it_is_possible_for_features_that_fill_whole_vectors(unit, monkeypatch):
+    assert [native.possible(features) for features in (4, 24, 48, 6)] == [
+        features % unit.lanes == 0 for features in (4, 24, 48, 6)
+    ]
+    monkeypatch.setattr(native, "_processor", lambda: None)
+    assert not native.possible(16)
+
+
+@pytest.mark.parametrize(("machine", "flags", "found"), [
+    ("x86_64", ["avx2", "fma", "avx512f", "avx512vl"], AVX512), ("AMD64", ["avx2", "fma", "avx512f"], AVX2),
+    ("x86_64", ["avx2"], None), ("aarch64", [], NEON), ("arm64", [], NEON), ("ppc64le", [], None),
 ])  # fmt: skip
-def test_it_is_chosen_for_whole_vectors_of_float32(monkeypatch, features, dtype, there, chosen):
-    monkeypatch.setattr(native, "processor", lambda: there)
-    x, kernel = jnp.zeros((2, 8, 8, 3), dtype), jnp.zeros((3, 3, 3, features), dtype)
-    assert conv._choose(x, kernel, (1, 1), ((1, 1), (1, 1))) == chosen
+def test_the_vector_unit_follows_from_the_machine_and_its_features(monkeypatch, machine, flags, found):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: dict.fromkeys(flags, True))
+    assert processor() == found
 
 
-def test_where_xla_takes_no_machine_code_its_own_convolution_runs(monkeypatch, caplog):
-    """As one of an interface that this is not written for, which refuses the handler; it is said once."""
-    from smallbatch_jax.models.native import call
-
-    monkeypatch.setattr(call, "VERSION", (1, 0))
-    monkeypatch.setattr(call, "_made", call._made.__wrapped__)
-    monkeypatch.setattr(native, "_works", cache(native._works.__wrapped__))
-    x, kernel = normal(2, 8, 8, 3), normal(3, 3, 3, 16, seed=1)
-    for _ in range(2):
-        np.testing.assert_allclose(
-            by_native(x, kernel, (1, 1), "SAME"), lax_conv(x, kernel, (1, 1), "SAME"), rtol=1e-4, atol=1e-5
-        )
+def test_where_xla_refuses_the_code_there_is_one_warning(monkeypatch, caplog):
+    monkeypatch.setattr(ffi, "VERSION", (1, 0))  # an interface that this package is not written for
+    monkeypatch.setattr(ffi, "_names", set())
+    monkeypatch.setattr(native, "_processor", cache(native._processor.__wrapped__))
+    assert not any(native.possible(16) for _ in range(2))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "version" in caplog.text
 
 
-def test_off_cpu_it_is_not(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(conv, "PATCHES_UP_TO_PIXELS", {"gpu": 0})
-    assert conv._choose(jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 16)), (1, 1), ((1, 1), (1, 1))) == "direct"
+def innermost_loops(assembly):
+    """The instructions of each loop of AArch64 assembly that contains no other."""
+    lines = [line.strip() for line in assembly.splitlines()]
+    labels = {line.partition(":")[0]: i for i, line in enumerate(lines) if re.match(r"\.LBB\w+:", line)}
+    spans = [(labels[name], i) for i, line in enumerate(lines) for name in re.findall(r"\.LBB\w+", line) if labels[name] <= i]
+    spans = [span for span in spans if span[0] < span[1]]
+    inner = [(a, b) for a, b in spans if not any(a <= c and d < b for c, d in spans)]
+    return [[line.partition("//")[0].split(None, 1) for line in lines[a + 1 : b + 1]] for a, b in inner]
+
+
+@pytest.mark.parametrize("write", [loops.correlation, loops.kernel_gradient])
+@pytest.mark.parametrize(("channels", "features", "strides"), [(3, 16, (1, 1)), (16, 16, (1, 1)), (32, 64, (2, 2))])
+def test_for_64_bit_arm_the_loops_are_vector_products_without_spills(write, channels, features, strides):
+    """Cross-compiled: each innermost loop with products has more `fmla` of 4 floats than loads, and no access to the stack."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    target = llvm.Target.from_triple("aarch64-unknown-linux-gnu").create_target_machine(cpu="neoverse-n1", opt=3, jit=True)
+    shape = shape_of(jnp.zeros((1, 32, 32, channels)), jnp.zeros((3, 3, channels, features)), strides, SAME)
+    code = write("routine", shape, NEON)
+    ffi.write_handler(code, "handler")
+    assembly = target.emit_assembly(optimised(code, target))
+    busy = [body for body in innermost_loops(assembly) if any(line[0] == "fmla" for line in body)]
+    assert busy
+    for body in busy:
+        products = [operands for name, *operands in body if name == "fmla"]
+        loads = [operands for name, *operands in body if name.startswith("ld")]
+        assert all(re.match(r"v\d+\.4s", operands[0]) for operands in products)
+        assert not any(name in ("fmadd", "fmul") for name, *_ in body)
+        assert not any("sp" in operands[0] for _, *operands in body if operands)
+        assert len(products) > len(loads)

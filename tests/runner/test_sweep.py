@@ -88,7 +88,7 @@ def test_a_workdir_is_resumed_grown_and_kept_apart_from_other_models_and_data(tm
     grown = quiet(Mlp(), table(), np.array([8, 16]), np.array([2**-8, 2**-6]), epochs=1, workdir=tmp_path / "w")
     assert len(grown) == 4
     pd.testing.assert_frame_equal(first, grown.head(1), check_exact=True)
-    with pytest.raises(InputError, match=r"model.name is 'own:Mlp-.* there and 'own:Mlp-.* here"):
+    with pytest.raises(InputError, match=r"model is another one of the same name, with other fields or code"):
         quiet(Mlp(32), table(), (8, 16), (2**-8, 2**-6), epochs=1, workdir=tmp_path / "w")
     with pytest.raises(InputError, match=r"dataset.name is 'own:.* there and 'own:.* here"):
         quiet(Mlp(), table(199), (8, 16), (2**-8, 2**-6), epochs=1, workdir=tmp_path / "w")
@@ -158,10 +158,10 @@ def test_other_code_or_fields_never_get_a_workdirs_results(tmp_path):
     quiet(written("x"), table(), (8,), (2**-8,), epochs=1, workdir=tmp_path / "w")
     quiet(written("x"), table(), (8,), (2**-8,), epochs=1, workdir=tmp_path / "w")
     line = refused(model=written("2 * x"), batch_sizes=(8,), workdir=tmp_path / "w")
-    assert "holds a different experiment: model is another one of the same name and fields, with other code" in line
+    assert "holds a different experiment: model is another one of the same name, with other fields or code" in line
     drawn = [nn.Dense(3, kernel_init=nn.initializers.normal(scale)) for scale in (0.01, 10.0)]
     quiet(drawn[0], table(), (8,), (2**-8,), epochs=1, workdir=tmp_path / "d")
-    assert "model.name is 'own:Dense-" in refused(model=drawn[1], batch_sizes=(8,), workdir=tmp_path / "d")
+    assert "with other fields or code" in refused(model=drawn[1], batch_sizes=(8,), workdir=tmp_path / "d")
 
 
 def test_a_workdir_of_an_earlier_version_is_refused_in_one_line(tmp_path):
@@ -171,6 +171,17 @@ def test_a_workdir_of_an_earlier_version_is_refused_in_one_line(tmp_path):
     del stored["facts"]["model"]
     (tmp_path / "w" / "experiment.json").write_text(json.dumps(stored))
     assert "(an earlier version made this workdir" in refused(batch_sizes=(8,), workdir=tmp_path / "w")
+
+
+def test_a_workdir_that_has_a_digest_in_its_models_name_is_resumed(tmp_path):
+    """As versions before December 2026 wrote it; the fingerprint says whether the model is the same."""
+    first = quiet(Mlp(), table(), (8,), (2**-8,), epochs=1, workdir=tmp_path / "w")
+    file = tmp_path / "w" / "experiment.json"
+    stored = json.loads(file.read_text())
+    stored["experiment"]["model"]["name"] += "-0123456789ab"
+    file.write_text(json.dumps(stored))
+    assert "with other fields or code" in refused(model=Mlp(32), batch_sizes=(8,), workdir=tmp_path / "w")
+    pd.testing.assert_frame_equal(first, quiet(Mlp(), table(), (8,), (2**-8,), epochs=1, workdir=tmp_path / "w"))
 
 
 def test_other_numbers_of_examples_are_another_dataset(tmp_path):

@@ -1,31 +1,32 @@
-"""The shape of a convolution."""
+"""The shapes of a convolution."""
 
 from typing import NamedTuple
 
-Pair = tuple[int, int]
+Pair = tuple[int, int]  # rows, columns
 
 
 class Correlation(NamedTuple):
-    """y[a] = Σ_i x[(a·stride + i - low) / dilation] kernel[i], over the taps i that meet a pixel of x.
+    """The shapes of y[a] = Σ_i x[(a·stride + i − low) / dilation] · kernel[i], in each of the two axes.
 
-    Of images [N, H, W, C] and a kernel [kh, kw, C, O], as outputs [N, H', W', O].
+    The sum runs over the taps i for which the index of x is an integer inside the image. x is [N, H, W, C], kernel
+    [kh, kw, C, O] and y [N, H', W', O].
     """
 
     sizes: Pair  # H, W
     channels: int  # C
-    features: int  # O, whole vectors
+    features: int  # O, a multiple of the vector's lanes
     window: Pair  # kh, kw
     outputs: Pair  # H', W'
-    lows: Pair  # zeros before the first row and column
+    lows: Pair  # padding before the first row and column
     strides: Pair = (1, 1)
-    dilation: Pair = (1, 1)
+    dilation: Pair = (1, 1)  # of x
 
     def of_image_gradient(self) -> "Correlation":
-        """That of the cotangents with the kernel flipped and its channels swapped, if this one has no dilation."""
+        """The correlation of dy with the kernel, flipped and its channels swapped, that gives dx; self has no dilation."""
         lows = self.window[0] - 1 - self.lows[0], self.window[1] - 1 - self.lows[1]
         return Correlation(self.outputs, self.features, self.channels, self.window, self.sizes, lows, dilation=self.strides)
 
     def column(self, output: int, tap: int) -> int | None:
-        """The column of x that an output's tap meets, if it meets one."""
-        place, rest = divmod(output * self.strides[1] + tap - self.lows[1], self.dilation[1])
-        return place if rest == 0 and 0 <= place < self.sizes[1] else None
+        """The column of x that this tap of an output column reads; None if it reads padding."""
+        column, remainder = divmod(output * self.strides[1] + tap - self.lows[1], self.dilation[1])
+        return column if remainder == 0 and 0 <= column < self.sizes[1] else None

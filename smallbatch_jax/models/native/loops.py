@@ -1,167 +1,149 @@
-"""2-D convolution of float32 images in machine code, by the direct sum: forward, and the gradients of image and kernel.
+"""The loops of a direct 2-D convolution of float32 images: forward, and the gradients of image and kernel.
 
-A few output pixels of a few vectors of features stay in registers while the taps and channels are summed: every number of the
-image that is loaded is multiplied by all of these vectors, every vector of the kernel by all of these pixels. Nothing is
-copied, padded or transposed, and no product with a zero of a padded or dilated image is taken: what a column meets is known
-when the code is written, and columns are written out.
+A few output pixels × a few vectors of features stay in registers while taps and channels are summed: each element of the image
+that is loaded is multiplied by all of these vectors, each vector of the kernel by all of these pixels. Columns are unrolled, so
+that products with the zeros of a padded or dilated image are left out when the code is generated.
 """
 
-import itertools
 from collections.abc import Iterator
 
 from smallbatch_jax.models.native.correlation import Correlation, Pair
 from smallbatch_jax.models.native.processor import Processor
-from smallbatch_jax.models.native.routine import Index, Routine, Value
+from smallbatch_jax.models.native.routine import Accumulator, Index, Integer, Pointer, Routine
 
-CACHE = 1 << 19  # bytes of images that a kernel's gradient passes over several times
-SCARCE = 5  # registers that are left for what is added to the sums
-
-
-def vectors_at_once(vectors: int) -> int:
-    """Of features: so few that there are registers for several pixels of them."""
-    return max(count for count in (1, 2, 3) if vectors % count == 0)
+CACHE = 1 << 19  # bytes of images that the kernel's gradient reads several times before it goes on
+WORKING_REGISTERS = 5  # vector registers that the kernel's gradient keeps free for operands
 
 
-def correlation(name: str, of: Correlation, processor: Processor) -> Routine:
-    """A routine of N, N, and pointers to x, kernel and y."""
-    code = Routine(name, 3, processor)
-    n, _, x, kernel, y = code.arguments
-    (height, width), (out_height, out_width) = of.sizes, of.outputs
-    lanes = processor.lanes
-    vectors = vectors_at_once(of.features // lanes)
-    with code.loop(0, n) as image:
-        x = code.at(x, code.product(image, height * width * of.channels))
-        y = code.at(y, code.product(image, out_height * out_width * of.features))
-        with code.loop(0, of.features, vectors * lanes) as feature:
-            for remainder in range(of.dilation[0]):
-                _rows(code, of, remainder, vectors, x, code.at(kernel, feature), code.at(y, feature))
+def correlation(name: str, shape: Correlation, processor: Processor) -> Routine:
+    """The routine (N, x, kernel, y) that stores the correlation of x with the kernel in y."""
+    code = Routine(name, processor)
+    x, kernel, y = code.arrays
+    (height, width), (out_height, out_width) = shape.sizes, shape.outputs
+    vectors = _vectors_at_once(shape, processor)
+    with code.loop(0, code.images) as image:
+        x = x + image * (height * width * shape.channels)
+        y = y + image * (out_height * out_width * shape.features)
+        with code.loop(0, shape.features, vectors * processor.lanes) as feature:
+            for remainder in range(shape.dilation[0]):
+                _rows(code, shape, remainder, x, kernel + feature, y + feature)
     return code
 
 
-def _rows(code: Routine, of: Correlation, remainder: int, vectors: int, x: Value, kernel: Value, y: Value) -> None:
-    """The output rows of one remainder modulo the dilation, which all meet the same taps of the kernel."""
-    (height, width), (out_height, out_width), stride, dilation = of.sizes, of.outputs, of.strides[0], of.dilation[0]
-    start = (of.lows[0] - remainder * stride) % dilation  # the first tap
-    first = (remainder * stride + start - of.lows[0]) // dilation  # the row of x that it meets, from output row `remainder`
-    taps = len(range(start, of.window[0], dilation))
-    kernel_row = of.window[1] * of.channels * of.features
+def _rows(code: Routine, shape: Correlation, remainder: int, x: Pointer, kernel: Pointer, y: Pointer) -> None:
+    """Computes a few features of the output rows with this remainder modulo the dilation, which use the same taps."""
+    (height, width), (out_height, out_width), stride, dilation = shape.sizes, shape.outputs, shape.strides[0], shape.dilation[0]
+    vectors = _vectors_at_once(shape, code.processor)
+    first_tap = (shape.lows[0] - remainder * stride) % dilation
+    first_top = (remainder * stride + first_tap - shape.lows[0]) // dilation  # row of x that tap reads for the first output
+    taps = len(range(first_tap, shape.window[0], dilation))
+    kernel_row = shape.window[1] * shape.channels * shape.features
+    tiles = -(-out_width // (code.processor.accumulators // vectors))
     with code.loop(0, len(range(remainder, out_height, dilation))) as row:
-        top = code.sum(code.product(row, stride), first)
-        from_tap, to_tap = code.greatest(0, code.difference(0, top)), code.least(taps, code.difference(height, top))
-        out = code.at(y, code.product(code.sum(code.product(row, dilation), remainder), out_width * of.features))
-        for columns in _even_parts(out_width, _accumulators(code.processor) // vectors):
-            sums = {(a, v): code.accumulator() for a in columns for v in range(vectors)}
-            for total in sums.values():
-                code.set(total, code.zeros)
-            with code.loop(from_tap, to_tap) as tap, code.loop(0, of.channels) as channel:
-                pixels = code.at(x, code.product(code.sum(top, tap), width * of.channels), channel)
-                weights = code.sum(code.product(tap, dilation * kernel_row), start * kernel_row)
-                _add_taps(code, of, sums, vectors, pixels, code.at(kernel, weights, code.product(channel, of.features)))
-            for (a, v), total in sums.items():
-                code.store(code.get(total), code.at(out, a * of.features + v * code.processor.lanes))
+        top = row * stride + first_top
+        y_row = y + (row * dilation + remainder) * (out_width * shape.features)
+        from_tap, to_tap = (0 - top).at_least(0), (height - top).at_most(taps)
+        for tile in range(tiles):
+            columns = range(out_width * tile // tiles, out_width * (tile + 1) // tiles)
+            sums = {(column, v): code.accumulator() for column in columns for v in range(vectors)}
+            with code.loop(from_tap, to_tap) as tap, code.loop(0, shape.channels) as channel:
+                pixels = x + ((top + tap) * (width * shape.channels) + channel)
+                weights = kernel + (tap * (dilation * kernel_row) + first_tap * kernel_row + channel * shape.features)
+                _add_taps(code, shape, sums, pixels, weights)
+            for (column, v), total in sums.items():
+                code.store(code.get(total), y_row + (column * shape.features + v * code.processor.lanes))
 
 
-def _add_taps(code: Routine, of: Correlation, sums: dict[Pair, Value], vectors: int, pixels: Value, weights: Value) -> None:
-    """Adds to the sums of some columns what the taps of one row give of one channel."""
-    for tap in range(of.window[1]):
-        meets = {a: of.column(a, tap) for a, v in sums if v == 0}
-        if all(column is None for column in meets.values()):
+def _add_taps(code: Routine, shape: Correlation, sums: dict[Pair, Accumulator], pixels: Pointer, weights: Pointer) -> None:
+    """Adds the products of one channel with one row of the kernel to the sums of some output columns."""
+    columns, vectors = (sorted({key[axis] for key in sums}) for axis in (0, 1))
+    for tap in range(shape.window[1]):
+        read = {output: column for output in columns if (column := shape.column(output, tap)) is not None}
+        if not read:
             continue
-        offset = tap * of.channels * of.features
-        vector = [code.load(code.at(weights, offset + v * code.processor.lanes)) for v in range(vectors)]
-        for a, column in meets.items():
-            if column is not None:
-                pixel = code.spread(code.at(pixels, column * of.channels))
-                for v in range(vectors):
-                    code.add_product(sums[a, v], pixel, vector[v])
+        offset = tap * shape.channels * shape.features
+        weight = [code.load(weights + (offset + v * code.processor.lanes)) for v in vectors]
+        for output, column in read.items():
+            pixel = code.broadcast(pixels + column * shape.channels)
+            for v in vectors:
+                code.add_product(sums[output, v], pixel, weight[v])
 
 
-def kernel_gradient(name: str, of: Correlation, processor: Processor) -> Routine:
-    """A routine of N, B, and pointers to x, dy and dw: of N images in B blocks of as many, in a correlation without dilation.
+def kernel_gradient(name: str, shape: Correlation, processor: Processor) -> Routine:
+    """The routine (N, x, dy, dw) for a correlation without dilation that stores the gradient of its kernel in dw.
 
-    dw[b, i, c, o] = Σ_n,a x[b, n, a·stride + i - low, c] dy[b, n, a, o], float32[B, kh, kw, C, O].
+    dw[i, c, o] = Σ_n,a x[n, a·stride + i − low, c] dy[n, a, o].
     """
-    code = Routine(name, 3, processor)
-    images, blocks, x, dy, dw = code.arguments
-    n = code.quotient(images, blocks)
-    x_size = of.sizes[0] * of.sizes[1] * of.channels
-    dy_size = of.outputs[0] * of.outputs[1] * of.features
-    dw_size = of.window[0] * of.window[1] * of.channels * of.features
-    few = max(1, CACHE // (4 * (x_size + dy_size)))
-    with code.loop(0, blocks) as block:
-        dw = code.at(dw, code.product(block, dw_size))
-        with code.loop(0, dw_size, processor.lanes) as at:
-            code.store(code.zeros, code.at(dw, at))
-        with code.loop(0, n, few) as image:
-            here = code.sum(code.product(block, n), image)
-            count = code.least(few, code.difference(n, image))
-            few_x, few_dy = code.at(x, code.product(here, x_size)), code.at(dy, code.product(here, dy_size))
-            _add_gradients(code, of, count, few_x, few_dy, dw)
+    code = Routine(name, processor)
+    x, dy, dw = code.arrays
+    x_size = shape.sizes[0] * shape.sizes[1] * shape.channels
+    dy_size = shape.outputs[0] * shape.outputs[1] * shape.features
+    cached = max(1, CACHE // (4 * (x_size + dy_size)))
+    with code.loop(0, shape.window[0] * shape.window[1] * shape.channels * shape.features, processor.lanes) as element:
+        code.store(code.zeros, dw + element)
+    with code.loop(0, code.images, cached) as image:
+        _add_gradients(code, shape, (code.images - image).at_most(cached), x + image * x_size, dy + image * dy_size, dw)
     return code
 
 
-def _add_gradients(code: Routine, of: Correlation, count: Value, x: Value, dy: Value, dw: Value) -> None:
-    """Adds the gradients of a few images to dw, a few taps, channels and features at a time, over all pixels."""
-    lanes, channels, features = code.processor.lanes, of.channels, of.features
-    (height, width), (out_height, out_width), stride, low = of.sizes, of.outputs, of.strides[0], of.lows[0]
-    vectors = vectors_at_once(features // lanes)
-    room = max(1, (code.processor.registers - SCARCE) // (vectors * of.window[1]))
+def _add_gradients(code: Routine, shape: Correlation, images: Integer, x: Pointer, dy: Pointer, dw: Pointer) -> None:
+    """Adds the gradients of a few images to dw, tile by tile: all columns of the kernel × a few channels × a few features."""
+    lanes, channels, features = code.processor.lanes, shape.channels, shape.features
+    vectors = _vectors_at_once(shape, code.processor)
+    room = max(1, (code.processor.registers - WORKING_REGISTERS) // (vectors * shape.window[1]))
     together = max(count for count in range(1, min(room, channels) + 1) if channels % count == 0)
     with (
-        code.loop(0, of.window[0]) as tap,
+        code.loop(0, shape.window[0]) as tap,
         code.loop(0, channels, together) as channel,
         code.loop(0, features, vectors * lanes) as feature,
     ):
-        here = code.at(dw, code.product(code.sum(code.product(tap, of.window[1] * channels), channel), features), feature)
-        places = [(j, c, v) for j in range(of.window[1]) for c in range(together) for v in range(vectors)]
-        sums = {place: code.accumulator() for place in places}
-        offsets = {(j, c, v): (j * channels + c) * features + v * lanes for j, c, v in places}
-        for total in sums.values():
-            code.set(total, code.zeros)
-        above = code.difference(low, tap)
-        first = code.greatest(0, code.ceiling(above, stride))  # of the output rows whose tap meets a row of x
-        end = code.least(out_height, code.ceiling(code.sum(above, height), stride))
-        with code.loop(0, count) as image, code.loop(first, end) as row:
-            x_row = code.sum(code.product(image, height), code.product(row, stride), code.difference(tap, low))
-            pixels = code.at(x, code.product(x_row, width * channels), channel)
-            cotangents = code.at(
-                dy, code.product(code.sum(code.product(image, out_height), row), out_width * features), feature
-            )
-            for column, taps in _columns(code, of):
-                at = code.at(pixels, code.product(column, of.strides[1] * channels))
-                dys = code.at(cotangents, code.product(column, features))
-                vector = [code.load(code.at(dys, v * lanes)) for v in range(vectors)]
-                for j in taps:
-                    for c in range(together):
-                        pixel = code.spread(code.at(at, (j - of.lows[1]) * channels + c))
-                        for v in range(vectors):
-                            code.add_product(sums[j, c, v], pixel, vector[v])
-        for place, total in sums.items():  # not summed on from dw, in which the rounding of so many additions would be seen
-            so_far = code.at(here, offsets[place])
-            code.store(code.add(code.load(so_far), code.get(total)), so_far)
+        keys = [(j, c, v) for j in range(shape.window[1]) for c in range(together) for v in range(vectors)]
+        sums = {key: code.accumulator() for key in keys}
+        for pixel, cotangents, taps in _output_pixels(code, shape, images, tap, x + channel, dy + feature):
+            dys = [code.load(cotangents + v * lanes) for v in range(vectors)]
+            for j in taps:
+                for c in range(together):
+                    image = code.broadcast(pixel + ((j - shape.lows[1]) * channels + c))
+                    for v in range(vectors):
+                        code.add_product(sums[j, c, v], image, dys[v])
+        tile = dw + ((tap * (shape.window[1] * channels) + channel) * features + feature)
+        for (j, c, v), total in sums.items():  # one sum over all images, carried on from dw, would round off more
+            target = tile + ((j * channels + c) * features + v * lanes)
+            code.store(code.build.fadd(code.load(target), code.get(total)), target)
 
 
-def _columns(code: Routine, of: Correlation) -> Iterator[tuple[Index, list[int]]]:
-    """Output columns, and which taps of each meet a column of x: those at the edges one by one, the others in a loop."""
-    meets = [[j for j in range(of.window[1]) if of.column(a, j) is not None] for a in range(of.outputs[1])]
-    inside = [a for a, taps in enumerate(meets) if len(taps) == of.window[1]]
-    start, stop = (inside[0], inside[-1] + 1) if inside else (0, 0)
-    for a in range(start):
-        yield a, meets[a]
+def _output_pixels(
+    code: Routine, shape: Correlation, images: Integer, tap: Integer, x: Pointer, dy: Pointer
+) -> Iterator[tuple[Pointer, Pointer, list[int]]]:
+    """Loops over the output pixels of some images that a row of the kernel contributes to.
+
+    Yields, for code that is repeated for each of them: the pixel of x at column tap `low`, the cotangents, and the column taps
+    that do not read padding.
+    """
+    (height, width), (out_height, out_width), stride, low = shape.sizes, shape.outputs, shape.strides[0], shape.lows[0]
+    first = (low - tap).ceil_div(stride).at_least(0)
+    stop = (low - tap + height).ceil_div(stride).at_most(out_height)
+    with code.loop(0, images) as image, code.loop(first, stop) as row:
+        x_row = x + (image * height + row * stride + (tap - low)) * (width * shape.channels)
+        dy_row = dy + (image * out_height + row) * (out_width * shape.features)
+        for column, taps in _columns(code, shape):
+            yield x_row + column * (shape.strides[1] * shape.channels), dy_row + column * shape.features, taps
+
+
+def _columns(code: Routine, shape: Correlation) -> Iterator[tuple[Index, list[int]]]:
+    """Output columns, each with its taps inside the image: those near an edge one by one, the others in a loop."""
+    inside = [[j for j in range(shape.window[1]) if shape.column(a, j) is not None] for a in range(shape.outputs[1])]
+    whole = [column for column, taps in enumerate(inside) if len(taps) == shape.window[1]]
+    start, stop = (whole[0], whole[-1] + 1) if whole else (0, 0)
+    for column in range(start):
+        yield column, inside[column]
     if start < stop:
         with code.loop(start, stop) as column:
-            yield column, list(range(of.window[1]))
-    for a in range(stop, of.outputs[1]):
-        yield a, meets[a]
+            yield column, list(range(shape.window[1]))
+    for column in range(stop, shape.outputs[1]):
+        yield column, inside[column]
 
 
-def _accumulators(processor: Processor) -> int:
-    """Registers that hold sums of a correlation: the others are for vectors of the kernel."""
-    return processor.registers * 3 // 4
-
-
-def _even_parts(count: int, most: int) -> list[range]:
-    """The numbers below `count`, in runs of at most so many and as even as may be."""
-    parts = -(-count // most)
-    bounds = [count * part // parts for part in range(parts + 1)]
-    return [range(low, high) for low, high in itertools.pairwise(bounds)]
+def _vectors_at_once(shape: Correlation, processor: Processor) -> int:
+    """Vectors of features in a tile: a divisor of their number, small enough to leave registers for several pixels."""
+    return max(count for count in (1, 2, 3) if shape.features // processor.lanes % count == 0)

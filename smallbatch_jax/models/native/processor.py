@@ -1,30 +1,35 @@
-"""The processor that machine code is made for."""
+"""The vector units that machine code can be generated for."""
 
 import platform
-from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+X86, ARM = ("x86_64", "amd64"), ("aarch64", "arm64")  # names that operating systems give to the two architectures
 
 
 class Processor(NamedTuple):
-    """What a routine is written for."""
+    """A vector unit, as far as the loops depend on it."""
 
-    lanes: int  # float32 numbers in a vector
-    registers: int  # vectors that it holds
+    machines: tuple[str, ...]  # platform.machine() in lower case
+    flags: tuple[str, ...]  # the optional CPU features that it needs, in LLVM's names
+    lanes: int  # float32 elements of a vector register
+    registers: int  # vector registers
+    accumulators: int  # registers that hold sums of a correlation; with more, LLVM keeps some of the sums in memory
 
 
-WIDE, NARROW = Processor(16, 32), Processor(8, 16)  # AVX-512; AVX2
+AVX512 = Processor(X86, ("avx512f", "avx512vl"), lanes=16, registers=32, accumulators=24)
+AVX2 = Processor(X86, ("avx2", "fma"), lanes=8, registers=16, accumulators=12)
+NEON = Processor(ARM, (), lanes=4, registers=32, accumulators=20)  # part of every 64-bit ARM processor
+PROCESSORS = (AVX512, AVX2, NEON)  # a machine uses the first that it has
 
 
-@cache
 def processor() -> Processor | None:
-    """The processor at hand; None if it is one for which nothing is written: not x86-64, or without AVX2 and fused products."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return None
-    try:
-        import llvmlite.binding as llvm
-    except ImportError:  # not needed beside a GPU
-        return None
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512f") and features.get("avx512vl"):
-        return WIDE
-    return NARROW if features.get("avx2") and features.get("fma") else None
+    """The vector unit of this machine; None if none is supported."""
+    machine, flags = platform.machine().lower(), host_features()
+    return next((p for p in PROCESSORS if machine in p.machines and all(flags.get(flag) for flag in p.flags)), None)
+
+
+def host_features() -> Any:
+    """LLVM's map of the optional features of this CPU; empty except on x86, because the loops use none elsewhere."""
+    import llvmlite.binding as llvm
+
+    return llvm.get_host_cpu_features() if platform.machine().lower() in X86 else llvm.FeatureMap()

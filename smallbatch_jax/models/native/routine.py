@@ -1,159 +1,158 @@
-"""Machine code for the processor at hand: loops over vectors of float32, written here and compiled by LLVM.
-
-XLA:CPU takes what it cannot fuse from libraries, and what these do not do well it does slowly. A `Routine` is a function of
-pointers to float32 arrays in which the innermost loops are written out by hand: which numbers stay in registers is decided
-where it is written, not left to a compiler's heuristics.
-"""
+"""The instructions that the loops are written in, and their compilation by LLVM."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import partialmethod
+from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from smallbatch_jax.models.native.processor import WIDE, Processor
+from smallbatch_jax.models.native.processor import AVX512, Processor, host_features
 
-INTEGER, FLAG, FLOAT, POINTER = ir.IntType(64), ir.IntType(32), ir.FloatType(), ir.PointerType()
+INT64, INT32, FLOAT, POINTER = ir.IntType(64), ir.IntType(32), ir.FloatType(), ir.PointerType()
 
-Value = Any  # of LLVM's
-Index = Any  # an integer of LLVM's, or one known already
+Vector = Any  # a value of LLVM, of `lanes` float32
+Accumulator = Any  # the address of a vector that LLVM keeps in a register
+
+_engines: list[Any] = []  # own the machine code, which XLA may call until the process ends
+
+
+@dataclass(frozen=True)
+class Integer:
+    """An int64 of the generated code, with Python's operators; the other operand may be an int."""
+
+    build: ir.IRBuilder
+    value: Any
+
+    def _apply(self, instruction: str, other: "Index") -> "Integer":
+        return Integer(self.build, getattr(self.build, instruction)(self.value, operand(other)))
+
+    __add__ = __radd__ = partialmethod(_apply, "add")
+    __sub__ = partialmethod(_apply, "sub")
+    __mul__ = __rmul__ = partialmethod(_apply, "mul")
+
+    def __rsub__(self, other: int) -> "Integer":
+        return self * -1 + other
+
+    def ceil_div(self, divisor: int) -> "Integer":
+        """⌈self / divisor⌉ if self is not negative, else an integer below 1."""
+        return self if divisor == 1 else (self + (divisor - 1))._apply("sdiv", divisor)
+
+    def at_least(self, bound: "Index") -> "Integer":
+        return self._select(">", bound)
+
+    def at_most(self, bound: "Index") -> "Integer":
+        return self._select("<", bound)
+
+    def _select(self, comparison: str, other: "Index") -> "Integer":
+        condition = self.build.icmp_signed(comparison, self.value, operand(other))
+        return Integer(self.build, self.build.select(condition, self.value, operand(other)))
+
+
+Index = Integer | int
+
+
+def operand(value: Index) -> Any:
+    return ir.Constant(INT64, value) if isinstance(value, int) else value.value
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """The address of a float32; `pointer + offset` counts elements."""
+
+    build: ir.IRBuilder
+    value: Any
+
+    def __add__(self, offset: Index) -> "Pointer":
+        return Pointer(self.build, self.build.gep(self.value, [operand(offset)], source_etype=FLOAT))
 
 
 class Routine:
-    """A function that is being written, of two integers and pointers to float32; it gives nothing back.
+    """The C function `void name(int64_t images, float *a, float *b, float *c)`, under construction."""
 
-    Numbers known while it is written may be given wherever an integer is asked for.
-    """
-
-    def __init__(self, name: str, pointers: int, processor: Processor):
+    def __init__(self, name: str, processor: Processor):
         self.processor = processor
-        self.vector = ir.VectorType(FLOAT, processor.lanes)
         self.module = ir.Module(name)
-        arguments = [INTEGER] * 2 + [POINTER] * pointers
-        self.function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), arguments), name)
+        self.function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [INT64, *[POINTER] * 3]), name)
+        self.function.attributes.add("noinline")  # or LLVM compiles it twice, here and inside the handler
         self.build = ir.IRBuilder(self.function.append_basic_block("entry"))
+        n, *pointers = self.function.args
+        self.images, self.arrays = Integer(self.build, n), [Pointer(self.build, pointer) for pointer in pointers]
+        self.vector = ir.VectorType(FLOAT, processor.lanes)
+        self.zeros = ir.Constant(self.vector, [0.0] * processor.lanes)
         of_vectors = ir.FunctionType(self.vector, [self.vector] * 3)
         self._fma = ir.Function(self.module, of_vectors, f"llvm.fma.v{processor.lanes}f32")
-        self.zeros = ir.Constant(self.vector, [0.0] * processor.lanes)
-
-    @property
-    def arguments(self) -> tuple[Value, ...]:
-        return self.function.args
 
     @contextmanager
-    def loop(self, start: Index, stop: Index, step: int = 1) -> Iterator[Value]:
-        """Once for each integer from start to below stop."""
+    def loop(self, start: Index, stop: Index, step: int = 1) -> Iterator[Integer]:
+        """Generates `for (index = start; index < stop; index += step)` around the code written inside the context."""
         before, head = self.build.block, self.function.append_basic_block("head")
         body, after = self.function.append_basic_block("body"), self.function.append_basic_block("after")
         self.build.branch(head)
         self.build.position_at_end(head)
-        index: Any = self.build.phi(INTEGER)
-        index.add_incoming(integer(start), before)
-        self.build.cbranch(self.build.icmp_signed("<", index, integer(stop)), body, after)
+        phi: Any = self.build.phi(INT64)
+        phi.add_incoming(operand(start), before)
+        self.build.cbranch(self.build.icmp_signed("<", phi, operand(stop)), body, after)
         self.build.position_at_end(body)
+        index = Integer(self.build, phi)
         yield index
-        index.add_incoming(self.sum(index, step), self.build.block)
+        phi.add_incoming((index + step).value, self.build.block)
         self.build.branch(head)
         self.build.position_at_end(after)
 
-    def sum(self, *terms: Index) -> Value:
-        total = integer(terms[0])
-        for term in terms[1:]:
-            total = self.build.add(total, integer(term))
-        return total
-
-    def difference(self, a: Index, b: Index) -> Value:
-        return self.build.sub(integer(a), integer(b))
-
-    def product(self, a: Index, b: Index) -> Value:
-        return self.build.mul(integer(a), integer(b))
-
-    def quotient(self, a: Index, b: Index) -> Value:
-        return self.build.sdiv(integer(a), integer(b))
-
-    def ceiling(self, a: Index, divisor: int) -> Value:
-        """⌈a / divisor⌉ where that is not negative, and something below 1 where it is."""
-        return integer(a) if divisor == 1 else self.quotient(self.sum(a, divisor - 1), divisor)
-
-    def least(self, a: Index, b: Index) -> Value:
-        return self.build.select(self.build.icmp_signed("<", integer(a), integer(b)), integer(a), integer(b))
-
-    def greatest(self, a: Index, b: Index) -> Value:
-        return self.build.select(self.build.icmp_signed(">", integer(a), integer(b)), integer(a), integer(b))
-
-    def at(self, pointer: Value, *offsets: Index) -> Value:
-        """The pointer moved by the sum of the offsets, in numbers."""
-        return self.build.gep(pointer, [self.sum(*offsets)], source_etype=FLOAT)
-
-    def accumulator(self) -> Value:
-        """A vector that may change, to be kept in a register."""
+    def accumulator(self) -> Accumulator:
+        """A new vector of zeros that can be added to."""
         with self.build.goto_entry_block():
-            return self.build.alloca(self.vector)
+            accumulator = self.build.alloca(self.vector)
+        self.build.store(self.zeros, accumulator)
+        return accumulator
 
-    def get(self, accumulator: Value) -> Value:
+    def add_product(self, accumulator: Accumulator, a: Vector, b: Vector) -> None:
+        """accumulator += a·b, rounded once."""
+        self.build.store(self.build.call(self._fma, [a, b, self.get(accumulator)]), accumulator)
+
+    def get(self, accumulator: Accumulator) -> Vector:
         return self.build.load(accumulator, typ=self.vector)
 
-    def set(self, accumulator: Value, vector: Value) -> None:
-        self.build.store(vector, accumulator)
+    def load(self, source: Pointer) -> Vector:
+        return self.build.load(source.value, align=4, typ=self.vector)
 
-    def load(self, pointer: Value) -> Value:
-        """The vector of numbers that begins there."""
-        return self.build.load(pointer, align=4, typ=self.vector)
+    def store(self, vector: Vector, target: Pointer) -> None:
+        self.build.store(vector, target.value, align=4)
 
-    def store(self, vector: Value, pointer: Value) -> None:
-        self.build.store(vector, pointer, align=4)
-
-    def spread(self, pointer: Value) -> Value:
-        """A vector that holds the one number there in each of its lanes."""
-        number = self.build.load(pointer, align=4, typ=FLOAT)
-        first = self.build.insert_element(ir.Constant(self.vector, ir.Undefined), number, ir.Constant(FLAG, 0))
-        nowhere = ir.Constant(ir.VectorType(FLAG, self.processor.lanes), None)
-        return self.build.shuffle_vector(first, ir.Constant(self.vector, ir.Undefined), nowhere)
-
-    def add(self, a: Value, b: Value) -> Value:
-        """The sum of two vectors."""
-        return self.build.fadd(a, b)
-
-    def add_product(self, accumulator: Value, a: Value, b: Value) -> None:
-        """accumulator += a·b, rounded once."""
-        self.set(accumulator, self.build.call(self._fma, [a, b, self.get(accumulator)]))
+    def broadcast(self, source: Pointer) -> Vector:
+        """A vector whose elements all are the one at this address."""
+        undefined = ir.Constant(self.vector, ir.Undefined)
+        element = self.build.load(source.value, align=4, typ=FLOAT)
+        first = self.build.insert_element(undefined, element, ir.Constant(INT32, 0))
+        return self.build.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(INT32, self.processor.lanes), None))
 
 
-def integer(value: Index) -> Value:
-    return ir.Constant(INTEGER, value) if isinstance(value, int) else value
+def machine_code(code: Routine, name: str) -> int:
+    """Compiles a routine's module for this processor; returns the address of its function of that name."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    features = host_features()
+    features.update({flag: False for flag in features if flag.startswith("avx512") and code.processor != AVX512})
+    flags = f"{features.flatten()},-prefer-256-bit" if features else ""  # or LLVM splits wide vectors on some x86 processors
+    host = llvm.Target.from_default_triple()
+    target = host.create_target_machine(cpu=llvm.get_host_cpu_name(), features=flags, opt=3, jit=True)
+    engine = llvm.create_mcjit_compiler(optimised(code, target), target)
+    engine.finalize_object()
+    _engines.append(engine)
+    return engine.get_function_address(name)
 
 
-class Compiled(NamedTuple):
-    """Machine code in memory, for as long as this is kept."""
-
-    address: int
-    engine: Any
-
-
-def compiled(code: Routine, name: str) -> Compiled:
-    """The function of that name in a routine's module."""
+def optimised(code: Routine, target: llvm.TargetMachine) -> llvm.ModuleRef:
+    """Ends a routine; returns its module after LLVM's passes for a target machine."""
     code.build.ret_void()
-    target = _target(code.processor)
-    parsed = llvm.parse_assembly(str(code.module))
-    parsed.verify()
-    # Loops are written as they are to be: LLVM's own unrolling would only need more registers than there are.
+    module = llvm.parse_assembly(str(code.module))
+    module.verify()
+    # The loops are tiled already: unrolling or vectorising them again would need more registers than there are.
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     options.loop_unrolling = options.slp_vectorization = options.loop_vectorization = False
     passes = llvm.create_pass_builder(target, options)
-    passes.getModulePassManager().run(parsed, passes)
-    engine = llvm.create_mcjit_compiler(parsed, target)
-    engine.finalize_object()
-    return Compiled(engine.get_function_address(name), engine)
-
-
-def _target(processor: Processor) -> Any:
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    features = llvm.get_host_cpu_features()
-    if processor != WIDE:
-        features.update({name: False for name in features if name.startswith("avx512")})
-    flags = features.flatten() + ",-prefer-256-bit"
-    return llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=flags, opt=3, jit=True
-    )
+    passes.getModulePassManager().run(module, passes)
+    return module
