@@ -17,7 +17,7 @@ import arguments
 from absl import app, flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from smallbatch_jax.config import experiment, fields
+from smallbatch_jax.config import fields, overrides
 from smallbatch_jax.config.experiment import Experiment, InputError
 from smallbatch_jax.runner import signals
 from smallbatch_jax.store.files import OUT_OF_SPACE, WriteError
@@ -79,7 +79,7 @@ def given_config(flag: Any) -> ConfigDict:
         if isinstance(config, FrozenConfigDict):
             config = config.as_configdict()
         config = config if isinstance(config, ConfigDict) else ConfigDict(config)
-        experiment.override(config, _Given.overrides)
+        overrides.override(config, _Given.overrides)
         return config
     except InputError:
         raise
@@ -168,17 +168,17 @@ def start_jax(cpu_devices: int | None = None, join: Callable[[], None] = lambda:
       InputError: if JAX_PLATFORMS, XLA_FLAGS or another variable asks for what there is not.
     """
     import_jax()
-    from smallbatch_jax.program import ambient, devices
+    from smallbatch_jax.program import devices, jax_flags
 
-    ambient.hold_for_good()
-    _require_xla_flags(ambient.expand_xla_flags())
+    jax_flags.hold_for_good()
+    _require_xla_flags(jax_flags.expand_xla_flags())
     devices.use_all_cores()
     import jax
 
     if cpu_devices is not None:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     join()
-    ambient.require_devices()
+    jax_flags.require_devices()
 
 
 def _require_xla_flags(given: str) -> None:
@@ -269,11 +269,11 @@ def train(chosen: Experiment, workdir: str, started: float) -> int:
 
     With several processes all train, and the first alone uses the workdir.
     """
-    import several
+    import distributed
 
-    several.supervise()
+    distributed.supervise()
     chosen, folder = for_workdir(chosen, workdir), Path(workdir)
-    start_jax(join=several.join)
+    start_jax(join=distributed.join)
     import jax
 
     from smallbatch_jax import data
@@ -294,7 +294,7 @@ def train(chosen: Experiment, workdir: str, started: float) -> int:
     except jax.errors.JaxRuntimeError as error:
         if not processes.several():
             raise
-        leave(several.failure(error), 1)
+        leave(distributed.failure(error), 1)
     if not processes.is_first():
         return 0
     trained = time.monotonic()

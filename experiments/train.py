@@ -11,7 +11,7 @@ import time
 STARTED = time.monotonic()
 
 import command  # noqa: E402
-import several  # noqa: E402, F401 - its flags
+import distributed  # noqa: E402, F401 - its flags
 
 from smallbatch_jax.config import experiment  # noqa: E402
 

@@ -1,7 +1,7 @@
 """The paper's models as Flax linen modules: pure `init(key, images)` and `apply(variables, images, train=…)`."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import pkgutil
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,20 +9,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from smallbatch_jax.config import fields
-from smallbatch_jax.config.experiment import ALL_NORMS, MODEL_NORMS, InputError
+from smallbatch_jax.config.catalog import MODELS, NORMS, require_norm
+from smallbatch_jax.config.fields import InputError
 from smallbatch_jax.models import blocks
-from smallbatch_jax.models.alexnet import AlexNet
-from smallbatch_jax.models.resnet import CifarResNet
-from smallbatch_jax.models.resnet50 import BottleneckResNet
-
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "alexnet": AlexNet,
-    "resnet8": partial(CifarResNet, 8),
-    "resnet20": partial(CifarResNet, 20),
-    "resnet32": partial(CifarResNet, 32),
-    "resnet50": partial(BottleneckResNet, (3, 4, 6, 3)),
-}
-
 
 MOST_CHANNELS = 4  # of a picture: grey, RGB, RGBA
 
@@ -68,7 +57,7 @@ def micro_batch_size(
       block: examples of a block (`models.blocks`), of which a part is then a divisor, or so many as a power of two; None for
         no blocks.
     """
-    unit = 1 if norm in ("none", "group") else min(bn_batch_size, examples)
+    unit = min(bn_batch_size, examples) if NORMS[norm].batch_statistics else 1
     limit = EXAMPLES_AT_ONCE if most is None else most
 
     def fits(size: int) -> bool:
@@ -88,7 +77,7 @@ def blocks_of(norm: str, batch_size: int, bn_batch_size: int) -> blocks.Blocks:
       batch_size: m, over all devices.
       bn_batch_size: b.
     """
-    size = blocks.block_size(batch_size, bn_batch_size if norm in ("batch", "batch_conv_only", "batch_renorm") else batch_size)
+    size = blocks.block_size(batch_size, bn_batch_size if NORMS[norm].batch_statistics else batch_size)
     return blocks.Blocks(size, micro_batch_size(norm, batch_size, bn_batch_size, block=size) or batch_size)
 
 
@@ -105,8 +94,8 @@ def create_model(
     """A model of the paper, by name.
 
     Args:
-      name: "alexnet", the reduced AlexNet of §3.1; "resnet8", "resnet20" or "resnet32" of He et al. (2015a) for CIFAR;
-        "resnet50" of the same for ImageNet (§3.5).
+      name: an entry of `config.catalog.MODELS`: "alexnet", the reduced AlexNet of §3.1; "resnet8", "resnet20" or "resnet32"
+        of He et al. (2015a) for CIFAR; "resnet50" of the same for ImageNet (§3.5).
       num_classes: logits per image.
       norm: "none", "batch", "group" (Wu & He 2018), "batch_renorm" (Ioffe 2017), or for alexnet alone "batch_conv_only"
         (Fig. 6).
@@ -122,13 +111,14 @@ def create_model(
     Raises:
       InputError: if there is no such model, or the model has no such norm.
     """
-    fields.choice(tuple(MODEL_NORMS), "model")("model.name", name)
-    fields.choice(ALL_NORMS, "norm")("model.norm", norm)
-    if norm not in MODEL_NORMS[name]:
-        raise InputError(f"model.norm: {name} has no norm {norm!r}; it accepts {', '.join(MODEL_NORMS[name])}.")
+    fields.choice(MODELS, "model")("model.name", name)
+    require_norm(name, norm)
     fields.integer(1)("num_classes", num_classes)
-    fields.optional(fields.integer(1))("bn_batch_size", bn_batch_size)
-    return MODELS[name](
+    if bn_batch_size is not None:
+        fields.integer(1)("bn_batch_size", bn_batch_size)
+    entry = MODELS[name]
+    return pkgutil.resolve_name(entry.module)(
+        **entry.arguments,
         num_classes=num_classes,
         norm=norm,
         bn_batch_size=bn_batch_size,

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from smallbatch_jax.config import experiment
+from smallbatch_jax.config import overrides
+from smallbatch_jax.config.fields import InputError
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -48,7 +49,7 @@ def flags_of(script):
     own = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text)
     own += [f"no{name}" for name in re.findall(r'DEFINE_bool\(\s*"(\w+)"', text)]
     own += ["config"] * ("define_config_flag()" in text)
-    others = {"several"} & set(re.findall(r"^import (\w+)", text, re.M))
+    others = {"distributed"} & set(re.findall(r"^import (\w+)", text, re.M))
     return {"help", *own, *(flag for other in others for flag in flags_of(other))}
 
 
@@ -61,8 +62,8 @@ def mistakes(script, arguments):
         name, _, value = argument.removeprefix("--").partition("=")
         if name.startswith("config.") and "config" in known and name != "config.FIELD":
             try:
-                experiment.require_field(name.removeprefix("config."))
-            except experiment.InputError as error:
+                overrides.require_field(name.removeprefix("config."))
+            except InputError as error:
                 found.append(str(error))
         elif name.partition(".")[0] not in known:
             found.append(f"{script}.py has no flag --{name}")
