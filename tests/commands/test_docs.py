@@ -33,19 +33,25 @@ def links(text):
 
 
 def commands(text):
-    """Every command line of experiments/ in a page: script and its arguments; several lines joined, comments left out."""
+    """Every command line of experiments/ and benchmarks/ in a page: script and arguments, lines joined, without comments."""
     code = [*re.findall(r"```\w*\n(.*?)```", text, re.S), *re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)]
     code += re.findall(r"^ {4}(.*(?:\\\n.*)*)$", text, re.M)
     for block in code:
         for line in block.replace("\\\n", " ").split("\n"):
-            for found in re.finditer(r"(?:python )?experiments/(\w+)\.py([^;&|]*)", line):
+            for found in re.finditer(r"(?:python )?(?:experiments|benchmarks)/(\w+)\.py([^;&|]*)", line):
                 if line[: found.start() + 7].rstrip().endswith("python") or not line[: found.start()].strip():
                     yield found[1], re.findall(r"""--[\w.]+(?:=(?:"[^"]*"|[^\s"\]]+))?""", found[2].partition("#")[0])
 
 
+def file_of(script):
+    """A script of benchmarks/ or experiments/."""
+    timed = ROOT / "benchmarks" / f"{script}.py"
+    return timed if timed.is_file() else ROOT / "experiments" / f"{script}.py"
+
+
 def flags_of(script):
     """Names of the flags that a script defines, its own and those of the modules of experiments/ that it imports."""
-    text = (ROOT / "experiments" / f"{script}.py").read_text()
+    text = file_of(script).read_text()
     own = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text)
     own += [f"no{name}" for name in re.findall(r'DEFINE_bool\(\s*"(\w+)"', text)]
     own += ["config"] * ("define_config_flag()" in text)
@@ -55,7 +61,7 @@ def flags_of(script):
 
 def mistakes(script, arguments):
     """What is wrong with a command line of the documentation."""
-    if not (ROOT / "experiments" / f"{script}.py").is_file():
+    if not file_of(script).is_file():
         return [f"experiments/{script}.py is not there"]
     found, known = [], flags_of(script)
     for argument in arguments:
