@@ -22,6 +22,7 @@ from smallbatch_jax.config.experiment import Dataset, Experiment, InputError
 from smallbatch_jax.runner import signals
 from smallbatch_jax.store.files import OUT_OF_SPACE, WriteError
 
+STARTED = time.monotonic()
 flags.disclaim_key_flags()  # the flags defined here belong to the command that asks for them
 
 
@@ -274,7 +275,7 @@ def for_workdir(chosen: Experiment, workdir: str) -> Experiment:
     return chosen
 
 
-def train(chosen: Experiment, workdir: str, started: float) -> int:
+def train(chosen: Experiment, workdir: str) -> int:
     """Trains an experiment into a workdir, draws its figures and prints its table; returns the exit status.
 
     With several processes all train, and only the first uses the workdir.
@@ -304,7 +305,7 @@ def train(chosen: Experiment, workdir: str, started: float) -> int:
             raise
         leave(distributed.failure(error), 1)
     if processes.is_first():
-        show_and_time(folder, {"import": imported - started, "data": loaded - imported})
+        show_and_time(folder, {"import": imported - STARTED, "data": loaded - imported})
     return 0
 
 
