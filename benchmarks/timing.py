@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import jax
 import torch_peer
 
 from smallbatch_jax.program import devices
@@ -39,7 +40,7 @@ def time_program(trial: planning.Trial, dataset: Any, seconds: float, repeats: i
                 chosen.dataset.augment,
                 chosen.weight_decay,
             )
-            measure = stack.enter_context(torch_peer.peer(step, accelerator=not program.any_length))
+            measure = stack.enter_context(torch_peer.peer(step, accelerator=jax.default_backend() != "cpu"))
         for _ in range(repeats):
             images, spent = trial.train(seconds)
             rates["ours"].append(images / spent)
