@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import arguments
 from absl import app, flags, logging
-from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from smallbatch_jax.config import fields, overrides
 from smallbatch_jax.config.experiment import Dataset, Experiment, InputError
@@ -26,18 +27,12 @@ STARTED = time.monotonic()
 flags.disclaim_key_flags()  # the flags defined here belong to the command that asks for them
 
 
-class _Given:
-    """The arguments that concern the config; `_parse` sets them, `given_config` uses them."""
-
-    config = "--config"
-    overrides: dict[str, str] = {}  # noqa: RUF012 - text of each --config.FIELD=VALUE
+_overrides: dict[str, str] = {}  # text of each --config.FIELD=VALUE of the command line
 
 
 def define_config_flag() -> Any:
     """Defines --config, an ml_collections file, with --config.FIELD=VALUE to override its fields."""
-    # ml_collections gets no arguments to find overrides in: `arguments.split` does that, and refuses unknown fields.
-    described = "Config file; --config.FIELD=VALUE overrides a field."
-    return config_flags.DEFINE_config_file("config", None, described, flags.FLAGS, lock_config=False, sys_argv=[])
+    return flags.DEFINE_string("config", None, "Config file; --config.FIELD=VALUE overrides a field.", flags.FLAGS)
 
 
 class _PathParser(flags.ArgumentParser):
@@ -77,23 +72,24 @@ def whole_numbers(name: str, given: Sequence[str]) -> tuple[int, ...]:
 
 
 def given_config(flag: Any) -> ConfigDict:
-    """Returns the config, overrides applied.
+    """Runs `get_config` of the file that --config names and returns the config, overrides applied.
 
-    absl loads the file when it parses the flags, but some failures show only when the config is first read.
+    A part of the path after a colon is the argument of `get_config`.
     """
-    if flag.value is None and flag.present:
-        raise InputError(f"{_Given.config}: get_config() returned None, accepts a ConfigDict")
-    config: Any = given(flag, "configs/quickstart.py")
+    path, _, argument = given(flag, "configs/quickstart.py").partition(":")
     try:
+        config: Any = runpy.run_path(path)["get_config"](*[argument] * bool(argument))
+        if config is None:
+            raise InputError(f"--config={path}: get_config() returned None, accepts a ConfigDict")
         if isinstance(config, FrozenConfigDict):
             config = config.as_configdict()
         config = config if isinstance(config, ConfigDict) else ConfigDict(config)
-        overrides.override(config, _Given.overrides)
+        overrides.override(config, _overrides)
         return config
     except InputError:
         raise
-    except Exception as error:
-        raise InputError(_config_error(error)) from None
+    except Exception as error:  # any exception of a config file is the user's to mend
+        raise InputError(f"--config={path}: {type(error).__name__}: {_one_line(error)}") from None
 
 
 def load_data(chosen: Dataset, random: bool = False) -> Any:
@@ -214,41 +210,26 @@ def _parse(argv: Sequence[str]) -> list[str]:
     if any(arg in ("--help", "-h", "-help", "--helpfull", "--helpshort") for arg in argv[1:]):
         print(f"{sys.modules['__main__'].__doc__}\nflags:\n{flags.FLAGS.main_module_help()}")
         sys.exit(0)
-    logging.set_verbosity(logging.ERROR)  # config_flags warns of what we refuse
     try:
         args = arguments.expanded(argv[1:])
         if "config" in flags.FLAGS:
-            args = _without_config(args)
+            args = _without_overrides(args)
         return flags.FLAGS([argv[0], *args])
-    except Exception as error:  # any exception of a config file or an override is the user's to mend
-        fail(_parse_error(error))
+    except (InputError, flags.Error) as error:
+        ours = error.__context__ if isinstance(error.__context__, InputError) else error  # without absl's own words before it
+        fail(_one_line(ours))
     raise AssertionError("unreachable")
 
 
-def _parse_error(error: Exception) -> str:
-    if not isinstance(error, (InputError, flags.Error)):
-        return _config_error(error)
-    if isinstance(error.__context__, InputError):
-        return str(error.__context__)  # without absl's own words before it
-    cause = error.__context__ and error.__context__.__context__
-    if isinstance(cause, Exception) and "Traceback" in str(error):  # config_flags has the whole traceback of a config file
-        return _config_error(cause)
-    return _one_line(error)
-
-
-def _without_config(args: Sequence[str]) -> list[str]:
+def _without_overrides(args: Sequence[str]) -> list[str]:
     """Removes the overrides of the config from the arguments and keeps them for `given_config`."""
     found = arguments.split(args)
     if found.file is None:
         if found.overrides:
             raise InputError(f"--config: not given, of which --config.{next(iter(found.overrides))} is a field")
         return found.others
-    _Given.config, _Given.overrides = f"--config={found.file}", found.overrides
-    return [_Given.config, *found.others]
-
-
-def _config_error(error: Exception) -> str:
-    return f"{_Given.config}: {type(error).__name__}: {_one_line(error)}"
+    _overrides.update(found.overrides)
+    return [f"--config={found.file}", *found.others]
 
 
 def _one_line(error: BaseException | str) -> str:
