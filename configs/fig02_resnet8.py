@@ -5,10 +5,8 @@ Expect: 143 runs of 82 epochs; the paper: best at m = 4 and m = 2 (§3.2);
         not yet run here in full
 """
 
-from typing import Any
-
 from smallbatch_jax.config.protocol import cifar_config
 
 
-def get_config() -> Any:
+def get_config():
     return cifar_config("fig02", "resnet8", "none")

@@ -5,12 +5,10 @@ Expect: 11 runs of 82 epochs; the paper: similar for 4 ≤ m ≤ 64, degraded fo
         not yet run here in full
 """
 
-from typing import Any
-
 from smallbatch_jax.config.protocol import cifar_config
 
 
-def get_config() -> Any:
+def get_config():
     config = cifar_config("fig04", "resnet32", "batch")
     config.grid.base_lrs = (2.0**-8,)
     return config

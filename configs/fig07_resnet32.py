@@ -5,10 +5,8 @@ Expect: 143 runs of 82 epochs; the paper: best at m = 4 or 8 (§3.3);
         not yet run here in full
 """
 
-from typing import Any
-
 from smallbatch_jax.config.protocol import cifar_config
 
 
-def get_config() -> Any:
+def get_config():
     return cifar_config("fig07", "resnet32", "batch")

@@ -5,12 +5,10 @@ Expect: 143 runs of 82 epochs; the paper: best at m = 4 and 8, quite good out to
         not yet run here in full
 """
 
-from typing import Any
-
 from smallbatch_jax.config.protocol import cifar_config
 
 
-def get_config() -> Any:
+def get_config():
     config = cifar_config("fig10", "resnet32", "batch", augment=True)
     config.schedule.warmup_fraction = 0.05
     return config

@@ -5,12 +5,10 @@ Expect: 143 runs of 164 epochs; the paper: best at m = 4 … 16, a steeper loss 
         not yet run here in full
 """
 
-from typing import Any
-
 from smallbatch_jax.config.protocol import cifar_config
 
 
-def get_config() -> Any:
+def get_config():
     config = cifar_config("fig11", "resnet32", "batch", "cifar100", augment=True)
     config.schedule.warmup_fraction = 0.05
     return config

@@ -9,12 +9,10 @@ Expect: 286 runs of 90 epochs; the paper: best at m = 16 … 64, m below 16 stab
         not yet run here in full
 """
 
-from typing import Any
-
 from smallbatch_jax.config.protocol import imagenet_config
 
 
-def get_config() -> Any:
+def get_config():
     config = imagenet_config("fig12")
     config.grid.seeds = (0, 1)
     return config

@@ -6,12 +6,10 @@ Expect: 66 runs of 164 epochs; the paper: best at a BN batch size of 4 or 8, sma
         not yet run here in full
 """
 
-from typing import Any
-
 from smallbatch_jax.config.protocol import cifar_config
 
 
-def get_config() -> Any:
+def get_config():
     config = cifar_config("fig13_cifar100", "resnet32", "batch", "cifar100", augment=True)
     config.grid.bn_batch_sizes = config.grid.batch_sizes
     config.grid.base_lrs_from = ("runs/fig09",)

@@ -7,12 +7,10 @@ Expect: 54 runs of 90 epochs; the paper: best at a BN batch size of 16 … 64 fo
         not yet run here in full
 """
 
-from typing import Any
-
 from smallbatch_jax.config.protocol import imagenet_config
 
 
-def get_config() -> Any:
+def get_config():
     config = imagenet_config("fig14")
     config.grid.batch_sizes = tuple(2**k for k in range(4, 12))  # 16 … 2048
     config.grid.bn_batch_sizes = tuple(2**k for k in range(1, 9))  # 2 … 256

@@ -6,12 +6,10 @@ Expect: a drawing, no runs of its own; the paper: always best at m = 32 or small
         not yet run here in full
 """
 
-from typing import Any
-
 from smallbatch_jax.config.experiment import default_config
 
 
-def get_config() -> Any:
+def get_config():
     config = default_config()
     config.name = "fig15"
     config.drawn_from = tuple(

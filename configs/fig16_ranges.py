@@ -6,12 +6,10 @@ Expect: a drawing, no runs of its own; the paper: the range narrows as the batch
         not yet run here in full
 """
 
-from typing import Any
-
 from smallbatch_jax.config.experiment import default_config
 
 
-def get_config() -> Any:
+def get_config():
     config = default_config()
     config.name = "fig16"
     without_bn, with_bn = ("fig01", "fig02", "fig03"), ("fig05", "fig06", "fig07", "fig08", "fig09", "fig10", "fig11")

@@ -5,12 +5,10 @@ Expect: 143 runs of 41 epochs; the paper: worse than Fig. 8 (Appendix A);
         not yet run here in full
 """
 
-from typing import Any
-
 from smallbatch_jax.config.protocol import cifar_config
 
 
-def get_config() -> Any:
+def get_config():
     config = cifar_config("fig17", "resnet32", "batch", augment=True)
     config.epochs = 41
     return config

@@ -5,12 +5,10 @@ Expect: 143 runs of 164 epochs; the paper: better than Fig. 8, at the best η̃ 
         not yet run here in full
 """
 
-from typing import Any
-
 from smallbatch_jax.config.protocol import cifar_config
 
 
-def get_config() -> Any:
+def get_config():
     config = cifar_config("fig18", "resnet32", "batch", augment=True)
     config.epochs = 164
     return config

@@ -4,12 +4,10 @@ Run:    python experiments/sweep.py --config=configs/quickstart.py --workdir=run
 Expect: 65 runs of 8 epochs; the range of base learning rates that converge shrinks from m = 2 to m = 512
 """
 
-from ml_collections import ConfigDict
-
 from smallbatch_jax.config.experiment import default_config
 
 
-def get_config() -> ConfigDict:
+def get_config():
     config = default_config()
     config.name = "quickstart"
     config.dataset.name = "digits"

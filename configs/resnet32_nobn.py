@@ -5,10 +5,8 @@ Expect: 143 runs of 82 epochs; the paper: only m = 2, 4 and 8 learn, best 76 % (
         not yet run here in full
 """
 
-from typing import Any
-
 from smallbatch_jax.config.protocol import cifar_config
 
 
-def get_config() -> Any:
+def get_config():
     return cifar_config("resnet32_nobn", "resnet32", "none")

@@ -1,8 +1,9 @@
-"""What every command shares: its flags, one line and exit status 2 for bad input, and how it ends."""
+"""Start-up of every command: flags, JAX, signals, one line and exit status 2 for bad input; training into a workdir."""
 
 import io
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,41 +16,28 @@ from typing import Any
 
 import arguments
 from absl import app, flags, logging
-from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict
 
-from smallbatch_jax.config import experiment, fields
-from smallbatch_jax.config.experiment import Experiment, InputError
+from smallbatch_jax.config import fields, overrides
+from smallbatch_jax.config.experiment import Dataset, Experiment, InputError
 from smallbatch_jax.runner import signals
 from smallbatch_jax.store.files import OUT_OF_SPACE, WriteError
 
+STARTED = time.monotonic()
 flags.disclaim_key_flags()  # the flags defined here belong to the command that asks for them
 
 
-class _Given:
-    """The parts of the command line that concern the config."""
-
-    config = "--config"
-    overrides: dict[str, str] = {}  # noqa: RUF012 - the text of each --config.FIELD=VALUE, the last of each field
+_overrides: dict[str, str] = {}  # text of each --config.FIELD=VALUE of the command line
 
 
 def define_config_flag() -> Any:
-    """--config, an ml_collections file, of which --config.FIELD=VALUE overrides any field."""
-    # ml_collections gets no arguments to find overrides in: `arguments.split` does that, and refuses unknown fields.
-    described = "Config file; --config.FIELD=VALUE overrides a field."
-    return config_flags.DEFINE_config_file("config", None, described, flags.FLAGS, lock_config=False, sys_argv=[])
-
-
-def DEFINE_path(name: str, described: str) -> Any:
-    """A flag for a path, in which ~ is the home folder."""
-    return flags.DEFINE(_PathParser(name), name, None, described)
-
-
-def DEFINE_paths(name: str, described: str) -> Any:
-    """A flag for paths, which may be given several times."""
-    return flags.DEFINE_multi(_PathParser(name), flags.ArgumentSerializer(), name, None, described)
+    """Defines --config, an ml_collections file, with --config.FIELD=VALUE to override its fields."""
+    return flags.DEFINE_string("config", None, "Config file; --config.FIELD=VALUE overrides a field.", flags.FLAGS)
 
 
 class _PathParser(flags.ArgumentParser):
+    """Expands ~ to the home folder."""
+
     def __init__(self, name: str):
         self._name = name
 
@@ -60,44 +48,68 @@ class _PathParser(flags.ArgumentParser):
         return "path"
 
 
+def DEFINE_path(name: str, described: str) -> Any:
+    """Defines a flag for one path."""
+    return flags.DEFINE(_PathParser(name), name, None, described)
+
+
+def DEFINE_paths(name: str, described: str) -> Any:
+    """Defines a flag for paths, which may be repeated."""
+    return flags.DEFINE_multi(_PathParser(name), flags.ArgumentSerializer(), name, None, described)
+
+
 def given(flag: Any, example: str) -> Any:
-    """The value of a flag that must be there."""
+    """Returns the value of a flag that must be given."""
     if flag.value is None or flag.value == "":
         raise InputError(f"--{flag.name}: not given; for example --{flag.name}={example}")
     return flag.value
 
 
-def given_config(flag: Any) -> ConfigDict:
-    """The config, overrides applied.
+def whole_numbers(name: str, given: Sequence[str]) -> tuple[int, ...]:
+    """Returns the values of a list flag, different whole numbers from 1 on."""
+    values = [int(text) if text.isdecimal() else text for text in given]
+    return fields.distinct(fields.integer(1), least=1)(name, values)
 
-    absl loads the file when it parses the flags, but some failures show only when the config is first read.
+
+def given_config(flag: Any) -> ConfigDict:
+    """Runs `get_config` of the file that --config names and returns the config, overrides applied.
+
+    A part of the path after a colon is the argument of `get_config`.
     """
-    if flag.value is None and flag.present:
-        raise InputError(f"{_Given.config}: get_config() returned None, accepts a ConfigDict")
-    config = given(flag, "configs/quickstart.py")
+    path, _, argument = given(flag, "configs/quickstart.py").partition(":")
     try:
+        config: Any = runpy.run_path(path)["get_config"](*[argument] * bool(argument))
+        if config is None:
+            raise InputError(f"--config={path}: get_config() returned None, accepts a ConfigDict")
         if isinstance(config, FrozenConfigDict):
             config = config.as_configdict()
         config = config if isinstance(config, ConfigDict) else ConfigDict(config)
-        experiment.override(config, _Given.overrides)
+        overrides.override(config, _overrides)
         return config
     except InputError:
         raise
-    except Exception as error:
-        raise InputError(_config_error(error)) from None
+    except Exception as error:  # any exception of a config file is the user's to mend
+        raise InputError(f"--config={path}: {type(error).__name__}: {_one_line(error)}") from None
+
+
+def load_data(chosen: Dataset, random: bool = False) -> Any:
+    """Returns the data of a config, or random images of the same shape."""
+    from smallbatch_jax import data
+
+    return (data.random if random else data.load)(chosen.name, chosen.data_dir, chosen.image_size)
 
 
 def run(main: Callable[[], int]) -> None:
-    """Parses the flags, runs `main` and exits with what it returns.
+    """Parses the flags, runs `main` and exits with the status it returns.
 
-    One line on stderr says what went wrong: 2 for bad input, 1 for a disk that is full, 128 and its number for a signal.
+    Otherwise one line on stderr says what went wrong: status 2 for bad input, 1 for a full disk, 128 + number for a signal.
     """
 
     def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # absl would show every library's INFO lines
         warnings.showwarning = _show_warning
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # a locale without our letters is no reason to fail
+            if isinstance(stream, io.TextIOWrapper):  # whatever the locale can show
                 stream.reconfigure(errors="backslashreplace")
         try:
             for signum in signals.handled():
@@ -111,7 +123,7 @@ def run(main: Callable[[], int]) -> None:
             fail(str(error))
         except WriteError as error:
             leave(str(error), 1)
-        except BrokenPipeError:  # whoever read our output, `head` perhaps, has seen enough
+        except BrokenPipeError:  # the reader of our output, `head` perhaps, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(128 + signal.SIGPIPE)
         except OSError as error:
@@ -123,7 +135,7 @@ def run(main: Callable[[], int]) -> None:
 
 
 def _stop(signum: int, frame: object) -> None:
-    """Outside training, which notes a signal and saves first. An exception would be lost in what JAX imports."""
+    """Handles a signal outside training, which saves first. An exception would be lost within JAX's imports."""
     with suppress(OSError):
         os.write(2, b"stopped; the same command goes on\n")
     os._exit(128 + signum)
@@ -134,13 +146,13 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def fail(line: str, status: int = 2) -> None:
-    """One line on stderr, and the end."""
+    """Prints one line on stderr and exits."""
     print(line, file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 def leave(line: str, status: int) -> None:
-    """One line on stderr, and the end at once: threads that compile or save are not waited for."""
+    """Prints one line on stderr and exits at once, without waiting for threads that compile or save."""
     with suppress(OSError):  # the terminal may be gone
         print(line, file=sys.stderr, flush=True)
         sys.stdout.flush()
@@ -148,10 +160,10 @@ def leave(line: str, status: int) -> None:
 
 
 def import_jax() -> None:
-    """JAX and Flax, which read their variables when they are imported.
+    """Imports JAX and Flax, which read their variables then.
 
     Raises:
-      InputError: if one has a value that there is not.
+      InputError: if a variable has a value that they do not accept.
     """
     try:
         import flax  # noqa: F401
@@ -160,29 +172,29 @@ def import_jax() -> None:
 
 
 def start_jax(cpu_devices: int | None = None, join: Callable[[], None] = lambda: None) -> None:
-    """JAX and its devices, as the user's environment asks for them; on CPU one for each core, or as many as are given.
+    """Starts JAX and its devices as the user's environment asks; on CPU one device per core, or `cpu_devices`.
 
     Flags that could change a result are held from now on. `join` is called before the devices are made.
 
     Raises:
-      InputError: if JAX_PLATFORMS, XLA_FLAGS or another variable asks for what there is not.
+      InputError: if JAX_PLATFORMS, XLA_FLAGS or another variable asks for something that is not available.
     """
     import_jax()
-    from smallbatch_jax.program import ambient, devices
+    from smallbatch_jax.program import devices, jax_flags
 
-    ambient.hold_for_good()
-    _require_xla_flags(ambient.expand_xla_flags())
+    jax_flags.hold_for_good()
+    _require_xla_flags(jax_flags.expand_xla_flags())
     devices.use_all_cores()
     import jax
 
     if cpu_devices is not None:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     join()
-    ambient.require_devices()
+    jax_flags.require_devices()
 
 
 def _require_xla_flags(given: str) -> None:
-    """XLA ends the process that gives it a flag it does not know; so another process asks first."""
+    """Tries XLA_FLAGS in another process, since XLA ends a process that has an unknown flag."""
     if not given:
         return
     trial = "import jax; jax.config.update('jax_platforms', 'cpu'); jax.devices()"
@@ -194,42 +206,30 @@ def _require_xla_flags(given: str) -> None:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-    """Like absl's own parser, but --help exits 0 and a mistake takes one line."""
+    """Parses flags as absl does, but --help exits with status 0 and a mistake takes one line."""
     if any(arg in ("--help", "-h", "-help", "--helpfull", "--helpshort") for arg in argv[1:]):
         print(f"{sys.modules['__main__'].__doc__}\nflags:\n{flags.FLAGS.main_module_help()}")
         sys.exit(0)
-    logging.set_verbosity(logging.ERROR)  # config_flags warns of what we refuse
     try:
         args = arguments.expanded(argv[1:])
         if "config" in flags.FLAGS:
-            args = _without_config(args)
+            args = _without_overrides(args)
         return flags.FLAGS([argv[0], *args])
     except (InputError, flags.Error) as error:
-        # config_flags tells a TypeError or ValueError of a config file with its whole traceback: say the error itself
-        if isinstance(error.__context__, InputError):
-            fail(str(error.__context__))  # without absl's own words before it
-        cause = error.__context__ and error.__context__.__context__
-        if isinstance(cause, Exception) and "Traceback" in str(error):
-            fail(_config_error(cause))
-        fail(_one_line(error))
-    except Exception as error:  # whatever a config file or an override raises is the user's to mend, not ours to trace
-        fail(_config_error(error))
+        ours = error.__context__ if isinstance(error.__context__, InputError) else error  # without absl's own words before it
+        fail(_one_line(ours))
     raise AssertionError("unreachable")
 
 
-def _without_config(args: Sequence[str]) -> list[str]:
-    """Returns the arguments without overrides of the config, which it keeps for `given_config`."""
+def _without_overrides(args: Sequence[str]) -> list[str]:
+    """Removes the overrides of the config from the arguments and keeps them for `given_config`."""
     found = arguments.split(args)
     if found.file is None:
         if found.overrides:
             raise InputError(f"--config: not given, of which --config.{next(iter(found.overrides))} is a field")
         return found.others
-    _Given.config, _Given.overrides = f"--config={found.file}", found.overrides
-    return [_Given.config, *found.others]
-
-
-def _config_error(error: Exception) -> str:
-    return f"{_Given.config}: {type(error).__name__}: {_one_line(error)}"
+    _overrides.update(found.overrides)
+    return [f"--config={found.file}", *found.others]
 
 
 def _one_line(error: BaseException | str) -> str:
@@ -237,53 +237,43 @@ def _one_line(error: BaseException | str) -> str:
     return line if len(line) <= 1000 else line[:997] + "..."
 
 
-def resolved(chosen: Experiment, workdir: str | None = None) -> Experiment:
-    """The experiment with the base learning rates that it takes from other workdirs."""
-    if not chosen.grid.base_lrs_from:
-        return chosen
-    from smallbatch_jax.study.study import choose_base_lrs
-
-    return choose_base_lrs(chosen, workdir)
-
-
 def for_workdir(chosen: Experiment, workdir: str) -> Experiment:
-    """The experiment as it is trained into a workdir, which may be new or hold a part of it.
+    """Returns the experiment to train into a workdir, base learning rates of other workdirs filled in.
 
     Raises:
-      InputError: if there is nothing to train, or the workdir holds anything else.
+      InputError: if there is nothing to train, or the workdir holds another experiment.
     """
     if chosen.drawn_from:
         raise InputError(
             f"drawn_from: {chosen.name} is drawn from other results and trains nothing; "
             "use python experiments/figures.py with the same --config."
         )
-    chosen = resolved(chosen, workdir)
     from smallbatch_jax.store.workdir import refuse_difference
+    from smallbatch_jax.study.study import choose_base_lrs
 
+    chosen = choose_base_lrs(chosen, workdir)
     refuse_difference(Path(workdir), chosen)
     return chosen
 
 
-def train(chosen: Experiment, workdir: str, started: float) -> int:
-    """Trains an experiment into a workdir, draws its figures and prints its table; the exit status.
+def train(chosen: Experiment, workdir: str) -> int:
+    """Trains an experiment into a workdir, draws its figures and prints its table; returns the exit status.
 
-    With several processes all train, and the first alone uses the workdir.
+    With several processes all train, and only the first uses the workdir.
     """
-    import several
+    import distributed
 
-    several.supervise()
+    distributed.supervise()
     chosen, folder = for_workdir(chosen, workdir), Path(workdir)
-    start_jax(join=several.join)
+    start_jax(join=distributed.join)
     import jax
 
-    from smallbatch_jax import data
     from smallbatch_jax.data.stream import Lost
     from smallbatch_jax.program import processes
     from smallbatch_jax.runner import driver, progress
-    from smallbatch_jax.store import results
 
     imported = time.monotonic()
-    dataset = data.load(chosen.dataset.name, chosen.dataset.data_dir, chosen.dataset.image_size)
+    dataset = load_data(chosen.dataset)
     loaded = time.monotonic()
     try:
         driver.train_grid(chosen, folder, dataset, progress.for_stream())
@@ -294,16 +284,20 @@ def train(chosen: Experiment, workdir: str, started: float) -> int:
     except jax.errors.JaxRuntimeError as error:
         if not processes.several():
             raise
-        leave(several.failure(error), 1)
-    if not processes.is_first():
-        return 0
-    trained = time.monotonic()
-    show(folder)
-    timings = results.Timings(folder)
-    for phase, seconds in (("import", imported - started), ("data", loaded - imported)):
-        timings.add(phase, seconds)
-    timings.add("draw", time.monotonic() - trained)
+        leave(distributed.failure(error), 1)
+    if processes.is_first():
+        show_and_time(folder, {"import": imported - STARTED, "data": loaded - imported})
     return 0
+
+
+def show_and_time(folder: Path, seconds: dict[str, float]) -> None:
+    """Shows the results of a workdir, and stores the seconds of this command's phases, this one included."""
+    from smallbatch_jax.store.timings import Timings
+
+    began = time.monotonic()
+    show(folder)
+    for phase, spent in (seconds | {"draw": time.monotonic() - began}).items():
+        Timings(folder).add(phase, spent)
 
 
 def show(folder: Path, out: Path | None = None) -> None:

@@ -1,12 +1,12 @@
-"""Downloads and prepares a dataset once, where the network is; training reads it for ever after without TensorFlow.
+"""Downloads and prepares a dataset once, on a machine with a network; training reads it from then on without TensorFlow.
 
     pip install -e ".[prepare]" && python experiments/prepare_data.py --dataset=cifar10 [--data_dir=DIR]
 
 TensorFlow Datasets does the work, which for these datasets needs TensorFlow; the files are array_record, which do not.
 
-ImageNet is not for anyone to download: register at https://image-net.org/download-images, and put
+ImageNet cannot be downloaded by anyone: register at https://image-net.org/download-images, and put
 ILSVRC2012_img_train.tar (138 GB) and ILSVRC2012_img_val.tar (6.3 GB) into DIR/downloads/manual first. It takes 300 GB of
-disk while it is prepared, those archives included, and 150 GB once it is and they are deleted.
+disk while it is prepared, these archives included, and 150 GB afterwards, once they are deleted.
 """
 
 import logging
@@ -17,9 +17,8 @@ from typing import Any
 import command
 from absl import flags
 
-from smallbatch_jax.config import extras
+from smallbatch_jax.config import extras, fields
 from smallbatch_jax.config.experiment import InputError
-from smallbatch_jax.config.fields import nearest
 
 DATASETS = ("cifar10", "cifar100", "imagenet2012")
 IMAGENET_ARCHIVES = {"ILSVRC2012_img_train.tar": "138 GB", "ILSVRC2012_img_val.tar": "6.3 GB"}
@@ -31,16 +30,14 @@ DATA_DIR = command.DEFINE_path("data_dir", "Where to put it; $TFDS_DATA_DIR or ~
 def main() -> int:
     from smallbatch_jax.data import prepared
 
-    name = command.given(DATASET, "cifar10")
-    if name not in DATASETS:
-        raise InputError(f"--dataset: nothing to prepare for {name!r}{nearest(name, DATASETS)} Known: {', '.join(DATASETS)}.")
+    name = fields.choice(DATASETS, "dataset to prepare")("--dataset", command.given(DATASET, "cifar10"))
     folder = Path(DATA_DIR.value or prepared.default_data_dir()).expanduser()
     if not any((folder / name).glob("[0-9]*/dataset_info.json")):
         if name == "imagenet2012":
-            _require_archives(folder)
+            require_archives(folder)
         extras.require("prepare", f"--dataset={name}")
-    builder = _prepare(name, folder)
-    if name == "imagenet2012":  # which no machine should hold in memory
+    builder = prepare(name, folder)
+    if name == "imagenet2012":  # too large to be loaded
         counts = [builder.info.splits[split].num_examples for split in ("train", "validation")]
     else:
         dataset = prepared.load_prepared(name, folder)
@@ -49,22 +46,22 @@ def main() -> int:
     return 0
 
 
-def _require_archives(folder: Path) -> None:
+def require_archives(folder: Path) -> None:
     """Refuses to begin without ImageNet's archives."""
     manual = folder / "downloads" / "manual"
     missing = [f"{name} ({size})" for name, size in IMAGENET_ARCHIVES.items() if not (manual / name).is_file()]
     if missing:
         raise InputError(
-            f"--dataset: imagenet2012 is not for anyone to download, and {manual} lacks {' and '.join(missing)}. Register at "
+            f"--dataset: imagenet2012 cannot be downloaded by anyone, and {manual} lacks {' and '.join(missing)}. Register at "
             "https://image-net.org/download-images, download ILSVRC2012 from there, both the training images (task 1 & 2) and "
-            f"the validation images (all tasks), put the archives into {manual} as they are, and give this command again. It "
-            "takes 300 GB of disk, the archives included, and 150 GB once it is done and they are deleted."
+            f"the validation images (all tasks), put the archives into {manual} as they are, and repeat this command. It "
+            "takes 300 GB of disk, the archives included, and 150 GB afterwards, once they are deleted."
         )
 
 
-def _prepare(name: str, folder: Path) -> Any:
-    """TFDS's builder of a dataset, which is prepared unless it was already."""
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it would tell of each of its attempts
+def prepare(name: str, folder: Path) -> Any:
+    """Returns the TFDS builder of a dataset, after preparing it if needed."""
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it would report each attempt
     try:
         import requests
         import tensorflow_datasets as tfds

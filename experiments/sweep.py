@@ -5,14 +5,10 @@
 The same command resumes. At the end it draws the figures into WORKDIR/figures and prints the table.
 """
 
-import time
+import command
+import distributed  # noqa: F401 - its flags
 
-STARTED = time.monotonic()
-
-import command  # noqa: E402
-import several  # noqa: E402, F401 - its flags
-
-from smallbatch_jax.config import experiment  # noqa: E402
+from smallbatch_jax.config import experiment
 
 CONFIG = command.define_config_flag()
 WORKDIR = command.DEFINE_path("workdir", "Folder of the results; made if it is not there.")
@@ -20,7 +16,7 @@ WORKDIR = command.DEFINE_path("workdir", "Folder of the results; made if it is n
 
 def main() -> int:
     config = command.given_config(CONFIG)
-    return command.train(experiment.from_config(config), command.given(WORKDIR, "runs/quickstart"), STARTED)
+    return command.train(experiment.from_config(config), command.given(WORKDIR, "runs/quickstart"))
 
 
 if __name__ == "__main__":

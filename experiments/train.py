@@ -6,14 +6,10 @@
 `--config.bn_batch_size` and `--config.seed` choose the rest; the config's grid is not used. The same command resumes.
 """
 
-import time
+import command
+import distributed  # noqa: F401 - its flags
 
-STARTED = time.monotonic()
-
-import command  # noqa: E402
-import several  # noqa: E402, F401 - its flags
-
-from smallbatch_jax.config import experiment  # noqa: E402
+from smallbatch_jax.config import experiment
 
 CONFIG = command.define_config_flag()
 WORKDIR = command.DEFINE_path("workdir", "Folder of the results; made if it is not there.")
@@ -21,7 +17,7 @@ WORKDIR = command.DEFINE_path("workdir", "Folder of the results; made if it is n
 
 def main() -> int:
     config = command.given_config(CONFIG)
-    return command.train(experiment.single_run(config), command.given(WORKDIR, "runs/one"), STARTED)
+    return command.train(experiment.single_run(config), command.given(WORKDIR, "runs/one"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Experiments as a user asks for them, for the tests of what is accepted."""
 
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -44,10 +43,9 @@ def from_command_line(*arguments, make=from_config):
         import command
     finally:
         sys.path.pop(0)
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of the way in which ml_collections loads a file
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flags, "FLAGS", flags.FlagValues())
-        patch.setattr(command._Given, "overrides", {})
+        patch.setattr(command, "_overrides", {})
         said = []
         patch.setattr(command, "fail", lambda line: (said.append(line), sys.exit(2)))
         config = command.define_config_flag()

@@ -1,10 +1,9 @@
 """What to train: frozen values made from a config, checked field by field; the grid → runs → programs.
 
-Nothing here imports JAX, so bad input is refused before anything heavy is loaded, compiled or written.
+Nothing here imports JAX, so bad input is refused before anything is compiled or written.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,33 +11,22 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from smallbatch_jax.config import fields
+from smallbatch_jax.config import catalog, fields
 from smallbatch_jax.config.fields import InputError, config_field
 
 __all__ = ["Experiment", "InputError", "Run", "default_config", "from_config", "single_run"]
 
 DATASETS = ("digits", "folder", "cifar10", "cifar100", "imagenet2012")
 BROKEN_IMAGES = ("fail", "skip")
-NORMS = ("none", "batch", "group", "batch_renorm")
-MODEL_NORMS = {"alexnet": (*NORMS, "batch_conv_only")} | dict.fromkeys(("resnet8", "resnet20", "resnet32", "resnet50"), NORMS)
 OWN = "own:"  # begins the name of a model or dataset that a Python caller brought; no command can make one
 BN_STATISTICS = ("running", "precise")  # running averages, or recomputed over training images at each evaluation
 PRECISIONS = ("float32", "tf32", "bfloat16")
-MOST_RUNS = 100_000  # of a grid: far beyond any study, and still listed at once
-ALL_NORMS = tuple(dict.fromkeys(norm for norms in MODEL_NORMS.values() for norm in norms))
+MOST_RUNS = 100_000  # in a grid: far beyond any study, and still listed at once
 
-# What may differ when a workdir is resumed: where the data lies, how the work is laid out, where it can be watched, and
-# train.py's own choice of one run, which is in the grid by then.
+# Fields outside the grid that may differ when a workdir is resumed: place of the data, layout of the work, trackers.
 MAY_CHANGE = (
-    "dataset.data_dir",
-    "dataset.workers",
-    "lanes",
-    "data_devices",
-    "micro_batch_size",
-    "segment_seconds",
-    "checkpoint_seconds",
-    "tensorboard",
-    "wandb",
+    *("dataset.data_dir", "dataset.workers", "lanes", "data_devices", "micro_batch_size"),
+    *("segment_seconds", "checkpoint_seconds", "tensorboard", "wandb"),
 )
 
 
@@ -47,23 +35,23 @@ class Dataset:
     """`dataset`: where the images come from."""
 
     name: str = config_field("digits", fields.choice(DATASETS, "dataset", OWN))
-    data_dir: str | None = config_field(None, fields.optional(fields.text), str)
-    # Pad 4, random crop, random flip (§3.1); of streamed images a random crop at a random scale, random flip (§3.5).
+    data_dir: str | None = config_field(None, fields.text)
+    # Pad 4, random crop, random flip (§3.1); for streamed images a random crop at a random scale, random flip (§3.5).
     augment: bool = config_field(False, fields.boolean)
-    image_size: int | None = config_field(None, fields.optional(fields.integer(1)), int)  # of streamed images, in pixels
-    color_jitter: bool = config_field(False, fields.boolean)  # of streamed images, if augmented
-    # What becomes of a streamed image that cannot be decoded: the sweep ends with its path, or the next one takes its place.
+    image_size: int | None = config_field(None, fields.integer(1))  # in pixels; only for streamed images
+    color_jitter: bool = config_field(False, fields.boolean)  # only for streamed images, with `augment`
+    # A streamed image that cannot be decoded ends the sweep with its path, or the next image takes its place.
     broken_images: str = config_field("fail", fields.choice(BROKEN_IMAGES, "way"))
-    workers: int | None = config_field(None, fields.optional(fields.integer(0, 1024)), int)  # that decode; None: one per core
+    workers: int | None = config_field(None, fields.integer(0, 1024))  # decoding processes; None: one per core
 
 
 @dataclass(frozen=True)
 class Model:
     """`model`: the network and its normalisation."""
 
-    name: str = config_field("alexnet", fields.choice(tuple(MODEL_NORMS), "model", OWN))
-    norm: str = config_field("none", fields.choice(ALL_NORMS, "norm"))
-    bn_decay: float = config_field(0.99, fields.decay)  # of the running averages of batch norm
+    name: str = config_field("alexnet", fields.choice(catalog.MODELS, "model", OWN))
+    norm: str = config_field("none", fields.choice(catalog.NORMS, "norm"))
+    bn_decay: float = config_field(0.99, fields.decay)  # of batch norm's running averages
     bn_statistics: str = config_field("running", fields.choice(BN_STATISTICS, "kind of statistics"))  # at evaluation
 
 
@@ -82,26 +70,29 @@ class Grid:
 
     batch_sizes: tuple[int, ...] = config_field((2, 8, 32), fields.distinct(fields.integer(1), least=1))
     base_lrs: tuple[float, ...] = config_field((2**-8,), fields.distinct(fields.positive(), least=1))
-    # Workdirs from whose results each batch size takes its best base_lr (Fig. 13), and what it is, once that is known;
-    # either of them replaces base_lrs.
+    # Either replaces base_lrs: workdirs in whose results each batch size finds its best base_lr (Fig. 13), or that base_lr.
     base_lrs_from: tuple[str, ...] = config_field((), fields.distinct(fields.text))
     base_lr_by_batch_size: tuple[tuple[int, float], ...] = config_field((), fields.by_batch_size(fields.positive()))
-    bn_batch_sizes: tuple[int, ...] | None = config_field(
-        None, fields.optional(fields.distinct(fields.integer(1), least=1)), tuple
-    )
-    seeds: tuple[int, ...] = config_field((0,), fields.distinct(fields.integer(0, 2**31 - 1), least=1))
+    bn_batch_sizes: tuple[int, ...] | None = config_field(None, fields.distinct(fields.integer(1), least=1))
+    seeds: tuple[int, ...] = config_field((0,), fields.distinct(fields.integer(0), least=1))
 
     def __post_init__(self) -> None:
-        chosen = self.base_lr_by_batch_size or self.base_lrs_from
-        counts = {
-            "batch_sizes": len(self.batch_sizes),
-            "bn_batch_sizes": len(self.bn_batch_sizes or (None,)),
-            "base_lrs": 1 if chosen else len(self.base_lrs),
-            "seeds": len(self.seeds),
-        }
-        if math.prod(counts.values()) > MOST_RUNS:
-            factors = " × ".join(f"{count} {name}" for name, count in counts.items())
-            raise InputError(f"grid: got {factors}, accepts at most {MOST_RUNS} runs in all.")
+        rates = 1 if self.base_lr_by_batch_size or self.base_lrs_from else len(self.base_lrs)
+        most = len(self.batch_sizes) * len(self.bn_batch_sizes or (None,)) * rates * len(self.seeds)
+        if most > MOST_RUNS:
+            raise InputError(f"grid: got {most} combinations of its values, accepts at most {MOST_RUNS} runs in all.")
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """Every (batch size, BN batch size): a batch size is crossed with the BN batch sizes up to it, which must divide it."""
+        pairs = [(m, b) for m in self.batch_sizes for b in self.bn_batch_sizes or (m,) if b <= m]
+        for m, b in pairs:
+            require_divisor(b, m, "grid.bn_batch_sizes")
+        if not pairs:
+            raise InputError(
+                f"grid.bn_batch_sizes: {fields.shown(self.bn_batch_sizes)} leaves no run, every one is larger than "
+                f"every batch size in {fields.shown(self.batch_sizes)}. Use some that divide the batch sizes."
+            )
+        return pairs
 
 
 @dataclass(frozen=True, order=True)
@@ -116,36 +107,34 @@ class Run:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that decides the results of a workdir, and a few things that only decide how fast they come."""
+    """Everything that decides the results of a workdir, and a few fields that only decide how fast they come."""
 
     name: str = config_field("experiment", fields.folder_name)
     drawn_from: tuple[str, ...] = config_field((), fields.distinct(fields.text))  # workdirs of a figure that trains nothing
-    dataset: Dataset = config_field(Dataset(), fields.nested(Dataset))
-    model: Model = config_field(Model(), fields.nested(Model))
+    dataset: Dataset = Dataset()
+    model: Model = Model()
     epochs: int = config_field(8, fields.integer(1, 100_000))
     weight_decay: float = config_field(0.0, fields.number(0, 1e6))
-    schedule: Schedule = config_field(Schedule(), fields.nested(Schedule))
-    grid: Grid = config_field(Grid(), fields.nested(Grid))
+    schedule: Schedule = Schedule()
+    grid: Grid = Grid()
     precision: str = config_field("float32", fields.choice(PRECISIONS, "precision"))
-    lanes: int | None = config_field(None, fields.optional(fields.integer(1, 4096)), int)  # None: chosen by the driver
-    data_devices: int | None = config_field(None, fields.optional(fields.integer(1, 65536)), int)  # that share each batch
-    micro_batch_size: int | None = config_field(None, fields.optional(fields.integer(1)), int)  # most at a time, per device
+    lanes: int | None = config_field(None, fields.integer(1, 4096))  # None: chosen by the runner
+    data_devices: int | None = config_field(None, fields.integer(1, 65536))  # that share each batch
+    micro_batch_size: int | None = config_field(None, fields.integer(1))  # at most, per device
     segment_seconds: float = config_field(2.0, fields.positive(3600))  # work between two visits to the host
     checkpoint_seconds: float = config_field(30.0, fields.number(0, 1e6))  # least time between two checkpoints
-    tensorboard: bool = config_field(False, fields.boolean)  # whether WORKDIR/tensorboard shows the runs, also while they train
-    wandb: str | None = config_field(None, fields.optional(fields.text), str)  # the W&B project that shows them
+    tensorboard: bool = config_field(False, fields.boolean)  # whether WORKDIR/tensorboard shows the runs while they train
+    wandb: str | None = config_field(None, fields.text)  # W&B project
 
     def __post_init__(self) -> None:
-        known = MODEL_NORMS.get(self.model.name, ALL_NORMS)
-        if self.model.norm not in known:
-            raise InputError(f"model.norm: {self.model.name} has no norm {self.model.norm!r}; it accepts {', '.join(known)}.")
-        if self.model.bn_statistics == "precise" and self.model.norm in ("none", "group"):
+        catalog.require_norm(self.model.name, self.model.norm)
+        if self.model.bn_statistics == "precise" and not catalog.NORMS[self.model.norm].batch_statistics:
             raise InputError(
                 f"model.bn_statistics: 'precise' recomputes the statistics of batch norm; {self.model.name} with norm "
                 f"{self.model.norm!r} has none. Use 'running'."
             )
         if self.grid.base_lrs_from:
-            self._batch_sizes()
+            self.grid.shapes()
         else:
             self.runs()
 
@@ -157,8 +146,8 @@ class Experiment:
         """
         if self.drawn_from:
             return []
-        seeds, chosen = self.grid.seeds, dict(self.grid.base_lr_by_batch_size)
-        return [Run(m, b, lr, seed) for m, b in self._batch_sizes() for lr in self._base_lrs(m, chosen) for seed in seeds]
+        base_lrs = {m: self._base_lrs(m, dict(self.grid.base_lr_by_batch_size)) for m, _ in self.grid.shapes()}
+        return [Run(m, b, lr, seed) for m, b in self.grid.shapes() for lr in base_lrs[m] for seed in self.grid.seeds]
 
     def _base_lrs(self, batch_size: int, chosen: Mapping[int, float]) -> tuple[float, ...]:
         if batch_size in chosen:
@@ -168,25 +157,6 @@ class Experiment:
         if chosen:
             raise InputError(f"grid.base_lr_by_batch_size: has no base_lr for batch size {batch_size}; give one for each.")
         return self.grid.base_lrs
-
-    def _batch_sizes(self) -> list[tuple[int, int]]:
-        """Every (batch size, BN batch size) of the grid."""
-        pairs = [(m, b) for m in self.grid.batch_sizes for b in self._bn_batch_sizes(m)]
-        if not pairs:
-            raise InputError(
-                f"grid.bn_batch_sizes: {fields.shown(self.grid.bn_batch_sizes)} leaves no run, every one is larger than "
-                f"every batch size in {fields.shown(self.grid.batch_sizes)}. Use some that divide the batch sizes."
-            )
-        return pairs
-
-    def _bn_batch_sizes(self, batch_size: int) -> list[int]:
-        """The BN batch sizes that `batch_size` is crossed with: those not larger, each of which must divide it."""
-        if self.grid.bn_batch_sizes is None:
-            return [batch_size]
-        smaller = [b for b in self.grid.bn_batch_sizes if b <= batch_size]
-        for b in smaller:
-            require_divisor(b, batch_size, "grid.bn_batch_sizes")
-        return smaller
 
     def require_examples(self, num_examples: int) -> None:
         """Refuses a batch size larger than the training set."""
@@ -202,38 +172,30 @@ class Experiment:
         return dataclasses.asdict(self)
 
     def can_share(self, batch_size: int, bn_batch_size: int, devices: int) -> bool:
-        """Whether so many devices can share a batch: as many examples on each, and BN batches not cut anyhow.
-
-        Without a batch norm any part of a batch will do; else a BN batch must divide a device's share, or be several of them.
-        """
+        """Whether a batch can be split evenly over this many devices, without splitting a BN group unevenly."""
         if batch_size % devices:
             return False
         share = batch_size // devices
-        return self.model.norm in ("none", "group") or share % bn_batch_size == 0 or bn_batch_size % share == 0
+        grouped = catalog.NORMS[self.model.norm].batch_statistics
+        return not grouped or share % bn_batch_size == 0 or bn_batch_size % share == 0
 
     def require_shares(self) -> None:
         """Refuses `data_devices` that cannot share a batch of the grid."""
-        asked = self.data_devices or 1
-        for m, b in self._batch_sizes():
-            if self.can_share(m, b, asked):
-                continue
-            bn = f" in BN batches of {b}" if b != m else ""
-            multiples = range(m // asked * asked, 0, -asked), itertools.count(m // asked * asked + asked, asked)
-            found = [next((size for size in sizes if self._shares_like(m, b, size)), None) for sizes in multiples]
-            fitting = [d for d in range(1, asked) if self.can_share(m, b, d)]
-            raise InputError(
-                f"data_devices: {asked} devices cannot share a batch of {m}{bn} evenly. Use batch size "
-                f"{_listed([size for size in found if size])}, or data_devices {_listed(fitting)}."
-            )
-
-    def _shares_like(self, batch_size: int, bn_batch_size: int, other: int) -> bool:
-        """Whether another batch size, with the same BN batches or a single one as this, would do for `data_devices`."""
-        b = other if bn_batch_size == batch_size else bn_batch_size
-        return other % b == 0 and self.can_share(other, b, self.data_devices or 1)
+        devices = self.data_devices or 1
+        for m, b in self.grid.shapes():
+            if not self.can_share(m, b, devices):
+                groups = f" in BN batches of {b}" if b != m else ""
+                step = devices * b if b != m else devices  # whole BN groups on each device
+                sizes = [size for size in (m // step * step, m // step * step + step) if size]
+                fitting = [d for d in range(1, devices) if self.can_share(m, b, d)]
+                raise InputError(
+                    f"data_devices: {devices} devices cannot share a batch of {m}{groups} evenly. "
+                    f"Use batch size {_listed(sizes)}, or data_devices {_listed(fitting)}."
+                )
 
 
 def require_divisor(bn_batch_size: int, batch_size: int, field: str) -> None:
-    """Refuses a BN batch size that does not cut the SGD batch into equal parts (§3.6)."""
+    """Refuses a BN batch size that does not split the SGD batch into equal parts (§3.6)."""
     if batch_size % bn_batch_size:
         small = [b for b in range(1, math.isqrt(batch_size) + 1) if batch_size % b == 0]
         listed = _listed(sorted({*small, *(batch_size // b for b in small)}))
@@ -244,137 +206,110 @@ def require_divisor(bn_batch_size: int, batch_size: int, field: str) -> None:
 
 
 def _listed(choices: Sequence[int]) -> str:
-    """1, 2 or 4; those in the middle left out if there are many."""
+    """1, 2 or 4; the middle of a long list is left out."""
     named = [str(choice) for choice in choices]
     if len(named) > 12:
         named = [*named[:6], "…", *named[-5:]]
-    return ", ".join(named[:-1]) + " or " + named[-1] if len(named) > 1 else "".join(named)
+    return " or ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named)
 
 
 @dataclass(frozen=True)
-class OneRun:
-    """The fields of a config that choose the one run of `train.py`."""
+class Config(Experiment):
+    """All fields of a config: those of the experiment, and those that choose the one run of `train.py`."""
 
-    batch_size: int | None = config_field(None, fields.optional(fields.integer(1)), int)
-    base_lr: float | None = config_field(None, fields.optional(fields.positive()), float)
-    bn_batch_size: int | None = config_field(None, fields.optional(fields.integer(1)), int)
-    seed: int = config_field(0, fields.integer(0, 2**31 - 1))
+    batch_size: int | None = config_field(None, fields.integer(1))
+    base_lr: float | None = config_field(None, fields.positive())
+    bn_batch_size: int | None = config_field(None, fields.integer(1))
+    seed: int = config_field(0, fields.integer(0))
 
-
-def default_config() -> Any:
-    """A ConfigDict with every field there is, at its default; what a config file starts from.
-
-    It takes any value: `from_config` checks them all, and says what a field accepts.
-    """
-    return ConfigDict({**_defaults(Experiment), **_defaults(OneRun)}, type_safe=False)
-
-
-def _defaults(kind: type) -> dict[str, Any]:
-    return {field.name: _default(field.default) for field in dataclasses.fields(kind)}
-
-
-def _default(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):  # a dict given for one of its fields stays a dict, whatever its keys
-        return ConfigDict(_defaults(type(value)), type_safe=False, convert_dict=False)
-    return _Float(value) if isinstance(value, float) else value
+    def experiment(self, **changes: Any) -> Experiment:
+        """Returns the experiment, with changed fields, after checking `data_devices`."""
+        kept = {field.name: getattr(self, field.name) for field in dataclasses.fields(Experiment)}
+        found = Experiment(**kept | changes)
+        found.require_shares()
+        return found
 
 
 class _Float(float):
     """A float that a ConfigDict replaces by any value as it is; for a plain float it would turn True into 1.0."""
 
 
-def require_field(path: str) -> dataclasses.Field:
-    """Returns the field of a config that a dotted name refers to; refuses a name that refers to none."""
-    known, prefix, field = [*dataclasses.fields(Experiment), *dataclasses.fields(OneRun)], "", None
-    for name in path.split("."):
-        if field is not None and not dataclasses.is_dataclass(field.default):
-            raise InputError(f"{path}: unknown field; {prefix[:-1]} has no fields of its own.")
-        fields.refuse_unknown({name: None}, [field.name for field in known], prefix)
-        field = next(field for field in known if field.name == name)
-        prefix = f"{prefix}{name}."
-        known = dataclasses.fields(field.default) if dataclasses.is_dataclass(field.default) else ()
-    assert field is not None
-    return field
+def default_config() -> Any:
+    """Returns a ConfigDict with every field at its default, from which a config file starts.
+
+    It takes any value: `from_config` checks them all, and says what a field accepts.
+    """
+    return _default(Config())
 
 
-def override(config: ConfigDict, texts: Mapping[str, str]) -> None:
-    """Sets fields of a config, by dotted name, to the values of their texts; sections before their fields."""
-    for path in sorted(texts, key=lambda path: path.count(".")):
-        _put(config, path, fields.read(require_field(path), texts[path]))
-
-
-def _put(config: ConfigDict, path: str, value: Any) -> None:
-    if dataclasses.is_dataclass(require_field(path).default) and isinstance(value, dict):
-        for name in value:  # the section's other fields keep their values
-            _put(config, f"{path}.{name}", value[name])
-        return
-    *sections, name = path.split(".")
-    target = config
-    for section in sections:
-        if section not in target:
-            with target.unlocked():
-                target[section] = ConfigDict(type_safe=False)
-        target = target[section]
-        if not isinstance(target, ConfigDict):
-            raise InputError(f"{section}: got {fields.shown(target)}, accepts a section with fields such as {path}.")
-    with target.unlocked(), target.ignore_type():
-        target[name] = value
+def _default(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):  # a dict given for one of its fields stays a dict, whatever its keys
+        defaults = {field.name: _default(field.default) for field in dataclasses.fields(value)}
+        return ConfigDict(defaults, type_safe=False, convert_dict=isinstance(value, Config))
+    return _Float(value) if isinstance(value, float) else value
 
 
 def from_config(config: ConfigDict | Mapping[str, Any]) -> Experiment:
-    """The checked experiment of a config; fields that choose one run are checked and left out.
+    """Returns the checked experiment of a config; fields that choose one run are checked and left out.
 
     Raises:
-      InputError: naming the first field that cannot be used, what it got and what it accepts.
+      InputError: for the first field that cannot be used, with its value and what is accepted.
     """
-    experiment = _split(config)[0]
-    experiment.require_shares()
-    return experiment
+    return _parse(config).experiment()
 
 
 def single_run(config: ConfigDict | Mapping[str, Any]) -> Experiment:
-    """The checked experiment of a config with its grid narrowed to the one run that the config's own fields choose."""
-    experiment, run = _split(config)
-    if run.batch_size is None or run.base_lr is None:
-        missing = "batch_size" if run.batch_size is None else "base_lr"
+    """Returns the checked experiment of a config, its grid narrowed to the one run that the config's own fields choose."""
+    found = _parse(config)
+    if found.batch_size is None or found.base_lr is None:
+        missing = "batch_size" if found.batch_size is None else "base_lr"
         raise InputError(f"{missing}: not given; one run needs --config.batch_size and --config.base_lr.")
-    b = run.bn_batch_size
+    b = found.bn_batch_size
     if b is not None:
-        require_divisor(b, run.batch_size, "bn_batch_size")
+        require_divisor(b, found.batch_size, "bn_batch_size")
     bn_batch_sizes = None if b is None else (b,)
-    grid = Grid((run.batch_size,), (run.base_lr,), bn_batch_sizes=bn_batch_sizes, seeds=(run.seed,))
-    chosen = dataclasses.replace(experiment, grid=grid)
-    chosen.require_shares()
-    return chosen
+    return found.experiment(
+        grid=Grid((found.batch_size,), (found.base_lr,), bn_batch_sizes=bn_batch_sizes, seeds=(found.seed,))
+    )
 
 
-def _split(config: ConfigDict | Mapping[str, Any]) -> tuple[Experiment, OneRun]:
-    values = _plain(config)
-    one_run = {field.name for field in dataclasses.fields(OneRun)}
-    known = [field.name for field in dataclasses.fields(Experiment)] + sorted(one_run)
+def _parse(config: ConfigDict | Mapping[str, Any]) -> Config:
+    values = _nested(config)
     if not isinstance(values, dict):
-        raise InputError(
-            f"config: got {fields.shown(config)}, accepts a ConfigDict or dict with the fields {', '.join(known)}."
-        )
-    fields.refuse_unknown(values, known, "")
-    run = fields.parse(OneRun, {k: v for k, v in values.items() if k in one_run}, "")
-    experiment = fields.parse(Experiment, {k: v for k, v in values.items() if k not in one_run}, "")
-    return experiment, run
+        known = ", ".join(field.name for field in dataclasses.fields(Config))
+        raise InputError(f"config: got {fields.shown(config)}, accepts a ConfigDict or dict with the fields {known}.")
+    return fields.parse(Config, values)
+
+
+def _nested(config: Any, path: str = "", depth: int = 3) -> Any:
+    """Converts sections of a config to dicts, no deeper than its fields go: a config may contain itself."""
+    if not depth or not isinstance(config, (ConfigDict, Mapping)):
+        return config
+    values, reading = {}, path or "config"
+    try:
+        for name in config:
+            reading = f"{path}.{fields.label(name)}" if path else fields.label(name)
+            values[name] = _nested(config[name], reading, depth - 1)
+    except InputError:
+        raise
+    except Exception as error:  # a reference without a value; names that cannot be sorted
+        raise InputError(f"{reading}: cannot be read: {type(error).__name__}: {fields.cut(str(error))}") from None
+    return values
 
 
 def programs(runs: Iterable[Run]) -> dict[tuple[int, int], list[Run]]:
-    """Runs by (batch size, BN batch size): what one program can train side by side, lowest base_lr first.
+    """Groups runs by (batch size, BN batch size), the shape of one program, lowest base_lr first.
 
-    High rates tend to diverge, that is to end early: started last, they fill the slots that the others leave.
+    High rates tend to diverge, that is to end early: started last, they fill the lanes that the others leave.
     """
     by_shape: dict[tuple[int, int], list[Run]] = {}
     for run in runs:
         by_shape.setdefault((run.batch_size, run.bn_batch_size), []).append(run)
-    return {shape: sorted(members, key=lambda r: (r.base_lr, r.seed)) for shape, members in by_shape.items()}
+    return {shape: sorted(members, key=lambda run: (run.base_lr, run.seed)) for shape, members in by_shape.items()}
 
 
 def differences(stored: Experiment, asked: Experiment) -> list[str]:
-    """What stands in the way of going on with `stored`'s workdir as `asked`: one phrase per field, empty if nothing.
+    """One phrase for each field that keeps `stored`'s workdir from being resumed as `asked`; empty if none does.
 
     The grid may grow. Its old runs are kept, so none of them may be missing from the new grid.
     """
@@ -382,7 +317,7 @@ def differences(stored: Experiment, asked: Experiment) -> list[str]:
     found = [
         f"{name} is {fields.shown(old[name])} there and {fields.shown(new[name])} here"
         for name in new
-        if name not in MAY_CHANGE and not name.startswith("grid.") and old.get(name) != new[name]
+        if name not in MAY_CHANGE and not name.startswith("grid.") and old[name] != new[name]
     ]
     missing = sorted(set(stored.runs()) - set(asked.runs()))
     if missing:
@@ -394,27 +329,9 @@ def differences(stored: Experiment, asked: Experiment) -> list[str]:
     return found
 
 
-def _plain(config: Any, path: str = "", depth: int = 3) -> Any:
-    """Nested dicts of a config's sections, no deeper than its fields go: a config may even contain itself."""
-    if not depth or not isinstance(config, (ConfigDict, Mapping)):
-        return config
-    plain, reading = {}, path or "config"
-    try:
-        for name in config:
-            reading = f"{path}.{fields.label(name)}" if path else fields.label(name)
-            plain[name] = _plain(config[name], reading, depth - 1)
-    except InputError:
-        raise
-    except Exception as error:  # a reference that has no value or cannot be worked out; names that cannot be sorted
-        raise InputError(f"{reading}: cannot be read: {type(error).__name__}: {fields.cut(str(error))}") from None
-    return plain
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields by dotted name."""
+    flat = {}
+    for name, value in sections.items():
+        flat |= {f"{name}.{inner}": x for inner, x in value.items()} if isinstance(value, dict) else {name: value}
     return flat

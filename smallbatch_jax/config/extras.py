@@ -1,10 +1,10 @@
-"""Optional packages: the extras of setup.cfg, and the one line that a feature ends in where its extra is not installed."""
+"""Optional packages: the extras of setup.cfg, and the error of a feature whose extra is not installed."""
 
 import importlib.util
 
 from smallbatch_jax.config.fields import InputError
 
-# The packages each extra adds that this project imports, by their import names; a test compares them with setup.cfg.
+# Import names of the packages that each extra adds and this project imports; a test compares them with setup.cfg.
 EXTRAS = {
     "photographs": ("grain", "cv2", "simplejpeg"),
     "tensorboard": ("tensorboardX",),
@@ -16,22 +16,14 @@ EXTRAS = {
 
 
 class MissingPackage(InputError):
-    """A feature needs a package that is not installed; the message names the command that installs it."""
+    """A feature needs a package that is not installed; the message has the command that installs it."""
 
     def __init__(self, feature: str, package: str, extra: str):
         super().__init__(f'{feature}: needs {package}, which is not installed; run pip install -e ".[{extra}]".')
 
 
 def require(extra: str, feature: str) -> None:
-    """Refuses a feature whose packages are not installed.
-
-    Args:
-      extra: one of EXTRAS.
-      feature: the field or flag that asks for it, as the user wrote it.
-
-    Raises:
-      MissingPackage: for the first of its packages that is not installed.
-    """
+    """Raises MissingPackage for the first package of an extra that is not installed; `feature` is a field or flag."""
     for package in EXTRAS[extra]:
         if importlib.util.find_spec(package) is None:
             raise MissingPackage(feature, package, extra)

@@ -1,11 +1,9 @@
-"""How one field of a config is checked: each check takes (field name, value) and returns the value or raises InputError."""
+"""Checks of config fields: each takes (field name, value) and returns the value to keep, or raises InputError."""
 
-import ast
 import dataclasses
 import difflib
 import os
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from decimal import Decimal
 from fractions import Fraction
@@ -16,25 +14,45 @@ Check = Callable[[str, Any], Any]
 
 FLOAT32_MAX = 3.4028234663852886e38
 FLOAT32_TINY = 1.1754943508222875e-38
-MOST_VALUES = 100_000  # of one field, so that checking them takes no time
+MOST_VALUES = 100_000  # per field, so that checking takes no time
 MOST_CHARACTERS = 4096  # of a path on Linux
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used: one line that names it, what it got and what it accepts (exit status 2)."""
+    """Input that cannot be used: one line with the field, its value and what is accepted (exit status 2)."""
 
     def __init__(self, message: str):
         line = " ".join(part.strip() for part in message.splitlines() if part.strip())
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
 
 
-def config_field(default: Any, check: Check, kind: type | None = None) -> Any:
-    """A dataclass field with its check; `kind` is the type of a field whose default is None."""
-    return dataclasses.field(default=default, metadata={"check": check, "type": kind})
+def config_field(default: Any, check: Check) -> Any:
+    """A dataclass field with its check; a field whose default is None also accepts None."""
+    return dataclasses.field(default=default, metadata={"check": check})
+
+
+def parse(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """Returns a dataclass of config fields and sections, from plain values checked in the order of its fields.
+
+    Raises:
+      InputError: for the first unknown field or refused value; `prefix` precedes the field's name.
+    """
+    known = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
+    refuse_unknown(values, [field.name for field in known], prefix)
+    return kind(**{f.name: _checked(f, prefix + f.name, plain(values[f.name])) for f in known if f.name in values})
+
+
+def _checked(field: dataclasses.Field, name: str, value: Any) -> Any:
+    if not dataclasses.is_dataclass(field.default):
+        return value if value is None and field.default is None else field.metadata["check"](name, value)
+    if not isinstance(value, Mapping):
+        known = ", ".join(inner.name for inner in dataclasses.fields(field.default))
+        raise InputError(f"{name}: got {shown(value)}, accepts a section with the fields {known}.")
+    return parse(type(field.default), value, name + ".")
 
 
 def plain(value: Any) -> Any:
-    """The value as a field holds it: Python's own for NumPy's and JAX's, a fraction and a path; a tuple for a range."""
+    """Converts NumPy and JAX values, fractions, decimals, paths and ranges to Python's own types."""
     if isinstance(value, range):
         return tuple(value[: MOST_VALUES + 1])  # one too many is enough to be refused
     if isinstance(value, os.PathLike):
@@ -47,91 +65,8 @@ def plain(value: Any) -> Any:
     return value
 
 
-def parse(kind: type[T], values: Mapping[str, Any], prefix: str) -> T:
-    """A dataclass of `config_field`s from plain values, checked in the order of its fields."""
-    known = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
-    refuse_unknown(values, [field.name for field in known], prefix)
-    checked = {f.name: f.metadata["check"](prefix + f.name, plain(values[f.name])) for f in known if f.name in values}
-    return kind(**checked)
-
-
-YES, NO = ("true", "t", "yes", "y", "on", "1"), ("false", "f", "no", "n", "off", "0")
-BOOLEANS: dict[str, bool] = {**dict.fromkeys(YES, True), **dict.fromkeys(NO, False)}
-
-
-def read(field: dataclasses.Field, given: str) -> Any:
-    """The value that a text stands for, by the type of a field, for its check to judge; what makes no sense stays text."""
-    given, kind = given.strip(), field.metadata["type"] or type(field.default)
-    if given == "None" or (field.default is None and given.lower() in ("none", "null")):
-        return None
-    if kind is bool:
-        return BOOLEANS.get(given.lower(), given)
-    if kind is str:
-        return unquoted(given)
-    if kind is tuple:
-        return _read_tuple(given)
-    for number in (int, float):
-        try:
-            return number(given)
-        except ValueError:
-            pass
-    value = _read_literal(given)
-    return given if isinstance(value, bool) else value  # ml_collections would take True for 1.0
-
-
-def unquoted(given: str) -> str:
-    """Without the quotes around it, which a shell takes away and a file does not."""
-    inner = given[1:-1]
-    return inner if given[:1] in ("'", '"') and given == given[0] + inner + given[0] and given[0] not in inner else given
-
-
-def _read_tuple(given: str) -> Any:
-    """A tuple, with or without brackets, or a single value; of texts also without quotes."""
-    value = _read_literal(given)
-    if value != given:
-        return value if isinstance(value, (tuple, dict)) else (value,)
-    inner = given[1:-1] if given[:1] + given[-1:] in ("()", "[]") else given
-    parts = tuple(unquoted(part.strip()) for part in inner.split(",") if part.strip())
-    as_texts = parts and all(part[0] not in "([{" and isinstance(_read_literal(part), str) for part in parts)
-    return parts if as_texts else given
-
-
-def _read_literal(given: str) -> Any:
-    """A Python literal, in which 2^-7 and 2**-7 are powers; the text itself if it is none."""
-    for written in (given, given.replace("\u2212", "-")):  # the minus sign of a typeset table
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                return _value(ast.parse(written, mode="eval").body)
-        except (SyntaxError, ValueError, TypeError, ArithmeticError, MemoryError, RecursionError):
-            pass
-    return given
-
-
-def _value(node: ast.expr) -> Any:
-    match node:
-        case ast.Constant():
-            return node.value
-        case ast.Tuple() | ast.List():
-            return tuple(map(_value, node.elts))
-        case ast.Dict() if None not in node.keys:
-            return dict(zip(map(_value, node.keys), map(_value, node.values), strict=True))  # pyright: ignore[reportArgumentType]
-        case ast.UnaryOp(ast.USub() | ast.UAdd() as sign, operand):
-            return -_value(operand) if isinstance(sign, ast.USub) else +_value(operand)
-        case ast.BinOp(base, ast.Pow() | ast.BitXor(), exponent):
-            return _power(_value(base), _value(exponent))
-        case ast.Name("nan" | "inf" as name):
-            return float(name)
-    raise ValueError
-
-
-def _power(base: Any, exponent: Any) -> Any:
-    power = float(base) ** float(exponent)
-    exact = isinstance(base, int) and isinstance(exponent, int) and exponent >= 0 and abs(power) < 2**53
-    return int(power) if exact else power
-
-
-def refuse_unknown(values: Mapping[str, Any], known: Sequence[str], prefix: str) -> None:
-    """Raises InputError for the first name that is no field, with the nearest one that is."""
+def refuse_unknown(values: Iterable[Any], known: Iterable[str], prefix: str) -> None:
+    """Raises InputError for the first name that is not a known field, and suggests the nearest one."""
     for name in values:
         if name not in known:
             hint = nearest(name, known) if isinstance(name, str) else "."
@@ -139,18 +74,18 @@ def refuse_unknown(values: Mapping[str, Any], known: Sequence[str], prefix: str)
 
 
 def label(name: Any) -> str:
-    """The name of a field as an error begins with it; in quotes if no field could be called that."""
+    """A field's name as the beginning of an error; quoted if no field can have this name."""
     return name if isinstance(name, str) and name.isidentifier() and len(name) <= 100 else shown(name)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or a full stop."""
+    """Returns `; did you mean 'x'?`, or a full stop."""
     close = difflib.get_close_matches(name[:100], list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: in one short line."""
+    """A value as one short line of an error."""
     try:
         return cut(repr(value))
     except Exception:  # an integer of more than 4300 digits, lists a thousand deep, a __repr__ that raises
@@ -158,19 +93,12 @@ def shown(value: Any) -> str:
 
 
 def cut(text: str) -> str:
-    """A text as an error shows it: its beginning, if it is long."""
+    """The first 120 characters of a text."""
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def text(name: str, value: Any) -> str:
-    """A printable string that is not empty, and no longer than a path may be."""
-    if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > MOST_CHARACTERS:
-        raise InputError(f"{name}: got {shown(value)}, accepts text that can be printed, of 1 to {MOST_CHARACTERS} characters.")
-    return value
-
-
 def expanded_path(name: str, given: str | os.PathLike[str]) -> str:
-    """A path in which ~ and ~user are the home folders that they stand for; refuses what no file can be called."""
+    """Expands ~ and ~user to home folders; raises InputError for what cannot be a path."""
     path = os.path.expanduser(os.fsdecode(given))
     if not path.strip():
         raise InputError(f"{name}: empty; for example {name}=runs/fig01")
@@ -181,22 +109,56 @@ def expanded_path(name: str, given: str | os.PathLike[str]) -> str:
     return path
 
 
-def folder_name(name: str, value: Any) -> str:
-    """A text that can also name a folder: that of the figures of an experiment."""
-    if text(name, value) in (".", "..") or "/" in value or len(value.encode()) > 255:
-        raise InputError(f"{name}: got {shown(value)}, accepts the name of a folder: without slashes, at most 255 bytes.")
-    return value
+def where(test: Callable[[Any], bool], accepts: str, convert: Callable[[Any], Any] = lambda value: value) -> Check:
+    """Accepts the values that pass `test`, converted; `accepts` describes them."""
+
+    def check(name: str, value: Any) -> Any:
+        if not test(value):
+            raise InputError(f"{name}: got {shown(value)}, accepts {accepts}.")
+        return convert(value)
+
+    return check
 
 
-def boolean(name: str, value: Any) -> bool:
-    """True or False."""
-    if not isinstance(value, bool):
-        raise InputError(f"{name}: got {shown(value)}, accepts True or False.")
-    return value
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def choice(known: Sequence[str], what: str, prefix: str | None = None) -> Check:
-    """One of `known`, or if given something that begins with `prefix`."""
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and value.isprintable() and len(value) <= MOST_CHARACTERS
+
+
+text = where(_is_text, f"text that can be printed, of 1 to {MOST_CHARACTERS} characters")
+folder_name = where(
+    lambda value: _is_text(value) and value not in (".", "..") and "/" not in value and len(value.encode()) <= 255,
+    "text that can name a folder: printable, without slashes, 1 to 255 bytes",
+)
+boolean = where(lambda value: isinstance(value, bool), "True or False")
+decay = where(lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1", float)
+
+
+def integer(low: int, high: int = 2**31 - 1) -> Check:
+    """Accepts an integer from low to high."""
+    return where(
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
+        f"an integer from {low} to {high}",
+    )
+
+
+def number(low: float, high: float) -> Check:
+    """Accepts a number from low to high, as a float."""
+    return where(lambda value: _is_number(value) and low <= value <= high, f"a number from {low:g} to {high:g}", float)
+
+
+def positive(high: float = FLOAT32_MAX) -> Check:
+    """Accepts a number above 0 that float32 can hold, up to high, as a float."""
+    limit = "finite" if high == FLOAT32_MAX else f"at most {high:g}"
+    accepts = f"a number above 0 and {limit} (in float32)"
+    return where(lambda value: _is_number(value) and FLOAT32_TINY <= value <= high, accepts, float)
+
+
+def choice(known: Iterable[str], what: str, prefix: str | None = None) -> Check:
+    """Accepts one of the known names, and any text that begins with `prefix`."""
 
     def check(name: str, value: Any) -> str:
         if isinstance(value, str) and prefix and value.startswith(prefix):
@@ -209,54 +171,8 @@ def choice(known: Sequence[str], what: str, prefix: str | None = None) -> Check:
     return check
 
 
-def integer(low: int, high: int = 2**31 - 1) -> Check:
-    """An integer from low to high."""
-
-    def check(name: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise InputError(f"{name}: got {shown(value)}, accepts an integer from {low} to {high}.")
-        return value
-
-    return check
-
-
-def number(low: float, high: float) -> Check:
-    """A number from low to high, as a float."""
-
-    def check(name: str, value: Any) -> float:
-        if not _is_number(value) or not low <= value <= high:
-            raise InputError(f"{name}: got {shown(value)}, accepts a number from {low:g} to {high:g}.")
-        return float(value)
-
-    return check
-
-
-def positive(high: float = FLOAT32_MAX) -> Check:
-    """A number above 0 that float32 can hold, up to `high`."""
-
-    def check(name: str, value: Any) -> float:
-        if not _is_number(value) or not FLOAT32_TINY <= value <= high:
-            upto = "finite" if high == FLOAT32_MAX else f"at most {high:g}"
-            raise InputError(f"{name}: got {shown(value)}, accepts a number above 0 and {upto} (in float32).")
-        return float(value)
-
-    return check
-
-
-def decay(name: str, value: Any) -> float:
-    """The weight of the old value in a running average: from 0, which forgets at once, to below 1."""
-    if not _is_number(value) or not 0 <= value < 1:
-        raise InputError(f"{name}: got {shown(value)}, accepts a number from 0 to below 1.")
-    return float(value)
-
-
-def optional(inner: Check) -> Check:
-    """None, or what `inner` accepts."""
-    return lambda name, value: None if value is None else inner(name, value)
-
-
 def distinct(element: Check, least: int = 0, most: int = MOST_VALUES) -> Check:
-    """A tuple or list of different values that each pass `element`, from `least` to `most` of them."""
+    """Accepts a tuple or list of `least` to `most` different values that each pass `element`, as a tuple."""
 
     def check(name: str, value: Any) -> tuple:
         if not isinstance(value, (tuple, list)):
@@ -265,47 +181,26 @@ def distinct(element: Check, least: int = 0, most: int = MOST_VALUES) -> Check:
             raise InputError(f"{name}: got {shown(value)}, accepts a tuple of at least {least} value(s).")
         if len(value) > most:
             raise InputError(f"{name}: got {len(value)} values, accepts a tuple of at most {most}.")
-        checked = tuple(element(name, plain(item)) for item in value)
-        before = set()
-        for item in checked:
-            if item in before:
+        seen: dict[Any, None] = {}
+        for item in (element(name, plain(item)) for item in value):
+            if item in seen:
                 raise InputError(f"{name}: {shown(item)} stands twice in {shown(value)}; give every value once.")
-            before.add(item)
-        return checked
+            seen[item] = None
+        return tuple(seen)
 
     return check
 
 
-def by_batch_size(value_check: Check) -> Check:
-    """A tuple of (batch size, value) pairs, each batch size once, or a mapping; as a tuple of pairs."""
+def by_batch_size(element: Check) -> Check:
+    """Accepts pairs (batch size, value) or a mapping, each batch size once; returns a tuple of pairs."""
 
     def check(name: str, value: Any) -> tuple:
-        pairs = tuple(value.items()) if isinstance(value, Mapping) else value
-        pairs = [plain(pair) for pair in pairs] if isinstance(pairs, (tuple, list)) else pairs
-        if not isinstance(pairs, (tuple, list)) or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in pairs):
-            raise InputError(
-                f"{name}: got {shown(value)}, accepts pairs of batch size and value such as ((2, 0.01), (8, 0.002))."
-            )
-        sizes = distinct(integer(1))(name, [size for size, _ in pairs])
-        return tuple((size, value_check(name, plain(item))) for size, (_, item) in zip(sizes, pairs, strict=True))
+        given = tuple(value.items()) if isinstance(value, Mapping) else value
+        pairs: list[Any] = [plain(pair) for pair in given] if isinstance(given, (tuple, list)) else [None]
+        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+            accepts = "accepts pairs of batch size and value such as ((2, 0.01), (8, 0.002))."
+            raise InputError(f"{name}: got {shown(value)}, {accepts}")
+        sizes = distinct(integer(1))(name, [pair[0] for pair in pairs])
+        return tuple((size, element(name, plain(pair[1]))) for size, pair in zip(sizes, pairs, strict=True))
 
     return check
-
-
-def nested(kind: type) -> Check:
-    """A section of the config: a mapping with the fields of the dataclass `kind`."""
-
-    def check(name: str, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            raise InputError(f"{name}: got {shown(value)}, accepts a section with the fields {_names(kind)}.")
-        return parse(kind, value, name + ".")
-
-    return check
-
-
-def _names(kind: type) -> str:
-    return ", ".join(field.name for field in dataclasses.fields(kind))  # pyright: ignore[reportArgumentType]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

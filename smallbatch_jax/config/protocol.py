@@ -1,26 +1,44 @@
-"""The paper's protocol (§3.1) as configs to start from: what every CIFAR figure shares, and what both ImageNet figures do."""
+"""The paper's protocol (§3.1, §3.5) as configs to start from."""
 
 from typing import Any
 
+from smallbatch_jax.config.catalog import MODELS
 from smallbatch_jax.config.experiment import default_config
 
 BATCH_SIZES = tuple(2**k for k in range(1, 12))  # 2 … 2048
 BASE_LRS = tuple(2.0**k for k in range(-12, 1))  # 2^-12 … 2^0
 EPOCHS = {"cifar10": 82, "cifar100": 164, "imagenet2012": 90}
-LAST_EPOCHS = 5  # of a run, the median of whose test accuracies is reported
-ALEXNET_WEIGHT_DECAY, RESNET_WEIGHT_DECAY = 5e-4, 1e-4
+LAST_EPOCHS = 5  # of a run, whose median test accuracy is reported
 
 
 def cifar_config(name: str, model: str, norm: str, dataset: str = "cifar10", augment: bool = False) -> Any:
-    """The ConfigDict of a CIFAR figure: the full grid, 143 runs, reduced by 10 at 50 % and at 75 % of the training.
+    """Returns the ConfigDict of a CIFAR figure: the full grid, 143 runs, reduced by 10 at 50 % and at 75 % of the training.
 
     Args:
       name: the figure, such as "fig08".
       model: "alexnet", "resnet8", "resnet20" or "resnet32".
       norm: see `models.create_model`.
-      dataset: "cifar10", of 82 epochs, or "cifar100", of 164.
+      dataset: "cifar10", for 82 epochs, or "cifar100", for 164.
       augment: whether training images are padded by 4, cropped and flipped at random.
     """
+    return _full_grid(name, model, norm, dataset, augment)
+
+
+def imagenet_config(name: str) -> Any:
+    """Returns the ConfigDict of an ImageNet figure: ResNet-50 with batch norm on augmented 224 × 224 images, the full grid.
+
+    90 epochs, reduced by 10 after 30, 60 and 80 of them.
+
+    Args:
+      name: the figure, "fig12" or "fig14".
+    """
+    config = _full_grid(name, "resnet50", "batch", "imagenet2012", augment=True)
+    config.dataset.image_size = 224
+    config.schedule.boundaries = (30 / 90, 60 / 90, 80 / 90)
+    return config
+
+
+def _full_grid(name: str, model: str, norm: str, dataset: str, augment: bool) -> Any:
     config = default_config()
     config.name = name
     config.dataset.name = dataset
@@ -28,30 +46,7 @@ def cifar_config(name: str, model: str, norm: str, dataset: str = "cifar10", aug
     config.model.name = model
     config.model.norm = norm
     config.epochs = EPOCHS[dataset]
-    config.weight_decay = ALEXNET_WEIGHT_DECAY if model == "alexnet" else RESNET_WEIGHT_DECAY
-    config.grid.batch_sizes = BATCH_SIZES
-    config.grid.base_lrs = BASE_LRS
-    return config
-
-
-def imagenet_config(name: str) -> Any:
-    """The ConfigDict of an ImageNet figure: ResNet-50 with batch norm on augmented images of 224 × 224, the full grid.
-
-    It is trained for 90 epochs, reduced by 10 after 30, 60 and 80 of them.
-
-    Args:
-      name: the figure, "fig12" or "fig14".
-    """
-    config = default_config()
-    config.name = name
-    config.dataset.name = "imagenet2012"
-    config.dataset.image_size = 224
-    config.dataset.augment = True
-    config.model.name = "resnet50"
-    config.model.norm = "batch"
-    config.epochs = EPOCHS["imagenet2012"]
-    config.schedule.boundaries = (30 / 90, 60 / 90, 80 / 90)
-    config.weight_decay = RESNET_WEIGHT_DECAY
+    config.weight_decay = MODELS[model].weight_decay
     config.grid.batch_sizes = BATCH_SIZES
     config.grid.base_lrs = BASE_LRS
     return config

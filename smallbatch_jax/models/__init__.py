@@ -1,26 +1,15 @@
 """The paper's models as Flax linen modules: pure `init(key, images)` and `apply(variables, images, train=…)`."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import pkgutil
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 from smallbatch_jax.config import fields
-from smallbatch_jax.config.experiment import ALL_NORMS, MODEL_NORMS, InputError
-from smallbatch_jax.models.alexnet import AlexNet
-from smallbatch_jax.models.resnet import CifarResNet
-from smallbatch_jax.models.resnet50 import BottleneckResNet
-
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "alexnet": AlexNet,
-    "resnet8": partial(CifarResNet, depth=8),
-    "resnet20": partial(CifarResNet, depth=20),
-    "resnet32": partial(CifarResNet, depth=32),
-    "resnet50": BottleneckResNet,
-}
-
+from smallbatch_jax.config.catalog import MODELS, NORMS, require_norm
+from smallbatch_jax.config.fields import InputError
 
 MOST_CHANNELS = 4  # of a picture: grey, RGB, RGBA
 
@@ -65,7 +54,7 @@ def micro_batch_size(
     """
     if most is None and platform != "cpu":
         return None
-    group = 1 if norm in ("none", "group") else min(bn_batch_size, examples)
+    group = min(bn_batch_size, examples) if NORMS[norm].batch_statistics else 1
     limit = most or EXAMPLES_AT_ONCE
     size = max((n for n in range(group, max(limit, group) + 1, group) if examples % n == 0), default=examples)
     too_small = most is None and size < EXAMPLES_AT_ONCE // 2
@@ -86,8 +75,8 @@ def create_model(
     """A model of the paper, by name.
 
     Args:
-      name: "alexnet", the reduced AlexNet of §3.1; "resnet8", "resnet20" or "resnet32" of He et al. (2015a) for CIFAR;
-        "resnet50" of the same for ImageNet (§3.5).
+      name: an entry of `config.catalog.MODELS`: "alexnet", the reduced AlexNet of §3.1; "resnet8", "resnet20" or "resnet32"
+        of He et al. (2015a) for CIFAR; "resnet50" of the same for ImageNet (§3.5).
       num_classes: logits per image.
       norm: "none", "batch", "group" (Wu & He 2018), "batch_renorm" (Ioffe 2017), or for alexnet alone "batch_conv_only"
         (Fig. 6).
@@ -104,13 +93,14 @@ def create_model(
     Raises:
       InputError: if there is no such model, or the model has no such norm.
     """
-    fields.choice(tuple(MODEL_NORMS), "model")("model.name", name)
-    fields.choice(ALL_NORMS, "norm")("model.norm", norm)
-    if norm not in MODEL_NORMS[name]:
-        raise InputError(f"model.norm: {name} has no norm {norm!r}; it accepts {', '.join(MODEL_NORMS[name])}.")
+    fields.choice(MODELS, "model")("model.name", name)
+    require_norm(name, norm)
     fields.integer(1)("num_classes", num_classes)
-    fields.optional(fields.integer(1))("bn_batch_size", bn_batch_size)
-    return MODELS[name](
+    if bn_batch_size is not None:
+        fields.integer(1)("bn_batch_size", bn_batch_size)
+    entry = MODELS[name]
+    return pkgutil.resolve_name(entry.module)(
+        **entry.arguments,
         num_classes=num_classes,
         norm=norm,
         bn_batch_size=bn_batch_size,

@@ -3,6 +3,7 @@
 import jax
 from flax import linen as nn
 
+from smallbatch_jax.config.catalog import NORMS
 from smallbatch_jax.models.layers import PaperModel, relu
 from smallbatch_jax.models.pool import max_pool
 
@@ -28,10 +29,10 @@ class AlexNet(PaperModel):
         if min(images.shape[1:3]) < SMALLEST_IMAGE:
             height, width = images.shape[1:3]
             raise ValueError(f"alexnet: got images of {height}x{width} pixels, needs at least 8x8")
-        conv_norm, dense_norm = {"batch_conv_only": ("batch", "none")}.get(self.norm, (self.norm, self.norm))
+        dense_norm = self.norm if NORMS[self.norm].after_dense else "none"
         x = images.astype(self.dtype)
         for index, (size, features) in enumerate(zip((5, 3, 3, 3, 3), (16, 48, 96, 64, 64), strict=True)):
-            x = relu(self.conv(x, features, size, 1, train, f"conv{index + 1}", conv_norm))
+            x = relu(self.conv(x, features, size, 1, train, f"conv{index + 1}", self.norm))
             x = max_pool(x) if index in (0, 1, 4) else x
         x = x.reshape(len(images), -1)
         for name in ("dense1", "dense2"):

@@ -1,5 +1,6 @@
 """Batch normalisation with a batch size of its own (§2.3, §3.6), and the alternatives for tiny batches that the paper names."""
 
+import pkgutil
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from smallbatch_jax.config.experiment import InputError
+from smallbatch_jax.config.catalog import NORMS
+from smallbatch_jax.config.fields import InputError
 
 
 class BatchNorm(nn.Module):
@@ -143,15 +145,16 @@ class GroupNorm(nn.Module):
 
 
 def make_norm(
-    kind: str, bn_batch_size: int | None, bn_decay: float, axis_name: str | None, dtype: Any, name: str
+    norm: str, bn_batch_size: int | None, bn_decay: float, axis_name: str | None, dtype: Any, name: str
 ) -> nn.Module | None:
-    """Returns the layer of a `model.norm`: "batch", "batch_renorm" or "group"; None for "none"."""
-    if kind == "none":
+    """Returns the layer of an entry of `config.catalog.NORMS`; None for "none"."""
+    entry = NORMS[norm]
+    if entry.layer is None:
         return None
-    if kind == "group":
-        return GroupNorm(dtype=dtype, name=name)
-    batch_norm = {"batch": BatchNorm, "batch_renorm": BatchRenorm}[kind]
-    return batch_norm(bn_batch_size, bn_decay, axis_name=axis_name, dtype=dtype, name=name)
+    layer = pkgutil.resolve_name(entry.layer)
+    if entry.batch_statistics:
+        return layer(bn_batch_size, bn_decay, axis_name=axis_name, dtype=dtype, name=name)
+    return layer(dtype=dtype, name=name)
 
 
 def _statistics(x: jax.Array, axis_name: str | None, span: int) -> tuple[jax.Array, jax.Array]:

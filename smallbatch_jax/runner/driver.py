@@ -26,7 +26,7 @@ from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.data.doubts import doubts
 from smallbatch_jax.models import require_images, transposed
 from smallbatch_jax.models.own import OwnModel
-from smallbatch_jax.program import ambient, devices, processes
+from smallbatch_jax.program import devices, jax_flags, processes
 from smallbatch_jax.program import lanes as lane_programs
 from smallbatch_jax.program.devices import lane_mesh
 from smallbatch_jax.program.lanes import LaneProgram
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 __all__ = ["Interrupted", "sweep", "train_grid", "train_program"]
 
 
-@ambient.held()
+@jax_flags.held()
 def train_grid(
     experiment: Experiment,
     workdir: Path,
@@ -147,13 +147,13 @@ def facts(dataset: Dataset | Photographs) -> dict[str, Any]:
     return {"num_classes": dataset.num_classes, "examples": [dataset.num_train, dataset.num_test]}
 
 
-@ambient.held()
+@jax_flags.held()
 def require_trainable(experiment: Experiment, dataset: Dataset | Photographs) -> None:
     """Refuses an experiment that does not fit the data, as `train_grid` would; runs nothing."""
     _Study(experiment, dataset, None)
 
 
-@ambient.held()
+@jax_flags.held()
 def train_program(
     experiment: Experiment,
     workdir: Path,
@@ -219,7 +219,7 @@ class _Study:
         device = {"kind": mesh.devices.flat[0].device_kind, "platform": jax.default_backend(), "count": mesh.size}
         timings = Timings(folder)
         if processes.is_first():
-            made = {**surroundings(), "device": device, "precision": self.experiment.precision, "flags": ambient.recorded()}
+            made = {**surroundings(), "device": device, "precision": self.experiment.precision, "flags": jax_flags.recorded()}
             record_provenance(folder, "start", **made, processes=jax.process_count())
         else:
             timings, progress = NoTimings(), NoProgress()
@@ -436,9 +436,9 @@ def sweep(
     }
     experiment = from_config(config)
     devices.use_all_cores()
-    ambient.require_devices()
+    jax_flags.require_devices()
     with ExitStack() as stack:
-        stack.enter_context(ambient.held())
+        stack.enter_context(jax_flags.held())
         if own is not None:
             own = own.settled(images.image_shape)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if workdir is None else workdir)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from smallbatch_jax.config import experiment
+from smallbatch_jax.config import overrides
+from smallbatch_jax.config.fields import InputError
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -32,37 +33,43 @@ def links(text):
 
 
 def commands(text):
-    """Every command line of experiments/ in a page: script and its arguments; several lines joined, comments left out."""
+    """Every command line of experiments/ and benchmarks/ in a page: script and arguments, lines joined, without comments."""
     code = [*re.findall(r"```\w*\n(.*?)```", text, re.S), *re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)]
     code += re.findall(r"^ {4}(.*(?:\\\n.*)*)$", text, re.M)
     for block in code:
         for line in block.replace("\\\n", " ").split("\n"):
-            for found in re.finditer(r"(?:python )?experiments/(\w+)\.py([^;&|]*)", line):
+            for found in re.finditer(r"(?:python )?(?:experiments|benchmarks)/(\w+)\.py([^;&|]*)", line):
                 if line[: found.start() + 7].rstrip().endswith("python") or not line[: found.start()].strip():
                     yield found[1], re.findall(r"""--[\w.]+(?:=(?:"[^"]*"|[^\s"\]]+))?""", found[2].partition("#")[0])
 
 
+def file_of(script):
+    """A script of benchmarks/ or experiments/."""
+    timed = ROOT / "benchmarks" / f"{script}.py"
+    return timed if timed.is_file() else ROOT / "experiments" / f"{script}.py"
+
+
 def flags_of(script):
     """Names of the flags that a script defines, its own and those of the modules of experiments/ that it imports."""
-    text = (ROOT / "experiments" / f"{script}.py").read_text()
+    text = file_of(script).read_text()
     own = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text)
     own += [f"no{name}" for name in re.findall(r'DEFINE_bool\(\s*"(\w+)"', text)]
     own += ["config"] * ("define_config_flag()" in text)
-    others = {"several"} & set(re.findall(r"^import (\w+)", text, re.M))
+    others = {"distributed"} & set(re.findall(r"^import (\w+)", text, re.M))
     return {"help", *own, *(flag for other in others for flag in flags_of(other))}
 
 
 def mistakes(script, arguments):
     """What is wrong with a command line of the documentation."""
-    if not (ROOT / "experiments" / f"{script}.py").is_file():
+    if not file_of(script).is_file():
         return [f"experiments/{script}.py is not there"]
     found, known = [], flags_of(script)
     for argument in arguments:
         name, _, value = argument.removeprefix("--").partition("=")
         if name.startswith("config.") and "config" in known and name != "config.FIELD":
             try:
-                experiment.require_field(name.removeprefix("config."))
-            except experiment.InputError as error:
+                overrides.require_field(name.removeprefix("config."))
+            except InputError as error:
                 found.append(str(error))
         elif name.partition(".")[0] not in known:
             found.append(f"{script}.py has no flag --{name}")

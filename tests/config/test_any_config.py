@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_dict
 
-from smallbatch_jax.config import experiment, fields
+from smallbatch_jax.config import catalog, experiment, fields, overrides
 from smallbatch_jax.config.experiment import Experiment, InputError, default_config, from_config, single_run
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ PATHS = list(paths(DEFAULTS))
 SECTIONS = [(), *((name,) for name, value in DEFAULTS.items() if isinstance(value, dict))]
 FIELDS = [path for path in PATHS if path not in SECTIONS]
 WORDS = [
-    *(*experiment.DATASETS, *experiment.MODEL_NORMS, *experiment.ALL_NORMS, *experiment.BN_STATISTICS, *experiment.PRECISIONS),
+    *(*experiment.DATASETS, *catalog.MODELS, *catalog.NORMS, *experiment.BN_STATISTICS, *experiment.PRECISIONS),
     *experiment.BROKEN_IMAGES,
     experiment.OWN,
 ]
@@ -222,7 +222,7 @@ def on_command_line(path, *arguments):
 @pytest.mark.parametrize("path", FIELDS, ids=".".join)
 def test_a_field_is_the_same_in_every_way_of_giving_it(path, tmp_path):
     """After =, after a space and in a flagfile with either; the last of several counts."""
-    flag, default, file = f"--config.{'.'.join(path)}", experiment.require_field(".".join(path)).default, tmp_path / "flags"
+    flag, default, file = f"--config.{'.'.join(path)}", overrides.require_field(".".join(path)).default, tmp_path / "flags"
     plausible = [value for value in accepted(path) if any(value is known for known in (*PLAUSIBLE, *NUMBERS))]
     assert None in plausible or default is not None
     for value in plausible[:4] + [None] * (default is None):
@@ -246,7 +246,7 @@ def test_none_is_taken_where_it_is_the_default_and_refused_elsewhere(path):
     name = ".".join(path)
     line = from_command_line(f"--config.{name}=None")
     assert (line if isinstance(line, str) else None) == (
-        None if experiment.require_field(name).default is None else refusal(from_config, changed(**{"__".join(path): None}))
+        None if overrides.require_field(name).default is None else refusal(from_config, changed(**{"__".join(path): None}))
     )
 
 

@@ -13,9 +13,9 @@ from smallbatch_jax.config.experiment import (
     default_config,
     from_config,
     programs,
-    require_field,
     single_run,
 )
+from smallbatch_jax.config.overrides import require_field
 
 
 def test_default_config_is_valid_and_is_the_default_experiment():

@@ -71,7 +71,7 @@ def test_missing_archives_are_one_line_with_every_step(data_dir, no_tfds, missin
     sizes = {TRAIN: "138 GB", VALIDATION: "6.3 GB"}
     lacks = f"{manual} lacks {' and '.join(f'{name} ({sizes[name]})' for name in missing)}. "
     steps = ("Register at https://image-net.org/download-images", f"put the archives into {manual} as they are")
-    for words in (lacks, *steps, "give this command again", "300 GB of disk"):
+    for words in (lacks, *steps, "repeat this command", "300 GB of disk"):
         assert words in done.stderr
     assert sorted(data_dir.rglob("*")) == before
 

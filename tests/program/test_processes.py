@@ -18,7 +18,7 @@ from smallbatch_jax.store import results
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "experiments"))
 
-import several  # noqa: E402
+import distributed  # noqa: E402
 
 SMALL = ("--config=configs/quickstart.py", "--config.epochs=1", "--config.grid.batch_sizes=(512,)")
 RATES = "--config.grid.base_lrs=(0.0001,0.0005,8.0)"
@@ -117,7 +117,7 @@ def test_what_processes_log_of_each_other_is_left_out():
         "F1123 06:35:35.826646 226 client.h:80] Terminating as the JAX distributed service detected errors.\n",
         "*** Check failure stack trace: ***\n",
     ]
-    assert list(several.without_noise(said)) == said[3:5]
+    assert list(distributed.without_noise(said)) == said[3:5]
 
 
 # ---- killed, stopped and started again; minutes

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from smallbatch_jax.config.experiment import MODEL_NORMS
+from smallbatch_jax.config.catalog import MODELS
 from smallbatch_jax.models import create_model
 from smallbatch_jax.models.layers import Conv, Dense
 from smallbatch_jax.models.norm import BatchNorm
@@ -289,8 +289,8 @@ def test_a_nan_logit_is_never_right(label):
 # The deeper ResNets are of the blocks of ResNet-8, and are traced slowly.
 MODELS_AND_NORMS = [
     pytest.param(name, norm, marks=[pytest.mark.slow] if name in ("resnet20", "resnet32", "resnet50") else [])
-    for name, norms in MODEL_NORMS.items()
-    for norm in norms
+    for name, model in MODELS.items()
+    for norm in model.norms
 ]
 
 

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from smallbatch_jax.config.catalog import MODELS, NORMS
 from smallbatch_jax.config.experiment import OWN, Experiment
 from smallbatch_jax.study.analysis import CONVERGENCE_RULE, convergent, convergent_range
 from smallbatch_jax.study.figures import style
@@ -19,8 +20,6 @@ from smallbatch_jax.study.study import Study
 
 DATASET_NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet2012": "ImageNet"}
 METRIC_NAMES = {"imagenet2012": "top-1 validation accuracy"}  # ImageNet is tested on what its authors call validation
-MODEL_NAMES = {"alexnet": "AlexNet"} | {f"resnet{depth}": f"ResNet-{depth}" for depth in (8, 20, 32, 50)}
-NORM_NAMES = {"none": "noBN", "batch": "BN", "batch_conv_only": "BN conv only", "group": "GN", "batch_renorm": "BRN"}
 WIDEST_OF_TWO = 36  # characters of a legend entry, of which two stand side by side
 
 
@@ -41,7 +40,7 @@ def paper_labels(studies: Sequence[Study]) -> list[str]:
 
 def _network(experiment: Experiment) -> str:
     model, norm = experiment.model.name, experiment.model.norm
-    parts = [MODEL_NAMES.get(model, style.plain(model.removeprefix(OWN))), NORM_NAMES.get(norm, norm)]
+    parts = [MODELS[model].title if model in MODELS else style.plain(model.removeprefix(OWN)), NORMS[norm].title]
     parts.append("Aug" if experiment.dataset.augment else "noAug")
     return ", ".join([*parts, "WU"] if experiment.schedule.warmup_fraction else parts)
 

@@ -15,19 +15,21 @@ import pytest
 import tiny
 
 from smallbatch_jax.config.experiment import InputError
-from smallbatch_jax.program import ambient
+from smallbatch_jax.program import jax_flags
 from smallbatch_jax.runner import driver
 from smallbatch_jax.runner.progress import NoProgress
 
-TABLES = (ambient.HELD, ambient.RECORDED, ambient.WITHOUT_EFFECT)
+TABLES = (jax_flags.HELD.__contains__, jax_flags.RECORDED.__contains__, lambda name: name.startswith(jax_flags.WITHOUT_EFFECT))
 
 
 @pytest.fixture(autouse=True)
 def as_before():
     """Every flag as it was."""
-    before = {name: ambient._of_all_threads(jax.config, name) for name in jax.config.values}
+    before = {name: jax_flags._of_all_threads(name) for name in jax.config.values}
     yield
-    ambient._restore(jax.config, before)
+    for name, value in before.items():  # jax_transfer_guard before those that it sets
+        if jax_flags._of_all_threads(name) != value:
+            jax.config.update(name, value)
 
 
 def swept(workdir):
@@ -66,39 +68,39 @@ def others(values):
 
 def test_every_flag_of_this_jax_is_in_one_table_and_at_the_value_there():
     """A new JAX brings new ones; what they do to a result is for a person to find out."""
-    values = "{name: ambient._plain(value) for name, value in jax.config.values.items()}"
-    asked = f"import jax; from smallbatch_jax.program import ambient; print({values})"
+    values = "{name: jax_flags._plain(value) for name, value in jax.config.values.items()}"
+    asked = f"import jax; from smallbatch_jax.program import jax_flags; print({values})"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     line = [sys.executable, "-c", asked]
     defaults = eval(subprocess.run(line, capture_output=True, text=True, check=True, env=environment).stdout)
-    assert {name: sum(name in table for table in TABLES) for name in defaults} == dict.fromkeys(defaults, 1)
-    known = ambient.HELD | ambient.RECORDED
+    assert {name: sum(is_in(name) for is_in in TABLES) for name in defaults} == dict.fromkeys(defaults, 1)
+    known = jax_flags.HELD | jax_flags.RECORDED
     assert {name: value for name, value in defaults.items() if name in known} == {n: known[n] for n in defaults if n in known}
 
 
 def test_no_held_flag_changes_a_bit_and_all_are_the_users_again(plain, tmp_path):
-    changed = others(ambient.HELD)
+    changed = others(jax_flags.HELD)
     for name, value in changed.items():
         jax.config.update(name, value)
-    for name, value in ambient.HELD_OF_FLAX.items():
+    for name, value in jax_flags.HELD_OF_FLAX.items():
         flax.config.update(name, not value)
     try:
         with pytest.warns(UserWarning, match=r"jax_debug_nans=True.*flax_fix_rng_separator=True.*: without effect here"):
             frame = swept(tmp_path / "w")
-        assert {name: getattr(flax.config, name) for name in ambient.HELD_OF_FLAX} != ambient.HELD_OF_FLAX
-        found = {name: ambient._of_all_threads(jax.config, name) for name in changed}
+        assert {name: getattr(flax.config, name) for name in jax_flags.HELD_OF_FLAX} != jax_flags.HELD_OF_FLAX
+        found = {name: jax_flags._of_all_threads(name) for name in changed}
     finally:
-        for name, value in ambient.HELD_OF_FLAX.items():
+        for name, value in jax_flags.HELD_OF_FLAX.items():
             flax.config.update(name, value)
     pd.testing.assert_frame_equal(frame, plain, check_exact=True)
-    assert {n: ambient._plain(v) for n, v in found.items()} == {n: ambient._plain(v) for n, v in changed.items()}
+    assert {n: jax_flags._plain(v) for n, v in found.items()} == {n: jax_flags._plain(v) for n, v in changed.items()}
 
 
 def test_nor_does_a_context_manager_around_the_call(plain, tmp_path):
     with ExitStack() as stack:
-        for name, value in others(ambient.HELD).items():
-            if callable(ambient._holder(jax.config, name)):
-                stack.enter_context(ambient._holder(jax.config, name)(value))
+        for name, value in others(jax_flags.HELD).items():
+            if callable(jax_flags._holder(name)):
+                stack.enter_context(jax_flags._holder(name)(value))
         stack.enter_context(jax.set_mesh(jax.make_mesh((len(jax.devices()),), ("mine",))))
         before = jax.config.values
         with pytest.warns(UserWarning, match="jax_enable_x64=True.*: without effect here"):
@@ -111,9 +113,9 @@ def test_nor_does_a_context_manager_around_the_call(plain, tmp_path):
 def test_a_command_holds_them_for_good():
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     with pytest.warns(UserWarning, match="jax_numpy_dtype_promotion=strict: without effect here"):
-        ambient.hold_for_good()
+        jax_flags.hold_for_good()
     gc.collect()
-    assert ambient._plain(jax.config.values["jax_numpy_dtype_promotion"]) == "standard"
+    assert jax_flags._plain(jax.config.values["jax_numpy_dtype_promotion"]) == "standard"
 
 
 def test_flags_said_to_be_without_effect_are(plain, tmp_path):
@@ -121,7 +123,7 @@ def test_flags_said_to_be_without_effect_are(plain, tmp_path):
     changed = {
         name: not value
         for name, value in jax.config.values.items()
-        if name in ambient.WITHOUT_EFFECT and isinstance(value, bool) and name not in left
+        if name.startswith(jax_flags.WITHOUT_EFFECT) and isinstance(value, bool) and name not in left
     }
     for name, value in (changed | {"jax_explain_cache_misses": False, "jax_log_compiles": False}).items():
         jax.config.update(name, value)
@@ -131,17 +133,17 @@ def test_flags_said_to_be_without_effect_are(plain, tmp_path):
 def test_what_may_show_in_a_result_is_in_the_provenance(monkeypatch):
     jax.config.update("jax_use_direct_linearize", False)
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
-    monkeypatch.setitem(ambient.RECORDED, "jax_scan3", "an earlier default")
-    monkeypatch.delitem(ambient.RECORDED, "jax_remat3", raising=False)  # unknown
+    monkeypatch.setitem(jax_flags.RECORDED, "jax_scan3", "an earlier default")
+    monkeypatch.delitem(jax_flags.RECORDED, "jax_remat3", raising=False)  # unknown
     expected = {"jax_use_direct_linearize": False, "NVIDIA_TF32_OVERRIDE": "1", "jax_scan3": False, "jax_remat3": False}
-    assert expected.items() <= ambient.recorded().items()
-    assert json.loads(json.dumps(ambient.recorded())) == ambient.recorded()
+    assert expected.items() <= jax_flags.recorded().items()
+    assert json.loads(json.dumps(jax_flags.recorded())) == jax_flags.recorded()
 
 
 def test_the_provenance_of_a_sweep_has_the_flags(plain, tmp_path):
     swept(tmp_path / "w")
     start = json.loads((tmp_path / "w/provenance.jsonl").read_text().splitlines()[0])
-    assert start["flags"] == ambient.recorded()
+    assert start["flags"] == jax_flags.recorded()
     assert "xla_cpu_disable_loop_unrolling" in start["flags"]["XLA_FLAGS"]
 
 
@@ -152,13 +154,13 @@ def test_the_provenance_of_a_sweep_has_the_flags(plain, tmp_path):
 def test_flags_that_take_no_number_to_be_nan_are_refused(monkeypatch, given):
     monkeypatch.setenv("XLA_FLAGS", given)
     with pytest.raises(InputError, match=r"XLA_FLAGS=--xla_cpu_enable_fast_.*lets the compiler assume that no number is NaN"):
-        ambient.expand_xla_flags()
+        jax_flags.expand_xla_flags()
 
 
 def test_xla_flags_may_be_in_a_file(monkeypatch, tmp_path):
     Path(tmp_path / "flags").write_text("--xla_dump_to=x\n--xla_cpu_enable_fast_math=false\n")
     monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "flags"))
-    assert ambient.expand_xla_flags() == os.environ["XLA_FLAGS"] == "--xla_dump_to=x --xla_cpu_enable_fast_math=false"
+    assert jax_flags.expand_xla_flags() == os.environ["XLA_FLAGS"] == "--xla_dump_to=x --xla_cpu_enable_fast_math=false"
     monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "missing"))
     with pytest.raises(InputError, match="missing: cannot be used: No such file"):
-        ambient.expand_xla_flags()
+        jax_flags.expand_xla_flags()

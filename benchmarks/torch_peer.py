@@ -1,8 +1,8 @@
 """The same training step in PyTorch, as fast as PyTorch makes it: what `benchmark.py --peer` compares with.
 
-`Peer` trains in subprocesses, each of them `python experiments/torch_peer.py --worker JSON`, with the fields of `Peer` and
-threads, device and graphs. A worker prints "ready" once it is warm; then for each line of stdin, a number of seconds, it
-trains for about that long and prints the images per second. Only workers import PyTorch.
+Workers are subprocesses, each `python benchmarks/torch_peer.py JSON` with the fields of `Step` and threads, device and graphs.
+A worker prints "ready" once it is warm; then for each line of stdin, a number of seconds, it trains for about that long and
+prints the images per second. Only workers import PyTorch.
 """
 
 import json
@@ -12,7 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from smallbatch_jax.config.experiment import InputError
@@ -22,10 +24,11 @@ PAD = 4  # pixels, of the augmentation (§3.1)
 LEARNING_RATE = 0.01  # has no influence on the speed
 
 
-class Peer:
-    """Workers that train a model side by side, one way of using the machine after the other; a context manager.
+@dataclass(frozen=True)
+class Step:
+    """A training step.
 
-    Args:
+    Attributes:
       model: "alexnet" or "resnetD" of D = 6n+2 layers.
       norm: "none" or "batch", over the whole batch.
       num_classes: logits per image.
@@ -33,68 +36,59 @@ class Peer:
       batch_size: m, images per update.
       augment: whether each image is padded by 4 pixels, cropped at random and flipped at random.
       weight_decay: λ of the penalty (λ/2)‖θ‖².
+    """
+
+    model: str
+    norm: str
+    num_classes: int
+    image_shape: Sequence[int]
+    batch_size: int
+    augment: bool
+    weight_decay: float
+
+    def __post_init__(self) -> None:
+        layers = re.fullmatch(r"resnet(\d+)", self.model)
+        if self.model != "alexnet" and not (layers and int(layers[1]) >= 8 and int(layers[1]) % 6 == 2):
+            raise InputError(f"--peer: has no model {self.model!r}; it accepts alexnet and resnetD of D = 6n+2 layers.")
+        if self.norm not in ("none", "batch"):
+            raise InputError(f"--peer: has no norm {self.norm!r}; it accepts none and batch.")
+
+
+@contextmanager
+def peer(step: Step, accelerator: bool) -> Iterator[Callable[[float], dict[str, float]]]:
+    """Starts workers for each way in which PyTorch can use this machine; ends them with the block.
+
+    Args:
+      step: what they train.
       accelerator: whether to train on the GPU, eagerly and with CUDA graphs, instead of on every core of the CPU, as one
         process of N threads and as N processes of one thread.
 
+    Yields:
+      A function that trains for some seconds in one way after the other, and returns images per second by way.
+
     Raises:
-      InputError: if there is no such model here, or a worker ends before it is told to.
+      InputError: if a worker ends before it is told to.
     """
+    with ExitStack() as stack:
+        workers: dict[str, list[_Worker]] = {}
+        for way, tasks in _ways(accelerator).items():
+            workers[way] = [stack.enter_context(_Worker(asdict(step) | task)) for task in tasks]
+            for worker in workers[way]:
+                worker.answer()  # "ready"; the next way starts on a quiet machine
 
-    def __init__(
-        self,
-        model: str,
-        norm: str,
-        num_classes: int,
-        image_shape: Sequence[int],
-        batch_size: int,
-        augment: bool,
-        weight_decay: float,
-        accelerator: bool,
-    ):
-        layers = re.fullmatch(r"resnet(\d+)", model)
-        if model != "alexnet" and not (layers and int(layers[1]) >= 8 and int(layers[1]) % 6 == 2):
-            raise InputError(f"--peer: has no model {model!r}; it accepts alexnet and resnetD of D = 6n+2 layers.")
-        if norm not in ("none", "batch"):
-            raise InputError(f"--peer: has no norm {norm!r}; it accepts none and batch.")
-        spec = {"model": model, "norm": norm, "num_classes": num_classes, "image_shape": list(image_shape)}
-        spec |= {"batch_size": batch_size, "augment": augment, "weight_decay": weight_decay}
-        self._ways = {way: [spec | task for task in tasks] for way, tasks in _ways(accelerator).items()}
-        self._workers: dict[str, list[_Worker]] = {}
+        def measure(seconds: float) -> dict[str, float]:
+            speeds = {}
+            for way, members in workers.items():
+                for worker in members:
+                    worker.ask(seconds)
+                speeds[way] = sum(float(worker.answer()) for worker in members)
+            return speeds
 
-    def __enter__(self) -> Self:
-        try:
-            for way, specs in self._ways.items():
-                started = self._workers[way] = []
-                for spec in specs:
-                    started.append(_Worker(spec))  # noqa: PERF401 (each must be known to close() at once)
-                for worker in started:
-                    worker.answer()  # "ready"; the next way starts on a quiet machine
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def measure(self, seconds: float) -> dict[str, float]:
-        """Images per second of each way, summed over its workers; takes about `seconds` a way."""
-        speeds: dict[str, float] = {}
-        for way, workers in self._workers.items():
-            for worker in workers:
-                worker.ask(seconds)
-            speeds[way] = sum(float(worker.answer()) for worker in workers)
-        return speeds
-
-    def close(self) -> None:
-        """Ends every worker, whatever it is doing."""
-        for worker in [worker for workers in self._workers.values() for worker in workers]:
-            worker.close()
-        self._workers = {}
+        yield measure
 
 
 def _ways(accelerator: bool) -> dict[str, list[dict[str, Any]]]:
-    """By name, what the workers of each way differ in."""
+    """The tasks of the workers of each way, by the way's name."""
     cores = len(os.sched_getaffinity(0))
     if accelerator:
         task = {"threads": cores, "device": "cuda"}
@@ -109,31 +103,34 @@ def _counted(processes: int, threads: int) -> str:
 
 
 class _Worker:
-    """One subprocess."""
+    """One subprocess, killed when its block ends."""
 
     def __init__(self, spec: dict[str, Any]):
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
         environment["OMP_NUM_THREADS"] = str(spec["threads"])
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close(); a pipe could fill up)
-        self._process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), "--worker", json.dumps(spec)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env=environment,
-        )
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed on exit; a pipe could fill up)
+        line = [sys.executable, os.path.abspath(__file__), json.dumps(spec)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._stderr}
+        self._process = subprocess.Popen(line, **pipes, env=environment, text=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._stderr.close()
 
     def ask(self, seconds: float) -> None:
         assert self._process.stdin
         try:
-            self._process.stdin.write(f"{seconds}\n".encode())
-            self._process.stdin.flush()
+            print(seconds, file=self._process.stdin, flush=True)
         except BrokenPipeError:
             raise self._failure() from None
 
     def answer(self) -> str:
         assert self._process.stdout
-        line = self._process.stdout.readline().decode().strip()
+        line = self._process.stdout.readline().strip()
         if not line:
             raise self._failure()
         return line
@@ -145,14 +142,9 @@ class _Worker:
         last = next((line.strip() for line in reversed(said) if line.strip()), f"exit status {status}")
         return InputError(f"--peer: a PyTorch process ended: {last}")
 
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._stderr.close()
-
 
 def main(spec: dict[str, Any]) -> None:
-    """A worker, until the end of stdin."""
+    """Runs a worker until stdin ends."""
     step, synchronise = make_step(spec)
     steps_at_once = 1 if spec["device"] == "cpu" else 16  # the GPU is waited for after so many
     for _ in range(3):
@@ -170,13 +162,13 @@ def main(spec: dict[str, Any]) -> None:
 
 
 def make_step(spec: dict[str, Any]) -> tuple[Callable[[], None], Callable[[], None]]:
-    """One SGD step on a random batch, and what waits until all steps are taken."""
+    """Returns a function that takes one SGD step on a random batch, and one that waits for the device."""
     import torch  # pyright: ignore[reportMissingImports]
 
     device, augment, batch_size = spec["device"], spec["augment"], spec["batch_size"]
     torch.set_num_threads(spec["threads"])
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False  # as our precision "float32"; matrix products are so by default
+    torch.backends.cudnn.allow_tf32 = False  # like our precision "float32"; matrix products have it by default
     images = torch.randint(0, 256, (EXAMPLES, *spec["image_shape"]), dtype=torch.uint8, device=device)
     labels = torch.randint(0, spec["num_classes"], (EXAMPLES,), device=device)
     mean = images.float().mean((0, 1, 2)).reshape(1, -1, 1, 1)
@@ -209,7 +201,7 @@ def make_step(spec: dict[str, Any]) -> tuple[Callable[[], None], Callable[[], No
 
 
 def _crops(torch: Any, images: Any, mean: Any) -> Any:
-    """Every crop of every image and then of its mirror image, as a view uint8[2n, top, left, H, W, C]: one gather is all."""
+    """Returns every crop of every image, then of its mirror image, as a view uint8[2n, top, left, H, W, C] to gather from."""
     n, height, width, channels = images.shape
     padded = mean.round().to(torch.uint8).reshape(channels).repeat(n, height + 2 * PAD, width + 2 * PAD, 1)
     padded[:, PAD:-PAD, PAD:-PAD] = images
@@ -220,7 +212,7 @@ def _crops(torch: Any, images: Any, mean: Any) -> Any:
 
 
 def build_model(model: str, norm: str, num_classes: int, image_shape: Sequence[int]) -> Any:
-    """Our model of that name as an nn.Module of images [N, C, H, W]."""
+    """Returns our model of this name as an nn.Module of images [N, C, H, W]."""
     from torch import nn  # pyright: ignore[reportMissingImports]
     from torch.nn.functional import pad  # pyright: ignore[reportMissingImports]
 
@@ -269,4 +261,4 @@ def build_model(model: str, norm: str, num_classes: int, image_shape: Sequence[i
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[sys.argv.index("--worker") + 1]))
+    main(json.loads(sys.argv[1]))

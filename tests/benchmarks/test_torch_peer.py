@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -17,20 +18,21 @@ SHAPE = (32, 32, 3)
 
 
 def load(path: Path) -> ModuleType:
-    """A module of experiments/, which is no package."""
+    """A module of benchmarks/, which is no package."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec
     assert spec.loader
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
 
-torch_peer = load(Path(__file__).parents[2] / "experiments/torch_peer.py")
+torch_peer = load(Path(__file__).parents[2] / "benchmarks/torch_peer.py")
 
 
 def peer(model="resnet8", norm="batch", image_shape=SHAPE):
-    return torch_peer.Peer(model, norm, 10, image_shape, 4, augment=True, weight_decay=5e-4, accelerator=False)
+    step = torch_peer.Step(model, norm, 10, image_shape, 4, augment=True, weight_decay=5e-4)
+    return torch_peer.peer(step, accelerator=False)
 
 
 @pytest.mark.parametrize(
@@ -53,8 +55,8 @@ def started(monkeypatch):
 @pytest.mark.slow
 def test_each_way_has_a_speed_and_none_goes_on_afterwards(started, monkeypatch):
     monkeypatch.setattr(torch_peer.os, "sched_getaffinity", lambda pid: {0, 1})
-    with peer() as two_ways:
-        speeds = two_ways.measure(0.3)
+    with peer() as measure:
+        speeds = measure(0.3)
         assert [process.poll() for process in started] == [None, None, None]
     assert list(speeds) == ["1 process x 2 threads", "2 processes x 1 thread"]
     assert all(1 < speed < math.inf for speed in speeds.values())

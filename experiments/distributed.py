@@ -1,8 +1,8 @@
-"""Several processes that run one command together, on one machine or many: how each joins them, and how it ends.
+"""Several processes that run one command together, on one or many machines: how each joins the others, and how it ends.
 
-JAX ends a process from native code, with pages of it, when another is lost. So each process here is two: the one that was
-started keeps watch, and its child does the work. What native code prints in the child passes through the watcher, which leaves
-out what JAX's processes say of each other, and says in one line how the child ended.
+JAX ends a process from native code, with pages of output, when another is lost. So each process here is two: the one that was
+started watches, and its child does the work. The watcher passes on the child's output without the messages of JAX's processes
+about each other, and says in one line how the child ended.
 """
 
 import ctypes
@@ -18,8 +18,8 @@ from absl import flags
 from smallbatch_jax.config.fields import InputError
 from smallbatch_jax.runner import signals
 
-HEARTBEAT_SECONDS = 30  # after which a process that went silent is taken to be lost, where its connections did not tell at once
-END_SECONDS = 600  # that the others wait for the first, which draws the figures
+HEARTBEAT_SECONDS = 30  # of silence, after which a process is taken to be lost if its connections have not failed before
+END_SECONDS = 600  # that the others wait for the first process, which draws the figures
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 COORDINATOR = flags.DEFINE_string(
@@ -34,10 +34,10 @@ JOIN_SECONDS = flags.DEFINE_integer("join_seconds", 300, "How long to wait for t
 
 
 def asked() -> dict[str, Any] | None:
-    """The arguments of `jax.distributed.initialize`; None if this process is alone.
+    """Returns the arguments of `jax.distributed.initialize`; None if this process is alone.
 
     Raises:
-      InputError: if they are incomplete or make no sense.
+      InputError: if the flags or variables are incomplete or contradict each other.
     """
     address = COORDINATOR.value or os.environ.get("JAX_COORDINATOR_ADDRESS")
     if DISTRIBUTED.value and not address:
@@ -69,9 +69,9 @@ def _number(flag: Any, variable: str) -> int | None:
 
 
 def supervise() -> None:
-    """Returns in a child, if there are to be several processes; the caller itself stays here and ends as the child does.
+    """With several processes, forks and returns in the child only; the parent watches it and ends as it does.
 
-    To be called before JAX is imported, whose threads no child would inherit.
+    Call it before JAX is imported: a child does not inherit JAX's threads.
     """
     chosen = asked()
     if chosen is None:
@@ -82,17 +82,17 @@ def supervise() -> None:
         os.close(writer)
         _watch(child, reader, chosen.get("process_id"))
     os.close(reader)
-    os.setsid()  # Ctrl-C comes by the watcher, once
+    os.setsid()  # Ctrl-C comes from the watcher, once
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != watcher:
         os._exit(1)
-    sys.stdout, sys.stderr = (_our_own(stream) for stream in (sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = (_duplicate(stream) for stream in (sys.stdout, sys.stderr))
     for descriptor in (1, 2):
         os.dup2(writer, descriptor)
 
 
-def _our_own(stream: Any) -> Any:
-    """The same stream on a descriptor that native code does not know."""
+def _duplicate(stream: Any) -> Any:
+    """Returns the stream on another descriptor, which native code does not write to."""
     stream.flush()
     return open(os.dup(stream.fileno()), "w", buffering=1, encoding=stream.encoding, errors=stream.errors)
 
@@ -112,11 +112,11 @@ def _watch(child: int, reader: int, number: int | None) -> NoReturn:
 
 
 NOISE = re.compile(r"\[Gloo\]|connected to \d+ peer ranks|coordination_service|preemption_sync|JAX distributed service")
-NATIVE_LINE = re.compile(r"[IWEF]\d{4} ")  # how native code begins what it logs; more lines may follow
+NATIVE_LINE = re.compile(r"[IWEF]\d{4} ")  # beginning of a native log entry, which may have more lines
 
 
 def without_noise(lines: Iterable[str]) -> Iterable[str]:
-    """The lines, but for what JAX's processes log of each other, and all that follows the last word of one."""
+    """Yields the lines without the log entries of JAX's processes about each other, up to a fatal one."""
     dropping = ended = False
     for line in lines:
         if NATIVE_LINE.match(line):
@@ -128,10 +128,10 @@ def without_noise(lines: Iterable[str]) -> Iterable[str]:
 
 
 def join() -> None:
-    """Joins the other processes, if there are any; before JAX makes its devices.
+    """Joins the other processes, if there are any; call it before JAX makes its devices.
 
     Raises:
-      InputError: if they cannot be found.
+      InputError: if they cannot be reached.
     """
     chosen = asked()
     if chosen is None:
@@ -151,7 +151,7 @@ def join() -> None:
 
 
 def failure(error: Exception) -> str:
-    """One line for what JAX raised in this process."""
+    """Returns one line for an exception of JAX in this process."""
     import jax
 
     reason = " ".join(str(error).split())[:200]

@@ -1,0 +1,90 @@
+"""Times whole training segments of a program, in turn with a PyTorch peer: the measurement of `experiments/benchmark.py`."""
+
+import ctypes
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import torch_peer
+
+from smallbatch_jax.program import devices
+from smallbatch_jax.runner import planning
+
+
+def time_program(trial: planning.Trial, dataset: Any, seconds: float, repeats: int, peer: bool) -> dict[str, Any]:
+    """Trains one program several times for some seconds.
+
+    Returns:
+      A row of `benchmark.py --json`: images_per_second is the median over `repeats`, of all lanes together; `rates` has every
+      timing by way, "ours" and PyTorch's; measured_bytes is the growth of the process's peak memory.
+    """
+    job, program = trial.job, trial.program
+    model, chosen = job.experiment.model, job.experiment
+    _reset_peak()
+    before = devices.peak_bytes_in_use()
+    trial.warm_up()
+    trial.train(seconds)
+    trial.evaluate()
+    measured = devices.peak_bytes_in_use() - before
+    rates: dict[str, list[float]] = {"ours": []}
+    with ExitStack() as stack:
+        if peer:
+            step = torch_peer.Step(
+                model.name,
+                model.norm,
+                dataset.num_classes,
+                dataset.image_shape,
+                job.batch_size,
+                chosen.dataset.augment,
+                chosen.weight_decay,
+            )
+            measure = stack.enter_context(torch_peer.peer(step, accelerator=jax.default_backend() != "cpu"))
+        for _ in range(repeats):
+            images, spent = trial.train(seconds)
+            rates["ours"].append(images / spent)
+            if peer:
+                for way, rate in measure(seconds).items():
+                    rates.setdefault(way, []).append(rate)
+    return {
+        "model": model.name,
+        "norm": model.norm,
+        "augment": chosen.dataset.augment,
+        "precision": chosen.precision,
+        "batch_size": job.batch_size,
+        "lanes": len(job.runs),
+        "images_per_second": median(rates["ours"]),
+        "rates": rates,
+        "flops_per_image": planning.flops_per_image(job.model_of(None), job.batch_size, dataset.image_shape),
+        "seconds_to_compile": program.compile_seconds,
+        "peak_bytes": program.peak_bytes,
+        "measured_bytes": measured,
+    }
+
+
+def _reset_peak() -> None:
+    """Resets the peak of this process's memory, where the system can."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that compiling freed would be taken first, and not be seen
+    if Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def format_row(result: dict[str, Any]) -> str:
+    """The table's line of a batch size, and one below it for each way of PyTorch."""
+    rates, speed = result["rates"], result["images_per_second"]
+    lines = [
+        f"{result['batch_size']:>6}{result['lanes']:>7}{speed:>10,.0f}  {_spread(rates['ours']):<18}"
+        f"{speed * result['flops_per_image'] / 1e9:>8,.0f}{result['seconds_to_compile']:>7.1f} s"
+        f"{result['measured_bytes'] / 2**20:>6,.0f} MiB"
+    ]
+    for way, found in rates.items():
+        if way != "ours":
+            rate = median(found)
+            lines.append(f"{'':>13}{rate:>10,.0f}  {_spread(found):<18}  {way}: ours is {speed / rate:.2f} x")
+    return "\n".join(lines)
+
+
+def _spread(rates: list[float]) -> str:
+    return f"({min(rates):,.0f}-{max(rates):,.0f})"

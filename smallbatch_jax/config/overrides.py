@@ -1,0 +1,119 @@
+"""Overrides of a config: the text of --config.FIELD=VALUE becomes a value, by the type of the field.
+
+`experiment.from_config` judges the values later; a text that makes no sense stays text.
+"""
+
+import ast
+import dataclasses
+import typing
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from smallbatch_jax.config import fields
+from smallbatch_jax.config.experiment import Config
+from smallbatch_jax.config.fields import InputError
+
+YES, NO = ("true", "t", "yes", "y", "on", "1"), ("false", "f", "no", "n", "off", "0")
+BOOLEANS: dict[str, bool] = {**dict.fromkeys(YES, True), **dict.fromkeys(NO, False)}
+
+
+def require_field(path: str) -> dataclasses.Field:
+    """Returns the config field with this dotted name.
+
+    Raises:
+      InputError: if there is no such field.
+    """
+    section, prefix, field = Config, "", dataclasses.field()
+    for name in path.split("."):
+        if not dataclasses.is_dataclass(section):
+            raise InputError(f"{path}: unknown field; {prefix[:-1]} has no fields of its own.")
+        known = {field.name: field for field in dataclasses.fields(section)}
+        fields.refuse_unknown([name], known, prefix)
+        field, section, prefix = known[name], known[name].default, f"{prefix}{name}."
+    return field
+
+
+def override(config: ConfigDict, texts: Mapping[str, str]) -> None:
+    """Sets fields of a config, given by dotted name, from texts; sections before their fields, which keep their values."""
+    for path in sorted(texts, key=lambda path: path.count(".")):
+        section, _, name = path.rpartition(".")
+        value = read(require_field(path), texts[path])
+        with config.unlocked(), config.ignore_type():
+            if section or isinstance(value, dict):
+                config.update({section: {name: value}} if section else {name: value})
+            else:
+                config[name] = value
+
+
+def read(field: dataclasses.Field, text: str) -> Any:
+    """Returns the value that a text stands for, by the type of the field."""
+    text = text.strip()
+    if text == "None" or (field.default is None and text.lower() in ("none", "null")):
+        return None
+    kind = type(field.default) if field.default is not None else typing.get_args(field.type)[0]  # of `int | None`
+    if kind is bool:
+        return BOOLEANS.get(text.lower(), text)
+    if kind is str:
+        return unquoted(text)
+    if (typing.get_origin(kind) or kind) is tuple:
+        return _read_tuple(text)
+    for number in (int, float):  # int() also takes "08"
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    value = _read_literal(text)
+    return text if isinstance(value, bool) else value  # ml_collections would take True for 1.0
+
+
+def unquoted(text: str) -> str:
+    """Removes the quotes around a text, which a shell removes and a file does not."""
+    inner = text[1:-1]
+    return inner if text[:1] in ("'", '"') and text == text[0] + inner + text[0] and text[0] not in inner else text
+
+
+def _read_tuple(text: str) -> Any:
+    """Reads a tuple with or without brackets, or a single value; strings may be unquoted."""
+    value = _read_literal(text)
+    if value != text:
+        return value if isinstance(value, (tuple, dict)) else (value,)
+    inner = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
+    parts = tuple(unquoted(part.strip()) for part in inner.split(",") if part.strip())
+    strings = parts and all(part[0] not in "([{" and isinstance(_read_literal(part), str) for part in parts)
+    return parts if strings else text
+
+
+def _read_literal(text: str) -> Any:
+    """Evaluates a Python literal in which 2^-7 and 2**-7 are powers; returns the text itself if it is none."""
+    for written in (text, text.replace("\u2212", "-")):  # the minus sign of a typeset table
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                return _value(ast.parse(written, mode="eval").body)
+        except (SyntaxError, ValueError, TypeError, ArithmeticError, MemoryError, RecursionError):
+            pass
+    return text
+
+
+def _value(node: Any) -> Any:
+    match node:
+        case ast.Constant():
+            return node.value
+        case ast.Tuple() | ast.List():
+            return tuple(map(_value, node.elts))
+        case ast.Dict() if None not in node.keys:
+            return dict(zip(map(_value, node.keys), map(_value, node.values), strict=True))
+        case ast.UnaryOp(ast.USub(), operand):
+            return -_value(operand)
+        case ast.UnaryOp(ast.UAdd(), operand):
+            return +_value(operand)
+        case ast.BinOp(base, ast.Pow() | ast.BitXor(), exponent):
+            base, exponent = _value(base), _value(exponent)
+            power = float(base) ** float(exponent)
+            exact = isinstance(base, int) and isinstance(exponent, int) and exponent >= 0 and abs(power) < 2**53
+            return int(power) if exact else power
+        case ast.Name("nan" | "inf" as name):
+            return float(name)
+    raise ValueError
