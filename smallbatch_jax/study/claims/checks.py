@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import pandas as pd
 
 from smallbatch_jax.study import analysis
-from smallbatch_jax.study.analysis import format_base_lr, plural
+from smallbatch_jax.config.text import format_base_lr, plural
 from smallbatch_jax.study.study import Study
 
 T = TypeVar("T")

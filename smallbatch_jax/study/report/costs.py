@@ -8,7 +8,8 @@ import plotly.graph_objects as go
 
 from smallbatch_jax.config.text import duration
 from smallbatch_jax.study import cost
-from smallbatch_jax.study.analysis import CELL, plural
+from smallbatch_jax.config.text import plural
+from smallbatch_jax.study.analysis import CELL
 from smallbatch_jax.study.answer import setting
 from smallbatch_jax.study.figures.style import SECONDS, ordered_colors, unit_ticks
 from smallbatch_jax.study.figures.summary import metric_name
