@@ -1,4 +1,4 @@
-"""What a passage of the paper can claim, as checks on the studies that it is about.
+"""Checks that claims are made of: each takes the studies that a claim is about and returns a Finding.
 
 A smaller grid or data set is judged like the paper's own. The accuracy of a batch size is that of its best cell; where
 batch sizes tie for the best, the claim has the benefit.
@@ -7,6 +7,7 @@ batch sizes tie for the best, the claim has the benefit.
 # Without pandas-stubs, pyright takes the keys of a Series for any Hashable.
 # pyright: reportReturnType=false
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping
@@ -16,8 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 
+from smallbatch_jax.config.text import format_base_lr, percent, plural
 from smallbatch_jax.study import analysis
-from smallbatch_jax.config.text import format_base_lr, plural
 from smallbatch_jax.study.study import Study
 
 T = TypeVar("T")
@@ -35,26 +36,21 @@ TREND = 3  # batch sizes; with fewer nothing rises or falls
 
 
 class NotEnoughData(Exception):
-    """What the stored results lack for a part, in words."""
+    """The stored results cannot decide a check; the message says what they lack."""
 
 
 class Finding(NamedTuple):
-    """What the stored results say of a part; `holds` is None where they cannot say."""
+    """The result of a check; `holds` is None where the stored results cannot decide it."""
 
     holds: bool | None
     text: str
 
 
-def _listed(values: Iterable[Any]) -> str:
-    return ", ".join(map(str, values))
+_percent = functools.partial(percent, digits=2)
 
 
 def _by_size(values: Mapping[int, Any]) -> str:
-    return f"{_listed(values.values())} at m = {_listed(values)}"
-
-
-def _percent(accuracy: float) -> str:
-    return f"{100 * accuracy:.2f} %"
+    return f"{', '.join(map(str, values.values()))} at m = {', '.join(map(str, values))}"
 
 
 def _points(difference: float) -> float:
@@ -115,8 +111,7 @@ class Best(NamedTuple):
 
 def _best(study: Study, sizes: Sizes = ALL, least: int = 1) -> dict[int, Best]:
     """The best cell by batch size."""
-    table = analysis.best_cells(_ordinary(study.cells))
-    table = table.sort_values(["test_accuracy", "base_lr"], ascending=[False, True])
+    table = analysis.best_first(analysis.best_cells(_ordinary(study.cells)))
     if table["test_accuracy"].isna().all():
         raise NotEnoughData(f"no run of {study.name} with BN over the whole batch finished")
     best: dict[int, Best] = {}
@@ -168,28 +163,27 @@ def best_is_at(study: Study, sizes: Sizes) -> Finding:
 
 def is_near_best(study: Study, batch_size: int, tolerance: float) -> Finding:
     """One batch size is within `tolerance` points of the best."""
-    loss, best = _loss(study, batch_size)
-    text = f"{study.name}: m = {batch_size} loses {_format_loss(loss)} ({tolerance:g} allowed) to the best, {best}"
-    return Finding(loss <= tolerance, text)
+    loss, text = _loss(study, batch_size)
+    best = _top(_best(study))
+    return Finding(
+        loss <= tolerance, f"{study.name}: m = {batch_size} loses {text} ({tolerance:g} allowed) to the best, {best}"
+    )
 
 
 def falls_off_more(steep: Study, flat: Study, batch_size: int) -> Finding:
     """From the best to `batch_size`, one study loses more than the other."""
-    (loss, _), (flat_loss, _) = _loss(steep, batch_size), _loss(flat, batch_size)
-    losses = f"{steep.name} loses {_format_loss(loss)}, {flat.name} {_format_loss(flat_loss)}"
+    (loss, text), (flat_loss, flat_text) = _loss(steep, batch_size), _loss(flat, batch_size)
+    losses = f"{steep.name} loses {text}, {flat.name} {flat_text}"
     return Finding(loss > flat_loss, f"from the best to m = {batch_size}, {losses}")
 
 
-def _loss(study: Study, batch_size: int) -> tuple[float, Best]:
-    """How many points a batch size is below the best, and that."""
+def _loss(study: Study, batch_size: int) -> tuple[float, str]:
+    """By how many points a batch size is below the best, also in words."""
     best = _best(study, least=2)
     if batch_size not in best:
         raise NotEnoughData(f"{study.name} has no batch size {batch_size}")
-    return _points(_top(best).accuracy - best[batch_size].accuracy), _top(best)
-
-
-def _format_loss(points: float) -> str:
-    return "everything" if points == math.inf else f"{points:.2f} points"
+    loss = _points(_top(best).accuracy - best[batch_size].accuracy)
+    return loss, "everything" if loss == math.inf else f"{loss:.2f} points"
 
 
 def has_accuracy(study: Study, accuracy: float, tolerance: float) -> Finding:
@@ -245,31 +239,29 @@ def _need_base_lrs(study: Study) -> None:
 
 def none_converges(study: Study, sizes: Sizes) -> Finding:
     """No base_lr converges at any of the batch sizes."""
-    counts = _pick(_converging(study), f"{study.name} has", sizes)
+    counts = _converging(study, sizes)
     return Finding(not any(counts.values()), _format_converging(study, counts))
 
 
 def each_converges(study: Study, sizes: Sizes) -> Finding:
     """Some base_lr converges at each of the batch sizes."""
-    counts = _pick(_converging(study), f"{study.name} has", sizes)
+    counts = _converging(study, sizes)
     return Finding(all(counts.values()), _format_converging(study, counts))
 
 
 def every_base_lr_converges(study: Study, sizes: Sizes) -> Finding:
     """Each of the batch sizes converges over the full range of base learning rates."""
     _need_base_lrs(study)
-    counts, asked = (
-        _pick(_converging(study), f"{study.name} has", sizes),
-        study.cells.groupby("batch_size")["base_lr"].nunique(),
-    )
-    text = f"{_format_converging(study, counts)}, of {_listed(asked[m] for m in counts)}"
+    counts = _converging(study, sizes)
+    asked = study.cells.groupby("batch_size")["base_lr"].nunique()
+    text = f"{_format_converging(study, counts)}, of {', '.join(str(asked[m]) for m in counts)}"
     return Finding(all(counts[m] == asked[m] for m in counts), text)
 
 
 def range_narrows(study: Study) -> Finding:
     """Fewer base learning rates converge as the batch size grows."""
     _need_base_lrs(study)
-    counts = _pick(_converging(study), f"{study.name} has", least=TREND)
+    counts = _converging(study, least=TREND)
     rates = list(counts.values())
     if not any(rates):
         raise NotEnoughData(f"{study.name}: no base_lr converges at any batch size")
@@ -277,10 +269,11 @@ def range_narrows(study: Study) -> Finding:
     return Finding(rates[-1] < rates[0] and not widens, _format_converging(study, counts))
 
 
-def _converging(study: Study) -> dict[int, int]:
+def _converging(study: Study, sizes: Sizes = ALL, least: int = 1) -> dict[int, int]:
     """Numbers of converging base learning rates by batch size."""
     ranges = analysis.convergent_range(_ordinary(study.cells), study.chance)
-    return ranges.groupby("batch_size")["convergent"].max().to_dict()
+    counts = ranges.groupby("batch_size")["convergent"].max().to_dict()
+    return _pick(counts, f"{study.name} has", sizes, least)
 
 
 def _format_converging(study: Study, counts: Mapping[int, int]) -> str:
@@ -289,29 +282,29 @@ def _format_converging(study: Study, counts: Mapping[int, int]) -> str:
 
 def curves_are_similar(study: Study, base_lr: float, sizes: Sizes) -> Finding:
     """At one base_lr, the training accuracies of the batch sizes lie close together."""
-    curves = _pick(_training_accuracy(study, base_lr), f"{study.name} has", sizes, least=2)
+    curves = _training_accuracy(study, base_lr, sizes, least=2)
     low, high = min(curves.values()), max(curves.values())
     return Finding(low > 0 and _points(high - low) <= SIMILAR_CURVES, _format_training(study, base_lr, curves))
 
 
 def curves_are_lower(study: Study, base_lr: float, sizes: Sizes, than: Sizes) -> Finding:
     """At one base_lr, the training accuracy of each of the batch sizes is below those of others."""
-    curves = _training_accuracy(study, base_lr)
-    lower, higher = (_pick(curves, f"{study.name} has", which) for which in (sizes, than))
+    lower, higher = (_training_accuracy(study, base_lr, which) for which in (sizes, than))
     lowest = min(higher.values())
     text = f"{_format_training(study, base_lr, lower)}; lowest of m {than} {_percent(lowest)}"
     return Finding(max(lower.values()) < lowest, text)
 
 
-def _training_accuracy(study: Study, base_lr: float) -> dict[int, float]:
-    """As seen, by batch size: the mean over the epochs of a run, 0 if it diverged, then over its seeds."""
+def _training_accuracy(study: Study, base_lr: float, sizes: Sizes, least: int = 1) -> dict[int, float]:
+    """By batch size: the mean over the epochs of a run, 0 if it diverged, then over its seeds."""
     rows = study.rows[study.rows["base_lr"] == base_lr]
     if not (rows["status"] == "finished").any():
         raise NotEnoughData(f"{study.name} has no finished run at base_lr {format_base_lr(base_lr)}")
     rows = _ordinary(rows)
     accuracy = rows["train_accuracy"].where(rows["status"] == "finished", 0.0)
     runs = accuracy.groupby([rows["batch_size"], rows["seed"]]).mean()
-    return {m: round(accuracy, 9) for m, accuracy in runs.groupby("batch_size").mean().items()}
+    curves = {m: round(accuracy, 9) for m, accuracy in runs.groupby("batch_size").mean().items()}
+    return _pick(curves, f"{study.name} has", sizes, least)
 
 
 def _format_training(study: Study, base_lr: float, curves: Mapping[int, float]) -> str:

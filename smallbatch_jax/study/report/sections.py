@@ -68,7 +68,7 @@ def _percent(fraction: float) -> Value:
 def claims_of(studies: dict[str, Study]) -> dict[str, Any] | None:
     """The paper's claims that these studies speak of, those that they decide first; None if there are none."""
     verdicts = claims.judge(studies)
-    about = [v for v in verdicts if any(name in studies for part in v.claim.parts for name in part.figures)]
+    about = [v for v in verdicts if any(name in studies for check in v.claim.checks for name in check.figures)]
     if not about:
         return None
     judged = [v for v in about if v.holds is not None]
