@@ -1,4 +1,4 @@
-"""The answer of a study in one sentence: the best batch size and base learning rate, and the batch sizes that never reach it."""
+"""The answer of a study in one sentence: the best batch size and base learning rate, and the sizes that never reach it."""
 
 import math
 from collections.abc import Mapping, Sequence

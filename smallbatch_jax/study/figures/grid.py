@@ -1,6 +1,5 @@
-"""Test accuracy over batch sizes m and base learning rates η̃: the form of Figs. 1–3, 5–12, 17 and 18."""
+"""Test accuracy of every cell, over m, η̃ or the BN batch size: the form of Figs. 1–3, 5–14, 17 and 18."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,28 +9,90 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from smallbatch_jax.study.figures import style
-from smallbatch_jax.study.figures.table import Table, make_table, mark_entries, one_bn_batch_size, plot_rows, with_pending
+from smallbatch_jax.study.figures.table import (
+    DIVERGED,
+    PENDING,
+    CellTable,
+    best_of_each,
+    make_table,
+    mark_entries,
+    one_bn_batch_size,
+    own_base_lrs,
+    plot_absent,
+    plot_rows,
+    setting_labels,
+    with_pending,
+)
+
+ROW = 0.13  # inches, the height of one row of marks
 
 
 @style.styled()
 def accuracy_against_batch_size(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
     """Test accuracy over m, one curve per η̃, and a note of how much is missing. Arguments as for `heat_map`."""
-    title, table = _lay_out(cells, "base_lr", "batch_size")
-    labels = [style.math_base_lr(base_lr) for base_lr in table.rows]
-    figure, axes = _curves(title, table, labels, r"$\tilde{\eta}$", metric)
-    style.log2_axis(axes, table.columns, [str(m) for m in table.columns])
-    axes.set_xlabel(style.BATCH_SIZE_LABEL)
-    return figure
+    return _curves(cells, "base_lr", "batch_size", metric)
 
 
 @style.styled()
 def accuracy_against_base_lr(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
     """Test accuracy over η̃, one curve per m: where each batch size stops converging. Arguments as for `heat_map`."""
-    title, table = _lay_out(cells, "batch_size", "base_lr")
-    figure, axes = _curves(title, table, [str(m) for m in table.rows], "$m$", metric)
-    style.log2_axis(axes, table.columns, [style.math_base_lr(x) for x in table.columns])
-    axes.set_xlabel(style.BASE_LR_LABEL)
+    return _curves(cells, "batch_size", "base_lr", metric)
+
+
+def _curves(cells: pd.DataFrame, rows: str, columns: str, metric: str) -> Figure:
+    title, table = _lay_out(cells, rows, columns)
+    figure, axes = style.new_axes(title)
+    plot_rows(axes, table, list(map(style.COLUMNS[rows].text, table.rows)), style.COLUMNS[rows].symbol, metric)
+    style.grid_axis(axes, "x", columns, table.columns)
+    style.foot(figure, mark_entries(table.curves), table.note())
     return figure
+
+
+def _lay_out(cells: pd.DataFrame, rows: str, columns: str) -> tuple[str, CellTable]:
+    """The title of a figure, and its table."""
+    cells, bn_note = one_bn_batch_size(with_pending(cells))
+    return style.plain(str(cells["experiment"].iloc[0])) + bn_note, make_table(cells, rows, columns)
+
+
+@style.styled()
+def accuracy_against_bn_batch_size(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
+    """Test accuracy over the BN batch size, one curve per SGD batch size m (Figs. 13 and 14).
+
+    Args:
+      cells: as for `heat_map`; a pair (m, BN batch size) with several base_lrs is shown at its best.
+      metric: as for `heat_map`.
+    Returns:
+      A figure in which a planned pair without an accuracy stands in a panel below the curves, in the row of its m: as a dot
+      if it has not finished, as a × if all its runs diverged.
+    """
+    cells = with_pending(cells)
+    table = make_table(best_of_each(cells), "batch_size", "bn_batch_size")
+    missing = np.flatnonzero((table.unknown | table.all_diverged).any(axis=1)).tolist()
+    figure = style.new_figure(3.3 + ROW * len(missing))
+    below = [ROW * (len(missing) + 0.5)] if missing else []
+    panels = figure.subplots(1 + len(below), sharex=True, squeeze=False, height_ratios=[2.5, *below])[:, 0]
+    choice = "" if own_base_lrs(cells).notna().all() else r", best $\tilde{\eta}$ of each"
+    panels[0].set_title(style.plain(str(cells["experiment"].iloc[0])) + choice)
+    plot_rows(panels[0], table, *setting_labels(cells), metric)
+    marks = _mark_missing(panels[1], table, missing) if missing else {}
+    style.grid_axis(panels[-1], "x", "bn_batch_size", table.columns)
+    style.foot(figure, mark_entries(table.curves) | marks, table.note("pairs"))
+    return figure
+
+
+def _mark_missing(axes: Axes, table: CellTable, missing: list[int]) -> dict[str, Any]:
+    """Marks the places of some rows that have no accuracy, a row each; the legend's entries."""
+    columns, colors, entries = np.array(table.columns), style.ordered_colors(len(table.rows)), {}
+    kinds = {"not finished": (table.unknown, style.NOT_YET), "diverged": (table.all_diverged, style.LOST)}
+    for height, i in enumerate(missing):
+        here = {label: (columns[where[i]], {**look, "color": colors[i]}) for label, (where, look) in kinds.items()}
+        entries |= plot_absent(axes, height, here)
+    axes.set_yticks(range(len(missing)), [f"$m$ = {table.rows[i]}" for i in missing], fontsize=6.5)
+    axes.set_ylim(-0.75, len(missing) - 0.25)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(False)
+    return {label: entries[label] for label in kinds if label in entries}
 
 
 @style.styled()
@@ -39,14 +100,14 @@ def heat_map(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
     """Test accuracy of every cell, m upwards and η̃ to the right.
 
     Args:
-      cells: one experiment's rows of `analysis.planned_cells`, or of `analysis.final_accuracy`, which knows of no cell
-        before its first epoch. Where BN batch sizes vary, only those equal to m are drawn, or the largest of each m if
-        none is, and the title says so.
-      metric: what the accuracy is called, with "accuracy" at its end.
+      cells: one experiment's rows of `analysis.planned_cells`, or of `analysis.final_accuracy`, which has no cell before its
+        first epoch. Where BN batch sizes vary, only those equal to m are drawn, or the largest of each m if none is, and the
+        title says so.
+      metric: the name of the accuracy; it ends with "accuracy".
     Returns:
       A figure in which a cell is coloured (some seed finished), crossed on grey (none finished, some diverged), dotted
       on white (planned, and no seed has ended), or blank (not planned). A small × in a corner marks a coloured cell
-      some of whose seeds diverged, a small ring in another one with seeds pending.
+      some of whose seeds diverged, a small ring one with seeds pending.
     """
     title, table = _lay_out(cells, "batch_size", "base_lr")
     rows, columns = table.accuracy.shape
@@ -63,39 +124,24 @@ def heat_map(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
     style.foot(figure, _mark_cells(axes, table))
     if columns <= style.MOST_TICKS:
         _write_accuracies(axes, table, norm)
-    step_x, step_y = style.tick_step(columns), style.tick_step(rows)
-    axes.set_xticks(range(0, columns, step_x), [style.math_base_lr(x) for x in table.columns[::step_x]])
-    axes.set_yticks(range(0, rows, step_y), [str(m) for m in table.rows[::step_y]])
+    for which, column, values in (("x", "base_lr", table.columns), ("y", "batch_size", table.rows)):
+        step, names = style.tick_step(len(values)), style.COLUMNS[column]
+        getattr(axes, f"set_{which}ticks")(range(0, len(values), step), list(map(names.text, values[::step])))
+        axes.set(**{f"{which}label": names.label})
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set(xlabel=style.BASE_LR_LABEL, ylabel=style.BATCH_SIZE_LABEL)
     figure.colorbar(mesh, ax=axes, label=f"{metric} (%)", pad=0.02).outline.set_visible(False)
     return figure
 
 
-def _lay_out(cells: pd.DataFrame, rows: str, columns: str) -> tuple[str, Table]:
-    """The title of a figure, and its table."""
-    cells, bn_note = one_bn_batch_size(with_pending(cells))
-    return style.plain(str(cells["experiment"].iloc[0])) + bn_note, make_table(cells, rows, columns)
-
-
-def _curves(title: str, table: Table, labels: Sequence[str], legend_title: str, metric: str) -> tuple[Figure, Axes]:
-    figure, axes = style.new_axes(title)
-    entries = plot_rows(axes, table, list(labels), metric)
-    if entries:
-        style.side_legend(axes, entries, legend_title)
-    style.foot(figure, mark_entries(table), table.note)
-    return figure, axes
-
-
-def _mark_cells(axes: Axes, table: Table) -> dict[str, Any]:
-    """The marks of `heat_map`'s kinds of cell; the legend's entries for those that are there."""
+def _mark_cells(axes: Axes, table: CellTable) -> dict[str, Any]:
+    """Marks the cells of `heat_map` by kind; the legend's entries."""
     corner = {"color": "white", "edgecolors": "black", "linewidth": 0.6}  # seen on any colour
     kinds = {
         "diverged": (table.all_diverged, (0, 0), {"marker": "x", "color": "0.25", "s": 22}),
         "not finished": (table.unknown, (0, 0), {"marker": ".", "color": "0.6", "s": 8}),
-        "some seeds diverged": (table.partly_diverged, (0.4, 0.36), {"marker": "X", "s": 15, **corner}),
-        "some seeds pending": (table.provisional, (-0.4, 0.36), {"marker": "o", "s": 8, **corner}),
+        DIVERGED: (table.partly_diverged, (0.4, 0.36), {"marker": "X", "s": 15, **corner}),
+        PENDING: (table.provisional, (-0.4, 0.36), {"marker": "o", "s": 8, **corner}),
     }
     entries = {}
     for label, (where, (right, up), look) in kinds.items():
@@ -105,7 +151,7 @@ def _mark_cells(axes: Axes, table: Table) -> dict[str, Any]:
     return entries
 
 
-def _write_accuracies(axes: Axes, table: Table, norm: Normalize) -> None:
+def _write_accuracies(axes: Axes, table: CellTable, norm: Normalize) -> None:
     for y, x in np.argwhere(table.finished):
         value = table.accuracy[y, x]
         # viridis is dark at its lower end and light at its upper one

@@ -1,22 +1,33 @@
-"""The cells of a figure as a table: one row per curve, one column per point on the x axis."""
+"""The cells of a figure as a table, one row per curve and one column per point on the x axis, and how its rows are drawn."""
 
-import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
-from smallbatch_jax.config.experiment import Run
-from smallbatch_jax.study.analysis import CELL, SETUP, best_cells, planned_cells
+from smallbatch_jax.study.analysis import SETUP, best_first
 from smallbatch_jax.study.figures import style
+
+DIVERGED, PENDING = "some seeds diverged", "some seeds pending"
+
+
+class Points(NamedTuple):
+    """The points of one curve; arrays [C]."""
+
+    x: Any
+    y: np.ndarray  # NaN where the curve breaks
+    std: np.ndarray  # over seeds; NaN where there is no error bar
+    crossed: np.ndarray  # bool: some seeds diverged
+    provisional: np.ndarray  # bool: some seeds have not ended
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
-    """Accuracies of R × C cells and what became of their seeds. Where nothing is planned every mask is False."""
+class CellTable:
+    """Accuracies of R × C cells and the state of their seeds. Where nothing is planned every mask is False."""
 
     rows: list[Any]
     columns: list[Any]
@@ -52,12 +63,18 @@ class Table:
         return self.some_pending & ~self.unknown
 
     @property
-    def note(self) -> str:
-        """How many cells have not finished or have diverged."""
-        return style.count_note("cells", int(self.planned.sum()), int(self.some_pending.sum()), int(self.all_diverged.sum()))
+    def curves(self) -> list[Points]:
+        """The rows, each over the columns."""
+        provisional = self.provisional & self.finished
+        arrays = zip(self.accuracy, self.std, self.partly_diverged, provisional, strict=True)
+        return [Points(self.columns, *row) for row in arrays]
+
+    def note(self, unit: str = "cells") -> str:
+        """The numbers of cells that have not finished or have diverged."""
+        return style.count_note(unit, int(self.planned.sum()), int(self.some_pending.sum()), int(self.all_diverged.sum()))
 
 
-def make_table(cells: pd.DataFrame, rows: str, columns: str) -> Table:
+def make_table(cells: pd.DataFrame, rows: str, columns: str) -> CellTable:
     """The cells, at most one per place, by two of their columns."""
     row_values, column_values = sorted(set(cells[rows].tolist())), sorted(set(cells[columns].tolist()))
 
@@ -67,18 +84,11 @@ def make_table(cells: pd.DataFrame, rows: str, columns: str) -> Table:
 
     accuracy, std = 100 * place("test_accuracy"), 100 * place("test_accuracy_std")
     pending = place("pending")
-    return Table(row_values, column_values, accuracy, std, place("diverged") > 0, pending > 0, ~np.isnan(pending))
-
-
-def known_cells(rows: pd.DataFrame) -> pd.DataFrame:
-    """`planned_cells` of one experiment's results for the runs that they hold: a run without a row is not known of."""
-    fields = [field.name for field in dataclasses.fields(Run)]
-    runs = [Run(*values) for values in rows[fields].drop_duplicates().itertuples(index=False)]
-    return planned_cells(rows, runs, str(rows["experiment"].iloc[0]))
+    return CellTable(row_values, column_values, accuracy, std, place("diverged") > 0, pending > 0, ~np.isnan(pending))
 
 
 def with_pending(cells: pd.DataFrame) -> pd.DataFrame:
-    """The cells of one experiment; where no plan says it, a cell of which no seed has ended counts as one pending."""
+    """The cells of one experiment; without a plan, a cell of which no seed has ended has one pending."""
     names = cells["experiment"].unique()
     if len(names) != 1:
         raise ValueError(f"cells: a figure shows one experiment, got {len(names)} ({', '.join(map(str, names))}).")
@@ -88,72 +98,86 @@ def with_pending(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def one_bn_batch_size(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """One cell per (m, η̃), and what the title must add if that leaves cells out or departs from ordinary BN."""
-    ordinary = cells["bn_batch_size"].to_numpy() == cells["batch_size"].to_numpy()
+    """One cell per (m, η̃), and a note for the title if that leaves cells out or none is ordinary BN."""
+    b = cells["bn_batch_size"]
+    ordinary = b == cells["batch_size"]
     if ordinary.any():
-        return cells.loc[ordinary], "" if ordinary.all() else " (BN batch size = $m$)"
-    largest = cells.groupby("batch_size")["bn_batch_size"].transform("max").to_numpy()
-    cells = cells.loc[cells["bn_batch_size"].to_numpy() == largest]
-    sizes = sorted(set(cells["bn_batch_size"].tolist()))
-    return cells, f" (BN batch size {', '.join(map(str, sizes))})"
+        return cells[ordinary], "" if ordinary.all() else " (BN batch size = $m$)"
+    cells = cells[b == cells.groupby("batch_size")["bn_batch_size"].transform("max")]
+    return cells, f" (BN batch size {', '.join(map(str, sorted(set(cells['bn_batch_size'].tolist()))))})"
 
 
 def best_of_each(cells: pd.DataFrame) -> pd.DataFrame:
     """The best cell of each (experiment, batch size, BN batch size), as a table takes it.
 
     `pending` and, where nothing finished, `diverged` are sums over its base_lrs: a run that has not ended may yet be
-    better, and all must have diverged for the best to have.
+    better, and the best has diverged only if all have.
     """
-    totals = cells.groupby(SETUP, observed=True)[["pending", "diverged"]].sum().reset_index()
-    best = best_cells(cells).drop(columns=["finished", "diverged"]).merge(cells[[*CELL, "diverged"]], on=CELL, how="left")
-    best = best.merge(totals.rename(columns={"diverged": "all_diverged"}), on=SETUP)
-    nothing_pending = best["all_diverged"].where(best["pending"] == 0, 0)
-    return best.assign(diverged=best["diverged"].fillna(nothing_pending))
+    sums = cells.groupby(SETUP, observed=True)[["pending", "diverged"]].transform("sum")
+    all_diverged = sums["diverged"].where(sums["pending"] == 0, 0)
+    diverged = cells["diverged"].where(cells["finished"] > 0, all_diverged)
+    return best_first(cells.assign(pending=sums["pending"], diverged=diverged)).drop_duplicates(SETUP).sort_values(SETUP)
 
 
-def plot_curve(axes: Axes, table: Table, row: int, label: str, **look: Any) -> Artist | None:
-    """Draws one row of a table over its columns: a line that breaks where nothing finished, error bars, marks.
+def own_base_lrs(cells: pd.DataFrame) -> pd.Series:
+    """The base_lr of each batch size that has just one, NaN where there are several; by batch size."""
+    rates = cells.groupby("batch_size")["base_lr"].agg(["min", "max"])
+    return rates["min"].where(rates["min"] == rates["max"])
 
-    Returns:
-      The line, or None where the row has no point.
-    """
-    accuracy, std, x = table.accuracy[row], table.std[row], table.columns
-    if np.isnan(accuracy).all():
+
+def setting_labels(cells: pd.DataFrame) -> tuple[list[str], str]:
+    """A label per batch size, with its η̃ where they differ, and the title of the legend."""
+    rates = own_base_lrs(cells)
+    if rates.nunique() > 1 and rates.notna().all():
+        return [f"{m}, {style.math_base_lr(rate)}" for m, rate in rates.items()], r"$m$, $\tilde{\eta}$"
+    return [str(m) for m in rates.index], "$m$"
+
+
+def ordered_looks(count: int) -> list[dict[str, Any]]:
+    """Colours and markers of curves in order, by their place in the whole grid: they stay the same as results arrive."""
+    colors = style.ordered_colors(count)
+    return [{"color": color, "marker": style.MARKERS[i % len(style.MARKERS)]} for i, color in enumerate(colors)]
+
+
+def plot_curve(axes: Axes, points: Points, label: str, **look: Any) -> Artist | None:
+    """Draws a curve with its error bars and marks; returns its line, or None where it has no point."""
+    x, y = points.x, points.y
+    if np.isnan(y).all():
         return None
-    (line,) = axes.plot(x, accuracy, label=label, **look)
-    color = look["color"]
-    if not np.isnan(std).all():
-        axes.errorbar(x, accuracy, std, fmt="none", ecolor=color, elinewidth=0.8, capsize=1.5)
-    crossed = table.partly_diverged[row]
-    hollow = crossed | (table.provisional[row] & table.finished[row])
-    if hollow.any():
-        axes.plot(x, np.where(hollow, accuracy, np.nan), **{**look, **style.HOLLOW})
-    if crossed.any():
-        axes.plot(x, np.where(crossed, accuracy, np.nan), color=color, **style.CROSS)
+    (line,) = axes.plot(x, y, label=label, **look)
+    if not np.isnan(points.std).all():
+        axes.errorbar(x, y, points.std, fmt="none", ecolor=look["color"], elinewidth=0.8, capsize=1.5)
+    hollow = points.crossed | points.provisional
+    for where, mark in ((hollow, {**look, **style.HOLLOW}), (points.crossed, {**look, **style.CROSS})):
+        if where.any():
+            axes.plot(x, np.where(where, y, np.nan), **mark)
     return line
 
 
-def plot_rows(axes: Axes, table: Table, labels: list[str], metric: str) -> dict[str, Any]:
-    """Draws every row that has a point, or says that there is none; returns what the legend shows, by label.
-
-    Colours go by the place in the whole table, so that a curve keeps its colour while results arrive.
-    """
-    entries = {}
-    for i, (label, color) in enumerate(zip(labels, style.ordered_colors(len(labels)), strict=True)):
-        line = plot_curve(axes, table, i, label, color=color, marker=style.MARKERS[i % len(style.MARKERS)])
-        entries |= {label: line} if line else {}
+def plot_rows(axes: Axes, table: CellTable, labels: list[str], legend_title: str, metric: str) -> None:
+    """Draws every row that has a point, with a legend beside the panel, or says that there is none."""
+    looks = ordered_looks(len(labels))
+    lines = {label: plot_curve(axes, row, label, **look) for row, label, look in zip(table.curves, labels, looks, strict=True)}
+    entries = {label: line for label, line in lines.items() if line}
+    style.side_legend(axes, entries, legend_title)
     axes.set_ylabel(f"{metric} (%)")
     if not entries:
         style.say_nothing_finished(axes)
-    return entries
 
 
-def mark_entries(table: Table, diverged: str = "some seeds diverged", pending: str = "some seeds pending") -> dict[str, Any]:
-    """Legend entries for the marks that `plot_curve` gave to points of the table; the arguments are their labels."""
-    hollow = style.mark(**style.HOLLOW)
+def plot_absent(axes: Axes, height: float, kinds: dict[str, tuple[Any, dict[str, Any]]]) -> dict[str, Any]:
+    """Marks the places on the x axis that have no value, by kind: label → (places, look); returns the legend's entries."""
+    for label, (places, look) in kinds.items():
+        axes.plot(places, np.full(len(places), height), label=label, **look)
+    return {label: style.mark(**{**look, "color": style.QUIET}) for label, (places, look) in kinds.items() if len(places)}
+
+
+def mark_entries(curves: Iterable[Points], diverged: str = DIVERGED, pending: str = PENDING) -> dict[str, Any]:
+    """Legend entries for the marks of `plot_curve`; the strings are their labels."""
+    curves, hollow = list(curves), style.mark(**style.HOLLOW)
     entries: dict[str, Any] = {}
-    if table.partly_diverged.any():
+    if any(points.crossed.any() for points in curves):
         entries[diverged] = (hollow, style.mark(**style.CROSS))
-    if (table.provisional & table.finished & ~table.partly_diverged).any():
+    if any((points.provisional & ~points.crossed).any() for points in curves):
         entries[pending] = hollow
     return entries

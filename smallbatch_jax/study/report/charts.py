@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from smallbatch_jax.study.analysis import CELL, RUN, format_base_lr
+from smallbatch_jax.config.text import format_base_lr
+from smallbatch_jax.study.analysis import CELL, RUN
 from smallbatch_jax.study.answer import accuracy, setting
-from smallbatch_jax.study.figures.curves import own_base_lrs
+from smallbatch_jax.study.figures.labels import metric_name
 from smallbatch_jax.study.figures.style import CATEGORIES, COLORS, ordered_colors
-from smallbatch_jax.study.figures.summary import metric_name
-from smallbatch_jax.study.figures.table import best_of_each, make_table
+from smallbatch_jax.study.figures.table import best_of_each, make_table, own_base_lrs
 from smallbatch_jax.study.study import Study
 
 MOST_SEEDS = 8  # listed one by one in a label
@@ -197,7 +197,7 @@ def best_by_batch_size(studies: dict[str, Study]) -> go.Figure:
         best = best_of_each(cells).sort_values("test_accuracy", ascending=False).drop_duplicates("batch_size")
         best = best.sort_values("batch_size")
         hover = [
-            f"<b>{setting(cell)}</b><br>{accuracy(cell)}" if cell["replicates"] else "none has finished"
+            f"<b>{setting(cell)}</b><br>{accuracy(cell)}" if cell["finished"] else "none has finished"
             for _, cell in best.iterrows()
         ]
         std = 100 * best["test_accuracy_std"]

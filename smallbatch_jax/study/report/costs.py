@@ -6,13 +6,12 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from smallbatch_jax.config.text import duration
+from smallbatch_jax.config.text import duration, plural
 from smallbatch_jax.study import cost
-from smallbatch_jax.config.text import plural
 from smallbatch_jax.study.analysis import CELL
 from smallbatch_jax.study.answer import setting
+from smallbatch_jax.study.figures.labels import metric_name
 from smallbatch_jax.study.figures.style import SECONDS, ordered_colors, unit_ticks
-from smallbatch_jax.study.figures.summary import metric_name
 from smallbatch_jax.study.figures.table import best_of_each, one_bn_batch_size
 from smallbatch_jax.study.report.charts import LEGEND_ABOVE, SYMBOLS, batch_size_axis, empty_figure, rgb, say_nothing
 from smallbatch_jax.study.report.sections import Table, Value
@@ -81,7 +80,7 @@ def accuracy_by_time(study: Study) -> go.Figure:
     """Test accuracy over a run's own time, the mean over seeds, for each m at its best η̃."""
     cells, _ = one_bn_batch_size(study.cells)
     best = best_of_each(cells)
-    best = best[best["replicates"] > 0].sort_values("batch_size")
+    best = best[best["finished"] > 0].sort_values("batch_size")
     rows = cost.with_time(study.rows, study.timings).dropna(subset=["seconds"])
     figure, drawn = empty_figure(height=380), []
     for i, (cell, colour) in enumerate(zip(best.to_dict("records"), ordered_colors(len(best)), strict=True)):
@@ -138,6 +137,6 @@ def _time_axis(seconds: pd.Series) -> dict[str, Any]:
     """A log axis that holds these times."""
     if seconds.empty:
         return {"showticklabels": False}
-    below, above, ticks = unit_ticks(seconds.min(), seconds.max(), SECONDS)
+    below, above, ticks = unit_ticks(seconds, SECONDS)
     limits = [math.log10(below), math.log10(above)]
     return {"type": "log", "range": limits, "tickvals": ticks, "ticktext": [SECONDS[tick] for tick in ticks]}

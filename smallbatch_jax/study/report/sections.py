@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from smallbatch_jax.config.text import format_base_lr, plural
 from smallbatch_jax.store.workdir import read_provenance
 from smallbatch_jax.study import claims
-from smallbatch_jax.config.text import format_base_lr, plural
 from smallbatch_jax.study.claims import VERDICTS, Verdict
 from smallbatch_jax.study.study import Study
 
