@@ -98,12 +98,12 @@ def convergent_base_lrs(studies: Sequence[Study]) -> Figure:
         axes.set_title(title if len(title) <= width else title.replace(", ", ",\n", 1), fontsize=size)
     style.grid_axis(panels[0, 0], "x", "batch_size", batch_sizes, 12 // columns)
     style.grid_axis(panels[0, 0], "y", "base_lr", base_lrs, 7)
-    panels[0, 0].set(xlabel="", ylabel="")
-    figure.supxlabel(style.COLUMNS["batch_size"].label)
+    panels[0, 0].set_ylabel("")
     figure.supylabel(style.COLUMNS["base_lr"].label)
     for i, axes in enumerate(panels.flat):
         axes.set_visible(i < len(studies))
         axes.tick_params(labelbottom=i + columns >= len(studies))
+        axes.set_xlabel(style.COLUMNS["batch_size"].label if i >= columns * (rows - 1) else "")
     entries = {label: entries[label] for label in RANGE_MARKS if label in entries}
     text = style.note(CONVERGENCE_RULE, end=pending_note(*(study.cells for study in studies)))
     style.foot(figure, entries, text, columns=3)
