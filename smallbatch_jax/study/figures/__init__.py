@@ -17,8 +17,6 @@ from matplotlib.figure import Figure
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.study.analysis import known_cells
 from smallbatch_jax.study.figures import style
-from smallbatch_jax.study.figures.cost import accuracy_against_memory, program_costs, time_to_accuracy
-from smallbatch_jax.study.figures.curves import accuracy_against_time, convergence
 from smallbatch_jax.study.figures.grid import (
     accuracy_against_base_lr,
     accuracy_against_batch_size,
@@ -26,8 +24,15 @@ from smallbatch_jax.study.figures.grid import (
     heat_map,
 )
 from smallbatch_jax.study.figures.labels import metric_name
+from smallbatch_jax.study.figures.points import one_bn_batch_size, own_base_lrs
+from smallbatch_jax.study.figures.runs import (
+    accuracy_against_memory,
+    accuracy_against_time,
+    convergence,
+    program_costs,
+    time_to_accuracy,
+)
 from smallbatch_jax.study.figures.summary import best_accuracy, convergent_base_lrs
-from smallbatch_jax.study.figures.table import one_bn_batch_size, own_base_lrs
 from smallbatch_jax.study.study import Study
 
 __all__ = [

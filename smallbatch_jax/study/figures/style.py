@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,6 +92,11 @@ def ordered_colors(count: int) -> np.ndarray:
     return matplotlib.colormaps[COLORS](np.linspace(0, 0.87, count))
 
 
+def ordered_looks(count: int) -> list[dict[str, Any]]:
+    """Colours and markers of curves in order, by their place in the whole grid: they stay the same as results arrive."""
+    return [{"color": color, "marker": MARKERS[i % len(MARKERS)]} for i, color in enumerate(ordered_colors(count))]
+
+
 def math_base_lr(base_lr: float) -> str:
     """`format_base_lr` with a raised exponent, for matplotlib's mathtext."""
     base, caret, exponent = format_base_lr(base_lr).partition("^")
@@ -113,9 +118,9 @@ COLUMNS = {
 }
 
 
-def grid_axis(axes: Axes, which: str, column: str, values: Sequence[float], most_ticks: int = MOST_TICKS) -> None:
+def grid_axis(axes: Axes, which: str, column: str, values: Iterable[float], most_ticks: int = MOST_TICKS) -> None:
     """A log2 axis, "x" or "y", with its ticks at `values` of a column; y has room for a mark below the lowest."""
-    below, above = {"x": (1.4, 1.4), "y": (4, 2)}[which]
+    values, (below, above) = sorted(set(values)), {"x": (1.4, 1.4), "y": (4, 2)}[which]
     ticks = values[:: tick_step(len(values), most_ticks)]
     getattr(axes, f"set_{which}scale")("log", base=2)
     getattr(axes, f"set_{which}ticks")(ticks, list(map(COLUMNS[column].text, ticks)))

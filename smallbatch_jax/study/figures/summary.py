@@ -9,17 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from smallbatch_jax.study.analysis import CONVERGENCE_RULE, convergent, convergent_range
-from smallbatch_jax.study.figures import style
-from smallbatch_jax.study.figures.cost import PROVISIONAL, pending_note
+from smallbatch_jax.study.figures import points, style
 from smallbatch_jax.study.figures.labels import dataset_name, metric_name, paper_labels
-from smallbatch_jax.study.figures.table import (
-    best_of_each,
-    make_table,
-    mark_entries,
-    one_bn_batch_size,
-    plot_absent,
-    plot_curve,
-)
 from smallbatch_jax.study.study import Study
 
 WIDEST_OF_TWO = 36  # characters of a legend entry, of which two stand side by side
@@ -28,7 +19,7 @@ LIGHT_BAR = {**BAR, "color": "#D5E6F3"}
 RATE: dict[str, Any] = {"color": "#08519C", "marker": "o", "markersize": 2.5, "linestyle": ""}
 LIMIT: dict[str, Any] = {"color": "0.55", "linewidth": 0.8, "linestyle": (0, (3, 2)), "zorder": 1.5}
 PANELS = {1: (1.9, 80, 8), 2: (1.9, 40, 8), 3: (1.5, 28, 7)}  # by columns: inches high, characters and points of a title
-RANGE_MARKS = ("converging", PROVISIONAL, "none converges", "none yet", "limits of the grid")
+RANGE_MARKS = ("converging", points.PROVISIONAL, "none converges", "none yet", "limits of the grid")
 
 
 @style.styled()
@@ -45,22 +36,21 @@ def best_accuracy(studies: Sequence[Study]) -> Figure:
     metric, datasets = metric_name(*experiments), set(map(dataset_name, experiments))
     figure, axes = style.new_axes(f"{datasets.pop()}: best {metric}" if len(datasets) == 1 else f"best {metric}")
     entries: dict[str, Any] = {}
-    drawn, batch_sizes = [], sorted({m for study in studies for m in study.cells["batch_size"].tolist()})
+    drawn = []
     for i, (label, study) in enumerate(zip(paper_labels(studies), studies, strict=True)):
-        cells, bn_note = one_bn_batch_size(study.cells)
-        (points,) = make_table(best_of_each(cells), "experiment", "batch_size").curves
-        look = _category(i)
-        line = plot_curve(axes, points, label, **look)
+        cells, bn_note = points.one_bn_batch_size(study.cells)
+        best, look = points.marked(points.best_of_each(cells)), _category(i)
+        line = points.plot_curve(axes, best, "batch_size", label, **look)
         entries[label + bn_note + ("" if line else " (none yet)")] = line or style.mark(**{**look, "linestyle": ""})
-        drawn.append(points)
+        drawn.append(best)
     axes.set_ylabel(f"{metric} (%)")
     if not axes.get_lines():
         style.say_nothing_finished(axes)
-    style.grid_axis(axes, "x", "batch_size", batch_sizes)
-    entries |= mark_entries(drawn, "some seeds of the best diverged", PROVISIONAL)
+    style.grid_axis(axes, "x", "batch_size", pd.concat(drawn)["batch_size"])
+    entries |= points.mark_entries(pd.concat(drawn), "some seeds of the best diverged", points.PROVISIONAL)
     columns = 2 if max(map(len, entries)) <= WIDEST_OF_TWO else 1
     figure.set_figheight(3.0 + 0.16 * -(-len(entries) // columns))
-    style.foot(figure, entries, pending_note(*(study.cells for study in studies)), columns)
+    style.foot(figure, entries, points.run_note(*(study.cells for study in studies)), columns)
     return figure
 
 
@@ -87,17 +77,16 @@ def convergent_base_lrs(studies: Sequence[Study]) -> Figure:
     rows, (height, width, size) = -(-len(studies) // columns), PANELS[columns]
     figure = style.new_figure(1.2 + height * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    base_lrs, batch_sizes = (
-        sorted({x for study in studies for x in study.cells[column].tolist()}) for column in ("base_lr", "batch_size")
-    )
+    everything = pd.concat([study.cells for study in studies])
+    floor = everything["base_lr"].min() / 2
     entries: dict[str, Any] = {}
     for axes, label, study in zip(panels.flat, paper_labels(studies), studies, strict=False):
-        cells, bn_note = one_bn_batch_size(study.cells)
-        entries |= _draw_ranges(axes, cells, study.chance, base_lrs[0] / 2)
+        cells, bn_note = points.one_bn_batch_size(study.cells)
+        entries |= _draw_ranges(axes, cells, study.chance, floor)
         title = label + bn_note
         axes.set_title(title if len(title) <= width else title.replace(", ", ",\n", 1), fontsize=size)
-    style.grid_axis(panels[0, 0], "x", "batch_size", batch_sizes, 12 // columns)
-    style.grid_axis(panels[0, 0], "y", "base_lr", base_lrs, 7)
+    style.grid_axis(panels[0, 0], "x", "batch_size", everything["batch_size"], 12 // columns)
+    style.grid_axis(panels[0, 0], "y", "base_lr", everything["base_lr"], 7)
     panels[0, 0].set_ylabel("")
     figure.supylabel(style.COLUMNS["base_lr"].label)
     for i, axes in enumerate(panels.flat):
@@ -105,7 +94,7 @@ def convergent_base_lrs(studies: Sequence[Study]) -> Figure:
         axes.tick_params(labelbottom=i + columns >= len(studies))
         axes.set_xlabel(style.COLUMNS["batch_size"].label if i >= columns * (rows - 1) else "")
     entries = {label: entries[label] for label in RANGE_MARKS if label in entries}
-    text = style.note(CONVERGENCE_RULE, end=pending_note(*(study.cells for study in studies)))
+    text = style.note(CONVERGENCE_RULE, end=points.run_note(*(study.cells for study in studies)))
     style.foot(figure, entries, text, columns=3)
     return figure
 
@@ -120,14 +109,14 @@ def _draw_ranges(axes: Axes, cells: pd.DataFrame, chance: float, floor: float) -
     entries: dict[str, Any] = {}
     for where, label, bar, dots in (
         (found & ~pending, "converging", BAR, RATE),
-        (found & pending, PROVISIONAL, LIGHT_BAR, {**RATE, "markerfacecolor": "white"}),
+        (found & pending, points.PROVISIONAL, LIGHT_BAR, {**RATE, "markerfacecolor": "white"}),
     ):
         here, dotted = ranges[where], rates[rates.index.isin(ranges.index[where])]
         axes.vlines(here.index, here["lowest_base_lr"], here["highest_base_lr"], label=label, **bar)
         axes.plot(dotted.index, dotted, label=f"_{label}", **dots)
         entries |= {label: (Line2D([], [], **bar), style.mark(**dots))} if where.any() else {}
     lost, waiting = ranges.index[~found & ~pending], ranges.index[~found & pending]
-    entries |= plot_absent(axes, floor, {"none converges": (lost, style.LOST), "none yet": (waiting, style.NOT_YET)})
+    entries |= points.plot_absent(axes, floor, {"none converges": (lost, style.LOST), "none yet": (waiting, style.NOT_YET)})
     edges = [limits.index[0] / 1.4, *limits.index, limits.index[-1] * 1.4]
     for column in ("min", "max"):
         heights = limits[column].to_numpy()

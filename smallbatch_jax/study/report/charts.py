@@ -14,8 +14,8 @@ from smallbatch_jax.study import cost
 from smallbatch_jax.study.analysis import CELL, RUN
 from smallbatch_jax.study.answer import accuracy, setting
 from smallbatch_jax.study.figures.labels import metric_name
+from smallbatch_jax.study.figures.points import best_of_each, marked, one_bn_batch_size, own_base_lrs
 from smallbatch_jax.study.figures.style import CATEGORIES, COLORS, SECONDS, ordered_colors, unit_ticks
-from smallbatch_jax.study.figures.table import best_of_each, make_table, one_bn_batch_size, own_base_lrs
 from smallbatch_jax.study.report.sections import short_duration
 from smallbatch_jax.study.study import Study
 
@@ -64,14 +64,14 @@ def heat_map(study: Study, shown: CellMap, labels: Sequence[str]) -> go.Figure:
 
     `labels` are by the position of the cell in `study.cells`; `customdata` of a point is that position.
     """
-    positions = pd.Series(np.arange(len(study.cells)), study.cells.index)
-    table = make_table(shown.cells, "batch_size", shown.column)
-    place = shown.cells.assign(position=positions).pivot(index="batch_size", columns=shown.column, values="position")
-    where = place.reindex(index=table.rows, columns=table.columns).to_numpy(float)
+    position = pd.Series(np.arange(len(study.cells)), study.cells.index)
+    values = ["y", "lost", "unknown", "position"]
+    grids = marked(shown.cells).assign(position=position).pivot(index="batch_size", columns=shown.column, values=values)
+    numbers, where = grids["y"].to_numpy(float), grids["position"].to_numpy(float)
     title, _, text = COLUMNS[shown.column]
     shared = {
-        "x": list(map(text, table.columns)),
-        "y": [str(m) for m in table.rows],
+        "x": list(map(text, grids["y"].columns)),
+        "y": list(map(str, grids.index)),
         "customdata": _listed(where, int),
         "hovertext": [[labels[int(i)] if i == i else "" for i in row] for row in where],
         "hovertemplate": "%{hovertext}<extra></extra>",
@@ -81,12 +81,12 @@ def heat_map(study: Study, shown: CellMap, labels: Sequence[str]) -> go.Figure:
         "texttemplate": "%{text}",
     }
     bar = {"title": {"text": f"{metric_name(study.experiment)} (%)", "side": "right"}, "thickness": 12, "outlinewidth": 0}
-    numbers = [["" if a != a else f"{a:.1f}" for a in row] for row in table.accuracy]
-    figure = _empty_figure(height=96 + 34 * len(table.rows))
-    figure.add_heatmap(
-        z=_listed(table.accuracy, lambda a: round(a, 2)), text=numbers, colorscale=COLORS.capitalize(), colorbar=bar, **shared
-    )
-    for mask, colour, sign in ((table.all_diverged, DIVERGED, "×"), (table.unknown, PENDING, "·")):
+    texts = [["" if a != a else f"{a:.1f}" for a in row] for row in numbers]
+    figure = _empty_figure(height=96 + 34 * len(grids))
+    colours = {"colorscale": COLORS.capitalize(), "colorbar": bar}
+    figure.add_heatmap(z=_listed(numbers, lambda a: round(a, 2)), text=texts, **colours, **shared)
+    for name, colour, sign in (("lost", DIVERGED, "×"), ("unknown", PENDING, "·")):
+        mask = grids[name].to_numpy(float) == 1
         if mask.any():
             flat = {"colorscale": [[0, colour], [1, colour]], "showscale": False, "text": np.where(mask, sign, "").tolist()}
             figure.add_heatmap(z=_listed(np.where(mask, 0.0, np.nan), int), **shared, **flat)

@@ -10,7 +10,7 @@ import pandas as pd
 from smallbatch_jax.config.text import duration, format_base_lr, plural
 from smallbatch_jax.store.workdir import read_provenance
 from smallbatch_jax.study import claims, cost
-from smallbatch_jax.study.figures.table import one_bn_batch_size
+from smallbatch_jax.study.figures.points import one_bn_batch_size
 from smallbatch_jax.study.study import Study
 
 

@@ -1,4 +1,7 @@
-"""Learning curves of single cells, by epoch (Fig. 4) or over the time of a run."""
+"""Runs of single cells: learning curves by epoch (Fig. 4) or time, the time to an accuracy, and accuracy against memory.
+
+Times are those of the machine that trained (`study.cost`), so the figures of cost are not the same for the same results.
+"""
 
 from typing import Any
 
@@ -12,12 +15,11 @@ from matplotlib.ticker import MaxNLocator
 from smallbatch_jax.config.text import format_base_lr
 from smallbatch_jax.study import cost
 from smallbatch_jax.study.analysis import CELL, best_first, known_cells
-from smallbatch_jax.study.figures import style
-from smallbatch_jax.study.figures.cost import pending_note, time_note
+from smallbatch_jax.study.figures import points, style
 from smallbatch_jax.study.figures.labels import metric_name
-from smallbatch_jax.study.figures.table import one_bn_batch_size, ordered_looks, own_base_lrs, setting_labels, with_pending
 from smallbatch_jax.study.study import Study
 
+TITLE_WIDTH = 64  # characters
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps a × apart from the curves under it
 
 
@@ -44,7 +46,7 @@ def convergence(
       ValueError: the cells are of several experiments, or none is at `base_lr`.
     """
     chosen, title = _choose_cells(rows, base_lr, known_cells(rows) if cells is None else cells)
-    labels, legend_title = setting_labels(chosen)
+    labels, legend_title = points.setting_labels(chosen)
     figure = style.new_figure(3.1)
     titles = {"train_accuracy": "training", "test_accuracy": metric.removesuffix(" accuracy")}
     panels = dict(zip(titles, figure.subplots(1, 2, sharey=True), strict=True))
@@ -60,17 +62,16 @@ def convergence(
     if (chosen["diverged"] > 0).any():
         entries["diverged"] = style.mark(**style.CROSS)
     style.side_legend(panels["test_accuracy"], entries, legend_title)
-    pending, diverged, finished = (int(chosen[name].sum()) for name in ("pending", "diverged", "finished"))
-    counts = style.count_note("runs", pending + diverged + finished, pending, diverged)
-    style.foot(figure, {}, style.note(counts, style.named("no epoch yet", without)))
+    note = style.note(points.run_note(chosen, diverged=True), style.named("no epoch yet", without))
+    style.foot(figure, {}, note)
     return figure
 
 
 def _choose_cells(rows: pd.DataFrame, base_lr: float | None, cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """One cell per batch size, ascending, and the figure's title."""
-    cells, bn_note = one_bn_batch_size(with_pending(cells))
+    cells, bn_note = points.one_bn_batch_size(points.with_pending(cells))
     name = str(cells["experiment"].iloc[0])
-    if base_lr is None and own_base_lrs(cells).notna().all():
+    if base_lr is None and points.own_base_lrs(cells).notna().all():
         chosen = cells
     else:
         wanted = _default_base_lr(rows, cells) if base_lr is None else base_lr
@@ -101,13 +102,13 @@ def accuracy_against_time(study: Study) -> Figure:
       A figure in which a curve is drawn as in `convergence`. Before a run of an m has finished, its curve is at the η̃ that
       has come furthest. A batch size without a known time or epoch is named below.
     """
-    cells, bn_note = one_bn_batch_size(study.cells)
+    cells, bn_note = points.one_bn_batch_size(study.cells)
     epochs = study.rows.groupby(CELL, observed=True).size().rename("epochs").reset_index()
     known = cells.merge(epochs, how="left", on=CELL).fillna({"epochs": 0})
     known = known.sort_values(["test_accuracy", "epochs", "base_lr"], ascending=[False, False, True], na_position="last")
     chosen = known.drop_duplicates("batch_size").sort_values("batch_size")
     rows = cost.with_time(study.rows, study.timings).dropna(subset="seconds")
-    labels, legend_title = setting_labels(chosen)
+    labels, legend_title = points.setting_labels(chosen)
     figure, axes = style.new_axes(style.plain(study.name) + bn_note + r", best $\tilde{\eta}$ of each $m$")
     entries = _plot_cells({"test_accuracy": axes}, rows, chosen, labels, x="seconds")
     axes.set(xlabel="time of a run", ylabel=f"{metric_name(study.experiment)} (%)")
@@ -119,7 +120,7 @@ def accuracy_against_time(study: Study) -> Figure:
     if any(line.get_marker() == "x" for line in lines):
         entries["diverged"] = style.mark(**style.CROSS)
     style.side_legend(axes, entries, legend_title)
-    style.foot(figure, {}, style.note(pending_note(cells), style.named("not timed", without), end=time_note(study, cells)))
+    style.foot(figure, {}, style.note(points.run_note(cells), style.named("not timed", without), end=_time_note(study, cells)))
     return figure
 
 
@@ -132,7 +133,7 @@ def _plot_cells(
     """
     entries, key = {}, ["batch_size", "bn_batch_size", "base_lr"]
     settings = chosen[key].itertuples(index=False)
-    for i, (label, look, values) in enumerate(zip(labels, ordered_looks(len(chosen)), settings, strict=True)):
+    for i, (label, look, values) in enumerate(zip(labels, style.ordered_looks(len(chosen)), settings, strict=True)):
         runs = rows[(rows[key] == list(values)).all(axis=1)].sort_values("epoch")
         if runs.empty:
             continue
@@ -157,3 +158,92 @@ def _plot_runs(axes: Axes, runs: pd.DataFrame, x: str, column: str, look: dict[s
         axes.plot(run[x], run["percent"], **look)
         axes.plot(run[x].iloc[-1:], run["percent"].iloc[-1:], **{**style.CROSS, "color": look["color"]}, path_effects=HALO)
     return bool(len(percent))
+
+
+@style.styled()
+def time_to_accuracy(study: Study, accuracy: float | None = None) -> Figure:
+    """A run's own time until it reaches a test accuracy, for each m at the η̃ that is there first.
+
+    Args:
+      study: with timings. BN batch sizes are chosen as in `heat_map`.
+      accuracy: the target, a fraction; by default `cost.target_accuracy`, 90 % of the way from chance to the best.
+    Returns:
+      A figure in which a point is hollow where other runs of its m have not ended and may be faster, and crossed where seeds
+      of its η̃ diverged. At the top stands a × where no η̃ of an m gets there, a grey dot where none has yet.
+    """
+    cells, bn_note = points.one_bn_batch_size(study.cells)
+    target = cost.target_accuracy(cells, study.chance) if accuracy is None else accuracy
+    table = cells.groupby([*cost.PROGRAM, "experiment"], observed=True)["pending"].sum().reset_index()
+    table = table.merge(cost.time_to_accuracy(study.rows, study.timings, target), how="left")
+    table = table.merge(cells[[*CELL, "diverged"]], how="left").sort_values("batch_size")
+    seconds, pending, never = table["seconds"].astype(float), table["pending"] > 0, table["epochs"].isna()
+    crossed = seconds.notna() & (table["diverged"] > 0)
+    times = table.assign(y=seconds, std=np.nan, crossed=crossed, provisional=seconds.notna() & pending)
+    title, rule, marks = style.plain(study.name) + bn_note, "", {}
+    if not np.isnan(target):
+        goal = f"time to {100 * target:.4g} % {metric_name(study.experiment)}"
+        title += (", " if len(title + goal) < TITLE_WIDTH else ",\n") + goal
+        rule = f"accuracy: {100 * cost.TARGET:.0f} % of the way from chance to the best" if accuracy is None else ""
+    figure, axes = style.new_axes(title)
+    if np.isnan(target):
+        style.say_nothing_finished(axes, scaled=False)
+    else:
+        style.unit_axis(axes, "y", seconds.dropna().tolist() or (1, 10), style.SECONDS)
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high * (high / low) ** 0.14 if never.any() else high)
+        points.plot_curve(axes, times, "batch_size", "", color=style.CATEGORIES[0], marker="o")
+        lost, waiting = (table.loc[never & where, "batch_size"] for where in (~pending, pending))
+        absent = {"none gets there": (lost, style.LOST), "none yet": (waiting, style.NOT_YET)}
+        marks = points.mark_entries(times, pending=points.PROVISIONAL)
+        marks |= points.plot_absent(axes, high * (high / low) ** 0.08, absent)
+    axes.set_ylabel("time of a run")
+    style.grid_axis(axes, "x", "batch_size", table["batch_size"])
+    untimed = style.named("not timed", table.loc[seconds.isna() & ~never, "batch_size"])
+    style.foot(figure, marks, style.note(rule, points.run_note(cells), untimed, end=_time_note(study, cells)))
+    return figure
+
+
+@style.styled()
+def accuracy_against_memory(study: Study) -> Figure:
+    """The best test accuracy over η̃ of each m, over the peak memory of the program that trained it.
+
+    Args:
+      study: with timings that know memory. BN batch sizes are chosen as in `heat_map`.
+    Returns:
+      A figure with a point per m, hollow and crossed as in `best_accuracy`. The memory is that of all lanes of the program,
+      whose number stands in the legend, on all devices of a process, without the dataset.
+    """
+    cells, bn_note = points.one_bn_batch_size(study.cells)
+    best = points.marked(points.best_of_each(cells)).merge(program_costs(study, cells), how="left", on=cost.PROGRAM)
+    here = best["y"].notna() & best["peak_bytes"].notna()
+    figure, axes = style.new_axes(style.plain(study.name) + bn_note)
+    axes.set(xlabel="peak memory of the program", ylabel=f"best {metric_name(study.experiment)} (%)")
+    labels = [f"{m} ({lanes:g})" for m, lanes in zip(best["batch_size"], best["lanes"], strict=True)]
+    looks = style.ordered_looks(len(best))
+    lines = {
+        labels[i]: points.plot_curve(axes, best.iloc[[i]], "peak_bytes", labels[i], linestyle="", **looks[i])
+        for i in np.flatnonzero(here)
+    }
+    if lines:
+        style.unit_axis(axes, "x", best.loc[here, "peak_bytes"], style.BYTES)
+        axes.margins(y=0.12)
+    else:
+        style.say_nothing_finished(axes, scaled=False)
+    style.side_legend(axes, lines, "$m$ (lanes)")
+    unknown = style.named("memory not known", best.loc[best["y"].notna() & ~here, "batch_size"])
+    lost = style.named("diverged", best.loc[best["lost"], "batch_size"])
+    note = style.note(points.run_note(cells), lost, unknown, end="memory of all lanes together, without the dataset")
+    style.foot(figure, points.mark_entries(best[here], pending=points.PROVISIONAL), note)
+    return figure
+
+
+def program_costs(study: Study, cells: pd.DataFrame) -> pd.DataFrame:
+    """`cost.program_costs` of the programs of these cells."""
+    return cells[cost.PROGRAM].drop_duplicates().merge(cost.program_costs(study.timings), on=cost.PROGRAM)
+
+
+def _time_note(study: Study, cells: pd.DataFrame) -> str:
+    """The meaning of the time of a run."""
+    lanes = program_costs(study, cells)["lanes"].tolist()
+    count = " to ".join(map(str, sorted({min(lanes, default=0), max(lanes, default=0)})))
+    return f"time: a run's share of the wall time of its program, of which {count} lane{'s' * (count != '1')} share the devices"
