@@ -17,39 +17,20 @@ from matplotlib.figure import Figure
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.study.analysis import known_cells
 from smallbatch_jax.study.figures import style
-from smallbatch_jax.study.figures.grid import (
-    accuracy_against_base_lr,
-    accuracy_against_batch_size,
-    accuracy_against_bn_batch_size,
-    heat_map,
-)
+from smallbatch_jax.study.figures.grid import accuracy_against_base_lr as accuracy_against_base_lr
+from smallbatch_jax.study.figures.grid import accuracy_against_batch_size as accuracy_against_batch_size
+from smallbatch_jax.study.figures.grid import accuracy_against_bn_batch_size as accuracy_against_bn_batch_size
+from smallbatch_jax.study.figures.grid import heat_map as heat_map
 from smallbatch_jax.study.figures.labels import metric_name
 from smallbatch_jax.study.figures.points import one_bn_batch_size, own_base_lrs
-from smallbatch_jax.study.figures.runs import (
-    accuracy_against_memory,
-    accuracy_against_time,
-    convergence,
-    program_costs,
-    time_to_accuracy,
-)
-from smallbatch_jax.study.figures.summary import best_accuracy, convergent_base_lrs
+from smallbatch_jax.study.figures.runs import accuracy_against_memory as accuracy_against_memory
+from smallbatch_jax.study.figures.runs import accuracy_against_time as accuracy_against_time
+from smallbatch_jax.study.figures.runs import convergence as convergence
+from smallbatch_jax.study.figures.runs import program_costs
+from smallbatch_jax.study.figures.runs import time_to_accuracy as time_to_accuracy
+from smallbatch_jax.study.figures.summary import best_accuracy as best_accuracy
+from smallbatch_jax.study.figures.summary import convergent_base_lrs as convergent_base_lrs
 from smallbatch_jax.study.study import Study
-
-__all__ = [
-    "accuracy_against_base_lr",
-    "accuracy_against_batch_size",
-    "accuracy_against_bn_batch_size",
-    "accuracy_against_memory",
-    "accuracy_against_time",
-    "best_accuracy",
-    "convergence",
-    "convergent_base_lrs",
-    "draw",
-    "draw_studies",
-    "draw_summaries",
-    "heat_map",
-    "time_to_accuracy",
-]
 
 PathLike = str | os.PathLike[str]
 
@@ -63,7 +44,7 @@ class Source(NamedTuple):
     study: Study | None = None
 
 
-# File name → the property of `_properties` that it needs, and how it is drawn.
+# File name → what it needs (`_own_figures`), and how it is drawn.
 FIGURES: dict[str, tuple[str, Callable[..., Figure]]] = {
     "accuracy_vs_batch_size": ("common base_lrs", lambda s: accuracy_against_batch_size(s.cells, s.metric)),
     "accuracy_vs_base_lr": ("several base_lrs", lambda s: accuracy_against_base_lr(s.cells, s.metric)),
@@ -133,25 +114,20 @@ def draw_summaries(studies: Sequence[Study], out_dir: PathLike) -> list[Path]:
     return _write_all(((name, make(studies)) for name, make in SUMMARIES.items()), Path(out_dir))
 
 
-def _properties(source: Source) -> set[str]:
-    """The properties of an experiment's grid and stored results that make a figure worth drawing."""
+def _own_figures(source: Source) -> Iterator[tuple[str, Figure]]:
+    """The figures whose needs the experiment's grid and stored results meet."""
     cells, rates = source.cells, own_base_lrs(source.cells)
     own, bn_varies = rates.notna().all(), (cells["bn_batch_size"] != cells["batch_size"]).any()
-    costs = program_costs(source.study, one_bn_batch_size(cells)[0]) if source.study else None
-    found = {
+    costs = program_costs(source.study, one_bn_batch_size(cells)[0]) if source.study else pd.DataFrame()
+    met = {
         "rows": True,
         "common base_lrs": not (bn_varies and own and rates.nunique() > 1),
         "several base_lrs": not own,
         "several BN batch sizes": bn_varies,
-        "times": costs is not None and costs["images_per_second"].notna().any(),
-        "memory": costs is not None and costs["peak_bytes"].notna().any(),
+        "times": "images_per_second" in costs and costs["images_per_second"].notna().any(),
+        "memory": "peak_bytes" in costs and costs["peak_bytes"].notna().any(),
     }
-    return {name for name, holds in found.items() if holds}
-
-
-def _own_figures(source: Source) -> Iterator[tuple[str, Figure]]:
-    there = _properties(source)
-    return ((name, make(source)) for name, (needs, make) in FIGURES.items() if needs in there)
+    return ((name, make(source)) for name, (needs, make) in FIGURES.items() if met[needs])
 
 
 def _write_all(figures: Iterable[tuple[str, Figure]], folder: Path) -> list[Path]:

@@ -112,7 +112,8 @@ def heat_map(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
     # A mesh, not an image: PDF viewers blur small images.
     mesh = axes.pcolormesh(*edges, accuracy, cmap=style.COLORS, norm=norm, edgecolor="white", linewidth=0.5)
     axes.pcolormesh(*edges, grey, cmap=ListedColormap(["0.85"]), edgecolor="white", linewidth=0.5)
-    places = cells.assign(x=grids["y"].columns.get_indexer(cells["base_lr"]), row=grids.index.get_indexer(cells["batch_size"]))
+    # places of a pivot are sorted by value, as dense ranks are
+    places = cells.assign(x=cells["base_lr"].rank(method="dense") - 1, row=cells["batch_size"].rank(method="dense") - 1)
     style.foot(figure, _mark_cells(axes, places))
     if columns <= style.MOST_TICKS:
         _write_accuracies(axes, places.dropna(subset="y"), norm)

@@ -222,7 +222,7 @@ def accuracy_against_memory(study: Study) -> Figure:
     looks = style.ordered_looks(len(best))
     lines = {
         labels[i]: points.plot_curve(axes, best.iloc[[i]], "peak_bytes", labels[i], linestyle="", **looks[i])
-        for i in np.flatnonzero(here)
+        for i in np.flatnonzero(here).tolist()
     }
     if lines:
         style.unit_axis(axes, "x", best.loc[here, "peak_bytes"], style.BYTES)
