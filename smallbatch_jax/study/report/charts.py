@@ -16,7 +16,7 @@ from smallbatch_jax.study.answer import accuracy, setting
 from smallbatch_jax.study.figures.labels import metric_name
 from smallbatch_jax.study.figures.points import best_of_each, marked, one_bn_batch_size, own_base_lrs
 from smallbatch_jax.study.figures.style import CATEGORIES, COLORS, SECONDS, ordered_colors, unit_ticks
-from smallbatch_jax.study.report.sections import short_duration
+from smallbatch_jax.study.report.sections import LABELS, short_duration
 from smallbatch_jax.study.study import Study
 
 MOST_SEEDS = 8  # listed one by one in a label
@@ -24,6 +24,17 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down")  # as 
 DIVERGED, PENDING = "#d9d9d9", "#f7f7f7"
 LEGEND_ABOVE = {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0}
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+AXIS = {"gridcolor": "#e6e6e6", "zeroline": False, "automargin": True, "ticks": "outside", "tickcolor": "#bbb"}
+LAYOUT = {  # the style of the printed figures
+    "template": "none",
+    "margin": {"l": 56, "r": 12, "t": 12, "b": 52},
+    "font": {"family": FONT, "size": 12},
+    "paper_bgcolor": "white",
+    "plot_bgcolor": "white",
+    "hoverlabel": {"align": "left", "font": {"family": FONT}},
+    "xaxis": AXIS,
+    "yaxis": AXIS,
+}
 
 
 class CellMap(NamedTuple):
@@ -40,9 +51,9 @@ def power(value: float) -> str:
     return f"{base}<sup>{exponent}</sup>" if caret else base
 
 
-COLUMNS: dict[str, tuple[str, str, Callable[[Any], str]]] = {  # label of an axis, title of a legend, text of a value
-    "base_lr": ("base learning rate η̃", "η̃", power),
-    "bn_batch_size": ("BN batch size", "BN batch size", str),
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # title of a legend, text of a value
+    "base_lr": ("η̃", power),
+    "bn_batch_size": ("BN batch size", str),
 }
 
 
@@ -68,7 +79,7 @@ def heat_map(study: Study, shown: CellMap, labels: Sequence[str]) -> go.Figure:
     values = ["y", "lost", "unknown", "position"]
     grids = marked(shown.cells).assign(position=position).pivot(index="batch_size", columns=shown.column, values=values)
     numbers, where = grids["y"].to_numpy(float), grids["position"].to_numpy(float)
-    title, _, text = COLUMNS[shown.column]
+    _, text = COLUMNS[shown.column]
     shared = {
         "x": list(map(text, grids["y"].columns)),
         "y": list(map(str, grids.index)),
@@ -82,7 +93,7 @@ def heat_map(study: Study, shown: CellMap, labels: Sequence[str]) -> go.Figure:
     }
     bar = {"title": {"text": f"{metric_name(study.experiment)} (%)", "side": "right"}, "thickness": 12, "outlinewidth": 0}
     texts = [["" if a != a else f"{a:.1f}" for a in row] for row in numbers]
-    figure = _empty_figure(height=96 + 34 * len(grids))
+    figure = go.Figure(layout={**LAYOUT, "height": 96 + 34 * len(grids)})
     colours = {"colorscale": COLORS.capitalize(), "colorbar": bar}
     figure.add_heatmap(z=_listed(numbers, lambda a: round(a, 2)), text=texts, **colours, **shared)
     for name, colour, sign in (("lost", DIVERGED, "×"), ("unknown", PENDING, "·")):
@@ -91,8 +102,8 @@ def heat_map(study: Study, shown: CellMap, labels: Sequence[str]) -> go.Figure:
             flat = {"colorscale": [[0, colour], [1, colour]], "showscale": False, "text": np.where(mask, sign, "").tolist()}
             figure.add_heatmap(z=_listed(np.where(mask, 0.0, np.nan), int), **shared, **flat)
     figure.update_layout(dragmode=False)  # a click chooses a cell
-    figure.update_xaxes(type="category", title=title, showgrid=False)
-    figure.update_yaxes(type="category", title="batch size m", showgrid=False)
+    figure.update_xaxes(type="category", title=LABELS[shown.column], showgrid=False)
+    figure.update_yaxes(type="category", title=LABELS["batch_size"], showgrid=False)
     return figure
 
 
@@ -166,7 +177,7 @@ def _trace(run: pd.DataFrame, index: int, part: str, what: str) -> dict[str, Any
 
 def curves_layout(study: Study, what: str) -> go.Figure:
     """The empty chart into which the curves of a cell are put."""
-    figure = _empty_figure(height=330)
+    figure = go.Figure(layout={**LAYOUT, "height": 330})
     figure.update_xaxes(title="epoch", dtick=1 if study.experiment.epochs <= 12 else None)
     if what == "accuracy":
         figure.update_yaxes(title="accuracy (%)", range=[0, 100])
@@ -178,7 +189,7 @@ def curves_layout(study: Study, what: str) -> go.Figure:
 
 def best_by_batch_size(studies: dict[str, Study]) -> go.Figure:
     """The best test accuracy of each m over all its η̃ (Fig. 15), a curve for each study by its label."""
-    figure = _empty_figure(height=340)
+    figure = go.Figure(layout={**LAYOUT, "height": 340})
     for i, (label, study) in enumerate(studies.items()):
         best = best_of_each(study.cells).sort_values("test_accuracy", ascending=False).drop_duplicates("batch_size")
         dash = "solid" if i < len(CATEGORIES) else "dash"
@@ -193,8 +204,8 @@ def best_by_batch_size(studies: dict[str, Study]) -> go.Figure:
 
 def accuracy_by_batch_size(study: Study, shown: CellMap) -> go.Figure:
     """Test accuracy over m, one curve per η̃: the paper's form (Figs. 1–3, 5–12)."""
-    figure = _empty_figure(height=380)
-    _, legend, text = COLUMNS[shown.column]
+    figure = go.Figure(layout={**LAYOUT, "height": 380})
+    legend, text = COLUMNS[shown.column]
     values = sorted(set(shown.cells.loc[shown.cells["finished"] > 0, shown.column].tolist()))
     for value, look in zip(values, _ordered_looks(len(values)), strict=True):
         _add_accuracies(figure, shown.cells[shown.cells[shown.column] == value], text(value), **look)
@@ -216,7 +227,7 @@ def accuracy_by_time(study: Study) -> go.Figure:
     best = best_of_each(one_bn_batch_size(study.cells)[0])
     best = best[best["finished"] > 0].sort_values("batch_size")
     rows = cost.with_time(study.rows, study.timings).dropna(subset=["seconds"])
-    figure, drawn = _empty_figure(height=380), []
+    figure, drawn = go.Figure(layout={**LAYOUT, "height": 380}), []
     for cell, look in zip(best.to_dict("records"), _ordered_looks(len(best)), strict=True):
         runs = rows[(rows[CELL] == [cell[name] for name in CELL]).all(axis=1) & (rows["status"] == "finished")]
         if len(runs):
@@ -240,7 +251,7 @@ def time_to_accuracy(study: Study) -> go.Figure:
         f"<b>{setting(row)}</b><br>{short_duration(row['seconds'])}, {row['epochs']:.3g} epochs"
         for row in found.to_dict("records")
     ]
-    figure = _empty_figure(height=340)
+    figure = go.Figure(layout={**LAYOUT, "height": 340})
     _add_curve(figure, found["batch_size"], found["seconds"], hover)
     _batch_size_axis(figure, cells["batch_size"].tolist())
     shown = "" if math.isnan(target) else f" to {100 * target:.1f} %"
@@ -292,7 +303,7 @@ def _finish(figure: go.Figure, study: Study, drawn: Sequence[Any]) -> None:
 def _batch_size_axis(figure: go.Figure, sizes: Iterable[int]) -> None:
     values = sorted(set(sizes))
     limits = [math.log10(values[0] / 1.4), math.log10(values[-1] * 1.4)]
-    figure.update_xaxes(type="log", title="batch size m", tickvals=values, ticktext=list(map(str, values)), range=limits)
+    figure.update_xaxes(type="log", title=LABELS["batch_size"], tickvals=values, ticktext=list(map(str, values)), range=limits)
 
 
 def _time_axis(seconds: Sequence[float] | pd.Series) -> dict[str, Any]:
@@ -302,21 +313,3 @@ def _time_axis(seconds: Sequence[float] | pd.Series) -> dict[str, Any]:
     below, above, ticks = unit_ticks(seconds, SECONDS)
     limits = [math.log10(below), math.log10(above)]
     return {"type": "log", "range": limits, "tickvals": ticks, "ticktext": [SECONDS[tick] for tick in ticks]}
-
-
-def _empty_figure(height: int) -> go.Figure:
-    """An empty chart in the style of the printed figures."""
-    figure = go.Figure()
-    figure.update_layout(
-        template="none",
-        height=height,
-        margin={"l": 56, "r": 12, "t": 12, "b": 52},
-        font={"family": FONT, "size": 12},
-        paper_bgcolor="white",
-        plot_bgcolor="white",
-        hoverlabel={"align": "left", "font": {"family": FONT}},
-    )
-    axis = {"gridcolor": "#e6e6e6", "zeroline": False, "automargin": True, "ticks": "outside", "tickcolor": "#bbb"}
-    figure.update_xaxes(**axis)
-    figure.update_yaxes(**axis)
-    return figure

@@ -35,7 +35,7 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.2f}"
 
 
-CHOICES = {"batch_size": "batch size m", "bn_batch_size": "BN batch size", "base_lr": "base learning rate η̃"}
+LABELS = {"batch_size": "batch size m", "bn_batch_size": "BN batch size", "base_lr": "base learning rate η̃"}
 SIZES = {"m": ("batch_size", str), "BN batch": ("bn_batch_size", str)}
 # Heading → column, and how its values are written.
 CELL_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -87,13 +87,13 @@ def _bn_varies(cells: pd.DataFrame) -> bool:
 
 def choice_of(cell: pd.Series) -> dict[str, str]:
     """The options of the page's form that choose this cell."""
-    return {name: _text(cell[name]) for name in CHOICES}
+    return {name: _text(cell[name]) for name in LABELS}
 
 
 def choices(cells: pd.DataFrame) -> list[dict[str, Any]]:
     """The fields of the page's form, one for each setting in which cells differ."""
     found = []
-    for name, label in CHOICES.items():
+    for name, label in LABELS.items():
         if name != "bn_batch_size" or _bn_varies(cells):
             shown = format_base_lr if name == "base_lr" else str
             options = [Value(_text(value), shown(value)) for value in sorted(set(cells[name].tolist()))]
