@@ -94,3 +94,10 @@ def time_to_accuracy(rows: pd.DataFrame, timings: pd.DataFrame, accuracy: float)
     setups = rows[SETUP].drop_duplicates().sort_values(SETUP, ignore_index=True)
     table = setups.merge(soonest, how="left", on=SETUP)
     return table.assign(seeds=table["seeds"].fillna(0).astype(int))[[*SETUP, "base_lr", "seconds", "epochs", "seeds"]]
+
+
+def planned_times(cells: pd.DataFrame, rows: pd.DataFrame, timings: pd.DataFrame, accuracy: float) -> pd.DataFrame:
+    """`time_to_accuracy` of every planned setup, with its `pending` seeds, and those that `diverged` at the base_lr found."""
+    table = cells.groupby(SETUP, observed=True)["pending"].sum().reset_index()
+    table = table.merge(time_to_accuracy(rows, timings, accuracy), how="left", on=SETUP)
+    return table.merge(cells[[*CELL, "diverged"]], how="left", on=CELL).sort_values("batch_size")

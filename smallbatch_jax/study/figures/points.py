@@ -121,5 +121,5 @@ def count_note(cells: pd.DataFrame, unit: str) -> str:
 
 def run_note(*cells: pd.DataFrame, diverged: bool = False) -> str:
     """How many runs of these cells have not ended and, if asked for, how many have diverged."""
-    counts = pd.concat(cells)[["pending", "diverged", "finished"]].sum()
+    counts = pd.concat([some[["pending", "diverged", "finished"]] for some in cells]).sum()
     return style.count_note("runs", int(counts.sum()), int(counts["pending"]), int(counts["diverged"]) * diverged)

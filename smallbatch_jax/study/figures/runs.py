@@ -138,9 +138,11 @@ def _plot_cells(
         if runs.empty:
             continue
         step = max(1, int(runs["epoch"].max()) // 8)
-        look = {**look, "markersize": 3, "markevery": (i % step, step)}
-        drawn = [_plot_runs(axes, runs, x, column, look) for column, axes in panels.items()]
-        entries[label] = style.mark(**(look if any(drawn) else {**style.CROSS, "color": look["color"]}))
+        sparse = {**look, "markersize": 3, "markevery": (i % step, step)}
+        drawn = [_plot_runs(axes, runs, x, column, sparse) for column, axes in panels.items()]
+        entries[label] = (
+            style.mark(**look, markersize=3) if any(drawn) else style.mark(**{**style.CROSS, "color": look["color"]})
+        )
     return entries
 
 
@@ -173,9 +175,7 @@ def time_to_accuracy(study: Study, accuracy: float | None = None) -> Figure:
     """
     cells, bn_note = points.one_bn_batch_size(study.cells)
     target = cost.target_accuracy(cells, study.chance) if accuracy is None else accuracy
-    table = cells.groupby([*cost.PROGRAM, "experiment"], observed=True)["pending"].sum().reset_index()
-    table = table.merge(cost.time_to_accuracy(study.rows, study.timings, target), how="left")
-    table = table.merge(cells[[*CELL, "diverged"]], how="left").sort_values("batch_size")
+    table = cost.planned_times(cells, study.rows, study.timings, target)
     seconds, pending, never = table["seconds"].astype(float), table["pending"] > 0, table["epochs"].isna()
     crossed = seconds.notna() & (table["diverged"] > 0)
     times = table.assign(y=seconds, std=np.nan, crossed=crossed, provisional=seconds.notna() & pending)

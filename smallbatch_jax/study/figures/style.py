@@ -142,16 +142,16 @@ SECONDS = {size * count: f"{count} {unit}" for (unit, size), counts in _TIMES.it
 BYTES = {1024**n * 2**k: f"{2**k} {unit}" for n, unit in enumerate(("B", "KiB", "MiB", "GiB", "TiB", "PiB")) for k in range(10)}
 
 
-def unit_axis(axes: Axes, which: str, values: Iterable[float], units: Mapping[float, str], most_ticks: int = 7) -> None:
+def unit_axis(axes: Axes, which: str, values: Iterable[float], units: Mapping[float, str]) -> None:
     """A log axis, "x" or "y", that holds `values`, with ticks at round values of `SECONDS` or `BYTES`; two at least."""
-    below, above, ticks = unit_ticks(values, units, most_ticks)
+    below, above, ticks = unit_ticks(values, units)
     getattr(axes, f"set_{which}scale")("log")
     getattr(axes, f"set_{which}ticks")(ticks, [units[tick] for tick in ticks])
     axes.minorticks_off()
     axes.set(**{f"{which}lim": (below, above)})
 
 
-def unit_ticks(values: Iterable[float], units: Mapping[float, str], most: int = 7) -> tuple[float, float, list[float]]:
+def unit_ticks(values: Iterable[float], units: Mapping[float, str]) -> tuple[float, float, list[float]]:
     """The ends of an axis that holds `values`, and its ticks, two at least."""
     values = list(values)
     low, high = min(values), max(values)
@@ -160,7 +160,7 @@ def unit_ticks(values: Iterable[float], units: Mapping[float, str], most: int = 
         below = max((tick for tick in units if tick <= low), default=below) / 1.1
         above = min((tick for tick in units if tick >= high and tick > below * 1.2), default=above) * 1.1
     ticks = [tick for tick in sorted(units) if below <= tick <= above]
-    return below, above, ticks[:: tick_step(max(1, len(ticks)), most)]
+    return below, above, ticks[:: tick_step(max(1, len(ticks)), 7)]
 
 
 def tick_step(count: int, most: int = MOST_TICKS) -> int:

@@ -36,29 +36,25 @@ def best_accuracy(studies: Sequence[Study]) -> Figure:
     metric, datasets = metric_name(*experiments), set(map(dataset_name, experiments))
     figure, axes = style.new_axes(f"{datasets.pop()}: best {metric}" if len(datasets) == 1 else f"best {metric}")
     entries: dict[str, Any] = {}
-    drawn = []
+    drawn, colors, markers = [], style.CATEGORIES, style.MARKERS  # no two of 35 studies share colour and marker
     for i, (label, study) in enumerate(zip(paper_labels(studies), studies, strict=True)):
         cells, bn_note = points.one_bn_batch_size(study.cells)
-        best, look = points.marked(points.best_of_each(cells)), _category(i)
+        best = points.marked(points.best_of_each(cells))
+        look = {"color": colors[i % len(colors)], "marker": markers[i % len(markers)]}
+        look["linestyle"] = "-" if i < len(colors) else "--"
         line = points.plot_curve(axes, best, "batch_size", label, **look)
         entries[label + bn_note + ("" if line else " (none yet)")] = line or style.mark(**{**look, "linestyle": ""})
-        drawn.append(best)
+        drawn.append(best[["batch_size", "y", "crossed", "provisional"]])
     axes.set_ylabel(f"{metric} (%)")
     if not axes.get_lines():
         style.say_nothing_finished(axes)
-    style.grid_axis(axes, "x", "batch_size", pd.concat(drawn)["batch_size"])
-    entries |= points.mark_entries(pd.concat(drawn), "some seeds of the best diverged", points.PROVISIONAL)
+    everything = pd.concat(drawn)
+    style.grid_axis(axes, "x", "batch_size", everything["batch_size"])
+    entries |= points.mark_entries(everything, "some seeds of the best diverged", points.PROVISIONAL)
     columns = 2 if max(map(len, entries)) <= WIDEST_OF_TWO else 1
     figure.set_figheight(3.0 + 0.16 * -(-len(entries) // columns))
     style.foot(figure, entries, points.run_note(*(study.cells for study in studies)), columns)
     return figure
-
-
-def _category(index: int) -> dict[str, Any]:
-    """The look of a curve that has no place in an order; no two of 35 share colour and marker."""
-    line = "-" if index < len(style.CATEGORIES) else "--"
-    color, marker = style.CATEGORIES[index % len(style.CATEGORIES)], style.MARKERS[index % len(style.MARKERS)]
-    return {"color": color, "marker": marker, "linestyle": line}
 
 
 @style.styled()
@@ -77,7 +73,7 @@ def convergent_base_lrs(studies: Sequence[Study]) -> Figure:
     rows, (height, width, size) = -(-len(studies) // columns), PANELS[columns]
     figure = style.new_figure(1.2 + height * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    everything = pd.concat([study.cells for study in studies])
+    everything = pd.concat([study.cells[["batch_size", "base_lr"]] for study in studies])
     floor = everything["base_lr"].min() / 2
     entries: dict[str, Any] = {}
     for axes, label, study in zip(panels.flat, paper_labels(studies), studies, strict=False):

@@ -245,8 +245,8 @@ def time_to_accuracy(study: Study) -> go.Figure:
     """A run's own time until it reaches `cost.target_accuracy`, for each m at the η̃ that is there first."""
     cells, _ = one_bn_batch_size(study.cells)
     target = cost.target_accuracy(cells, study.chance)
-    times = cost.time_to_accuracy(study.rows.merge(cells[CELL], on=CELL), study.timings, target)
-    found, never = times.dropna(subset=["seconds"]), times[times["seconds"].isna()]
+    times = cost.planned_times(cells, study.rows, study.timings, target)
+    found, never = times.dropna(subset=["seconds"]), times["epochs"].isna() & (times["pending"] == 0)
     hover = [
         f"<b>{setting(row)}</b><br>{short_duration(row['seconds'])}, {row['epochs']:.3g} epochs"
         for row in found.to_dict("records")
@@ -255,8 +255,7 @@ def time_to_accuracy(study: Study) -> go.Figure:
     _add_curve(figure, found["batch_size"], found["seconds"], hover)
     _batch_size_axis(figure, cells["batch_size"].tolist())
     shown = "" if math.isnan(target) else f" to {100 * target:.1f} %"
-    waiting = cells.loc[cells["pending"] > 0, "batch_size"]
-    for m in never.loc[~never["batch_size"].isin(waiting), "batch_size"]:
+    for m in times.loc[never, "batch_size"]:
         text = {"text": "×", "hovertext": f"m = {m}: no η̃ gets there", "showarrow": False}
         figure.add_annotation(x=math.log10(m), y=1, yref="paper", **text)
     _finish(figure, study, hover)
