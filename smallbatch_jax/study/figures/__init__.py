@@ -35,7 +35,7 @@ from smallbatch_jax.study.study import Study
 PathLike = str | os.PathLike[str]
 
 
-class Source(NamedTuple):
+class FigureData(NamedTuple):
     """The stored results of one experiment; `study` is None without a workdir."""
 
     rows: pd.DataFrame
@@ -77,7 +77,7 @@ def draw(df: pd.DataFrame, out_dir: PathLike) -> list[Path]:
     _require_rows(df)
     by_name = {str(name): rows for name, rows in df.groupby("experiment", observed=True)}
     folders = _folders(list(by_name), Path(out_dir))
-    drawn = [(_own_figures(Source(rows, known_cells(rows))), folders[name]) for name, rows in by_name.items()]
+    drawn = [(_own_figures(FigureData(rows, known_cells(rows))), folders[name]) for name, rows in by_name.items()]
     return [path for figures, folder in drawn for path in _write_all(figures, folder)]
 
 
@@ -101,8 +101,8 @@ def draw_studies(studies: Iterable[Study], out_dir: PathLike | None = None) -> l
     folders = homes if out_dir is None else _folders(list(homes), Path(out_dir))
     paths = []
     for study in studies:
-        source = Source(study.rows, study.cells, metric_name(study.experiment), study)
-        paths += _write_all(_own_figures(source), folders[study.name])
+        data = FigureData(study.rows, study.cells, metric_name(study.experiment), study)
+        paths += _write_all(_own_figures(data), folders[study.name])
     if len(studies) > 1:
         paths += draw_summaries(studies, homes[studies[0].name] if out_dir is None else out_dir)
     return paths
@@ -114,11 +114,11 @@ def draw_summaries(studies: Sequence[Study], out_dir: PathLike) -> list[Path]:
     return _write_all(((name, make(studies)) for name, make in SUMMARIES.items()), Path(out_dir))
 
 
-def _own_figures(source: Source) -> Iterator[tuple[str, Figure]]:
+def _own_figures(data: FigureData) -> Iterator[tuple[str, Figure]]:
     """The figures whose needs the experiment's grid and stored results meet."""
-    cells, rates = source.cells, own_base_lrs(source.cells)
+    cells, rates = data.cells, own_base_lrs(data.cells)
     own, bn_varies = rates.notna().all(), (cells["bn_batch_size"] != cells["batch_size"]).any()
-    costs = program_costs(source.study, one_bn_batch_size(cells)[0]) if source.study else pd.DataFrame()
+    costs = program_costs(data.study, one_bn_batch_size(cells)[0]) if data.study else pd.DataFrame()
     met = {
         "rows": True,
         "common base_lrs": not (bn_varies and own and rates.nunique() > 1),
@@ -127,7 +127,7 @@ def _own_figures(source: Source) -> Iterator[tuple[str, Figure]]:
         "times": "images_per_second" in costs and costs["images_per_second"].notna().any(),
         "memory": "peak_bytes" in costs and costs["peak_bytes"].notna().any(),
     }
-    return ((name, make(source)) for name, (needs, make) in FIGURES.items() if met[needs])
+    return ((name, make(data)) for name, (needs, make) in FIGURES.items() if met[needs])
 
 
 def _write_all(figures: Iterable[tuple[str, Figure]], folder: Path) -> list[Path]:
