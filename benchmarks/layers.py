@@ -38,7 +38,7 @@ JSON = flags.DEFINE_bool("json", False, "Whether the last line is everything as 
 
 IMAGE_CHANNELS = 4  # at most, in a model's first layer, whose images need no gradient
 CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {
-    "ours": conv,
+    "ours": lambda *operands: conv(*operands, platform=jax.default_backend()),
     "lax": lambda *operands: lax.conv_general_dilated(*operands, dimension_numbers=("NHWC", "HWIO", "NHWC")),
 }
 WAYS = [(how, mapping) for how in CONVOLUTIONS for mapping in ("map", "vmap∘grad", "grad∘vmap")]

@@ -65,7 +65,7 @@ def verdict(claim, tables):
 def failing(claim, tables):
     """The numbers of the parts that do not hold."""
     given = studies(tables)
-    found = [claims._examine(part, given) for part in CLAIMS[claim].parts]
+    found = [claims._examine(part, given) for part in CLAIMS[claim].checks]
     return {i for i, findings in enumerate(found) if any(finding.holds is False for finding in findings)}
 
 

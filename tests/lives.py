@@ -20,7 +20,7 @@ from PIL import Image
 
 from smallbatch_jax.store import results
 from smallbatch_jax.store.timings import TIMING_COLUMNS
-from smallbatch_jax.study.figures.cost import STEMS as COST_STEMS
+from smallbatch_jax.study.figures import COST_FIGURES as COST_STEMS
 
 ROOT = Path(__file__).parent.parent
 SOAK_SECONDS = 350  # for one soak; then it stops, and fails

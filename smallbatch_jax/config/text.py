@@ -1,5 +1,7 @@
 """How numbers are written for people."""
 
+import math
+
 
 def duration(seconds: float) -> str:
     """12 s, 3 min 05 s, 2 h 07 min; ? if not known."""
@@ -11,3 +13,22 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def format_base_lr(base_lr: float) -> str:
+    """A base learning rate as the paper writes it: "2^-7" for an exact power of two, else up to six digits ("0.1")."""
+    mantissa, exponent = math.frexp(base_lr)
+    return f"2^{exponent - 1}" if mantissa == 0.5 else f"{base_lr:g}"
+
+
+def percent(fraction: float, std: float = math.nan, digits: int = 1) -> str:
+    """A fraction as "91.2 %", with its standard deviation "91.2 ± 0.2 %"; "-" if it is not known."""
+    if math.isnan(fraction):
+        return "-"
+    deviation = "" if math.isnan(std) else f" ± {100 * std:.{digits}f}"
+    return f"{100 * fraction:.{digits}f}{deviation} %"
+
+
+def plural(number: int, noun: str) -> str:
+    """A number with its noun, "1 seed" or "1,024 seeds"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

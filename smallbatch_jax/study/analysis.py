@@ -1,4 +1,4 @@
-"""What stored results say: final accuracies, best cells, and the base learning rates that converge.
+"""Final accuracies, best cells, and the base learning rates that converge.
 
 Everything starts from the tidy DataFrame of `results.load`, one row per run and epoch, or from the cells that
 `final_accuracy` makes of it. Accuracies are fractions in [0, 1]; nothing here trains, plots, reads or writes.
@@ -16,6 +16,7 @@ import pandas as pd
 
 from smallbatch_jax.config.experiment import Run
 from smallbatch_jax.config.protocol import LAST_EPOCHS
+from smallbatch_jax.config.text import format_base_lr, percent
 
 SETUP = ["experiment", "batch_size", "bn_batch_size"]
 CELL = [*SETUP, "base_lr"]
@@ -38,38 +39,46 @@ def final_accuracy(df: pd.DataFrame) -> pd.DataFrame:
         test_accuracy_std: standard deviation over the finished seeds (n − 1); NaN for fewer than two.
         finished, diverged: numbers of seeds. A seed still running is in neither.
     """
+    return known_cells(df).drop(columns="pending")
+
+
+def known_cells(df: pd.DataFrame) -> pd.DataFrame:
+    """`final_accuracy`, with a column `pending`: the number of seeds that are still running."""
     finished = df[df["status"] == "finished"]
     epochs = finished.groupby(RUN, observed=True)["epoch"].transform("max")
     last = finished[finished["epoch"] > epochs - LAST_EPOCHS]
     accuracy = last.groupby(RUN, observed=True)["test_accuracy"].median().groupby(CELL, observed=True)
-    cells = _count_runs(df, CELL)[["finished", "diverged"]]
+    runs = df.drop_duplicates(RUN)
+    statuses = {"finished": "finished", "diverged": "diverged", "pending": "running"}
+    counts = {column: (runs["status"] == status).astype(int) for column, status in statuses.items()}
+    cells = runs[CELL].assign(**counts).groupby(CELL, observed=True).sum()
     cells.insert(0, "test_accuracy", accuracy.mean())
     cells.insert(1, "test_accuracy_std", accuracy.std())
     return cells.reset_index()
 
 
 def planned_cells(df: pd.DataFrame, runs: Iterable[Run], experiment: str) -> pd.DataFrame:
-    """`final_accuracy`, with a row for every cell of the plan and what is still missing of it.
+    """`final_accuracy` with a row for every planned cell and the number of its seeds that have not ended.
 
     Args:
       df: results of one experiment, one row per run and epoch.
-      runs: what the experiment trains.
+      runs: all runs of the experiment.
       experiment: its name.
     Returns:
       The columns of `final_accuracy`, and `pending`: the number of planned seeds that have not ended. A cell with no
       rows yet has accuracy NaN and counts 0.
     """
     plan = pd.DataFrame(list(runs), columns=[field.name for field in dataclasses.fields(Run)]).assign(experiment=experiment)
-    seeds = plan.groupby(CELL, observed=True).size().rename("pending").reset_index()
-    cells = seeds.merge(final_accuracy(df), how="outer", on=CELL)
-    counts = ["pending", "finished", "diverged"]
+    seeds = plan.groupby(CELL, observed=True).size().rename("planned").reset_index()
+    cells = seeds.merge(known_cells(df), how="outer", on=CELL)
+    counts = ["planned", "finished", "diverged", "pending"]
     cells[counts] = cells[counts].fillna(0).astype(int)
-    cells["pending"] = (cells["pending"] - cells["finished"] - cells["diverged"]).clip(lower=0)
+    cells["pending"] = (cells["planned"] - cells["finished"] - cells["diverged"]).clip(lower=0)
     return cells[[*CELL, "test_accuracy", "test_accuracy_std", "finished", "diverged", "pending"]]
 
 
 def convergent(cells: pd.DataFrame, chance: float) -> pd.Series:
-    """Which cells converge, by `CONVERGENCE_RULE`.
+    """Marks the cells that converge by `CONVERGENCE_RULE`.
 
     A run that collapses to a constant guess finishes with finite losses, so "did not diverge" alone would count it.
     Half way to the best is far from both: the curves of Figs. 1–9 fall off a cliff, and where on the cliff the line is
@@ -108,6 +117,12 @@ def convergent_range(cells: pd.DataFrame, chance: float) -> pd.DataFrame:
     return ranges.reset_index()
 
 
+def best_first(cells: pd.DataFrame, *ties: str) -> pd.DataFrame:
+    """The cells by falling accuracy, those without one last; of equals, those with the smallest `ties` (base_lr) first."""
+    columns = ["test_accuracy", *(ties or ("base_lr",))]
+    return cells.sort_values(columns, ascending=[False] + [True] * (len(columns) - 1), na_position="last")
+
+
 def best_cells(cells: pd.DataFrame) -> pd.DataFrame:
     """The most accurate cell of each batch size (Fig. 15); of equals, the one with the smallest base_lr.
 
@@ -117,8 +132,7 @@ def best_cells(cells: pd.DataFrame) -> pd.DataFrame:
       One row per `SETUP`, sorted: `test_accuracy`, `test_accuracy_std`, `base_lr` and `replicates` (finished seeds) of
       the best cell, NaN and 0 where nothing finished; `finished` and `diverged`, runs over all its base_lr.
     """
-    ordered = cells.sort_values(["test_accuracy", "base_lr"], ascending=[False, True], na_position="last")
-    best = ordered.drop_duplicates(SETUP).rename(columns={"finished": "replicates"})
+    best = best_first(cells).drop_duplicates(SETUP).rename(columns={"finished": "replicates"})
     best["base_lr"] = best["base_lr"].where(best["replicates"] > 0)
     totals = cells.groupby(SETUP, observed=True)[["finished", "diverged"]].sum().reset_index()
     columns = [*SETUP, "test_accuracy", "test_accuracy_std", "base_lr", "replicates"]
@@ -126,19 +140,17 @@ def best_cells(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(df: pd.DataFrame, chance: float, cells: pd.DataFrame | None = None) -> pd.DataFrame:
-    """One row per batch size with all that a reader of a sweep asks first.
+    """One row per batch size: its best accuracy, its converging base learning rates, and its numbers of runs.
 
     Args:
       df: results, one row per run and epoch.
       chance: see `convergent`.
-      cells: from `planned_cells`, so that what has not begun is there too; None knows only what has rows.
+      cells: from `planned_cells`, to include runs that have not begun; by default those that have rows.
     Returns:
       The columns of `best_cells`, those of `convergent_range`, and `running`, the number of runs not yet ended.
     """
-    if cells is None:
-        cells, running = final_accuracy(df), _count_runs(df, SETUP)["running"].reset_index()
-    else:
-        running = cells.groupby(SETUP, observed=True)["pending"].sum().rename("running").reset_index()
+    cells = known_cells(df) if cells is None else cells
+    running = cells.groupby(SETUP, observed=True)["pending"].sum().rename("running").reset_index()
     return best_cells(cells).merge(convergent_range(cells, chance), on=SETUP).merge(running, on=SETUP)
 
 
@@ -148,31 +160,13 @@ def format_summary(table: pd.DataFrame) -> str:
     return "\n\n".join([*blocks, CONVERGENCE_RULE])
 
 
-def format_base_lr(base_lr: float) -> str:
-    """A base learning rate as the paper writes it: "2^-7" for an exact power of two, else up to six digits ("0.1")."""
-    mantissa, exponent = math.frexp(base_lr)
-    return f"2^{exponent - 1}" if mantissa == 0.5 else f"{base_lr:g}"
-
-
-def plural(number: int, noun: str) -> str:
-    """A number with its noun, "1 seed" or "1,024 seeds"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def _count_runs(df: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Numbers of runs by status, one row per group of `by`, which is its index."""
-    runs = df.drop_duplicates(RUN)
-    flags = {status: (runs["status"] == status).astype(int) for status in ("finished", "diverged", "running")}
-    return runs[by].assign(**flags).groupby(by, observed=True).sum()
-
-
 def _format_block(table: pd.DataFrame) -> str:
     """The rows of one experiment; BN batch sizes are shown if some are not m, running runs if there are any."""
     columns: dict[str, Iterable[str]] = {"m": table["batch_size"].astype(str)}
     if not table["bn_batch_size"].equals(table["batch_size"]):
         columns["BN batch"] = table["bn_batch_size"].astype(str)
-    accuracies = table[["test_accuracy", "test_accuracy_std"]].itertuples(index=False)
-    columns["best test accuracy"] = [_format_accuracy(*row) for row in accuracies]
+    accuracies = zip(table["test_accuracy"], table["test_accuracy_std"], strict=True)
+    columns["best test accuracy"] = [percent(mean, std, digits=2) for mean, std in accuracies]
     columns["at base_lr"] = ["-" if math.isnan(base_lr) else format_base_lr(base_lr) for base_lr in table["base_lr"]]
     ranges = table[["lowest_base_lr", "highest_base_lr", "convergent"]].itertuples(index=False)
     columns["converging base_lr"] = [_format_range(*row) for row in ranges]
@@ -182,12 +176,6 @@ def _format_block(table: pd.DataFrame) -> str:
     widths = [max(map(len, column)) for column in texts]
     lines = zip(*texts, strict=True)
     return "\n".join("  ".join(text.rjust(n) for text, n in zip(line, widths, strict=True)) for line in lines)
-
-
-def _format_accuracy(mean: float, std: float) -> str:
-    if math.isnan(mean):
-        return "-"
-    return f"{100 * mean:.2f} %" if math.isnan(std) else f"{100 * mean:.2f} ± {100 * std:.2f} %"
 
 
 def _format_range(lowest: float, highest: float, count: int) -> str:

@@ -1,4 +1,4 @@
-"""The answer of a study in one sentence: the best batch size and base learning rate, and who never gets there."""
+"""The answer of a study in one sentence: the best batch size and base learning rate, and the sizes that never reach it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from smallbatch_jax.study.analysis import format_base_lr
+from smallbatch_jax.config.text import format_base_lr, percent
+from smallbatch_jax.study.analysis import best_first
 from smallbatch_jax.study.study import Study
 
 RULE = (
@@ -16,11 +17,11 @@ RULE = (
 
 
 class Answer(NamedTuple):
-    """What a study says, in plain text."""
+    """The answer of a study, in plain text."""
 
     sentence: str  # one, with its full stop
-    caveats: tuple[str, ...]  # the learning rate as others write it, and what a careful reader would ask
-    best: pd.Series | None  # the row of `study.cells` that is best; None until a run has finished
+    caveats: tuple[str, ...]  # the learning rate as other frameworks take it, and the questions of a careful reader
+    best: pd.Series | None  # the best row of `study.cells`; None until a run has finished
 
 
 def answer(study: Study) -> Answer:
@@ -29,14 +30,13 @@ def answer(study: Study) -> Answer:
     Of equals the smallest batch size, BN batch size and base learning rate is best. A batch size counts as not reaching the
     best by `RULE`, and only once all its runs have ended.
     """
-    cells = study.cells
     ended, runs = study.runs
     so_far = f"So far ({ended:,} of {runs:,} runs ended): " if ended < runs else ""
-    if not cells["finished"].any():
+    if not study.cells["finished"].any():
         return Answer(f"{so_far}{'none of them has finished.' if so_far else 'Every run diverged.'}", (), None)
-    best = _best(cells)
+    best = _best(study.cells)
     if best["test_accuracy"] <= study.chance:
-        return Answer(f"{so_far}No run is better than chance, {_percent(study.chance)}.", (), best)
+        return Answer(f"{so_far}No run is better than chance, {percent(study.chance)}.", (), best)
     sentence = f"{so_far}{'best' if so_far else 'Best'} at {setting(best)}: {accuracy(best)}"
     rest = _rest(study, best)
     return Answer(f"{sentence}{'; ' * bool(rest)}{rest}.", tuple(_caveats(study, best)), best)
@@ -48,59 +48,43 @@ def setting(cell: Mapping[Any, Any] | pd.Series) -> str:
     return f"m = {m}, " + (f"BN batch size {b}, " if b != m else "") + f"η̃ = {format_base_lr(cell['base_lr'])}"
 
 
-def accuracy(cell: pd.Series) -> str:
+def accuracy(cell: Mapping[Any, Any] | pd.Series) -> str:
     """The test accuracy of a cell as "91.2 ± 0.2 %"; without a deviation where one seed finished."""
-    mean, std = cell["test_accuracy"], cell["test_accuracy_std"]
-    return _percent(mean) if math.isnan(std) else f"{100 * mean:.1f} ± {100 * std:.1f} %"
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %"
+    return percent(cell["test_accuracy"], cell["test_accuracy_std"])
 
 
 def _best(cells: pd.DataFrame) -> pd.Series:
-    order = ["test_accuracy", "batch_size", "bn_batch_size", "base_lr"]
-    return cells[cells["finished"] > 0].sort_values(order, ascending=[False, True, True, True]).iloc[0]
+    return best_first(cells, "batch_size", "bn_batch_size", "base_lr").iloc[0]
 
 
 def _variance(cell: pd.Series, examples: int | None) -> float:
-    """Of the mean accuracy of a cell. Two seeds may agree by luck; a test set is drawn by chance as well."""
+    """Variance of a cell's mean accuracy; two seeds may agree by luck, and a test set is drawn by chance as well."""
     seeds = cell["test_accuracy_std"] ** 2 / cell["finished"] if cell["finished"] > 1 else 0.0
     drawn = cell["test_accuracy"] * (1 - cell["test_accuracy"]) / examples if examples else 0.0
     return seeds if cell["finished"] > 2 else max(seeds, drawn)
 
 
 def _reaches(study: Study, cell: pd.Series, best: pd.Series) -> bool:
+    """Whether a finished cell is within the noise of the best, by `RULE`."""
     examples = study.examples[1] if study.examples else None
     error = math.sqrt(_variance(cell, examples) + _variance(best, examples))
     return best["test_accuracy"] - cell["test_accuracy"] <= 2 * error
 
 
 def _rest(study: Study, best: pd.Series) -> str:
-    """What the other batch sizes come to, as far as their runs have ended."""
-    never, others = [], 0
+    """Compares the other batch sizes whose runs have ended to the best."""
     sizes = sorted(set(study.cells["batch_size"].tolist()))
-    for m in sizes:
-        cells = study.cells[study.cells["batch_size"] == m]
-        if m == best["batch_size"] or cells["pending"].any():
-            continue
-        others += 1
-        if not cells["finished"].any() or not _reaches(study, _best(cells), best):
-            never.append(m)
-    if not others:
+    ended = {m: rows for m, rows in study.cells.groupby("batch_size") if m != best["batch_size"] and not rows["pending"].any()}
+    never = [m for m, rows in ended.items() if not (rows["finished"].any() and _reaches(study, _best(rows), best))]
+    if not ended:
         return ""
+    all_ended = len(ended) == len(sizes) - 1
     if not never:
-        all_ended = others == len(sizes) - 1
         return ("every other batch size" if all_ended else "every other whose runs have ended") + " is within the noise of it"
     if len(never) == len(sizes) - 1 > 1:
         return "no other batch size reaches it"
-    return _never(never, sizes)
-
-
-def _never(never: Sequence[int], sizes: Sequence[int]) -> str:
-    """Batch sizes as "m = 2 and m ≥ 64", those at the upper end of the grid in one."""
     tail = [m for i, m in enumerate(sizes) if all(size in never for size in sizes[i:])]
-    single = list(never) if len(tail) < 2 else [m for m in never if m not in tail]
+    single = never if len(tail) < 2 else [m for m in never if m not in tail]
     parts = [f"m = {', '.join(map(str, single))}"] if single else []
     parts += [f"m ≥ {tail[0]}"] if len(tail) > 1 else []
     several = len(single) + (len(tail) > 1) > 1
@@ -116,22 +100,27 @@ def _in_words(study: Study, best: pd.Series) -> str:
     return f"As most write it: learning rate η = η̃·m = {eta:.6g} on the mean gradient, SGD without momentum{then}{warm_up}."
 
 
+def _edge(value: float, tried: Sequence[float]) -> tuple[str, str] | None:
+    """The end of the values tried at which a value lies, and the direction beyond it; None inside, or if one was tried."""
+    low, high = min(tried), max(tried)
+    if low == high or low < value < high:
+        return None
+    return ("smallest", "smaller") if value == low else ("largest", "larger")
+
+
 def _caveats(study: Study, best: pd.Series) -> list[str]:
     cells, m = study.cells, int(best["batch_size"])
     same = cells[(cells["batch_size"] == m) & (cells["bn_batch_size"] == best["bn_batch_size"])]
-    rates = sorted(same["base_lr"].tolist())
     found = [_in_words(study, best)]
-    if len(rates) > 1 and best["base_lr"] in (rates[0], rates[-1]):
-        end, beyond = ("smallest", "smaller") if best["base_lr"] == rates[0] else ("largest", "larger")
+    if edge := _edge(best["base_lr"], same["base_lr"].tolist()):
+        end, beyond = edge
         found.append(f"{format_base_lr(best['base_lr'])} is the {end} η̃ tried at m = {m}: a {beyond} one may be better still.")
-    sizes = sorted(set(cells["batch_size"].tolist()))
-    if len(sizes) > 1 and m in (sizes[0], sizes[-1]):
-        end, beyond = ("smallest", "smaller") if m == sizes[0] else ("largest", "larger")
+    if edge := _edge(m, cells["batch_size"].tolist()):
+        end, beyond = edge
         found.append(f"{m} is the {end} batch size tried" + (f": a {beyond} one may be better still." if m > 1 else "."))
     if best["diverged"]:
-        found.append(
-            f"{int(best['diverged'])} of its {int(best['diverged'] + best['finished'] + best['pending'])} seeds diverged."
-        )
+        seeds = int(best["diverged"] + best["finished"] + best["pending"])
+        found.append(f"{int(best['diverged'])} of its {seeds} seeds diverged.")
     if best["finished"] == 1:
         found.append("One seed: how much chance there is in it is not known.")
     others = cells[cells["finished"] > 0].drop(index=best.name)
@@ -144,15 +133,14 @@ def _caveats(study: Study, best: pd.Series) -> list[str]:
 
 def _edges_of_others(cells: pd.DataFrame, best: int) -> list[str]:
     """The other batch sizes that are best at an end of their base learning rates, so that a wider grid may do them justice."""
-    ends: dict[str, list[int]] = {"smallest": [], "largest": []}
-    for m, rows in cells[(cells["finished"] > 0) & (cells["batch_size"] != best)].groupby("batch_size"):
-        tried = cells.loc[cells["batch_size"] == m, "base_lr"]
-        for end, rate in (("smallest", tried.min()), ("largest", tried.max())):
-            if tried.nunique() > 1 and _best(rows)["base_lr"] == rate:
-                ends[end].append(int(str(m)))
+    ends: dict[tuple[str, str], list[int]] = {("smallest", "smaller"): [], ("largest", "larger"): []}
+    for m, rows in cells.groupby("batch_size"):
+        edge = _edge(_best(rows)["base_lr"], rows["base_lr"].tolist()) if rows["finished"].any() and m != best else None
+        if edge:
+            ends[edge].append(int(str(m)))
     return [
         f"m = {', '.join(map(str, sizes))} {'is' if len(sizes) == 1 else 'are'} best at the {end} η̃ tried: "
-        f"a {'smaller' if end == 'smallest' else 'larger'} one may bring {'it' if len(sizes) == 1 else 'them'} closer."
-        for end, sizes in ends.items()
+        f"a {beyond} one may bring {'it' if len(sizes) == 1 else 'them'} closer."
+        for (end, beyond), sizes in ends.items()
         if sizes
     ]

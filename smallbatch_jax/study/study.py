@@ -1,21 +1,21 @@
-"""A study: what one workdir holds, read whole, to be drawn, judged, or asked for the base learning rates of another grid."""
+"""A study is one workdir, read whole: to be drawn, judged, or asked for the base learning rates of another grid."""
 
 import dataclasses
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from smallbatch_jax.config.experiment import OWN, Experiment, InputError
 from smallbatch_jax.config.fields import expanded_path
+from smallbatch_jax.config.text import format_base_lr, plural
 from smallbatch_jax.store import results
 from smallbatch_jax.store.timings import timing_frame
 from smallbatch_jax.store.workdir import read_experiment, read_facts
 from smallbatch_jax.study import analysis
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,22 +23,22 @@ class Study:
     """The stored results of one workdir, finished or not.
 
     Attributes:
-      workdir: where they are.
-      experiment: what it trains; its name says which figure it is.
+      workdir: their folder.
+      experiment: the config; its name says which figure it is.
       rows: `results.load`, one row per run and epoch.
       cells: `analysis.planned_cells`, one row per cell, trained or not.
-      num_classes: of the data.
-      examples: numbers of training and test examples, if they are known.
-      timings: `results.load_timings`; no rows where nothing is known of its time.
+      num_classes: number of classes of the data.
+      examples: numbers of training and test examples; None if unknown.
+      timings: `results.load_timings`; may have no rows.
     """
 
     workdir: Path
     experiment: Experiment
-    rows: "pd.DataFrame"
-    cells: "pd.DataFrame"
+    rows: pd.DataFrame
+    cells: pd.DataFrame
     num_classes: int
     examples: tuple[int, int] | None
-    timings: "pd.DataFrame" = field(default_factory=timing_frame)
+    timings: pd.DataFrame = field(default_factory=timing_frame)
 
     @property
     def name(self) -> str:
@@ -51,7 +51,7 @@ class Study:
 
     @property
     def runs(self) -> tuple[int, int]:
-        """Runs that have ended, and all."""
+        """Numbers of runs that have ended and of all planned runs."""
         ended = int(self.cells["finished"].sum() + self.cells["diverged"].sum())
         return ended, ended + int(self.cells["pending"].sum())
 
@@ -98,17 +98,17 @@ def describe(study: Study) -> str:
     facts += ["precise statistics"] * (e.model.bn_statistics == "precise")
     facts += [f"{'own data' if e.dataset.name.startswith(OWN) else e.dataset.name}{images}"]
     facts += ["augmented"] * e.dataset.augment
-    facts += [analysis.plural(e.epochs, "epoch")]
+    facts += [plural(e.epochs, "epoch")]
     facts += [f"warm-up {100 * e.schedule.warmup_fraction:g} %"] * (e.schedule.warmup_fraction > 0)
     facts += [f"m = {_span(cells['batch_size'])}"]
     facts += [f"BN batch {_span(cells['bn_batch_size'])}"] * (not cells["bn_batch_size"].equals(cells["batch_size"]))
-    facts += [f"base_lr {_span(cells['base_lr'], analysis.format_base_lr)}", analysis.plural(len(e.grid.seeds), "seed")]
+    facts += [f"base_lr {_span(cells['base_lr'], format_base_lr)}", plural(len(e.grid.seeds), "seed")]
     ended, planned = study.runs
     return f"{', '.join(facts)}: {ended:,} of {planned:,} runs ended"
 
 
 def _span(values: Iterable[Any], shown: Callable[[Any], str] = str) -> str:
-    """The least and the largest; one of them if they are equal."""
+    """The smallest and the largest value, as "2 … 64"; one of them if they are equal."""
     ordered = sorted(values)
     return " … ".join(dict.fromkeys(map(shown, (*ordered[:1], *ordered[-1:])))) or "none"
 
@@ -116,10 +116,10 @@ def _span(values: Iterable[Any], shown: Callable[[Any], str] = str) -> str:
 def choose_base_lrs(experiment: Experiment, workdir: str | Path | None = None) -> Experiment:
     """The experiment with each batch size's best base_lr from the stored results that `grid.base_lrs_from` names (§3.6).
 
-    What `workdir` was begun with stays, so that it can be resumed whatever became of those results since.
+    The choice with which `workdir` was begun stays, so that it can be resumed even if those results have changed since.
 
     Raises:
-      InputError: if they are not there, or not complete for a batch size.
+      InputError: if results are missing or incomplete for a batch size.
     """
     grid = experiment.grid
     if not grid.base_lrs_from or experiment.drawn_from:
@@ -150,8 +150,6 @@ def _source(given: str) -> Study:
 
 def _best_base_lr(batch_size: int, sources: list[Study]) -> float:
     """The base_lr of the most accurate cell of a batch size; of equals, the smallest."""
-    import pandas as pd
-
     cells = pd.concat([study.cells for study in sources], ignore_index=True)
     cells = cells[cells["batch_size"] == batch_size]
     named = ", ".join(str(study.workdir) for study in sources)
@@ -162,7 +160,7 @@ def _best_base_lr(batch_size: int, sources: list[Study]) -> float:
             f"grid.base_lrs_from: {pending} run(s) of batch size {batch_size} have not ended yet in {named}; the same "
             "sweep.py command goes on there."
         )
-    best = cells.sort_values(["test_accuracy", "base_lr"], ascending=[False, True], na_position="last").iloc[0]
+    best = analysis.best_first(cells).iloc[0]
     if not best["finished"]:
         raise InputError(f"grid.base_lrs_from: every run of batch size {batch_size} diverged in {named}.")
     return float(best["base_lr"])

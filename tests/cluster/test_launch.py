@@ -17,7 +17,7 @@ import ray
 from smallbatch_jax.cluster import ray as tasks
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.store import results
-from smallbatch_jax.study.figures.cost import STEMS as COST_STEMS
+from smallbatch_jax.study.figures import COST_FIGURES as COST_STEMS
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = "--config=configs/quickstart.py"

@@ -16,7 +16,7 @@ import smallbatch_jax as sbj
 from smallbatch_jax.runner import signals
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results
-from smallbatch_jax.study.figures.cost import STEMS as COST_STEMS
+from smallbatch_jax.study.figures import COST_FIGURES as COST_STEMS
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = "--config=configs/quickstart.py"

@@ -124,7 +124,7 @@ def holding(claim):
 def test_a_claim_holds_where_all_its_parts_do(claim):
     found = verdict(claim, holding(claim))
     assert found.holds is True
-    assert len(found.findings) == len(CLAIMS[claim].parts)
+    assert len(found.findings) == len(CLAIMS[claim].checks)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_claim_does_not_hold_where_one_part_fails(claim, instead, parts):
 
 def test_every_part_was_seen_to_fail():
     seen = {(claim, part) for claim, _, parts in [*FAILS, *SAME_CHECKS] for part in parts}
-    assert seen == {(claim.id, i) for claim in claims.CLAIMS for i in range(len(claim.parts))}
+    assert seen == {(claim.id, i) for claim in claims.CLAIMS for i in range(len(claim.checks))}
 
 
 @pytest.mark.parametrize(("claim", "name"), NEEDED)

@@ -146,8 +146,8 @@ def test_bn_figure_has_one_curve_per_sgd_batch_size(fig13):
     drawn, axes = curves(figure), figure.axes[0]
     nan = math.nan
     assert list(drawn) == legend_texts(axes) == ["8, $2^{-1}$", "16, $2^{-2}$"]
-    for label, percent in {"8, $2^{-1}$": [nan, 70, 60, nan], "16, $2^{-2}$": [50, 40, nan, nan]}.items():
-        np.testing.assert_array_equal(drawn[label][0], [2, 4, 8, 16])
+    for label, percent in {"8, $2^{-1}$": [nan, 70, 60], "16, $2^{-2}$": [50, 40, nan, nan]}.items():
+        np.testing.assert_array_equal(drawn[label][0], [2, 4, 8, 16][: len(percent)])  # (8, 16) is not planned
         np.testing.assert_allclose(drawn[label][1], percent)
     assert axes.get_legend().get_title().get_text() == r"$m$, $\tilde{\eta}$"
     assert figure.axes[1].get_xlabel() == "BN batch size"

@@ -12,7 +12,7 @@ from test_figures import bars, cell, curves, foot, missing, placed, results, tab
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.study import figures
 from smallbatch_jax.study.analysis import CONVERGENCE_RULE
-from smallbatch_jax.study.figures.summary import paper_labels
+from smallbatch_jax.study.figures.labels import paper_labels
 from smallbatch_jax.study.study import Study
 
 
@@ -135,7 +135,7 @@ def test_best_accuracy_is_hollow_while_runs_of_its_batch_size_are_pending(alexne
     figure = figures.best_accuracy([alexnet, resnet])
     np.testing.assert_allclose(placed(figure, markerfacecolor="white"), [[4, 60], [16, 50]])
     np.testing.assert_allclose(placed(figure, marker="x"), [[16, 50]])
-    labels = [ALEXNET, RESNET, "provisional (runs pending)", "some seeds of the best diverged"]
+    labels = [ALEXNET, RESNET, "some seeds of the best diverged", "provisional (runs pending)"]
     assert foot(figure) == ("4 of 17 runs not finished", labels)
 
 

@@ -25,7 +25,7 @@ from smallbatch_jax.store import results, workdir
 from smallbatch_jax.store.results import ProgramResults, Row
 from smallbatch_jax.study import analysis, claims, report
 from smallbatch_jax.study.answer import answer
-from smallbatch_jax.study.report import charts, costs
+from smallbatch_jax.study.report import charts, sections
 from smallbatch_jax.study.study import load
 
 ROOT = Path(__file__).parents[2]
@@ -300,13 +300,13 @@ def timed(tmp_path):
 def test_a_program_costs_what_its_timings_say(timed):
     parts = Parts(report.page([timed]))
     assert "2 programs trained 294 images in 4 s; compiling took 5 s" in parts.text
-    (two, four) = costs.table(timed).rows
+    (two, four) = sections.program_table(timed).rows
     assert [cell.shown for cell in two] == ["2", "1", "50", "3 s", "5 s", "1.0"]
     assert [cell.shown for cell in four] == ["4", "1", "144", "1 s", "0 s", "–"]
 
 
 def test_accuracy_is_drawn_over_a_runs_own_time(timed):
-    drawn = costs.cost_charts(timed)
+    drawn = charts.cost_charts(timed)
     assert sorted(data_of(Parts(report.page([timed])))["costs"]) == ["target", "time"]
     two, four = drawn["time"].data
     assert list(two.x) == pytest.approx([1.0, 2.0, 3.0])

@@ -1,7 +1,7 @@
 """The paper's written claims, judged on stored results.
 
-A claim is what a passage of Masters & Luschi (2018) says in words (`paper`), and the parts that make it up (`checks`),
-each judged on the studies that it is about, known by their names ("fig08").
+A claim is a passage of Masters & Luschi (2018) and the checks that make it up, an entry of `paper.CLAIMS`. Each check is judged
+on the studies that it is about, known by their names ("fig08").
 """
 
 import textwrap
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from smallbatch_jax.study.claims.checks import Finding, NotEnoughData
-from smallbatch_jax.study.claims.paper import CLAIMS, Claim, Part
+from smallbatch_jax.study.claims.paper import CLAIMS, Check, Claim
 from smallbatch_jax.study.study import Study, describe
 
 Studies = Mapping[str, Study]
@@ -18,14 +18,14 @@ VERDICTS = {True: "holds", False: "does not hold", None: "not enough data"}
 
 
 class Verdict(NamedTuple):
-    """A claim and what was found of its parts."""
+    """A claim and the findings of its checks."""
 
     claim: Claim
     findings: tuple[Finding, ...]
 
     @property
     def holds(self) -> bool | None:
-        """False if any part fails, True if all hold, else None."""
+        """False if any check fails, True if all hold, else None."""
         answers = {finding.holds for finding in self.findings}
         return False if False in answers else None if None in answers else True
 
@@ -37,25 +37,25 @@ def judge(studies: Studies) -> list[Verdict]:
 
 def judge_one(claim: Claim, studies: Studies) -> Verdict:
     """One claim, judged on the studies given by name."""
-    parts = [part for part in claim.parts if not claim.one_of or part.figures[0] in studies]
-    found = [finding for part in parts for finding in _examine(part, studies)]
+    checks = [check for check in claim.checks if not claim.one_of or check.figures[0] in studies]
+    found = [finding for check in checks for finding in _examine(check, studies)]
     missing = [group for group in claim.one_of if not any(name in studies for name in group)]
     found += [Finding(None, f"none of {', '.join(group)} is among the workdirs") for group in missing]
-    return Verdict(claim, tuple(dict.fromkeys(found)))  # parts that lack the same study say so once
+    return Verdict(claim, tuple(dict.fromkeys(found)))  # checks that lack the same study say so once
 
 
-def _examine(part: Part, studies: Studies) -> list[Finding]:
-    lacks = [lack for name in part.figures if (lack := _lack(name, studies.get(name)))]
+def _examine(check: Check, studies: Studies) -> list[Finding]:
+    lacks = [lack for name in check.figures if (lack := _lack(name, studies.get(name)))]
     if lacks:
         return [Finding(None, lack) for lack in lacks]
     try:
-        return [part.check(*(studies[name] for name in part.figures))]
+        return [check.judge(*(studies[name] for name in check.figures))]
     except NotEnoughData as lack:
         return [Finding(None, str(lack))]
 
 
 def _lack(name: str, study: Study | None) -> str:
-    """What keeps a study from being judged at all; empty if nothing does."""
+    """The reason why a study cannot be judged at all; empty if it can."""
     if study is None:
         return f"{name} is not among the workdirs"
     ended, planned = study.runs
@@ -67,17 +67,14 @@ def _lack(name: str, study: Study | None) -> str:
 def format_report(studies: Studies, verdicts: Iterable[Verdict]) -> str:
     """The studies, each claim with its findings, and how many claims hold, as plain text."""
     verdicts = list(verdicts)
-    blocks = ["\n".join(map(_describe, studies.values())), *map(_format_verdict, verdicts)]
+    known = {name for claim in CLAIMS for check in claim.checks for name in check.figures}
+    facts = {
+        name: describe(study) if name in known else "holds no figure that a claim is about" for name, study in studies.items()
+    }
+    blocks = ["\n".join(f"{name}: {fact}" for name, fact in facts.items()), *map(_format_verdict, verdicts)]
     hold, fail, lack = (sum(verdict.holds is answer for verdict in verdicts) for answer in VERDICTS)
     verbs = "holds" if hold == 1 else "hold", "does" if fail == 1 else "do", "lacks" if lack == 1 else "lack"
     return "\n\n".join([*blocks, f"{hold} {verbs[0]}, {fail} {verbs[1]} not hold, {lack} {verbs[2]} data"])
-
-
-def _describe(study: Study) -> str:
-    """One line: what was trained, on what, and how much of it has ended."""
-    if not any(study.name in part.figures for claim in CLAIMS for part in claim.parts):
-        return f"{study.name}: holds no figure that a claim is about"
-    return f"{study.name}: {describe(study)}"
 
 
 def _format_verdict(verdict: Verdict) -> str:

@@ -1,26 +1,26 @@
-"""What a passage of the paper can claim, as checks on the studies that it is about.
+"""Checks that claims are made of: each takes the studies that a claim is about and returns a Finding.
 
-A smaller grid or data set is judged like the paper's own. The accuracy of a batch size is that of its best cell; where
-batch sizes tie for the best, the claim has the benefit.
+A smaller grid or data set is judged like the paper's own. The accuracy of a batch size is that of its best cell, or −inf if
+every run diverged: it is below all others, not missing. Where batch sizes tie for the best, the claim has the benefit.
 """
 
-# Without pandas-stubs, pyright takes the keys of a Series for any Hashable.
-# pyright: reportReturnType=false
+# Without pandas-stubs, pyright reads pandas' own loose annotations, where every value may be a frame or a scalar.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportReturnType=false
 
-import itertools
+import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import mean
 from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 
+from smallbatch_jax.config.text import format_base_lr, percent, plural
 from smallbatch_jax.study import analysis
-from smallbatch_jax.study.analysis import format_base_lr, plural
 from smallbatch_jax.study.study import Study
 
-T = TypeVar("T")
+Values = TypeVar("Values", pd.Series, pd.DataFrame)
 
 # The paper says "similar", "good", "improves", never how much; these are our readings, in points (%) of accuracy unless
 # another unit is given. From 10,000 images and one seed, an accuracy of 75 % is itself uncertain by half a point.
@@ -35,31 +35,27 @@ TREND = 3  # batch sizes; with fewer nothing rises or falls
 
 
 class NotEnoughData(Exception):
-    """What the stored results lack for a part, in words."""
+    """The stored results cannot decide a check; the message says what they lack."""
 
 
 class Finding(NamedTuple):
-    """What the stored results say of a part; `holds` is None where they cannot say."""
+    """The result of a check; `holds` is None where the stored results cannot decide it."""
 
     holds: bool | None
     text: str
 
 
-def _listed(values: Iterable[Any]) -> str:
-    return ", ".join(map(str, values))
+_percent = functools.partial(percent, digits=2)
 
 
-def _by_size(values: Mapping[int, Any]) -> str:
-    return f"{_listed(values.values())} at m = {_listed(values)}"
+def _by_size(values: pd.Series) -> str:
+    """Values by batch size as "3, 1 at m = 2, 4"."""
+    return f"{', '.join(map(str, values))} at m = {', '.join(map(str, values.index))}"
 
 
-def _percent(accuracy: float) -> str:
-    return f"{100 * accuracy:.2f} %"
-
-
-def _points(difference: float) -> float:
+def _points(difference: Any) -> Any:
     """A difference of accuracies in points, without the rounding that would decide at the edge of a tolerance."""
-    return round(100 * difference, 6)
+    return (100 * difference).round(6) if isinstance(difference, pd.Series) else round(100 * difference, 6)
 
 
 @dataclass(frozen=True)
@@ -87,42 +83,21 @@ class Sizes:
 ALL = Sizes()
 
 
-def _pick(values: Mapping[int, T], who: str, sizes: Sizes = ALL, least: int = 1) -> dict[int, T]:
-    """The values at those batch sizes, ascending; `who` ("fig01 has") begins the sentence if they are too few."""
-    found = {m: values[m] for m in sorted(values) if m in sizes}
+def _pick(values: Values, who: str, sizes: Sizes = ALL, least: int = 1) -> Values:
+    """The values at those batch sizes; `who` ("fig01 has") begins the sentence if they are too few."""
+    found = values.loc[[m for m in values.index if m in sizes]]
     if len(found) < least:
-        words = f"{who} {plural(len(found), 'batch size') if found else 'no batch size'} {sizes}".rstrip()
+        words = f"{who} {plural(len(found), 'batch size') if len(found) else 'no batch size'} {sizes}".rstrip()
         raise NotEnoughData(f"{words}, {least} are needed" if least > 1 else words)
     return found
 
 
-class Best(NamedTuple):
-    """The most accurate cell of a batch size."""
-
-    batch_size: int
-    accuracy: float  # −inf where no run finished: a batch size that diverges is below all others, not missing
-    base_lr: float  # NaN there
-
-    @property
-    def finished(self) -> bool:
-        return self.accuracy > -math.inf
-
-    def __str__(self) -> str:
-        if not self.finished:
-            return f"nothing (every run at m = {self.batch_size} diverged)"
-        return f"{_percent(self.accuracy)} at m = {self.batch_size} (base_lr {format_base_lr(self.base_lr)})"
-
-
-def _best(study: Study, sizes: Sizes = ALL, least: int = 1) -> dict[int, Best]:
-    """The best cell by batch size."""
-    table = analysis.best_cells(_ordinary(study.cells))
-    table = table.sort_values(["test_accuracy", "base_lr"], ascending=[False, True])
+def _best(study: Study, sizes: Sizes = ALL, least: int = 1) -> pd.DataFrame:
+    """Accuracy and base_lr (NaN if every run diverged) of the best cell, by batch size."""
+    table = analysis.best_first(_comparable(_ordinary(study.cells))).drop_duplicates("batch_size")
     if table["test_accuracy"].isna().all():
         raise NotEnoughData(f"no run of {study.name} with BN over the whole batch finished")
-    best: dict[int, Best] = {}
-    for m, accuracy, base_lr in zip(table["batch_size"], table["test_accuracy"], table["base_lr"], strict=True):
-        best.setdefault(m, Best(m, _comparable(accuracy), base_lr))
-    return _pick(best, f"{study.name} has", sizes, least)
+    return _pick(table.set_index("batch_size")[["accuracy", "base_lr"]].sort_index(), f"{study.name} has", sizes, least)
 
 
 def _ordinary(frame: pd.DataFrame) -> pd.DataFrame:
@@ -131,111 +106,133 @@ def _ordinary(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[own | ~own.groupby(frame["batch_size"]).transform("any")]
 
 
-def _comparable(accuracy: float) -> float:
-    """Without the rounding of a mean over seeds, which would decide between equals; −inf for NaN."""
-    return -math.inf if math.isnan(accuracy) else round(accuracy, 9)
+def _comparable(cells: pd.DataFrame) -> pd.DataFrame:
+    """The best cells with their `accuracy`, without the rounding of a mean over seeds, which would decide between equals."""
+    best = analysis.best_cells(cells)
+    return best.assign(accuracy=best["test_accuracy"].round(9).fillna(-math.inf))
 
 
-def _top(best: Mapping[int, Best]) -> Best:
-    """Of equals, the one of the smallest batch size."""
-    return max(best.values(), key=lambda cell: cell.accuracy)
+def _top(best: pd.DataFrame) -> tuple[float, str]:
+    """The best accuracy, also in words; of equals, the one of the smallest batch size."""
+    m = best["accuracy"].idxmax()
+    accuracy, base_lr = best["accuracy"][m], best["base_lr"][m]
+    if accuracy == -math.inf:
+        return accuracy, f"nothing (every run at m = {m} diverged)"
+    return accuracy, f"{_percent(accuracy)} at m = {m} (base_lr {format_base_lr(base_lr)})"
 
 
-def _shared(*studies: Study, least: int = 1) -> list[dict[int, Best]]:
-    """The best cells of each study at the batch sizes that all have."""
-    tables = [_best(study) for study in studies]
-    shared = {m for m in tables[0] if all(m in table for table in tables)}
-    return [_pick({m: table[m] for m in shared}, f"{_names(studies)} share", least=least) for table in tables]
+def _shared(*studies: Study, least: int = 1) -> pd.DataFrame:
+    """The best accuracies at the batch sizes that all studies have, a column for each study."""
+    best = pd.DataFrame({study.name: _best(study)["accuracy"] for study in studies}).dropna()
+    return _pick(best, f"{_names(*studies)} share", least=least)
 
 
-def _finished(*studies: Study) -> list[dict[int, Best]]:
-    """The best cells of each study at the batch sizes at which all finished a run."""
-    tables = _shared(*studies)
-    done = {m for m in tables[0] if all(table[m].finished for table in tables)}
-    return [_pick({m: table[m] for m in done}, f"{_names(studies)} share finished runs at") for table in tables]
+def _finished(*studies: Study) -> pd.DataFrame:
+    """As `_shared`, at the batch sizes at which all finished a run."""
+    best = _shared(*studies)
+    return _pick(best[(best > -math.inf).all(axis=1)], f"{_names(*studies)} share finished runs at")
 
 
-def _names(studies: Iterable[Study]) -> str:
+def _names(*studies: Study) -> str:
     return " and ".join(study.name for study in studies)
 
 
 def best_is_at(study: Study, sizes: Sizes) -> Finding:
     """The best accuracy is at one of the batch sizes."""
-    inside, others = _top(_best(study, sizes)), _top(_best(study, ~sizes))
-    text = f"{study.name}: m {sizes} reach {inside}; the others {others}"
-    return Finding(inside.accuracy >= others.accuracy, text)
+    (inside, reached), (outside, others) = _top(_best(study, sizes)), _top(_best(study, ~sizes))
+    return Finding(bool(inside >= outside), f"{study.name}: m {sizes} reach {reached}; the others {others}")
+
+
+def stays_behind(study: Study, sizes: Sizes, others: Sizes) -> Finding:
+    """The best of some batch sizes is below that of others."""
+    (behind, reached), (ahead, more) = _top(_best(study, sizes)), _top(_best(study, others))
+    return Finding(bool(behind < ahead), f"{study.name}: m {sizes} reach {reached}; m {others} {more}")
 
 
 def is_near_best(study: Study, batch_size: int, tolerance: float) -> Finding:
     """One batch size is within `tolerance` points of the best."""
-    loss, best = _loss(study, batch_size)
-    text = f"{study.name}: m = {batch_size} loses {_format_loss(loss)} ({tolerance:g} allowed) to the best, {best}"
+    loss, words = _loss(study, batch_size)
+    _, best = _top(_best(study))
+    text = f"{study.name}: m = {batch_size} loses {words} ({tolerance:g} allowed) to the best, {best}"
     return Finding(loss <= tolerance, text)
 
 
 def falls_off_more(steep: Study, flat: Study, batch_size: int) -> Finding:
     """From the best to `batch_size`, one study loses more than the other."""
-    (loss, _), (flat_loss, _) = _loss(steep, batch_size), _loss(flat, batch_size)
-    losses = f"{steep.name} loses {_format_loss(loss)}, {flat.name} {_format_loss(flat_loss)}"
+    (loss, words), (flat_loss, flat_words) = _loss(steep, batch_size), _loss(flat, batch_size)
+    losses = f"{steep.name} loses {words}, {flat.name} {flat_words}"
     return Finding(loss > flat_loss, f"from the best to m = {batch_size}, {losses}")
 
 
-def _loss(study: Study, batch_size: int) -> tuple[float, Best]:
-    """How many points a batch size is below the best, and that."""
-    best = _best(study, least=2)
-    if batch_size not in best:
+def _loss(study: Study, batch_size: int) -> tuple[float, str]:
+    """By how many points a batch size is below the best, also in words."""
+    best = _best(study, least=2)["accuracy"]
+    if batch_size not in best.index:
         raise NotEnoughData(f"{study.name} has no batch size {batch_size}")
-    return _points(_top(best).accuracy - best[batch_size].accuracy), _top(best)
-
-
-def _format_loss(points: float) -> str:
-    return "everything" if points == math.inf else f"{points:.2f} points"
+    loss = _points(float(best.max() - best[batch_size]))
+    return loss, "everything" if loss == math.inf else f"{loss:.2f} points"
 
 
 def has_accuracy(study: Study, accuracy: float, tolerance: float) -> Finding:
     """The best accuracy is the paper's, within `tolerance` points."""
-    best = _top(_best(study))
+    found, best = _top(_best(study))
     text = f"{study.name}: best {best}, the paper's {100 * accuracy:g} % ({tolerance:g} points allowed)"
-    return Finding(abs(_points(best.accuracy - accuracy)) <= tolerance, text)
+    return Finding(abs(_points(float(found - accuracy))) <= tolerance, text)
 
 
 def are_similar(study: Study, other: Study) -> Finding:
     """The best accuracies of two studies are close."""
-    best, second = _top(_best(study)), _top(_best(other))
-    text = f"{study.name}: best {best}; {other.name}: best {second} ({SIMILAR:g} points allowed)"
-    return Finding(abs(_points(best.accuracy - second.accuracy)) <= SIMILAR, text)
+    (found, best), (other_found, other_best) = _top(_best(study)), _top(_best(other))
+    text = f"{study.name}: best {best}; {other.name}: best {other_best} ({SIMILAR:g} points allowed)"
+    return Finding(abs(_points(float(found - other_found))) <= SIMILAR, text)
 
 
 def is_better(study: Study, than: Study) -> Finding:
     """One study is better than another at most batch sizes."""
-    ours, theirs = _shared(study, than, least=2)
-    better = [m for m in ours if ours[m].accuracy > theirs[m].accuracy]
-    text = f"{study.name} is better than {than.name} at {len(better)} of {len(ours)} batch sizes"
-    return Finding(len(better) >= MOST * len(ours), text)
+    both = _shared(study, than, least=2)
+    better = int((both[study.name] > both[than.name]).sum())
+    text = f"{study.name} is better than {than.name} at {better} of {len(both)} batch sizes"
+    return Finding(better >= MOST * len(both), text)
 
 
 def improves_on(study: Study, before: Study) -> Finding:
     """One study is at least as good as another at most batch sizes, and better on average."""
-    ours, theirs = _shared(study, before, least=2)
-    kept = [m for m in ours if ours[m].accuracy >= theirs[m].accuracy]
-    gain = mean(_gains(study, before).values())
-    text = f"{study.name} is at least as good as {before.name} at {len(kept)} of {len(ours)} batch sizes"
-    return Finding(len(kept) >= MOST * len(ours) and gain > 0, f"{text}, {gain:+.2f} points on average where both finished")
+    both = _shared(study, before, least=2)
+    kept, gain = int((both[study.name] >= both[before.name]).sum()), _gains(study, before).mean()
+    text = f"{study.name} is at least as good as {before.name} at {kept} of {len(both)} batch sizes"
+    holds = kept >= MOST * len(both) and bool(gain > 0)
+    return Finding(holds, f"{text}, {gain:+.2f} points on average where both finished")
 
 
-def _gains(study: Study, before: Study) -> dict[int, float]:
-    """By batch size how many points one study is above another, where both finished a run."""
-    ours, theirs = _finished(study, before)
-    return {m: _points(ours[m].accuracy - theirs[m].accuracy) for m in ours}
+def _gains(study: Study, before: Study) -> pd.Series:
+    """By how many points one study is above another, by batch size, where both finished a run."""
+    both = _finished(study, before)
+    return _points(both[study.name] - both[before.name])
+
+
+def longer_is_better(short: Study, medium: Study, long: Study) -> Finding:
+    """The accuracy, averaged over the batch sizes, rises with the training length."""
+    means = _finished(short, medium, long).mean()
+    shown = ", ".join(f"{_percent(value)} ({name})" for name, value in means.items())
+    return Finding(bool((means.diff().iloc[1:] > 0).all()), f"mean over the batch sizes {shown}")
+
+
+def gains_more(long: Study, short: Study, sizes: Sizes, than: Sizes) -> Finding:
+    """Longer training gains more at some batch sizes than at others."""
+    gains, who = _gains(long, short), f"{_names(long, short)} share finished runs at"
+    large, small = (_pick(gains, who, some).mean() for some in (sizes, than))
+    text = f"from {short.name} to {long.name}, m {sizes} gain {large:+.2f} points on average, m {than} {small:+.2f}"
+    return Finding(bool(large > small), text)
 
 
 def best_base_lr_is_out_of_reach(study: Study, sizes: Sizes) -> Finding:
     """The best base_lr of each of the batch sizes is below that of the study's best cell."""
     _need_base_lrs(study)
-    best, found = _top(_best(study)), _best(study, sizes)
-    rates = {m: format_base_lr(cell.base_lr) if cell.finished else "none" for m, cell in found.items()}
-    text = f"{study.name}: best base_lr {format_base_lr(best.base_lr)} (m = {best.batch_size}); {_by_size(rates)}"
-    return Finding(not any(cell.base_lr >= best.base_lr for cell in found.values()), text)
+    best, rates = _best(study), _best(study, sizes)["base_lr"]
+    m = best["accuracy"].idxmax()
+    shown = rates.map(lambda rate: "none" if math.isnan(rate) else format_base_lr(rate))
+    text = f"{study.name}: best base_lr {format_base_lr(best['base_lr'][m])} (m = {m}); {_by_size(shown)}"
+    return Finding(not (rates >= best["base_lr"][m]).any(), text)
 
 
 def _need_base_lrs(study: Study) -> None:
@@ -245,145 +242,100 @@ def _need_base_lrs(study: Study) -> None:
 
 def none_converges(study: Study, sizes: Sizes) -> Finding:
     """No base_lr converges at any of the batch sizes."""
-    counts = _pick(_converging(study), f"{study.name} has", sizes)
-    return Finding(not any(counts.values()), _format_converging(study, counts))
+    counts, text = _converging(study, sizes)
+    return Finding(not counts.any(), text)
 
 
 def each_converges(study: Study, sizes: Sizes) -> Finding:
     """Some base_lr converges at each of the batch sizes."""
-    counts = _pick(_converging(study), f"{study.name} has", sizes)
-    return Finding(all(counts.values()), _format_converging(study, counts))
+    counts, text = _converging(study, sizes)
+    return Finding(bool(counts.all()), text)
 
 
 def every_base_lr_converges(study: Study, sizes: Sizes) -> Finding:
     """Each of the batch sizes converges over the full range of base learning rates."""
     _need_base_lrs(study)
-    counts, asked = (
-        _pick(_converging(study), f"{study.name} has", sizes),
-        study.cells.groupby("batch_size")["base_lr"].nunique(),
-    )
-    text = f"{_format_converging(study, counts)}, of {_listed(asked[m] for m in counts)}"
-    return Finding(all(counts[m] == asked[m] for m in counts), text)
+    counts, text = _converging(study, sizes)
+    asked = study.cells.groupby("batch_size")["base_lr"].nunique()[counts.index]
+    return Finding(bool((counts == asked).all()), f"{text}, of {', '.join(map(str, asked))}")
 
 
 def range_narrows(study: Study) -> Finding:
     """Fewer base learning rates converge as the batch size grows."""
     _need_base_lrs(study)
-    counts = _pick(_converging(study), f"{study.name} has", least=TREND)
-    rates = list(counts.values())
-    if not any(rates):
+    counts, text = _converging(study, least=TREND)
+    if not counts.any():
         raise NotEnoughData(f"{study.name}: no base_lr converges at any batch size")
-    widens = any(after - before > WIDENS for before, after in itertools.pairwise(rates))
-    return Finding(rates[-1] < rates[0] and not widens, _format_converging(study, counts))
+    return Finding(bool(counts.iloc[-1] < counts.iloc[0] and not (counts.diff() > WIDENS).any()), text)
 
 
-def _converging(study: Study) -> dict[int, int]:
-    """Numbers of converging base learning rates by batch size."""
+def _converging(study: Study, sizes: Sizes = ALL, least: int = 1) -> tuple[pd.Series, str]:
+    """Numbers of converging base learning rates by batch size, also in words."""
     ranges = analysis.convergent_range(_ordinary(study.cells), study.chance)
-    return ranges.groupby("batch_size")["convergent"].max().to_dict()
-
-
-def _format_converging(study: Study, counts: Mapping[int, int]) -> str:
-    return f"{study.name}: converging base_lrs {_by_size(counts)}"
+    counts = _pick(ranges.groupby("batch_size")["convergent"].max(), f"{study.name} has", sizes, least)
+    return counts, f"{study.name}: converging base_lrs {_by_size(counts)}"
 
 
 def curves_are_similar(study: Study, base_lr: float, sizes: Sizes) -> Finding:
     """At one base_lr, the training accuracies of the batch sizes lie close together."""
-    curves = _pick(_training_accuracy(study, base_lr), f"{study.name} has", sizes, least=2)
-    low, high = min(curves.values()), max(curves.values())
-    return Finding(low > 0 and _points(high - low) <= SIMILAR_CURVES, _format_training(study, base_lr, curves))
+    curves, text = _training_accuracy(study, base_lr, sizes, least=2)
+    low, high = float(curves.min()), float(curves.max())
+    return Finding(low > 0 and _points(high - low) <= SIMILAR_CURVES, text)
 
 
 def curves_are_lower(study: Study, base_lr: float, sizes: Sizes, than: Sizes) -> Finding:
     """At one base_lr, the training accuracy of each of the batch sizes is below those of others."""
-    curves = _training_accuracy(study, base_lr)
-    lower, higher = (_pick(curves, f"{study.name} has", which) for which in (sizes, than))
-    lowest = min(higher.values())
-    text = f"{_format_training(study, base_lr, lower)}; lowest of m {than} {_percent(lowest)}"
-    return Finding(max(lower.values()) < lowest, text)
+    (lower, text), (higher, _) = (_training_accuracy(study, base_lr, which) for which in (sizes, than))
+    return Finding(bool(lower.max() < higher.min()), f"{text}; lowest of m {than} {_percent(higher.min())}")
 
 
-def _training_accuracy(study: Study, base_lr: float) -> dict[int, float]:
-    """As seen, by batch size: the mean over the epochs of a run, 0 if it diverged, then over its seeds."""
+def _training_accuracy(study: Study, base_lr: float, sizes: Sizes, least: int = 1) -> tuple[pd.Series, str]:
+    """By batch size: the mean over the epochs of a run, 0 if it diverged, then over its seeds; also in words."""
     rows = study.rows[study.rows["base_lr"] == base_lr]
     if not (rows["status"] == "finished").any():
         raise NotEnoughData(f"{study.name} has no finished run at base_lr {format_base_lr(base_lr)}")
     rows = _ordinary(rows)
     accuracy = rows["train_accuracy"].where(rows["status"] == "finished", 0.0)
     runs = accuracy.groupby([rows["batch_size"], rows["seed"]]).mean()
-    return {m: round(accuracy, 9) for m, accuracy in runs.groupby("batch_size").mean().items()}
-
-
-def _format_training(study: Study, base_lr: float, curves: Mapping[int, float]) -> str:
-    shown = {m: _percent(accuracy) for m, accuracy in curves.items()}
-    return f"{study.name}, base_lr {format_base_lr(base_lr)}: training accuracy, mean over epochs, {_by_size(shown)}"
+    curves = _pick(runs.groupby("batch_size").mean().round(9), f"{study.name} has", sizes, least)
+    shown = _by_size(curves.map(_percent))
+    return curves, f"{study.name}, base_lr {format_base_lr(base_lr)}: training accuracy, mean over epochs, {shown}"
 
 
 def smaller_bn_batch_is_best(study: Study, sizes: Sizes) -> Finding:
     """At each of the batch sizes, the best BN batch is smaller than the batch."""
-    curves = {m: curve for m, curve in _bn_curves(study).items() if _best_bn(curve) and m in curve and min(curve) < m}
-    curves = _pick(curves, f"{study.name} has BN batches of m and smaller ones at", sizes)
-    smaller = [min(_best_bn(curve)) < m for m, curve in curves.items()]
-    return Finding(all(smaller), _format_bn(study, curves, "is below m", smaller))
+    best = _best_bn(study, sizes, lambda m, b: m in b and min(b) < m, "BN batches of m and smaller ones")
+    smaller = [min(found) < m for m, found in best.items()]
+    return Finding(all(smaller), _format_bn(study, best, "is below m", smaller))
 
 
 def best_bn_batch_is_at(study: Study, bn_sizes: Sizes, sizes: Sizes, share: float) -> Finding:
     """At this share of the batch sizes or more, the best BN batch size is one of `bn_sizes`."""
-    curves = {m: c for m, c in _bn_curves(study).items() if _best_bn(c) and len({b in bn_sizes for b in c}) == 2}
-    curves = _pick(curves, f"{study.name} has BN batches {bn_sizes} and others at", sizes)
-    inside = [any(b in bn_sizes for b in _best_bn(curve)) for curve in curves.values()]
-    return Finding(sum(inside) >= share * len(inside), _format_bn(study, curves, f"is {bn_sizes}", inside))
+    kinds = f"BN batches {bn_sizes} and others"
+    best = _best_bn(study, sizes, lambda _, b: len({size in bn_sizes for size in b}) == 2, kinds)
+    inside = [any(size in bn_sizes for size in found) for found in best]
+    return Finding(sum(inside) >= share * len(inside), _format_bn(study, best, f"is {bn_sizes}", inside))
+
+
+def _best_bn(study: Study, sizes: Sizes, decides: Callable[[int, list[int]], bool], kinds: str) -> pd.Series:
+    """The BN batch sizes of the best accuracy, by batch size, where a run finished and the BN batch sizes are of both kinds."""
+    best = {}
+    for m, cells in _comparable(study.cells).groupby("batch_size"):
+        top = cells["accuracy"].max()
+        if top > -math.inf and decides(m, cells["bn_batch_size"].tolist()):
+            best[m] = cells.loc[cells["accuracy"] == top, "bn_batch_size"].tolist()
+    return _pick(pd.Series(best, dtype=object), f"{study.name} has {kinds} at", sizes)
+
+
+def _format_bn(study: Study, best: pd.Series, asked: str, answers: list[bool]) -> str:
+    shown = _by_size(best.map(lambda found: " or ".join(map(str, found))))
+    return f"{study.name}: the best BN batch {asked} at {sum(answers)} of {len(answers)} batch sizes ({shown})"
 
 
 def accuracy_falls(study: Study) -> Finding:
     """The accuracy, best over the BN batch sizes, falls as the batch size grows."""
-    best = _pick({m: max(curve.values()) for m, curve in _bn_curves(study).items()}, f"{study.name} has", least=TREND)
-    ranks = pd.Series(best).rank()
-    trend = float(ranks.corr(pd.Series(list(best), list(best)).rank())) if ranks.nunique() > 1 else 0.0
-    shown = _by_size({m: _percent(accuracy) for m, accuracy in best.items()})
-    return Finding(round(trend, 9) <= FALLS, f"{study.name}: {shown}, rank correlation {trend:+.2f} (at most {FALLS:+g})")
-
-
-def _bn_curves(study: Study) -> dict[int, dict[int, float]]:
-    """By batch size the accuracy by BN batch size, −inf where no run finished."""
-    curves: dict[int, dict[int, float]] = {}
-    table = analysis.best_cells(study.cells)
-    for m, b, accuracy in zip(table["batch_size"], table["bn_batch_size"], table["test_accuracy"], strict=True):
-        curves.setdefault(m, {})[b] = _comparable(accuracy)
-    return curves
-
-
-def _best_bn(curve: Mapping[int, float]) -> list[int]:
-    """The BN batch sizes of the best accuracy, none if no run finished."""
-    best = max(curve.values())
-    return [b for b, accuracy in curve.items() if accuracy == best > -math.inf]
-
-
-def _format_bn(study: Study, curves: Mapping[int, Mapping[int, float]], asked: str, answers: list[bool]) -> str:
-    best = {m: " or ".join(map(str, _best_bn(curve))) for m, curve in curves.items()}
-    found = f"at {sum(answers)} of {len(answers)} batch sizes ({_by_size(best)})"
-    return f"{study.name}: the best BN batch {asked} {found}"
-
-
-def longer_is_better(short: Study, medium: Study, long: Study) -> Finding:
-    """The accuracy, averaged over the batch sizes, rises with the training length."""
-    studies = (short, medium, long)
-    means = [mean(cell.accuracy for cell in table.values()) for table in _finished(*studies)]
-    shown = ", ".join(f"{_percent(value)} ({study.name})" for value, study in zip(means, studies, strict=True))
-    return Finding(means[0] < means[1] < means[2], f"mean over the batch sizes {shown}")
-
-
-def gains_more(long: Study, short: Study, sizes: Sizes, than: Sizes) -> Finding:
-    """Longer training gains more at some batch sizes than at others."""
-    gains = _gains(long, short)
-    who = f"{_names((long, short))} share finished runs at"
-    large, small = (mean(_pick(gains, who, some).values()) for some in (sizes, than))
-    text = f"from {short.name} to {long.name}, m {sizes} gain {large:+.2f} points on average, m {than} {small:+.2f}"
-    return Finding(large > small, text)
-
-
-def stays_behind(study: Study, sizes: Sizes, others: Sizes) -> Finding:
-    """The best of some batch sizes is below that of others."""
-    behind, ahead = _top(_best(study, sizes)), _top(_best(study, others))
-    text = f"{study.name}: m {sizes} reach {behind}; m {others} {ahead}"
-    return Finding(behind.accuracy < ahead.accuracy, text)
+    best = _pick(_comparable(study.cells).groupby("batch_size")["accuracy"].max(), f"{study.name} has", least=TREND)
+    ranks, order = best.rank(), pd.Series(range(len(best)), best.index)
+    trend = round(float(ranks.corr(order)), 9) if ranks.nunique() > 1 else 0.0
+    shown = _by_size(best.map(_percent))
+    return Finding(trend <= FALLS, f"{study.name}: {shown}, rank correlation {trend:+.2f} (at most {FALLS:+g})")

@@ -1,61 +1,38 @@
-"""The claims: what Masters & Luschi (2018) say in words of their experiments, and the checks that make each up."""
+"""The claims: what Masters & Luschi (2018) say in words of their experiments, and the checks that make up each.
+
+A new claim is an entry of CLAIMS; a new kind of check is a function in checks.py.
+"""
 
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from smallbatch_jax.study.claims.checks import (
-    AS_STATED,
-    MOST,
-    SIMILAR,
-    STILL_IMPROVES,
-    Finding,
-    Sizes,
-    accuracy_falls,
-    are_similar,
-    best_base_lr_is_out_of_reach,
-    best_bn_batch_is_at,
-    best_is_at,
-    curves_are_lower,
-    curves_are_similar,
-    each_converges,
-    every_base_lr_converges,
-    falls_off_more,
-    gains_more,
-    has_accuracy,
-    improves_on,
-    is_better,
-    is_near_best,
-    longer_is_better,
-    none_converges,
-    range_narrows,
-    smaller_bn_batch_is_best,
-    stays_behind,
-)
+from smallbatch_jax.study.claims import checks
+from smallbatch_jax.study.claims.checks import AS_STATED, MOST, SIMILAR, STILL_IMPROVES, Finding, Sizes
 
 
-class Part(NamedTuple):
-    """One check of a claim: it takes the studies of `figures`, and raises NotEnoughData if their grids do not allow it."""
+class Check(NamedTuple):
+    """One check of a claim; `judge` takes the studies of `figures`, and raises NotEnoughData if their grids do not allow it."""
 
     figures: tuple[str, ...]
-    check: Callable[..., Finding]
+    judge: Callable[..., Finding]
 
 
 class Claim(NamedTuple):
     """A claim of the paper in its own words.
 
-    Where `one_of` names groups of figures, one of each group is enough, and parts about figures not given are left out.
+    Where `one_of` names groups of figures, one of each group is enough, and checks of figures not given are left out.
     """
 
     id: str
     where: str
     sentence: str
-    parts: tuple[Part, ...]
+    checks: tuple[Check, ...]
     one_of: tuple[tuple[str, ...], ...] = ()
 
 
-def _part(check: Callable[..., Finding], *figures: str, **given: Any) -> Part:
-    return Part(figures, functools.partial(check, **given))
+def _check(judge: Callable[..., Finding], *figures: str, **given: Any) -> Check:
+    return Check(figures, functools.partial(judge, **given))
 
 
 WITHOUT_BN = ("fig01", "fig02", "fig03")
@@ -67,13 +44,13 @@ CLAIMS = (
         "C1",
         "§3.2, Fig. 1",
         "… for the reduced AlexNet model, the best test accuracy is obtained for batch sizes m = 8 or smaller …",
-        (_part(best_is_at, "fig01", sizes=Sizes(1, 8)),),
+        (_check(checks.best_is_at, "fig01", sizes=Sizes(1, 8)),),
     ),
     Claim(
         "C2",
         "§3.2, Figs. 2–3",
         "… for the ResNet models the best accuracy is obtained for batch sizes m = 4 and m = 2.",
-        tuple(_part(best_is_at, name, sizes=Sizes(2, 4)) for name in ("fig02", "fig03")),
+        tuple(_check(checks.best_is_at, name, sizes=Sizes(2, 4)) for name in ("fig02", "fig03")),
     ),
     Claim(
         "C3",
@@ -82,9 +59,9 @@ CLAIMS = (
         "batch size from m = 16 to m = 2048 failed to converge, and learning was successful only for the cases of batch "
         "size m = 2, m = 4 and m = 8, with a best test performance of 76%.",
         (
-            _part(none_converges, "resnet32_nobn", sizes=Sizes(16)),
-            _part(each_converges, "resnet32_nobn", sizes=Sizes(2, 8)),
-            _part(has_accuracy, "resnet32_nobn", accuracy=0.76, tolerance=AS_STATED),
+            _check(checks.none_converges, "resnet32_nobn", sizes=Sizes(16)),
+            _check(checks.each_converges, "resnet32_nobn", sizes=Sizes(2, 8)),
+            _check(checks.has_accuracy, "resnet32_nobn", accuracy=0.76, tolerance=AS_STATED),
         ),
     ),
     Claim(
@@ -93,8 +70,8 @@ CLAIMS = (
         "… we observe similar convergence for some of the curves corresponding to the same value of η̃ with batch sizes in "
         "the range 4 ≤ m ≤ 64, but with degraded training performance for larger batch sizes.",
         (
-            _part(curves_are_similar, "fig04", base_lr=2**-8, sizes=Sizes(4, 64)),
-            _part(curves_are_lower, "fig04", base_lr=2**-8, sizes=~Sizes(1, 64), than=Sizes(4, 64)),
+            _check(checks.curves_are_similar, "fig04", base_lr=2**-8, sizes=Sizes(4, 64)),
+            _check(checks.curves_are_lower, "fig04", base_lr=2**-8, sizes=~Sizes(1, 64), than=Sizes(4, 64)),
         ),
     ),
     Claim(
@@ -105,11 +82,11 @@ CLAIMS = (
         "between m = 8 and m = 64, compared with best batch sizes between m = 4 and m = 32 for the case where BN is applied "
         "to only the convolutional layers (Figure 6). Both cases yield similar generalization performance.",
         (
-            _part(best_is_at, "fig05", sizes=Sizes(8, 64)),
-            _part(best_is_at, "fig06", sizes=Sizes(4, 32)),
-            _part(are_similar, "fig05", "fig06"),
-            _part(is_better, "fig05", "fig01"),
-            _part(is_better, "fig06", "fig01"),
+            _check(checks.best_is_at, "fig05", sizes=Sizes(8, 64)),
+            _check(checks.best_is_at, "fig06", sizes=Sizes(4, 32)),
+            _check(checks.are_similar, "fig05", "fig06"),
+            _check(checks.is_better, "fig05", "fig01"),
+            _check(checks.is_better, "fig06", "fig01"),
         ),
     ),
     Claim(
@@ -119,9 +96,9 @@ CLAIMS = (
         "results obtained for batch sizes m = 4 or m = 8. … a clear optimum value of base learning rate, which is only "
         "achievable for batch sizes m = 16 or smaller for CIFAR-10, and m = 8 or smaller for CIFAR-100.",
         (
-            *(_part(best_is_at, name, sizes=Sizes(4, 8)) for name in ("fig07", "fig08", "fig09")),
-            *(_part(best_base_lr_is_out_of_reach, name, sizes=~Sizes(1, 16)) for name in ("fig07", "fig08")),
-            _part(best_base_lr_is_out_of_reach, "fig09", sizes=~Sizes(1, 8)),
+            *(_check(checks.best_is_at, name, sizes=Sizes(4, 8)) for name in ("fig07", "fig08", "fig09")),
+            *(_check(checks.best_base_lr_is_out_of_reach, name, sizes=~Sizes(1, 16)) for name in ("fig07", "fig08")),
+            _check(checks.best_base_lr_is_out_of_reach, "fig09", sizes=~Sizes(1, 8)),
         ),
     ),
     Claim(
@@ -133,12 +110,12 @@ CLAIMS = (
         "performance is obtained for batch sizes between m = 4 and m = 16, with a steeper degradation for larger batch "
         "sizes.",
         (
-            _part(best_is_at, "fig10", sizes=Sizes(4, 8)),
-            _part(is_near_best, "fig10", batch_size=128, tolerance=SIMILAR),
-            _part(best_is_at, "fig11", sizes=Sizes(4, 16)),
-            _part(falls_off_more, "fig11", "fig10", batch_size=128),
-            _part(improves_on, "fig10", "fig08"),
-            _part(improves_on, "fig11", "fig09"),
+            _check(checks.best_is_at, "fig10", sizes=Sizes(4, 8)),
+            _check(checks.is_near_best, "fig10", batch_size=128, tolerance=SIMILAR),
+            _check(checks.best_is_at, "fig11", sizes=Sizes(4, 16)),
+            _check(checks.falls_off_more, "fig11", "fig10", batch_size=128),
+            _check(checks.improves_on, "fig10", "fig08"),
+            _check(checks.improves_on, "fig11", "fig09"),
         ),
     ),
     Claim(
@@ -149,9 +126,9 @@ CLAIMS = (
         "sizes degrades … On the other hand, smaller batch sizes have shown stable and consistent convergence over the full "
         "range of learning rates.",
         (
-            _part(best_is_at, "fig12", sizes=Sizes(16, 64)),
+            _check(checks.best_is_at, "fig12", sizes=Sizes(16, 64)),
             # smaller than the m = 16 and 32 of the sentence before
-            _part(every_base_lr_converges, "fig12", sizes=Sizes(1, 8)),
+            _check(checks.every_base_lr_converges, "fig12", sizes=Sizes(1, 8)),
         ),
     ),
     Claim(
@@ -162,11 +139,11 @@ CLAIMS = (
         "consistently obtained when even smaller batches are used for BN. … For example, a BN batch size m = 4 or m = 8 "
         "appears to give best results for all SGD batch sizes tested.",
         (
-            _part(smaller_bn_batch_is_best, "fig13_cifar100", sizes=~Sizes(1, 8)),
+            _check(checks.smaller_bn_batch_is_best, "fig13_cifar100", sizes=~Sizes(1, 8)),
             # "consistently" is said of CIFAR-100 only
-            _part(best_bn_batch_is_at, "fig13_cifar100", bn_sizes=Sizes(4, 8), sizes=Sizes(16), share=1.0),
-            _part(best_bn_batch_is_at, "fig13_cifar10", bn_sizes=Sizes(4, 8), sizes=Sizes(16), share=MOST),
-            *(_part(accuracy_falls, name) for name in ("fig13_cifar100", "fig13_cifar10")),
+            _check(checks.best_bn_batch_is_at, "fig13_cifar100", bn_sizes=Sizes(4, 8), sizes=Sizes(16), share=1.0),
+            _check(checks.best_bn_batch_is_at, "fig13_cifar10", bn_sizes=Sizes(4, 8), sizes=Sizes(16), share=MOST),
+            *(_check(checks.accuracy_falls, name) for name in ("fig13_cifar100", "fig13_cifar10")),
         ),
     ),
     Claim(
@@ -176,8 +153,8 @@ CLAIMS = (
         "size for the SGD weight updates. … The plots also indicate that the best performance is obtained when smaller batches "
         "are used for BN in the range between 16 and 64, for all SGD batch sizes tested.",
         (
-            _part(best_bn_batch_is_at, "fig14", bn_sizes=Sizes(16, 64), sizes=Sizes(16), share=1.0),
-            _part(accuracy_falls, "fig14"),
+            _check(checks.best_bn_batch_is_at, "fig14", bn_sizes=Sizes(16, 64), sizes=Sizes(16), share=1.0),
+            _check(checks.accuracy_falls, "fig14"),
         ),
     ),
     Claim(
@@ -188,8 +165,8 @@ CLAIMS = (
         "results have been obtained with batch sizes m = 32 or smaller …",
         (
             # m = 32 itself counts: §4 says "below m = 32", §5 "m = 32 or smaller"
-            *(_part(best_is_at, name, sizes=Sizes(1, 32)) for name in (*WITHOUT_BN, *CIFAR10_WITH_BN)),
-            *(_part(is_near_best, name, batch_size=2, tolerance=STILL_IMPROVES) for name in WITHOUT_BN),
+            *(_check(checks.best_is_at, name, sizes=Sizes(1, 32)) for name in (*WITHOUT_BN, *CIFAR10_WITH_BN)),
+            *(_check(checks.is_near_best, name, batch_size=2, tolerance=STILL_IMPROVES) for name in WITHOUT_BN),
         ),
         one_of=(WITHOUT_BN, CIFAR10_WITH_BN),
     ),
@@ -198,7 +175,7 @@ CLAIMS = (
         "§4, Fig. 16",
         "The results show that increasing the batch size progressively reduces the range of learning rates that provide "
         "stable convergence.",
-        tuple(_part(range_narrows, name) for name in CIFAR),
+        tuple(_check(checks.range_narrows, name) for name in CIFAR),
         one_of=(CIFAR,),
     ),
     Claim(
@@ -209,9 +186,9 @@ CLAIMS = (
         "large batch sizes … Even increasing the training length, and therefore the total computational cost, the "
         "performance of large batch training remains inferior compared to the small batch performance.",
         (
-            _part(longer_is_better, "fig17", "fig08", "fig18"),
-            _part(gains_more, "fig18", "fig17", sizes=Sizes(128), than=Sizes(1, 16)),
-            _part(stays_behind, "fig18", sizes=Sizes(128), others=Sizes(1, 16)),
+            _check(checks.longer_is_better, "fig17", "fig08", "fig18"),
+            _check(checks.gains_more, "fig18", "fig17", sizes=Sizes(128), than=Sizes(1, 16)),
+            _check(checks.stays_behind, "fig18", sizes=Sizes(128), others=Sizes(1, 16)),
         ),
     ),
 )

@@ -1,53 +1,74 @@
 """The paper's figures from stored results, complete or partial.
 
-Each figure is a function of the cells of one experiment (`analysis.planned_cells`, or `analysis.final_accuracy`), of
-its rows, or of several studies, and returns a matplotlib Figure that no pyplot state knows of, so drawing works without
-a display and leaves a notebook's settings alone.
+A figure is a function of the cells of one experiment (`analysis.planned_cells`, or `analysis.final_accuracy`), of its rows,
+or of several studies; it returns a matplotlib Figure that pyplot does not know, so drawing works without a display and leaves
+a notebook's settings alone. FIGURES and SUMMARIES list those that the commands draw: a new figure is a function in one of
+these modules and an entry here.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from smallbatch_jax.config.experiment import InputError
+from smallbatch_jax.study.analysis import known_cells
 from smallbatch_jax.study.figures import style
-from smallbatch_jax.study.figures.cost import accuracy_against_memory, accuracy_against_time, cost_figures, time_to_accuracy
-from smallbatch_jax.study.figures.curves import accuracy_against_bn_batch_size, convergence, own_base_lrs
-from smallbatch_jax.study.figures.grid import accuracy_against_base_lr, accuracy_against_batch_size, heat_map
-from smallbatch_jax.study.figures.summary import best_accuracy, convergent_base_lrs, metric_name
-from smallbatch_jax.study.figures.table import known_cells
+from smallbatch_jax.study.figures.grid import accuracy_against_base_lr as accuracy_against_base_lr
+from smallbatch_jax.study.figures.grid import accuracy_against_batch_size as accuracy_against_batch_size
+from smallbatch_jax.study.figures.grid import accuracy_against_bn_batch_size as accuracy_against_bn_batch_size
+from smallbatch_jax.study.figures.grid import heat_map as heat_map
+from smallbatch_jax.study.figures.labels import metric_name
+from smallbatch_jax.study.figures.points import one_bn_batch_size, own_base_lrs
+from smallbatch_jax.study.figures.runs import accuracy_against_memory as accuracy_against_memory
+from smallbatch_jax.study.figures.runs import accuracy_against_time as accuracy_against_time
+from smallbatch_jax.study.figures.runs import convergence as convergence
+from smallbatch_jax.study.figures.runs import program_costs
+from smallbatch_jax.study.figures.runs import time_to_accuracy as time_to_accuracy
+from smallbatch_jax.study.figures.summary import best_accuracy as best_accuracy
+from smallbatch_jax.study.figures.summary import convergent_base_lrs as convergent_base_lrs
 from smallbatch_jax.study.study import Study
 
-__all__ = [
-    "accuracy_against_base_lr",
-    "accuracy_against_batch_size",
-    "accuracy_against_bn_batch_size",
-    "accuracy_against_memory",
-    "accuracy_against_time",
-    "best_accuracy",
-    "convergence",
-    "convergent_base_lrs",
-    "draw",
-    "draw_studies",
-    "draw_summaries",
-    "heat_map",
-    "time_to_accuracy",
-]
-
 PathLike = str | os.PathLike[str]
+
+
+class FigureData(NamedTuple):
+    """The stored results of one experiment; `study` is None without a workdir."""
+
+    rows: pd.DataFrame
+    cells: pd.DataFrame
+    metric: str = style.TEST_ACCURACY
+    study: Study | None = None
+
+
+# File name → what it needs (`_own_figures`), and how it is drawn.
+FIGURES: dict[str, tuple[str, Callable[..., Figure]]] = {
+    "accuracy_vs_batch_size": ("common base_lrs", lambda s: accuracy_against_batch_size(s.cells, s.metric)),
+    "accuracy_vs_base_lr": ("several base_lrs", lambda s: accuracy_against_base_lr(s.cells, s.metric)),
+    "heat_map": ("several base_lrs", lambda s: heat_map(s.cells, s.metric)),
+    "accuracy_vs_bn_batch_size": ("several BN batch sizes", lambda s: accuracy_against_bn_batch_size(s.cells, s.metric)),
+    "convergence": ("rows", lambda s: convergence(s.rows, cells=s.cells, metric=s.metric)),
+    "accuracy_vs_time": ("times", lambda s: accuracy_against_time(s.study)),
+    "time_to_accuracy": ("times", lambda s: time_to_accuracy(s.study)),
+    "accuracy_vs_memory": ("memory", lambda s: accuracy_against_memory(s.study)),
+}
+SUMMARIES: dict[str, Callable[[Sequence[Study]], Figure]] = {
+    "best_accuracy": best_accuracy,
+    "convergent_base_lrs": convergent_base_lrs,
+}
+COST_FIGURES = tuple(name for name, (needs, _) in FIGURES.items() if needs in ("times", "memory"))  # depend on the machine
 
 
 def draw(df: pd.DataFrame, out_dir: PathLike) -> list[Path]:
     """Writes the figures of results as PNG and PDF; the same results give the same bytes.
 
     Args:
-      df: results, one row per run and epoch. Several experiments go into one folder each, under their names. Runs that
-        have no row yet are not known of: where there is a workdir, `draw_studies` shows them as missing.
-      out_dir: created if need be. A file that is there is replaced whole or not at all.
+      df: results, one row per run and epoch. Several experiments go into one folder each, under their names. Runs without a
+        row are unknown; with a workdir, `draw_studies` shows them as missing.
+      out_dir: created if need be. An existing file is replaced whole or not at all.
     Returns:
       The paths written.
     Raises:
@@ -56,13 +77,14 @@ def draw(df: pd.DataFrame, out_dir: PathLike) -> list[Path]:
     _require_rows(df)
     by_name = {str(name): rows for name, rows in df.groupby("experiment", observed=True)}
     folders = _folders(list(by_name), Path(out_dir))
-    return [path for name, rows in by_name.items() for path in _write_all(_own_figures(rows, known_cells(rows)), folders[name])]
+    drawn = [(_own_figures(FigureData(rows, known_cells(rows))), folders[name]) for name, rows in by_name.items()]
+    return [path for figures, folder in drawn for path in _write_all(figures, folder)]
 
 
 def draw_studies(studies: Iterable[Study], out_dir: PathLike | None = None) -> list[Path]:
     """Writes the figures of each study, missing cells included, and for several studies those that compare them.
 
-    Where times and memory are known, `cost_figures` come with them; what those show depends on the machine that trained.
+    Where times and memory are known, COST_FIGURES are drawn too; they depend on the machine that trained.
 
     Args:
       studies: of different names.
@@ -75,41 +97,41 @@ def draw_studies(studies: Iterable[Study], out_dir: PathLike | None = None) -> l
     """
     studies = list(studies)
     _require_rows(*(study.rows for study in studies))
-    names = [study.name for study in studies]
     homes = {study.name: study.workdir / "figures" for study in studies}
-    folders = homes if out_dir is None else _folders(names, Path(out_dir))
+    folders = homes if out_dir is None else _folders(list(homes), Path(out_dir))
     paths = []
     for study in studies:
-        own = _own_figures(study.rows, study.cells, metric_name(study.experiment))
-        paths += _write_all(chain(own, cost_figures(study)), folders[study.name])
+        data = FigureData(study.rows, study.cells, metric_name(study.experiment), study)
+        paths += _write_all(_own_figures(data), folders[study.name])
     if len(studies) > 1:
-        paths += draw_summaries(studies, homes[names[0]] if out_dir is None else out_dir)
+        paths += draw_summaries(studies, homes[studies[0].name] if out_dir is None else out_dir)
     return paths
 
 
 def draw_summaries(studies: Sequence[Study], out_dir: PathLike) -> list[Path]:
     """Writes the figures that compare studies, Figs. 15 and 16, and returns their paths. Raises as `draw` does."""
     _require_rows(*(study.rows for study in studies))
-    makers = {"best_accuracy": best_accuracy, "convergent_base_lrs": convergent_base_lrs}
-    return _write_all(((stem, make(studies)) for stem, make in makers.items()), Path(out_dir))
+    return _write_all(((name, make(studies)) for name, make in SUMMARIES.items()), Path(out_dir))
 
 
-def _own_figures(rows: pd.DataFrame, cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Iterator[tuple[str, Figure]]:
-    """File name and figure of all that one experiment's grid gives rise to."""
-    rates = own_base_lrs(cells)
-    bn_varies = (cells["bn_batch_size"] != cells["batch_size"]).any()
-    if not (bn_varies and rates.notna().all() and rates.nunique() > 1):
-        yield "accuracy_vs_batch_size", accuracy_against_batch_size(cells, metric)
-    if not rates.notna().all():
-        yield "accuracy_vs_base_lr", accuracy_against_base_lr(cells, metric)
-        yield "heat_map", heat_map(cells, metric)
-    if bn_varies:
-        yield "accuracy_vs_bn_batch_size", accuracy_against_bn_batch_size(cells, metric)
-    yield "convergence", convergence(rows, cells=cells, metric=metric)
+def _own_figures(data: FigureData) -> Iterator[tuple[str, Figure]]:
+    """The figures whose needs the experiment's grid and stored results meet."""
+    cells, rates = data.cells, own_base_lrs(data.cells)
+    own, bn_varies = rates.notna().all(), (cells["bn_batch_size"] != cells["batch_size"]).any()
+    costs = program_costs(data.study, one_bn_batch_size(cells)[0]) if data.study else pd.DataFrame()
+    met = {
+        "rows": True,
+        "common base_lrs": not (bn_varies and own and rates.nunique() > 1),
+        "several base_lrs": not own,
+        "several BN batch sizes": bn_varies,
+        "times": "images_per_second" in costs and costs["images_per_second"].notna().any(),
+        "memory": "peak_bytes" in costs and costs["peak_bytes"].notna().any(),
+    }
+    return ((name, make(data)) for name, (needs, make) in FIGURES.items() if met[needs])
 
 
 def _write_all(figures: Iterable[tuple[str, Figure]], folder: Path) -> list[Path]:
-    return [path for stem, figure in figures for path in style.write(figure, folder / stem)]
+    return [path for name, figure in figures for path in style.write(figure, folder / name)]
 
 
 def _require_rows(*frames: pd.DataFrame) -> None:
@@ -119,10 +141,9 @@ def _require_rows(*frames: pd.DataFrame) -> None:
 
 def _folders(names: list[str], out_dir: Path) -> dict[str, Path]:
     """Each experiment's folder: `out_dir` itself for one, a folder in it for each of several."""
-    return {name: out_dir / _folder_name(name) if len(names) > 1 else out_dir for name in names}
-
-
-def _folder_name(experiment: str) -> str:
-    if experiment in ("", ".", "..") or Path(experiment).name != experiment:
-        raise InputError(f"experiment: {experiment!r} cannot name a folder; use a name without slashes.")
-    return experiment
+    if len(names) == 1:
+        return {names[0]: out_dir}
+    for name in names:
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise InputError(f"experiment: {name!r} cannot name a folder; use a name without slashes.")
+    return {name: out_dir / name for name in names}

@@ -1,6 +1,5 @@
-"""Test accuracy over batch sizes m and base learning rates η̃: the form of Figs. 1–3, 5–12, 17 and 18."""
+"""Test accuracy of every cell, over m, η̃ or the BN batch size: the form of Figs. 1–3, 5–14, 17 and 18."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,29 +8,81 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
-from smallbatch_jax.study.figures import style
-from smallbatch_jax.study.figures.table import Table, make_table, mark_entries, one_bn_batch_size, plot_rows, with_pending
+from smallbatch_jax.study.figures import points, style
+
+ROW = 0.13  # inches, the height of one row of marks
 
 
 @style.styled()
 def accuracy_against_batch_size(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
     """Test accuracy over m, one curve per η̃, and a note of how much is missing. Arguments as for `heat_map`."""
-    title, table = _lay_out(cells, "base_lr", "batch_size")
-    labels = [style.math_base_lr(base_lr) for base_lr in table.rows]
-    figure, axes = _curves(title, table, labels, r"$\tilde{\eta}$", metric)
-    style.log2_axis(axes, table.columns, [str(m) for m in table.columns])
-    axes.set_xlabel(style.BATCH_SIZE_LABEL)
-    return figure
+    return _curves(cells, "base_lr", "batch_size", metric)
 
 
 @style.styled()
 def accuracy_against_base_lr(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
     """Test accuracy over η̃, one curve per m: where each batch size stops converging. Arguments as for `heat_map`."""
-    title, table = _lay_out(cells, "batch_size", "base_lr")
-    figure, axes = _curves(title, table, [str(m) for m in table.rows], "$m$", metric)
-    style.log2_axis(axes, table.columns, [style.math_base_lr(x) for x in table.columns])
-    axes.set_xlabel(style.BASE_LR_LABEL)
+    return _curves(cells, "batch_size", "base_lr", metric)
+
+
+def _curves(cells: pd.DataFrame, rows: str, x: str, metric: str) -> Figure:
+    title, cells = _lay_out(cells)
+    figure, axes = style.new_axes(title)
+    labels = [style.COLUMNS[rows].text(value) for value in sorted(set(cells[rows].tolist()))]
+    style.side_legend(axes, points.plot_rows(axes, cells, rows, x, labels), style.COLUMNS[rows].symbol)
+    axes.set_ylabel(f"{metric} (%)")
+    style.grid_axis(axes, "x", x, cells[x])
+    style.foot(figure, points.mark_entries(cells), points.count_note(cells, "cells"))
     return figure
+
+
+def _lay_out(cells: pd.DataFrame) -> tuple[str, pd.DataFrame]:
+    """The title of a figure, and its marked cells, one per (m, η̃)."""
+    cells, bn_note = points.one_bn_batch_size(points.with_pending(cells))
+    return style.plain(str(cells["experiment"].iloc[0])) + bn_note, points.marked(cells)
+
+
+@style.styled()
+def accuracy_against_bn_batch_size(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
+    """Test accuracy over the BN batch size, one curve per SGD batch size m (Figs. 13 and 14).
+
+    Args:
+      cells: as for `heat_map`; a pair (m, BN batch size) with several base_lrs is shown at its best.
+      metric: as for `heat_map`.
+    Returns:
+      A figure in which a planned pair without an accuracy stands in a panel below the curves, in the row of its m: as a dot
+      if it has not finished, as a × if all its runs diverged.
+    """
+    cells = points.with_pending(cells)
+    pairs, (labels, legend_title) = points.marked(points.best_of_each(cells)), points.setting_labels(cells)
+    missing = sorted(set(pairs.loc[pairs["y"].isna(), "batch_size"].tolist()))
+    figure = style.new_figure(3.3 + ROW * len(missing))
+    below = [ROW * (len(missing) + 0.5)] if missing else []
+    panels = figure.subplots(1 + len(below), sharex=True, squeeze=False, height_ratios=[2.5, *below])[:, 0]
+    choice = "" if points.own_base_lrs(cells).notna().all() else r", best $\tilde{\eta}$ of each"
+    panels[0].set(title=style.plain(str(cells["experiment"].iloc[0])) + choice, ylabel=f"{metric} (%)")
+    entries = points.plot_rows(panels[0], pairs, "batch_size", "bn_batch_size", labels)
+    style.side_legend(panels[0], entries, legend_title)
+    marks = _mark_missing(panels[1], pairs, missing) if missing else {}
+    style.grid_axis(panels[-1], "x", "bn_batch_size", pairs["bn_batch_size"])
+    style.foot(figure, points.mark_entries(pairs) | marks, points.count_note(pairs, "pairs"))
+    return figure
+
+
+def _mark_missing(axes: Axes, pairs: pd.DataFrame, missing: list[int]) -> dict[str, Any]:
+    """Marks the pairs that have no accuracy, a row for each m; the legend's entries."""
+    sizes, entries = sorted(set(pairs["batch_size"].tolist())), {}
+    colors = dict(zip(sizes, style.ordered_colors(len(sizes)), strict=True))
+    for mask, label, look in (("unknown", "not finished", style.NOT_YET), ("lost", "diverged", style.LOST)):
+        for height, m in enumerate(missing):
+            places = pairs.loc[pairs[mask] & (pairs["batch_size"] == m), "bn_batch_size"]
+            entries |= points.plot_absent(axes, height, {label: (places, {**look, "color": colors[m]})})
+    axes.set_yticks(range(len(missing)), [f"$m$ = {m}" for m in missing], fontsize=6.5)
+    axes.set_ylim(-0.75, len(missing) - 0.25)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(False)
+    return entries
 
 
 @style.styled()
@@ -39,76 +90,63 @@ def heat_map(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
     """Test accuracy of every cell, m upwards and η̃ to the right.
 
     Args:
-      cells: one experiment's rows of `analysis.planned_cells`, or of `analysis.final_accuracy`, which knows of no cell
-        before its first epoch. Where BN batch sizes vary, only those equal to m are drawn, or the largest of each m if
-        none is, and the title says so.
-      metric: what the accuracy is called, with "accuracy" at its end.
+      cells: one experiment's rows of `analysis.planned_cells`, or of `analysis.final_accuracy`, which has no cell before its
+        first epoch. Where BN batch sizes vary, only those equal to m are drawn, or the largest of each m if none is, and the
+        title says so.
+      metric: the name of the accuracy; it ends with "accuracy".
     Returns:
       A figure in which a cell is coloured (some seed finished), crossed on grey (none finished, some diverged), dotted
       on white (planned, and no seed has ended), or blank (not planned). A small × in a corner marks a coloured cell
-      some of whose seeds diverged, a small ring in another one with seeds pending.
+      some of whose seeds diverged, a small ring one with seeds pending.
     """
-    title, table = _lay_out(cells, "batch_size", "base_lr")
-    rows, columns = table.accuracy.shape
+    title, cells = _lay_out(cells)
+    grids = cells.pivot(index="batch_size", columns="base_lr", values=["y", "lost"])
+    accuracy = np.ma.masked_invalid(grids["y"].to_numpy(float))
+    grey = np.ma.masked_not_equal(grids["lost"].to_numpy(float), 1)
+    rows, columns = accuracy.shape
     figure, axes = style.new_axes(title, height=max(2.2, 1.2 + 0.22 * rows))
     axes.grid(False)
-    accuracy = np.ma.masked_invalid(table.accuracy)
     low, high = (accuracy.min(), accuracy.max()) if accuracy.count() else (0.0, 100.0)
     norm = Normalize(low, high if high > low else low + 1)
     edges = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
     # A mesh, not an image: PDF viewers blur small images.
     mesh = axes.pcolormesh(*edges, accuracy, cmap=style.COLORS, norm=norm, edgecolor="white", linewidth=0.5)
-    grey = np.ma.masked_equal(table.all_diverged, False)
     axes.pcolormesh(*edges, grey, cmap=ListedColormap(["0.85"]), edgecolor="white", linewidth=0.5)
-    style.foot(figure, _mark_cells(axes, table))
+    # places of a pivot are sorted by value, as dense ranks are
+    places = cells.assign(x=cells["base_lr"].rank(method="dense") - 1, row=cells["batch_size"].rank(method="dense") - 1)
+    style.foot(figure, _mark_cells(axes, places))
     if columns <= style.MOST_TICKS:
-        _write_accuracies(axes, table, norm)
-    step_x, step_y = style.tick_step(columns), style.tick_step(rows)
-    axes.set_xticks(range(0, columns, step_x), [style.math_base_lr(x) for x in table.columns[::step_x]])
-    axes.set_yticks(range(0, rows, step_y), [str(m) for m in table.rows[::step_y]])
+        _write_accuracies(axes, places.dropna(subset="y"), norm)
+    for which, column, values in (("x", "base_lr", grids["y"].columns), ("y", "batch_size", grids.index)):
+        step, names = style.tick_step(len(values)), style.COLUMNS[column]
+        getattr(axes, f"set_{which}ticks")(range(0, len(values), step), list(map(names.text, values[::step])))
+        axes.set(**{f"{which}label": names.label})
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set(xlabel=style.BASE_LR_LABEL, ylabel=style.BATCH_SIZE_LABEL)
     figure.colorbar(mesh, ax=axes, label=f"{metric} (%)", pad=0.02).outline.set_visible(False)
     return figure
 
 
-def _lay_out(cells: pd.DataFrame, rows: str, columns: str) -> tuple[str, Table]:
-    """The title of a figure, and its table."""
-    cells, bn_note = one_bn_batch_size(with_pending(cells))
-    return style.plain(str(cells["experiment"].iloc[0])) + bn_note, make_table(cells, rows, columns)
-
-
-def _curves(title: str, table: Table, labels: Sequence[str], legend_title: str, metric: str) -> tuple[Figure, Axes]:
-    figure, axes = style.new_axes(title)
-    entries = plot_rows(axes, table, list(labels), metric)
-    if entries:
-        style.side_legend(axes, entries, legend_title)
-    style.foot(figure, mark_entries(table), table.note)
-    return figure, axes
-
-
-def _mark_cells(axes: Axes, table: Table) -> dict[str, Any]:
-    """The marks of `heat_map`'s kinds of cell; the legend's entries for those that are there."""
+def _mark_cells(axes: Axes, cells: pd.DataFrame) -> dict[str, Any]:
+    """Marks the cells of `heat_map`, placed at (x, row), by kind; the legend's entries."""
     corner = {"color": "white", "edgecolors": "black", "linewidth": 0.6}  # seen on any colour
     kinds = {
-        "diverged": (table.all_diverged, (0, 0), {"marker": "x", "color": "0.25", "s": 22}),
-        "not finished": (table.unknown, (0, 0), {"marker": ".", "color": "0.6", "s": 8}),
-        "some seeds diverged": (table.partly_diverged, (0.4, 0.36), {"marker": "X", "s": 15, **corner}),
-        "some seeds pending": (table.provisional, (-0.4, 0.36), {"marker": "o", "s": 8, **corner}),
+        "diverged": ("lost", (0, 0), {"marker": "x", "color": "0.25", "s": 22}),
+        "not finished": ("unknown", (0, 0), {"marker": ".", "color": "0.6", "s": 8}),
+        points.DIVERGED: ("crossed", (0.4, 0.36), {"marker": "X", "s": 15, **corner}),
+        points.PENDING: ("provisional", (-0.4, 0.36), {"marker": "o", "s": 8, **corner}),
     }
     entries = {}
-    for label, (where, (right, up), look) in kinds.items():
-        if where.any():
-            y, x = np.nonzero(where)
-            entries[label] = axes.scatter(x + right, y + up, label=label, **look)
+    for label, (mask, (right, up), look) in kinds.items():
+        here = cells[cells[mask]]
+        if len(here):
+            entries[label] = axes.scatter(here["x"] + right, here["row"] + up, label=label, **look)
     return entries
 
 
-def _write_accuracies(axes: Axes, table: Table, norm: Normalize) -> None:
-    for y, x in np.argwhere(table.finished):
-        value = table.accuracy[y, x]
+def _write_accuracies(axes: Axes, cells: pd.DataFrame, norm: Normalize) -> None:
+    for x, row, value in zip(cells["x"], cells["row"], cells["y"], strict=True):
         # viridis is dark at its lower end and light at its upper one
         color = "white" if norm(value) < 0.6 else "black"
-        text = axes.text(x, y, f"{value:.1f}", ha="center", va="center", color=color, fontsize=6.5)
+        text = axes.text(x, row, f"{value:.1f}", ha="center", va="center", color=color, fontsize=6.5)
         text.set_in_layout(False)  # it lies inside its cell; measuring it would take most of the drawing time

@@ -1,9 +1,10 @@
-"""How every figure looks, and how it is written: one style, colours that colour-blind readers can tell apart, log2 axes."""
+"""The look of every figure, its axes and legends, and how it is written."""
 
 import io
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.style
@@ -14,10 +15,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator
 
+from smallbatch_jax.config.text import format_base_lr
 from smallbatch_jax.store.files import write_atomically
-from smallbatch_jax.study.analysis import format_base_lr
 
 STYLE = {
     "figure.figsize": (5.4, 3.3),  # inches; still legible when shrunk to one column of a two-column page
@@ -25,6 +25,7 @@ STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
     "figure.titlesize": 9,
+    "figure.labelsize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -41,17 +42,17 @@ STYLE = {
 COLORS = "viridis"  # perceptually uniform, ordered, and safe for colour-blind readers
 CATEGORIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, for no order
 MARKERS = "osD^v"  # a second cue, since the colours of neighbouring curves are close
-QUIET = "0.4"  # the grey of what is said about a figure, not shown in it
-BATCH_SIZE_LABEL = "batch size $m$"
-BASE_LR_LABEL = r"base learning rate $\tilde{\eta}$"
-TEST_ACCURACY = "test accuracy"  # what a figure shows in percent, where its data have no other name for it
+QUIET = "0.4"  # the grey of notes and of marks in a legend
+TEST_ACCURACY = "test accuracy"
 NOTEBOOK_DPI = 120
 MOST_TICKS = 14  # more labels than this would touch
+NOTE_WIDTH = 110  # characters
 
-# One language in every figure: × diverged, a hollow marker for less than all that is planned.
+# The same marks in every figure: × diverged, hollow for provisional, a dot for what has not finished.
 CROSS: dict[str, Any] = {"marker": "x", "linestyle": "", "markersize": 5.5, "markeredgewidth": 1.3, "zorder": 4}
 HOLLOW: dict[str, Any] = {"linestyle": "", "markerfacecolor": "white", "zorder": 3}
-DOT: dict[str, Any] = {"marker": ".", "linestyle": "", "markersize": 5}  # what is not there yet
+LOST: dict[str, Any] = {**CROSS, "color": "0.25", "markersize": 4.5}
+NOT_YET: dict[str, Any] = {"marker": ".", "linestyle": "", "markersize": 5, "color": "0.6"}
 
 
 def styled() -> Any:
@@ -91,63 +92,9 @@ def ordered_colors(count: int) -> np.ndarray:
     return matplotlib.colormaps[COLORS](np.linspace(0, 0.87, count))
 
 
-def log2_axis(axes: Axes, values: Sequence[float], labels: Sequence[str], most_ticks: int = MOST_TICKS) -> None:
-    """A log2 x axis that is as wide as `values` and has its ticks at them."""
-    step = tick_step(len(values), most_ticks)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(values[::step], labels[::step])
-    axes.minorticks_off()
-    axes.set_xlim(values[0] / 1.4, values[-1] * 1.4)
-
-
-def log2_y_axis(axes: Axes, values: Sequence[float], labels: Sequence[str], most_ticks: int = MOST_TICKS) -> None:
-    """A log2 y axis with its ticks at `values`, and room for a mark below the lowest."""
-    step = tick_step(len(values), most_ticks)
-    axes.set_yscale("log", base=2)
-    axes.set_yticks(values[::step], labels[::step])
-    axes.minorticks_off()
-    axes.set_ylim(values[0] / 4, values[-1] * 2)
-
-
-def _units(steps: Mapping[str, tuple[float, Sequence[int]]]) -> dict[float, str]:
-    """Label by value of so many of each unit, given by its size."""
-    return {size * count: f"{count} {unit}" for unit, (size, counts) in steps.items() for count in counts}
-
-
-_DECADES = [k * 10**n for n in range(3) for k in (1, 2, 5)]
-_OCTAVES = [2**n for n in range(10)]
-SECONDS = _units(
-    {
-        **{unit: (size, _DECADES) for unit, size in (("µs", 1e-6), ("ms", 1e-3))},
-        **{unit: (size, (1, 2, 5, 10, 30)) for unit, size in (("s", 1), ("min", 60))},
-        "h": (3600, (1, 2, 5, 12)),
-        "d": (86400, [*_DECADES, 1000, 2000, 5000, 10000]),
-    }
-)
-BYTES = _units({unit: (1024**n, _OCTAVES) for n, unit in enumerate(("B", "KiB", "MiB", "GiB", "TiB", "PiB"))})
-
-
-def unit_axis(axes: Axes, which: str, low: float, high: float, units: Mapping[float, str], most_ticks: int = 7) -> None:
-    """A log axis, "x" or "y", from `low` to `high` with ticks at round values, of `SECONDS` or `BYTES`; two at least."""
-    below, above, ticks = unit_ticks(low, high, units, most_ticks)
-    axes.set(**{f"{which}scale": "log", f"{which}lim": (below, above), f"{which}ticks": ticks})
-    axes.set(**{f"{which}ticklabels": [units[tick] for tick in ticks]})
-    getattr(axes, f"{which}axis").set_minor_locator(NullLocator())
-
-
-def unit_ticks(low: float, high: float, units: Mapping[float, str], most: int = 7) -> tuple[float, float, list[float]]:
-    """The ends of an axis that holds `low` to `high`, and its ticks, two at least."""
-    below, above = low / 1.25, high * 1.25
-    if sum(below <= tick <= above for tick in units) < 2:
-        below = max((tick for tick in units if tick <= low), default=below) / 1.1
-        above = min((tick for tick in units if tick >= high and tick > below * 1.2), default=above) * 1.1
-    ticks = [tick for tick in sorted(units) if below <= tick <= above]
-    return below, above, ticks[:: tick_step(max(1, len(ticks)), most)]
-
-
-def tick_step(count: int, most: int = MOST_TICKS) -> int:
-    """Label every so manieth of `count` values, for at most `most` labels."""
-    return -(-count // most)
+def ordered_looks(count: int) -> list[dict[str, Any]]:
+    """Colours and markers of curves in order, by their place in the whole grid: they stay the same as results arrive."""
+    return [{"color": color, "marker": MARKERS[i % len(MARKERS)]} for i, color in enumerate(ordered_colors(count))]
 
 
 def math_base_lr(base_lr: float) -> str:
@@ -156,26 +103,95 @@ def math_base_lr(base_lr: float) -> str:
     return f"${base}^{{{exponent}}}$" if caret else base
 
 
+class Column(NamedTuple):
+    """How a figure names a column of the cells and writes its values."""
+
+    symbol: str
+    label: str
+    text: Callable[[Any], str]
+
+
+COLUMNS = {
+    "batch_size": Column("$m$", "batch size $m$", str),
+    "base_lr": Column(r"$\tilde{\eta}$", r"base learning rate $\tilde{\eta}$", math_base_lr),
+    "bn_batch_size": Column("$b$", "BN batch size", str),
+}
+
+
+def grid_axis(axes: Axes, which: str, column: str, values: Iterable[float], most_ticks: int = MOST_TICKS) -> None:
+    """A log2 axis, "x" or "y", with its ticks at `values` of a column; y has room for a mark below the lowest."""
+    values, (below, above) = sorted(set(values)), {"x": (1.4, 1.4), "y": (4, 2)}[which]
+    ticks = values[:: tick_step(len(values), most_ticks)]
+    getattr(axes, f"set_{which}scale")("log", base=2)
+    getattr(axes, f"set_{which}ticks")(ticks, list(map(COLUMNS[column].text, ticks)))
+    axes.minorticks_off()
+    axes.set(**{f"{which}lim": (values[0] / below, values[-1] * above), f"{which}label": COLUMNS[column].label})
+
+
+_DECADES = [k * 10**n for n in range(3) for k in (1, 2, 5)]
+_MINUTE = (1, 2, 5, 10, 30)
+_TIMES = {
+    ("µs", 1e-6): _DECADES,
+    ("ms", 1e-3): _DECADES,
+    ("s", 1): _MINUTE,
+    ("min", 60): _MINUTE,
+    ("h", 3600): (1, 2, 5, 12),
+    ("d", 86400): [*_DECADES, 1000, 2000, 5000, 10000],
+}
+SECONDS = {size * count: f"{count} {unit}" for (unit, size), counts in _TIMES.items() for count in counts}
+BYTES = {1024**n * 2**k: f"{2**k} {unit}" for n, unit in enumerate(("B", "KiB", "MiB", "GiB", "TiB", "PiB")) for k in range(10)}
+
+
+def unit_axis(axes: Axes, which: str, values: Iterable[float], units: Mapping[float, str]) -> None:
+    """A log axis, "x" or "y", that holds `values`, with ticks at round values of `SECONDS` or `BYTES`; two at least."""
+    below, above, ticks = unit_ticks(values, units)
+    getattr(axes, f"set_{which}scale")("log")
+    getattr(axes, f"set_{which}ticks")(ticks, [units[tick] for tick in ticks])
+    axes.minorticks_off()
+    axes.set(**{f"{which}lim": (below, above)})
+
+
+def unit_ticks(values: Iterable[float], units: Mapping[float, str]) -> tuple[float, float, list[float]]:
+    """The ends of an axis that holds `values`, and its ticks, two at least."""
+    values = list(values)
+    low, high = min(values), max(values)
+    below, above = low / 1.25, high * 1.25
+    if sum(below <= tick <= above for tick in units) < 2:
+        below = max((tick for tick in units if tick <= low), default=below) / 1.1
+        above = min((tick for tick in units if tick >= high and tick > below * 1.2), default=above) * 1.1
+    ticks = [tick for tick in sorted(units) if below <= tick <= above]
+    return below, above, ticks[:: tick_step(max(1, len(ticks)), 7)]
+
+
+def tick_step(count: int, most: int = MOST_TICKS) -> int:
+    """The step that labels at most `most` of `count` values."""
+    return -(-count // most)
+
+
 def plain(text: str) -> str:
-    """Text of a user's, in which mathtext finds nothing to set."""
+    """Escapes a user's text for mathtext."""
     return text.replace("$", r"\$")
 
 
 def mark(**look: Any) -> Artist:
-    """A legend's picture of a kind of marker, whatever its curve."""
+    """A marker for a legend, grey unless a colour is given."""
     return Line2D([], [], **{"color": QUIET, "marker": "o", **look})
 
 
 def side_legend(axes: Axes, entries: Mapping[str, Any], title: str) -> None:
-    """A legend to the right of the panel, where no curve can be; `entries` are artists, or tuples of them, by label."""
+    """A legend to the right of the panel, if there are entries: artists, or tuples of them, by label."""
+    if not entries:
+        return
     artists, labels = list(entries.values()), list(entries)
     axes.legend(artists, labels, title=title, loc="center left", bbox_to_anchor=(1, 0.5), labelspacing=0.3)
 
 
-def say_nothing_finished(axes: Axes, text: str = "no run has finished") -> None:
-    """What a panel without a curve says."""
+def say_nothing_finished(axes: Axes, text: str = "no run has finished", scaled: bool = True) -> None:
+    """The text of a panel without a curve; unless `scaled`, its axes have no ticks."""
     axes.set_ylim(0, 100)
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=QUIET)
+    if not scaled:
+        axes.set(xticks=[], yticks=[])
 
 
 def foot(figure: Figure, entries: Mapping[str, Any], text: str = "", columns: int = 4) -> None:
@@ -190,13 +206,22 @@ def foot(figure: Figure, entries: Mapping[str, Any], text: str = "", columns: in
         legend.get_title().set(color=QUIET, multialignment="center")
 
 
-def count_note(unit: str, total: int, unfinished: int, diverged: int) -> str:
-    """What curves alone do not show, such as "12 of 143 cells not finished, 40 diverged"; empty if there is nothing."""
+def count_note(unit: str, total: int, unfinished: int, diverged: int = 0) -> str:
+    """Counts that curves alone do not show, such as "12 of 143 cells not finished, 40 diverged"; empty if all is well."""
     counts = {"not finished": unfinished, "diverged": diverged}
     parts = [f"{count} {what}" for what, count in counts.items() if count]
-    if not parts:
-        return ""
-    return ", ".join([parts[0].replace(" ", f" of {total} {unit} ", 1), *parts[1:]])
+    return ", ".join(parts).replace(" ", f" of {total} {unit} ", 1)
+
+
+def named(what: str, batch_sizes: Iterable[Any]) -> str:
+    """Batch sizes as "not timed: $m$ = 2, 8"; empty if there are none."""
+    sizes = ", ".join(map(str, batch_sizes))
+    return f"{what}: $m$ = {sizes}" if sizes else ""
+
+
+def note(*parts: str, end: str = "") -> str:
+    """The text under a panel; `end` begins a line of its own."""
+    return "\n".join(textwrap.fill(line, NOTE_WIDTH) for line in ("; ".join(filter(None, parts)), end) if line)
 
 
 def write(figure: Figure, stem: Path) -> list[Path]:

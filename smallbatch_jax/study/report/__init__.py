@@ -1,6 +1,6 @@
 """One HTML page that explains a study: it opens from disk, needs no network, and holds everything it shows.
 
-The charts are Plotly's, made in `charts`; `sections` says what stands beside them; page.html, page.css and page.js lay it out.
+The charts are Plotly's, made in `charts`; `sections` makes the text and tables; page.html, page.css and page.js lay them out.
 """
 
 import base64
@@ -22,8 +22,9 @@ from markupsafe import Markup
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.store.files import write_atomically
 from smallbatch_jax.study.answer import RULE, answer
-from smallbatch_jax.study.figures.summary import paper_labels
-from smallbatch_jax.study.report import charts, costs, sections
+from smallbatch_jax.study.claims import VERDICTS
+from smallbatch_jax.study.figures.labels import paper_labels
+from smallbatch_jax.study.report import charts, sections
 from smallbatch_jax.study.study import Study, describe
 
 __all__ = ["page", "write"]
@@ -34,8 +35,8 @@ def write(studies: Iterable[Study], path: str | os.PathLike[str], refresh_second
 
     Args:
       studies: of different names.
-      path: of the HTML file; its folder is made if need be.
-      refresh_seconds: after how long a browser loads it again; None: it is written once and for all.
+      path: the HTML file; its folder is made if need be.
+      refresh_seconds: the interval at which a browser reloads it; None: never.
 
     Raises:
       InputError: if it cannot be written there.
@@ -50,14 +51,16 @@ def write(studies: Iterable[Study], path: str | os.PathLike[str], refresh_second
 def page(studies: Iterable[Study], refresh_seconds: int | None = None) -> str:
     """The page as one string of HTML. Arguments as for `write`."""
     studies = list(studies)
-    labels = [label.replace("\\$", "$") for label in paper_labels(studies)]  # those of matplotlib's figures
+    labels = [label.replace("\\$", "$") for label in paper_labels(studies)]  # escaped for matplotlib
+    labelled = dict(zip(labels, studies, strict=True))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_resource("page.html")).render(
         title=f"{', '.join(study.name for study in studies)}: batch size and learning rate",
-        studies=[_section(f"study{i}", study, label) for i, (study, label) in enumerate(zip(studies, labels, strict=True))],
-        comparison=_script_json(_chart(charts.best_by_batch_size(_labelled(studies, labels)))) if len(studies) > 1 else "",
+        studies=[_section(f"study{i}", study, label) for i, (label, study) in enumerate(labelled.items())],
+        comparison=_script_json(_chart(charts.best_by_batch_size(labelled))) if len(studies) > 1 else "",
         claims=sections.claims_of({study.name: study for study in studies}),
         RULE=RULE,
+        VERDICTS=VERDICTS,
         refresh_seconds=refresh_seconds,
         written=time.strftime("%Y-%m-%d %H:%M:%S"),
         version=importlib.metadata.version("smallbatch_jax"),
@@ -67,10 +70,6 @@ def page(studies: Iterable[Study], refresh_seconds: int | None = None) -> str:
     )
 
 
-def _labelled(studies: Sequence[Study], labels: Sequence[str]) -> dict[str, Study]:
-    return dict(zip(labels, studies, strict=True))
-
-
 @cache
 def _resource(name: str) -> str:
     return resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
@@ -78,18 +77,18 @@ def _resource(name: str) -> str:
 
 @cache
 def _plotly() -> str:
-    """Plotly's library for browsers, a third as large as it is."""
+    """Plotly's library for browsers, compressed to a third."""
     return _packed(plotly.offline.get_plotlyjs())
 
 
 def _section(identity: str, study: Study, label: str) -> dict[str, Any]:
-    """What page.html shows of one study."""
-    found, curves, grids = answer(study), charts.learning_curves(study), charts.grids(study)
+    """The values of page.html for one study."""
+    found, curves, maps = answer(study), charts.learning_curves(study), charts.maps_of(study)
     best = 0 if found.best is None else study.cells.index.tolist().index(found.best.name)
-    hover, cost_charts = charts.cell_labels(study), costs.cost_charts(study)
+    hover, cost_charts = charts.cell_labels(study), charts.cost_charts(study)
     data = {
         "cells": [sections.choice_of(cell) for _, cell in study.cells.iterrows()],
-        "maps": [_map(study, grid, hover) for grid in grids],
+        "maps": [_map(study, shown, hover) for shown in maps],
         "best": best,
         "costs": {name: _chart(figure) for name, figure in cost_charts.items()},
         **{what: _chart(charts.curves_layout(study, what)) for what in ("accuracy", "loss")},
@@ -101,30 +100,30 @@ def _section(identity: str, study: Study, label: str) -> dict[str, Any]:
         "title": label.removesuffix(f" ({study.name})"),
         "answer": found,
         "facts": describe(study),
-        "maps": [grid.label for grid in grids],
+        "maps": [shown.label for shown in maps],
         "choices": sections.choices(study.cells),
-        "chosen": curves[best].title,
-        "table": sections.cell_table(study.cells),
-        "costs": costs.table(study),
-        "cost_sentence": costs.sentence(study),
+        "chosen": curves[best]["title"],
+        "table": sections.cell_table(study),
+        "costs": sections.program_table(study),
+        "cost_sentence": sections.cost_sentence(study),
         "cost_charts": list(cost_charts),
-        "cost_caption": costs.caption(study),
+        "cost_caption": sections.cost_caption(study),
         "provenance": sections.provenance(study.workdir),
         "config": json.dumps(study.experiment.to_dict(), indent=1, ensure_ascii=False),
         "data": _script_json(data),
-        "curves": Markup(_packed(_json([curve._asdict() for curve in curves]))),
+        "curves": Markup(_packed(_json(curves))),
     }
 
 
-def _map(study: Study, grid: charts.Grid, hover: Sequence[str]) -> dict[str, Any]:
-    """A heat map, where each of its cells is, and the same cells as curves."""
-    rows, columns = (sorted(set(grid.cells[name].tolist())) for name in ("batch_size", grid.column))
-    places = [(columns.index(x), rows.index(y)) for x, y in zip(grid.cells[grid.column], grid.cells["batch_size"], strict=True)]
+def _map(study: Study, shown: charts.CellMap, hover: Sequence[str]) -> dict[str, Any]:
+    """A heat map, the place of each of its cells, and the same cells as curves."""
+    rows, columns = (sorted(set(shown.cells[name].tolist())) for name in ("batch_size", shown.column))
+    places = zip(shown.cells[shown.column], shown.cells["batch_size"], strict=True)
     return {
-        "chart": _chart(charts.heat_map(study, grid, hover)),
-        "sizes": _chart(charts.accuracy_by_batch_size(study, grid)),
-        "cells": study.cells.index.get_indexer(grid.cells.index).tolist(),
-        "places": places,
+        "chart": _chart(charts.heat_map(study, shown, hover)),
+        "sizes": _chart(charts.accuracy_by_batch_size(study, shown)),
+        "cells": study.cells.index.get_indexer(shown.cells.index).tolist(),
+        "places": [(columns.index(x), rows.index(y)) for x, y in places],
     }
 
 
@@ -133,7 +132,7 @@ def _chart(figure: Any) -> Any:
 
 
 def _script_json(value: Any) -> Markup:
-    """JSON that can stand inside a script element, whatever is in its strings."""
+    """JSON that cannot end the script element around it."""
     return Markup(_json(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
@@ -142,5 +141,5 @@ def _json(value: Any) -> str:
 
 
 def _packed(text: str) -> str:
-    """The text compressed, in letters that need no escape; the same for the same text."""
+    """The text compressed, in letters that need no escape; deterministic."""
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()

@@ -1,0 +1,125 @@
+"""The cells as points of a figure: which are shown, and how a curve of them is drawn and marked."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+
+from smallbatch_jax.study.analysis import SETUP, best_first
+from smallbatch_jax.study.figures import style
+
+DIVERGED, PENDING = "some seeds diverged", "some seeds pending"
+PROVISIONAL = "provisional (runs pending)"
+
+
+def with_pending(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells of one experiment; without a plan, a cell of which no seed has ended has one pending."""
+    names = cells["experiment"].unique()
+    if len(names) != 1:
+        raise ValueError(f"cells: a figure shows one experiment, got {len(names)} ({', '.join(map(str, names))}).")
+    if "pending" in cells:
+        return cells
+    return cells.assign(pending=((cells["finished"] == 0) & (cells["diverged"] == 0)).astype(int))
+
+
+def one_bn_batch_size(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """One cell per (m, η̃), and a note for the title if that leaves cells out or none is ordinary BN."""
+    b = cells["bn_batch_size"]
+    ordinary = b == cells["batch_size"]
+    if ordinary.any():
+        return cells[ordinary], "" if ordinary.all() else " (BN batch size = $m$)"
+    cells = cells[b == cells.groupby("batch_size")["bn_batch_size"].transform("max")]
+    return cells, f" (BN batch size {', '.join(map(str, sorted(set(cells['bn_batch_size'].tolist()))))})"
+
+
+def best_of_each(cells: pd.DataFrame) -> pd.DataFrame:
+    """The best cell of each (experiment, batch size, BN batch size), sorted.
+
+    `pending` and, where nothing finished, `diverged` are sums over its base_lrs: a run that has not ended may yet be
+    better, and the best has diverged only if all have.
+    """
+    sums = cells.groupby(SETUP, observed=True)[["pending", "diverged"]].transform("sum")
+    diverged = cells["diverged"].where(cells["finished"] > 0, sums["diverged"].where(sums["pending"] == 0, 0))
+    return best_first(cells.assign(pending=sums["pending"], diverged=diverged)).drop_duplicates(SETUP).sort_values(SETUP)
+
+
+def marked(cells: pd.DataFrame) -> pd.DataFrame:
+    """Adds `y` and `std` in percent, and the masks by which cells are marked.
+
+    crossed: some seeds diverged and others finished; lost: some diverged, none finished; unknown: no seed has ended;
+    provisional: some seeds ended and others have not.
+    """
+    finished, diverged, pending = (cells[name] > 0 for name in ("finished", "diverged", "pending"))
+    masks = {"crossed": finished & diverged, "lost": diverged & ~finished, "unknown": ~finished & ~diverged}
+    percents = {"y": 100 * cells["test_accuracy"], "std": 100 * cells["test_accuracy_std"]}
+    return cells.assign(**percents, **masks, provisional=pending & (finished | diverged))
+
+
+def own_base_lrs(cells: pd.DataFrame) -> pd.Series:
+    """The base_lr of each batch size that has just one, NaN where there are several; by batch size."""
+    rates = cells.groupby("batch_size")["base_lr"].agg(["min", "max"])
+    return rates["min"].where(rates["min"] == rates["max"])
+
+
+def setting_labels(cells: pd.DataFrame) -> tuple[list[str], str]:
+    """A label per batch size, with its η̃ where they differ, and the title of the legend."""
+    rates = own_base_lrs(cells)
+    if rates.nunique() > 1 and rates.notna().all():
+        return [f"{m}, {style.math_base_lr(rate)}" for m, rate in rates.items()], r"$m$, $\tilde{\eta}$"
+    return [str(m) for m in rates.index], "$m$"
+
+
+def plot_curve(axes: Axes, curve: pd.DataFrame, x: str, label: str, **look: Any) -> Artist | None:
+    """Draws marked cells over column `x`: a line that breaks where y is NaN, error bars, hollow and crossed points.
+
+    Returns:
+      The line, or None where no cell has a y.
+    """
+    if curve["y"].isna().all():
+        return None
+    (line,) = axes.plot(curve[x], curve["y"], label=label, **look)
+    if curve["std"].notna().any():
+        axes.errorbar(curve[x], curve["y"], curve["std"], fmt="none", ecolor=look["color"], elinewidth=0.8, capsize=1.5)
+    for where, mark in ((curve["crossed"] | curve["provisional"], style.HOLLOW), (curve["crossed"], style.CROSS)):
+        if where.any():
+            axes.plot(curve[x][where], curve["y"][where], **{**look, **mark})
+    return line
+
+
+def plot_rows(axes: Axes, cells: pd.DataFrame, rows: str, x: str, labels: list[str]) -> dict[str, Any]:
+    """Draws a curve for each value of column `rows` that has a point, or says that there is none; the legend's entries."""
+    curves, looks = cells.sort_values(x).groupby(rows), style.ordered_looks(len(labels))
+    lines = {
+        label: plot_curve(axes, curve, x, label, **look) for (_, curve), label, look in zip(curves, labels, looks, strict=True)
+    }
+    if not any(lines.values()):
+        style.say_nothing_finished(axes)
+    return {label: line for label, line in lines.items() if line}
+
+
+def plot_absent(axes: Axes, height: float, kinds: dict[str, tuple[Any, dict[str, Any]]]) -> dict[str, Any]:
+    """Marks the places on the x axis that have no value, by kind: label → (places, look); returns the legend's entries."""
+    for label, (places, look) in kinds.items():
+        axes.plot(places, np.full(len(places), height), label=label, **look)
+    return {label: style.mark(**{**look, "color": style.QUIET}) for label, (places, look) in kinds.items() if len(places)}
+
+
+def mark_entries(cells: pd.DataFrame, diverged: str = DIVERGED, pending: str = PENDING) -> dict[str, Any]:
+    """Legend entries for the marks of `plot_curve`; the strings are their labels."""
+    hollow = style.mark(**style.HOLLOW)
+    entries: dict[str, Any] = {diverged: (hollow, style.mark(**style.CROSS))} if cells["crossed"].any() else {}
+    plainly_hollow = cells["provisional"] & ~cells["crossed"] & cells["y"].notna()
+    return entries | ({pending: hollow} if plainly_hollow.any() else {})
+
+
+def count_note(cells: pd.DataFrame, unit: str) -> str:
+    """How many of the marked cells have not finished or have diverged."""
+    return style.count_note(unit, len(cells), int((cells["pending"] > 0).sum()), int(cells["lost"].sum()))
+
+
+def run_note(*cells: pd.DataFrame, diverged: bool = False) -> str:
+    """How many runs of these cells have not ended and, if asked for, how many have diverged."""
+    counts = pd.concat([some[["pending", "diverged", "finished"]] for some in cells]).sum()
+    return style.count_note("runs", int(counts.sum()), int(counts["pending"]), int(counts["diverged"]) * diverged)
