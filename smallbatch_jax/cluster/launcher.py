@@ -85,7 +85,7 @@ def _stay_off_accelerators() -> None:
 
 def _facts(experiment: Experiment) -> dict[str, Any]:
     from smallbatch_jax import data
-    from smallbatch_jax.runner import driver
+    from smallbatch_jax.runner import grid as driver
 
     source = experiment.dataset
     dataset = data.load(source.name, source.data_dir, source.image_size)

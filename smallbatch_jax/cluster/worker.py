@@ -108,7 +108,7 @@ def train(part: Part, report: Report) -> Outcome:
 def _train(part: Part, folder: Path, report: Report) -> Outcome:
     from smallbatch_jax import data
     from smallbatch_jax.program import devices
-    from smallbatch_jax.runner import driver
+    from smallbatch_jax.runner import grid as driver
     from smallbatch_jax.runner.signals import Stop
 
     sys.argv = part.command

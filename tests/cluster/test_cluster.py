@@ -20,7 +20,7 @@ from smallbatch_jax.cluster import worker
 from smallbatch_jax.cluster.ray import Board, Program, resources, summed
 from smallbatch_jax.cluster.worker import Outcome, Part
 from smallbatch_jax.config.experiment import InputError
-from smallbatch_jax.runner import driver
+from smallbatch_jax.runner import grid as driver
 from smallbatch_jax.runner.progress import NoProgress, Status
 from smallbatch_jax.store import results
 from smallbatch_jax.store.files import AppendOnly

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from smallbatch_jax.data.augment import crop_and_flip
-from smallbatch_jax.runner import driver
+from smallbatch_jax.runner import grid as driver
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results
 

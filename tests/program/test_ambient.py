@@ -16,7 +16,7 @@ import tiny
 
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.program import ambient
-from smallbatch_jax.runner import driver
+from smallbatch_jax.runner import grid as driver
 from smallbatch_jax.runner.progress import NoProgress
 
 TABLES = (ambient.HELD, ambient.RECORDED, ambient.WITHOUT_EFFECT)

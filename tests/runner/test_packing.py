@@ -10,7 +10,7 @@ import tiny
 
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.program import devices, lanes
-from smallbatch_jax.runner import driver
+from smallbatch_jax.runner import grid as driver
 from smallbatch_jax.runner import input as supply
 from smallbatch_jax.runner import scheduler as feeder
 from smallbatch_jax.runner.progress import NoProgress

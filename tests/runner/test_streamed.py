@@ -12,7 +12,7 @@ import tiny
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.data import stream
 from smallbatch_jax.program import lanes
-from smallbatch_jax.runner import driver
+from smallbatch_jax.runner import grid as driver
 from smallbatch_jax.runner import scheduler as feeder
 from smallbatch_jax.runner import streaming as streamed
 from smallbatch_jax.runner.progress import NoProgress

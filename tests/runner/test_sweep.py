@@ -274,7 +274,7 @@ def test_what_a_users_model_raises_is_its_own(tmp_path):
 )
 def test_an_own_model_is_warned_of_axes_that_may_not_be_meant(capsys, monkeypatch, shape, says):
     """It may transpose its images itself; but uint8 is normalised over the last axis."""
-    monkeypatch.setattr("smallbatch_jax.runner.driver._Study.train", lambda *given: (_ for _ in ()).throw(InputError("enough")))
+    monkeypatch.setattr("smallbatch_jax.runner.grid._Study.train", lambda *given: (_ for _ in ()).throw(InputError("enough")))
     assert refused(model=Flat(), dataset=pictures(shape)) == "enough"
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == (says is not None)

@@ -20,7 +20,7 @@ from smallbatch_jax.cluster import ray as tasks
 from smallbatch_jax.cluster import worker
 from smallbatch_jax.config.experiment import InputError, Run
 from smallbatch_jax.program import processes
-from smallbatch_jax.runner import driver
+from smallbatch_jax.runner import grid as driver
 from smallbatch_jax.runner import scheduler as feeder
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results

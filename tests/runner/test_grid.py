@@ -20,7 +20,7 @@ from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.models.layers import Dense
 from smallbatch_jax.models.norm import BatchNorm
 from smallbatch_jax.program import devices
-from smallbatch_jax.runner import driver
+from smallbatch_jax.runner import grid as driver
 from smallbatch_jax.runner import scheduler as feeder
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results
@@ -246,7 +246,7 @@ KILLED = textwrap.dedent("""
     jax.config.update("jax_num_cpu_devices", 2)
     import tiny
     from smallbatch_jax.program import devices
-from smallbatch_jax.runner import driver, scheduler as feeder
+    from smallbatch_jax.runner import grid as driver, scheduler as feeder
     from smallbatch_jax.runner.progress import NoProgress
     feeder.Pace.FIRST_IMAGES = 8
     fields = dict(base_lrs={base_lrs!r}, seeds=(0, 1), lanes=6, segment_seconds=1e-9, checkpoint_seconds=0.0)
