@@ -105,7 +105,7 @@ def _time(trial: Any, dataset: Any) -> dict[str, Any]:
             for measure in ways:
                 for way, rate in measure(SECONDS.value).items():
                     rates.setdefault(way, []).append(rate)
-    flops = planning.flops_per_image(job.model_of(None), job.batch_size, dataset.image_shape)
+    flops = planning.flops_per_image(job.model_of(None), dataset.image_shape)
     return {
         "model": job.experiment.model.name,
         "norm": job.experiment.model.norm,

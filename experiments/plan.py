@@ -80,7 +80,7 @@ def _measure(chosen: Experiment, there: dict | None) -> None:
     plans, total = [], [0.0] * len(_devices())
     for trial in planning.measure(chosen, dataset):
         job, image_shape = trial.job, dataset.image_shape
-        flops = planning.flops_per_image(job.model_of(None), job.batch_size, image_shape)
+        flops = planning.flops_per_image(job.model_of(None), image_shape)
         plan = planning.plan_program(job, flops, planning.probe(trial, SECONDS.value))
         plans.append(plan)
         seconds = _seconds(there, plan.batch_size, plan.runs - plan.diverging, plan.steps * plan.batch_size)

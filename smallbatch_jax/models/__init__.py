@@ -1,10 +1,9 @@
 """The paper's models as Flax linen modules: pure `init(key, images)` and `apply(variables, images, train=…)`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -24,35 +23,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-MOST_CHANNELS = 4  # of a picture: grey, RGB, RGBA
-
-
-def transposed(image_shape: Sequence[int]) -> tuple[int, ...] | None:
-    """The axes to transpose images [N, …] by, if their channels do not look to be the last axis; else None."""
-    if len(image_shape) != 3 or image_shape[2] <= MOST_CHANNELS or min(image_shape[:2]) > MOST_CHANNELS:
-        return None
-    return (0, 2, 3, 1) if image_shape[0] <= image_shape[1] else (0, 1, 3, 2)
-
-
-def require_images(name: str, image_shape: Sequence[int]) -> None:
-    """Refuses images that a model of the paper cannot be meant to see."""
-    shown = f"[{', '.join(map(str, image_shape))}]"
-    if len(image_shape) != 3:
-        way = "add the axis of channels, images[..., None]" if len(image_shape) == 2 else "reshape them"
-        raise InputError(f"model.name: {name} takes images [N, H, W, C], those of the dataset are {shown} each; {way}.")
-    axes = transposed(image_shape)
-    if axes:
-        raise InputError(
-            f"model.name: {name} takes images [N, H, W, C]; {shown} would be {image_shape[0]}×{image_shape[1]} pixels of "
-            f"{image_shape[2]} channels. If another axis is the channels, use images.transpose{axes}."
-        )
-
-
 EXAMPLES_AT_ONCE = 32  # on CPU, so that a network's activations stay in the cache
 
 
 def micro_batch_size(
-    norm: str, examples: int, bn_batch_size: int, most: int | None = None, block: int | None = None
+    norm: str, examples: int, bn_batch_size: int, most: int | None = None, platform: str = "cpu", block: int | None = None
 ) -> int | None:
     """How many of a device's examples a step should take at a time, their gradients summed; None for all of them at once.
 
@@ -76,7 +51,7 @@ def micro_batch_size(
         return examples % size == 0 and nested
 
     largest = max(filter(fits, range(unit, max(limit, unit) + 1, unit)), default=examples)
-    faster = jax.default_backend() == "cpu" and largest >= EXAMPLES_AT_ONCE // 2
+    faster = platform == "cpu" and largest >= EXAMPLES_AT_ONCE // 2
     return largest if largest < examples and (faster or most is not None) else None
 
 

@@ -39,9 +39,9 @@ MATMUL_PRECISION = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "
 COMPUTE_DTYPE = {"float32": jnp.float32, "tf32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def lane_mapping() -> LaneMapping:
-    """How this backend trains the lanes of one device."""
-    return "map" if jax.default_backend() == "cpu" else "vmap"
+def lane_mapping(platform: str) -> LaneMapping:
+    """How a platform trains the lanes of one device."""
+    return "map" if platform == "cpu" else "vmap"
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def compile_lanes(
         raise ValueError(f"lanes: {lanes} is not a multiple of {mesh.shape[LANE]} devices")
     if program.axis_name != (DATA if mesh.shape[DATA] > 1 else None):
         raise ValueError(f"axis_name: {program.axis_name!r} does not go with {mesh.shape[DATA]} devices that share a batch")
-    mapping = mapping or lane_mapping()
+    mapping = mapping or lane_mapping(mesh.devices.flat[0].platform)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     sharding = NamedSharding(mesh, P(LANE))

@@ -163,7 +163,7 @@ def test_who_adds_a_line_to_a_shared_file_waits_for_its_turn(tmp_path):
 @pytest.fixture
 def tiny_worker(monkeypatch):
     """Workers in this process train the tiny model on its data."""
-    monkeypatch.setattr(driver, "named_model", lambda *_: tiny.TinyModel)
+    monkeypatch.setattr("smallbatch_jax.runner.jobs.named_model", lambda *_: tiny.TinyModel)
     monkeypatch.setattr("smallbatch_jax.data.load", lambda *_: tiny.dataset())
     monkeypatch.setattr(sys, "argv", sys.argv)
 

@@ -12,13 +12,13 @@ from rich.console import Console
 from smallbatch_jax.config.experiment import Run
 from smallbatch_jax.runner import progress
 from smallbatch_jax.runner.forecast import Forecast
-from smallbatch_jax.runner.progress import LiveProgress, NoProgress, PlainProgress, ProgramPart, Status
+from smallbatch_jax.runner.progress import LiveProgress, NoProgress, PlainProgress, ProgramStatus, Status
 
 
 def training():
     """13 runs of m = 8 in a grid of 65: two diverged, one finished, 1,000 images/s after a slow first segment."""
     status = Status(runs=65, images=65_000)
-    status.begin(ProgramPart(13, 13_000, name="m = 8", lanes=14))
+    status.begin(ProgramStatus(13, 13_000, name="m = 8", lanes=14))
     status.end_run(True, math.nan)
     status.end_run(True, math.nan)
     status.spare(1500)
@@ -39,7 +39,7 @@ def test_the_line_tells_of_the_program_and_of_the_grid():
 
 def test_the_next_program_begins_at_nothing_and_the_grid_goes_on():
     status = training()
-    status.begin(ProgramPart(13, 13_000, name="m = 16", lanes=14))
+    status.begin(ProgramStatus(13, 13_000, name="m = 16", lanes=14))
     assert math.isnan(status.program_seconds)
     assert "0 images/s, 0/13 runs done (0 diverged), ? left; grid: 3/65 runs done" in status.line()
     status.end_run(False, 0.8)
@@ -127,7 +127,7 @@ def forecast(jobs, *segments):
 def later(found, jobs, trained=0):
     """Seconds that all but the first program will take."""
     status = Status(9, 1800)
-    status.begin(ProgramPart(3, 600))
+    status.begin(ProgramStatus(3, 600))
     found.begin(jobs[0], jobs[1:])
     if trained:
         status.add_images(trained, 1.0)

@@ -117,8 +117,8 @@ def test_each_batch_size_may_have_its_own_rate():
         ({"model": nn.Dense(4)}, "model: gives (4,) logits per image, the dataset has 3 classes"),
         ({"bn_batch_sizes": (2,)}, "bn_batch_sizes: Mlp has no field bn_batch_size"),
         ({"base_lrs": {8: 0.1}}, "grid.base_lr_by_batch_size: has no base_lr for batch size 4"),
-        ({"bn_statistics": "precise"}, "norm, bn_decay, bn_statistics: are of the named models"),
-        ({"norm": "batch"}, "norm, bn_decay, bn_statistics: are of the named models"),
+        ({"bn_statistics": "precise"}, "norm, bn_decay, bn_statistics: belong to the named models"),
+        ({"norm": "batch"}, "norm, bn_decay, bn_statistics: belong to the named models"),
         ({"dataset": "digts"}, "dataset.name: unknown dataset 'digts'"),
     ],
 )
@@ -274,7 +274,7 @@ def test_what_a_users_model_raises_is_its_own(tmp_path):
 )
 def test_an_own_model_is_warned_of_axes_that_may_not_be_meant(capsys, monkeypatch, shape, says):
     """It may transpose its images itself; but uint8 is normalised over the last axis."""
-    monkeypatch.setattr("smallbatch_jax.runner.grid._Study.train", lambda *given: (_ for _ in ()).throw(InputError("enough")))
+    monkeypatch.setattr("smallbatch_jax.runner.grid._train", lambda *given: (_ for _ in ()).throw(InputError("enough")))
     assert refused(model=Flat(), dataset=pictures(shape)) == "enough"
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == (says is not None)
