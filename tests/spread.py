@@ -69,7 +69,7 @@ def trained(
     chosen = experiment.from_config(config)
     run = chosen.runs()[0]
     dataset = data.random("cifar10") if random_images else data.load(chosen.dataset.name, photographs, image_size)
-    job = jobs.Job(jobs.Setup.of(chosen, dataset), m, b, None, devices)  # pyright: ignore[reportArgumentType]
+    job = jobs.Job(jobs.Setup.of(chosen, dataset), m, b, None)  # pyright: ignore[reportArgumentType]
     with closing(supply_of(dataset, chosen)) as supply:
         program = job.compile(supply)
         state = program.start(program.empty(), {0: lanes.initialiser(job.model_of(None), dataset.image_shape)(0)})

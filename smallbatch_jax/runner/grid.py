@@ -14,13 +14,12 @@ from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.models.own import OwnModel
 from smallbatch_jax.program import ambient, devices, processes
 from smallbatch_jax.program import lanes as lane_programs
-from smallbatch_jax.program.devices import lane_mesh
+from smallbatch_jax.program.devices import DATA
 from smallbatch_jax.program.lanes import LaneProgram
 from smallbatch_jax.runner import checks
 from smallbatch_jax.runner.compiler import Compiler
 from smallbatch_jax.runner.forecast import Forecast
 from smallbatch_jax.runner.jobs import Job, ModelOf, Session, Setup
-from smallbatch_jax.runner.placement import placed
 from smallbatch_jax.runner.progress import NoProgress, Progress, Status
 from smallbatch_jax.runner.scheduler import Scheduler
 from smallbatch_jax.runner.signals import Interrupted, Stop, noted_signals
@@ -132,7 +131,7 @@ def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: 
     """Trains the programs of these (batch size, BN batch size), one after the other."""
     with ExitStack() as stack:
         first = processes.is_first()
-        memory = processes.least(devices.memory_bytes(lane_mesh()))
+        memory = processes.least(devices.memory_bytes(setup.mesh))
         if first:
             _record_start(setup, folder)
         skipped = SkippedImages(folder if first else None)
@@ -140,7 +139,7 @@ def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: 
         stack.callback(supply.close)
         stored = _open_results(folder, shapes, stack)
         shown = _open_trackers(setup.experiment, folder, stored, stack)
-        jobs = [placed(Job(setup, *shape, rows, memory_bytes=memory)) for shape, rows in zip(shapes, stored, strict=True)]
+        jobs = [Job(setup, *shape, rows, memory) for shape, rows in zip(shapes, stored, strict=True)]
         status = _status(jobs)
         forecast = Forecast(progress if first else NoProgress(), jobs, timing_rows(folder))
         stack.callback(forecast.close, status)
@@ -174,9 +173,9 @@ def _train_job(job: Job, program: LaneProgram, checkpoints: Checkpoints, session
 
 
 def _record_start(setup: Setup, folder: Path) -> None:
-    mesh = lane_mesh()
-    device = {"kind": mesh.devices.flat[0].device_kind, "platform": jax.default_backend(), "count": mesh.size}
-    made = {"device": device, "data_devices": setup.experiment.data_devices or 1, "precision": setup.experiment.precision}
+    mesh = setup.mesh
+    device = {"kind": mesh.devices.flat[0].device_kind, "platform": setup.platform, "count": mesh.size}
+    made = {"device": device, "data_devices": mesh.shape[DATA], "precision": setup.experiment.precision}
     record_provenance(folder, "start", **surroundings(), **made, flags=ambient.recorded(), processes=jax.process_count())
 
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from smallbatch_jax.config.experiment import OWN, Experiment, InputError, Run, programs
 from smallbatch_jax.data import Dataset, Photographs, order
@@ -43,7 +45,7 @@ def named_model(experiment: Experiment, num_classes: int, bn_decay: float) -> Mo
 
 @dataclass(frozen=True)
 class Setup:
-    """What all programs of a grid have in common: the experiment, its data and its model."""
+    """What all programs of a grid have in common: the experiment, its data, its model and the devices."""
 
     experiment: Experiment
     dataset: Dataset | Photographs
@@ -53,18 +55,40 @@ class Setup:
     @classmethod
     def of(cls, experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None = None) -> "Setup":
         """The setup of an experiment; `model_of` None takes the experiment's named model."""
-        precise = experiment.model.bn_statistics == "precise"
-        return cls(
-            experiment,
-            dataset,
-            model_of or named_model(experiment, dataset.num_classes, experiment.model.bn_decay),
-            named_model(experiment, dataset.num_classes, 0.0) if precise else None,
-        )
+        classes, chosen = dataset.num_classes, experiment.model
+        precise = named_model(experiment, classes, 0.0) if chosen.bn_statistics == "precise" else None
+        return cls(experiment, dataset, model_of or named_model(experiment, classes, chosen.bn_decay), precise)
 
     @cached_property
     def programs(self) -> dict[tuple[int, int], list[Run]]:
-        """Runs by (batch size, BN batch size)."""
+        """Runs by (batch size, BN batch size), lowest base_lr first."""
         return programs(self.experiment.runs())
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        """The devices, as many of which share each batch as the experiment asks for; one if it asks for none.
+
+        A batch is not sharded unasked: otherwise a run's last bits would depend on how many devices happen to be idle.
+
+        Raises:
+          InputError: if the number asked for does not divide that of the devices, or the model is the user's own.
+        """
+        devices, asked = jax.device_count(), self.experiment.data_devices or 1
+        if devices % asked:
+            divisors = ", ".join(str(d) for d in range(1, devices + 1) if devices % d == 0)
+            raise InputError(f"data_devices: {asked} does not divide the {devices} devices there are; use {divisors}.")
+        if asked > 1 and self.own_model:
+            raise InputError(f"data_devices: {asked} devices cannot share the batches of an own model; use 1.")
+        return lane_mesh(data_devices=asked)
+
+    @property
+    def platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
+
+    @property
+    def own_model(self) -> bool:
+        """Whether the model is the user's own, which may do anything with its batch."""
+        return self.experiment.model.name.startswith(OWN)
 
     def initialiser(self) -> Callable[[int], TrainState]:
         """Returns seed → the state before the first update."""
@@ -99,15 +123,14 @@ class Job:
     batch_size: int
     bn_batch_size: int
     results: ProgramResults
-    data_devices: int = 1  # that share each batch
     memory_bytes: int | None = None  # for the program; None: all that its devices have
     mapping: LaneMapping | None = None  # None: the platform's own
     layout: Layout = field(init=False)  # of the program compiled last
 
     def __post_init__(self) -> None:
         experiment = self.experiment
-        lanes = experiment.lanes or min(len(self.runs), MOST_LANES)
-        lanes = -(-min(lanes, len(self.runs)) // self.rows) * self.rows  # every row of devices has the same number
+        lanes, rows = min(len(self.runs), experiment.lanes or MOST_LANES), self._rows
+        lanes = -(-lanes // rows) * rows  # every row of devices has the same number
         self.layout = Layout(lanes, self._micro_batch_size(experiment.micro_batch_size))
 
     @property
@@ -120,7 +143,6 @@ class Job:
 
     @property
     def runs(self) -> list[Run]:
-        """The job's runs, lowest base_lr first."""
         return self.setup.programs[self.batch_size, self.bn_batch_size]
 
     @property
@@ -146,14 +168,17 @@ class Job:
         return order.total_steps(self.experiment.epochs, self.num_examples, self.batch_size)
 
     @property
-    def shard(self) -> int:
-        """Examples of a batch on each device."""
-        return self.batch_size // self.data_devices
+    def data_devices(self) -> int:
+        """Devices that share each batch."""
+        return self.setup.mesh.shape[DATA]
 
     @property
-    def rows(self) -> int:
-        """Rows of devices, each with lanes of its own."""
-        return lane_mesh(data_devices=self.data_devices).shape[LANE]
+    def _rows(self) -> int:
+        return self.setup.mesh.shape[LANE]
+
+    @property
+    def _shard(self) -> int:
+        return self.batch_size // self.data_devices
 
     def pending(self) -> list[Run]:
         return [run for run in self.runs if not self.results.complete(run, self.experiment.epochs)]
@@ -196,9 +221,9 @@ class Job:
         Raises:
           InputError: if there is none.
         """
-        if program.lanes > self.rows:
-            return self.layout._replace(lanes=max(self.rows, program.lanes // 2 // self.rows * self.rows))
-        now = self.layout.micro_batch_size or self.shard
+        if program.lanes > self._rows:
+            return self.layout._replace(lanes=max(self._rows, program.lanes // 2 // self._rows * self._rows))
+        now = self.layout.micro_batch_size or self._shard
         smaller = self._micro_batch_size(now // 2)
         if smaller is not None and smaller < now:
             return Layout(program.lanes, smaller)
@@ -210,15 +235,14 @@ class Job:
 
     def _micro_batch_size(self, most: int | None) -> int | None:
         """Returns the micro-batch size, at most `most` if that is possible; None for the whole shard."""
-        model = self.experiment.model
-        if model.name.startswith(OWN):  # which may do anything with its batch
+        if self.setup.own_model:
             return None
-        platform = lane_mesh().devices.flat[0].platform
-        return micro_batch_size(model.norm, self.shard, self.bn_batch_size, most, platform)
+        norm = self.experiment.model.norm
+        return micro_batch_size(norm, self._shard, self.bn_batch_size, most, self.setup.platform)
 
     def _compile(self, supply: Supply, layout: Layout) -> LaneProgram:
-        experiment, mesh = self.experiment, lane_mesh(data_devices=self.data_devices)
-        mapping = self.mapping or lane_programs.lane_mapping(mesh.devices.flat[0].platform)
+        experiment, mesh = self.experiment, self.setup.mesh
+        mapping = self.mapping or lane_programs.lane_mapping(self.setup.platform)
         axis_name = DATA if self.data_devices > 1 else None
         program = Program(
             self.batch_size,

@@ -25,7 +25,6 @@ from smallbatch_jax.program.train import TrainState
 from smallbatch_jax.runner.flops import flops_per_image, matrix_rate
 from smallbatch_jax.runner.input import Supply
 from smallbatch_jax.runner.jobs import Job, ModelOf, Setup
-from smallbatch_jax.runner.placement import placed
 from smallbatch_jax.runner.segments import Lanes
 from smallbatch_jax.runner.streaming import supply_of
 from smallbatch_jax.store.results import ProgramResults
@@ -136,7 +135,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder, closing(supply_of(dataset, experiment)) as supply:
         for m, b in setup.programs:
             with ProgramResults(Path(folder), m, b) as results:
-                job = placed(Job(setup, m, b, results, mapping=mapping))
+                job = Job(setup, m, b, results, mapping=mapping)
                 yield Trial(job, job.compile(supply), supply, initial)
 
 

@@ -11,12 +11,22 @@ from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.program import lanes
 from smallbatch_jax.runner import jobs
 from smallbatch_jax.runner.input import Resident
-from smallbatch_jax.runner.placement import data_devices, placed
 
 
-def asked(m, b=None, devices=8, **fields):
+def shared(chosen):
+    """Devices that share each batch."""
+    return jobs.Setup.of(chosen, tiny.dataset()).mesh.shape["data"]
+
+
+def asked(m, b=None, **fields):
     config = {"model": {"name": "resnet32", "norm": "batch"}, "grid": {"batch_sizes": (m,), "bn_batch_sizes": b and (b,)}}
-    return data_devices(experiment.from_config(config | fields), devices)
+    return shared(experiment.from_config(config | fields))
+
+
+@pytest.fixture
+def eight_devices(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    monkeypatch.setattr(jax, "devices", lambda: list(range(8)))
 
 
 @pytest.mark.parametrize(
@@ -31,18 +41,18 @@ def asked(m, b=None, devices=8, **fields):
         ({"m": 6, "data_devices": 3}, "3 does not divide the 8 devices there are; use 1, 2, 4, 8"),
     ],
 )
-def test_what_cannot_be_shared_is_refused_with_what_could(fields, said):
+def test_what_cannot_be_shared_is_refused_with_what_could(eight_devices, fields, said):
     with pytest.raises(InputError, match=said):
         asked(**fields)
 
 
-def test_a_batch_is_sharded_only_on_request():
+def test_a_batch_is_sharded_only_on_request(eight_devices):
     assert asked(2048) == 1
     assert asked(2048, data_devices=8) == 8
 
 
 @pytest.mark.parametrize(("m", "b", "devices"), [(1000, None, 8), (192, 48, 8), (24, 4, 2), (36, None, 4)])
-def test_a_batch_must_only_divide_evenly(m, b, devices):
+def test_a_batch_must_only_divide_evenly(eight_devices, m, b, devices):
     """A shard of 24 is half a BN group of 48; a shard of 12 holds three BN groups of 4."""
     assert asked(m, b, data_devices=devices) == devices
 
@@ -61,9 +71,9 @@ def test_a_batch_without_batch_norm_may_be_cut_anywhere():
 
 def test_an_own_model_is_not_sharded():
     own = tiny.grid(model={"name": "own:Model"}, dataset={"name": "own:data"})
-    assert data_devices(own, 2) == 1
+    assert shared(own) == 1
     with pytest.raises(InputError, match="own model"):
-        data_devices(dataclasses.replace(own, data_devices=2), 2)
+        shared(dataclasses.replace(own, data_devices=2))
 
 
 def job(m=4, b=4, model_of=lambda b, axis_name=None: tiny.TinyModel(b), memory_bytes=None, **fields):
@@ -71,10 +81,9 @@ def job(m=4, b=4, model_of=lambda b, axis_name=None: tiny.TinyModel(b), memory_b
     return jobs.Job(jobs.Setup(chosen, tiny.dataset(), model_of), m, b, None, memory_bytes=memory_bytes)  # pyright: ignore
 
 
-def test_a_placed_job_has_a_lane_for_each_row_of_devices():
+def test_a_job_has_a_lane_for_each_row_of_devices():
     assert jax.device_count() == 2
-    assert [placed(job(data_devices=d)).layout.lanes for d in (None, 1, 2)] == [2, 2, 1]
-    assert [placed(job(data_devices=d)).shard for d in (None, 1, 2)] == [4, 4, 2]
+    assert [job(data_devices=d).layout.lanes for d in (None, 1, 2)] == [2, 2, 1]
 
 
 def test_a_shard_that_does_not_fit_is_computed_in_micro_batches(monkeypatch):
