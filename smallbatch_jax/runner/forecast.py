@@ -2,38 +2,24 @@
 
 import bisect
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from smallbatch_jax.runner import planning
 from smallbatch_jax.runner.jobs import Job
 from smallbatch_jax.runner.progress import Progress, Status
-from smallbatch_jax.store.timings import TIMING_COLUMNS
 
 
 class Forecast:
     """A `Progress` that adds the expected time of the programs to come, and passes on to another.
 
-    They are expected to train at the rates measured so far, here and in earlier sessions of the workdir, interpolated between
-    batch sizes; a base learning rate that diverged at a smaller batch size is expected to diverge at once.
+    They are expected to train at the rates of the programs so far, interpolated between batch sizes; a base learning rate that
+    diverged at a smaller batch size is expected to diverge at once.
     """
 
-    def __init__(self, progress: Progress, jobs: Sequence[Job], timings: Iterable[Sequence[Any]]):
-        """`jobs` are all programs of the grid; `timings` the rows of `timing_rows`."""
+    def __init__(self, progress: Progress, jobs: Sequence[Job]):
+        """`jobs` are all programs of the grid."""
         self._progress, self._jobs = progress, jobs
-        images: Counter[int] = Counter()
-        seconds: Counter[int] = Counter()
-        for row in timings:
-            values = dict(zip(TIMING_COLUMNS, row, strict=True))
-            if values["phase"] == "segment":
-                images[values["batch_size"]] += values["images"]
-                seconds[values["batch_size"]] += values["seconds"]
-        self._rates = {m: count / seconds[m] for m, count in images.items() if count and seconds[m]}
-
-    def announce(self, status: Status, doing: str) -> None:
-        """Shows what is done before the first program trains."""
-        self._progress.show(status, doing)
+        self._rates: dict[int, float] = {}  # images/s by batch size
 
     def begin(self, job: Job, later: Sequence[Job]) -> None:
         """A program begins to train, and `later` are to come; the runs of all others change no more meanwhile."""

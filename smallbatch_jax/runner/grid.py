@@ -27,7 +27,7 @@ from smallbatch_jax.runner.streaming import supply_of
 from smallbatch_jax.store.checkpoint import Checkpoints
 from smallbatch_jax.store.results import ProgramResults
 from smallbatch_jax.store.skipped import SkippedImages
-from smallbatch_jax.store.timings import NoTimings, Timings, timing_rows
+from smallbatch_jax.store.timings import NoTimings, Timings
 from smallbatch_jax.store.workdir import open_workdir, record_provenance, surroundings
 from smallbatch_jax.tracking import trackers
 from smallbatch_jax.tracking.trackers import NoTrackers, Trackers
@@ -141,13 +141,14 @@ def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: 
         shown = _open_trackers(setup.experiment, folder, stored, stack)
         jobs = [Job(setup, *shape, rows, memory) for shape, rows in zip(shapes, stored, strict=True)]
         status = _status(jobs)
-        forecast = Forecast(progress if first else NoProgress(), jobs, timing_rows(folder))
-        stack.callback(forecast.close, status)
+        progress = progress if first else NoProgress()
+        stack.callback(progress.close, status)
+        forecast = Forecast(progress, jobs)
         timings = Timings(folder) if first else NoTimings()
         session = Session(supply, setup.initialiser(), status, forecast, timings, stop, shown)
         pending = [job for job in jobs if job.pending()]
         if pending:
-            forecast.announce(status, f"compiling {pending[0].title}, program 1 of {len(pending)}")
+            progress.show(status, f"compiling {pending[0].title}, program 1 of {len(pending)}")
         compiler = Compiler(session)
         for place, (job, program) in enumerate(compiler.in_turn(pending), 1):
             forecast.begin(job, pending[place:])

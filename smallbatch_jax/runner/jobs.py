@@ -129,9 +129,9 @@ class Job:
 
     def __post_init__(self) -> None:
         experiment = self.experiment
-        lanes, rows = min(len(self.runs), experiment.lanes or MOST_LANES), self._rows
-        lanes = -(-lanes // rows) * rows  # every row of devices has the same number
-        self.layout = Layout(lanes, self._micro_batch_size(experiment.micro_batch_size))
+        lanes, rows = min(len(self.runs), experiment.lanes or MOST_LANES), self.setup.mesh.shape[LANE]
+        even = -(-lanes // rows) * rows  # every row of devices has the same number
+        self.layout = Layout(even, self._micro_batch_size(experiment.micro_batch_size))
 
     @property
     def experiment(self) -> Experiment:
@@ -171,14 +171,6 @@ class Job:
     def data_devices(self) -> int:
         """Devices that share each batch."""
         return self.setup.mesh.shape[DATA]
-
-    @property
-    def _rows(self) -> int:
-        return self.setup.mesh.shape[LANE]
-
-    @property
-    def _shard(self) -> int:
-        return self.batch_size // self.data_devices
 
     def pending(self) -> list[Run]:
         return [run for run in self.runs if not self.results.complete(run, self.experiment.epochs)]
@@ -221,9 +213,10 @@ class Job:
         Raises:
           InputError: if there is none.
         """
-        if program.lanes > self._rows:
-            return self.layout._replace(lanes=max(self._rows, program.lanes // 2 // self._rows * self._rows))
-        now = self.layout.micro_batch_size or self._shard
+        rows = program.rows
+        if program.lanes > rows:
+            return self.layout._replace(lanes=max(rows, program.lanes // 2 // rows * rows))
+        now = self.layout.micro_batch_size or self.batch_size // self.data_devices
         smaller = self._micro_batch_size(now // 2)
         if smaller is not None and smaller < now:
             return Layout(program.lanes, smaller)
@@ -237,8 +230,8 @@ class Job:
         """Returns the micro-batch size, at most `most` if that is possible; None for the whole shard."""
         if self.setup.own_model:
             return None
-        norm = self.experiment.model.norm
-        return micro_batch_size(norm, self._shard, self.bn_batch_size, most, self.setup.platform)
+        norm, shard = self.experiment.model.norm, self.batch_size // self.data_devices
+        return micro_batch_size(norm, shard, self.bn_batch_size, most, self.setup.platform)
 
     def _compile(self, supply: Supply, layout: Layout) -> LaneProgram:
         experiment, mesh = self.experiment, self.setup.mesh
