@@ -92,11 +92,8 @@ def test_a_shard_that_does_not_fit_is_computed_in_micro_batches(monkeypatch):
 
     class Fitting:
         def __init__(self, layout):
-            self.lanes, self.peak_bytes, self.mesh = (
-                layout.lanes,
-                10 if layout.micro_batch_size == 8 else 100,
-                lanes.lane_mesh(),
-            )
+            self.rows, self.lanes, self.mesh = 2, layout.lanes, lanes.lane_mesh()
+            self.peak_bytes = 10 if layout.micro_batch_size == 8 else 100
 
     def compiled(self, supply, layout):
         tried.append(tuple(layout))
