@@ -17,7 +17,7 @@ def require_fitting(experiment: Experiment, dataset: Dataset | Photographs) -> N
     streamed = isinstance(dataset, Photographs)
     if experiment.dataset.color_jitter and not (streamed and experiment.dataset.augment):
         raise InputError(
-            "dataset.color_jitter: is part of the augmentation of streamed images; use it with dataset.image_size and "
+            "dataset.color_jitter: is a part of the augmentation of streamed images; use it with dataset.image_size and "
             "dataset.augment."
         )
     if streamed and experiment.model.bn_statistics == "precise":
