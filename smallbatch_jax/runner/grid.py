@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from smallbatch_jax.config.experiment import Experiment, programs
+from smallbatch_jax.config.experiment import Experiment
 from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.models.own import OwnModel
 from smallbatch_jax.program import ambient, devices, processes
@@ -118,7 +118,7 @@ def _checked_setup(experiment: Experiment, dataset: Dataset | Photographs, model
     trackers.require(experiment)
     checks.require_fitting(experiment, dataset)
     setup = Setup.of(experiment, dataset, model_of)
-    for place, (m, b) in enumerate(sorted(programs(experiment.runs()))):
+    for place, (m, b) in enumerate(sorted(setup.programs)):
         model = setup.model_of(None if b == m else b)  # refuses a model that takes no BN batch size
         if isinstance(model, OwnModel):
             model.require_batch(dataset.image_shape, m)
