@@ -9,7 +9,6 @@ from flax import linen as nn
 
 from smallbatch_jax.config import fields
 from smallbatch_jax.config.experiment import ALL_NORMS, MODEL_NORMS, InputError
-from smallbatch_jax.models import blocks
 from smallbatch_jax.models.alexnet import AlexNet
 from smallbatch_jax.models.resnet import CifarResNet
 from smallbatch_jax.models.resnet50 import BottleneckResNet
@@ -27,44 +26,26 @@ EXAMPLES_AT_ONCE = 32  # on CPU, so that a network's activations stay in the cac
 
 
 def micro_batch_size(
-    norm: str, examples: int, bn_batch_size: int, most: int | None = None, platform: str = "cpu", block: int | None = None
+    norm: str, examples: int, bn_batch_size: int, most: int | None = None, platform: str = "cpu"
 ) -> int | None:
-    """How many of a device's examples a step should take at a time, their gradients summed; None for all of them at once.
+    """Number of examples of a shard that a step takes at a time, their gradients averaged; None for all of them at once.
 
-    A part must hold whole batches of the batch norm; with an ordinary batch norm there are no parts. Which examples are
-    together changes nothing but rounding, and not that where sums are taken by blocks.
-
-    Args:
-      norm: of the model, as for `create_model`.
-      examples: of the batch that are on one device.
-      bn_batch_size: b.
-      most: examples in a part, if whole batches of the batch norm can be so few; None takes what is fastest on this backend,
-        on CPU 32 examples.
-      block: examples of a block (`models.blocks`), of which a part is then a divisor, or so many as a power of two; None for
-        no blocks.
-    """
-    unit = 1 if norm in ("none", "group") else min(bn_batch_size, examples)
-    limit = EXAMPLES_AT_ONCE if most is None else most
-
-    def fits(size: int) -> bool:
-        nested = block is None or block % size == 0 or (size % block == 0 and (size // block).bit_count() == 1)
-        return examples % size == 0 and nested
-
-    largest = max(filter(fits, range(unit, max(limit, unit) + 1, unit)), default=examples)
-    faster = platform == "cpu" and largest >= EXAMPLES_AT_ONCE // 2
-    return largest if largest < examples and (faster or most is not None) else None
-
-
-def blocks_of(norm: str, batch_size: int, bn_batch_size: int) -> blocks.Blocks:
-    """How a batch of one of these models is cut so that its sums come out the same on any number of devices.
+    A micro-batch holds whole BN groups; ordinary batch norm (b = m) has none. How a shard is cut changes nothing but rounding.
 
     Args:
       norm: of the model, as for `create_model`.
-      batch_size: m, over all devices.
+      examples: examples in a shard.
       bn_batch_size: b.
+      most: examples in a micro-batch, if whole BN groups can be so few; None takes what is fastest, on CPU about 32.
+      platform: "cpu", "gpu" or "tpu".
     """
-    size = blocks.block_size(batch_size, bn_batch_size if norm in ("batch", "batch_conv_only", "batch_renorm") else batch_size)
-    return blocks.Blocks(size, micro_batch_size(norm, batch_size, bn_batch_size, block=size) or batch_size)
+    if most is None and platform != "cpu":
+        return None
+    group = 1 if norm in ("none", "group") else min(bn_batch_size, examples)
+    limit = most or EXAMPLES_AT_ONCE
+    size = max((n for n in range(group, max(limit, group) + 1, group) if examples % n == 0), default=examples)
+    too_small = most is None and size < EXAMPLES_AT_ONCE // 2
+    return None if size == examples or too_small else size
 
 
 def create_model(

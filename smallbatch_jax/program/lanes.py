@@ -40,7 +40,7 @@ COMPUTE_DTYPE = {"float32": jnp.float32, "tf32": jnp.float32, "bfloat16": jnp.bf
 
 
 def lane_mapping(platform: str) -> LaneMapping:
-    """How a platform trains the lanes of one device."""
+    """How the lanes of one device are trained: on CPU one after the other, on GPU and TPU side by side."""
     return "map" if platform == "cpu" else "vmap"
 
 
@@ -173,7 +173,7 @@ def compile_lanes(
       lanes: L, runs trained side by side.
       segment_steps: S, the most steps between two visits to the host.
       precision: of matrix products and convolutions: "float32", "tf32" or "bfloat16".
-      mapping: "map" or "vmap"; None takes `lane_mapping()`.
+      mapping: "map" or "vmap"; None takes `lane_mapping`.
       statistics_model: the model with bn_decay 0 and its bn_batch_size given, to evaluate by precise statistics; None
         evaluates by running averages.
     """
@@ -181,8 +181,9 @@ def compile_lanes(
         raise ValueError(f"lanes: {lanes} is not a multiple of {mesh.shape[LANE]} devices")
     if program.axis_name != (DATA if mesh.shape[DATA] > 1 else None):
         raise ValueError(f"axis_name: {program.axis_name!r} does not go with {mesh.shape[DATA]} devices that share a batch")
-    mapping = mapping or lane_mapping(mesh.devices.flat[0].platform)
-    if jax.default_backend() == "cpu":
+    platform = mesh.devices.flat[0].platform
+    mapping = mapping or lane_mapping(platform)
+    if platform == "cpu":
         keep_freed_memory()
     sharding = NamedSharding(mesh, P(LANE))
     fresh = jax.eval_shape(lambda: init_state(model, jnp.zeros((1, *_image_shape(data))), jnp.int32(0)))

@@ -102,7 +102,6 @@ def sweep(
             model_of = own.with_bn_batch_size
             if workdir is not None:
                 fingerprint = partial(own.fingerprint, images.image_shape)
-                own.warn_of_unstable_fields(folder)
         train_grid(chosen, folder, images, progress or for_stream(), model_of, fingerprint)
         return processes.on_first(lambda: results.load(folder))
 
