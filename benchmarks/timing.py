@@ -56,7 +56,7 @@ def time_program(trial: planning.Trial, dataset: Any, seconds: float, repeats: i
         "lanes": len(job.runs),
         "images_per_second": median(rates["ours"]),
         "rates": rates,
-        "flops_per_image": planning.flops_per_image(job.model_of(None), job.batch_size, dataset.image_shape),
+        "flops_per_image": planning.flops_per_image(job.model_of(None), dataset.image_shape),
         "seconds_to_compile": program.compile_seconds,
         "peak_bytes": program.peak_bytes,
         "measured_bytes": measured,

@@ -270,14 +270,14 @@ def train(chosen: Experiment, workdir: str) -> int:
 
     from smallbatch_jax.data.stream import Lost
     from smallbatch_jax.program import processes
-    from smallbatch_jax.runner import driver, progress
+    from smallbatch_jax.runner import grid, progress
 
     imported = time.monotonic()
     dataset = load_data(chosen.dataset)
     loaded = time.monotonic()
     try:
-        driver.train_grid(chosen, folder, dataset, progress.for_stream())
-    except driver.Interrupted as interrupted:
+        grid.train_grid(chosen, folder, dataset, progress.for_stream())
+    except grid.Interrupted as interrupted:
         leave(f"stopped; everything is saved in {folder}, the same command goes on", 128 + interrupted.signum)
     except Lost as lost:
         leave(f"{lost}; the same command goes on", 1)

@@ -108,7 +108,7 @@ def measure(chosen: Experiment, there: Elsewhere) -> None:
     print(f"{'images/s':>10}{'compile':>9}{'memory':>10}{'time':>14}{there.heads()}")
     plans = []
     for trial in planning.measure(chosen, dataset):
-        flops = planning.flops_per_image(trial.job.model_of(None), trial.job.batch_size, dataset.image_shape)
+        flops = planning.flops_per_image(trial.job.model_of(None), dataset.image_shape)
         plan = planning.plan_program(trial.job, flops, planning.probe(trial, SECONDS.value))
         plans.append(plan)
         columns = there.columns(plan.batch_size, plan.runs - plan.diverging, plan.steps * plan.batch_size)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from smallbatch_jax.config import experiment as experiment
     from smallbatch_jax.program import lanes as lanes
     from smallbatch_jax.program import train as train
-    from smallbatch_jax.runner import driver as driver
-    from smallbatch_jax.runner.driver import sweep as sweep
+    from smallbatch_jax.runner import grid as driver
+    from smallbatch_jax.runner.sweep import sweep as sweep
     from smallbatch_jax.store import results as results
     from smallbatch_jax.study import analysis as analysis
     from smallbatch_jax.study import claims as claims
@@ -29,7 +29,7 @@ _PUBLIC = {
     "claims": "study.claims",
     "cost": "study.cost",
     "data": "data",
-    "driver": "runner.driver",
+    "driver": "runner.grid",
     "experiment": "config.experiment",
     "figures": "study.figures",
     "lanes": "program.lanes",
@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return importlib.import_module(f"smallbatch_jax.{_PUBLIC[name]}")
     if name == "sweep":
-        return importlib.import_module("smallbatch_jax.runner.driver").sweep
+        return importlib.import_module("smallbatch_jax.runner.sweep").sweep
     raise AttributeError(f"module 'smallbatch_jax' has no attribute {name!r}")
 
 

@@ -7,7 +7,7 @@ import tiny
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
 from smallbatch_jax.config.experiment import Run
-from smallbatch_jax.runner import driver
+from smallbatch_jax.runner import grid as driver
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results
 from smallbatch_jax.store.results import ProgramResults, Row

@@ -69,8 +69,7 @@ def trained(
     chosen = experiment.from_config(config)
     run = chosen.runs()[0]
     dataset = data.random("cifar10") if random_images else data.load(chosen.dataset.name, photographs, image_size)
-    model_of = jobs.named_model(chosen, dataset.num_classes, 0.99)
-    job = jobs.Job(chosen, dataset, model_of, m, b, [run], None, data_devices=devices)  # pyright: ignore[reportArgumentType]
+    job = jobs.Job(jobs.Setup.of(chosen, dataset), m, b, None)  # pyright: ignore[reportArgumentType]
     with closing(supply_of(dataset, chosen)) as supply:
         program = job.compile(supply)
         state = program.start(program.empty(), {0: lanes.initialiser(job.model_of(None), dataset.image_shape)(0)})

@@ -85,12 +85,12 @@ def _stay_off_accelerators() -> None:
 
 def _facts(experiment: Experiment) -> dict[str, Any]:
     from smallbatch_jax import data
-    from smallbatch_jax.runner import driver
+    from smallbatch_jax.runner import grid
 
     source = experiment.dataset
     dataset = data.load(source.name, source.data_dir, source.image_size)
-    driver.require_trainable(experiment, dataset)
-    return driver.facts(dataset)
+    grid.require_trainable(experiment, dataset)
+    return grid.facts(dataset)
 
 
 def _programs(experiment: Experiment, workdir: Path, token: str, num_examples: int) -> list[Program]:

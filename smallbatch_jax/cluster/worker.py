@@ -108,7 +108,7 @@ def train(part: Part, report: Report) -> Outcome:
 def _train(part: Part, folder: Path, report: Report) -> Outcome:
     from smallbatch_jax import data
     from smallbatch_jax.program import devices
-    from smallbatch_jax.runner import driver
+    from smallbatch_jax.runner import grid
     from smallbatch_jax.runner.signals import Stop
 
     sys.argv = part.command
@@ -121,8 +121,8 @@ def _train(part: Part, folder: Path, report: Report) -> Outcome:
                 dataset = data.load(source.name, source.data_dir, source.image_size)
                 with open_results(folder, part.shape):
                     pass  # the one before this worker is dead
-                driver.train_program(part.experiment, folder, part.shape, dataset, progress, stop)
-        except driver.Interrupted:
+                grid.train_program(part.experiment, folder, part.shape, dataset, progress, stop)
+        except grid.Interrupted:
             pass  # all is saved
         except (InputError, WriteError) as error:
             failure = str(error)

@@ -11,30 +11,6 @@ from smallbatch_jax.config import fields
 from smallbatch_jax.config.catalog import MODELS, NORMS, require_norm
 from smallbatch_jax.config.fields import InputError
 
-MOST_CHANNELS = 4  # of a picture: grey, RGB, RGBA
-
-
-def transposed(image_shape: Sequence[int]) -> tuple[int, ...] | None:
-    """The axes to transpose images [N, …] by, if their channels do not look to be the last axis; else None."""
-    if len(image_shape) != 3 or image_shape[2] <= MOST_CHANNELS or min(image_shape[:2]) > MOST_CHANNELS:
-        return None
-    return (0, 2, 3, 1) if image_shape[0] <= image_shape[1] else (0, 1, 3, 2)
-
-
-def require_images(name: str, image_shape: Sequence[int]) -> None:
-    """Refuses images that a model of the paper cannot be meant to see."""
-    shown = f"[{', '.join(map(str, image_shape))}]"
-    if len(image_shape) != 3:
-        way = "add the axis of channels, images[..., None]" if len(image_shape) == 2 else "reshape them"
-        raise InputError(f"model.name: {name} takes images [N, H, W, C], those of the dataset are {shown} each; {way}.")
-    axes = transposed(image_shape)
-    if axes:
-        raise InputError(
-            f"model.name: {name} takes images [N, H, W, C]; {shown} would be {image_shape[0]}×{image_shape[1]} pixels of "
-            f"{image_shape[2]} channels. If another axis is the channels, use images.transpose{axes}."
-        )
-
-
 EXAMPLES_AT_ONCE = 32  # on CPU, so that a network's activations stay in the cache
 
 

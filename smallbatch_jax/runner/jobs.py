@@ -1,58 +1,149 @@
-"""One program's part of an experiment: its runs, where they are kept, and how it is compiled."""
+"""A grid's setup, and the job of each of its programs: which runs it trains, in what layout it is compiled."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple, Protocol
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from smallbatch_jax.config.experiment import OWN, Experiment, InputError, Run
+from smallbatch_jax.config.experiment import OWN, Experiment, InputError, Run, programs
 from smallbatch_jax.data import Dataset, Photographs, order
-from smallbatch_jax.models import blocks_of, create_model, micro_batch_size
-from smallbatch_jax.models.blocks import Blocks
+from smallbatch_jax.models import create_model, micro_batch_size
 from smallbatch_jax.program import devices
 from smallbatch_jax.program import lanes as lane_programs
 from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
-from smallbatch_jax.program.lanes import LaneMapping, LaneProgram
-from smallbatch_jax.program.train import Model, Program, Setting
+from smallbatch_jax.program.lanes import COMPUTE_DTYPE, LaneMapping, LaneProgram
+from smallbatch_jax.program.train import Model, Program, Setting, TrainState
 from smallbatch_jax.runner.input import Supply
-from smallbatch_jax.runner.progress import Part
+from smallbatch_jax.runner.progress import Progress, RunCounts, Status
+from smallbatch_jax.runner.signals import Stop
 from smallbatch_jax.store.results import ProgramResults
+from smallbatch_jax.store.timings import Timings
+from smallbatch_jax.tracking.trackers import Trackers
 
 MOST_LANES = 16
 GIB = 2**30
 
 
 class ModelOf(Protocol):
-    """The model for a BN batch size, None for the whole batch, of batches spread over a mesh axis, None for none."""
+    """Makes the model for a BN batch size (None: the whole batch) and for the mesh axis that shards a batch, if any."""
 
     def __call__(self, bn_batch_size: int | None, /, axis_name: str | None = None) -> Model: ...
 
 
 def named_model(experiment: Experiment, num_classes: int, bn_decay: float) -> ModelOf:
-    """The experiment's own model, by its name."""
-    dtype = lane_programs.COMPUTE_DTYPE[experiment.precision]
-    model = experiment.model
+    """Returns the constructor of the experiment's own model."""
+    chosen = experiment.model
+    constants = {"bn_decay": bn_decay, "dtype": COMPUTE_DTYPE[experiment.precision], "platform": jax.default_backend()}
     return lambda bn_batch_size, axis_name=None: create_model(
-        model.name, num_classes, model.norm, bn_batch_size, bn_decay=bn_decay, axis_name=axis_name, dtype=dtype
+        chosen.name, num_classes, chosen.norm, bn_batch_size, axis_name=axis_name, **constants
     )
 
 
-@dataclass
-class Job:
-    """The runs that one compiled program trains."""
+@dataclass(frozen=True)
+class Setup:
+    """What all programs of a grid have in common: the experiment, its data, its model and the devices."""
 
     experiment: Experiment
     dataset: Dataset | Photographs
     model_of: ModelOf
+    statistics_model_of: ModelOf | None = None  # the model with bn_decay 0, where BN statistics are precise
+
+    @classmethod
+    def of(cls, experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None = None) -> "Setup":
+        """The setup of an experiment; `model_of` None takes the experiment's named model."""
+        classes, chosen = dataset.num_classes, experiment.model
+        precise = named_model(experiment, classes, 0.0) if chosen.bn_statistics == "precise" else None
+        return cls(experiment, dataset, model_of or named_model(experiment, classes, chosen.bn_decay), precise)
+
+    @cached_property
+    def programs(self) -> dict[tuple[int, int], list[Run]]:
+        """Runs by (batch size, BN batch size), lowest base_lr first."""
+        return programs(self.experiment.runs())
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        """The devices, as many of which share each batch as the experiment asks for; one if it asks for none.
+
+        A batch is not sharded unasked: otherwise a run's last bits would depend on how many devices happen to be idle.
+
+        Raises:
+          InputError: if the number asked for does not divide that of the devices, or the model is the user's own.
+        """
+        devices, asked = jax.device_count(), self.experiment.data_devices or 1
+        if devices % asked:
+            divisors = ", ".join(str(d) for d in range(1, devices + 1) if devices % d == 0)
+            raise InputError(f"data_devices: {asked} does not divide the {devices} devices there are; use {divisors}.")
+        if asked > 1 and self.own_model:
+            raise InputError(f"data_devices: {asked} devices cannot share the batches of an own model; use 1.")
+        return lane_mesh(data_devices=asked)
+
+    @property
+    def platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
+
+    @property
+    def own_model(self) -> bool:
+        """Whether the model is the user's own, which may do anything with its batch."""
+        return self.experiment.model.name.startswith(OWN)
+
+    def initialiser(self) -> Callable[[int], TrainState]:
+        """Returns seed → the state before the first update."""
+        return lane_programs.initialiser(self.model_of(None), self.dataset.image_shape)
+
+
+@dataclass
+class Session:
+    """What all programs of a grid use while they train in this process."""
+
+    supply: Supply
+    initial: Callable[[int], TrainState]  # seed → the state before the first update
+    status: Status
+    progress: Progress
+    timings: Timings
+    stop: Stop
+    trackers: Trackers
+
+
+class Layout(NamedTuple):
+    """How a program uses the memory of its devices."""
+
+    lanes: int
+    micro_batch_size: int | None  # examples of a shard that are computed at a time; None: all
+
+
+@dataclass
+class Job:
+    """The runs of one (batch size, BN batch size), which one compiled program trains."""
+
+    setup: Setup
     batch_size: int
     bn_batch_size: int
-    runs: list[Run]
     results: ProgramResults
-    statistics_model_of: ModelOf | None = None  # the same model with a decay of 0, where statistics are precise
-    data_devices: int = 1  # that share each batch
-    memory_bytes: int | None = None  # that its program may use here; None: what there is
-    mapping: LaneMapping | None = None  # how lanes share a device; None: as is best on this backend
-    most_lanes: int | None = None  # a limit, once memory ran out or few runs are left
+    memory_bytes: int | None = None  # for the program; None: all that its devices have
+    mapping: LaneMapping | None = None  # None: the platform's own
+    layout: Layout = field(init=False)  # of the program compiled last
+
+    def __post_init__(self) -> None:
+        experiment = self.experiment
+        lanes, rows = min(len(self.runs), experiment.lanes or MOST_LANES), self.setup.mesh.shape[LANE]
+        even = -(-lanes // rows) * rows  # every row of devices has the same number
+        self.layout = Layout(even, self._micro_batch_size(experiment.micro_batch_size))
+
+    @property
+    def experiment(self) -> Experiment:
+        return self.setup.experiment
+
+    @property
+    def model_of(self) -> ModelOf:
+        return self.setup.model_of
+
+    @property
+    def runs(self) -> list[Run]:
+        return self.setup.programs[self.batch_size, self.bn_batch_size]
 
     @property
     def name(self) -> str:
@@ -60,109 +151,111 @@ class Job:
 
     @property
     def title(self) -> str:
-        """What the user is told: "m = 8, BN batch 4"."""
+        """The job's name for the user: "m = 8, BN batch 4"."""
         m, b = self.batch_size, self.bn_batch_size
         return f"m = {m}" + (f", BN batch {b}" if b != m else "")
 
     @property
     def num_examples(self) -> int:
-        return self.dataset.num_train
+        return self.setup.dataset.num_train
+
+    @property
+    def images_per_run(self) -> int:
+        return self.experiment.epochs * self.num_examples
 
     @property
     def total_steps(self) -> int:
         return order.total_steps(self.experiment.epochs, self.num_examples, self.batch_size)
 
+    @property
+    def data_devices(self) -> int:
+        """Devices that share each batch."""
+        return self.setup.mesh.shape[DATA]
+
     def pending(self) -> list[Run]:
         return [run for run in self.runs if not self.results.complete(run, self.experiment.epochs)]
 
-    def count_complete(self, part: Part) -> None:
+    def count_complete(self, counts: RunCounts) -> None:
         """Adds the runs that are complete already."""
         for run in self.runs:
             if self.results.complete(run, self.experiment.epochs):
-                part.add_run(self.results.diverged(run), self.results.final_accuracy(run))
-
-    @property
-    def share(self) -> int:
-        """Examples of a batch on each device."""
-        return self.batch_size // self.data_devices
-
-    def compile(self, supply: Supply) -> LaneProgram:
-        """The program with as many lanes as it has runs and as fit, spread evenly over the devices.
-
-        Where not even one lane per row of devices fits, each takes its share of a batch in parts.
-
-        Raises:
-          InputError: if that does not fit either.
-        """
-        rows = lane_mesh(data_devices=self.data_devices).shape[LANE]
-        lanes, parts = self.lanes(rows), self._parts(self.experiment.micro_batch_size)
-        while True:
-            program = self._compile(supply, lanes, parts)
-            needed, there = program.peak_bytes, self.memory_bytes or devices.memory_bytes(program.mesh)
-            if needed <= there:
-                return program
-            smaller = self._parts((parts or self.share) // 2)
-            if lanes > rows:
-                lanes = max(rows, lanes // 2 // rows * rows)
-            elif smaller is not None and smaller < (parts or self.share):
-                parts = smaller
-            else:
-                raise InputError(
-                    f"m = {self.batch_size}: one lane per device needs {needed / GIB:.1f} GiB, there are {there / GIB:.1f}; "
-                    "use a smaller batch size or model, lower precision, or more data_devices."
-                )
-
-    def lanes(self, rows: int) -> int:
-        """How many lanes are wanted: one for each run, up to a limit, and as many in each row of devices."""
-        wanted = min(self.experiment.lanes or min(len(self.runs), MOST_LANES), self.most_lanes or len(self.runs))
-        return -(-wanted // rows) * rows
-
-    def _parts(self, most: int | None) -> int | None:
-        """Examples of a device's share that it takes at a time, at most so many if that can be; None for all at once."""
-        if self.blocks is None:
-            return None
-        return micro_batch_size(self.experiment.model.norm, self.share, self.bn_batch_size, most, self.blocks.size)
-
-    @property
-    def blocks(self) -> Blocks | None:
-        """How a batch is cut; None for an own model, which may do anything with its batch."""
-        model = self.experiment.model
-        return None if model.name.startswith(OWN) else blocks_of(model.norm, self.batch_size, self.bn_batch_size)
-
-    def _compile(self, supply: Supply, lanes: int, parts: int | None) -> LaneProgram:
-        chosen, mesh = self.experiment, lane_mesh(data_devices=self.data_devices)
-        mapping = self.mapping or lane_programs.lane_mapping()
-        schedule = chosen.schedule
-        axis_name = DATA if self.data_devices > 1 else None
-        augment = chosen.dataset.augment and not isinstance(self.dataset, Photographs)  # which come augmented
-        program = Program(
-            self.batch_size,
-            self.total_steps,
-            schedule.boundaries,
-            schedule.factor,
-            axis_name,
-            parts,
-            augment,
-            self.blocks,
-        )
-        bn_batch_size = None if self.bn_batch_size == self.batch_size else self.bn_batch_size
-        return lane_programs.compile_lanes(
-            self.model_of(bn_batch_size, axis_name=axis_name) if axis_name else self.model_of(bn_batch_size),
-            program,
-            supply.data(mesh, self.batch_size),
-            mesh,
-            lanes,
-            supply.most_steps(mesh, self.batch_size, mapping == "map"),
-            chosen.precision,
-            mapping,
-            statistics_model=self.statistics_model_of and self.statistics_model_of(self.bn_batch_size),
-        )
+                counts.add_run(self.results.diverged(run), self.results.final_accuracy(run))
 
     def settings(self, runs: list[Run | None]) -> Setting:
-        """The scalars of the run in each lane, stacked; any valid ones where there is none."""
+        """The scalars of the run in each lane, stacked; any valid ones for a lane without a run."""
         return Setting(
             np.array([1.0 if run is None else run.base_lr for run in runs], np.float32),
             np.array([0 if run is None else run.seed for run in runs], np.int32),
             np.full(len(runs), self.experiment.weight_decay, np.float32),
             np.full(len(runs), self.experiment.schedule.warmup_fraction, np.float32),
+        )
+
+    def compile(self, supply: Supply, layout: Layout | None = None) -> LaneProgram:
+        """Compiles the program in `layout`, or in the first smaller one that fits the memory.
+
+        Args:
+          supply: of the images.
+          layout: None takes one lane for each run, up to MOST_LANES.
+
+        Raises:
+          InputError: if no layout fits.
+        """
+        self.layout = layout or self.layout
+        while True:
+            program = self._compile(supply, self.layout)
+            if program.peak_bytes <= (self.memory_bytes or devices.memory_bytes(program.mesh)):
+                return program
+            self.layout = self.smaller(program)
+
+    def smaller(self, program: LaneProgram) -> Layout:
+        """Returns the next layout to try where `program` ran out of memory: half the lanes, then half the micro-batch.
+
+        Raises:
+          InputError: if there is none.
+        """
+        rows = program.rows
+        if program.lanes > rows:
+            return self.layout._replace(lanes=max(rows, program.lanes // 2 // rows * rows))
+        now = self.layout.micro_batch_size or self.batch_size // self.data_devices
+        smaller = self._micro_batch_size(now // 2)
+        if smaller is not None and smaller < now:
+            return Layout(program.lanes, smaller)
+        available = self.memory_bytes or devices.memory_bytes(program.mesh)
+        raise InputError(
+            f"m = {self.batch_size}: out of memory: one lane per device needs {program.peak_bytes / GIB:.1f} GiB of "
+            f"{available / GIB:.1f}; use a smaller batch size or model, lower precision, or more data_devices."
+        )
+
+    def _micro_batch_size(self, most: int | None) -> int | None:
+        """Returns the micro-batch size, at most `most` if that is possible; None for the whole shard."""
+        if self.setup.own_model:
+            return None
+        norm, shard = self.experiment.model.norm, self.batch_size // self.data_devices
+        return micro_batch_size(norm, shard, self.bn_batch_size, most, self.setup.platform)
+
+    def _compile(self, supply: Supply, layout: Layout) -> LaneProgram:
+        experiment, mesh = self.experiment, self.setup.mesh
+        mapping = self.mapping or lane_programs.lane_mapping(self.setup.platform)
+        axis_name = DATA if self.data_devices > 1 else None
+        program = Program(
+            self.batch_size,
+            self.total_steps,
+            experiment.schedule.boundaries,
+            experiment.schedule.factor,
+            axis_name,
+            layout.micro_batch_size,
+            augment=experiment.dataset.augment and isinstance(self.setup.dataset, Dataset),  # photographs come augmented
+        )
+        bn_batch_size = None if self.bn_batch_size == self.batch_size else self.bn_batch_size
+        statistics_model_of = self.setup.statistics_model_of
+        return lane_programs.compile_lanes(
+            self.model_of(bn_batch_size, axis_name=axis_name) if axis_name else self.model_of(bn_batch_size),
+            program,
+            supply.data(mesh, self.batch_size),
+            mesh,
+            layout.lanes,
+            supply.most_steps(mesh, self.batch_size, mapping == "map"),
+            experiment.precision,
+            mapping,
+            statistics_model=statistics_model_of and statistics_model_of(self.bn_batch_size),
         )

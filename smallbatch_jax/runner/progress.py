@@ -1,4 +1,4 @@
-"""What the terminal shows while a grid trains: live bars, or now and then a plain line where nobody watches."""
+"""What a grid shows while it trains: live bars on a terminal, elsewhere a plain line now and then."""
 
 import math
 import sys
@@ -12,11 +12,11 @@ SMOOTHING = 0.2  # weight of the last segment in the images/s that are shown
 
 
 @dataclass
-class Part:
+class RunCounts:
     """How far some runs have come: those of one program, or of the whole grid."""
 
     runs: int
-    images: int  # training images that they will need, less those of runs that ended early
+    images: int  # training images that they will need, without those of runs that ended early
     finished: int = 0
     diverged: int = 0
     trained: int = 0  # images trained by this process
@@ -35,17 +35,17 @@ class Part:
 
     def counts(self) -> str:
         """Runs done and diverged, and the best accuracy so far."""
-        best = f", best run {100 * self.best:.1f} %" if self.best == self.best else ""
+        best = "" if math.isnan(self.best) else f", best run {100 * self.best:.1f} %"
         return f"{self.done}/{self.runs} runs done ({self.diverged} diverged){best}"
 
 
 @dataclass
-class ProgramPart(Part):
-    """A program that trains."""
+class ProgramStatus(RunCounts):
+    """The program that trains."""
 
     name: str = ""
     lanes: int = 0
-    running: int = 0  # lanes at work
+    running: int = 0  # lanes with a run
     seconds: float = 0.0  # of its segments
     segments: int = 0
 
@@ -56,33 +56,33 @@ class ProgramPart(Part):
 
 
 @dataclass
-class Status(Part):
+class Status(RunCounts):
     """How far a grid has come, and the program that trains."""
 
     started: float = field(default_factory=time.monotonic)
     running: int = 0
     images_per_second: float = 0.0  # smoothed
-    program: ProgramPart | None = None  # None before the first, or where several train at once
+    program: ProgramStatus | None = None  # None before the first, or where several train at once
     later_seconds: float = 0.0  # that the programs after it are expected to take
 
-    def begin(self, program: ProgramPart) -> None:
+    def begin(self, program: ProgramStatus) -> None:
         """Another program trains from now on."""
         self.program, self.images_per_second = program, 0.0
 
     def end_run(self, diverged: bool, test_accuracy: float) -> None:
-        """Counts a run that ended, of the program that trains."""
-        for part in self._parts():
-            part.add_run(diverged, test_accuracy)
+        """Counts a run of the present program that ended."""
+        for counts in self._all():
+            counts.add_run(diverged, test_accuracy)
 
     def spare(self, images: int) -> None:
-        """Images that need not be trained after all."""
-        for part in self._parts():
-            part.images -= images
+        """Subtracts images that need not be trained after all."""
+        for counts in self._all():
+            counts.images -= images
 
     def add_images(self, images: int, seconds: float) -> None:
-        """Counts a segment's images."""
-        for part in self._parts():
-            part.trained += images
+        """Counts the images of a segment."""
+        for counts in self._all():
+            counts.trained += images
         rate = images / max(seconds, 1e-9)
         known = self.images_per_second
         if self.program:
@@ -92,20 +92,20 @@ class Status(Part):
         self.images_per_second = (1 - SMOOTHING) * known + SMOOTHING * rate if known else rate
 
     def add_running(self, running: int) -> None:
-        """How many lanes are at work now."""
+        """Notes how many lanes hold a run now."""
         self.running = running
         if self.program:
             self.program.running = running
 
-    def _parts(self) -> list[Part]:
+    def _all(self) -> list[RunCounts]:
         return [self, self.program] if self.program else [self]
 
     @property
     def program_seconds(self) -> float:
-        """Time left for the program that trains; NaN before its second segment."""
-        part = self.program or self
+        """Time left for the present program; NaN before its second segment."""
+        counts = self.program or self
         known = self.images_per_second and (self.program is None or self.program.segments > 1)
-        return (part.images - part.trained) / self.images_per_second if known else math.nan
+        return (counts.images - counts.trained) / self.images_per_second if known else math.nan
 
     @property
     def seconds(self) -> float:
@@ -114,19 +114,18 @@ class Status(Part):
 
     def line(self) -> str:
         """One line: the program's lanes, speed and time left, then the grid's runs and time left."""
-        speed = f"{self.images_per_second:,.0f} images/s"
         grid = f"{self.counts()}, {duration(self.seconds)} left"
         if self.program is None:
-            return f"{self.running} running, {speed}; {grid}"
+            return f"{self.running} running, {self.images_per_second:,.0f} images/s; {grid}"
         return f"{self.program_line()}, {duration(self.program_seconds)} left; grid: {grid}"
 
     def program_line(self) -> str:
-        """Of the program that trains: lanes at work, images/s, runs done."""
-        part = self.program
-        if part is None:
+        """The present program's lanes at work, images/s and runs done; empty without one."""
+        program = self.program
+        if program is None:
             return ""
-        lanes = f"{part.running} of {part.lanes} lanes at work" if part.running else "ending"
-        return f"{lanes}, {self.images_per_second:,.0f} images/s, {part.counts()}"
+        lanes = f"{program.running} of {program.lanes} lanes at work" if program.running else "ending"
+        return f"{lanes}, {self.images_per_second:,.0f} images/s, {program.counts()}"
 
 
 class Progress(Protocol):
@@ -134,11 +133,11 @@ class Progress(Protocol):
         """Called after every segment."""
 
     def close(self, status: Status) -> None:
-        """Called once, when all is done."""
+        """Called once, when no more segments will come."""
 
 
 class NoProgress:
-    """Says nothing."""
+    """Shows nothing."""
 
     def show(self, status: Status, doing: str) -> None: ...
 
@@ -146,14 +145,14 @@ class NoProgress:
 
 
 class PlainProgress:
-    """For a log: a line as each program has begun to train, then at most one in `every_seconds`, and one at the end."""
+    """Lines for a log: one when each program has begun to train, at most one in `every_seconds`, and one at the end."""
 
     def __init__(self, stream: TextIO | None = None, every_seconds: float = 60.0):
         self._stream, self._every = stream or sys.stderr, every_seconds
         self._last, self._doing = -math.inf, ""
 
     def show(self, status: Status, doing: str) -> None:
-        early = status.program is not None and status.program.segments == 1  # nothing can be said of its time yet
+        early = status.program is not None and status.program.segments == 1  # its time left is not known yet
         if (doing != self._doing and not early) or time.monotonic() - self._last >= self._every:
             self._last, self._doing = time.monotonic(), doing
             print(f"{doing}: {status.line()}" if status.trained else doing, file=self._stream, flush=True)
@@ -163,7 +162,7 @@ class PlainProgress:
 
 
 class LiveProgress:
-    """Two bars that stay in place, for a terminal: the program that trains, and the whole grid."""
+    """Two bars that stay in place on a terminal: the program that trains, and the whole grid."""
 
     def __init__(self, console: Any = None) -> None:
         from rich.console import Console
@@ -173,7 +172,7 @@ class LiveProgress:
         from rich.text import Text
 
         class Line(ProgressColumn):
-            """Gives way where there is little room, and is cut, not wrapped."""
+            """Text that is cut, not wrapped, where there is little room."""
 
             def render(self, task: Task) -> Text:
                 return Text(task.fields["line"], no_wrap=True, overflow="ellipsis")
@@ -190,19 +189,19 @@ class LiveProgress:
         self._bars.start()
 
     def show(self, status: Status, doing: str) -> None:
-        part = status.program
-        if part is not None:
+        program = status.program
+        if program is not None:
             self._bars.update(
                 self._program,
                 description=doing,
-                total=max(part.images, 1),
-                completed=part.trained,
+                total=max(program.images, 1),
+                completed=program.trained,
                 left=f"{duration(status.program_seconds)} left",
                 line=status.program_line(),
                 visible=True,
             )
         left = f"{duration(status.seconds)} left" if status.trained else ""
-        line = status.counts() if part else f"{doing}: {status.counts()}"
+        line = status.counts() if program else f"{doing}: {status.counts()}"
         self._bars.update(self._grid, total=max(status.images, 1), completed=status.trained, left=left, line=line)
 
     def close(self, status: Status) -> None:
@@ -211,7 +210,7 @@ class LiveProgress:
 
 
 def for_stream(stream: TextIO | None = None) -> Progress:
-    """The live bars on a terminal, plain lines elsewhere."""
+    """Returns live bars for a terminal, plain lines for any other stream; None is stderr."""
     watched = stream if stream is not None else sys.stderr
     return LiveProgress() if watched.isatty() else PlainProgress(watched)
 

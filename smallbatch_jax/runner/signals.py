@@ -1,4 +1,4 @@
-"""Notes signals that ask the process to end, so that it can save first; a second SIGINT or SIGTERM ends it at once."""
+"""Handles signals that ask the process to end, so that it can save first; a second SIGINT or SIGTERM ends it at once."""
 
 import os
 import signal
@@ -8,19 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
-# Batch systems send the first three before the time limit; a closing terminal sends SIGHUP.
+# Batch systems send the first three before a time limit; a closing terminal sends SIGHUP.
 WARNING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)
-SAME_SIGNAL_SECONDS = 0.1  # within which two signals are one
+SAME_SIGNAL_SECONDS = 0.1  # two signals closer than this are one
 
 
 def handled() -> list[signal.Signals]:
-    """Returns the signals to handle: all of them, but SIGHUP where `nohup` made the process ignore it."""
+    """Returns the signals to handle: without SIGHUP where `nohup` made the process ignore it."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [signum for signum in ENDING + WARNING if not (ignored and signum == signal.SIGHUP)]
 
 
 class Interrupted(Exception):
-    """A signal ended the work early; everything is saved and the same command goes on."""
+    """A signal ended the work early; everything is saved, and the same command goes on."""
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
@@ -28,17 +28,16 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """Asks a feeder to save and stop: the number of the signal that came, 0 while none has."""
+    """Asks a scheduler to save and stop: the number of the signal that came, 0 while none has."""
 
     signum: int = 0
 
 
 @contextmanager
 def noted_signals() -> Iterator[Stop]:
-    """Notes the signals instead of dying of them; a second SIGINT or SIGTERM ends the process at once.
+    """Notes the signals in the `Stop` it gives; a second SIGINT or SIGTERM ends the process at once.
 
-    At once even while the main thread waits for a segment, where Python runs no handler: a thread reads the signals' numbers
-    as they come.
+    While the main thread waits for a segment Python runs no handlers, so a thread reads the signals' numbers as they arrive.
     """
     stop = Stop()
 
@@ -49,12 +48,12 @@ def noted_signals() -> Iterator[Stop]:
 
     try:
         before = {s: signal.signal(s, note) for s in handled()}
-    except ValueError:  # not the main thread, which alone may handle signals
+    except ValueError:  # only the main thread may handle signals
         yield stop
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    watcher = threading.Thread(target=_end_at_the_second, args=(reader, stop), daemon=True)
+    watcher = threading.Thread(target=_end_at_second, args=(reader, stop), daemon=True)
     watcher.start()
     woken = signal.set_wakeup_fd(writer)
     try:
@@ -70,7 +69,7 @@ def noted_signals() -> Iterator[Stop]:
 
 
 def _leave_closed_terminal() -> None:
-    """Sends output to /dev/null if the terminal is gone: printing on the way to the end would raise."""
+    """Sends output to /dev/null if the terminal is gone, where printing would raise."""
     for descriptor in (1, 2):
         try:
             os.write(descriptor, b"")
@@ -78,13 +77,13 @@ def _leave_closed_terminal() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
-def _end_at_the_second(reader: int, stop: Stop) -> None:
+def _end_at_second(reader: int, stop: Stop) -> None:
     first = 0.0
     while number := os.read(reader, 1)[0]:
         if number in WARNING:
             stop.signum = stop.signum or number
         if number in ENDING:
             stop.signum, first = number, first or time.monotonic()
-            # A batch system may send the same one to a process twice: by itself, and by the one that watches it.
+            # A batch system may send one signal twice: directly, and through a process that watches this one.
             if time.monotonic() - first > SAME_SIGNAL_SECONDS:
                 os._exit(128 + number)

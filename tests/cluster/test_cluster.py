@@ -20,7 +20,7 @@ from smallbatch_jax.cluster import worker
 from smallbatch_jax.cluster.ray import Board, Program, resources, summed
 from smallbatch_jax.cluster.worker import Outcome, Part
 from smallbatch_jax.config.experiment import InputError
-from smallbatch_jax.runner import driver
+from smallbatch_jax.runner import grid as driver
 from smallbatch_jax.runner.progress import NoProgress, Status
 from smallbatch_jax.store import results
 from smallbatch_jax.store.files import AppendOnly
@@ -163,7 +163,7 @@ def test_who_adds_a_line_to_a_shared_file_waits_for_its_turn(tmp_path):
 @pytest.fixture
 def tiny_worker(monkeypatch):
     """Workers in this process train the tiny model on its data."""
-    monkeypatch.setattr(driver, "named_model", lambda *_: tiny.TinyModel)
+    monkeypatch.setattr("smallbatch_jax.runner.jobs.named_model", lambda *_: tiny.TinyModel)
     monkeypatch.setattr("smallbatch_jax.data.load", lambda *_: tiny.dataset())
     monkeypatch.setattr(sys, "argv", sys.argv)
 

@@ -99,7 +99,7 @@ def small_disk(tmp_path):
         return subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", *options, "tmpfs", folder], capture_output=True)
 
     if shutil.which("mount") is None or resize("1m").returncode:
-        pytest.skip("no file system can be mounted here; test_driver.py limits the size of files instead")
+        pytest.skip("no file system can be mounted here; test_grid.py limits the size of files instead")
     yield folder, lambda size: resize(f"{size},remount")
     subprocess.run(["umount", folder], check=True)
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
+from smallbatch_jax.config.experiment import from_config
 from smallbatch_jax.data.augment import crop_and_flip
-from smallbatch_jax.runner import driver
+from smallbatch_jax.runner import grid as driver
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results
 
@@ -54,7 +55,7 @@ def test_a_run_sees_the_same_crops_in_any_lane_and_segment_and_others_than_witho
     def train(name, augment, **fields):
         config = tiny.grid(base_lrs=(2**-7,), **fields).to_dict()
         config["dataset"]["augment"] = augment
-        experiment = driver.from_config(config)
+        experiment = from_config(config)
         driver.train_grid(experiment, tmp_path / name, tiny.dataset(), NoProgress(), tiny.TinyModel)
         return tiny.rows(tmp_path / name, seed=0)
 

@@ -16,8 +16,8 @@ import tiny
 
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.program import jax_flags
-from smallbatch_jax.runner import driver
 from smallbatch_jax.runner.progress import NoProgress
+from smallbatch_jax.runner.sweep import sweep
 
 TABLES = (jax_flags.HELD.__contains__, jax_flags.RECORDED.__contains__, lambda name: name.startswith(jax_flags.WITHOUT_EFFECT))
 
@@ -35,7 +35,7 @@ def as_before():
 def swept(workdir):
     """Rows of two rates, of which the higher diverges."""
     rates = {"batch_sizes": (10,), "base_lrs": (2**-9, 1e30)}
-    frame = driver.sweep(tiny.PlainModel(), tiny.dataset(), **rates, epochs=2, workdir=workdir, progress=NoProgress())
+    frame = sweep(tiny.PlainModel(), tiny.dataset(), **rates, epochs=2, workdir=workdir, progress=NoProgress())
     assert set(frame.status) == {"finished", "diverged"}
     return frame
 

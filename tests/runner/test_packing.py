@@ -10,17 +10,19 @@ import tiny
 
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.program import devices, lanes
-from smallbatch_jax.runner import driver
 from smallbatch_jax.runner import input as supply
-from smallbatch_jax.runner import scheduler as feeder
+from smallbatch_jax.runner import scheduler
+from smallbatch_jax.runner.compiler import Compiler
+from smallbatch_jax.runner.grid import train_grid
 from smallbatch_jax.runner.progress import NoProgress
+from smallbatch_jax.runner.segments import Lanes
 from smallbatch_jax.store import results
 
 FIELDS = {"base_lrs": (2**-7, 2e30, 2**-8, 3e30), "seeds": (0,), "segment_seconds": 1e-9}
 
 
 def train(workdir, **fields):
-    driver.train_grid(tiny.grid(**{**FIELDS, **fields}), workdir, tiny.dataset(), NoProgress(), lambda b: tiny.PlainModel())
+    train_grid(tiny.grid(**{**FIELDS, **fields}), workdir, tiny.dataset(), NoProgress(), lambda b: tiny.PlainModel())
     return results.load(workdir)
 
 
@@ -32,16 +34,15 @@ def undisturbed(tmp_path_factory):
 @pytest.fixture
 def packed(monkeypatch):
     """(runs on each device before, after) of every time that lanes were packed; small segments, so that there are many."""
-    seen, pack = [], feeder.Scheduler._pack
+    seen, move = [], Lanes.move
 
     def spy(self, program, state, runs):
-        before = self._loads() if self.runs and any(self.runs) else None
-        state = pack(self, program, state, runs)
-        seen.append((before, self._loads()))
-        return state
+        before = self.loads() if any(self.runs) else None
+        move(self, program, state, runs)
+        seen.append((before, self.loads()))
 
-    monkeypatch.setattr(feeder.Pace, "FIRST_IMAGES", 8)
-    monkeypatch.setattr(feeder.Scheduler, "_pack", spy)
+    monkeypatch.setattr(scheduler.Pace, "FIRST_IMAGES", 8)
+    monkeypatch.setattr(Lanes, "move", spy)
     return seen
 
 
@@ -68,7 +69,7 @@ def test_the_device_with_fewer_lanes_takes_more_steps_of_each():
 
 
 def test_side_by_side_the_program_shrinks_once_half_of_it_is_empty(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(lanes, "lane_mapping", lambda: "vmap")
+    monkeypatch.setattr(lanes, "lane_mapping", lambda platform: "vmap")
     monkeypatch.setattr(supply, "FIXED_SEGMENT_IMAGES", 8)
     whole = train(tmp_path / "whole", lanes=4)
     assert packed == []  # compiling would take longer than what is left
@@ -80,7 +81,7 @@ def test_side_by_side_the_program_shrinks_once_half_of_it_is_empty(packed, tmp_p
         return program
 
     monkeypatch.setattr(lanes, "compile_lanes", at_once)
-    monkeypatch.setattr(driver._Compiler, "submit", submit_and_wait(driver._Compiler.submit))
+    monkeypatch.setattr(Compiler, "submit", submit_and_wait(Compiler.submit))
     shrunk = train(tmp_path / "shrunk", lanes=8, base_lrs=(2**-7, 2e30, 2**-8, 3e30, 4e30, 5e30, 6e30, 7e30))
     assert compiled == [8, 2]
     assert packed == [([1, 1], [1, 1])]
@@ -89,8 +90,8 @@ def test_side_by_side_the_program_shrinks_once_half_of_it_is_empty(packed, tmp_p
 
 
 def submit_and_wait(submit):
-    def submitted(self, job):
-        future = submit(self, job)
+    def submitted(self, job, layout=None):
+        future = submit(self, job, layout)
         future.result()
         return future
 
@@ -118,7 +119,7 @@ def test_out_of_memory_with_one_lane_per_device_is_one_line(tmp_path, monkeypatc
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
     monkeypatch.setattr(lanes.LaneProgram, "run", no_memory)
-    with pytest.raises(InputError, match=r"m = 4: out of memory with one lane per device, which needs 0\.0 GiB"):
+    with pytest.raises(InputError, match=r"m = 4: out of memory: one lane per device needs 0\.0 GiB of \d"):
         train(tmp_path / "w")
 
 
@@ -149,7 +150,7 @@ def test_a_program_that_would_not_fit_is_compiled_with_half_the_lanes(undisturbe
     assert sizes[2][1] < needed
     pd.testing.assert_frame_equal(frame, undisturbed, check_exact=True)
     monkeypatch.setattr(devices, "memory_bytes", lambda mesh: 0)
-    with pytest.raises(InputError, match="m = 4: one lane per device needs"):
+    with pytest.raises(InputError, match="m = 4: out of memory: one lane per device needs"):
         train(tmp_path / "none")
 
 

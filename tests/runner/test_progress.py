@@ -12,13 +12,13 @@ from rich.console import Console
 from smallbatch_jax.config.experiment import Run
 from smallbatch_jax.runner import progress
 from smallbatch_jax.runner.forecast import Forecast
-from smallbatch_jax.runner.progress import LiveProgress, NoProgress, PlainProgress, ProgramPart, Status
+from smallbatch_jax.runner.progress import LiveProgress, NoProgress, PlainProgress, ProgramStatus, Status
 
 
 def training():
     """13 runs of m = 8 in a grid of 65: two diverged, one finished, 1,000 images/s after a slow first segment."""
     status = Status(runs=65, images=65_000)
-    status.begin(ProgramPart(13, 13_000, name="m = 8", lanes=14))
+    status.begin(ProgramStatus(13, 13_000, name="m = 8", lanes=14))
     status.end_run(True, math.nan)
     status.end_run(True, math.nan)
     status.spare(1500)
@@ -39,7 +39,7 @@ def test_the_line_tells_of_the_program_and_of_the_grid():
 
 def test_the_next_program_begins_at_nothing_and_the_grid_goes_on():
     status = training()
-    status.begin(ProgramPart(13, 13_000, name="m = 16", lanes=14))
+    status.begin(ProgramStatus(13, 13_000, name="m = 16", lanes=14))
     assert math.isnan(status.program_seconds)
     assert "0 images/s, 0/13 runs done (0 diverged), ? left; grid: 3/65 runs done" in status.line()
     status.end_run(False, 0.8)
@@ -119,38 +119,34 @@ class FakeJob:
         return [run for run in self.runs if run.base_lr not in (*self.done, *self.lost)]
 
 
-def forecast(jobs, *segments):
-    timings = [("segment", m, m, 1, seconds, 1, images, 0) for m, seconds, images in segments]
-    return Forecast(NoProgress(), jobs, timings)
-
-
-def later(found, jobs, trained=0):
-    """Seconds that all but the first program will take."""
-    status = Status(9, 1800)
-    status.begin(ProgramPart(3, 600))
-    found.begin(jobs[0], jobs[1:])
-    if trained:
-        status.add_images(trained, 1.0)
-    found.show(status, "m = 2")
+def later(jobs, *trained):
+    """Seconds that the programs to come will take, where the first ones trained so many images in a second."""
+    found, status = Forecast(NoProgress(), jobs), Status(9, 1800)
+    for place, images in enumerate(trained or (0,)):
+        status.begin(ProgramStatus(3, 600))
+        found.begin(jobs[place], jobs[place + 1 :])
+        if images:
+            status.add_images(images, 1.0)
+        found.show(status, "m = 2")
     return status.later_seconds
 
 
 def test_programs_to_come_are_expected_at_the_rates_measured_so_far():
     jobs = [FakeJob(2), FakeJob(8), FakeJob(32)]
-    assert later(forecast(jobs), jobs, trained=100) == pytest.approx(2 * 600 / 100)
-    assert math.isnan(later(forecast(jobs), jobs))
+    assert later(jobs, 100) == pytest.approx(2 * 600 / 100)
+    assert math.isnan(later(jobs))
 
 
-def test_rates_are_interpolated_between_batch_sizes_and_earlier_sessions_count():
-    jobs = [FakeJob(8), FakeJob(16), FakeJob(32)]
-    assert later(forecast(jobs, (32, 2.0, 3200)), jobs, trained=100) == pytest.approx(600 / 400 + 600 / 1600)
+def test_rates_are_interpolated_between_batch_sizes():
+    jobs = [FakeJob(8), FakeJob(32), FakeJob(16)]
+    assert later(jobs, 100, 1600) == pytest.approx(600 / 400)
 
 
 def test_a_rate_that_diverged_at_a_smaller_batch_is_expected_to_again():
     jobs = [FakeJob(8, lost={0.4}), FakeJob(32), FakeJob(4)]
-    assert later(forecast(jobs), jobs, trained=100) == pytest.approx(400 / 100 + 600 / 100)
+    assert later(jobs, 100) == pytest.approx(400 / 100 + 600 / 100)
 
 
 def test_runs_that_have_ended_take_no_time():
     jobs = [FakeJob(8), FakeJob(32, done=(0.1, 0.2))]
-    assert later(forecast(jobs), jobs, trained=100) == pytest.approx(200 / 100)
+    assert later(jobs, 100) == pytest.approx(200 / 100)

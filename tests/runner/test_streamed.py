@@ -12,7 +12,7 @@ import tiny
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.data import stream
 from smallbatch_jax.program import lanes
-from smallbatch_jax.runner import driver
+from smallbatch_jax.runner import grid as driver
 from smallbatch_jax.runner import scheduler as feeder
 from smallbatch_jax.runner import streaming as streamed
 from smallbatch_jax.runner.progress import NoProgress
@@ -111,7 +111,7 @@ def test_lanes_in_step_share_what_is_decoded(root, tmp_path, monkeypatch):
 
 
 def test_side_by_side_as_one_after_the_other(root, augmented, tmp_path, monkeypatch):
-    monkeypatch.setattr(lanes, "lane_mapping", lambda: "vmap")
+    monkeypatch.setattr(lanes, "lane_mapping", lambda platform: "vmap")
     found = train(tmp_path / "w", photos.load(root), augment=True)
     pd.testing.assert_frame_equal(found, augmented, rtol=1e-4)
 

@@ -100,6 +100,14 @@ def test_an_own_batch_norm_takes_the_bn_batch_sizes_of_the_grid():
     assert frame.train_loss[0] != frame.train_loss[1]
 
 
+def test_a_schedule_is_given_whole_or_by_its_fields():
+    schedule = sbj.experiment.Schedule(boundaries=(0.25,), factor=0.5)
+    whole = quiet(Mlp(), table(), (8,), (2**-6,), epochs=2, schedule=schedule)
+    by_fields = quiet(Mlp(), table(), (8,), (2**-6,), epochs=2, factor=0.5, boundaries=(0.25,))
+    pd.testing.assert_frame_equal(whole, by_fields, check_exact=True)
+    assert not whole.equals(quiet(Mlp(), table(), (8,), (2**-6,), epochs=2))
+
+
 def test_each_batch_size_may_have_its_own_rate():
     frame = quiet(tiny.TinyModel(), tiny.dataset(), np.array([4, 2]), {np.int64(2): 2**-6, 4: np.float64(2**-7)}, epochs=1)
     assert list(zip(frame.batch_size, frame.base_lr, strict=True)) == [(2, 2**-6), (4, 2**-7)]
@@ -117,9 +125,12 @@ def test_each_batch_size_may_have_its_own_rate():
         ({"model": nn.Dense(4)}, "model: gives (4,) logits per image, the dataset has 3 classes"),
         ({"bn_batch_sizes": (2,)}, "bn_batch_sizes: Mlp has no field bn_batch_size"),
         ({"base_lrs": {8: 0.1}}, "grid.base_lr_by_batch_size: has no base_lr for batch size 4"),
-        ({"bn_statistics": "precise"}, "norm, bn_decay, bn_statistics: are of the named models"),
-        ({"norm": "batch"}, "norm, bn_decay, bn_statistics: are of the named models"),
+        ({"bn_statistics": "precise"}, "norm, bn_decay, bn_statistics: belong to the named models"),
+        ({"norm": "batch"}, "norm, bn_decay, bn_statistics: belong to the named models"),
         ({"dataset": "digts"}, "dataset.name: unknown dataset 'digts'"),
+        ({"boundary": (0.5,)}, "boundary: unknown field; did you mean 'boundaries'? Known: name, weight_decay, schedule, "),
+        ({"drawn_from": ("w",)}, "drawn_from: unknown field"),
+        ({"factor": 0.0}, "schedule.factor: got 0.0"),
     ],
 )
 def test_a_mistake_is_named_in_one_line_and_nothing_is_written(tmp_path, change, says):
@@ -285,7 +296,7 @@ def test_what_a_users_model_raises_is_its_own(tmp_path):
 )
 def test_an_own_model_is_warned_of_axes_that_may_not_be_meant(capsys, monkeypatch, shape, says):
     """It may transpose its images itself; but uint8 is normalised over the last axis."""
-    monkeypatch.setattr("smallbatch_jax.runner.driver._Study.train", lambda *given: (_ for _ in ()).throw(InputError("enough")))
+    monkeypatch.setattr("smallbatch_jax.runner.grid._train", lambda *given: (_ for _ in ()).throw(InputError("enough")))
     assert refused(model=Flat(), dataset=pictures(shape)) == "enough"
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == (says is not None)

@@ -16,10 +16,10 @@ import pytest
 import tiny
 from pictures import Bomb, error_line, load
 from PIL import Image
-from test_driver import StopAfter
+from test_grid import StopAfter
 
 from smallbatch_jax import data
-from smallbatch_jax.runner import driver
+from smallbatch_jax.runner import grid as driver
 from smallbatch_jax.runner import scheduler as feeder
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results

@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 from smallbatch_jax.config.experiment import InputError, from_config
-from smallbatch_jax.runner import driver, progress
+from smallbatch_jax.runner import grid as driver
+from smallbatch_jax.runner import progress
 from smallbatch_jax.store import workdir
 from smallbatch_jax.store.results import ProgramResults, Row, Timings
 from smallbatch_jax.study import study

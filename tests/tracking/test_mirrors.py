@@ -20,7 +20,7 @@ from smallbatch_jax.cluster import ray as tasks
 from smallbatch_jax.cluster import worker
 from smallbatch_jax.config.experiment import InputError, Run
 from smallbatch_jax.program import processes
-from smallbatch_jax.runner import driver
+from smallbatch_jax.runner import grid as driver
 from smallbatch_jax.runner import scheduler as feeder
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results
@@ -274,5 +274,5 @@ def test_a_program_that_needs_no_worker_is_shown_by_the_launcher(tmp_path):
 def test_of_several_processes_one_shows_the_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "on_first", lambda function: None)  # as in the others
     with ExitStack() as stack:
-        driver._mirrors(tiny.grid(tensorboard=True), tmp_path, [], stack).add([row(1)])
+        driver._open_trackers(tiny.grid(tensorboard=True), tmp_path, [], stack).add([row(1)])
     assert not list(tmp_path.iterdir())

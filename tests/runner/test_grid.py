@@ -20,8 +20,8 @@ from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.models.layers import Dense
 from smallbatch_jax.models.norm import BatchNorm
 from smallbatch_jax.program import devices
-from smallbatch_jax.runner import driver
-from smallbatch_jax.runner import scheduler as feeder
+from smallbatch_jax.runner import scheduler
+from smallbatch_jax.runner.grid import Interrupted, train_grid
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results
 from smallbatch_jax.store.files import WriteError
@@ -30,7 +30,7 @@ from smallbatch_jax.store.files import WriteError
 def train(workdir, model=tiny.TinyModel, data=None, **fields):
     """Trains a tiny grid into a workdir; its rows."""
     make = (lambda b: model(b)) if model is tiny.TinyModel else (lambda b: model())
-    driver.train_grid(tiny.grid(**fields), workdir, data or tiny.dataset(), NoProgress(), make)
+    train_grid(tiny.grid(**fields), workdir, data or tiny.dataset(), NoProgress(), make)
     return results.load(workdir)
 
 
@@ -65,7 +65,7 @@ def test_a_run_of_a_sweep_equals_the_same_run_trained_alone_bit_for_bit(undistur
 
 
 def test_lane_count_and_segment_length_change_no_bit(undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setattr(feeder.Pace, "FIRST_IMAGES", 8)
+    monkeypatch.setattr(scheduler.Pace, "FIRST_IMAGES", 8)
     other = train(tmp_path / "w", **{**GRID, "lanes": 2, "segment_seconds": 1e-9})
     pd.testing.assert_frame_equal(undisturbed, other, check_exact=True)
 
@@ -114,8 +114,8 @@ def test_an_overflow_in_batch_norms_statistics_is_a_divergence_too(tmp_path):
 
 def test_the_slot_of_a_diverged_run_is_given_to_the_next_within_a_segment(tmp_path, monkeypatch):
     sent = []
-    run = feeder.LaneProgram.run
-    monkeypatch.setattr(feeder.LaneProgram, "run", lambda self, *a: sent.append(a[2].steps.copy()) or run(self, *a))
+    run = scheduler.LaneProgram.run
+    monkeypatch.setattr(scheduler.LaneProgram, "run", lambda self, *a: sent.append(a[2].steps.copy()) or run(self, *a))
     frame = train(tmp_path / "w", tiny.PlainModel, base_lrs=(1e30, 2e30, 3e30, 4e30), lanes=2)
     assert (frame.status == "diverged").all()
     # Two runs in segment 1; nothing known in segment 2; the other two in 3, known to be lost by the end of 4.
@@ -190,18 +190,18 @@ class StopAfter(NoProgress):
     [(2, signal.SIGINT), (7, signal.SIGUSR1), pytest.param(3, signal.SIGTERM, marks=pytest.mark.slow)],
 )
 def test_a_stopped_grid_goes_on_from_its_checkpoint_bit_for_bit(undisturbed, tmp_path, monkeypatch, segments, signum):
-    monkeypatch.setattr(feeder.Pace, "FIRST_IMAGES", 8)
+    monkeypatch.setattr(scheduler.Pace, "FIRST_IMAGES", 8)
     fields = {**GRID, "segment_seconds": 1e-9}
-    with pytest.raises(driver.Interrupted) as caught:
-        driver.train_grid(
+    with pytest.raises(Interrupted) as caught:
+        train_grid(
             tiny.grid(**fields), tmp_path / "w", tiny.dataset(), StopAfter(segments, signum), lambda b: tiny.TinyModel(b)
         )
     assert caught.value.signum == signum
     assert len(results.load(tmp_path / "w")) < len(undisturbed)
     assert list((tmp_path / "w/checkpoints/m00004_b00004").iterdir())
     restored = []
-    restore = feeder.Checkpoints.restore
-    monkeypatch.setattr(feeder.Checkpoints, "restore", lambda *a: restored.append(restore(*a)) or restored[-1])
+    restore = scheduler.Checkpoints.restore
+    monkeypatch.setattr(scheduler.Checkpoints, "restore", lambda *a: restored.append(restore(*a)) or restored[-1])
     again = train(tmp_path / "w", **{**fields, "lanes": 4})  # on another number of lanes, too
     assert restored[0][0].train.step.max() > 0
     pd.testing.assert_frame_equal(undisturbed, again, check_exact=True)
@@ -210,10 +210,10 @@ def test_a_stopped_grid_goes_on_from_its_checkpoint_bit_for_bit(undisturbed, tmp
 
 def test_rows_lost_behind_a_checkpoint_are_trained_again(undisturbed, tmp_path, monkeypatch):
     """As in a workdir copied while it was written: its checkpoint may be newer than its rows."""
-    monkeypatch.setattr(feeder.Pace, "FIRST_IMAGES", 8)
+    monkeypatch.setattr(scheduler.Pace, "FIRST_IMAGES", 8)
     fields = {**GRID, "segment_seconds": 1e-9}
-    with pytest.raises(driver.Interrupted):
-        driver.train_grid(
+    with pytest.raises(Interrupted):
+        train_grid(
             tiny.grid(**fields), tmp_path / "w", tiny.dataset(), StopAfter(22, signal.SIGTERM), lambda b: tiny.TinyModel(b)
         )
     file = tmp_path / "w/results/m00004_b00004.csv"
@@ -226,7 +226,7 @@ def test_rows_lost_behind_a_checkpoint_are_trained_again(undisturbed, tmp_path, 
 @pytest.mark.parametrize("size", [1500, *(pytest.param(size, marks=pytest.mark.slow) for size in (64, 2500))])
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(undisturbed, tmp_path, monkeypatch, size):
     """No file may grow beyond `size` bytes: the experiment, the rows or a checkpoint does not fit."""
-    monkeypatch.setattr(feeder, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(scheduler, "CHECKPOINT_SHARE", 1e9)
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -245,13 +245,13 @@ KILLED = textwrap.dedent("""
     import jax
     jax.config.update("jax_num_cpu_devices", 2)
     import tiny
-    from smallbatch_jax.program import devices
-from smallbatch_jax.runner import driver, scheduler as feeder
+    from smallbatch_jax.runner import scheduler
+    from smallbatch_jax.runner.grid import train_grid
     from smallbatch_jax.runner.progress import NoProgress
-    feeder.Pace.FIRST_IMAGES = 8
+    scheduler.Pace.FIRST_IMAGES = 8
     fields = dict(base_lrs={base_lrs!r}, seeds=(0, 1), lanes=6, segment_seconds=1e-9, checkpoint_seconds=0.0)
-    feeder.CHECKPOINT_SHARE = 1e9
-    driver.train_grid(tiny.grid(**fields), {workdir!r}, tiny.dataset(), NoProgress(), lambda b: tiny.TinyModel(b))
+    scheduler.CHECKPOINT_SHARE = 1e9
+    train_grid(tiny.grid(**fields), {workdir!r}, tiny.dataset(), NoProgress(), lambda b: tiny.TinyModel(b))
 """)
 
 
@@ -288,7 +288,7 @@ def test_a_second_process_on_the_same_workdir_is_refused(tmp_path):
             self.tried = True
 
     intruder = Intruder()
-    driver.train_grid(tiny.grid(base_lrs=(2**-9,)), tmp_path / "w", tiny.dataset(), intruder, lambda b: tiny.TinyModel(b))
+    train_grid(tiny.grid(base_lrs=(2**-9,)), tmp_path / "w", tiny.dataset(), intruder, lambda b: tiny.TinyModel(b))
     assert intruder.tried
 
 

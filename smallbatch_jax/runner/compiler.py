@@ -1,0 +1,58 @@
+"""Compiles programs in background threads while another one trains."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import zip_longest
+from typing import Any
+
+from smallbatch_jax.program.lanes import LaneProgram
+from smallbatch_jax.runner.jobs import Job, Layout, Session
+from smallbatch_jax.runner.signals import Interrupted, Stop
+
+
+class Compiler:
+    """The compilations of a grid's programs."""
+
+    def __init__(self, session: Session):
+        self._session = session
+        self._executor = ThreadPoolExecutor(2)
+
+    def submit(self, job: Job, layout: Layout | None = None) -> Future[LaneProgram]:
+        """Starts to compile the job's program; see `Job.compile`."""
+        return self._executor.submit(self._compile, job, layout)
+
+    def in_turn(self, jobs: list[Job]) -> Iterator[tuple[Job, LaneProgram]]:
+        """Yields each job with its program; while the caller trains one, the next compiles.
+
+        Raises:
+          Interrupted: if asked to stop while there is nothing to do but to compile.
+        """
+        stop = self._session.stop
+        try:
+            ahead = [self.submit(job) for job in jobs[:1]]
+            # The initialiser, which all programs share, compiles beside the first one.
+            for compiling in [self._executor.submit(self._session.initial, job.runs[0].seed) for job in jobs[:1]]:
+                _result(compiling, stop)
+            for job, following in zip_longest(jobs, jobs[1:]):
+                program = _result(ahead.pop(), stop)
+                if following is not None:
+                    ahead.append(self.submit(following))
+                yield job, program
+        finally:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _compile(self, job: Job, layout: Layout | None) -> LaneProgram:
+        began = time.monotonic()
+        program = job.compile(self._session.supply, layout)
+        seconds, shape = time.monotonic() - began, (job.batch_size, job.bn_batch_size)
+        self._session.timings.add("compile", seconds, *shape, program.lanes, peak_bytes=program.peak_bytes)
+        return program
+
+
+def _result(future: Future[Any], stop: Stop) -> Any:
+    """Waits for a future's result, unless asked to stop before."""
+    while not wait([future], timeout=0.1).done:
+        if stop.signum:
+            raise Interrupted(stop.signum)
+    return future.result()

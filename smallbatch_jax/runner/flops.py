@@ -1,0 +1,50 @@
+"""Floating-point operations of a model, and how many of them a device does per second."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from smallbatch_jax.program.train import Model, init_state
+
+
+def flops_per_image(model: Model, image_shape: Sequence[int]) -> float:
+    """Operations per image of the convolutions and dense layers in a training step.
+
+    Two per multiply-add, padding included: forward, and backward for the kernel and for the layer's input, which the first
+    layer does not need.
+    """
+    multiply_adds: list[int] = []
+
+    def count(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        y = method(*args, **kwargs)
+        if context.method_name == "__call__" and context.module.has_variable("params", "kernel"):
+            kernel = context.module.get_variable("params", "kernel")
+            multiply_adds.append(math.prod(kernel.shape[:-1]) * y.size)
+        return y
+
+    with nn.intercept_methods(count):
+        jax.eval_shape(lambda: init_state(model, jnp.zeros((1, *image_shape)), jnp.int32(0)))
+    return 2.0 * (3 * sum(multiply_adds) - sum(multiply_adds[:1]))
+
+
+def matrix_rate(size: int = 1024, products: int = 16) -> float:
+    """Operations per second of one device in a product of square float32 matrices, the best of five."""
+
+    def loop(a: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, products, lambda _, x: (x @ a) * (1 / size), a)
+
+    a = jnp.ones((size, size))
+    with jax.default_matmul_precision("highest"):
+        compiled = jax.jit(loop).lower(a).compile()
+    compiled(a).block_until_ready()
+    best = math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        compiled(a).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 * products / best

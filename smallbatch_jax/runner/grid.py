@@ -1,0 +1,207 @@
+"""Trains a grid: the experiment's programs one after the other, into a workdir, until all runs are there."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from smallbatch_jax.config.experiment import Experiment
+from smallbatch_jax.data import Dataset, Photographs
+from smallbatch_jax.models.own import OwnModel
+from smallbatch_jax.program import devices, jax_flags, processes
+from smallbatch_jax.program import lanes as lane_programs
+from smallbatch_jax.program.devices import DATA
+from smallbatch_jax.program.lanes import LaneProgram
+from smallbatch_jax.runner import checks
+from smallbatch_jax.runner.compiler import Compiler
+from smallbatch_jax.runner.forecast import Forecast
+from smallbatch_jax.runner.jobs import Job, ModelOf, Session, Setup
+from smallbatch_jax.runner.progress import NoProgress, Progress, Status
+from smallbatch_jax.runner.scheduler import Scheduler
+from smallbatch_jax.runner.signals import Interrupted, Stop, noted_signals
+from smallbatch_jax.runner.streaming import supply_of
+from smallbatch_jax.store.checkpoint import Checkpoints
+from smallbatch_jax.store.results import ProgramResults
+from smallbatch_jax.store.skipped import SkippedImages
+from smallbatch_jax.store.timings import NoTimings, Timings
+from smallbatch_jax.store.workdir import open_workdir, record_provenance, surroundings
+from smallbatch_jax.tracking import trackers
+from smallbatch_jax.tracking.trackers import NoTrackers, Trackers
+
+__all__ = ["Interrupted", "facts", "require_trainable", "train_grid", "train_program"]
+
+
+@jax_flags.held()
+def train_grid(
+    experiment: Experiment,
+    workdir: Path,
+    dataset: Dataset | Photographs,
+    progress: Progress,
+    model_of: ModelOf | None = None,
+    fingerprint: Callable[[], dict[str, Any]] | None = None,
+) -> None:
+    """Trains every run of the experiment that `workdir` does not hold yet, program by program.
+
+    Args:
+      experiment: what to train.
+      workdir: created, or resumed if it holds this experiment. With several processes the first alone uses it.
+      dataset: the experiment's data, already loaded.
+      progress: told after every segment.
+      model_of: makes the model for a BN batch size; None takes the experiment's own.
+      fingerprint: of that model (`models.identity`), which must be the same whenever the workdir is resumed; None for a
+        model whose name identifies it.
+
+    Raises:
+      InputError: if the grid does not fit the data or the workdir is not this experiment's; nothing is written then.
+      Interrupted: on a signal of `signals`, after the segment in flight ended and all lanes were saved.
+    """
+    setup = _checked_setup(experiment, dataset, model_of)
+    if processes.is_first():
+        for warning in checks.data_warnings(experiment, dataset):
+            print(f"warning: dataset: {warning}", file=sys.stderr, flush=True)
+    if processes.several():
+        processes.require_same(experiment.to_dict(), "config")
+        processes.require_same(dataset.digest(), "dataset")
+    with ExitStack() as stack:
+        known = facts(dataset) | ({"model": fingerprint()} if fingerprint and processes.is_first() else {})
+        folder = processes.on_first(lambda: stack.enter_context(open_workdir(workdir, experiment, known)))
+        stop = stack.enter_context(noted_signals())
+        status = _train(setup, folder, list(setup.programs), progress, stop)
+        if processes.is_first():
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        if stop.signum:  # it came too late to interrupt anything
+            raise Interrupted(stop.signum)
+        if processes.is_first():
+            record_provenance(folder, "finish", finished=status.finished, diverged=status.diverged)
+
+
+@jax_flags.held()
+def train_program(
+    experiment: Experiment,
+    workdir: Path,
+    shape: tuple[int, int],
+    dataset: Dataset | Photographs,
+    progress: Progress,
+    stop: Stop,
+) -> None:
+    """Trains one program of a grid: the runs of `shape`, (batch size, BN batch size), that `workdir` does not hold yet.
+
+    The workdir belongs to another process, which has opened it and hands out its programs; each has files of its own. The
+    caller handles signals too, and may set `stop` from another thread.
+
+    Raises:
+      InputError: if another process trains this program, or it cannot be trained here.
+      Interrupted: once `stop` is set, after the segment in flight ended and all lanes were saved.
+    """
+    _train(_checked_setup(experiment, dataset, None), workdir, [shape], progress, stop)
+    if stop.signum:
+        raise Interrupted(stop.signum)
+
+
+@jax_flags.held()
+def require_trainable(experiment: Experiment, dataset: Dataset | Photographs) -> None:
+    """Refuses an experiment that does not fit the data, as `train_grid` would; runs nothing."""
+    _checked_setup(experiment, dataset, None)
+
+
+def facts(dataset: Dataset | Photographs) -> dict[str, Any]:
+    """The properties of its data that a workdir stores."""
+    return {"num_classes": dataset.num_classes, "examples": [dataset.num_train, dataset.num_test]}
+
+
+def _checked_setup(experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None) -> Setup:
+    """Returns the setup of a grid, after refusing what cannot be trained; runs nothing."""
+    trackers.require(experiment)
+    checks.require_fitting(experiment, dataset)
+    setup = Setup.of(experiment, dataset, model_of)
+    for place, (m, b) in enumerate(sorted(setup.programs)):
+        model = setup.model_of(None if b == m else b)  # refuses a model that takes no BN batch size
+        if isinstance(model, OwnModel):
+            model.require_batch(dataset.image_shape, m)
+        if place == 0:  # with the smallest b, which alone may be too small for a named model
+            lane_programs.require_model(model, dataset.image_shape, dataset.num_classes, m)
+    return setup
+
+
+def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: Progress, stop: Stop) -> Status:
+    """Trains the programs of these (batch size, BN batch size), one after the other."""
+    with ExitStack() as stack:
+        first = processes.is_first()
+        memory = processes.least(devices.memory_bytes(setup.mesh))
+        if first:
+            _record_start(setup, folder)
+        skipped = SkippedImages(folder if first else None)
+        supply = supply_of(setup.dataset, setup.experiment, skipped.add)
+        stack.callback(supply.close)
+        stored = _open_results(folder, shapes, stack)
+        shown = _open_trackers(setup.experiment, folder, stored, stack)
+        jobs = [Job(setup, *shape, rows, memory) for shape, rows in zip(shapes, stored, strict=True)]
+        status = _status(jobs)
+        progress = progress if first else NoProgress()
+        stack.callback(progress.close, status)
+        forecast = Forecast(progress, jobs)
+        timings = Timings(folder) if first else NoTimings()
+        session = Session(supply, setup.initialiser(), status, forecast, timings, stop, shown)
+        pending = [job for job in jobs if job.pending()]
+        if pending:
+            progress.show(status, f"compiling {pending[0].title}, program 1 of {len(pending)}")
+        compiler = Compiler(session)
+        for place, (job, program) in enumerate(compiler.in_turn(pending), 1):
+            forecast.begin(job, pending[place:])
+            checkpoints = Checkpoints(folder / "checkpoints" / job.name, setup.experiment)
+            _train_job(job, program, checkpoints, session, compiler)
+            if first:
+                checkpoints.delete()
+    return status
+
+
+def _train_job(job: Job, program: LaneProgram, checkpoints: Checkpoints, session: Session, compiler: Compiler) -> None:
+    """Trains the pending runs of a job; where memory runs out, again from the last checkpoint in a smaller layout."""
+    alone = not processes.several()  # several hosts would not agree on when to change the program
+    while True:
+        recompile = (lambda lanes: compiler.submit(job, job.layout._replace(lanes=lanes))) if alone else None
+        scheduler = Scheduler(job, program, checkpoints, session, recompile)
+        try:
+            return scheduler.train()
+        except jax.errors.JaxRuntimeError as error:
+            if not alone or "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            program = compiler.submit(job, job.smaller(scheduler.lanes.program)).result()
+
+
+def _record_start(setup: Setup, folder: Path) -> None:
+    mesh = setup.mesh
+    device = {"kind": mesh.devices.flat[0].device_kind, "platform": setup.platform, "count": mesh.size}
+    made = {"device": device, "data_devices": mesh.shape[DATA], "precision": setup.experiment.precision}
+    record_provenance(folder, "start", **surroundings(), **made, flags=jax_flags.recorded(), processes=jax.process_count())
+
+
+def _open_results(folder: Path, shapes: list[tuple[int, int]], stack: ExitStack) -> list[ProgramResults]:
+    """Opens the rows of each program in the first process, until `stack` unwinds; the others follow them."""
+    opened: list[ProgramResults] = []
+
+    def open_all() -> list[ProgramResults]:
+        opened.extend(stack.enter_context(ProgramResults(folder, *shape)) for shape in shapes)
+        return [results.followed() for results in opened] if processes.several() else []
+
+    followed = processes.on_first(open_all)
+    return opened or followed
+
+
+def _open_trackers(experiment: Experiment, folder: Path, stored: list[ProgramResults], stack: ExitStack) -> Trackers:
+    """Opens the trackers in the first process, until `stack` unwinds."""
+    opened: list[Trackers] = []
+    processes.on_first(lambda: opened.append(stack.enter_context(Trackers(experiment, folder, stored))))
+    return opened[0] if opened else NoTrackers()
+
+
+def _status(jobs: list[Job]) -> Status:
+    """Returns the status of all runs, some of which may be complete already."""
+    status = Status(sum(len(job.runs) for job in jobs), sum(len(job.pending()) * job.images_per_run for job in jobs))
+    for job in jobs:
+        job.count_complete(status)
+    return status

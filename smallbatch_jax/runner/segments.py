@@ -1,0 +1,142 @@
+"""The runs in the lanes of one program: which run is in which lane, what each does next, and the segments that do it.
+
+`Lanes` dispatches segments and does not wait for them; the scheduler fetches their reports, stores them and refills lanes, the
+planner only times them.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from smallbatch_jax.config.experiment import Run
+from smallbatch_jax.data import order
+from smallbatch_jax.program import processes
+from smallbatch_jax.program.lanes import LaneProgram, LaneState, Report
+from smallbatch_jax.program.train import TrainState
+from smallbatch_jax.runner.input import Span, Supply
+from smallbatch_jax.runner.jobs import Job
+
+
+class Assignment(NamedTuple):
+    """The updates that one lane takes in one segment."""
+
+    run: Run
+    epoch: int  # of the first update
+    first_step: int
+    steps: int
+    evaluate: bool  # whether they end the epoch
+
+
+class InFlight(NamedTuple):
+    """A dispatched segment and its outputs, not fetched yet."""
+
+    assignments: list[Assignment | None]  # by lane
+    report: Report
+    proposals: Any = None  # of every host for what to do next, int32[hosts, 3]
+
+    def fetch(self) -> Report:
+        """Waits for the segment and returns its report as NumPy arrays."""
+        return jax.tree.map(np.asarray, self.report)
+
+
+class Lanes:
+    """The lanes of one program, each with the run in it or free."""
+
+    def __init__(self, job: Job, program: LaneProgram, supply: Supply, initial: Callable[[int], TrainState]):
+        """All lanes are free; `initial` maps a seed to the state before the first update."""
+        self.job, self._supply, self._initial = job, supply, initial
+        self._use(program)
+        self.state: LaneState = program.empty()
+
+    def _use(self, program: LaneProgram) -> None:
+        """Takes a program, all of whose lanes are free."""
+        self.program = program
+        self.runs: list[Run | None] = [None] * program.lanes
+        self.steps = [0] * program.lanes  # updates dispatched so far
+
+    def loads(self) -> list[int]:
+        """Runs in each row of devices."""
+        load = [0] * self.program.rows
+        for lane, run in enumerate(self.runs):
+            load[self.program.row_of_lane(lane)] += run is not None
+        return load
+
+    def refill(self, queue: deque[Run]) -> None:
+        """Starts queued runs in the free lanes."""
+        fresh: dict[int, TrainState] = {}
+        for lane in self._free_lanes():
+            if not queue:
+                break
+            run = queue.popleft()
+            self.runs[lane], self.steps[lane] = run, 0
+            fresh[lane] = self._initial(run.seed)
+        if fresh:
+            self.state = self.program.start(self.state, fresh)
+
+    def free(self, lane: int, run: Run) -> None:
+        """Frees a lane if the run is still in it."""
+        if self.runs[lane] == run:
+            self.runs[lane] = None
+
+    def read(self) -> LaneState:
+        """Returns the state of all lanes as NumPy arrays."""
+        return jax.tree.map(np.asarray, processes.readable(self.state, self.program.mesh))
+
+    def move(self, program: LaneProgram, state: LaneState, runs: list[Run | None]) -> None:
+        """Moves the runs in the lanes of `state`, NumPy arrays, to lanes of `program`, evenly over its rows of devices."""
+        self._use(program)
+        packed = program.zeros()
+        kept = [(lane, run) for lane, run in enumerate(runs) if run is not None]
+        for (old_lane, run), lane in zip(kept, self._free_lanes(), strict=False):
+            for new, old in zip(jax.tree.leaves(packed), jax.tree.leaves(state), strict=True):
+                new[lane] = old[old_lane]
+            self.runs[lane], self.steps[lane] = run, int(packed.train.step[lane])
+        self.state = program.put(packed)
+
+    def send(self, pace: int, evaluate: bool = True) -> InFlight | None:
+        """Dispatches a segment of about `pace` steps per lane, and frees the lanes of the runs that end in it.
+
+        Args:
+          pace: steps.
+          evaluate: whether a lane stops at the end of its epoch and is evaluated there; otherwise it trains on.
+
+        Returns:
+          None if there is nothing to do.
+        """
+        assignments = self._assignments(pace, evaluate)
+        if not any(assignments):
+            return None
+        spans = [a and Span(a.run.seed, a.first_step, a.steps, a.evaluate) for a in assignments]
+        load = self._supply.load(self.program, self.job.batch_size, spans)
+        settings = self.job.settings(self.runs)
+        for lane, assignment in enumerate(assignments):
+            if assignment is not None:
+                self.steps[lane] += assignment.steps
+                if self.steps[lane] == self.job.total_steps:
+                    self.runs[lane] = None
+        self.state, report = self.program.run(self.state, settings, load.segment, load.pool, load.test)
+        return InFlight(assignments, processes.readable(report, self.program.mesh))
+
+    def _free_lanes(self) -> Iterator[int]:
+        """Yields free lanes, each in the row with the fewest runs; the caller fills it before it asks for another."""
+        while free := [lane for lane, run in enumerate(self.runs) if run is None]:
+            load = self.loads()
+            yield min(free, key=lambda lane: (load[self.program.row_of_lane(lane)], lane))
+
+    def _assignments(self, pace: int, evaluate: bool) -> list[Assignment | None]:
+        """Returns what each lane does in the next segment: steps of one epoch, or of the whole run without evaluation."""
+        m, n = self.job.batch_size, self.job.num_examples
+        epochs = [order.epoch_of_step(step, n, m) for step in self.steps]
+        ends = [order.epoch_end(epoch, n, m) if evaluate else self.job.total_steps for epoch in epochs]
+        left = [end - step for end, step in zip(ends, self.steps, strict=True)]
+        wanted = [run and Span(run.seed, self.steps[lane], left[lane]) for lane, run in enumerate(self.runs)]
+        steps = self._supply.steps(self.program, m, wanted, pace)
+        return [
+            Assignment(run, epochs[lane], self.steps[lane], steps[lane], evaluate and steps[lane] == left[lane])
+            if run and steps[lane]
+            else None
+            for lane, run in enumerate(self.runs)
+        ]

@@ -1,0 +1,139 @@
+"""The public function `sweep`: a grid from Python, on a model and data of any kind."""
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flax import linen as nn
+
+from smallbatch_jax import data
+from smallbatch_jax.config import experiment, fields
+from smallbatch_jax.config.experiment import OWN, Experiment, InputError, from_config
+from smallbatch_jax.data import Dataset, Photographs
+from smallbatch_jax.models.own import OwnModel
+from smallbatch_jax.program import devices, jax_flags, processes
+from smallbatch_jax.runner.grid import train_grid
+from smallbatch_jax.runner.progress import Progress, for_stream
+from smallbatch_jax.store import results
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_SECTIONS = {
+    "dataset": experiment.Dataset,
+    "model": experiment.Model,
+    "schedule": experiment.Schedule,
+    "grid": experiment.Grid,
+}
+_ARGUMENTS = {"drawn_from", "dataset", "model", "epochs", "grid"}  # fields that arguments of `sweep` set, or that train nothing
+_ARGUMENTS |= {"batch_sizes", "base_lrs", "base_lrs_from", "base_lr_by_batch_size", "seeds"}
+
+
+def sweep(
+    model: str | nn.Module,
+    dataset: str | Dataset | Photographs,
+    batch_sizes: Sequence[int],
+    base_lrs: Sequence[float] | Mapping[int, float],
+    epochs: int,
+    seeds: Sequence[int] = (0,),
+    workdir: str | os.PathLike[str] | None = None,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> "pd.DataFrame":
+    """Trains the grid batch_sizes × base_lrs × seeds on your own model and data; lanes, store and resume as in the commands.
+
+    Args:
+      model: a name of `create_model`, with the option `norm`; or your own linen module: `init(key, images)`, and
+        `apply(variables, images)` to logits float[n, num_classes], called with `train=…` or a mode of another usual name
+        (`models.own.MODES`) if it takes one; with or without "batch_stats" and dropout.
+      dataset: a name of `data.load`, with the options `data_dir` and `image_size`; or a `data.Dataset` of your own arrays, of
+        any shape [n, …].
+      batch_sizes: m, each at most the number of training examples.
+      base_lrs: η̃ = η/m, the step length per example: crossed with all batch sizes, or given for each batch size.
+      epochs: E, of every run, whatever m.
+      seeds: of initialisation and order: the replicates of a cell.
+      workdir: where the results are kept and resumed, with the same model and data alone; None keeps nothing.
+      progress: told after every segment; None shows lines or a bar on stderr.
+      **options: fields of a config (`config.experiment`), each by its own name, with the config's defaults:
+
+        - `schedule`: an `experiment.Schedule`; or its `boundaries`, `factor`, `warmup_fraction`;
+        - of the dataset `augment`, `data_dir`, `image_size`, `color_jitter`, `broken_images`, `workers`;
+        - of a named model `norm`, `bn_decay`, `bn_statistics`;
+        - of the grid `bn_batch_sizes`, for which your own module must have a field `bn_batch_size`;
+        - `weight_decay`, `precision`, `lanes`, `data_devices`, `micro_batch_size`, `segment_seconds`, `checkpoint_seconds`,
+          `tensorboard`, `wandb`, and the `name` of the experiment.
+
+    Returns:
+      The rows of `results.load(workdir)`.
+
+    Raises:
+      InputError: in one line that names what cannot be used.
+    """
+    workdir = None if workdir is None else fields.expanded_path("workdir", workdir)
+    sections = _sections(options)
+    own = None if isinstance(model, str) else OwnModel(model)
+    _require_usable(options, own, workdir)
+    place = [sections["dataset"].pop(name, None) for name in ("data_dir", "image_size")]
+    images = data.load(dataset, *place) if isinstance(dataset, str) else dataset
+    if not isinstance(images, (Dataset, Photographs)):
+        raise InputError(f"dataset: got a {type(images).__name__}; accepts a name, or a data.Dataset of your own arrays.")
+    sections["dataset"] |= {
+        "name": dataset if isinstance(dataset, str) else f"{OWN}{images.digest()}",
+        "image_size": images.image_size if isinstance(images, Photographs) else None,
+    }
+    sections["model"]["name"] = own.name if own else model
+    rates = "base_lr_by_batch_size" if isinstance(base_lrs, Mapping) else "base_lrs"
+    sections["grid"] |= {"batch_sizes": batch_sizes, rates: base_lrs, "seeds": seeds}
+    chosen = from_config(sections | {"epochs": epochs})
+    devices.use_all_cores()
+    jax_flags.require_devices()
+    with ExitStack() as stack:
+        stack.enter_context(jax_flags.held())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if workdir is None else workdir)
+        model_of = fingerprint = None
+        if own is not None:
+            own = own.settled(images.image_shape)
+            model_of = own.with_bn_batch_size
+            if workdir is not None:
+                fingerprint = partial(own.fingerprint, images.image_shape)
+        train_grid(chosen, folder, images, progress or for_stream(), model_of, fingerprint)
+        return processes.on_first(lambda: results.load(folder))
+
+
+def _sections(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the config that the options stand for, its sections as dicts.
+
+    Raises:
+      InputError: naming an option that is none, and those that there are.
+    """
+    known = dict.fromkeys(_names(Experiment), "")
+    for section, kind in _SECTIONS.items():
+        known |= {name: section for name in _names(kind) if name not in known}
+    fields.refuse_unknown(options, list(known), "")
+    config: dict[str, Any] = {"name": "sweep", **{section: {} for section in _SECTIONS}}
+    for name, value in sorted(options.items(), key=lambda option: known[option[0]]):  # whole sections before their fields
+        if known[name]:
+            config[known[name]][name] = value
+        else:
+            config[name] = dataclasses.asdict(value) if isinstance(value, experiment.Schedule) else value
+    return config
+
+
+def _names(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind) if field.name not in _ARGUMENTS]
+
+
+def _require_usable(options: Mapping[str, Any], own: OwnModel | None, workdir: str | None) -> None:
+    """Refuses options that the model or the workdir leaves without a meaning."""
+    if options.get("tensorboard") and workdir is None:
+        raise InputError("tensorboard: shows what a workdir keeps, and there is none; give one, or leave tensorboard out.")
+    named = experiment.Model()
+    for_named = ("norm", "bn_decay", "bn_statistics")
+    if own is not None and any(options.get(name, getattr(named, name)) != getattr(named, name) for name in for_named):
+        raise InputError(f"{', '.join(for_named)}: belong to the named models; an own module brings its own, leave them out.")
