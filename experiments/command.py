@@ -277,7 +277,7 @@ def train(chosen: Experiment, workdir: str, started: float) -> int:
     import jax
 
     from smallbatch_jax import data
-    from smallbatch_jax.data.stream import Lost
+    from smallbatch_jax.data.streaming.prefetch import WorkerDied
     from smallbatch_jax.program import processes
     from smallbatch_jax.runner import driver, progress
     from smallbatch_jax.store import results
@@ -289,8 +289,8 @@ def train(chosen: Experiment, workdir: str, started: float) -> int:
         driver.train_grid(chosen, folder, dataset, progress.for_stream())
     except driver.Interrupted as interrupted:
         leave(f"stopped; everything is saved in {folder}, the same command goes on", 128 + interrupted.signum)
-    except Lost as lost:
-        leave(f"{lost}; the same command goes on", 1)
+    except WorkerDied as died:
+        leave(f"{died}; the same command goes on", 1)
     except jax.errors.JaxRuntimeError as error:
         if not processes.several():
             raise

@@ -31,7 +31,7 @@ SECONDS = flags.DEFINE_float("seconds", 0.2, "About how long one timed call take
 LIMIT = flags.DEFINE_float("limit", 540.0, "Seconds after which nothing new is begun.")
 JSON = flags.DEFINE_bool("json", False, "Whether the last line is everything as one JSON object.")
 
-IMAGE_SHAPES = {"digits": (8, 8, 1), "cifar10": (32, 32, 3), "cifar100": (32, 32, 3)}  # the data need not be there
+IMAGE_SHAPES = {name: entry.size.image_shape for name, entry in data.DATASETS.items() if entry.size}  # read without the data
 IMAGE_CHANNELS = 4  # up to as many, a layer is the model's first, whose images need no gradient
 WAYS = [f"{how} {mapping}" for how in conv.IMPLEMENTATIONS for mapping in ("map", "vmap∘grad", "grad∘vmap")]
 SLOW_SECONDS = 2.0  # a first call longer than this is the measurement

@@ -13,11 +13,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from smallbatch_jax.config import fields
+from smallbatch_jax.config.datasets import DATASETS
 from smallbatch_jax.config.fields import InputError, config_field
 
 __all__ = ["Experiment", "InputError", "Run", "default_config", "from_config", "single_run"]
 
-DATASETS = ("digits", "folder", "cifar10", "cifar100", "imagenet2012")
 BROKEN_IMAGES = ("fail", "skip")
 NORMS = ("none", "batch", "group", "batch_renorm")
 MODEL_NORMS = {"alexnet": (*NORMS, "batch_conv_only")} | dict.fromkeys(("resnet8", "resnet20", "resnet32", "resnet50"), NORMS)
@@ -46,7 +46,7 @@ MAY_CHANGE = (
 class Dataset:
     """`dataset`: where the images come from."""
 
-    name: str = config_field("digits", fields.choice(DATASETS, "dataset", OWN))
+    name: str = config_field("digits", fields.choice(tuple(DATASETS), "dataset", OWN))
     data_dir: str | None = config_field(None, fields.optional(fields.text), str)
     # Pad 4, random crop, random flip (§3.1); of streamed images a random crop at a random scale, random flip (§3.5).
     augment: bool = config_field(False, fields.boolean)

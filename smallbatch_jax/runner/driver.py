@@ -32,13 +32,13 @@ from smallbatch_jax.program.devices import lane_mesh
 from smallbatch_jax.program.lanes import LaneProgram
 from smallbatch_jax.program.train import TrainState
 from smallbatch_jax.runner.forecast import Forecast
-from smallbatch_jax.runner.input import Supply
+from smallbatch_jax.runner.input import InputPipeline
 from smallbatch_jax.runner.jobs import GIB, Job, ModelOf, named_model
 from smallbatch_jax.runner.planning import spread
 from smallbatch_jax.runner.progress import NoProgress, Progress, Status, for_stream
 from smallbatch_jax.runner.scheduler import Scheduler
 from smallbatch_jax.runner.signals import Interrupted, Stop, noted_signals
-from smallbatch_jax.runner.streaming import supply_of
+from smallbatch_jax.runner.streaming import input_pipeline
 from smallbatch_jax.store import results
 from smallbatch_jax.store.checkpoint import Checkpoints
 from smallbatch_jax.store.results import ProgramResults
@@ -227,7 +227,7 @@ class _Study:
         initial = lane_programs.initialiser(self.model_of(None), self.dataset.image_shape)
         with ExitStack() as stack:
             skipped = SkippedImages(folder if processes.is_first() else None)
-            supply = supply_of(self.dataset, self.experiment, skipped.add)
+            supply = input_pipeline(self.dataset, self.experiment, skipped.add)
             stack.callback(supply.close)
             found = _results(folder, shapes, stack)
             shown = _mirrors(self.experiment, folder, found, stack)
@@ -310,7 +310,7 @@ def _lanes_after(error: Exception, job: Job, program: LaneProgram) -> int:
 class _Compiler:
     """Compiles programs in threads of its own, beside the training of another."""
 
-    def __init__(self, supply: Supply, timings: Timings):
+    def __init__(self, supply: InputPipeline, timings: Timings):
         self._supply, self._timings = supply, timings
         self._executor = ThreadPoolExecutor(2)
 

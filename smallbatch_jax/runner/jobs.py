@@ -14,7 +14,7 @@ from smallbatch_jax.program import lanes as lane_programs
 from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
 from smallbatch_jax.program.lanes import LaneMapping, LaneProgram
 from smallbatch_jax.program.train import Model, Program, Setting
-from smallbatch_jax.runner.input import Supply
+from smallbatch_jax.runner.input import InputPipeline
 from smallbatch_jax.runner.progress import Part
 from smallbatch_jax.store.results import ProgramResults
 
@@ -86,7 +86,7 @@ class Job:
         """Examples of a batch on each device."""
         return self.batch_size // self.data_devices
 
-    def compile(self, supply: Supply) -> LaneProgram:
+    def compile(self, supply: InputPipeline) -> LaneProgram:
         """The program with as many lanes as it has runs and as fit, spread evenly over the devices.
 
         Where not even one lane per row of devices fits, each takes its share of a batch in parts.
@@ -129,7 +129,7 @@ class Job:
         model = self.experiment.model
         return None if model.name.startswith(OWN) else blocks_of(model.norm, self.batch_size, self.bn_batch_size)
 
-    def _compile(self, supply: Supply, lanes: int, parts: int | None) -> LaneProgram:
+    def _compile(self, supply: InputPipeline, lanes: int, parts: int | None) -> LaneProgram:
         chosen, mesh = self.experiment, lane_mesh(data_devices=self.data_devices)
         mapping = self.mapping or lane_programs.lane_mapping()
         schedule = chosen.schedule

@@ -25,9 +25,9 @@ from smallbatch_jax.models.conv import forced
 from smallbatch_jax.program.lanes import LaneMapping, LaneProgram, initialiser
 from smallbatch_jax.program.train import Batch, Model, Program, Setting, TrainState, init_state, make_train_step
 from smallbatch_jax.runner import placement as scaling
-from smallbatch_jax.runner.input import Load, Span, Supply
+from smallbatch_jax.runner.input import InputPipeline, LaneSteps, SegmentInput
 from smallbatch_jax.runner.jobs import Job, ModelOf, named_model
-from smallbatch_jax.runner.streaming import supply_of
+from smallbatch_jax.runner.streaming import input_pipeline
 from smallbatch_jax.store.results import ProgramResults
 
 WARM_UP_IMAGES = 512  # per lane, of the first segment, which is not timed
@@ -37,7 +37,7 @@ EVALUATED_PARTS = 4  # of a streamed test set
 class Trial:
     """The first runs of a job, trained in memory alone, to see how fast."""
 
-    def __init__(self, job: Job, program: LaneProgram, supply: Supply, initial: Callable[[int], TrainState]):
+    def __init__(self, job: Job, program: LaneProgram, supply: InputPipeline, initial: Callable[[int], TrainState]):
         """Fills the lanes of the program, compiled for the job; `initial` is seed → the state before the first update."""
         self.job, self.program, self._supply = job, program, supply
         self.runs: list[Run | None] = [None] * program.lanes
@@ -77,7 +77,7 @@ class Trial:
             load = self._load(np.zeros(self.program.lanes, int))
             segment = load.segment._replace(evaluate=np.ones(self.program.lanes, bool))
             if load.pool is not None:
-                parts = max(1, load.test_parts)
+                parts = max(1, load.test_batches)
             began = time.monotonic()
             few = itertools.islice(load.test, EVALUATED_PARTS)
             self._state, report = self.program.run(self._state, self.job.settings(self.runs), segment, load.pool, few)
@@ -98,7 +98,7 @@ class Trial:
         left = self.job.total_steps - self._done
         pace = min(pace, self.program.segment_steps) if self.program.any_length else self.program.segment_steps
         wanted = [
-            Span(run.seed, int(self._done[lane]), int(left[lane])) if run and self.alive[lane] and left[lane] > 0 else None
+            LaneSteps(run.seed, int(self._done[lane]), int(left[lane])) if run and self.alive[lane] and left[lane] > 0 else None
             for lane, run in enumerate(self.runs)
         ]
         steps = np.array(self._supply.steps(self.program, self.job.batch_size, wanted, pace))
@@ -114,13 +114,13 @@ class Trial:
         self._seconds_per_step = seconds / pace
         return taken, seconds
 
-    def _load(self, steps: np.ndarray) -> Load:
+    def _load(self, steps: np.ndarray) -> SegmentInput:
         """The next steps of each run, without an evaluation."""
         spans = [
-            Span(run.seed, int(self._done[lane]), int(steps[lane])) if run and steps[lane] else None
+            LaneSteps(run.seed, int(self._done[lane]), int(steps[lane])) if run and steps[lane] else None
             for lane, run in enumerate(self.runs)
         ]
-        return self._supply.load(self.program, self.job.batch_size, spans)
+        return self._supply.prepare(self.program, self.job.batch_size, spans)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def measure(
     model_of = model_of or named_model(experiment, dataset.num_classes, experiment.model.bn_decay)
     precise = named_model(experiment, dataset.num_classes, 0.0) if experiment.model.bn_statistics == "precise" else None
     initial = initialiser(model_of(None), dataset.image_shape)
-    with tempfile.TemporaryDirectory() as folder, closing(supply_of(dataset, experiment)) as supply:
+    with tempfile.TemporaryDirectory() as folder, closing(input_pipeline(dataset, experiment)) as supply:
         for (m, b), runs in programs(experiment.runs()).items():
             with ProgramResults(Path(folder), m, b) as results:
                 job = spread(Job(experiment, dataset, model_of, m, b, runs, results, precise, mapping=mapping))

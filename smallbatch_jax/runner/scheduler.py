@@ -20,11 +20,11 @@ import numpy as np
 
 from smallbatch_jax.config.experiment import InputError, Run
 from smallbatch_jax.data import order
-from smallbatch_jax.data.stream import Lost
+from smallbatch_jax.data.streaming.prefetch import WorkerDied
 from smallbatch_jax.program import processes
 from smallbatch_jax.program.lanes import LaneProgram, LaneState, Report
 from smallbatch_jax.program.train import TrainState
-from smallbatch_jax.runner.input import Span, Supply
+from smallbatch_jax.runner.input import InputPipeline, LaneSteps
 from smallbatch_jax.runner.jobs import Job
 from smallbatch_jax.runner.progress import ProgramPart, Progress, Status
 from smallbatch_jax.runner.signals import Interrupted, Stop
@@ -69,7 +69,7 @@ class Scheduler:
 
     job: Job
     program: LaneProgram
-    supply: Supply
+    supply: InputPipeline
     initial: Callable[[int], TrainState]
     checkpoints: Checkpoints
     status: Status
@@ -102,7 +102,7 @@ class Scheduler:
                 pace.restart()
             try:
                 state, sent = self._send(state, agreed.steps, self._word(budget, pace))
-            except (InputError, Lost):  # in an image; what was trained so far is the more worth keeping
+            except (InputError, WorkerDied):  # in an image; what was trained so far is the more worth keeping
                 if flight is not None:
                     self._collect(flight, pace)
                 self._save_before_failing(state)
@@ -223,8 +223,8 @@ class Scheduler:
         if not any(self.runs):
             return state, None
         shares = self._shares(pace)
-        spans = [share and Span(share.run.seed, share.first_step, share.steps, share.evaluate) for share in shares]
-        load = self.supply.load(self.program, self.job.batch_size, spans)
+        spans = [share and LaneSteps(share.run.seed, share.first_step, share.steps, share.evaluate) for share in shares]
+        load = self.supply.prepare(self.program, self.job.batch_size, spans)
         settings = self.job.settings(self.runs)
         for lane, share in enumerate(shares):
             if share is not None:
@@ -240,7 +240,7 @@ class Scheduler:
         m, n = self.job.batch_size, self.job.num_examples
         epochs = [order.epoch_of_step(step, n, m) for step in self.steps]
         left = [order.epoch_end(epoch, n, m) - step for epoch, step in zip(epochs, self.steps, strict=True)]
-        wanted = [run and Span(run.seed, self.steps[lane], left[lane]) for lane, run in enumerate(self.runs)]
+        wanted = [run and LaneSteps(run.seed, self.steps[lane], left[lane]) for lane, run in enumerate(self.runs)]
         steps = self.supply.steps(self.program, m, wanted, pace)
         return [
             Share(run, epochs[lane], self.steps[lane], steps[lane], steps[lane] == left[lane]) if run and steps[lane] else None
