@@ -175,7 +175,7 @@ class Photographs:
     def _sampled_statistics(self) -> tuple[np.ndarray, np.ndarray]:
         from smallbatch_jax.data.streaming.views import center_view
 
-        def sums(index: int) -> np.ndarray | None:
+        def sums_of(index: int) -> np.ndarray | None:
             with suppress(Exception):  # an undecodable picture is reported when it is trained on
                 image = center_view(self.train.read(index)[0], self.image_size, self.train.upright)
                 return np.array(channel_sums(image[None]), object)
@@ -183,11 +183,12 @@ class Photographs:
 
         chosen = order.epoch_permutation(0, 0, self.num_train)[:STATISTICS_IMAGES]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = [pair for pair in pool.map(sums, chosen.tolist()) if pair is not None]
+            found = [pair for pair in pool.map(sums_of, chosen.tolist()) if pair is not None]
         if not found:
             name = self.train.name(int(chosen[0]))
             raise InputError(f"dataset.data_dir: none of {len(chosen)} training images can be decoded, {name!r} for one")
-        return mean_and_deviation(*np.sum(found, axis=0), len(found) * self.image_size**2)
+        sums, squares = np.sum(found, axis=0)
+        return mean_and_deviation(sums, squares, len(found) * self.image_size**2)
 
 
 def what_is_wrong(source: Source, index: int) -> str:

@@ -35,7 +35,7 @@ class Decoded(NamedTuple):
 
 
 class SampleIndex:
-    """A random-access source for Grain: for each seed the stream of its epochs (`data.order`), then the test set."""
+    """All images by number: for each seed the stream of its epochs (`data.order`), then the test set."""
 
     def __init__(
         self,
