@@ -67,7 +67,7 @@ class SampleIndex:
         seed, num_train = self._seeds[stream], self._photographs.num_train
         epoch, offset = divmod(_position(within, self._train), num_train)
         if self._order is None or self._order[0] != (seed, epoch):
-            # Past `order`'s cache: each permutation of a million examples takes 5 MB, in every worker.
+            # Without `order`'s cache, whose permutations of a million examples take 5 MB each, in every worker.
             self._order = (seed, epoch), order.epoch_permutation.__wrapped__(seed, epoch, num_train)
         return seed, epoch, int(self._order[1][offset])
 
