@@ -19,7 +19,7 @@ from smallbatch_jax.data.streaming.sample_index import Decoded, SampleIndex
 MESSAGE_BYTES = 2**22  # of images that a worker hands over at once
 MOST_PER_MESSAGE = 64
 MESSAGES_AHEAD = 2  # per worker; Grain holds as many again in this process
-SHARED_ABOVE = 2**16  # bytes of an array, smaller ones go by a pipe
+SHARED_ABOVE = 2**10  # bytes of an array; the rest goes by a pipe, whose writes are whole or nothing up to 4,096 bytes
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # that all processes of a job may get
 
 
