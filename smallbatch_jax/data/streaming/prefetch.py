@@ -5,12 +5,14 @@ pipeline is sent to another number where a run begins or resumes there. Its work
 """
 
 import contextlib
+import gc
 import os
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -63,7 +65,7 @@ class Prefetcher:
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=MESSAGES_AHEAD)
             pipeline = pipeline.mp_prefetch(options, worker_init_fn=_begin_worker)
         shared = grain.experimental.DatasetOptions(min_shm_size=SHARED_ABOVE)
-        self._pipeline = iter(grain.experimental.WithOptionsIterDataset(pipeline, shared))
+        self._pipeline: Any = iter(grain.experimental.WithOptionsIterDataset(pipeline, shared))
         self._message: tuple[int, Decoded] | None = None  # the last one received, and its index
         self.number: int | None = None  # of the next image
 
@@ -109,12 +111,14 @@ class Prefetcher:
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
                 raise
-            raise WorkerDied(f"a process that decodes images died: {str(error).split('. ')[0]}") from error
+            reason = str(error).split(". ")[0]
+        raise WorkerDied(f"a process that decodes images died: {reason}")  # without Grain's frames, which hold its queues
 
     def close(self) -> None:
-        """Ends the workers."""
-        self._message = None
+        """Ends the workers, and frees what Python would report as leaked at the end."""
         self._pipeline.close()
+        self._message = self._pipeline = None
+        gc.collect()
 
 
 @contextlib.contextmanager
