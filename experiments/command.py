@@ -268,7 +268,7 @@ def train(chosen: Experiment, workdir: str) -> int:
     start_jax(join=distributed.join)
     import jax
 
-    from smallbatch_jax.data.stream import Lost
+    from smallbatch_jax.data.streaming.prefetch import WorkerDied
     from smallbatch_jax.program import processes
     from smallbatch_jax.runner import grid, progress
 
@@ -279,8 +279,8 @@ def train(chosen: Experiment, workdir: str) -> int:
         grid.train_grid(chosen, folder, dataset, progress.for_stream())
     except grid.Interrupted as interrupted:
         leave(f"stopped; everything is saved in {folder}, the same command goes on", 128 + interrupted.signum)
-    except Lost as lost:
-        leave(f"{lost}; the same command goes on", 1)
+    except WorkerDied as died:
+        leave(f"{died}; the same command goes on", 1)
     except jax.errors.JaxRuntimeError as error:
         if not processes.several():
             raise

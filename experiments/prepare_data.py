@@ -17,13 +17,13 @@ from typing import Any
 import command
 from absl import flags
 
-from smallbatch_jax.config import extras, fields
+from smallbatch_jax.config import datasets, extras, fields
 from smallbatch_jax.config.experiment import InputError
 
-DATASETS = ("cifar10", "cifar100", "imagenet2012")
+DATASETS = tuple(name for name, entry in datasets.DATASETS.items() if entry.prepared)
 IMAGENET_ARCHIVES = {"ILSVRC2012_img_train.tar": "138 GB", "ILSVRC2012_img_val.tar": "6.3 GB"}
 
-DATASET = flags.DEFINE_string("dataset", None, "cifar10, cifar100 or imagenet2012.")
+DATASET = flags.DEFINE_string("dataset", None, f"One of {', '.join(DATASETS)}.")
 DATA_DIR = command.DEFINE_path("data_dir", "Where to put it; $TFDS_DATA_DIR or ~/tensorflow_datasets by default.")
 
 

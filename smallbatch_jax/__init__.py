@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from smallbatch_jax.config import experiment as experiment
     from smallbatch_jax.program import lanes as lanes
     from smallbatch_jax.program import train as train
-    from smallbatch_jax.runner import grid as driver
+    from smallbatch_jax.runner import grid
     from smallbatch_jax.runner.sweep import sweep as sweep
     from smallbatch_jax.store import results as results
     from smallbatch_jax.study import analysis as analysis
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from smallbatch_jax.study import cost as cost
     from smallbatch_jax.study import figures as figures
     from smallbatch_jax.study import report as report
+
+    driver = grid
 
 __version__ = "0.1.0"
 _PUBLIC = {

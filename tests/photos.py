@@ -10,7 +10,7 @@ from PIL import Image
 
 from smallbatch_jax import data
 from smallbatch_jax.data import Dataset, Photographs
-from smallbatch_jax.data.views import center_view
+from smallbatch_jax.data.streaming.views import center_view
 
 CLASSES = ("cat", "dog", "eel")
 SIZE = 8  # pixels, of the images; the photographs are 15 × 12

@@ -12,11 +12,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from smallbatch_jax.config import catalog, fields
+from smallbatch_jax.config.datasets import DATASETS
 from smallbatch_jax.config.fields import InputError, config_field
 
 __all__ = ["Experiment", "InputError", "Run", "default_config", "from_config", "single_run"]
 
-DATASETS = ("digits", "folder", "cifar10", "cifar100", "imagenet2012")
 BROKEN_IMAGES = ("fail", "skip")
 OWN = "own:"  # begins the name of a model or dataset that a Python caller brought; no command can make one
 BN_STATISTICS = ("running", "precise")  # running averages, or recomputed over training images at each evaluation

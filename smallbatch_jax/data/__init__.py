@@ -1,48 +1,22 @@
-"""Where images come from: `load(name)` gives a `Dataset` of uint8 images and int32 labels, held in memory; or `Photographs`.
+"""Where images come from: `load(name)` gives a `Dataset`, which lives in memory, or `Photographs`, which are streamed.
 
-A dataset is added with one loader, `data_dir -> Dataset`, and one entry in `_LOADERS`; one that is streamed with
-`(data_dir, image_size) -> Photographs` in `_STREAMS`.
+DATASETS (`config/datasets.py`) names the loader of each dataset. The package may import `config` alone.
 """
 
 import os
-from collections.abc import Callable
-from typing import NamedTuple
+from pkgutil import resolve_name
 
 import numpy as np
 
 from smallbatch_jax.config import extras, fields
+from smallbatch_jax.config.datasets import DATASETS, DatasetSize
 from smallbatch_jax.config.experiment import InputError
-from smallbatch_jax.data import prepared
 from smallbatch_jax.data.dataset import Dataset
-from smallbatch_jax.data.digits import load_digits
-from smallbatch_jax.data.folder import load_folder, stream_folder
-from smallbatch_jax.data.photographs import Photographs, SyntheticImages
+from smallbatch_jax.data.streaming.photographs import IMAGENET_STATISTICS, Photographs, SyntheticImages
 
 __all__ = ["DATASETS", "Dataset", "Photographs", "load", "num_train_examples", "random"]
 
-_LOADERS: dict[str, Callable[[str | os.PathLike | None], Dataset]] = {
-    "digits": load_digits,
-    "folder": load_folder,
-    **prepared.LOADERS,
-}
-_STREAMS: dict[str, Callable[[str | os.PathLike | None, int], Photographs]] = {"folder": stream_folder, **prepared.STREAMS}
-DATASETS = tuple(dict.fromkeys((*_LOADERS, *_STREAMS)))
 SMALLEST_IMAGE = 8  # pixels, of a streamed image
-
-
-class _Size(NamedTuple):
-    train: int
-    test: int
-    image: tuple[int, int, int]
-    classes: int
-
-
-_SIZES = {
-    "digits": _Size(1_437, 360, (8, 8, 1), 10),
-    "cifar10": _Size(50_000, 10_000, (32, 32, 3), 10),
-    "cifar100": _Size(50_000, 10_000, (32, 32, 3), 100),
-    "imagenet2012": _Size(1_281_167, 50_000, (224, 224, 3), 1_000),
-}
 
 
 def load(name: str, data_dir: str | os.PathLike | None = None, image_size: int | None = None) -> Dataset | Photographs:
@@ -58,43 +32,48 @@ def load(name: str, data_dir: str | os.PathLike | None = None, image_size: int |
     Raises:
       InputError: one line that names the field or the file, what it got and what it accepts.
     """
-    fields.choice(DATASETS, "dataset")("dataset.name", name)
-    data_dir = data_dir or None  # "" is no folder either
+    fields.choice(tuple(DATASETS), "dataset")("dataset.name", name)
+    entry, data_dir = DATASETS[name], data_dir or None  # "" names no folder either
     if image_size is None:
-        if name not in _LOADERS:
+        if entry.loader is None:
             raise InputError(f"dataset.image_size: got None, but {name} does not fit in memory; use 224, or another size.")
-        return _LOADERS[name](data_dir)
+        return resolve_name(entry.loader)(data_dir)
     fields.integer(SMALLEST_IMAGE, 4096)("dataset.image_size", image_size)
-    if name not in _STREAMS:
+    if entry.stream is None:
+        streamed = ", ".join(other for other, known in DATASETS.items() if known.stream)
         raise InputError(
             f"dataset.image_size: got {image_size!r}, but the images of {name} share one size and live in memory; use None. "
-            f"Streamed are {', '.join(_STREAMS)}."
+            f"Streamed are {streamed}."
         )
     extras.require("photographs", "dataset.image_size")
-    return _STREAMS[name](data_dir, image_size)
+    return resolve_name(entry.stream)(data_dir, image_size)
 
 
 def num_train_examples(name: str, data_dir: str | os.PathLike | None = None, image_size: int | None = None) -> int:
-    """The size of a dataset's training set; for those with a fixed one the data need not be there."""
-    return _SIZES[name].train if name in _SIZES else load(name, data_dir, image_size).num_train
+    """Returns the size of a training set, without reading it where the table knows it."""
+    size = DATASETS[name].size
+    return size.train if size else load(name, data_dir, image_size).num_train
 
 
 def random(name: str, data_dir: str | os.PathLike | None = None, image_size: int | None = None) -> Dataset | Photographs:
-    """Random images and labels of the sizes of a dataset, which need not be there: to measure how fast it trains.
+    """Returns random images and labels in the sizes of a dataset, to measure speed where the data are not.
 
-    A folder's sizes are known from the folder alone; it is loaded. Photographs are made up, encoded as JPEG.
+    A folder is loaded, since its files alone tell its sizes. Streamed photographs are synthetic JPEGs.
     """
-    if name not in _SIZES:
+    size = DATASETS[name].size
+    if size is None:
         return load(name, data_dir, image_size)
-    if name in _STREAMS:
+    if DATASETS[name].stream:
         extras.require("photographs", f"dataset.name={name}")
-        size = _SIZES[name]
-        train, test = (SyntheticImages(count, size.classes) for count in (size.train, size.test))
-        return Photographs(train, test, image_size or size.image[0], size.classes, (), prepared.IMAGENET_STATISTICS)
-    size, draw = _SIZES[name], np.random.default_rng(0)
+        train, test = (SyntheticImages(count, size.num_classes) for count in (size.train, size.test))
+        return Photographs(train, test, image_size or size.image_shape[0], size.num_classes, (), IMAGENET_STATISTICS)
+    return _random_arrays(size)
 
-    def examples(count: int) -> tuple[np.ndarray, np.ndarray]:
-        images = draw.integers(0, 256, (count, *size.image), np.uint8)
-        return images, draw.integers(0, size.classes, count, np.int32)
 
-    return Dataset(*examples(size.train), *examples(size.test), size.classes)
+def _random_arrays(size: DatasetSize) -> Dataset:
+    rng = np.random.default_rng(0)
+    examples = [
+        (rng.integers(0, 256, (count, *size.image_shape), np.uint8), rng.integers(0, size.num_classes, count, np.int32))
+        for count in (size.train, size.test)
+    ]
+    return Dataset(*examples[0], *examples[1], size.num_classes)

@@ -1,7 +1,7 @@
 """Decoded images kept on disk, so that a folder is decoded once.
 
 A cache file is a .npy array uint8[N, H, W, C] followed by its checksum, a second .npy array, uint32[]. It is read as
-numbers alone, never as a pickle, and whatever is not exactly that is decoded again. Losing the cache costs only time.
+numbers alone, never as a pickle, and anything else is decoded again. Losing the cache costs only time.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ def read(path: Path, count: int) -> np.ndarray | None:
         with open(path, "rb") as file:
             images = npy.read_array(file, allow_pickle=False)
             checksum = npy.read_array(file, allow_pickle=False)
-        sound = images.dtype == np.uint8 and images.ndim == 4 and len(images) == count and images.shape[3] in (1, 3)
-        if sound and images.flags.c_contiguous and checksum.shape == () and int(checksum) == zlib.crc32(images.data):
+        valid = images.dtype == np.uint8 and images.ndim == 4 and len(images) == count and images.shape[3] in (1, 3)
+        if valid and images.flags.c_contiguous and checksum.shape == () and int(checksum) == zlib.crc32(images.data):
             return images
         reason = "its contents do not match its checksum"
     except (FileNotFoundError, NotADirectoryError):
@@ -47,10 +47,10 @@ def read(path: Path, count: int) -> np.ndarray | None:
 
 
 def write(path: Path, images: np.ndarray, replaces: str) -> None:
-    """Stores the images, and removes older files of the directory whose names match the pattern `replaces`.
+    """Stores the images, and removes other files of the directory whose names match the pattern `replaces`.
 
     The file appears whole or not at all, so that writers do not disturb each other or a reader. If it cannot be
-    written, one line on stderr says so, and that is all.
+    written, one line on stderr says so, and nothing is raised.
     """
     temporary = None
     try:
@@ -60,7 +60,6 @@ def write(path: Path, images: np.ndarray, replaces: str) -> None:
             npy.write_array(file, images, allow_pickle=False)
             npy.write_array(file, np.array(zlib.crc32(images.data), np.uint32), allow_pickle=False)
         os.replace(temporary, path)
-        temporary = None
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())
         print(
@@ -71,12 +70,7 @@ def write(path: Path, images: np.ndarray, replaces: str) -> None:
         return
     finally:
         if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-    _remove_replaced(path, replaces)
-
-
-def _remove_replaced(path: Path, replaces: str) -> None:
+            Path(temporary).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         for old in path.parent.glob(replaces):
             if old != path:

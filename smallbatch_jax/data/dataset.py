@@ -1,8 +1,10 @@
-"""The one form in which data enters training: arrays in memory, checked once."""
+"""Dataset: labelled examples in memory, checked once, as they enter training."""
 
 import hashlib
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -46,9 +48,6 @@ class Dataset:
             images, labels = len(checked[f"{split}_images"]), len(checked[f"{split}_labels"])
             if images != labels:
                 raise InputError(f"Dataset.{split}_labels: got {labels} labels for {images} images; one each is needed")
-        self._check_splits_agree()
-
-    def _check_splits_agree(self):
         train, test = self.train_images, self.test_images
         if test.shape[1:] != train.shape[1:]:
             raise InputError(
@@ -71,7 +70,7 @@ class Dataset:
         return len(self.test_labels)
 
     def digest(self) -> str:
-        """A name for exactly these arrays, such that results of other data are not mixed with theirs."""
+        """Returns a name for exactly these arrays, so that their results are not mixed with those of others."""
         total = hashlib.sha256(f"{self.num_classes}".encode())
         for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             total.update(f"{array.dtype}{array.shape}".encode())
@@ -88,30 +87,32 @@ class Dataset:
         channels = self.train_images.shape[-1]
         if self.train_images.dtype != np.uint8:
             return np.zeros(channels, np.float32), np.ones(channels, np.float32)
-        total, total_squares = _channel_sums(self.train_images)
-        count = self.train_images.size // channels
-        mean = [x / count for x in total]
-        # Python's integers do not round, so a constant channel has a variance of exactly 0.
-        variance = [(count * xx - x * x) / count**2 for x, xx in zip(total, total_squares, strict=True)]
-        std = np.sqrt(np.array(variance))
-        return np.array(mean, np.float32), np.where(std > 0, std, 1).astype(np.float32)
+        return mean_and_deviation(*channel_sums(self.train_images), self.train_images.size // channels)
 
 
-def _channel_sums(images: np.ndarray) -> tuple[list[int], list[int]]:
-    """Returns Σx and Σx² per channel of uint8[N, ..., C], as Python integers, a chunk of examples at a time."""
+def channel_sums(images: np.ndarray) -> tuple[list[int], list[int]]:
+    """Returns Σx and Σx² per channel of uint8[N, ..., C], as Python integers."""
     channels = images.shape[-1]
     flat = images.reshape(len(images), -1)
-    total = np.zeros(flat.shape[1], np.uint64)
-    total_squares = np.zeros(flat.shape[1], np.uint64)
+    total = np.zeros((2, flat.shape[1]), np.uint64)
     step = max(1, _STATISTICS_CHUNK_BYTES // flat.shape[1])
     for start in range(0, len(flat), step):
         chunk = flat[start : start + step]
-        total += chunk.sum(axis=0, dtype=np.uint64)
-        total_squares += np.square(chunk, dtype=np.uint32).sum(axis=0, dtype=np.uint64)
-    return total.reshape(-1, channels).sum(axis=0).tolist(), total_squares.reshape(-1, channels).sum(axis=0).tolist()
+        total[0] += chunk.sum(axis=0, dtype=np.uint64)
+        total[1] += np.square(chunk, dtype=np.uint32).sum(axis=0, dtype=np.uint64)
+    sums, squares = total.reshape(2, -1, channels).sum(axis=1).tolist()
+    return sums, squares
 
 
-def _checked_num_classes(value) -> int:
+def mean_and_deviation(sums: Sequence[int], squares: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each channel's mean and standard deviation, float32[C], of `count` values; the deviation 1 where it is 0."""
+    # Python's integers do not round, so a constant channel has a variance of exactly 0.
+    variance = [(count * xx - x * x) / count**2 for x, xx in zip(sums, squares, strict=True)]
+    std = np.sqrt(np.array(variance))
+    return np.array([x / count for x in sums], np.float32), np.where(std > 0, std, 1).astype(np.float32)
+
+
+def _checked_num_classes(value: Any) -> int:
     try:
         num_classes = operator.index(value)
     except TypeError:
@@ -121,7 +122,7 @@ def _checked_num_classes(value) -> int:
     return num_classes
 
 
-def _checked_class_names(names, num_classes: int) -> tuple[str, ...] | None:
+def _checked_class_names(names: Any, num_classes: int) -> tuple[str, ...] | None:
     if names is None:
         return None
     if isinstance(names, str) or len(names) != num_classes or not all(isinstance(name, str) for name in names):
@@ -129,7 +130,7 @@ def _checked_class_names(names, num_classes: int) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-def _as_array(name: str, value) -> np.ndarray:
+def _as_array(name: str, value: Any) -> np.ndarray:
     if np.ma.is_masked(value):
         raise InputError(
             f"Dataset.{name}: got an array with masked values; it accepts one without, fill them or leave them out"
@@ -141,7 +142,7 @@ def _as_array(name: str, value) -> np.ndarray:
         raise InputError(f"Dataset.{name}: cannot be made an array ({reason}); it accepts a numpy array") from error
 
 
-def _checked_images(name: str, value) -> np.ndarray:
+def _checked_images(name: str, value: Any) -> np.ndarray:
     """Returns uint8 or finite float32 [N, ...] with N and every other axis at least 1."""
     images = _as_array(name, value)
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
@@ -161,7 +162,7 @@ def _checked_images(name: str, value) -> np.ndarray:
     return images
 
 
-def _checked_labels(name: str, value, num_classes: int) -> np.ndarray:
+def _checked_labels(name: str, value: Any, num_classes: int) -> np.ndarray:
     """Returns int32[N] in [0, num_classes)."""
     labels = _as_array(name, value)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):

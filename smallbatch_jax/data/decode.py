@@ -3,7 +3,7 @@
 A picture is turned as its EXIF orientation says; EXIF that cannot be read turns nothing. If every picture is grey (also
 with 1 or 16 bits, or with alpha) the array has one channel; if any is not, all become RGB, whatever their order. Palettes
 and CMYK are converted to RGB as Pillow does it, which takes every CMYK JPEG for inverted, as Adobe writes them. Alpha is
-dropped: what lies under a transparent pixel is shown as it is stored. Of 16 bits the upper eight are kept. A file of several
+dropped, and a transparent pixel shows the colour stored under it. Of 16 bits the upper eight are kept. A file of several
 pictures, e.g. an animated GIF, is refused, and so is a TIFF of numbers other than integers of 1, 2, 4, 8 or 16 bits.
 
 A file that lacks pixels is refused. Damaged pixels are noticed in a PNG, which has a checksum of them; in a JPEG only where
@@ -16,8 +16,7 @@ import itertools
 import os
 import sys
 import warnings
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
@@ -27,20 +26,12 @@ from smallbatch_jax.config.experiment import InputError
 
 VERSION = 2  # of the rules above; stored arrays decoded by other rules are not used
 KINDS = "JPEG, PNG, WebP, BMP, TIFF or GIF"
-_FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "BMP",
-    "TIFF",
-    "GIF",
-)  # a suffix does not choose the decoder, and some of Pillow's start other programs
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # a suffix chooses no decoder: some of Pillow's start other programs
+MOST_PIXELS = 2**26  # of one picture; it takes seven bytes a pixel while it is decoded, in each thread
 _CHUNK = 64  # files a thread takes at once
-_CHUNKS_AHEAD = 16  # per thread; bounds what is decoded but not yet in its place
 # Below this the interpreter's lock is held for most of a file's time, and threads make each other wait.
 _THREADS_PAY_ABOVE = 4096  # bytes, mean over the files
 _MAX_THREADS = 8
-MOST_PIXELS = 2**26  # of one picture; it takes seven bytes a pixel while it is decoded, in each thread
 
 
 def version() -> str:
@@ -55,7 +46,7 @@ def decode_images(paths: Sequence[str], total_bytes: int) -> np.ndarray:
 
     Args:
       paths: at least one file.
-      total_bytes: the size of all files together; it decides how many threads are worth their while.
+      total_bytes: the size of all files together; threads decode them unless they are small.
     Returns:
       uint8[len(paths), H, W, C], C = 1 if every picture is grey and 3 otherwise.
     Raises:
@@ -64,9 +55,8 @@ def decode_images(paths: Sequence[str], total_bytes: int) -> np.ndarray:
     small_files = total_bytes < _THREADS_PAY_ABOVE * len(paths)
     threads = 1 if small_files else min(_MAX_THREADS, os.cpu_count() or 1)
     images = np.empty((0, 0, 0, 0), np.uint8)
-    pictures = _decode_in_order(paths, threads)
-    with _progress(len(paths)) as advance, quiet_pillow(), contextlib.closing(pictures):
-        for index, picture in enumerate(pictures):
+    with quiet_pillow(), _decoded_in_order(paths, threads) as pictures:
+        for index, picture in enumerate(_with_progress(pictures, len(paths))):
             if index == 0:
                 images = _allocate(len(paths), picture.shape)
             if picture.shape[:2] != images.shape[1:3]:
@@ -75,27 +65,30 @@ def decode_images(paths: Sequence[str], total_bytes: int) -> np.ndarray:
                 grey, images = images, _allocate(len(paths), picture.shape)
                 images[:index] = grey[:index]
             images[index] = picture  # a grey picture fills all three channels
-            if (index + 1) % _CHUNK == 0:
-                advance(_CHUNK)
     return images
 
 
-def _decode_in_order(paths: Sequence[str], threads: int) -> Generator[np.ndarray, None, None]:
-    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
+@contextlib.contextmanager
+def _decoded_in_order(paths: Sequence[str], threads: int) -> Iterator[Iterable[np.ndarray]]:
     if threads == 1:
-        yield from itertools.chain.from_iterable(map(_decode_chunk, chunks))
+        yield map(_decode_image, paths)
         return
     pool = ThreadPoolExecutor(threads)
     try:
-        for start in range(0, len(chunks), _CHUNKS_AHEAD * threads):
-            some = chunks[start : start + _CHUNKS_AHEAD * threads]
-            yield from itertools.chain.from_iterable(pool.map(_decode_chunk, some))
+        chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
+        yield itertools.chain.from_iterable(pool.map(lambda chunk: [_decode_image(path) for path in chunk], chunks))
     finally:
-        pool.shutdown(cancel_futures=True)  # after an error or an interrupt there is nothing to wait for
+        pool.shutdown(cancel_futures=True)  # after an error or an interrupt nothing is worth waiting for
 
 
-def _decode_chunk(paths: Sequence[str]) -> list[np.ndarray]:
-    return [_decode_image(path) for path in paths]
+def _with_progress(pictures: Iterable[np.ndarray], total: int) -> Iterable[np.ndarray]:
+    """Shows a bar on stderr, where that is a terminal."""
+    if not sys.stderr.isatty():
+        return pictures
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(pictures, "decoding images", total, console=Console(stderr=True), transient=True)
 
 
 def _decode_image(path: str) -> np.ndarray:
@@ -111,12 +104,12 @@ def _decode_image(path: str) -> np.ndarray:
 
 
 def what_is_wrong(error: Exception, empty: bool) -> str:
-    """What reading or decoding a file that is empty, or is not, says of it."""
+    """Describes an error of reading or decoding a file, which may be empty, for a message that begins with its path."""
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
         return "is empty" if empty else f"is not a {KINDS} image"
-    system = getattr(error, "strerror", None)  # the file is gone, say, since the directory was listed
+    system = getattr(error, "strerror", None)  # e.g. the file has gone since the directory was listed
     return f"cannot be read ({system})" if system else f"cannot be decoded ({' '.join(str(error).split())})"
 
 
@@ -124,7 +117,7 @@ def decode(file: BinaryIO, upright: bool = True) -> np.ndarray:
     """Returns uint8[H, W, 1] of a grey picture, uint8[H, W, 3] of any other; raises whatever Pillow raises."""
     from PIL import Image
 
-    image = Image.open(file, formats=_FORMATS)
+    image = Image.open(file, formats=FORMATS)
     if image.width * image.height > MOST_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels, at most {MOST_PIXELS} are accepted")
     after_header = file.tell()
@@ -133,18 +126,45 @@ def decode(file: BinaryIO, upright: bool = True) -> np.ndarray:
     image.load()
     if image.format == "JPEG":
         _require_end(file, after_header)
-    pixels = _pixels(_upright(image) if upright else image)
-    return pixels[..., :1] if image.format == "PNG" and image.mode == "RGBA" and _is_grey_png(file) else pixels
+    pixels = _pixels(image)
+    if image.format == "PNG" and image.mode == "RGBA" and _is_grey_png(file):
+        pixels = pixels[..., :1]
+    return _turned(pixels, image) if upright else pixels
+
+
+def turned(pixels: np.ndarray, content: bytes) -> np.ndarray:
+    """Returns the pixels uint8[H, W, C] of a file, turned as its EXIF says they are to be seen."""
+    from PIL import Image
+
+    with contextlib.suppress(Exception):  # Pillow may refuse what another decoder took
+        return _turned(pixels, Image.open(io.BytesIO(content), formats=FORMATS))
+    return pixels
+
+
+def _turned(pixels: np.ndarray, image: Any) -> np.ndarray:
+    """Turns pixels as EXIF says; unlike Pillow's own function it reads the orientation alone, whatever else is damaged."""
+    from PIL import ExifTags
+
+    orientation = None
+    with contextlib.suppress(Exception):  # damaged EXIF can raise anything, and turns nothing
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def _is_grey_png(file: BinaryIO) -> bool:
-    """Grey with alpha, that is, which of 16 bits Pillow gives as RGBA."""
+    """Whether a PNG is grey with alpha, which Pillow gives as RGBA where it has 16 bits."""
     file.seek(25)  # the colour type, in a header of fixed length
     return file.read(1) == b"\4"
 
 
 def _require_one_picture(image: Any) -> None:
-    """Raises ValueError for a file of several pictures, or of numbers that `_pixels` would take for others."""
+    """Raises ValueError for a file of several pictures, or of samples that `_pixels` would misread."""
     pictures = getattr(image, "n_frames", 1)
     if pictures > 1:
         raise ValueError(f"{pictures} pictures in one file, one is accepted")
@@ -156,47 +176,13 @@ def _require_one_picture(image: Any) -> None:
 
 
 def _require_end(file: BinaryIO, after_header: int) -> None:
-    """Raises ValueError for a JPEG without its last marker: Pillow takes zeros, where the rest was lost, for grey pixels."""
+    """Raises ValueError for a JPEG without its last marker: where the rest is lost, Pillow decodes zeros to grey pixels."""
     file.seek(after_header)  # past a thumbnail, which has such a marker of its own
     if b"\xff\xd9" not in file.read():
         raise ValueError("its end is missing")
 
 
-def turned(pixels: np.ndarray, content: bytes) -> np.ndarray:
-    """The pixels uint8[H, W, C] of a file, turned as its EXIF says they are to be seen."""
-    from PIL import Image
-
-    turn = None
-    with contextlib.suppress(Exception):  # what another decoder took need not be to Pillow's liking
-        turn = _turn(Image.open(io.BytesIO(content), formats=_FORMATS))
-    return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
-
-
-def _upright(image: Any) -> Any:
-    """The picture as its EXIF says it is to be seen; unlike Pillow's own, this needs no EXIF that is sound."""
-    turn = _turn(image)
-    return image if turn is None else image.transpose(turn)
-
-
-def _turn(image: Any) -> Any:
-    from PIL import ExifTags, Image
-
-    turns = Image.Transpose
-    turn = {
-        2: turns.FLIP_LEFT_RIGHT,
-        3: turns.ROTATE_180,
-        4: turns.FLIP_TOP_BOTTOM,
-        5: turns.TRANSPOSE,
-        6: turns.ROTATE_270,
-        7: turns.TRANSVERSE,
-        8: turns.ROTATE_90,
-    }
-    with contextlib.suppress(Exception):  # damaged EXIF can raise anything, and says nothing
-        return turn.get(image.getexif().get(ExifTags.Base.Orientation))
-    return None
-
-
-def _pixels(image) -> np.ndarray:
+def _pixels(image: Any) -> np.ndarray:
     if image.mode.startswith("I"):  # I;16, I;16B, I: 16 bits a pixel, which Pillow would clip rather than scale
         return (np.asarray(image) >> 8).astype(np.uint8)[..., None]
     if image.mode in ("1", "L", "LA", "La"):
@@ -216,36 +202,20 @@ def _allocate(count: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _size_error(paths: Sequence[str], index: int) -> InputError:
-    """Says which of two pictures is the odd one: the first, or paths[index], the first that differs from it."""
-    sample = [paths[0], paths[index], *paths[:: max(1, len(paths) // 256)]]
-    sizes = [_decode_image(path).shape[1::-1] for path in sample]
-    (usual, _), *_ = Counter(sizes[2:]).most_common(1)
-    odd = 0 if sizes[1] == usual else 1
-    other = usual if sizes[odd] != usual else sizes[1 - odd]
+    """Names the odd one of two pictures: paths[index], the first that differs, or the one before if the next one agrees."""
+    compared = (index - 1, index, min(index + 1, len(paths) - 1))
+    before, this, following = (_decode_image(paths[i]).shape[1::-1] for i in compared)
+    first_is_odd = index == 1 and len(paths) > 2 and following == this
+    odd, other, path = (before, this, paths[0]) if first_is_odd else (this, before, paths[index])
     return InputError(
-        f"dataset.data_dir: {sample[odd]!r} is {'x'.join(map(str, sizes[odd]))} pixels and others are "
-        f"{'x'.join(map(str, other))}; dataset.image_size=None accepts images of one size"
+        f"dataset.data_dir: {path!r} is {odd[0]}x{odd[1]} pixels and others are {other[0]}x{other[1]}; "
+        "dataset.image_size=None accepts images of one size"
     )
 
 
 @contextlib.contextmanager
-def quiet_pillow():
-    """Keeps remarks about the inside of a file (its EXIF, its palette) off the screen; errors still come through."""
+def quiet_pillow() -> Iterator[None]:
+    """Hides warnings about the inside of a file (its EXIF, its palette); errors still come through."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function that moves a bar on stderr by so many files; where stderr is no terminal, it does nothing."""
-    if not sys.stderr.isatty():
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("decoding images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("decoding images", total=total)
-        yield lambda count: bar.advance(task, count)

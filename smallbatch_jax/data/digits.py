@@ -7,16 +7,16 @@ import numpy as np
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.data.dataset import Dataset
 
-_INK_LEVELS = 16  # the pictures count the inked pixels, 0..16, of 4 × 4 blocks
+_INK_LEVELS = 16  # a pixel counts the inked ones, 0..16, of a block of 4 × 4
 
 
 def load_digits(data_dir: str | os.PathLike | None = None) -> Dataset:
     """Returns 1,437 training and 360 test digits, uint8[N, 8, 8, 1] with 0..255 for the source's 0..16.
 
     The split is a fixed rule without random numbers, so it is the same with every version of every library. The
-    source lists its digits writer by writer; with the digits put in order of class, and of writer within a class,
-    every fifth is a test example. So every class and every writer is in both splits in the same proportion, and test
-    accuracy is that on known hands. Within a split the source's order is kept.
+    source lists its digits writer by writer; sorted by class, and by writer within a class, every fifth is a test
+    example. Every class and every writer is in both splits in the same proportion, so test accuracy is that on known
+    writers. Within a split the source's order is kept.
 
     Raises:
       InputError: data_dir was given; there is nothing to read there.

@@ -1,17 +1,15 @@
 """Datasets that TensorFlow Datasets prepared once: read without TensorFlow, then kept as uint8 arrays.
 
-TFDS's own reader is not used: it imports whatever module the folder's features.json names, and hands the images to any of
-Pillow's decoders, some of which start other programs. Here the folder is JSON, text, records and PNG, and nothing else.
+TFDS's own reader imports whatever module the folder's features.json names, and hands the images to any of Pillow's decoders,
+some of which start other programs. This module reads JSON, text, records and PNG, and nothing else.
 """
 
 import hashlib
 import io
-import itertools
 import json
 import os
 import shlex
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,13 +18,14 @@ import numpy as np
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.data import cache, decode
 from smallbatch_jax.data.dataset import Dataset
-from smallbatch_jax.data.photographs import Photographs, Records
+from smallbatch_jax.data.paths import nearby
+from smallbatch_jax.data.streaming.photographs import IMAGENET_STATISTICS, Photographs, Records, parsed_example
 
 SPLITS = ("train", "test")
 
 
 def load_prepared(name: str, data_dir: str | os.PathLike | None) -> Dataset:
-    """A dataset with images of one size and the splits train and test, from the newest version below data_dir/name.
+    """Loads images of one size with the splits train and test, from the newest version below data_dir/name.
 
     Args:
       name: TFDS's name, "cifar10" or "cifar100".
@@ -37,7 +36,7 @@ def load_prepared(name: str, data_dir: str | os.PathLike | None) -> Dataset:
     """
     version = newest_version(name, data_dir)
     key = _key(version)
-    counts, class_names = _info(name, version)
+    counts, class_names = _info(name, version, SPLITS)
 
     kept = {part: cache.directory() / f"{name}-{part}-{key}.npy" for part in ("images", "labels")}
     images, labels = (cache.read(path, sum(counts)) for path in kept.values())
@@ -50,13 +49,11 @@ def load_prepared(name: str, data_dir: str | os.PathLike | None) -> Dataset:
     return Dataset(train_images, train_labels, test_images, test_labels, len(class_names), class_names)
 
 
-LOADERS = {name: partial(load_prepared, name) for name in ("cifar10", "cifar100")}
-# Of all ImageNet's training images, as everyone who trains on it normalises them; in 0 … 255.
-IMAGENET_STATISTICS = np.array([123.675, 116.28, 103.53], np.float32), np.array([58.395, 57.12, 57.375], np.float32)
+load_cifar10, load_cifar100 = partial(load_prepared, "cifar10"), partial(load_prepared, "cifar100")
 
 
 def stream_imagenet(data_dir: str | os.PathLike | None, image_size: int) -> Photographs:
-    """ImageNet (ILSVRC 2012) as `prepare_data.py` stored it; its 50,000 validation images are the test set.
+    """Opens ImageNet (ILSVRC 2012) as `prepare_data.py` stored it; its 50,000 validation images are the test set.
 
     Raises:
       InputError: if it is not there, with the command that prepares it; or cannot be read.
@@ -66,6 +63,36 @@ def stream_imagenet(data_dir: str | os.PathLike | None, image_size: int) -> Phot
     counts, class_names = _info(name, version, splits)
     train, test = (Records(_record_files(name, version, split), n) for split, n in zip(splits, counts, strict=True))
     return Photographs(train, test, image_size, len(class_names), class_names, IMAGENET_STATISTICS, _key(version))
+
+
+def default_data_dir() -> Path:
+    """Returns TFDS's own: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def newest_version(name: str, data_dir: str | os.PathLike | None) -> Path:
+    """Returns the folder data_dir/name/VERSION of the highest version that is complete."""
+    if not isinstance(data_dir, (str, os.PathLike, type(None))):
+        raise InputError(f"dataset.data_dir: got {data_dir!r}; {name!r} accepts the path of a folder")
+    root = default_data_dir() if data_dir is None else Path(os.path.expanduser(os.fsdecode(data_dir)))
+    try:
+        folders = [info.parent for info in (root / name).glob("*/dataset_info.json")]
+    except OSError as error:
+        raise InputError(f"dataset.data_dir: cannot list {str(root / name)!r} ({error.strerror})") from error
+    versions = {}
+    for folder in folders:
+        numbers = folder.name.split(".")
+        if len(numbers) == 3 and all(number.isdecimal() for number in numbers):  # not incomplete.XXX_3.0.2
+            versions[tuple(map(int, numbers))] = folder
+    if not versions:
+        other = nearby(root, lambda path: any((path / name).glob("[0-9]*/dataset_info.json")))
+        way = f"Give {str(other)!r}, where it is." if other else f"Once, where the network is: {_command(name, root)}"
+        raise InputError(f"dataset.data_dir: {name} is not in {str(root)!r}. {way}")
+    return versions[max(versions)]
+
+
+def _command(name: str, root: Path) -> str:
+    return f"python experiments/prepare_data.py --dataset={name} --data_dir={shlex.quote(str(root))}"
 
 
 def _record_files(name: str, version: Path, split: str) -> list[str]:
@@ -90,52 +117,8 @@ def _not_array_record(name: str, version: Path) -> str:
     return f"dataset.data_dir: {str(version)!r} {way}"
 
 
-def _command(name: str, root: Path) -> str:
-    return f"python experiments/prepare_data.py --dataset={name} --data_dir={shlex.quote(str(root))}"
-
-
-STREAMS = {"imagenet2012": stream_imagenet}
-
-
-def default_data_dir() -> Path:
-    """TFDS's own: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
-    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-
-
-def newest_version(name: str, data_dir: str | os.PathLike | None) -> Path:
-    """The folder data_dir/name/VERSION of the highest version that is complete."""
-    if not isinstance(data_dir, (str, os.PathLike, type(None))):
-        raise InputError(f"dataset.data_dir: got {data_dir!r}; {name!r} accepts the path of a folder")
-    root = default_data_dir() if data_dir is None else Path(os.path.expanduser(os.fsdecode(data_dir)))
-    try:
-        infos = list((root / name).glob("*/dataset_info.json"))
-    except OSError as error:
-        raise InputError(f"dataset.data_dir: cannot list {str(root / name)!r} ({error.strerror})") from error
-    versions = []
-    for info in infos:
-        parts = info.parent.name.split(".")
-        if len(parts) == 3 and all(part.isdecimal() for part in parts):  # not incomplete.XXX_3.0.2
-            versions.append(([int(part) for part in parts], info.parent))
-    if not versions:
-        other = _other_root(name, root)
-        way = f"Give {str(other)!r}, where it is." if other else f"Once, where the network is: {_command(name, root)}"
-        raise InputError(f"dataset.data_dir: {name} is not in {str(root)!r}. {way}")
-    return max(versions)[1]
-
-
-def _other_root(name: str, root: Path) -> Path | None:
-    """Returns a folder above or below the given one that holds the dataset."""
-    with suppress(OSError):
-        root = root.absolute()
-        below = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-        for candidate in (root.parent, root.parent.parent, *below):
-            if any((candidate / name).glob("[0-9]*/dataset_info.json")):
-                return candidate
-    return None
-
-
 def _key(version: Path) -> str:
-    """Changes with the place of the folder and with its listing."""
+    """Returns a name that changes with the place of the folder and with its listing."""
     try:
         files = sorted(path for path in version.iterdir() if path.is_file())
         listing = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
@@ -145,8 +128,8 @@ def _key(version: Path) -> str:
     return hashlib.sha256(os.fsencode(listed)).hexdigest()[:32]
 
 
-def _info(name: str, version: Path, names: Sequence[str] = SPLITS) -> tuple[list[int], tuple[str, ...]]:
-    """The numbers of training and test examples, and the names of the classes."""
+def _info(name: str, version: Path, names: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
+    """Returns the number of examples of each split, and the names of the classes."""
     try:
         splits = json.loads((version / "dataset_info.json").read_text())["splits"]
         shards = {split["name"]: split["shardLengths"] for split in splits}
@@ -157,7 +140,7 @@ def _info(name: str, version: Path, names: Sequence[str] = SPLITS) -> tuple[list
         classes = tuple(line.strip() for line in lines if line.strip())
         if len(classes) != num_classes:
             raise ValueError(f"label.labels.txt has {len(classes)} names for {num_classes} classes")
-    except Exception as error:  # of JSON of any shape
+    except Exception as error:  # JSON of an unexpected shape can raise anything
         raise InputError(
             f"dataset.data_dir: {str(version)!r} cannot be read as {name}: {type(error).__name__}: {error}"
         ) from error
@@ -165,31 +148,23 @@ def _info(name: str, version: Path, names: Sequence[str] = SPLITS) -> tuple[list
 
 
 def _read(name: str, version: Path, counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Every image uint8[N, H, W, C] and label, training examples first; labels as uint8[N, 1, 1, 1], for the cache."""
-    for split in SPLITS:
-        _record_files(name, version, split)
+    """Returns images uint8[N, H, W, C], training examples first, and labels uint8[N, 1, 1, 1], the shape of the cache."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    files = [_record_files(name, version, split) for split in SPLITS]
+    found: list[tuple[bytes, int]] = []
     try:
+        for paths, count in zip(files, counts, strict=True):
+            with ArrayRecordDataSource(paths) as records:
+                if len(records) != count:
+                    raise ValueError(f"{len(records)} of {count} examples are there")
+                found.extend(map(parsed_example, records))
+        contents, labels = zip(*found, strict=True)
         with decode.quiet_pillow():
-            found = [_examples(name, version, split) for split in SPLITS]
-        if [len(examples) for examples in found] != counts:
-            raise ValueError(f"{[len(examples) for examples in found]} of {counts} examples are there")
-        images, labels = zip(*itertools.chain.from_iterable(found), strict=True)
-        return np.stack(images), np.array(labels, np.uint8).reshape(-1, 1, 1, 1)
+            images = np.stack([decode.decode(io.BytesIO(content)) for content in contents])
+        return images, np.array(labels, np.uint8).reshape(-1, 1, 1, 1)
     except Exception as error:
         raise InputError(
             f"dataset.data_dir: the records in {str(version)!r} cannot be read ({error}); delete them and prepare them again: "
             f"{_command(name, version.parent.parent)}"
         ) from error
-
-
-def _examples(name: str, version: Path, split: str) -> list[tuple[np.ndarray, int]]:
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    examples = []
-    with ArrayRecordDataSource(sorted(version.glob(f"{name}-{split}.array_record-*"))) as records:
-        for record in records:
-            feature = tf_example_pb2.Example.FromString(record).features.feature  # pyright: ignore[reportAttributeAccessIssue]
-            (image,), (label,) = feature["image"].bytes_list.value, feature["label"].int64_list.value
-            examples.append((decode.decode(io.BytesIO(image)), label))
-    return examples

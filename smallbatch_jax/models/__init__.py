@@ -1,7 +1,6 @@
 """The paper's models as Flax linen modules: pure `init(key, images)` and `apply(variables, images, train=…)`."""
 
 import pkgutil
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,7 +8,6 @@ from flax import linen as nn
 
 from smallbatch_jax.config import fields
 from smallbatch_jax.config.catalog import MODELS, NORMS, require_norm
-from smallbatch_jax.config.fields import InputError
 
 EXAMPLES_AT_ONCE = 32  # on CPU, so that a network's activations stay in the cache
 

@@ -68,7 +68,7 @@ class BatchNorm(nn.Module):
                 average = statistic.reshape(groups, features).mean(0)
                 running.value = self.momentum * running.value + (1 - self.momentum) * average
         scale, bias = (jnp.broadcast_to(v.reshape((1,) * x.ndim + (-1,)), mean.shape) for v in (scale, bias))
-        y = _normalise(grouped, mean, var + self.epsilon, r * scale, d * scale + bias, self.axis_name, span)
+        y: Any = _normalise(grouped, mean, var + self.epsilon, r * scale, d * scale + bias, self.axis_name, span)
         return y.reshape(x.shape).astype(dtype)
 
     def _groups(self, examples: int) -> tuple[int, int]:

@@ -44,7 +44,7 @@ class Compiler:
 
     def _compile(self, job: Job, layout: Layout | None) -> LaneProgram:
         began = time.monotonic()
-        program = job.compile(self._session.supply, layout)
+        program = job.compile(self._session.pipeline, layout)
         seconds, shape = time.monotonic() - began, (job.batch_size, job.bn_batch_size)
         self._session.timings.add("compile", seconds, *shape, program.lanes, peak_bytes=program.peak_bytes)
         return program

@@ -23,7 +23,7 @@ from smallbatch_jax.runner.jobs import Job, ModelOf, Session, Setup
 from smallbatch_jax.runner.progress import NoProgress, Progress, Status
 from smallbatch_jax.runner.scheduler import Scheduler
 from smallbatch_jax.runner.signals import Interrupted, Stop, noted_signals
-from smallbatch_jax.runner.streaming import supply_of
+from smallbatch_jax.runner.streaming import input_pipeline
 from smallbatch_jax.store.checkpoint import Checkpoints
 from smallbatch_jax.store.results import ProgramResults
 from smallbatch_jax.store.skipped import SkippedImages
@@ -135,8 +135,8 @@ def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: 
         if first:
             _record_start(setup, folder)
         skipped = SkippedImages(folder if first else None)
-        supply = supply_of(setup.dataset, setup.experiment, skipped.add)
-        stack.callback(supply.close)
+        pipeline = input_pipeline(setup.dataset, setup.experiment, skipped.add)
+        stack.callback(pipeline.close)
         stored = _open_results(folder, shapes, stack)
         shown = _open_trackers(setup.experiment, folder, stored, stack)
         jobs = [Job(setup, *shape, rows, memory) for shape, rows in zip(shapes, stored, strict=True)]
@@ -145,7 +145,7 @@ def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: 
         stack.callback(progress.close, status)
         forecast = Forecast(progress, jobs)
         timings = Timings(folder) if first else NoTimings()
-        session = Session(supply, setup.initialiser(), status, forecast, timings, stop, shown)
+        session = Session(pipeline, setup.initialiser(), status, forecast, timings, stop, shown)
         pending = [job for job in jobs if job.pending()]
         if pending:
             progress.show(status, f"compiling {pending[0].title}, program 1 of {len(pending)}")

@@ -1,7 +1,6 @@
-"""Where a program's images come from: a dataset that lies on the devices; or one that is streamed to them (`streamed.py`).
+"""InputPipeline: where a program's images come from, a dataset on the devices or one streamed to them (`streaming.py`).
 
-A supply is told what each lane wants to do next, its `Span`; it says for how many of these steps it has images, and brings
-them. From a dataset on the devices lanes take by index, as much as they want.
+The pipeline is told which steps each lane wants to take next, says for how many of them it has images, and brings those.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,55 +17,55 @@ from smallbatch_jax.program.lanes import LaneProgram, Segment
 FIXED_SEGMENT_IMAGES = 16384  # per lane, where a segment's length is compiled in
 
 
-class Span(NamedTuple):
-    """The updates that a lane takes in a segment."""
+class LaneSteps(NamedTuple):
+    """The steps that a lane takes in a segment."""
 
     seed: int
     first_step: int
-    steps: int  # asked for, or taken: at most to the end of the epoch
-    evaluate: bool = False  # whether they end it
+    steps: int  # wanted or taken, at most to the end of the epoch
+    evaluate: bool = False  # whether an evaluation follows them
 
 
-class Load(NamedTuple):
-    """What `LaneProgram.run` takes beside states and settings."""
+class SegmentInput(NamedTuple):
+    """The arguments of `LaneProgram.run` beside states and settings."""
 
     segment: Segment
     pool: Pool | None = None
     test: Iterable[TestImages] = ()
-    test_parts: int = 0  # how many of them there are
+    test_batches: int = 0
 
 
-class Supply(Protocol):
+class InputPipeline(Protocol):
     """The images of all programs of an experiment."""
 
     def data(self, mesh: Mesh, batch_size: int) -> DeviceData | Pool:
-        """What a program is compiled for."""
+        """Returns the data that a program is compiled for, or their shapes."""
         ...
 
     def most_steps(self, mesh: Mesh, batch_size: int, any_length: bool) -> int:
-        """The most steps of a segment."""
+        """Returns the most steps of a segment."""
         ...
 
-    def steps(self, program: LaneProgram, batch_size: int, wanted: Sequence[Span | None], pace: int) -> list[int]:
-        """How many of the steps that lanes want each takes, about `pace`; 0 for one that has to wait."""
+    def steps(self, program: LaneProgram, batch_size: int, wanted: Sequence[LaneSteps | None], pace: int) -> list[int]:
+        """Returns how many of its wanted steps each lane takes, about `pace`; 0 for one that has to wait."""
         ...
 
-    def load(self, program: LaneProgram, batch_size: int, spans: Sequence[Span | None]) -> Load:
-        """The segment in which lanes take their spans; to be run before the next is loaded."""
+    def prepare(self, program: LaneProgram, batch_size: int, lanes: Sequence[LaneSteps | None]) -> SegmentInput:
+        """Returns the input of a segment in which the lanes take these steps; it is run before the next is prepared."""
         ...
 
     def close(self) -> None: ...
 
 
-def blank_segment(program: LaneProgram, batch_size: int, spans: Sequence[Span | None]) -> Segment:
-    """The spans, with indices to be filled in."""
+def blank_segment(program: LaneProgram, batch_size: int, lanes: Sequence[LaneSteps | None]) -> Segment:
+    """Returns a segment of these steps, with indices to be filled in."""
     indices = np.zeros((program.lanes, program.segment_steps, batch_size), np.int32)
-    steps, evaluate = (np.array([span[i] if span else 0 for span in spans]) for i in (2, 3))
-    return Segment(indices, steps.astype(np.int32), evaluate.astype(bool))
+    steps = np.array([lane.steps if lane else 0 for lane in lanes], np.int32)
+    return Segment(indices, steps, np.array([bool(lane and lane.evaluate) for lane in lanes]))
 
 
 class Resident:
-    """A dataset that lies whole on every device."""
+    """A dataset that lies whole on every device; lanes take from it by index, as much as they want."""
 
     def __init__(self, dataset: Dataset):
         self._num_train = dataset.num_train
@@ -76,24 +75,24 @@ class Resident:
         return self._data
 
     def most_steps(self, mesh: Mesh, batch_size: int, any_length: bool) -> int:
-        """An epoch's, or an even part of them where a segment's length is compiled in."""
+        """Returns an epoch's steps, or an even fraction of them where a segment's length is compiled in."""
         longest_epoch = self._num_train // batch_size + 1
         if any_length:
             return longest_epoch
-        parts = -(-longest_epoch * batch_size // FIXED_SEGMENT_IMAGES)
-        return -(-longest_epoch // parts)
+        segments = -(-longest_epoch * batch_size // FIXED_SEGMENT_IMAGES)
+        return -(-longest_epoch // segments)
 
-    def steps(self, program: LaneProgram, batch_size: int, wanted: Sequence[Span | None], pace: int) -> list[int]:
-        even = program.even_steps([span is not None for span in wanted], pace)
-        return [min(span.steps, steps) if span else 0 for span, steps in zip(wanted, even, strict=True)]
+    def steps(self, program: LaneProgram, batch_size: int, wanted: Sequence[LaneSteps | None], pace: int) -> list[int]:
+        even = program.even_steps([lane is not None for lane in wanted], pace)
+        return [min(lane.steps, steps) if lane else 0 for lane, steps in zip(wanted, even, strict=True)]
 
-    def load(self, program: LaneProgram, batch_size: int, spans: Sequence[Span | None]) -> Load:
-        segment = blank_segment(program, batch_size, spans)
-        for lane, span in enumerate(spans):
-            if span is not None and span.steps:
-                taken = order.batch_indices(span.seed, span.first_step, span.steps, batch_size, self._num_train)
-                segment.indices[lane, : span.steps] = taken
-        return Load(segment)
+    def prepare(self, program: LaneProgram, batch_size: int, lanes: Sequence[LaneSteps | None]) -> SegmentInput:
+        segment = blank_segment(program, batch_size, lanes)
+        for indices, lane in zip(segment.indices, lanes, strict=True):
+            if lane is not None and lane.steps:
+                taken = order.batch_indices(lane.seed, lane.first_step, lane.steps, batch_size, self._num_train)
+                indices[: lane.steps] = taken
+        return SegmentInput(segment)
 
     def close(self) -> None:
         pass

@@ -17,7 +17,7 @@ from smallbatch_jax.program import lanes as lane_programs
 from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
 from smallbatch_jax.program.lanes import COMPUTE_DTYPE, LaneMapping, LaneProgram
 from smallbatch_jax.program.train import Model, Program, Setting, TrainState
-from smallbatch_jax.runner.input import Supply
+from smallbatch_jax.runner.input import InputPipeline
 from smallbatch_jax.runner.progress import Progress, RunCounts, Status
 from smallbatch_jax.runner.signals import Stop
 from smallbatch_jax.store.results import ProgramResults
@@ -99,7 +99,7 @@ class Setup:
 class Session:
     """What all programs of a grid use while they train in this process."""
 
-    supply: Supply
+    pipeline: InputPipeline
     initial: Callable[[int], TrainState]  # seed → the state before the first update
     status: Status
     progress: Progress
@@ -190,11 +190,11 @@ class Job:
             np.full(len(runs), self.experiment.schedule.warmup_fraction, np.float32),
         )
 
-    def compile(self, supply: Supply, layout: Layout | None = None) -> LaneProgram:
+    def compile(self, pipeline: InputPipeline, layout: Layout | None = None) -> LaneProgram:
         """Compiles the program in `layout`, or in the first smaller one that fits the memory.
 
         Args:
-          supply: of the images.
+          pipeline: of the images.
           layout: None takes one lane for each run, up to MOST_LANES.
 
         Raises:
@@ -202,7 +202,7 @@ class Job:
         """
         self.layout = layout or self.layout
         while True:
-            program = self._compile(supply, self.layout)
+            program = self._compile(pipeline, self.layout)
             if program.peak_bytes <= (self.memory_bytes or devices.memory_bytes(program.mesh)):
                 return program
             self.layout = self.smaller(program)
@@ -233,7 +233,7 @@ class Job:
         norm, shard = self.experiment.model.norm, self.batch_size // self.data_devices
         return micro_batch_size(norm, shard, self.bn_batch_size, most, self.setup.platform)
 
-    def _compile(self, supply: Supply, layout: Layout) -> LaneProgram:
+    def _compile(self, pipeline: InputPipeline, layout: Layout) -> LaneProgram:
         experiment, mesh = self.experiment, self.setup.mesh
         mapping = self.mapping or lane_programs.lane_mapping(self.setup.platform)
         axis_name = DATA if self.data_devices > 1 else None
@@ -251,10 +251,10 @@ class Job:
         return lane_programs.compile_lanes(
             self.model_of(bn_batch_size, axis_name=axis_name) if axis_name else self.model_of(bn_batch_size),
             program,
-            supply.data(mesh, self.batch_size),
+            pipeline.data(mesh, self.batch_size),
             mesh,
             layout.lanes,
-            supply.most_steps(mesh, self.batch_size, mapping == "map"),
+            pipeline.most_steps(mesh, self.batch_size, mapping == "map"),
             experiment.precision,
             mapping,
             statistics_model=statistics_model_of and statistics_model_of(self.bn_batch_size),

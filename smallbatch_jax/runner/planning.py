@@ -23,10 +23,10 @@ from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.program.lanes import LaneMapping, LaneProgram
 from smallbatch_jax.program.train import TrainState
 from smallbatch_jax.runner.flops import flops_per_image, matrix_rate
-from smallbatch_jax.runner.input import Supply
+from smallbatch_jax.runner.input import InputPipeline
 from smallbatch_jax.runner.jobs import Job, ModelOf, Setup
 from smallbatch_jax.runner.segments import Lanes
-from smallbatch_jax.runner.streaming import supply_of
+from smallbatch_jax.runner.streaming import input_pipeline
 from smallbatch_jax.store.results import ProgramResults
 
 __all__ = ["elsewhere", "flops_per_image", "matrix_rate", "measure", "plan_program", "probe", "total_seconds"]
@@ -39,10 +39,10 @@ COMPILING_BESIDE = {"cpu": 1.75}  # slow-down of a compilation by training besid
 class Trial:
     """The first runs of a job, trained in memory alone to see how fast they are."""
 
-    def __init__(self, job: Job, program: LaneProgram, supply: Supply, initial: Callable[[int], TrainState]):
+    def __init__(self, job: Job, program: LaneProgram, pipeline: InputPipeline, initial: Callable[[int], TrainState]):
         """Fills the lanes of the program, compiled for the job; `initial` is seed → the state before the first update."""
-        self.job, self.program, self._supply = job, program, supply
-        self._lanes = Lanes(job, program, supply, initial)
+        self.job, self.program, self._pipeline = job, program, pipeline
+        self._lanes = Lanes(job, program, pipeline, initial)
         self._lanes.refill(deque(_one_run_per_rate(job.runs)))
         self.runs = list(self._lanes.runs)
         self.alive = np.array([run is not None for run in self.runs])
@@ -67,10 +67,10 @@ class Trial:
         """Seconds to evaluate all living lanes, measured the second time; scaled up from a part of a streamed test set."""
         seconds, parts = 0.0, 1
         for _ in range(2):
-            load = self._supply.load(self.program, self.job.batch_size, [None] * self.program.lanes)
+            load = self._pipeline.prepare(self.program, self.job.batch_size, [None] * self.program.lanes)
             segment = load.segment._replace(evaluate=np.ones(self.program.lanes, bool))
             if load.pool is not None:
-                parts = max(1, load.test_parts)
+                parts = max(1, load.test_batches)
             began = time.monotonic()
             few = itertools.islice(load.test, EVALUATED_PARTS)
             settings = self.job.settings(self.runs)
@@ -132,11 +132,11 @@ def measure(
     """
     setup = Setup.of(experiment, dataset, model_of)
     initial = setup.initialiser()
-    with tempfile.TemporaryDirectory() as folder, closing(supply_of(dataset, experiment)) as supply:
+    with tempfile.TemporaryDirectory() as folder, closing(input_pipeline(dataset, experiment)) as pipeline:
         for m, b in setup.programs:
             with ProgramResults(Path(folder), m, b) as results:
                 job = Job(setup, m, b, results, mapping=mapping)
-                yield Trial(job, job.compile(supply), supply, initial)
+                yield Trial(job, job.compile(pipeline), pipeline, initial)
 
 
 def probe(trial: Trial, seconds: float) -> Probe:

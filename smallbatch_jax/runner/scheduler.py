@@ -19,7 +19,7 @@ import numpy as np
 
 from smallbatch_jax.config.experiment import InputError, Run
 from smallbatch_jax.data import order
-from smallbatch_jax.data.stream import Lost
+from smallbatch_jax.data.streaming.prefetch import WorkerDied
 from smallbatch_jax.program import processes
 from smallbatch_jax.program.lanes import LaneProgram
 from smallbatch_jax.runner.jobs import Job, Session
@@ -50,7 +50,7 @@ class Scheduler:
     ):
         """`recompile` compiles the same program with fewer lanes, in the background; None keeps the program."""
         self._job, self._checkpoints, self._session, self._recompile = job, checkpoints, session, recompile
-        self.lanes = Lanes(job, program, session.supply, session.initial)
+        self.lanes = Lanes(job, program, session.pipeline, session.initial)
         self._recorder = Recorder(job, session)
         self._pace = Pace(job.experiment.segment_seconds, job.batch_size, program)
         self._budget = CheckpointBudget(job.experiment.checkpoint_seconds)
@@ -107,7 +107,7 @@ class Scheduler:
         proposal = self._proposal()
         try:
             flight = self.lanes.send(self._agreed.steps)
-        except (InputError, Lost):  # a broken image or a dead worker: what was trained so far is kept
+        except (InputError, WorkerDied):  # a broken image or a dead worker: what was trained so far is kept
             self._land()
             self._save_before_failing()
             raise

@@ -16,7 +16,7 @@ from smallbatch_jax.data import order
 from smallbatch_jax.program import processes
 from smallbatch_jax.program.lanes import LaneProgram, LaneState, Report
 from smallbatch_jax.program.train import TrainState
-from smallbatch_jax.runner.input import Span, Supply
+from smallbatch_jax.runner.input import InputPipeline, LaneSteps
 from smallbatch_jax.runner.jobs import Job
 
 
@@ -45,9 +45,9 @@ class InFlight(NamedTuple):
 class Lanes:
     """The lanes of one program, each with the run in it or free."""
 
-    def __init__(self, job: Job, program: LaneProgram, supply: Supply, initial: Callable[[int], TrainState]):
+    def __init__(self, job: Job, program: LaneProgram, pipeline: InputPipeline, initial: Callable[[int], TrainState]):
         """All lanes are free; `initial` maps a seed to the state before the first update."""
-        self.job, self._supply, self._initial = job, supply, initial
+        self.job, self._pipeline, self._initial = job, pipeline, initial
         self._use(program)
         self.state: LaneState = program.empty()
 
@@ -109,8 +109,8 @@ class Lanes:
         assignments = self._assignments(pace, evaluate)
         if not any(assignments):
             return None
-        spans = [a and Span(a.run.seed, a.first_step, a.steps, a.evaluate) for a in assignments]
-        load = self._supply.load(self.program, self.job.batch_size, spans)
+        spans = [a and LaneSteps(a.run.seed, a.first_step, a.steps, a.evaluate) for a in assignments]
+        load = self._pipeline.prepare(self.program, self.job.batch_size, spans)
         settings = self.job.settings(self.runs)
         for lane, assignment in enumerate(assignments):
             if assignment is not None:
@@ -132,8 +132,8 @@ class Lanes:
         epochs = [order.epoch_of_step(step, n, m) for step in self.steps]
         ends = [order.epoch_end(epoch, n, m) if evaluate else self.job.total_steps for epoch in epochs]
         left = [end - step for end, step in zip(ends, self.steps, strict=True)]
-        wanted = [run and Span(run.seed, self.steps[lane], left[lane]) for lane, run in enumerate(self.runs)]
-        steps = self._supply.steps(self.program, m, wanted, pace)
+        wanted = [run and LaneSteps(run.seed, self.steps[lane], left[lane]) for lane, run in enumerate(self.runs)]
+        steps = self._pipeline.steps(self.program, m, wanted, pace)
         return [
             Assignment(run, epochs[lane], self.steps[lane], steps[lane], evaluate and steps[lane] == left[lane])
             if run and steps[lane]

@@ -8,7 +8,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from smallbatch_jax.data import views
+from smallbatch_jax.data.streaming import views
 
 HEIGHT, WIDTH, SIZE = 375, 500, 224
 

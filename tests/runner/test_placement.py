@@ -95,7 +95,7 @@ def test_a_shard_that_does_not_fit_is_computed_in_micro_batches(monkeypatch):
             self.rows, self.lanes, self.mesh = 2, layout.lanes, lanes.lane_mesh()
             self.peak_bytes = 10 if layout.micro_batch_size == 8 else 100
 
-    def compiled(self, supply, layout):
+    def compiled(self, pipeline, layout):
         tried.append(tuple(layout))
         return Fitting(layout)
 

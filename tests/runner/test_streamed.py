@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from smallbatch_jax.config.experiment import InputError
-from smallbatch_jax.data import stream
+from smallbatch_jax.data.streaming.prefetch import Prefetcher
 from smallbatch_jax.program import lanes
 from smallbatch_jax.runner import grid as driver
 from smallbatch_jax.runner import scheduler as feeder
@@ -77,7 +77,7 @@ def out_of_step(root, tmp_path_factory):
 def test_lanes_out_of_step_wait_for_each_other_where_there_is_no_room(root, out_of_step, tmp_path, monkeypatch, room):
     """A pool with room for one or two batches, two lanes per device, and lanes that are refilled."""
     monkeypatch.setattr(streamed, "POOL_BYTES", room * photos.SIZE**2 * 3)
-    streams, load, steps = [], streamed.Streamed.load, streamed.Streamed.steps
+    streams, load, steps = [], streamed.Streamed.prepare, streamed.Streamed.steps
 
     def spy(self, program, batch_size, spans):
         streams.append({(span.seed, span.first_step) for span in spans if span})
@@ -90,7 +90,7 @@ def test_lanes_out_of_step_wait_for_each_other_where_there_is_no_room(root, out_
         assert not waited or max(went) < min(waited)
         return chosen
 
-    monkeypatch.setattr(streamed.Streamed, "load", spy)
+    monkeypatch.setattr(streamed.Streamed, "prepare", spy)
     monkeypatch.setattr(streamed.Streamed, "steps", behind_first)
     same(train(tmp_path / "w", photos.load(root), augment=True, lanes=4, base_lrs=OUT_OF_STEP), out_of_step)
     assert {len(found) for found in streams} == set(range(1, room // 4 + 1))
@@ -104,8 +104,8 @@ def test_two_seeds_are_two_streams(root, augmented, tmp_path):
 
 def test_lanes_in_step_share_what_is_decoded(root, tmp_path, monkeypatch):
     """Four runs of one seed: the images of one, and of each epoch's evaluation."""
-    asked, take = [], stream.Ahead.take
-    monkeypatch.setattr(stream.Ahead, "take", lambda self, out: asked.append(len(out.labels)) or take(self, out))
+    asked, take = [], Prefetcher.take
+    monkeypatch.setattr(Prefetcher, "take", lambda self, count: asked.append(count) or take(self, count))
     train(tmp_path / "w", photos.load(root), base_lrs=(2**-9, 2**-8, 2**-7, 2**-6), lanes=4)
     assert sum(asked) == 38 * 4 + 3 * 20
 

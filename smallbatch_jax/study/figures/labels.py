@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smallbatch_jax.config.catalog import MODELS, NORMS
+from smallbatch_jax.config.datasets import DATASETS
 from smallbatch_jax.config.experiment import OWN, Experiment
 from smallbatch_jax.study.figures import style
 from smallbatch_jax.study.study import Study
-
-DATASET_NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet2012": "ImageNet"}
-METRIC_NAMES = {"imagenet2012": "top-1 validation accuracy"}  # ImageNet is tested on what its authors call validation
 
 
 def paper_labels(studies: Sequence[Study]) -> list[str]:
@@ -37,10 +35,14 @@ def dataset_name(experiment: Experiment) -> str:
     name = experiment.dataset.name
     if name == "folder" and experiment.dataset.data_dir:
         return style.plain(Path(experiment.dataset.data_dir).name or name)
-    return DATASET_NAMES.get(name, style.plain(name.removeprefix(OWN)))
+    return DATASETS[name].title if name in DATASETS else style.plain(name.removeprefix(OWN))
 
 
 def metric_name(*experiments: Experiment) -> str:
     """The paper's name of the accuracy on the images that the experiments test on."""
-    names = {METRIC_NAMES.get(experiment.dataset.name, style.TEST_ACCURACY) for experiment in experiments}
+    names = {_metric(experiment.dataset.name) for experiment in experiments}
     return names.pop() if len(names) == 1 else style.TEST_ACCURACY
+
+
+def _metric(dataset: str) -> str:
+    return (DATASETS[dataset].test_metric if dataset in DATASETS else None) or style.TEST_ACCURACY

@@ -18,12 +18,14 @@ from pictures import error_line
 from PIL import Image
 
 from smallbatch_jax import data
-from smallbatch_jax.data import order, stream
-from smallbatch_jax.data.numbered import Block, Decoded, SampleIndex
-from smallbatch_jax.data.stream import Ahead, Lost
+from smallbatch_jax.config.experiment import Dataset as DatasetConfig
+from smallbatch_jax.data import order
+from smallbatch_jax.data.streaming import prefetch
+from smallbatch_jax.data.streaming.prefetch import Prefetcher, WorkerDied
+from smallbatch_jax.data.streaming.sample_index import BatchSlice, Decoded, SampleIndex
 
 BYTES = photos.SIZE**2 * 3
-SEEDS, EPOCHS = (3, 7), 4
+SEEDS = (3, 7)
 
 
 @pytest.fixture(scope="module")
@@ -31,57 +33,46 @@ def root(tmp_path_factory):
     return photos.write(tmp_path_factory.mktemp("photos"))
 
 
-def numbered(root, augment=True, **blocks):
-    return SampleIndex(photos.load(root), SEEDS, EPOCHS, augment, False, **blocks)
-
-
-def empty(count):
-    shape = (photos.SIZE, photos.SIZE, 3)
-    return Decoded(np.empty((count, *shape), np.uint8), np.empty(count, "i4"), np.empty(count, "i4"), np.empty(count, bool))
-
-
-def taken(ahead, count):
-    out = empty(count)
-    ahead.take(out)
-    return out
+def sample_index(root, augment=True, **slices):
+    return SampleIndex(photos.load(root), SEEDS, DatasetConfig(augment=augment), **slices)
 
 
 def one_by_one(images, first, count):
     return Decoded(*(np.stack(values) for values in zip(*(images[first + i] for i in range(count)), strict=True)))
 
 
-def equal(found, expected):
+def equal(found, expected, first=None):
+    """The same images, of which `found` has the first so many."""
     for name, a, b in zip(Decoded._fields, found, expected, strict=True):
-        np.testing.assert_array_equal(a, b, name)
+        np.testing.assert_array_equal(a, b[:first] if first is not None else b, name)
 
 
 @pytest.fixture(scope="module")
 def two_workers(root):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "MOST_PER_MESSAGE", 7)
-        ahead = Ahead(numbered(root), BYTES, 2)
-    yield ahead
-    ahead.close()
+        patch.setattr(prefetch, "MOST_PER_MESSAGE", 7)
+        prefetcher = Prefetcher(sample_index(root), BYTES, 2)
+    yield prefetcher
+    prefetcher.close()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_any_number_can_be_gone_to(root, two_workers, workers, monkeypatch):
-    """Forwards, backwards, to the middle of what a worker sends at once, across the seeds and to the test set."""
-    monkeypatch.setattr(stream, "MOST_PER_MESSAGE", 7)
-    images = numbered(root)
-    ahead = two_workers if workers else Ahead(numbered(root), BYTES, 0)
-    at, across, test = 0, images.training(7, 0) - 2, images.testing(0)
-    for number, count in ((10, 25), (35, 4), (0, 10), (3, 1), (4, 40), (200, 5), (across, 9), (test, 20), (5, 30), (test, 20)):
-        if number != at:
-            ahead.seek(number)
-        equal(taken(ahead, count), one_by_one(images, number, count))
+def test_a_prefetcher_goes_on_from_any_number(root, two_workers, workers, monkeypatch):
+    """Forwards, backwards, into the middle of a message, across the seeds and to the test set."""
+    monkeypatch.setattr(prefetch, "MOST_PER_MESSAGE", 7)
+    images = sample_index(root)
+    prefetcher = two_workers if workers else Prefetcher(sample_index(root), BYTES, 0)
+    second, test = images.training(7, 0), images.testing(0)
+    for number, count in ((10, 25), (35, 4), (0, 10), (3, 1), (4, 40), (200, 5), (second, 9), (test, 20), (5, 30), (test, 20)):
+        prefetcher.seek(number)
+        equal(prefetcher.take(0), one_by_one(images, number, 1), first=0)
+        equal(prefetcher.take(count), one_by_one(images, number, count))
         time.sleep(0.2 * (number == test))  # in which workers run on beyond the last image
-        at = number + count
-        assert ahead.number == at
+        assert prefetcher.number == number + count
 
 
 def test_a_seeds_numbers_are_the_stream_of_its_epochs(root):
-    images = numbered(root)
+    images = sample_index(root)
     for seed in SEEDS:
         found = [int(images[images.training(seed, position)].examples) for position in range(110)]
         np.testing.assert_array_equal(found, order.batch_indices(seed, 0, 11, 10, 50).reshape(-1))
@@ -89,7 +80,7 @@ def test_a_seeds_numbers_are_the_stream_of_its_epochs(root):
 
 
 def test_labels_are_those_of_the_files(root):
-    images, memory = numbered(root, augment=False), photos.in_memory(root)
+    images, memory = sample_index(root, augment=False), photos.in_memory(root)
     for position in range(60):
         found = images[images.training(7, position)]
         np.testing.assert_array_equal(found.images, memory.train_images[found.examples])
@@ -97,52 +88,51 @@ def test_labels_are_those_of_the_files(root):
 
 
 def test_what_an_image_looks_like_depends_on_seed_epoch_and_example(root):
-    images = numbered(root)
-    looks = {(seed, epoch): images.train_image(seed, epoch, 5).images.tobytes() for seed in SEEDS for epoch in range(3)}
+    images = sample_index(root)
+    looks = {(seed, epoch): images.decode_training(seed, epoch, 5).images.tobytes() for seed in SEEDS for epoch in range(3)}
     assert len(set(looks.values())) == 6
-    assert images.train_image(3, 1, 5).images.tobytes() == looks[3, 1]
-    assert images.train_image(3, 1, 6).images.tobytes() != looks[3, 1]
+    assert images.decode_training(3, 1, 5).images.tobytes() == looks[3, 1]
+    assert images.decode_training(3, 1, 6).images.tobytes() != looks[3, 1]
 
 
 def test_the_parts_of_two_processes_are_the_whole(root):
     """Of batches of 6 each takes half, and of 8 test images at a time."""
-    whole = numbered(root)
-    halves = [numbered(root, train=Block(6, first, 3), test=Block(8, first // 3 * 4, 4)) for first in (0, 3)]
+    whole = sample_index(root)
+    halves = [sample_index(root, train=BatchSlice(6, first, 3), test=BatchSlice(8, first // 3 * 4, 4)) for first in (0, 3)]
     for seed in SEEDS:
         for step in (0, 1, 9, 20):
             begins = [half.training(seed, 6 * step) for half in halves]
             found = [int(half[begin + i].examples) for half, begin in zip(halves, begins, strict=True) for i in range(3)]
             assert found == [int(whole[whole.training(seed, 6 * step + i)].examples) for i in range(6)]
-            assert [half.position(begin + 1) for half, begin in zip(halves, begins, strict=True)] == [
-                6 * step + 1,
-                6 * step + 4,
-            ]
+            for half, begin, position in zip(halves, begins, (6 * step + 1, 6 * step + 4), strict=True):
+                assert half.training_image(begin + 1) == whole.training_image(whole.training(seed, position))
     for begin in (0, 8):
         found = [int(half[half.testing(begin) + i].examples) for half in halves for i in range(4)]
         assert found == list(range(begin, begin + 8))
-    assert not halves[1][halves[1].testing(16) + 4].sound  # beyond the 20 test images: there is none
+    assert not halves[1][halves[1].testing(16) + 4].valid  # beyond the 20 test images: there is none
 
 
 def test_a_broken_file_is_marked_and_the_others_are_as_they_were(root, tmp_path):
     copy = shutil.copytree(root, tmp_path / "copy")
-    images = numbered(copy)
+    images = sample_index(copy)
     path = Path(photos.load(copy).train.name(11))
     for content in (b"", b"not a picture", path.read_bytes()[:100], None):
         path.unlink() if content is None else path.write_bytes(content)
-        assert not images.train_image(3, 0, 11).sound
-        assert not images.train_image(3, 0, 11).images.any()
-    equal(images.train_image(3, 0, 12), numbered(root).train_image(3, 0, 12))
+        assert not images.decode_training(3, 0, 11).valid
+        assert not images.decode_training(3, 0, 11).images.any()
+    equal(images.decode_training(3, 0, 12), sample_index(root).decode_training(3, 0, 12))
 
 
-def test_a_lost_worker_is_told_of(root):
+def test_a_worker_that_dies_is_reported(root):
     before = children(os.getpid())
-    ahead = Ahead(numbered(root), BYTES, 1)
-    taken(ahead, 3)
+    prefetcher = Prefetcher(sample_index(root), BYTES, 1)
+    prefetcher.seek(0)
+    prefetcher.take(3)
     (worker,) = children(os.getpid()) - before
     os.kill(worker, signal.SIGKILL)
-    with pytest.raises(Lost, match="a process that decodes images was lost"):
-        taken(ahead, 2000)  # more than there is on its way
-    ahead.close()
+    with pytest.raises(WorkerDied, match=r"a process that decodes images died: .* exit code -9"):
+        prefetcher.take(2000)  # more than there is on its way
+    prefetcher.close()
 
 
 def children(pid):
@@ -159,17 +149,16 @@ def children(pid):
 READER = """
 import sys, time
 import photos
-from smallbatch_jax.data import numbered, stream
+from smallbatch_jax.config.experiment import Dataset
+from smallbatch_jax.data.streaming import prefetch, sample_index
 if __name__ == "__main__":
-    images = numbered.SampleIndex(photos.load(sys.argv[1]), (0,), 1000, True, False)
-    ahead = stream.Ahead(images, 192, 2)
-    import numpy as np
-    out = numbered.Decoded(np.empty((9, 8, 8, 3), np.uint8), np.empty(9, "i4"), np.empty(9, "i4"), np.empty(9, bool))
-    ahead.take(out)
+    images = sample_index.SampleIndex(photos.load(sys.argv[1]), (0,), Dataset(augment=True))
+    prefetcher = prefetch.Prefetcher(images, 192, 2)
+    prefetcher.seek(0)
+    prefetcher.take(9)
     print("reading", flush=True)
     sys.stdin.readline()
-    for _ in range(200):  # more than there is on its way
-        ahead.take(out)
+    prefetcher.take(2000)  # more than there is on its way
     print("still", flush=True)
     time.sleep(60)
 """
@@ -258,14 +247,13 @@ def test_imagenet_is_read_record_by_record(imagenet):
 
 
 def test_workers_read_records(imagenet):
-    found = data.load("imagenet2012", imagenet, 16)
-    images = SampleIndex(found, (0,), 2, True, True)
-    ahead = Ahead(images, 16 * 16 * 3, 1)
-    out = Decoded(np.empty((40, 16, 16, 3), np.uint8), np.empty(40, "i4"), np.empty(40, "i4"), np.empty(40, bool))
-    ahead.take(out)
-    ahead.close()
-    equal(out, one_by_one(images, 0, 40))
-    assert out.sound.all()
+    images = SampleIndex(data.load("imagenet2012", imagenet, 16), (0,), DatasetConfig(augment=True, color_jitter=True))
+    prefetcher = Prefetcher(images, 16 * 16 * 3, 1)
+    prefetcher.seek(0)
+    found = prefetcher.take(40)
+    prefetcher.close()
+    equal(found, one_by_one(images, 0, 40))
+    assert found.valid.all()
 
 
 def test_imagenet_that_is_not_there_says_how_to_prepare_it(tmp_path):

@@ -1,7 +1,6 @@
-"""Photographs of many sizes, more than fit in memory: read and decoded as they are needed, never kept.
+"""Photographs: a dataset of pictures of many sizes that are decoded as they are needed, never kept.
 
-A source gives the bytes of each file and its label; `views.py` says how they become images of one size, `stream.py` decodes
-them ahead of their use.
+A source gives the bytes of each file and its label; `views.py` makes images of one size, `prefetch.py` decodes ahead.
 """
 
 import functools
@@ -18,24 +17,27 @@ import numpy as np
 
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.data import decode, order
+from smallbatch_jax.data.dataset import channel_sums, mean_and_deviation
 
-DIGEST_IMAGES = 64  # of each split, that name a dataset without a listing
+DIGEST_IMAGES = 64  # of each split, whose content names a dataset without a listing
 STATISTICS_IMAGES = 1024  # training images that the channels' mean and deviation are taken over
+# Of all ImageNet's training images, as everyone who trains on it normalises them; in 0 … 255.
+IMAGENET_STATISTICS = np.array([123.675, 116.28, 103.53], np.float32), np.array([58.395, 57.12, 57.375], np.float32)
 
 
 class Source(Protocol):
-    """The encoded pictures of one split. Worker processes get a copy: it must be pickled in little space."""
+    """The encoded pictures of one split. Each worker process gets a copy, so it must pickle small."""
 
     upright: bool  # whether pictures are turned as their EXIF says
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """The content of a picture's file, and its label; raises whatever reading it raises."""
+        """Returns the content of a picture's file and its label; raises whatever reading raises."""
         ...
 
     def name(self, index: int) -> str:
-        """What to call a picture in a message."""
+        """Returns the name of a picture for messages."""
         ...
 
 
@@ -45,7 +47,7 @@ class Files:
     upright = True
 
     def __init__(self, root: str, paths: Sequence[str], labels: np.ndarray):
-        """Paths begin with root; labels int32[N]."""
+        """Takes paths that begin with root, and labels int32[N]."""
         self._root = root
         # One array of bytes: a million strings would take seconds to pickle for each worker process.
         self._paths = np.array([os.fsencode(path.removeprefix(root).lstrip(os.sep)) for path in paths], np.bytes_)
@@ -65,7 +67,7 @@ class Files:
 class Records:
     """Pictures in array_record files, as TensorFlow Datasets writes them."""
 
-    upright = False  # as everyone reads ImageNet
+    upright = False  # ImageNet is commonly read without its EXIF
 
     def __init__(self, paths: Sequence[str], count: int):
         self._paths, self._count = list(paths), count
@@ -74,12 +76,7 @@ class Records:
         return self._count
 
     def read(self, index: int) -> tuple[bytes, int]:
-        from tensorflow_datasets.proto import tf_example_pb2
-
-        record = self._records[index]
-        feature = tf_example_pb2.Example.FromString(record).features.feature  # pyright: ignore[reportAttributeAccessIssue]
-        (image,), (label,) = feature["image"].bytes_list.value, feature["label"].int64_list.value
-        return image, int(label)
+        return parsed_example(self._records[index])
 
     def name(self, index: int) -> str:
         return f"{self._paths[0]}… record {index}"
@@ -94,8 +91,17 @@ class Records:
         return {"_paths": self._paths, "_count": self._count}  # not the open files
 
 
+def parsed_example(record: bytes) -> tuple[bytes, int]:
+    """Returns the encoded image and the label of a record that TensorFlow Datasets wrote."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    feature = tf_example_pb2.Example.FromString(record).features.feature  # pyright: ignore[reportAttributeAccessIssue]
+    (image,), (label,) = feature["image"].bytes_list.value, feature["label"].int64_list.value
+    return image, int(label)
+
+
 class SyntheticImages:
-    """Made-up photographs of 500×375, to measure how fast real ones would be read."""
+    """Random JPEGs of 500 × 375 pixels and 60 KB, like ImageNet's, to measure how fast real ones would be read."""
 
     upright = False
 
@@ -104,7 +110,7 @@ class SyntheticImages:
         import simplejpeg
 
         self._count, self._num_classes = count, num_classes
-        coarse = np.random.default_rng(0).integers(0, 256, (8, 47, 63, 3), np.uint8)  # which smoothed takes 60 KB, as one does
+        coarse = np.random.default_rng(0).integers(0, 256, (8, 47, 63, 3), np.uint8)
         smooth = (cv2.resize(image, (500, 375), interpolation=cv2.INTER_CUBIC) for image in coarse)
         self._contents = [simplejpeg.encode_jpeg(image, 92) for image in smooth]
 
@@ -115,7 +121,7 @@ class SyntheticImages:
         return self._contents[index % len(self._contents)], index % self._num_classes
 
     def name(self, index: int) -> str:
-        return f"made-up photograph {index}"
+        return f"synthetic photograph {index}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +133,8 @@ class Photographs:
     image_size: int  # S
     num_classes: int
     class_names: tuple[str, ...]
-    statistics: tuple[np.ndarray, np.ndarray] | None = None  # of the channels, in 0 … 255, where they are known
-    listing: str = ""  # names what is there: changes when a file does
+    statistics: tuple[np.ndarray, np.ndarray] | None = None  # mean and deviation of the channels in 0 … 255, if known
+    listing: str = ""  # changes when a file does
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -143,9 +149,9 @@ class Photographs:
         return len(self.test)
 
     def digest(self) -> str:
-        """A name for these pictures, such that results of others are not mixed with theirs.
+        """Returns a name for these pictures, so that their results are not mixed with those of others.
 
-        Without a listing, from the content of some of them, always the same.
+        Without a listing it is taken from the content of a fixed few of them.
         """
         digest = hashlib.sha256(f"{self.listing} {self.image_size} {self.num_classes}".encode())
         for source in () if self.listing else (self.train, self.test):
@@ -156,38 +162,37 @@ class Photographs:
         return digest.hexdigest()[:16]
 
     def channel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """(mean, deviation), float32[C] each, in units of 0 … 255, of the training images.
+        """Returns (mean, deviation), float32[C] each, in units of 0 … 255, of the training images as they look in testing.
 
-        Where they are not known from elsewhere: of 1,024 of them at random, always the same, as they look for testing.
+        Where they are not known they are taken over a random but fixed 1,024 of them.
+
+        Raises:
+          InputError: if none of those can be decoded.
         """
-        return self.statistics or self._sampled
+        return self.statistics or self._sampled_statistics
 
     @functools.cached_property
-    def _sampled(self) -> tuple[np.ndarray, np.ndarray]:
-        from smallbatch_jax.data.views import center_view
+    def _sampled_statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        from smallbatch_jax.data.streaming.views import center_view
 
-        def sums(index: int) -> tuple[np.ndarray, np.ndarray] | None:
-            with suppress(Exception):  # a broken one is told of when it is to be trained on
-                pixels = (
-                    center_view(self.train.read(index)[0], self.image_size, self.train.upright).reshape(-1, 3).astype(np.uint32)
-                )
-                return pixels.sum(axis=0, dtype=np.uint64), np.square(pixels).sum(axis=0, dtype=np.uint64)
+        def sums_of(index: int) -> np.ndarray | None:
+            with suppress(Exception):  # an undecodable picture is reported when it is trained on
+                image = center_view(self.train.read(index)[0], self.image_size, self.train.upright)
+                return np.array(channel_sums(image[None]), object)
             return None
 
         chosen = order.epoch_permutation(0, 0, self.num_train)[:STATISTICS_IMAGES]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = [pair for pair in pool.map(sums, chosen.tolist()) if pair is not None]
+            found = [pair for pair in pool.map(sums_of, chosen.tolist()) if pair is not None]
         if not found:
             name = self.train.name(int(chosen[0]))
             raise InputError(f"dataset.data_dir: none of {len(chosen)} training images can be decoded, {name!r} for one")
-        pixels = len(found) * self.image_size**2
-        mean, mean_square = (np.sum(column, axis=0) / pixels for column in zip(*found, strict=True))
-        deviation = np.sqrt(np.maximum(mean_square - mean**2, 0))
-        return mean.astype(np.float32), np.where(deviation > 0, deviation, 1).astype(np.float32)
+        sums, squares = np.sum(found, axis=0)
+        return mean_and_deviation(sums, squares, len(found) * self.image_size**2)
 
 
 def what_is_wrong(source: Source, index: int) -> str:
-    """What is the matter with a picture that could not be read or decoded."""
+    """Describes why a picture could not be read or decoded."""
     content = None
     try:
         content, _ = source.read(index)

@@ -1,0 +1,147 @@
+"""Prefetcher: images decoded ahead of their use by a Grain pipeline, in the order in which they are asked for.
+
+A Grain pipeline has one fixed order and lanes have many, so everything that can be asked for is numbered (SampleIndex), and the
+pipeline is sent to another number where a run begins or resumes there. Its worker processes go on running meanwhile.
+"""
+
+import contextlib
+import gc
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from smallbatch_jax.data.streaming.sample_index import Decoded, SampleIndex
+
+MESSAGE_BYTES = 2**22  # of images that a worker hands over at once
+MOST_PER_MESSAGE = 64
+MESSAGES_AHEAD = 2  # per worker; Grain holds as many again in this process
+SHARED_ABOVE = 2**10  # bytes of an array; the rest goes by a pipe, whose writes are whole or nothing up to 4,096 bytes
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # that all processes of a job may get
+
+
+class WorkerDied(Exception):
+    """A worker process ended by itself."""
+
+
+class _Messages:
+    """Consecutive images as one element of the pipeline, since Grain spends 0.14 ms on each element."""
+
+    def __init__(self, index: SampleIndex, size: int):
+        self._index, self._size = index, size
+
+    def __len__(self) -> int:
+        return len(self._index) // self._size
+
+    def __getitem__(self, index: int) -> Decoded:
+        images = (self._index[number] for number in range(index * self._size, (index + 1) * self._size))
+        return Decoded(*map(np.stack, zip(*images, strict=True)))
+
+
+class Prefetcher:
+    """Reads consecutive images of a SampleIndex, from any number on; `seek` says from which."""
+
+    def __init__(self, index: SampleIndex, image_bytes: int, workers: int):
+        """`workers` processes decode; 0 decodes in one thread of this process."""
+        import grain
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # Grain reads flags of its own, in a notebook too
+            flags.FLAGS.mark_as_parsed()
+        # Images are handed over in shared memory, of which a container may have little.
+        free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 2**40
+        room = free // 2 // (max(1, workers) * (2 * MESSAGES_AHEAD + 3))
+        most = max(1, min(MOST_PER_MESSAGE, MESSAGE_BYTES // image_bytes, room // image_bytes))
+        self._per_message = 2 ** (most.bit_length() - 1)  # divides STREAM, so that no message spans two streams
+        self._workers = workers
+        messages = grain.MapDataset.source(_Messages(index, self._per_message))
+        pipeline = messages.to_iter_dataset(grain.ReadOptions(num_threads=0 if workers else 1, prefetch_buffer_size=2))
+        if workers:
+            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=MESSAGES_AHEAD)
+            pipeline = pipeline.mp_prefetch(options, worker_init_fn=_begin_worker)
+        shared = grain.experimental.DatasetOptions(min_shm_size=SHARED_ABOVE)
+        self._pipeline: Any = iter(grain.experimental.WithOptionsIterDataset(pipeline, shared))
+        self._message: tuple[int, Decoded] | None = None  # the last one received, and its index
+        self.number: int | None = None  # of the next image
+
+    def seek(self, number: int) -> None:
+        """Goes on from this number."""
+        if number == self.number:
+            return
+        message = number // self._per_message
+        state = self._pipeline.get_state()
+        if self._workers:  # worker w of W makes messages w, w + W, …
+            firsts = [-(-(message - worker) // self._workers) for worker in range(self._workers)]
+            state |= {
+                "next_index_in_cycle": message % self._workers,
+                "iterators_in_use_states": [{"next_index": first} for first in firsts],
+            }
+        else:
+            state |= {"next_index": message}
+        self._pipeline.set_state(state)
+        with _signals_held():
+            self._pipeline.start_prefetch()
+        self._message, self.number = None, number
+
+    def take(self, count: int) -> Decoded:
+        """Returns the next images.
+
+        Raises:
+          WorkerDied: if one of the processes has ended.
+        """
+        assert self.number is not None, "seek comes first"
+        parts = []
+        while count or not parts:
+            index, first = divmod(self.number, self._per_message)
+            if self._message is None or self._message[0] != index:
+                self._message = index, self._receive()
+            taken = min(count, self._per_message - first)
+            parts.append([array[first : first + taken] for array in self._message[1]])
+            self.number, count = self.number + taken, count - taken
+        return Decoded(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def _receive(self) -> Decoded:
+        try:
+            return next(self._pipeline)
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            reason = str(error).split(". ")[0]
+        raise WorkerDied(f"a process that decodes images died: {reason}")  # without Grain's frames, which hold its queues
+
+    def close(self) -> None:
+        """Ends the workers, and frees what Python would report as leaked at the end."""
+        self._pipeline.close()
+        self._message = self._pipeline = None
+        gc.collect()
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Processes started within hold these signals until `_begin_worker` ignores them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker(index: int, count: int) -> None:
+    """Makes a worker outlive the signals, so that a last segment can be trained, but not its parent."""
+    import cv2
+
+    for held in SIGNALS:
+        signal.signal(held, signal.SIG_IGN)
+    cv2.setNumThreads(0)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(0)
