@@ -1,6 +1,5 @@
 """Grids on a Ray cluster: what a program asks for, what a worker does, what becomes of one that dies; then real clusters."""
 
-import fcntl
 import json
 import math
 import os
@@ -151,7 +150,7 @@ def test_who_adds_a_line_to_a_shared_file_waits_for_its_turn(tmp_path):
     add += "timings = Timings(Path(sys.argv[1])); print(flush=True); timings.add('compile', 1.0)"
     with subprocess.Popen([sys.executable, "-c", add, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE) as other:
         with AppendOnly(path) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            assert file.lock(wait=True)
             other.stdout.readline()
             time.sleep(0.3)
             assert path.stat().st_size == 0
