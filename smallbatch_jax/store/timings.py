@@ -33,7 +33,7 @@ class Timings:
         images: int = 0,
         peak_bytes: int = 0,
     ) -> None:
-        """Adds a line; steps and images are summed over the lanes, peak_bytes is a compiled program's `LaneProgram.peak_bytes`."""
+        """Adds a line; steps and images are summed over the lanes, peak_bytes is `LaneProgram.peak_bytes`."""
         row = (phase, batch_size, bn_batch_size, lanes, round(seconds, 6), steps, images, peak_bytes)
         append_line(self._path, ",".join(map(str, row)), header=",".join(TIMING_COLUMNS))
 

@@ -1,75 +1,56 @@
-"""TensorBoard's event files: the events of a training run, and the records that hold them.
+"""TensorBoard as a tracker: an event file for each run in WORKDIR/tensorboard/RUN, by tensorboardX."""
 
-An event is given its time as it is encoded, and loses it as it is read: so equal events compare equal. tensorboardX's own
-writers are not used, as they write from a thread that dies silently where the disk is full, under names with a time in them.
-"""
-
-# The messages are made as their modules load.
-# pyright: reportAttributeAccessIssue=false
-
-import struct
+import os
 import time
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-from tensorboardX.proto.api_pb2 import Status
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData, SessionEndInfo
-from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
-from tensorboardX.record_writer import masked_crc32c
-from tensorboardX.summary import hparams as hparams_summaries
-
-FILE_VERSION = Event(file_version="brain.Event:2")  # opens every file
+from smallbatch_jax.config.experiment import Experiment, Run
+from smallbatch_jax.store.results import Row
+from smallbatch_jax.tracking.metrics import DIVERGED, FINAL_ACCURACY, hparams, name_of, scalars
 
 
-def scalars(step: int, values: Mapping[str, float]) -> Event:
-    """Points of several charts at one step; TensorBoard keeps them in float32."""
-    return Event(step=step, summary=Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()]))
+class TensorBoardRun:
+    """The event file of a run, written anew from the stored rows by each process that trains the run.
 
+    It replaces the file before it, and begins with a START event, at which an open TensorBoard drops what it has read.
+    tensorboardX's `SummaryWriter` is not used: it writes from a thread, which dies silently on a full disk.
+    """
 
-def session_start(hparams: Mapping[str, Any], metrics: Iterable[str]) -> Event:
-    """A run's row in the table of hyperparameters, and the table's columns: these, and scalars by their names."""
-    columns, row, _ = hparams_summaries(dict(hparams), dict.fromkeys(metrics))
-    values = [*columns.value, *row.value]
-    for value in values:  # maps, in an order that differs from process to process
-        plugin = value.metadata.plugin_data
-        plugin.content = HParamsPluginData.FromString(plugin.content).SerializeToString(deterministic=True)
-    return Event(summary=Summary(value=values))
+    def __init__(self, experiment: Experiment, workdir: Path, run: Run):
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
 
+        self.shown, self._event = 0, event_pb2.Event
+        folder = workdir / "tensorboard" / name_of(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        for earlier in folder.glob("*tfevents*"):
+            os.truncate(earlier, 0)  # an open TensorBoard reads no further if it is gone
+        self._writer = event_file_writer.EventsWriter(str(folder / "events"))
+        self._write(0, session_log={"status": "START"})
+        columns, row, self._success = summary.hparams(hparams(experiment, run), dict.fromkeys((FINAL_ACCURACY, DIVERGED)))
+        self._write(0, summary=columns)
+        self._write(0, summary=row)
 
-def session_end(success: bool) -> Event:
-    """The status of a run in the table of hyperparameters, which is "running" before."""
-    status = Status.Value("STATUS_SUCCESS" if success else "STATUS_FAILURE")
-    content = HParamsPluginData(session_end_info=SessionEndInfo(status=status)).SerializeToString(deterministic=True)
-    metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="hparams", content=content))
-    return Event(summary=Summary(value=[Summary.Value(tag="_hparams_/session_end_info", metadata=metadata)]))
+    def show(self, rows: list[Row]) -> None:
+        for row in rows:
+            self._write_scalars(row.epoch, scalars(row))
+        self._writer.flush()
 
+    def end(self, epoch: int, outcome: dict[str, float]) -> None:
+        from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
-def encode(events: Iterable[Event]) -> bytes:
-    """Events as records, at the time of now."""
-    timed = Event(wall_time=time.time()).SerializeToString()
-    return b"".join(_record(timed + event.SerializeToString()) for event in events)
+        self._write_scalars(epoch, outcome)
+        if outcome[DIVERGED]:
+            content = HParamsPluginData(session_end_info={"status": "STATUS_FAILURE"})
+            self._success.value[0].metadata.plugin_data.content = content.SerializeToString()
+        self._write(epoch, summary=self._success)
+        self._writer.close()
 
+    def close(self) -> None:
+        self._writer.close()
 
-def read(path: Path) -> tuple[list[Event], int]:
-    """The events of a file up to the first record that is torn or damaged, and their bytes; none where there is no file."""
-    content = path.read_bytes() if path.exists() else b""
-    events, size = [], 0
-    while len(content) - size > 16:
-        (length,) = struct.unpack_from("<Q", content, size)
-        end = size + 16 + length
-        data = content[size + 12 : end - 4]
-        if content[size:end] != _record(data):
-            break
-        event = Event.FromString(data)
-        event.ClearField("wall_time")
-        events.append(event)
-        size = end
-    return events, size
+    def _write_scalars(self, epoch: int, values: dict[str, float]) -> None:
+        self._write(epoch, summary={"value": [{"tag": name, "simple_value": value} for name, value in values.items()]})
 
-
-def _record(data: bytes) -> bytes:
-    """Length, its checksum, the data, its checksum."""
-    length = struct.pack("<Q", len(data))
-    return b"".join((length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data))))
+    def _write(self, step: int, **content: object) -> None:
+        self._writer.write_event(self._event(step=step, wall_time=time.time(), **content))
