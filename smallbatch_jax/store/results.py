@@ -9,6 +9,7 @@ import copy
 import math
 import os
 import statistics
+import time
 import warnings
 from collections import deque
 from collections.abc import Iterable
@@ -84,15 +85,18 @@ class ProgramResults:
     """The rows of one program, open for appending by one process at a time; a context manager.
 
     Raises:
-      Owned: if another process has them open.
+      Owned: if another process has them open, and does not close them within `wait_seconds`.
       WriteError, InputError: if they cannot be written.
     """
 
-    def __init__(self, workdir: Path, batch_size: int, bn_batch_size: int):
+    def __init__(self, workdir: Path, batch_size: int, bn_batch_size: int, wait_seconds: float = 0.0):
         self.path = path_of(workdir, batch_size, bn_batch_size)
+        self._deadline = time.monotonic() + wait_seconds
         self._last_rows: dict[Run, deque[Row]] = {}  # as many as the final accuracy is taken from
         self._file: AppendOnly | None = self._opened()
         try:
+            if not self.path.stat().st_size:
+                self._file.append(_HEADER)
             found, damaged = _read_rows(self.path)
             kept = _without_gaps(found)
             if damaged or len(kept) < len(found):
@@ -105,15 +109,11 @@ class ProgramResults:
         self._note(kept)
 
     def _opened(self) -> AppendOnly:
-        file = AppendOnly(self.path)
-        try:
-            if not file.lock(wait=False):
-                raise Owned(f"{self.path} belongs to another process, which trains this program.")
-            if not self.path.stat().st_size:
-                file.append(_HEADER)
-        except BaseException:
+        while not (file := AppendOnly(self.path)).lock(wait=False):
             file.close()
-            raise
+            if time.monotonic() >= self._deadline:
+                raise Owned(f"{self.path} belongs to another process, which trains this program.")
+            time.sleep(0.2)
         return file
 
     def followed(self) -> "ProgramResults":
@@ -166,6 +166,9 @@ class ProgramResults:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         if self._file:
             self._file.close()
 

@@ -1,5 +1,8 @@
 """TensorBoard as a tracker: an event file for each run in WORKDIR/tensorboard/RUN, by tensorboardX."""
 
+# The messages are made as their modules load.
+# pyright: reportAttributeAccessIssue=false
+
 import os
 import time
 from pathlib import Path

@@ -112,9 +112,9 @@ class Trackers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for (name, _), tracked in self._open.items():
-            if name in self._names:
-                with self._warning(name):
+        for key, tracked in self._open.items():
+            if key[0] in self._names:
+                with self._warning(key[0]):
                     tracked.close()
 
 

@@ -18,18 +18,18 @@ from tensorboard.plugins.hparams.api_pb2 import Status
 from tracked import assert_all_shown, expected, points, row, runs_shown, show, train
 
 import smallbatch_jax as sbj
-from smallbatch_jax.cluster import launcher as cluster
-from smallbatch_jax.cluster import ray as tasks
-from smallbatch_jax.cluster import worker
+from smallbatch_jax.cluster import launcher, worker
+from smallbatch_jax.cluster import ray as ray_tasks
 from smallbatch_jax.config.experiment import InputError, Run
 from smallbatch_jax.program import processes
 from smallbatch_jax.runner import driver
 from smallbatch_jax.runner import scheduler as feeder
 from smallbatch_jax.runner.progress import NoProgress
+from smallbatch_jax.runner.signals import Stop
 from smallbatch_jax.store import results
 from smallbatch_jax.store.results import ProgramResults
 from smallbatch_jax.tracking.metrics import name_of
-from smallbatch_jax.tracking.trackers import Trackers
+from smallbatch_jax.tracking.trackers import TRACKERS, Trackers
 
 NAN = float("nan")
 
@@ -266,21 +266,20 @@ def test_a_sweep_from_python_is_shown(tmp_path):
 def test_what_a_worker_trained_elsewhere_is_shown_in_the_launchers_workdir(tmp_path, monkeypatch):
     """One that does not see the workdir tracks nothing itself, into a folder that would be lost."""
     asked, grid = [], tiny.grid(tensorboard=True, wandb="p")
-    monkeypatch.setattr(worker, "_train", lambda part, folder, report: asked.append(part.experiment) or worker.Outcome(None))
-    worker.train(worker.Part(grid, tmp_path, (4, 4), "no such token", "", [], None), lambda status: 0)
-    assert (asked[0].tensorboard, asked[0].wandb) == (False, None)
-    with ProgramResults(tmp_path / "elsewhere", 4, 4) as elsewhere:
-        elsewhere.append([row(1), row(2)])
-    outcome = worker.Outcome(None, rows=elsewhere.path.read_text())
-    program = tasks.Program(tiny.grid(tensorboard=True), tmp_path / "w", (4, 4), "", [], 1, driver.Status(1, 1, 0.0))
-    tasks._store(program, outcome)
+    monkeypatch.setattr(worker, "_train", lambda task, *_: asked.append(task.experiment) or worker.Outcome(None))
+    task = worker.ProgramTask(grid, tmp_path / "w", (4, 4), "another machine", [], [])
+    worker.train(task, None, Stop(), lambda status: None)
+    assert not any(getattr(asked[0], name) for name in TRACKERS)
+    task = worker.ProgramTask(tiny.grid(tensorboard=True), tmp_path / "w", (4, 4), "", [], [])
+    ray_tasks._store(task, worker.Outcome(None, rows=[row(1), row(2)]))
     assert [s.step for s in runs_shown(tmp_path / "w")["m00004_lr2^-7_seed0"].Scalars("updates")] == [1, 2]
 
 
 def test_a_program_that_needs_no_worker_is_shown_by_the_launcher(tmp_path):
     rates = tiny.grid().grid.base_lrs
     show(tmp_path, *(row(1, base_lr) for base_lr in rates), epochs=1, tensorboard=False)
-    cluster._programs(tiny.grid(epochs=1, tensorboard=True), tmp_path, "", 50)
+    (tmp_path / "lock").touch()
+    launcher._programs(tiny.grid(epochs=1, tensorboard=True), tmp_path, 50)
     assert len(runs_shown(tmp_path)) == len(rates)
 
 
