@@ -168,19 +168,18 @@ class Launch:
             raise Interrupted(stop.signum)
 
     def _submit(self, program: LaunchedProgram) -> None:
-        program.resources = resources(self._machines(), program.status.runs, program.task.experiment.lanes)
+        program.resources = self._fitting(program)
         task = self._train.options(name=program.task.name, **program.resources)
         self._running[task.remote(program.task, program.resources.get("num_cpus"), self._reports)] = program
 
-    def _machines(self) -> list[dict[str, float]]:
-        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+    def _fitting(self, program: LaunchedProgram) -> dict[str, int]:
+        machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        return resources(machines, program.status.runs, program.task.experiment.lanes)
 
     def _resubmit_what_fits_nowhere(self) -> None:
         """Ray would wait forever for more CPUs than any machine has that is left; the task may make do with fewer."""
-        machines = self._machines()
         for task, program in list(self._running.items()):
-            fitting = resources(machines, program.status.runs, program.task.experiment.lanes)
-            if fitting.get("num_cpus", math.inf) < program.resources.get("num_cpus", 0):
+            if self._fitting(program).get("num_cpus", math.inf) < program.resources.get("num_cpus", 0):
                 self._ray.cancel(task)
                 del self._running[task]
                 self._submit(program)
