@@ -1,5 +1,6 @@
-"""Programs as Ray tasks, each in a process of its own; Ray schedules them and starts anew what dies."""
+"""Programs as Ray tasks, each in a process of its own; Ray schedules them and restarts those that die."""
 
+import dataclasses
 import logging
 import math
 import os
@@ -18,6 +19,7 @@ from smallbatch_jax.cluster import worker
 from smallbatch_jax.cluster.worker import LOGS, Outcome, ProgramTask
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.runner.progress import Progress, Status
+from smallbatch_jax.runner.signals import Interrupted, Stop, noted_signals
 from smallbatch_jax.store.files import append_line
 from smallbatch_jax.store.results import ProgramResults
 from smallbatch_jax.tracking.trackers import Trackers
@@ -45,17 +47,14 @@ class LaunchedProgram:
 
 def summed(programs: list[LaunchedProgram], started: float) -> Status:
     """The status of the programs together since `started`, a time.monotonic()."""
-    total: dict[str, Any] = {}
-    for field_name in ("runs", "images", "finished", "diverged", "trained"):
-        total[field_name] = sum(getattr(program.status, field_name) for program in programs)
-    for field_name in ("running", "images_per_second"):
-        total[field_name] = sum(getattr(program.status, field_name) for program in programs if program.working)
+    names = ("runs", "images", "finished", "diverged", "trained", "running", "images_per_second")
+    total: dict[str, Any] = {name: sum(getattr(program.status, name) for program in programs) for name in names}
     best = max((program.status.best for program in programs if program.status.best == program.status.best), default=math.nan)
     return Status(started=started, best=best, **total)
 
 
 class Reports:
-    """An actor that holds the last report of each task by Ray's id; if its process dies, it starts anew without any."""
+    """An actor that holds the last report of each task by Ray's id; if its process dies, it restarts without any."""
 
     def __init__(self) -> None:
         self._last: dict[str, Status | None] = {}
@@ -80,9 +79,7 @@ def resources(nodes: Iterable[Mapping[str, float]], runs: int, lanes: int | None
 
 @contextmanager
 def connected(address: str | None) -> Iterator[Any]:
-    """Yields `ray`, connected to a cluster until the block ends; Ray itself writes nothing on the terminal.
-
-    An address of None starts a cluster of this machine.
+    """Yields `ray`, connected until the block ends, to a cluster of this machine if there is no address; Ray writes nothing.
 
     Raises:
       InputError: if there is no cluster at the address.
@@ -116,8 +113,6 @@ def _train(task: ProgramTask, cpu_devices: int | None, reports: Any) -> Outcome:
     """The body of a Ray task. `ray.cancel` interrupts it, as SIGINT would: then it saves and returns."""
     import ray
 
-    from smallbatch_jax.runner.signals import Stop
-
     stop, task_id = Stop(), ray.get_runtime_context().get_task_id()
     signal.signal(signal.SIGINT, lambda signum, frame: setattr(stop, "signum", signum))
     try:
@@ -139,13 +134,7 @@ class Launch:
         self._running: dict[Any, LaunchedProgram] = {}  # by the reference of its task
 
     def train(self, progress: Progress) -> None:
-        """Returns when each program is trained or has failed; prints one line for each that failed.
-
-        Raises:
-          Interrupted: on a signal of `signals`, once the workers have saved.
-        """
-        from smallbatch_jax.runner.signals import Interrupted, noted_signals
-
+        """Returns when each program is trained or has failed; raises `Interrupted` on a signal, once the workers have saved."""
         with noted_signals() as stop:
             for program in sorted(self._programs, key=lambda program: (-program.steps, -program.pending)):
                 if program.pending:  # what takes longest starts first
@@ -198,8 +187,7 @@ class Launch:
             program.status = reports.get(task.task_id().hex()) or program.status
 
     def _end(self, program: LaunchedProgram, task: Any) -> None:
-        program.working = False
-        errors = self._ray.exceptions
+        program.working, errors = False, self._ray.exceptions
         try:
             outcome: Outcome = self._ray.get(task)
         except errors.TaskCancelledError:
@@ -211,6 +199,7 @@ class Launch:
         else:
             program.status, program.failure = outcome.status or program.status, outcome.failure
             _store(program.task, outcome)
+        program.status = dataclasses.replace(program.status, running=0, images_per_second=0.0)
         if program.failure:
             print(f"{program.task.name}: {program.failure}", file=sys.stderr, flush=True)
 

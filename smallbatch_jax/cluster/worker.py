@@ -11,18 +11,15 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from smallbatch_jax.config.experiment import Experiment, InputError
 from smallbatch_jax.runner.progress import Status
+from smallbatch_jax.runner.signals import Interrupted, Stop
 from smallbatch_jax.store import skipped
 from smallbatch_jax.store.files import WriteError
 from smallbatch_jax.store.results import ProgramResults, Row
 from smallbatch_jax.store.timings import TIMING_COLUMNS
 from smallbatch_jax.tracking.trackers import TRACKERS
-
-if TYPE_CHECKING:
-    from smallbatch_jax.runner.signals import Stop
 
 OWNER_SECONDS = 60.0  # for which a dead worker may keep its program's files: the death of its machine spreads slowly
 # The files that all programs of a workdir append to, and their headers.
@@ -58,7 +55,7 @@ class Outcome:
     logs: dict[str, str] = field(default_factory=dict)  # the lines of LOGS, without headers
 
 
-def train(task: ProgramTask, cpu_devices: int | None, stop: "Stop", report: Report) -> Outcome:
+def train(task: ProgramTask, cpu_devices: int | None, stop: Stop, report: Report) -> Outcome:
     """Trains the runs of a program that are missing; to be called in a process that has not used JAX.
 
     `cpu_devices` of None stands for all devices that this process finds, of whatever kind. Once `stop` is set, the program is
@@ -80,11 +77,10 @@ def train(task: ProgramTask, cpu_devices: int | None, stop: "Stop", report: Repo
         return dataclasses.replace(outcome, rows=rows, logs=logs)
 
 
-def _train(task: ProgramTask, folder: Path, cpu_devices: int | None, stop: "Stop", report: Report) -> Outcome:
+def _train(task: ProgramTask, folder: Path, cpu_devices: int | None, stop: Stop, report: Report) -> Outcome:
     from smallbatch_jax import data
     from smallbatch_jax.program import devices
     from smallbatch_jax.runner import driver
-    from smallbatch_jax.runner.signals import Interrupted
 
     sys.argv = task.command
     progress = _Reporter(report)

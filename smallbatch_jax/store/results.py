@@ -92,7 +92,7 @@ class ProgramResults:
     def __init__(self, workdir: Path, batch_size: int, bn_batch_size: int, wait_seconds: float = 0.0):
         self.path = path_of(workdir, batch_size, bn_batch_size)
         self._deadline = time.monotonic() + wait_seconds
-        self._last_rows: dict[Run, deque[Row]] = {}  # as many as the final accuracy is taken from
+        self._last_rows: dict[Run, deque[Row]] = {}  # the LAST_EPOCHS of each run
         self._file: AppendOnly | None = self._opened()
         try:
             if not self.path.stat().st_size:

@@ -13,7 +13,7 @@ from smallbatch_jax.tracking.metrics import DIVERGED, FINAL_ACCURACY, hparams, n
 
 
 class TensorBoardRun:
-    """The event file of a run, written anew from the stored rows by each process that trains the run.
+    """The event file of a run, rewritten from the stored rows by each process that trains the run.
 
     It replaces the file before it, and begins with a START event, at which an open TensorBoard drops what it has read.
     tensorboardX's `SummaryWriter` is not used: it writes from a thread, which dies silently on a full disk.

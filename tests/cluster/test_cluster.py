@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import ray
 import tiny
 
 from smallbatch_jax.cluster import launcher, worker
@@ -86,21 +87,38 @@ def test_the_launcher_finds_what_earlier_workers_completed_and_makes_every_resul
     assert sorted(path.name for path in (folder / "results").iterdir()) == ["m00004_b00004.csv", "m00008_b00008.csv"]
 
 
-def program(working, **status):
+def program(**status):
     task = ProgramTask(tiny.grid(), Path("w"), (4, 4), "", [], [])
-    return LaunchedProgram(task, 3, 1, Status(3, 450, started=0.0, **status), working)
+    return LaunchedProgram(task, 3, 1, Status(3, 450, started=0.0, **status))
 
 
-def test_the_status_of_all_is_the_sum_and_the_speed_that_of_those_at_work():
+def test_the_status_of_all_programs_is_the_sum():
     members = [
-        program(True, finished=1, diverged=1, running=1, trained=300, best=0.5, images_per_second=10.0),
-        program(True, running=2, trained=30, images_per_second=5.0),
-        program(False, finished=3, running=3, trained=450, best=0.75, images_per_second=100.0),
+        program(finished=1, diverged=1, running=1, trained=300, best=0.5, images_per_second=10.0),
+        program(running=2, trained=30, images_per_second=5.0),
+        program(finished=3, trained=450, best=0.75),
     ]
     assert summed(members, 7.0) == Status(
         9, 1350, started=7.0, finished=4, diverged=1, running=3, trained=780, best=0.75, images_per_second=15.0
     )
     assert math.isnan(summed([], 0.0).best)
+
+
+class EndedTask:
+    """Stands for Ray, of which one task has ended."""
+
+    exceptions = ray.exceptions
+
+    def __init__(self, outcome):
+        self.get = lambda task: outcome
+
+
+def test_a_program_that_ended_adds_no_speed():
+    ended = program(running=3, trained=450, images_per_second=100.0)
+    launch = object.__new__(Launch)
+    launch._ray = EndedTask(Outcome(ended.status))
+    launch._end(ended, None)
+    assert (ended.status.running, ended.status.images_per_second, ended.status.trained) == (0, 0.0, 450)
 
 
 def test_of_each_task_the_last_report_is_kept():
