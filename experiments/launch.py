@@ -37,14 +37,14 @@ def main() -> int:
             raise InputError(f"--workdir, --also: {workdir} stands twice; give each config a folder of its own.")
     chosen = [(command.for_workdir(config, workdir), Path(workdir)) for config, workdir in asked]
     command.import_jax()
-    from smallbatch_jax.cluster import launcher as cluster
+    from smallbatch_jax.cluster import launcher
     from smallbatch_jax.runner import progress
     from smallbatch_jax.runner.signals import Interrupted
     from smallbatch_jax.store import results
 
     imported = time.monotonic()
     try:
-        complete = cluster.train_grids([cluster.Grid(*pair) for pair in chosen], ADDRESS.value or None, progress.for_stream())
+        complete = launcher.train_grids(chosen, ADDRESS.value or None, progress.for_stream())
     except Interrupted as interrupted:
         named = ", ".join(str(folder) for _, folder in chosen)
         command.leave(f"stopped; everything is saved in {named}, the same command goes on", 128 + interrupted.signum)

@@ -1,8 +1,8 @@
 """Several processes that run one program together (`jax.distributed`): how what one of them knows reaches all.
 
 All take the same steps in the same order, each with its own devices. The first alone touches the workdir: it reads and writes
-results and checkpoints, and tells the others. What depends on a clock or on a signal is agreed on before it is acted on.
-With one process every function here is as if it were not there.
+results and checkpoints, and sends the others what it read. What depends on a clock or a signal is agreed on before it is acted
+on. With one process these functions communicate nothing.
 """
 
 import functools
@@ -34,58 +34,59 @@ def is_first() -> bool:
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """What `function()` gives in the first process, in all of them; only there is it called.
+    """Calls `function()` in the first process and returns its value in all.
 
     Raises:
-      InputError, WriteError: everywhere, if it does there.
+      InputError, WriteError: in all processes, if `function` does.
     """
     if not several():
         return function()
-    outcome: Any = None
+    value, error = None, None
     if is_first():
         try:
-            outcome = (function(), None, "")
-        except (InputError, WriteError) as error:
-            outcome = (None, type(error), str(error))
-    value, kind, message = pickle.loads(_broadcast(pickle.dumps(outcome)))
-    if kind is not None:
-        error = kind.__new__(kind)
-        error.args = (message,)
+            value = function()
+        except InputError as refusal:  # subclasses may need other arguments to be made again
+            error = InputError(str(refusal))
+        except WriteError as failure:
+            error = failure
+    value, error = _broadcast((value, error))
+    if error is not None:
         raise error
     return value
 
 
 def require_same(value: Any, field: str) -> None:
-    """Refuses to go on if the processes were not given the same; `value` can be pickled."""
-    if not several():
-        return
-    differs = on_first(lambda: value) != value
-    others = np.flatnonzero(np.asarray(multihost_utils.process_allgather(np.int32(differs))))
-    if len(others):
-        raise InputError(f"{field}: process {others[0]} was given another than process 0; start all of them alike.")
+    """Refuses to go on if the processes were given different values, which must be picklable.
+
+    Raises:
+      InputError: names the field and the first process that differs.
+    """
+    if several():
+        differs = on_first(lambda: value) != value
+        others = np.flatnonzero(multihost_utils.process_allgather(np.int32(differs)))
+        if len(others):
+            raise InputError(f"{field}: process {others[0]} was given another than process 0; start all of them alike.")
 
 
 def least(value: int) -> int:
-    """The smallest of what the processes give."""
-    if not several():
-        return value
-    return int(np.min(np.asarray(multihost_utils.process_allgather(np.float64(value)))))
+    """The smallest value of any process."""
+    return int(np.min(multihost_utils.process_allgather(np.float64(value)))) if several() else value
 
 
 def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    """Arrays on the host, the same in every process, to devices, of which each process feeds its own."""
+    """Puts arrays on the host, equal in every process, onto devices; each process feeds its own devices."""
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), tree)
 
 
 def readable(tree: PyTree, mesh: Mesh) -> PyTree:
-    """The same arrays such that `np.asarray` takes them in every process, whichever devices they lie on."""
+    """The same arrays, replicated so that `np.asarray` takes them in every process."""
     return _replicate(mesh)(tree) if several() else tree
 
 
 def exchange(values: tuple[int, ...], mesh: Mesh) -> Any:
-    """Begins to tell the other processes of this mesh a few integers; `np.asarray` waits for int32[processes, values]."""
+    """Begins to send integers to the other processes of this mesh; `np.asarray` waits for int32[processes, values]."""
     if not several():
         return np.array([values], np.int32)
     rows = NamedSharding(Mesh(mesh.devices.reshape(-1), ("device",)), P("device"))
@@ -106,8 +107,9 @@ def _replicate(mesh: Any) -> Callable[[PyTree], PyTree]:
     return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))
 
 
-def _broadcast(content: bytes) -> bytes:
-    """The content that the first process gives."""
-    size = int(np.asarray(multihost_utils.broadcast_one_to_all(np.int32(len(content)))))
-    padded = np.frombuffer(content, np.uint8) if is_first() else np.zeros(size, np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()
+def _broadcast(value: Any) -> Any:
+    """The value of the first process, in all."""
+    content = np.frombuffer(pickle.dumps(value), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(content.size)))
+    padded = content if is_first() else np.zeros(size, np.uint8)
+    return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())

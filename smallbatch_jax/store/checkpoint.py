@@ -1,8 +1,8 @@
 """Checkpoints of a program's lanes, by Orbax: atomic, the last two kept, a damaged one passed over.
 
-One process writes and reads them, however many train: it is given all lanes, and tells the others what it read. So their
-number and that of the devices may change from one start to the next. (Orbax's older interface: its newer one cannot leave
-out the other processes.)
+One process writes and reads them, however many train: it is given all lanes, and sends the others what it read. So the number
+of processes and devices may change from one start to the next. (Orbax's older interface: its newer one cannot leave out the
+other processes.)
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from smallbatch_jax.store.files import WriteError
 
 FORMAT = 1
 KEEP = 2
-LAST_WORDS_SECONDS = 0.3  # after a failure, in which Orbax's threads still find out about it
+FAILURE_SECONDS = 0.3  # after a failure, in which Orbax's threads still report it
 PyTree = Any
 
 
@@ -64,31 +64,31 @@ class Checkpoints:
         """Saves the stacked lanes and the run in each; returns once they are on the disk.
 
         Raises:
-          WriteError: if they cannot be written; the checkpoints before are there still.
+          WriteError: if they cannot be written; earlier checkpoints are unharmed.
         """
         lanes = jax.tree.map(np.asarray, lanes)
-        metadata: Any = {
+        description: Any = {
             "format": FORMAT,
             "experiment": self._experiment.to_dict(),
             "runs": [None if run is None else dataclasses.asdict(run) for run in runs],
             "arrays": _arrays(lanes),
-            "checksum": _checksum(lanes),
+            "checksum": _crc32(jax.tree.leaves(lanes)),
         }
-        metadata["seal"] = _seal(metadata)
+        description["seal"] = _seal(description)
         try:
             with _quietly():
                 manager, content = self._open(), ocp.args.StandardSave(lanes)  # pyright: ignore[reportCallIssue]
                 latest = manager.latest_step()
-                manager.save(0 if latest is None else latest + 1, args=content, custom_metadata=metadata, force=True)
+                manager.save(0 if latest is None else latest + 1, args=content, custom_metadata=description, force=True)
         except Exception as error:  # Orbax passes on whatever its storage raises
             self.close()
             raise WriteError(self._folder, _reason(error)) from error
 
     def restore(self, template: PyTree) -> tuple[PyTree, list[Run | None]] | None:
-        """The lanes last saved, as NumPy arrays stacked by lane, and the run in each; None if nothing was saved.
+        """The lanes saved last, as NumPy arrays stacked by lane, and the run in each; None if nothing was saved.
 
-        Their number may differ from that of `template`, whose leaves give the other axes and the dtypes. A checkpoint that
-        cannot be read whole is put aside with a warning, and the one before is taken.
+        Their number may differ from that of `template`, whose leaves give the other axes and the dtypes. A damaged checkpoint
+        is put aside with a warning, and the one before is taken.
 
         Raises:
           InputError: if they are of another experiment, model or format.
@@ -102,33 +102,31 @@ class Checkpoints:
                 except InputError:
                     raise
                 except Exception as error:  # whatever reading a damaged file raises
-                    aside = self._put_aside(step)
-                    warnings.warn(f"damaged checkpoint put aside in {aside}: {_reason(error)}", stacklevel=2)
+                    warnings.warn(f"damaged checkpoint put aside in {self._put_aside(step)}: {_reason(error)}", stacklevel=2)
                     gc.collect()
         return None
 
     def _load(self, step: int, template: PyTree) -> tuple[PyTree, list[Run | None]]:
         manager = self._open()
-        found: Any = manager.metadata(step)
-        metadata: Any = found.custom_metadata
-        if _seal({name: value for name, value in metadata.items() if name != "seal"}) != metadata["seal"]:
+        description: Any = manager.metadata(step).custom_metadata
+        if _seal(description) != description["seal"]:
             raise ValueError("its description does not match its checksum")
-        self._require_same(metadata, template)
-        runs = [None if run is None else Run(**run) for run in metadata["runs"]]
+        self._require_same(description, template)
+        runs = [None if run is None else Run(**run) for run in description["runs"]]
         here = SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(runs), *x.shape[1:]), x.dtype, sharding=here), template)
         content = ocp.args.StandardRestore(abstract)  # pyright: ignore[reportCallIssue]
         lanes = jax.tree.map(np.asarray, manager.restore(step, args=content))
-        if _checksum(lanes) != metadata["checksum"]:
+        if _crc32(jax.tree.leaves(lanes)) != description["checksum"]:
             raise ValueError("its arrays do not match their checksum")
         return lanes, runs
 
-    def _require_same(self, metadata: Any, template: PyTree) -> None:
-        """Refuses a checkpoint that is whole but not of these runs, naming what differs."""
-        if metadata["format"] != FORMAT:
-            raise InputError(f"checkpoints: {self._folder} has format {metadata['format']}, this version reads {FORMAT}.")
-        found = differences(fields.parse(Experiment, metadata["experiment"], ""), self._experiment)
-        there, here = metadata["arrays"], _arrays(template)
+    def _require_same(self, description: Any, template: PyTree) -> None:
+        """Refuses an undamaged checkpoint of other runs, naming what differs."""
+        if description["format"] != FORMAT:
+            raise InputError(f"checkpoints: {self._folder} has format {description['format']}, this version reads {FORMAT}.")
+        found = differences(fields.parse(Experiment, description["experiment"], ""), self._experiment)
+        there, here = description["arrays"], _arrays(template)
         found += [
             f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
             for name in sorted(there.keys() | here.keys())
@@ -151,39 +149,41 @@ class Checkpoints:
 
     def close(self) -> None:
         if self._manager is not None:
-            with _quietly(), suppress(Exception):  # it raises again what a save did
+            with _quietly(), suppress(Exception):  # raises the error of a failed save once more
                 self._manager.close()
             self._manager = None
 
 
 def _arrays(lanes: PyTree) -> dict[str, str]:
-    """The dtype and shape of each array, less the axis of lanes, by its name."""
+    """The dtype and shape of each array by its name, without the axis of lanes."""
     leaves = jax.tree_util.tree_leaves_with_path(lanes)
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape[1:])}" for path, leaf in leaves}
 
 
-def _seal(metadata: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
+def _seal(description: dict[str, Any]) -> int:
+    """Checksum of a description, which holds that of the arrays: these can be read only as a trusted description says."""
+    unsealed = {name: value for name, value in description.items() if name != "seal"}
+    return _crc32([np.frombuffer(json.dumps(unsealed, sort_keys=True).encode(), np.uint8)])
 
 
-def _checksum(lanes: PyTree) -> int:
+def _crc32(arrays: Iterable[np.ndarray]) -> int:
     checksum = 0
-    for leaf in jax.tree.leaves(lanes):
-        checksum = zlib.crc32(np.ascontiguousarray(leaf).data, checksum)
+    for array in arrays:
+        checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
     return checksum
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keeps Orbax's threads and tasks from telling at length, each for itself, of a failure: we say it in one line."""
+    """Silences Orbax's threads and tasks, each of which reports a failure at length; we report it in one line."""
     before = sys.excepthook, sys.unraisablehook, threading.excepthook
     sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
     logging.disable(logging.CRITICAL)
     try:
         yield
     except Exception:
-        gc.collect()  # an abandoned task tells of itself when it is freed
-        time.sleep(LAST_WORDS_SECONDS)
+        gc.collect()  # an abandoned task reports when it is freed
+        time.sleep(FAILURE_SECONDS)
         raise
     finally:
         logging.disable(logging.NOTSET)
@@ -191,6 +191,6 @@ def _quietly() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What the system said, if it can be found in what Orbax said, or else how that begins."""
+    """The system's error message if Orbax's message names its code, or else the start of Orbax's message."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(code.group(1))) if code else (str(error).strip() or type(error).__name__).split("\n")[0][:200]

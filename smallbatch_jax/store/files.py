@@ -1,13 +1,13 @@
-"""Files that are written whole or not at all, and what is said where they cannot be."""
+"""Files that are written whole or not at all, and the one line that users see where they cannot be written."""
 
 import errno
 import fcntl
-import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from smallbatch_jax.config.fields import InputError
 
@@ -15,15 +15,21 @@ OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class WriteError(Exception):
-    """The disk is full or fails: one line that names what could not be written. What was saved before is whole."""
+    """The disk is full or fails; what was saved before is whole.
 
-    def __init__(self, path: Path, reason: str):
-        super().__init__(f"{path} cannot be written: {' '.join(reason.split())}; the same command goes on once it can.")
+    Args:
+      path: the file or folder that cannot be written.
+      reason: what the system said.
+    """
+
+    def __str__(self) -> str:  # built from the arguments, so that the error can be pickled
+        path, reason = self.args
+        return f"{path} cannot be written: {' '.join(reason.split())}; the same command goes on once it can."
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within it what the system refuses to write becomes one line that names the path.
+    """Turns what the system raises within the block into one line that names the path.
 
     Raises:
       WriteError: if the disk is full or fails.
@@ -38,10 +44,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file, in UTF-8 if it is text, so that readers see the old one or the new one, never a part.
+    """Replaces a file (text in UTF-8), so that readers see the old one or the new one, never a mixture.
 
     Raises:
-      WriteError, InputError: as `writing` does; the old one is there still.
+      WriteError, InputError: as `writing` does; the old file is still there.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,39 +65,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             raise
 
 
-def write_from(path: Path, size: int, content: bytes) -> None:
-    """Has a file go on with `content` after its first `size` bytes, whatever was behind them; made if it is not there.
-
-    Raises:
-      WriteError, InputError: as `writing` does; it ends after `size` bytes then.
-    """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb", buffering=0) as file:
-            file.truncate(size)
-            file.seek(size)
-            _write_whole(file, content, size)
-
-
-def _write_whole(file: io.FileIO, content: bytes, size: int) -> None:
-    """All of it behind the first `size` bytes, where the file stands, or none."""
-    rest = memoryview(content)
-    try:
-        while rest:
-            rest = rest[file.write(rest) :]
-    except OSError:
-        with suppress(OSError):
-            file.truncate(size)
-        raise
-
-
 def is_temporary(name: str, of: str = "") -> bool:
-    """Whether a file of that name is one that `write_atomically` was about to put in place."""
+    """Whether a file of this name is a temporary file of `write_atomically`, for the file `of` if it is given."""
     return name.startswith(f".{of}") and name.endswith(".tmp")
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Removes what writers that were killed left of files they were about to put in place."""
+    """Removes the temporary files of writers that were killed."""
     with suppress(OSError):
         for path in folder.iterdir():
             if is_temporary(path.name) and not _is_running(path.name.split(".")[-3:][0]):
@@ -109,37 +89,41 @@ def _is_running(process: str) -> bool:
 
 
 class AppendOnly:
-    """A file that grows by whole lines: those that do not fit on the disk leave it as it was. A context manager."""
+    """A file that grows by whole lines; lines that do not fit on the disk leave it unchanged. A context manager."""
 
     def __init__(self, path: Path):
         self._path = path
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - nothing may wait in a buffer to be written later
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - no line may wait in a buffer
 
-    def owned(self) -> bool:
-        """Makes this the file's one writer until it is closed; False if another is, or if the file was replaced meanwhile."""
+    def lock(self, wait: bool) -> bool:
+        """Makes this the only writer until it is closed; False if another is, or if another file has taken the path."""
         try:
-            fcntl.flock(self, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return os.path.samestat(os.fstat(self.fileno()), os.stat(self._path))
+            fcntl.flock(self._file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
         except OSError:
             return False
 
-    def fileno(self) -> int:
-        return self._file.fileno()
-
-    def append(self, lines: str) -> None:
-        """Adds lines, each with its line break."""
+    def append(self, lines: str, header: str = "") -> None:
+        """Adds lines, each with its line break, after `header` if the file is empty."""
         with writing(self._path):
             size = self._file.seek(0, os.SEEK_END)
             self._file.seek(max(0, size - 1))
-            half_line = self._file.read(1) not in (b"", b"\n")  # left by a process that was killed
-            _write_whole(self._file, (b"\n" if half_line else b"") + lines.encode(), size)
+            torn = self._file.read(1) not in (b"", b"\n")  # a killed process left half a line
+            rest = memoryview((("\n" if torn else "") + ("" if size else header) + lines).encode())
+            try:
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError:
+                with suppress(OSError):
+                    self._file.truncate(size)
+                raise
 
     def sync(self) -> None:
-        """Brings it to the disk."""
+        """Waits until the lines are on the disk."""
         with writing(self._path):
-            os.fsync(self.fileno())
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> "AppendOnly":
         return self
@@ -152,8 +136,21 @@ class AppendOnly:
 
 
 def append_line(path: Path, line: str, header: str = "") -> None:
-    """Adds a line to a file, which begins with `header` if this is its first; other processes may do so at the same time."""
-    with AppendOnly(path) as file, writing(path):
-        with suppress(OSError):  # where there are no locks, lines are whole at least
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.append((f"{header}\n" if header and path.stat().st_size == 0 else "") + f"{line}\n")
+    """Adds a line to a file that other processes may append to as well; an empty file begins with the line `header`."""
+    with AppendOnly(path) as file:
+        file.lock(wait=True)  # where there are no locks, lines are whole all the same
+        file.append(f"{line}\n", f"{header}\n" if header else "")
+
+
+def read_table(path: Path, columns: Sequence[str], types: Sequence[type]) -> tuple[list[list[Any]], bool]:
+    """The whole rows of a CSV file, and whether it has anything else: damaged lines, or one that a kill left half written."""
+    header = ",".join(columns)
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        *lines, torn = file.read().split("\n")
+    rows, damaged = [], bool(torn) or lines[:1] not in ([], [header])
+    for line in lines:
+        try:
+            rows.append([kind(value) for kind, value in zip(types, line.split(","), strict=True)])
+        except ValueError:
+            damaged |= line != header
+    return rows, damaged

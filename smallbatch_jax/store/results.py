@@ -1,25 +1,25 @@
 """The results store: rows appended by runs as they come, read by everyone else.
 
 WORKDIR/results/m00008_b00008.csv holds the rows of one program (batch size, BN batch size), one row per run and epoch.
-Files are only ever appended to, a row at a time, and a row that is there already is not written again: a run that is
-trained again from an older checkpoint adds only what was missing. What a killed process left half written is dropped.
+Files are only ever appended to, and a row that is stored already is not written again: a run that is trained again from an
+older checkpoint adds only what was missing. A line that a killed process left half written is dropped.
 """
 
 import copy
 import math
 import os
 import statistics
+import time
 import warnings
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from smallbatch_jax.config.experiment import Experiment, InputError, Run, programs
+from smallbatch_jax.config.experiment import InputError, Run, programs
 from smallbatch_jax.config.fields import expanded_path
 from smallbatch_jax.config.protocol import LAST_EPOCHS
-from smallbatch_jax.store.files import AppendOnly, write_atomically
+from smallbatch_jax.store.files import AppendOnly, read_table, write_atomically
 from smallbatch_jax.store.timings import Timings as Timings
 from smallbatch_jax.store.timings import load_timings as load_timings
 from smallbatch_jax.store.workdir import read_experiment
@@ -46,7 +46,7 @@ RUN_COLUMNS = ("batch_size", "bn_batch_size", "base_lr", "seed")
 
 
 class Row(NamedTuple):
-    """What a run found in one epoch. A diverged run's last row has NaN accuracies, whatever the losses."""
+    """The metrics of a run in one epoch. A diverged run's last row has NaN accuracies, whatever the losses."""
 
     batch_size: int
     bn_batch_size: int
@@ -85,104 +85,90 @@ class ProgramResults:
     """The rows of one program, open for appending by one process at a time; a context manager.
 
     Raises:
-      Owned: if another process has them open.
+      Owned: if another process has them open, and does not close them within `wait_seconds`.
       WriteError, InputError: if they cannot be written.
     """
 
-    def __init__(self, workdir: Path, batch_size: int, bn_batch_size: int):
+    def __init__(self, workdir: Path, batch_size: int, bn_batch_size: int, wait_seconds: float = 0.0):
         self.path = path_of(workdir, batch_size, bn_batch_size)
-        self._epochs: dict[Run, int] = {}
-        self._accuracies: dict[Run, deque[float]] = {}
-        self._diverged: set[Run] = set()
-        whole = False
-        while not whole:  # a mended file is a new one, to be owned in its turn
-            self._file: AppendOnly | None = AppendOnly(self.path)
-            try:
-                if not self._file.owned():
-                    raise Owned(f"{self.path} belongs to another process, which trains this program.")
-                if not self.path.stat().st_size:
-                    self._file.append(_HEADER)
-                rows, whole = self._mended()
-            except BaseException:
-                self._file.close()
-                raise
-            if not whole:
-                self._file.close()
-        for row in rows:
-            self._note(row)
+        self._deadline = time.monotonic() + wait_seconds
+        self._last_rows: dict[Run, deque[Row]] = {}  # the LAST_EPOCHS of each run
+        self._file: AppendOnly | None = self._opened()
+        try:
+            if not self.path.stat().st_size:
+                self._file.append(_HEADER)
+            found, damaged = _read_rows(self.path)
+            kept = _without_gaps(found)
+            if damaged or len(kept) < len(found):
+                write_atomically(self.path, _HEADER + "".join(map(_line, kept)))
+                self._file.close()  # it has another file's name now
+                self._file = self._opened()
+        except BaseException:
+            self._file.close()
+            raise
+        self._note(kept)
 
-    def _mended(self) -> tuple[list[Row], bool]:
-        """The rows that are there, of each run up to the first that is missing, and whether the file held these alone.
-
-        If it did not, it was replaced by one that does. A run whose later rows count on lost ones is trained again from there.
-        """
-        found, damaged = _read_rows(self.path)
-        rows: dict[Run, list[Row]] = {}
-        for row in sorted(found, key=lambda row: row.epoch):
-            of_run = rows.setdefault(row.run, [])
-            if row.epoch == len(of_run) + 1 and not (of_run and of_run[-1].diverged):
-                of_run.append(row)
-        kept = {id(row) for of_run in rows.values() for row in of_run}
-        rows_kept = [row for row in found if id(row) in kept]
-        whole = not damaged and len(rows_kept) == len(found)
-        if not whole:
-            write_atomically(self.path, _HEADER + "".join(map(_line, rows_kept)))
-        return rows_kept, whole
+    def _opened(self) -> AppendOnly:
+        while not (file := AppendOnly(self.path)).lock(wait=False):
+            file.close()
+            if time.monotonic() >= self._deadline:
+                raise Owned(f"{self.path} belongs to another process, which trains this program.")
+            time.sleep(0.2)
+        return file
 
     def followed(self) -> "ProgramResults":
-        """What is known so far, for a process that follows the writer of the file: it is told of all rows, and writes none."""
+        """A copy for a process that writes nothing; it must be given every row that the writer appends."""
         follower = copy.copy(self)
         follower._file = None
         return follower
 
-    def _note(self, row: Row) -> None:
-        self._epochs[row.run] = row.epoch
-        self._accuracies.setdefault(row.run, deque(maxlen=LAST_EPOCHS)).append(row.test_accuracy)
-        if row.diverged:
-            self._diverged.add(row.run)
+    def _note(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            self._last_rows.setdefault(row.run, deque(maxlen=LAST_EPOCHS)).append(row)
 
     def rows(self) -> list[Row]:
-        """All that are there, those of a run in the order of its epochs; for the process that writes them."""
+        """All stored rows, those of a run in the order of its epochs; for the process that writes them."""
         return sorted(_read_rows(self.path)[0], key=lambda row: row.epoch)
 
     def append(self, rows: Iterable[Row]) -> list[Row]:
-        """Writes the rows that are not there yet, and returns them; all of them are written or, where that fails, none.
+        """Writes the rows that are not stored yet, all or none, and returns them.
 
         Raises:
           WriteError: if they cannot be written.
         """
-        new = [row for row in rows if row.epoch > self.epochs(row.run) and row.run not in self._diverged]
-        if new:
-            if self._file:
-                self._file.append("".join(map(_line, new)))
-            for row in new:
-                self._note(row)
+        new = [row for row in rows if row.epoch > self.epochs(row.run) and not self.diverged(row.run)]
+        if new and self._file:
+            self._file.append("".join(map(_line, new)))
+        self._note(new)
         return new
 
     def sync(self) -> None:
-        """Brings the rows to the disk, before a checkpoint that counts on them."""
+        """Waits until the rows are on the disk; to be called before a checkpoint that counts on them."""
         if self._file:
             self._file.sync()
 
     def epochs(self, run: Run) -> int:
-        """Epochs of a run whose rows are there."""
-        return self._epochs.get(run, 0)
+        """Number of epochs of a run that are stored."""
+        return self._last_rows[run][-1].epoch if run in self._last_rows else 0
 
     def complete(self, run: Run, epochs: int) -> bool:
-        """Whether a run needs no more training: it diverged, or its last epoch is there."""
-        return run in self._diverged or self.epochs(run) >= epochs
+        """Whether a run needs no more training: it diverged, or its last epoch is stored."""
+        return self.diverged(run) or self.epochs(run) >= epochs
 
     def diverged(self, run: Run) -> bool:
-        return run in self._diverged
+        return run in self._last_rows and self._last_rows[run][-1].diverged
 
     def final_accuracy(self, run: Run) -> float:
         """The median test accuracy of a run's last epochs (§3.1); NaN if it diverged."""
-        return math.nan if self.diverged(run) else statistics.median(self._accuracies[run])
+        return math.nan if self.diverged(run) else statistics.median(row.test_accuracy for row in self._last_rows[run])
 
     def __enter__(self) -> "ProgramResults":
         return self
 
-    def __exit__(self, kind: type | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         if self._file:
             self._file.close()
 
@@ -192,18 +178,20 @@ def _line(row: Row) -> str:
 
 
 def _read_rows(path: Path) -> tuple[list[Row], bool]:
-    """The whole rows of a file, and whether anything in it is not one: a damaged line, or what a kill left half written."""
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        *lines, torn = file.read().split("\n")
-    rows, damaged = [], bool(torn) or lines[:1] not in ([], [_HEADER.rstrip()])
-    for line in lines:
-        try:
-            values: Any = [kind(value) for kind, value in zip(_TYPES, line.split(","), strict=True)]
-        except ValueError:
-            damaged |= line != _HEADER.rstrip()
-        else:
-            rows.append(Row(*values))
-    return rows, damaged
+    rows, damaged = read_table(path, Row._fields, _TYPES)
+    return [Row(*row) for row in rows], damaged
+
+
+def _without_gaps(rows: list[Row]) -> list[Row]:
+    """The rows of each run up to the first epoch that is missing, from which the run is trained again."""
+    last: dict[Run, Row] = {}
+    kept = set()
+    for place, row in sorted(enumerate(rows), key=lambda numbered: numbered[1].epoch):
+        before = last.get(row.run)
+        if row.epoch == (before.epoch + 1 if before else 1) and not (before and before.diverged):
+            last[row.run] = row
+            kept.add(place)
+    return [row for place, row in enumerate(rows) if place in kept]
 
 
 def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
@@ -215,35 +203,38 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     with the epoch it died in, the step of the first loss that was not finite, and accuracies NaN. bn_statistics: what batch
     norm was evaluated with, running averages or precise statistics (`model.bn_statistics`).
 
-    A warning, one line, says what could not be read: a file that is missing, lines that are damaged or lost.
+    A warning, one line, names what could not be read: a file that is missing, lines that are damaged or lost.
 
     Raises:
       InputError: if the folder is no workdir.
     """
+    import numpy as np
     import pandas as pd
 
     workdir = Path(expanded_path("workdir", workdir))
     experiment = read_experiment(workdir)
     found = sorted((workdir / "results").glob("m*_b*.csv"))
-    expected = {path_of(workdir, m, b) for m, b in programs(experiment.runs())}
-    if found and (missing := sorted(expected - set(found))):  # a sweep makes them all as it begins
+    missing = sorted({path_of(workdir, m, b) for m, b in programs(experiment.runs())} - set(found))
+    if found and missing:  # a sweep makes all files as it begins
         warnings.warn(f"{', '.join(map(str, missing))}: missing; the runs count as not trained", stacklevel=2)
-    frame = pd.concat([_frame([]), *(_frame(_stored_rows(path)) for path in found)], ignore_index=True)
+    frame = pd.DataFrame([row for path in found for row in _readable_rows(path)], columns=list(Row._fields))
+    frame = frame.astype({name: f"{kind.__name__}64" for name, kind in zip(Row._fields, _TYPES, strict=True)})
     frame = frame.sort_values([*RUN_COLUMNS, "epoch"], kind="stable", ignore_index=True)
     frame = frame.drop_duplicates([*RUN_COLUMNS, "epoch"], ignore_index=True)
-    epochs = frame.groupby(list(RUN_COLUMNS), sort=False)["epoch"].agg(["max", "size"])
-    if broken := int((epochs["max"] > epochs["size"]).sum()):
+    frame["diverged"] = frame["test_accuracy"].isna()
+    runs = frame.groupby(list(RUN_COLUMNS), sort=False)
+    if broken := int((runs["epoch"].max() > runs.size()).sum()):
         warnings.warn(
             f"{workdir}: rows of earlier epochs are missing (runs: {broken}); the same sweep trains them again", stacklevel=2
         )
-    frame.insert(0, "experiment", experiment.name)
-    frame["status"] = _status(frame, experiment)
-    frame["bn_statistics"] = experiment.model.bn_statistics
+    finished = runs["epoch"].transform("max") >= experiment.epochs
+    frame["status"] = np.where(runs["diverged"].transform("any"), "diverged", np.where(finished, "finished", "running"))
+    frame["experiment"], frame["bn_statistics"] = experiment.name, experiment.model.bn_statistics
     return frame[list(COLUMNS)]
 
 
-def _stored_rows(path: Path) -> list[Row]:
-    """The rows of a file for who only reads; a warning says where there is more in it."""
+def _readable_rows(path: Path) -> list[Row]:
+    """The rows of a file; a warning says what was left out."""
     try:
         rows, damaged = _read_rows(path)
     except OSError as error:
@@ -252,20 +243,3 @@ def _stored_rows(path: Path) -> list[Row]:
     if damaged:
         warnings.warn(f"{path}: left out lines that are not whole", stacklevel=3)
     return rows
-
-
-def _status(frame: "pd.DataFrame", experiment: Experiment) -> Any:
-    """The status of each row's run."""
-    import numpy as np
-
-    runs = frame.groupby(list(RUN_COLUMNS), sort=False)
-    diverged = frame["test_accuracy"].isna().groupby([frame[c] for c in RUN_COLUMNS]).transform("any")
-    finished = runs["epoch"].transform("max") >= experiment.epochs
-    return np.where(diverged, "diverged", np.where(finished, "finished", "running"))
-
-
-def _frame(rows: list[Row]) -> "pd.DataFrame":
-    import pandas as pd
-
-    frame = pd.DataFrame(rows, columns=list(Row._fields))
-    return frame.astype({name: kind.__name__ + "64" for name, kind in zip(Row._fields, _TYPES, strict=True)})

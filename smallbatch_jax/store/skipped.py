@@ -17,10 +17,9 @@ COLUMNS = ("image", "reason")
 
 
 class SkippedImages:
-    """Adds each image once, whatever how often it was met and by how many processes in turn."""
+    """Warns of each skipped image once and stores it; a workdir of None stores nothing."""
 
     def __init__(self, workdir: Path | None):
-        """None writes nothing, and says it all the same."""
         self._path = workdir and workdir / "skipped.csv"
         self._known = set() if workdir is None else set(load(workdir)["image"])
 
@@ -36,12 +35,11 @@ class SkippedImages:
 
 
 def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
-    """The images that runs of a workdir left out: columns image (its path) and reason, one row for each."""
+    """The images that the runs of a workdir left out, one row each: columns image (its path) and reason."""
     import pandas as pd
 
     path = Path(expanded_path("workdir", workdir)) / "skipped.csv"
     if not path.exists():
         return pd.DataFrame(columns=list(COLUMNS))
-    return pd.read_csv(path, on_bad_lines="skip", encoding_errors="replace", dtype=str).drop_duplicates(
-        "image", ignore_index=True
-    )
+    frame = pd.read_csv(path, on_bad_lines="skip", encoding_errors="replace", dtype=str)
+    return frame.drop_duplicates("image", ignore_index=True)

@@ -1,4 +1,4 @@
-"""The folder of one experiment: what it holds, who owns it, and where its results come from."""
+"""The folder of one experiment: its contents, its owner, and the provenance of its results."""
 
 import fcntl
 import importlib.metadata
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +27,29 @@ FORMAT = 1
 def open_workdir(path: Path, experiment: Experiment, facts: dict[str, Any]) -> Iterator[Path]:
     """Makes or resumes the workdir of an experiment, and owns it until the block ends.
 
-    `facts` about the data are stored beside the experiment, for those who read the results without the data.
+    `facts` about the data are stored beside the experiment, for readers that do not have the data.
 
     Raises:
       InputError: if it holds another experiment (with the fields that differ), belongs to a process that is still at
         work, or cannot be written. Nothing is written then.
     """
     refuse_difference(path, experiment, facts)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / "lock", "a+")  # noqa: SIM115
-    except OSError as error:
-        raise InputError(f"--workdir: {path} cannot be written: {error.strerror}.") from None
-    with lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise InputError(f"--workdir: {path} belongs to {lock.read().strip() or 'another process'}.") from None
-        refuse_difference(path, experiment, facts)  # nobody else can change it now
-        content = {"format": FORMAT, "experiment": experiment.to_dict(), "facts": facts}
-        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(path / "lock", "a+"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.seek(0)
+                raise InputError(f"--workdir: {path} belongs to {lock.read().strip() or 'another process'}.") from None
+            refuse_difference(path, experiment, facts)  # nobody else can change it now
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             lock.flush()
         except OSError as error:
             raise InputError(f"--workdir: {path} cannot be written: {error.strerror}.") from None
+        content = {"format": FORMAT, "experiment": experiment.to_dict(), "facts": facts}
         write_atomically(path / "experiment.json", json.dumps(content, indent=1) + "\n")
         for folder in (path, path / "results", path / "figures"):
             remove_abandoned(folder)
@@ -60,16 +57,21 @@ def open_workdir(path: Path, experiment: Experiment, facts: dict[str, Any]) -> I
 
 
 def refuse_difference(path: Path, experiment: Experiment, facts: Mapping[str, Any] | None = None) -> None:
-    """Refuses to go on in a workdir with anything but what it holds already; a missing one is fine.
+    """Refuses a folder that holds anything but this experiment; a missing or empty one is accepted.
 
-    Of the facts, only those that both have are compared.
+    Only those facts are compared that both have.
+
+    Raises:
+      InputError: with the fields that differ.
     """
     try:
-        is_file, names = path.is_file(), [p.name for p in path.iterdir()] if path.is_dir() else []
+        names = [entry.name for entry in path.iterdir()]
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise InputError(f"--workdir: {path} is a file; give a folder.") from None
     except OSError as error:
         raise InputError(f"--workdir: {path} cannot be read: {error.strerror}.") from None
-    if is_file:
-        raise InputError(f"--workdir: {path} is a file; give a folder.")
     if "experiment.json" not in names:
         foreign = sorted(name for name in names if name != "lock" and not is_temporary(name, of="experiment.json"))
         if foreign:
@@ -87,7 +89,7 @@ def refuse_difference(path: Path, experiment: Experiment, facts: Mapping[str, An
 
 
 def _differing_facts(known: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
-    """What differs between two of one name: the data, or what an own model computes."""
+    """The differences between two datasets or own models of one name."""
     found = [
         f"the dataset has {name} {known[name]} there and {facts[name]} here"
         for name in ("num_classes", "examples")
@@ -115,19 +117,19 @@ def _model_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str 
     for name, values in new.items():
         scale = steepest if name.startswith("gradient") else max(abs(old[name][0]), abs(values[0]))
         for a, b in zip(old[name], values, strict=True):
-            # Written so that a scale that is not finite, or not a number, leaves only what is equal.
+            # With an infinite or NaN scale only equal values pass.
             if not (a == b or (a != a and b != b) or (scale < math.inf and abs(a - b) <= tolerance * scale)):
                 return name
     return None
 
 
 def read_experiment(path: Path) -> Experiment:
-    """The experiment that a workdir holds."""
+    """The experiment of a workdir."""
     return _read(path)[0]
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """What is known of the data: num_classes, and examples, [training, test]."""
+    """The stored facts about the data: num_classes, and examples, [training, test]."""
     return _read(path)[1]
 
 
@@ -140,13 +142,13 @@ def _read(path: Path) -> tuple[Experiment, dict[str, Any]]:
         if "model" in facts:  # a fingerprint: earlier versions also had a digest of the fields in the name of an own model
             model["name"] = re.sub(rf"^({OWN}.+)-[0-9a-f]{{12}}$", r"\1", model["name"])
         return fields.parse(Experiment, content["experiment"], ""), facts
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"--workdir: {path} is no workdir, it has no experiment.json.") from None
     except OSError as error:
         raise InputError(f"--workdir: {path}/experiment.json cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"--workdir: {path}/experiment.json is damaged: {error}.") from None
 
 
@@ -157,7 +159,7 @@ def record_provenance(path: Path, event: str, **facts: Any) -> None:
 
 
 def read_provenance(path: Path) -> list[dict[str, Any]]:
-    """The lines of WORKDIR/provenance.jsonl, oldest first, less what is damaged; empty if there is none."""
+    """The undamaged lines of WORKDIR/provenance.jsonl, oldest first; empty if there is no such file."""
     try:
         lines = (path / "provenance.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -182,15 +184,11 @@ def surroundings() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The git commit of this code, with a + if files differ from it; None outside a repository."""
-    here = Path(__file__).resolve().parent
+    """The git commit of this code, followed by + if tracked files differ from it; None outside a repository."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    commands = (["ls-files", "--error-unmatch", __file__], ["describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"])
     try:
-        git = ["git", "-C", str(here)]
-        top = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+        tracked, commit = (subprocess.run([*git, *c], capture_output=True, text=True, timeout=10) for c in commands)
     except (OSError, subprocess.SubprocessError):
         return None
-    if top.returncode or head.returncode:
-        return None
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return None if tracked.returncode or commit.returncode else commit.stdout.strip()

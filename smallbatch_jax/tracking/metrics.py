@@ -1,5 +1,6 @@
-"""What mirrors show of a run: its name, what it was trained with, curves over its epochs, how it ended."""
+"""What every tracker shows of a run: its name, its hyperparameters, curves over its epochs, and how it ended."""
 
+import dataclasses
 import math
 import statistics
 from typing import Any
@@ -12,7 +13,7 @@ FINAL_ACCURACY, DIVERGED = "final/test_accuracy", "final/diverged"
 
 
 def name_of(run: Run) -> str:
-    """The name of a run and its folder, like no other's: m00008_b00004_lr2^-7_seed0, without b where that is m."""
+    """The name of a run, unique in its grid: m00008_b00004_lr2^-7_seed0, without b where that is m."""
     mantissa, exponent = math.frexp(run.base_lr)
     base_lr = f"2^{exponent - 1}" if mantissa == 0.5 else repr(run.base_lr)
     bn = f"_b{run.bn_batch_size:05d}" if run.bn_batch_size != run.batch_size else ""
@@ -20,14 +21,11 @@ def name_of(run: Run) -> str:
 
 
 def hparams(experiment: Experiment, run: Run) -> dict[str, Any]:
-    """What a run is trained with, for tables that compare runs."""
+    """The hyperparameters of a run, for tables that compare runs."""
     return {
-        "batch_size": run.batch_size,
-        "bn_batch_size": run.bn_batch_size,
-        "base_lr": run.base_lr,
+        **dataclasses.asdict(run),
         "log2_base_lr": math.log2(run.base_lr),
         "learning_rate": run.base_lr * run.batch_size,  # η, of the mean gradient (Eq. 6)
-        "seed": run.seed,
         "experiment": experiment.name,
         "dataset": experiment.dataset.name,
         "augment": experiment.dataset.augment,
@@ -42,10 +40,10 @@ def hparams(experiment: Experiment, run: Run) -> dict[str, Any]:
 
 
 def scalars(row: Row) -> dict[str, float]:
-    """What is drawn over the epochs: losses, accuracies as fractions, updates taken.
+    """The points of a run's curves at one epoch: losses, accuracies as fractions, updates taken.
 
-    Only what is finite: a chart has no place for the rest, and one infinite loss would spoil the axes of the runs beside it.
-    That a run diverged is said by `DIVERGED`, and seen by where its curves end.
+    Values that are not finite are left out: one infinite loss would spoil the axes of the runs beside it. `DIVERGED` says that
+    a run diverged.
     """
     values = {
         "train/loss": row.train_loss,
@@ -58,7 +56,7 @@ def scalars(row: Row) -> dict[str, float]:
 
 
 def outcome(rows: list[Row], epochs: int) -> dict[str, float]:
-    """How a run of these rows ended: 1 if it diverged, else 0 and its final accuracy (§3.1); nothing while it goes on."""
+    """How a run ended: 1 if it diverged, else 0 and its final accuracy (§3.1); empty while it goes on."""
     if rows[-1].diverged:
         return {DIVERGED: 1.0}
     if rows[-1].epoch < epochs:

@@ -1,21 +1,43 @@
-"""Trackers of the results store, to watch a grid while it trains: TensorBoard's event files, Weights & Biases.
+"""Trackers show a grid while it trains: TensorBoard, Weights & Biases.
 
-The store is the truth and is written first. A mirror is opened with what is stored, and adds what it lacks: so nothing is
-lost or shown twice whenever a process was killed, and a mirror that is turned on later shows what was trained before.
+The results store is the truth and is written first. A tracker is opened with what is stored, and adds what it lacks: nothing
+is lost or shown twice whenever a process was killed, and a tracker that is turned on later shows what was trained before.
 """
 
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from smallbatch_jax.config import extras
 from smallbatch_jax.config.experiment import Experiment, Run
-from smallbatch_jax.store.files import write_from
+from smallbatch_jax.store.files import append_line
 from smallbatch_jax.store.results import ProgramResults, Row
-from smallbatch_jax.tracking import wandb as weights_and_biases
-from smallbatch_jax.tracking.metrics import DIVERGED, FINAL_ACCURACY, hparams, name_of, outcome, scalars
+from smallbatch_jax.tracking.metrics import name_of, outcome
+from smallbatch_jax.tracking.tensorboard import TensorBoardRun
+from smallbatch_jax.tracking.wandb import WandbRun, require_project
 
-EVENT_FILE = "events.out.tfevents.0"  # of each run; TensorBoard reads what has "tfevents" in its name
+
+class TrackedRun(Protocol):
+    """One run in one tracker, which keeps its files in WORKDIR/NAME."""
+
+    shown: int  # rows that the tracker has
+
+    def __init__(self, experiment: Experiment, workdir: Path, run: Run) -> None: ...
+
+    def show(self, rows: list[Row]) -> None:
+        """Shows rows that follow those shown already."""
+
+    def end(self, epoch: int, outcome: dict[str, float]) -> None:
+        """Shows how the run ended after an epoch, as `metrics.outcome` says; closes it."""
+
+    def close(self) -> None:
+        """Leaves a run that another process goes on with."""
+
+
+# By the experiment's field that turns it on, which is also the extra of setup.cfg with its package.
+TRACKERS: dict[str, type[TrackedRun]] = {"tensorboard": TensorBoardRun, "wandb": WandbRun}
 
 
 def require(experiment: Experiment) -> None:
@@ -24,116 +46,80 @@ def require(experiment: Experiment) -> None:
     Raises:
       InputError: if the package of a tracker is not installed, or W&B accepts no project of that name.
     """
-    if experiment.tensorboard:
-        extras.require("tensorboard", "tensorboard")
-    weights_and_biases.require(experiment)
-
-
-class Mirror(Protocol):
-    """Shows runs elsewhere."""
-
-    def show(self, run: Run, rows: list[Row]) -> None:
-        """Has it show the rows of a run so far, epochs 1 to len(rows); what it shows of them already stays as it is."""
-
-    def close(self) -> None:
-        """Called once, when no more rows will come from this process."""
+    for name in TRACKERS:
+        if getattr(experiment, name):
+            extras.require(name, name)
+    require_project(experiment.wandb)
 
 
 class Trackers:
-    """The mirrors that an experiment asks for, none as a rule; a context manager.
+    """The trackers that an experiment asks for, none as a rule; a context manager.
 
-    For each program one process has them open: that which writes the program's rows.
+    They are open in the process that writes a program's rows. A tracker is a convenience that may hang on a network: its first
+    failure, whatever it is, is one line on stderr, and training goes on without it. The next start brings it up to date.
+
+    Args:
+      experiment: says which.
+      workdir: of the experiment; WORKDIR/NAME/complete lists the runs that need not be shown again.
+      stored: the rows of the programs that this process trains, which are shown at once.
     """
 
     def __init__(self, experiment: Experiment, workdir: Path, stored: Iterable[ProgramResults]):
-        """Opens them, and has them show what is stored.
-
-        Args:
-          experiment: whose `tensorboard` and `wandb` say which.
-          workdir: gets TensorBoard's files in WORKDIR/tensorboard, W&B's own in WORKDIR/wandb.
-          stored: the rows of the programs that this process trains.
-
-        Raises:
-          WriteError, InputError: if TensorBoard's files cannot be written.
-        """
-        self._epochs = experiment.epochs
+        self._experiment, self._workdir = experiment, workdir
+        self._names = [name for name in TRACKERS if getattr(experiment, name)]
         self._rows: dict[Run, list[Row]] = {}  # of runs that have not ended
-        self._mirrors: list[Mirror] = []
-        if experiment.tensorboard:
-            self._mirrors.append(TensorBoard(experiment, workdir))
-        if experiment.wandb is not None:
-            self._mirrors.append(weights_and_biases.WeightsAndBiases(experiment, workdir))
-        for program in stored if self._mirrors else ():
+        self._open: dict[tuple[str, Run], TrackedRun] = {}
+        for program in stored if self._names else ():
             self.add(program.rows())
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Shows rows that are stored by now, each given once, those of a run in the order of its epochs.
-
-        Raises:
-          WriteError, InputError: as when opened; what is shown then is shown by who opens the mirrors next.
-        """
-        last: dict[Run, Row] = {}
-        for row in rows if self._mirrors else ():
+        """Shows rows that are stored by now; each is given once, those of a run in the order of its epochs."""
+        added = list(rows) if self._names else []
+        for row in added:
             self._rows.setdefault(row.run, []).append(row)
-            last[row.run] = row
-        for run, row in last.items():
-            for mirror in self._mirrors:
-                mirror.show(run, self._rows[run])
-            if row.diverged or row.epoch == self._epochs:
+        for run in dict.fromkeys(row.run for row in added):
+            for name in list(self._names):
+                with self._warning(name):
+                    self._show(name, run)
+            if outcome(self._rows[run], self._experiment.epochs):
                 del self._rows[run]
+
+    def _show(self, name: str, run: Run) -> None:
+        rows, complete = self._rows[run], self._workdir / name / "complete"
+        entry = f"{getattr(self._experiment, name)} {name_of(run)}"  # another W&B project is shown all runs
+        if (name, run) not in self._open:
+            if complete.exists() and entry in complete.read_text().split("\n"):
+                return
+            self._open[name, run] = TRACKERS[name](self._experiment, self._workdir, run)
+        tracked = self._open[name, run]
+        tracked.show(rows[tracked.shown :])
+        tracked.shown = len(rows)
+        if ended := outcome(rows, self._experiment.epochs):
+            tracked.end(rows[-1].epoch, ended)
+            del self._open[name, run]
+            append_line(complete, entry)
+
+    @contextmanager
+    def _warning(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._names.remove(name)
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            print(f"warning: {name} shows no more of this grid, which goes on: {reason}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Trackers":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for mirror in self._mirrors:
-            mirror.close()
+        for key, tracked in self._open.items():
+            if key[0] in self._names:
+                with self._warning(key[0]):
+                    tracked.close()
 
 
 class NoTrackers(Trackers):
-    """Of a process that writes nothing."""
+    """Trackers of a process that writes nothing."""
 
     def __init__(self) -> None:
-        self._mirrors = []
-
-
-class TensorBoard:
-    """WORKDIR/tensorboard/RUN/events.out.tfevents.0: a file for each run, which grows with the run's rows.
-
-    What it holds follows from the rows, but for the times. So a file that is there is compared with what it should hold, as
-    far as it is whole: if it agrees, what is missing is added, and a TensorBoard that looks on sees a file that grew; if not,
-    it is written anew. No file stays open, no thread writes, and a full disk is told of as for any other file.
-    """
-
-    def __init__(self, experiment: Experiment, workdir: Path):
-        self._experiment, self._folder = experiment, workdir / "tensorboard"
-        self._written: dict[Run, tuple[int, int]] = {}  # of runs that have not ended: rows in the file, its bytes
-
-    def show(self, run: Run, rows: list[Row]) -> None:
-        from smallbatch_jax.tracking import events
-
-        path = self._folder / name_of(run) / EVENT_FILE
-        ended = outcome(rows, self._experiment.epochs)
-        shown, size = self._written.pop(run, (0, 0))
-        if shown and path.exists() and path.stat().st_size == size:
-            missing = self._tail(rows[shown:], ended)
-        else:
-            start = events.session_start(hparams(self._experiment, run), (FINAL_ACCURACY, DIVERGED))
-            due = [events.FILE_VERSION, start, *self._tail(rows, ended)]
-            found, size = events.read(path)
-            found, size = (found, size) if found == due[: len(found)] else ([], 0)
-            missing = due[len(found) :]
-        content = events.encode(missing)
-        write_from(path, size, content)
-        if not ended:
-            self._written[run] = len(rows), size + len(content)
-
-    def close(self) -> None: ...
-
-    def _tail(self, rows: list[Row], ended: Mapping[str, float]) -> list[Any]:
-        """The rows, and if a run ended with them how it did."""
-        from smallbatch_jax.tracking import events
-
-        last = rows[-1].epoch
-        end = [events.scalars(last, ended), events.session_end(success=not ended[DIVERGED])] if ended else []
-        return [*(events.scalars(row.epoch, scalars(row)) for row in rows), *end]
+        self._names, self._open = [], {}

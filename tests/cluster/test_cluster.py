@@ -1,6 +1,5 @@
 """Grids on a Ray cluster: what a program asks for, what a worker does, what becomes of one that dies; then real clusters."""
 
-import fcntl
 import json
 import math
 import os
@@ -12,16 +11,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import ray
 import tiny
 
-from smallbatch_jax.cluster import launcher as cluster
-from smallbatch_jax.cluster import ray as tasks
-from smallbatch_jax.cluster import worker
-from smallbatch_jax.cluster.ray import Board, Program, resources, summed
-from smallbatch_jax.cluster.worker import Outcome, Part
+from smallbatch_jax.cluster import launcher, worker
+from smallbatch_jax.cluster.ray import Launch, LaunchedProgram, Reports, _store, resources, summed
+from smallbatch_jax.cluster.worker import Outcome, ProgramTask
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.runner import grid as driver
 from smallbatch_jax.runner.progress import NoProgress, Status
+from smallbatch_jax.runner.signals import Stop
 from smallbatch_jax.store import results
 from smallbatch_jax.store.files import AppendOnly
 from smallbatch_jax.store.results import Owned, ProgramResults
@@ -58,17 +57,22 @@ def folder(tmp_path):
 
 def found(folder, **fields):
     """The programs of a tiny grid, as the launcher finds them."""
-    return cluster._programs(tiny.grid(**fields), folder, "token", 50)
+    return launcher._programs(tiny.grid(**fields), folder, 50)
 
 
-def test_programs_of_the_most_updates_start_first(folder):
+def test_programs_of_the_most_updates_start_first(folder, monkeypatch):
     """Of all configs together; of equals those with more runs left."""
-    mixed = found(folder, batch_sizes=(8, 2, 4)) + found(folder, batch_sizes=(16,), epochs=30)
-    names = [(program.experiment.epochs, program.shape[0]) for program in sorted(mixed, key=lambda program: program.urgency)]
-    assert names == [(30, 16), (3, 2), (3, 4), (3, 8)]
-    fewer, more = found(folder, batch_sizes=(4,), bn_batch_sizes=(2, 4))
-    del fewer.pending[:1]
-    assert fewer.urgency > more.urgency
+    programs = found(folder, batch_sizes=(8, 2, 4)) + found(folder, batch_sizes=(16,), epochs=30)
+    fewer, more = found(folder, batch_sizes=(6,), bn_batch_sizes=(2, 3))
+    done, *_ = found(folder, batch_sizes=(10,))
+    fewer.pending, done.pending = 1, 0
+    submitted, launch = [], object.__new__(Launch)
+    launch._programs, launch._running, launch._started = [*programs, fewer, done, more], {}, 0.0
+    monkeypatch.setattr(Launch, "_submit", lambda self, program: submitted.append(program.task))
+    launch.train(NoProgress())
+    assert [(task.experiment.epochs, *task.shape) for task in submitted] == [
+        (30, 16, 16), (3, 2, 2), (3, 4, 4), (3, 6, 3), (3, 6, 2), (3, 8, 8)
+    ]  # fmt: skip
 
 
 def test_the_launcher_finds_what_earlier_workers_completed_and_makes_every_results_file(folder):
@@ -76,21 +80,23 @@ def test_the_launcher_finds_what_earlier_workers_completed_and_makes_every_resul
         stored.append([results.Row(4, 4, 2**-9, 0, epoch, 1, 1.0, 0.5, 1.0, 0.5) for epoch in (1, 2, 3)])
         stored.append([results.Row(4, 4, 2**-5, 0, 1, 1, math.nan, math.nan, math.nan, math.nan)])
     four, eight = found(folder, batch_sizes=(4, 8))
-    assert [run.base_lr for run in four.pending] == [2**-7]
+    assert four.pending == 1
+    assert [row.epoch for row in four.task.rows] == [1, 1, 2, 3]
     assert (four.status.runs, four.status.finished, four.status.diverged, four.status.images) == (3, 1, 1, 150)
-    assert len(eight.pending) == 3
+    assert eight.pending == 3
     assert sorted(path.name for path in (folder / "results").iterdir()) == ["m00004_b00004.csv", "m00008_b00008.csv"]
 
 
-def program(working, **status):
-    return Program(tiny.grid(), Path("w"), (4, 4), "", [], 1, Status(3, 450, started=0.0, **status), working)
+def program(**status):
+    task = ProgramTask(tiny.grid(), Path("w"), (4, 4), "", [], [])
+    return LaunchedProgram(task, 3, 1, Status(3, 450, started=0.0, **status))
 
 
-def test_the_status_of_all_is_the_sum_and_the_speed_that_of_those_at_work():
+def test_the_status_of_all_programs_is_the_sum():
     members = [
-        program(True, finished=1, diverged=1, running=1, trained=300, best=0.5, images_per_second=10.0),
-        program(True, running=2, trained=30, images_per_second=5.0),
-        program(False, finished=3, running=3, trained=450, best=0.75, images_per_second=100.0),
+        program(finished=1, diverged=1, running=1, trained=300, best=0.5, images_per_second=10.0),
+        program(running=2, trained=30, images_per_second=5.0),
+        program(finished=3, trained=450, best=0.75),
     ]
     assert summed(members, 7.0) == Status(
         9, 1350, started=7.0, finished=4, diverged=1, running=3, trained=780, best=0.75, images_per_second=15.0
@@ -98,27 +104,29 @@ def test_the_status_of_all_is_the_sum_and_the_speed_that_of_those_at_work():
     assert math.isnan(summed([], 0.0).best)
 
 
-def test_the_board_hands_on_what_it_heard_and_asks_to_stop():
-    board = Board()
-    assert board.report(3, None) == 0
-    assert board.report(3, Status(1, 1, started=0.0)) == 0
-    ((number, (silent, status)),) = board.heard(signal.SIGTERM).items()
-    assert board.report(3, None) == signal.SIGTERM
-    assert (number, status) == (3, Status(1, 1, started=0.0))
-    assert 0 <= silent < 5
+class EndedTask:
+    """Stands for Ray, of which one task has ended."""
+
+    exceptions = ray.exceptions
+
+    def __init__(self, outcome):
+        self.get = lambda task: outcome
 
 
-def test_the_token_of_a_killed_launcher_is_removed_by_the_next_that_opens_the_workdir(tmp_path):
-    with open_workdir(tmp_path / "w", tiny.grid(), FACTS) as folder:
-        with worker.token(folder) as name:
-            assert name in os.listdir(folder)
-        assert name not in os.listdir(folder)
-        ended = subprocess.Popen(["true"])
-        ended.wait()
-        left = folder / name.replace(str(os.getpid()), str(ended.pid))
-        left.touch()
-    with open_workdir(tmp_path / "w", tiny.grid(), FACTS):
-        assert not left.exists()
+def test_a_program_that_ended_adds_no_speed():
+    ended = program(running=3, trained=450, images_per_second=100.0)
+    launch = object.__new__(Launch)
+    launch._ray = EndedTask(Outcome(ended.status))
+    launch._end(ended, None)
+    assert (ended.status.running, ended.status.images_per_second, ended.status.trained) == (0, 0.0, 450)
+
+
+def test_of_each_task_the_last_report_is_kept():
+    reports = Reports()
+    reports.add("a", None)
+    reports.add("b", None)
+    reports.add("a", Status(1, 1, started=0.0))
+    assert reports.last() == {"a": Status(1, 1, started=0.0), "b": None}
 
 
 def test_the_rows_of_a_program_have_one_writer(tmp_path):
@@ -139,8 +147,8 @@ def test_a_worker_waits_for_the_rows_until_its_predecessor_is_dead(tmp_path):
     with subprocess.Popen([sys.executable, "-c", hold, stored.path], stdout=subprocess.PIPE) as predecessor:
         predecessor.stdout.readline()
         with pytest.raises(Owned):
-            worker.open_results(tmp_path, (4, 4), seconds=0)
-        with worker.open_results(tmp_path, (4, 4)):
+            ProgramResults(tmp_path, 4, 4)
+        with ProgramResults(tmp_path, 4, 4, worker.OWNER_SECONDS):
             assert predecessor.wait() == 0
 
 
@@ -151,7 +159,7 @@ def test_who_adds_a_line_to_a_shared_file_waits_for_its_turn(tmp_path):
     add += "timings = Timings(Path(sys.argv[1])); print(flush=True); timings.add('compile', 1.0)"
     with subprocess.Popen([sys.executable, "-c", add, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE) as other:
         with AppendOnly(path) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            assert file.lock(wait=True)
             other.stdout.readline()
             time.sleep(0.3)
             assert path.stat().st_size == 0
@@ -168,9 +176,17 @@ def tiny_worker(monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv)
 
 
-def part(folder, token, **fields):
-    rows = results.path_of(folder, 4, 4).read_text() if results.path_of(folder, 4, 4).exists() else ""
-    return Part(tiny.grid(**fields), folder, (4, 4), token, rows, ["experiments/launch.py"], None)
+def task(folder, owner, **fields):
+    with ProgramResults(folder, 4, 4) as stored:
+        return ProgramTask(tiny.grid(**fields), folder, (4, 4), owner, stored.rows(), ["experiments/launch.py"])
+
+
+def train(task, report=lambda status: None, stop=None):
+    return worker.train(task, None, stop or Stop(), report)
+
+
+def owner(folder):
+    return (folder / "lock").read_text()
 
 
 def locally(workdir, **fields):
@@ -185,11 +201,10 @@ def undisturbed(tmp_path_factory):
 
 def test_a_worker_that_sees_the_workdir_writes_there(tmp_path, tiny_worker, undisturbed):
     heard = []
-    with open_workdir(tmp_path / "w", tiny.grid(), FACTS) as folder, worker.token(folder) as token:
-        outcome = worker.train(part(folder, token), lambda status: heard.append(status) or 0)
-    assert outcome.failure == ""
-    assert (outcome.rows, outcome.timings, outcome.provenance) == (None, "", "")
-    assert (outcome.status.finished, heard[0]) == (3, None)
+    with open_workdir(tmp_path / "w", tiny.grid(), FACTS) as folder:
+        outcome = train(task(folder, owner(folder)), heard.append)
+    assert (outcome.failure, outcome.rows, outcome.logs) == ("", [], {})
+    assert (outcome.status.finished, heard[0], heard[-1]) == (3, None, outcome.status)
     pd.testing.assert_frame_equal(results.load(folder), undisturbed, check_exact=True)
     assert json.loads((folder / "provenance.jsonl").read_text())["command"] == ["experiments/launch.py"]
 
@@ -200,11 +215,12 @@ def test_a_worker_that_does_not_goes_on_from_the_rows_that_came_along_and_hands_
     before = locally(tmp_path / "w", base_lrs=(2**-7,))
     with open_workdir(tmp_path / "w", tiny.grid(), FACTS) as folder:
         listed, stored = sorted(os.listdir(folder)), results.load_timings(folder)
-        outcome = worker.train(part(folder, "no such file"), lambda status: 0)
+        given = task(folder, "process 1 on another machine\n")
+        outcome = train(given)
         assert sorted(os.listdir(folder)) == listed
         assert len(results.load(folder)) == len(before)
         assert outcome.status.trained == 2 * 38 * 4  # two of the three runs
-        tasks._store(found(folder)[0], outcome)
+        _store(given, outcome)
     pd.testing.assert_frame_equal(results.load(folder), undisturbed, check_exact=True)
     timings = results.load_timings(folder)
     assert {"compile", "segment"} <= set(timings.phase[len(stored) :])
@@ -213,33 +229,34 @@ def test_a_worker_that_does_not_goes_on_from_the_rows_that_came_along_and_hands_
     assert events == ["start", "finish", "start"]
 
 
-def test_a_worker_that_is_asked_to_stop_saves(tmp_path, tiny_worker, monkeypatch):
-    monkeypatch.setattr(worker, "REPORT_SECONDS", 0.1)
-    asked = {"segment_seconds": 1e-9, "epochs": 5000}
-    with open_workdir(tmp_path / "w", tiny.grid(**asked), FACTS) as folder, worker.token(folder) as token:
-        outcome = worker.train(part(folder, token, **asked), lambda status: signal.SIGINT if status and status.trained else 0)
+def test_a_worker_that_is_asked_to_stop_saves(tmp_path, tiny_worker):
+    asked, stop = {"segment_seconds": 1e-9, "epochs": 5000}, Stop()
+
+    def stop_once_trained(status):
+        stop.signum = signal.SIGINT if status and status.trained else 0
+
+    with open_workdir(tmp_path / "w", tiny.grid(**asked), FACTS) as folder:
+        given = task(folder, owner(folder), **asked)
+        outcome = train(given, stop_once_trained, stop)
         assert outcome.failure == ""
         assert (outcome.status.done, outcome.status.trained > 0) == (0, True)
         assert list((folder / "checkpoints/m00004_b00004").iterdir())
         begun = results.load(folder)
-        at_once = worker.train(part(folder, token, **asked), lambda status: signal.SIGTERM)
-        assert (at_once, len(results.load(folder))) == (Outcome(None), len(begun))
+        stop.signum = signal.SIGTERM
+        at_once = train(given, stop=stop)
+        assert (at_once.failure, at_once.status.trained, len(results.load(folder))) == ("", 0, len(begun))
 
 
-def test_a_worker_without_the_data_says_so_and_one_with_a_bug_too(tmp_path, tiny_worker, monkeypatch, capsys):
+def test_a_worker_without_the_data_says_so(tmp_path, tiny_worker, monkeypatch):
     def missing(*_):
         raise InputError("dataset.data_dir: cannot list '/data'")
 
-    with open_workdir(tmp_path / "w", tiny.grid(), FACTS) as folder, worker.token(folder) as token:
-        monkeypatch.setattr("smallbatch_jax.data.load", missing)
-        assert worker.train(part(folder, token), lambda status: 0) == Outcome(None, "dataset.data_dir: cannot list '/data'")
-        monkeypatch.setattr("smallbatch_jax.data.load", lambda *_: 1 / 0)
-        outcome = worker.train(part(folder, token), lambda status: 0)
-    assert outcome.failure == "ZeroDivisionError: division by zero"
-    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setattr("smallbatch_jax.data.load", missing)
+    with open_workdir(tmp_path / "w", tiny.grid(), FACTS) as folder:
+        assert train(task(folder, owner(folder))) == Outcome(None, "dataset.data_dir: cannot list '/data'")
 
 
 def test_a_relative_folder_of_data_is_the_same_for_a_worker_that_runs_elsewhere():
     for given, sent in (("data", os.path.abspath("data")), ("/data", "/data"), ("~/data", "~/data"), (None, None)):
         chosen = tiny.grid(dataset={"name": "folder", "data_dir": given})
-        assert tasks._seen_from_anywhere(chosen).dataset.data_dir == sent
+        assert launcher._for_workers(chosen).dataset.data_dir == sent

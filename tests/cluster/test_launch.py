@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import ray
 
-from smallbatch_jax.cluster import ray as tasks
+from smallbatch_jax.cluster.ray import connected
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.store import results
 from smallbatch_jax.study.figures import COST_FIGURES as COST_STEMS
@@ -26,31 +25,30 @@ SECONDS = 300  # for a single command
 # What workers do here instead of training. m = 2: sees no workdir; 4: dies once; 8: has no data; 16: a bug; 32: always dies.
 STANDS_IN = """
 import os, runpy, signal, sys
-from smallbatch_jax.cluster import launcher as cluster, ray as tasks
+from smallbatch_jax.cluster import launcher, ray as ray_tasks
 
-def task(part, number, board):
+def train(task, cpu_devices, reports):
     from smallbatch_jax.store.files import append_line
     from smallbatch_jax.store.results import ProgramResults, Row
     from smallbatch_jax.cluster.worker import Outcome
-    m, b = part.shape
-    append_line(part.workdir.parent / "tries", f"{m} {os.getpid()}")
-    tries = (part.workdir.parent / "tries").read_text().split("\\n")
+    m, b = task.shape
+    append_line(task.workdir.parent / "tries", f"{m} {os.getpid()}")
+    tries = (task.workdir.parent / "tries").read_text().split("\\n")
     if m == 32 or (m == 4 and sum(line.startswith("4 ") for line in tries) == 1):
         os.kill(os.getpid(), signal.SIGKILL)
     if m == 16:
         raise ZeroDivisionError("two\\nlines")
-    board.report.remote(number, None).future().result(timeout=60)
     if m == 8:
         return Outcome(None, "dataset.data_dir: cannot list '/data'")
-    rows = [Row(m, b, run.base_lr, run.seed, 1, 1, 0.5, 0.5, 0.5, 0.5) for run in part.experiment.runs() if run.batch_size == m]
+    rows = [Row(m, b, run.base_lr, run.seed, 1, 1, 0.5, 0.5, 0.5, 0.5) for run in task.experiment.runs() if run.batch_size == m]
     if m == 2:
-        return Outcome(None, "", part.rows + "".join(",".join(map(repr, row)) + "\\n" for row in rows))
-    with ProgramResults(part.workdir, m, b) as stored:
+        return Outcome(None, "", rows)
+    with ProgramResults(task.workdir, m, b) as stored:
         stored.append(rows)
     return Outcome(None)
 
-tasks._task, tasks.RETRIES = task, 1
-cluster._facts_of = lambda experiments: [{"num_classes": 3, "examples": [50, 20]}] * len(experiments)
+ray_tasks._train, ray_tasks.RETRIES = train, 1
+launcher._facts = lambda experiment: {"num_classes": 3, "examples": [50, 20]}
 sys.path.insert(0, "experiments")
 sys.argv[0] = "experiments/launch.py"
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -278,9 +276,10 @@ def test_a_second_signal_ends_it_at_once_and_so_does_sigkill_and_a_sweep_beside_
 
 BLIND = """
 import runpy, sys
-from contextlib import nullcontext
-from smallbatch_jax.cluster import worker
-worker.token = lambda workdir: nullcontext("no such file")
+from dataclasses import replace
+from smallbatch_jax.cluster import launcher
+task = launcher.ProgramTask
+launcher.ProgramTask = lambda *fields: replace(task(*fields), owner="another machine")
 sys.path.insert(0, "experiments")
 sys.argv[0] = "experiments/launch.py"
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -289,7 +288,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.slow
 def test_several_configs_and_workers_that_do_not_see_the_workdirs(tmp_path, swept):
-    """No worker finds the token: all results come back through the cluster."""
+    """No worker recognises the workdir: all results come back through the cluster."""
     config = tmp_path / "other.py"
     text = (ROOT / "configs/quickstart.py").read_text().replace("(2, 8, 32, 128, 512)", "(512,)")
     config.write_text(text.replace('"quickstart"', '"other"').replace("epochs = 8", "epochs = 1"))
@@ -305,7 +304,7 @@ def test_several_configs_and_workers_that_do_not_see_the_workdirs(tmp_path, swep
 def test_an_address_without_a_cluster_is_named_at_once(address):
     with (
         pytest.raises(InputError, match=f"^--address={address}: no Ray cluster can be reached: "),
-        tasks.connected(ray, address),
+        connected(address),
     ):
         pass
 

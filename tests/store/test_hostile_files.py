@@ -16,7 +16,6 @@ import pytest
 import tiny
 from pictures import Bomb, error_line, load
 from PIL import Image
-from test_grid import StopAfter
 
 from smallbatch_jax import data
 from smallbatch_jax.runner import grid as driver
@@ -208,6 +207,18 @@ def test_a_pickle_in_the_cache_of_a_prepared_dataset_is_mended(prepared, cache_d
     np.testing.assert_array_equal(load_prepared(prepared).train_images, first.train_images)
     assert path.read_bytes() == sound
     assert repr(str(path)) in capsys.readouterr().err
+
+
+class StopAfter(NoProgress):
+    """Sends this process a signal after a number of segments, as a user would."""
+
+    def __init__(self, segments, signum):
+        self.left, self.signum = segments, signum
+
+    def show(self, status, doing):
+        self.left -= 1
+        if self.left == 0:
+            signal.raise_signal(self.signum)
 
 
 @pytest.fixture(scope="module")

@@ -201,32 +201,7 @@ def test_a_timing_torn_by_a_crash_costs_that_line_alone(tmp_path):
     assert len(frame) == 2
 
 
-OLD = "phase,batch_size,bn_batch_size,lanes,seconds,steps,images\n"  # before memory was stored
-
-
-@pytest.mark.parametrize(
-    ("begun_with", "resumed", "peaks"),
-    [
-        (OLD + "compile,4,4,2,1.5,0,0\n", False, [0]),
-        (OLD + "compile,4,4,2,1.5,0,0\n", True, [0, 4096]),
-        ("", True, [4096]),
-        (OLD + "compile,4,4,2,1.5,0,0\ncompile,4,4", True, [0, 4096]),
-    ],
-    ids=["old", "old, resumed", "new", "old, torn, resumed"],
-)
-def test_timings_are_read_with_and_without_memory_whatever_version_began_the_file(tmp_path, begun_with, resumed, peaks):
-    (tmp_path / "timings.csv").write_text(begun_with)
-    if resumed:
-        results.Timings(tmp_path).add("compile", 1.5, 4, 4, 2, peak_bytes=4096)
-    frame = results.load_timings(tmp_path)
-    assert list(frame.columns) == list(TIMING_COLUMNS)
-    assert list(frame.peak_bytes) == peaks
-    assert list(frame.seconds) == [1.5] * len(peaks)
-    assert frame.drop(columns=["phase", "seconds"]).dtypes.unique().tolist() == [np.dtype("int64")]
-
-
-def test_a_timing_that_lost_its_end_does_not_pass_for_an_older_one(tmp_path):
-    """Cut within its images, it has as many values as a line had before memory was stored."""
+def test_a_timing_that_lost_its_end_is_left_out(tmp_path):
     timings = results.Timings(tmp_path)
     timings.add("segment", 1.0, 4, 4, 2, 10, 4000)
     path = tmp_path / "timings.csv"

@@ -8,7 +8,7 @@ import time
 
 import pandas as pd
 import pytest
-from mirrored import TAGS, assert_all_shown, row, show, train
+from tracked import TAGS, assert_all_shown, row, show, train
 
 from smallbatch_jax.config.experiment import InputError, Run
 from smallbatch_jax.store import results
@@ -131,7 +131,7 @@ def test_a_failure_of_wandb_is_one_line_and_the_grid_goes_on(wandb, watched, tmp
 
     monkeypatch.setattr(wandb, "init", fail)
     pd.testing.assert_frame_equal(train(tmp_path / "w", wandb="p"), watched[1], check_exact=True)
-    assert capsys.readouterr().err == "warning: W&B shows no more of this grid, which goes on: CommError: no network\n"
+    assert capsys.readouterr().err == "warning: wandb shows no more of this grid, which goes on: CommError: no network\n"
     assert_all_shown(tmp_path / "w")
 
 

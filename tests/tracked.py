@@ -1,4 +1,4 @@
-"""Grids that are mirrored, and what TensorBoard's own reader finds of them."""
+"""Grids with trackers, and what TensorBoard's own reader finds of them."""
 
 import math
 
@@ -64,7 +64,7 @@ def row(epoch, base_lr=2**-7, test_accuracy=0.5, seed=0):
 
 
 def show(workdir, *rows, epochs=7, **fields):
-    """Stores rows and opens the mirrors on what is stored then."""
+    """Stores rows and opens the trackers on what is stored then."""
     with ProgramResults(workdir, 4, 4) as stored:
         stored.append(rows)
         with Trackers(tiny.grid(**{"epochs": epochs, "tensorboard": True, **fields}), workdir, [stored]):
