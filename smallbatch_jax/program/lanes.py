@@ -186,11 +186,7 @@ def compile_lanes(
     if platform == "cpu":
         keep_freed_memory()
     sharding = NamedSharding(mesh, P(LANE))
-    fresh = jax.eval_shape(lambda: init_state(model, jnp.zeros((1, *_image_shape(data))), jnp.int32(0)))
-    template = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((lanes, *x.shape), x.dtype, sharding=sharding),
-        LaneState(fresh, *(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32, jnp.bool))),
-    )
+    template = _template(model, _image_shape(data), lanes, sharding)
     streamed = isinstance(data, Pool)
     segment = jax.shard_map(
         make_segment(model, program, segment_steps, mapping, statistics_model, streamed),
@@ -199,27 +195,30 @@ def compile_lanes(
         out_specs=P(LANE),
         check_vma=False,
     )
-    test = None
-    if streamed:
-        each = jax.shard_map(
-            make_test_lanes(model, program, mapping),
-            mesh=mesh,
-            in_specs=(P(LANE), P(LANE), P(LANE), P(DATA), P(), P()),
-            out_specs=P(LANE),
-            check_vma=False,
-        )
-        test = _at_precision(jax.jit(each, donate_argnums=1), precision)
-        abstract_data = data
-    else:
+    images: Any = data
+    if not streamed:
         everywhere = NamedSharding(mesh, P())
-        abstract_data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), data)
+        images = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), data)
     arguments = _abstract_arguments(program.batch_size, lanes, segment_steps, sharding)
     began = time.monotonic()
     lower = _at_precision(jax.jit(segment, donate_argnums=0).lower, precision)
-    compiled = lower(template, *arguments, abstract_data).compile()
+    compiled = lower(template, *arguments, images).compile()
     seconds = time.monotonic() - began
-    any_length = streamed or mapping == "map"
-    return LaneProgram(lanes, segment_steps, any_length, sharding, seconds, compiled, data, template, test)
+    test = _streamed_test(make_test_lanes(model, program, mapping), mesh, precision) if streamed else None
+    return LaneProgram(lanes, segment_steps, streamed or mapping == "map", sharding, seconds, compiled, data, template, test)
+
+
+def _template(model: Model, image_shape: Sequence[int], lanes: int, sharding: NamedSharding) -> LaneState:
+    """Shapes and dtypes of the stacked lanes."""
+    fresh = jax.eval_shape(lambda: init_state(model, jnp.zeros((1, *image_shape)), jnp.int32(0)))
+    lane = LaneState(fresh, *(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32, jnp.bool)))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((lanes, *x.shape), x.dtype, sharding=sharding), lane)
+
+
+def _streamed_test(test_lanes: Callable[..., Tested], mesh: Mesh, precision: str) -> Callable[..., Tested]:
+    specs = P(LANE), P(LANE), P(LANE), P(DATA), P(), P()
+    sharded = jax.shard_map(test_lanes, mesh=mesh, in_specs=specs, out_specs=P(LANE), check_vma=False)
+    return _at_precision(jax.jit(sharded, donate_argnums=1), precision)
 
 
 def _at_precision(function: Callable[..., Any], precision: str) -> Callable[..., Any]:
