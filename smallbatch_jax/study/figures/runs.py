@@ -99,8 +99,8 @@ def accuracy_against_time(study: Study) -> Figure:
     Args:
       study: with timings. BN batch sizes are chosen as in `heat_map`.
     Returns:
-      A figure in which a curve is drawn as in `convergence`. Before a run of an m has finished, its curve is at the η̃ that
-      has come furthest. A batch size without a known time or epoch is named below.
+      A figure in which a curve is drawn as in `convergence`. While no run of an m has finished, its curve shows the η̃
+      that has trained longest. Batch sizes without a known time or epoch are named below the panel.
     """
     cells, bn_note = points.one_bn_batch_size(study.cells)
     epochs = study.rows.groupby(CELL, observed=True).size().rename("epochs").reset_index()

@@ -61,7 +61,7 @@ def styled() -> Any:
 
 
 class NotebookFigure(Figure):
-    """A figure that a notebook shows as the value of a cell: IPython draws those that pyplot made, and asks others for this."""
+    """A figure that a notebook shows as the value of a cell, although pyplot did not make it."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
