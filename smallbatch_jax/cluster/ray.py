@@ -67,7 +67,7 @@ class Reports:
 
 
 def resources(nodes: Iterable[Mapping[str, float]], runs: int, lanes: int | None) -> dict[str, int]:
-    """Returns the resources of a program's task: a GPU if any machine has one, otherwise a CPU per lane, at most one machine's."""
+    """Returns the resources of a program's task: a GPU if any machine has one, else a CPU per lane, at most one machine's."""
     from smallbatch_jax.runner.jobs import MOST_LANES
 
     nodes = list(nodes)
