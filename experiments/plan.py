@@ -109,7 +109,7 @@ def measure(chosen: Experiment, there: Elsewhere) -> None:
     plans = []
     for trial in planning.measure(chosen, dataset):
         flops = planning.flops_per_image(trial.job.model_of(None), dataset.image_shape)
-        plan = planning.plan_program(trial.job, flops, planning.probe(trial, SECONDS.value))
+        plan = planning.plan_program(trial, flops, SECONDS.value)
         plans.append(plan)
         columns = there.columns(plan.batch_size, plan.runs - plan.diverging, plan.steps * plan.batch_size)
         print(

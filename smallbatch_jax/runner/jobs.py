@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from smallbatch_jax.models import create_model, micro_batch_size
 from smallbatch_jax.program import devices
 from smallbatch_jax.program import lanes as lane_programs
 from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
-from smallbatch_jax.program.lanes import COMPUTE_DTYPE, LaneMapping, LaneProgram
+from smallbatch_jax.program.lanes import COMPUTE_DTYPE, LaneProgram
 from smallbatch_jax.program.train import Model, Program, Setting, TrainState
 from smallbatch_jax.runner.input import InputPipeline
 from smallbatch_jax.runner.progress import Progress, RunCounts, Status
@@ -26,12 +26,8 @@ from smallbatch_jax.tracking.trackers import Trackers
 
 MOST_LANES = 16
 GIB = 2**30
-
-
-class ModelOf(Protocol):
-    """Makes the model for a BN batch size (None: the whole batch) and for the mesh axis that shards a batch, if any."""
-
-    def __call__(self, bn_batch_size: int | None, /, axis_name: str | None = None) -> Model: ...
+# Makes the model for a BN batch size (None: the whole batch) and, as `axis_name`, the mesh axis that shards a batch, if any.
+ModelOf = Callable[..., Model]
 
 
 def named_model(experiment: Experiment, num_classes: int, bn_decay: float) -> ModelOf:
@@ -124,7 +120,6 @@ class Job:
     bn_batch_size: int
     results: ProgramResults
     memory_bytes: int | None = None  # for the program; None: all that its devices have
-    mapping: LaneMapping | None = None  # None: the platform's own
     layout: Layout = field(init=False)  # of the program compiled last
 
     def __post_init__(self) -> None:
@@ -235,7 +230,7 @@ class Job:
 
     def _compile(self, pipeline: InputPipeline, layout: Layout) -> LaneProgram:
         experiment, mesh = self.experiment, self.setup.mesh
-        mapping = self.mapping or lane_programs.lane_mapping(self.setup.platform)
+        mapping = lane_programs.lane_mapping(self.setup.platform)
         axis_name = DATA if self.data_devices > 1 else None
         program = Program(
             self.batch_size,
@@ -249,7 +244,7 @@ class Job:
         bn_batch_size = None if self.bn_batch_size == self.batch_size else self.bn_batch_size
         statistics_model_of = self.setup.statistics_model_of
         return lane_programs.compile_lanes(
-            self.model_of(bn_batch_size, axis_name=axis_name) if axis_name else self.model_of(bn_batch_size),
+            self.model_of(bn_batch_size, **({"axis_name": axis_name} if axis_name else {})),
             program,
             pipeline.data(mesh, self.batch_size),
             mesh,

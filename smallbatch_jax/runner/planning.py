@@ -20,7 +20,7 @@ import numpy as np
 
 from smallbatch_jax.config.experiment import Experiment, Run
 from smallbatch_jax.data import Dataset, Photographs
-from smallbatch_jax.program.lanes import LaneMapping, LaneProgram
+from smallbatch_jax.program.lanes import LaneProgram
 from smallbatch_jax.program.train import TrainState
 from smallbatch_jax.runner.flops import flops_per_image, matrix_rate
 from smallbatch_jax.runner.input import InputPipeline
@@ -29,7 +29,7 @@ from smallbatch_jax.runner.segments import Lanes
 from smallbatch_jax.runner.streaming import input_pipeline
 from smallbatch_jax.store.results import ProgramResults
 
-__all__ = ["elsewhere", "flops_per_image", "matrix_rate", "measure", "plan_program", "probe", "total_seconds"]
+__all__ = ["elsewhere", "flops_per_image", "matrix_rate", "measure", "plan_program", "total_seconds"]
 
 WARM_UP_IMAGES = 512  # per lane, of the first segment, which is not timed
 EVALUATED_PARTS = 4  # of a streamed test set
@@ -104,50 +104,21 @@ class Trial:
         return trained * self.job.batch_size, seconds
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What a program did in a few seconds."""
-
-    lanes: int
-    images_per_second: float  # trained, over all lanes; NaN if nothing was
-    evaluation_seconds: float  # of the whole test set, per run
-    compile_seconds: float
-    peak_bytes: int  # of all devices, by the compiled program, without the dataset
-    diverged: frozenset[float]  # base learning rates whose run diverged within the probe
-
-
-def measure(
-    experiment: Experiment,
-    dataset: Dataset | Photographs,
-    model_of: ModelOf | None = None,
-    mapping: LaneMapping | None = None,
-) -> Iterator[Trial]:
+def measure(experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None = None) -> Iterator[Trial]:
     """Compiles every program of an experiment, one after the other; keeps nothing on the disk.
 
     Args:
       experiment: gives the programs.
       dataset: its data, or any of the same shape.
       model_of: makes the model for a BN batch size; None takes the experiment's own.
-      mapping: how lanes share a device; None takes the platform's own.
     """
     setup = Setup.of(experiment, dataset, model_of)
     initial = setup.initialiser()
     with tempfile.TemporaryDirectory() as folder, closing(input_pipeline(dataset, experiment)) as pipeline:
         for m, b in setup.programs:
             with ProgramResults(Path(folder), m, b) as results:
-                job = Job(setup, m, b, results, mapping=mapping)
+                job = Job(setup, m, b, results)
                 yield Trial(job, job.compile(pipeline), pipeline, initial)
-
-
-def probe(trial: Trial, seconds: float) -> Probe:
-    """Trains for about so many seconds, after a first segment that is not timed, then evaluates once."""
-    first = trial.warm_up()
-    images, spent = trial.train(seconds)
-    if not images:  # all runs ended in the first segment
-        images, spent = first
-    program, evaluation = trial.program, trial.evaluate() / max(1, trial.alive.sum())
-    rate = images / spent if images else math.nan
-    return Probe(program.lanes, rate, evaluation, program.compile_seconds, program.peak_bytes, trial.diverged())
 
 
 def _one_run_per_rate(runs: Sequence[Run]) -> list[Run]:
@@ -169,30 +140,37 @@ class ProgramPlan:
     flops: float  # of all runs, if every one trains to its last epoch
     diverging: int  # runs expected to end at once
     compile_seconds: float
-    images_per_second: float
+    images_per_second: float  # trained, over all lanes; NaN if nothing was
+    evaluation_seconds: float  # of the whole test set, per run
     seconds: float  # of training and evaluation
-    peak_bytes: int
+    peak_bytes: int  # of all devices, by the compiled program, without the dataset
 
 
-def plan_program(job: Job, flops_per_image: float, found: Probe) -> ProgramPlan:
-    """Extrapolates a probe to all runs of a program."""
-    diverging = sum(run.base_lr in found.diverged for run in job.runs)
-    surviving = len(job.runs) - diverging
-    images = job.total_steps * job.batch_size
-    training = surviving * images / found.images_per_second if surviving else 0.0
+def plan_program(trial: Trial, flops_per_image: float, seconds: float) -> ProgramPlan:
+    """Trains for about so many seconds after a first segment that is not timed, evaluates once, and extrapolates."""
+    first = trial.warm_up()
+    trained, spent = trial.train(seconds)
+    if not trained:  # all runs ended in the first segment
+        trained, spent = first
+    rate = trained / spent if trained else math.nan
+    evaluation = trial.evaluate() / max(1, trial.alive.sum())
+    job, program, diverged = trial.job, trial.program, trial.diverged()
+    diverging = sum(run.base_lr in diverged for run in job.runs)
+    surviving, images = len(job.runs) - diverging, job.total_steps * job.batch_size
     return ProgramPlan(
         batch_size=job.batch_size,
         bn_batch_size=job.bn_batch_size,
         runs=len(job.runs),
         steps=job.total_steps,
-        lanes=found.lanes,
+        lanes=program.lanes,
         data_devices=job.data_devices,
         flops=flops_per_image * images * len(job.runs),
         diverging=diverging,
-        compile_seconds=found.compile_seconds,
-        images_per_second=found.images_per_second,
-        seconds=training + surviving * job.experiment.epochs * found.evaluation_seconds,
-        peak_bytes=found.peak_bytes,
+        compile_seconds=program.compile_seconds,
+        images_per_second=rate,
+        evaluation_seconds=evaluation,
+        seconds=surviving * (images / rate + job.experiment.epochs * evaluation) if surviving else 0.0,
+        peak_bytes=program.peak_bytes,
     )
 
 
