@@ -1,9 +1,10 @@
-"""What a grid will cost, before it is run: each program compiled as in training, and timed for a few seconds.
+"""What a grid will cost before it is run, and how long the rest of it takes while it runs.
 
-The probe trains the program's own runs. So it also sees which base learning rates diverge at once, and leaves out the time
-that their runs will not need; one that diverges later makes the plan too long.
+Each program is compiled as in training and timed for a few seconds on its own runs. The probe so also sees which base learning
+rates diverge at once, and leaves out the time that their runs will not need; one that diverges later makes the plan too long.
 """
 
+import bisect
 import itertools
 import math
 import tempfile
@@ -25,11 +26,12 @@ from smallbatch_jax.program.train import TrainState
 from smallbatch_jax.runner.flops import flops_per_image, matrix_rate
 from smallbatch_jax.runner.input import InputPipeline
 from smallbatch_jax.runner.jobs import Job, ModelOf, Setup
+from smallbatch_jax.runner.progress import Progress, Status
 from smallbatch_jax.runner.segments import Lanes
 from smallbatch_jax.runner.streaming import input_pipeline
 from smallbatch_jax.store.results import ProgramResults
 
-__all__ = ["elsewhere", "flops_per_image", "matrix_rate", "measure", "plan_program", "total_seconds"]
+__all__ = ["Forecast", "elsewhere", "flops_per_image", "matrix_rate", "measure", "plan_program", "total_seconds"]
 
 WARM_UP_IMAGES = 512  # per lane, of the first segment, which is not timed
 EVALUATED_PARTS = 4  # of a streamed test set
@@ -207,3 +209,43 @@ def elsewhere(batch_size: int, runs: int, images: int, stored: Sequence[Mapping[
     sizes = sorted(rates)
     rate = 2.0 ** np.interp(math.log2(batch_size), np.log2(sizes), np.log2([rates[m] for m in sizes]))
     return -(-runs // devices) * images / float(rate)
+
+
+class Forecast:
+    """A `Progress` that adds the expected time of the programs to come, and passes on to another.
+
+    They are expected to train at the rates of the programs so far, interpolated between batch sizes; a base learning rate that
+    diverged at a smaller batch size is expected to diverge at once.
+    """
+
+    def __init__(self, progress: Progress, jobs: Sequence[Job]):
+        """`jobs` are all programs of the grid."""
+        self._progress, self._jobs = progress, jobs
+        self._rates: dict[int, float] = {}  # images/s by batch size
+
+    def begin(self, job: Job, later: Sequence[Job]) -> None:
+        """Notes that a program begins to train, and that `later` are to come; the runs of all others change no more."""
+        self._job = job
+        self._diverged = [(other.batch_size, _lowest_diverged(other)) for other in self._jobs if other is not job]
+        self._later = [(other, sorted(run.base_lr for run in other.pending())) for other in later]
+
+    def show(self, status: Status, doing: str) -> None:
+        program = status.program
+        if program is not None and program.trained:
+            self._rates[self._job.batch_size] = program.rate
+        stored = [{"batch_size": m, "images_per_second": rate} for m, rate in self._rates.items()]
+        diverged = [*self._diverged, (self._job.batch_size, _lowest_diverged(self._job))]
+        status.later_seconds = 0.0
+        for job, base_lrs in self._later:
+            lowest = min((base_lr for m, base_lr in diverged if m <= job.batch_size), default=math.inf)
+            runs = bisect.bisect_left(base_lrs, lowest)
+            status.later_seconds += elsewhere(job.batch_size, runs, job.experiment.epochs * job.num_examples, stored)
+        self._progress.show(status, doing)
+
+    def close(self, status: Status) -> None:
+        self._progress.close(status)
+
+
+def _lowest_diverged(job: Job) -> float:
+    """Returns the lowest base learning rate of a program that diverged."""
+    return min((run.base_lr for run in job.runs if job.results.diverged(run)), default=math.inf)
