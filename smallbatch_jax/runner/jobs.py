@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from smallbatch_jax.config.experiment import OWN, Experiment, InputError, Run, programs
 from smallbatch_jax.data import Dataset, Photographs, order
 from smallbatch_jax.models import create_model, micro_batch_size
-from smallbatch_jax.program import devices
+from smallbatch_jax.program import devices, processes
 from smallbatch_jax.program import lanes as lane_programs
 from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
 from smallbatch_jax.program.lanes import COMPUTE_DTYPE, LaneProgram
@@ -25,6 +25,7 @@ from smallbatch_jax.store.timings import Timings
 from smallbatch_jax.tracking.trackers import Trackers
 
 MOST_LANES = 16
+SHARED_FROM = 64  # smallest batch size that idle cores share unasked
 GIB = 2**30
 # Makes the model for a BN batch size (None: the whole batch) and, as `axis_name`, the mesh axis that shards a batch, if any.
 ModelOf = Callable[..., Model]
@@ -62,20 +63,28 @@ class Setup:
 
     @cached_property
     def mesh(self) -> Mesh:
-        """The devices, as many of which share each batch as the experiment asks for; one if it asks for none.
-
-        A batch is not sharded unasked: otherwise a run's last bits would depend on how many devices happen to be idle.
+        """The devices, `experiment.data_devices` of which share each batch; unasked, only CPU cores share that would be idle.
 
         Raises:
           InputError: if the number asked for does not divide that of the devices, or the model is the user's own.
         """
-        devices, asked = jax.device_count(), self.experiment.data_devices or 1
-        if devices % asked:
+        devices, sharing = jax.device_count(), self.experiment.data_devices or self._idle_devices()
+        if devices % sharing:
             divisors = ", ".join(str(d) for d in range(1, devices + 1) if devices % d == 0)
-            raise InputError(f"data_devices: {asked} does not divide the {devices} devices there are; use {divisors}.")
-        if asked > 1 and self.own_model:
-            raise InputError(f"data_devices: {asked} devices cannot share the batches of an own model; use 1.")
-        return lane_mesh(data_devices=asked)
+            raise InputError(f"data_devices: {sharing} does not divide the {devices} devices there are; use {divisors}.")
+        if sharing > 1 and self.own_model:
+            raise InputError(f"data_devices: {sharing} devices cannot share the batches of an own model; use 1.")
+        return lane_mesh(data_devices=sharing)
+
+    def _idle_devices(self) -> int:
+        """Returns how many cores can share each batch without a run having to wait: 1.5 to 2 times as fast on two."""
+        if self.own_model or processes.several() or jax.default_backend() != "cpu":
+            return 1
+        devices, shapes = jax.device_count(), self.programs
+        most = devices // max(len(runs) for runs in shapes.values())
+        can_share = self.experiment.can_share
+        even = [d for d in range(2, most + 1) if devices % d == 0 and all(can_share(m, b, d) for m, b in shapes)]
+        return max(even, default=1) if min(shapes)[0] >= SHARED_FROM else 1
 
     @property
     def platform(self) -> str:
