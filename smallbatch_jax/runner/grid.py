@@ -1,4 +1,4 @@
-"""Trains a grid: the experiment's programs one after the other, into a workdir, until all runs are there."""
+"""Trains a grid into a workdir, its programs one after the other; skips the runs that the workdir holds."""
 
 import shutil
 import sys
@@ -50,7 +50,7 @@ def train_grid(
       experiment: what to train.
       workdir: created, or resumed if it holds this experiment. With several processes the first alone uses it.
       dataset: the experiment's data, already loaded.
-      progress: told after every segment.
+      progress: shows after every segment how far the grid has come.
       model_of: makes the model for a BN batch size; None takes the experiment's own.
       fingerprint: of that model (`models.identity`), which must be the same whenever the workdir is resumed; None for a
         model whose name identifies it.

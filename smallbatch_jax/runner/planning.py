@@ -34,7 +34,7 @@ from smallbatch_jax.store.results import ProgramResults
 __all__ = ["Forecast", "elsewhere", "flops_per_image", "matrix_rate", "measure", "plan_program", "total_seconds"]
 
 WARM_UP_IMAGES = 512  # per lane, of the first segment, which is not timed
-EVALUATED_PARTS = 4  # of a streamed test set
+EVALUATED_BATCHES = 4  # of a streamed test set
 COMPILING_BESIDE = {"cpu": 1.75}  # slow-down of a compilation by training beside it, measured on 2 cores; elsewhere none
 
 
@@ -66,20 +66,19 @@ class Trial:
         return self._segment(max(1, WARM_UP_IMAGES // self.job.batch_size))
 
     def evaluate(self) -> float:
-        """Seconds to evaluate all living lanes, measured the second time; scaled up from a part of a streamed test set."""
-        seconds, parts = 0.0, 1
-        for _ in range(2):
-            load = self._pipeline.prepare(self.program, self.job.batch_size, [None] * self.program.lanes)
-            segment = load.segment._replace(evaluate=np.ones(self.program.lanes, bool))
-            if load.pool is not None:
-                parts = max(1, load.test_batches)
-            began = time.monotonic()
-            few = itertools.islice(load.test, EVALUATED_PARTS)
-            settings = self.job.settings(self.runs)
-            self._lanes.state, report = self.program.run(self._lanes.state, settings, segment, load.pool, few)
-            jax.block_until_ready(report)
-            seconds = time.monotonic() - began
-        return seconds * max(1.0, parts / EVALUATED_PARTS)
+        """Seconds to evaluate all lanes, measured the second time; extrapolated from a few batches of a streamed test set."""
+        self._evaluate()
+        return self._evaluate()
+
+    def _evaluate(self) -> float:
+        load = self._pipeline.prepare(self.program, self.job.batch_size, [None] * self.program.lanes)
+        segment = load.segment._replace(evaluate=np.ones(self.program.lanes, bool))
+        few = itertools.islice(load.test, EVALUATED_BATCHES)
+        began = time.monotonic()
+        settings = self.job.settings(self.runs)
+        self._lanes.state, report = self.program.run(self._lanes.state, settings, segment, load.pool, few)
+        jax.block_until_ready(report)
+        return (time.monotonic() - began) * max(1.0, load.test_batches / EVALUATED_BATCHES)
 
     def diverged(self) -> frozenset[float]:
         """Base learning rates whose run has diverged."""
@@ -131,7 +130,7 @@ def _one_run_per_rate(runs: Sequence[Run]) -> list[Run]:
 
 @dataclass(frozen=True)
 class ProgramPlan:
-    """What one program will cost."""
+    """Cost of one program, extrapolated from a few seconds of it."""
 
     batch_size: int
     bn_batch_size: int
@@ -176,16 +175,10 @@ def plan_program(trial: Trial, flops_per_image: float, seconds: float) -> Progra
     )
 
 
-def total_seconds(plans: Sequence[ProgramPlan], compiling_beside: float | None = None) -> float:
-    """Seconds of all programs one after the other, each compiled while the one before trains.
-
-    Args:
-      plans: in the order of training.
-      compiling_beside: factor by which a compilation takes longer beside training; None takes the platform's.
-    """
-    if compiling_beside is None:
-        compiling_beside = COMPILING_BESIDE.get(jax.default_backend(), 1.0)
-    compiling = [compiling_beside * plan.compile_seconds for plan in plans]
+def total_seconds(plans: Sequence[ProgramPlan]) -> float:
+    """Seconds of all programs in the order of training, each compiled while the one before trains."""
+    slowdown = COMPILING_BESIDE.get(jax.default_backend(), 1.0)
+    compiling = [slowdown * plan.compile_seconds for plan in plans]
     hidden = zip(plans, [*compiling[1:], 0.0], strict=False)
     return sum(compiling[:1]) + sum(max(plan.seconds, following) for plan, following in hidden)
 

@@ -1,4 +1,4 @@
-"""What a grid shows while it trains: live bars on a terminal, elsewhere a plain line now and then."""
+"""Shows how far a grid has come: live bars on a terminal, elsewhere a plain line now and then."""
 
 import math
 import sys
@@ -13,7 +13,7 @@ SMOOTHING = 0.2  # weight of the last segment in the images/s that are shown
 
 @dataclass
 class RunCounts:
-    """How far some runs have come: those of one program, or of the whole grid."""
+    """Progress of the runs of one program, or of the whole grid."""
 
     runs: int
     images: int  # training images that they will need, without those of runs that ended early
@@ -41,7 +41,7 @@ class RunCounts:
 
 @dataclass
 class ProgramStatus(RunCounts):
-    """The program that trains."""
+    """Progress of the program that trains."""
 
     lanes: int = 0
     seconds: float = 0.0  # of its segments
@@ -55,7 +55,7 @@ class ProgramStatus(RunCounts):
 
 @dataclass
 class Status(RunCounts):
-    """How far a grid has come, and the program that trains."""
+    """Progress of a grid, and of the program that trains."""
 
     started: float = field(default_factory=time.monotonic)
     running: int = 0  # lanes with a run
@@ -64,7 +64,7 @@ class Status(RunCounts):
     later_seconds: float = 0.0  # that the programs after it are expected to take
 
     def begin(self, program: ProgramStatus) -> None:
-        """Another program trains from now on."""
+        """Shows this program from now on."""
         self.program, self.images_per_second, self.running = program, 0.0, 0
 
     def end_run(self, diverged: bool, test_accuracy: float) -> None:

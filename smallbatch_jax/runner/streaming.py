@@ -1,4 +1,4 @@
-"""Streamed: photographs decoded by worker processes while the devices train on those of the segment before.
+"""Streamed: the input pipeline of photographs, which worker processes decode while the devices train on the segment before.
 
 Each device is given a pool with the images of one segment, from which its lanes take by index, as from a resident dataset.
 Lanes of one seed at the same step follow one stream: its images are decoded once, and sent once to each device.
