@@ -216,7 +216,7 @@ def _batch_slice(mesh: Mesh, batch: int) -> BatchSlice:
 def _on_mesh(local: np.ndarray, firsts: Sequence[int], shape: Sequence[int], sharding: Any) -> jax.Array:
     """Returns an array of this shape; `local` is this process's block, which begins at `firsts` on the leading axes."""
 
-    def block(index: tuple[slice, ...]) -> np.ndarray:
+    def block(index: Any) -> np.ndarray:
         spans = [axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]
         return local[tuple(slice(start - first, stop - first) for (start, stop), first in zip(spans, firsts, strict=False))]
 
