@@ -35,7 +35,8 @@ class Elsewhere:
 
     def __init__(self, chosen: Experiment, path: str | None):
         """Reads the last line of a file, as benchmark.py prints it; without a path there are no columns."""
-        self._counts = command.whole_numbers("--elsewhere_devices", THERE.value) if path else ()
+        counts = command.whole_numbers("--elsewhere_devices", THERE.value)
+        self._counts = counts if path else ()
         self._totals = [0.0] * len(self._counts)
         if path:
             model = chosen.model.name, chosen.model.norm
@@ -109,7 +110,7 @@ def measure(chosen: Experiment, there: Elsewhere) -> None:
     plans = []
     for trial in planning.measure(chosen, dataset):
         flops = planning.flops_per_image(trial.job.model_of(None), dataset.image_shape)
-        plan = planning.plan_program(trial.job, flops, planning.probe(trial, SECONDS.value))
+        plan = planning.plan_program(trial, flops, SECONDS.value)
         plans.append(plan)
         columns = there.columns(plan.batch_size, plan.runs - plan.diverging, plan.steps * plan.batch_size)
         print(

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from itertools import zip_longest
 from typing import Any
 
 from smallbatch_jax.program.lanes import LaneProgram
@@ -30,22 +29,20 @@ class Compiler:
         """
         stop = self._session.stop
         try:
-            ahead = [self.submit(job) for job in jobs[:1]]
-            # The initialiser, which all programs share, compiles beside the first one.
-            for compiling in [self._executor.submit(self._session.initial, job.runs[0].seed) for job in jobs[:1]]:
-                _result(compiling, stop)
-            for job, following in zip_longest(jobs, jobs[1:]):
-                program = _result(ahead.pop(), stop)
-                if following is not None:
-                    ahead.append(self.submit(following))
+            compiling = [self.submit(job) for job in jobs[:1]]
+            if jobs:  # the initialiser, which all programs share, compiles beside the first one
+                _result(self._executor.submit(self._session.initial, jobs[0].runs[0].seed), stop)
+            for place, job in enumerate(jobs, 1):
+                program = _result(compiling.pop(), stop)
+                compiling += [self.submit(following) for following in jobs[place : place + 1]]
                 yield job, program
         finally:
             self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, job: Job, layout: Layout | None) -> LaneProgram:
-        began = time.monotonic()
+        began, shape = time.monotonic(), (job.batch_size, job.bn_batch_size)
         program = job.compile(self._session.pipeline, layout)
-        seconds, shape = time.monotonic() - began, (job.batch_size, job.bn_batch_size)
+        seconds = time.monotonic() - began
         self._session.timings.add("compile", seconds, *shape, program.lanes, peak_bytes=program.peak_bytes)
         return program
 

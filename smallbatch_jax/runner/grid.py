@@ -1,4 +1,4 @@
-"""Trains a grid: the experiment's programs one after the other, into a workdir, until all runs are there."""
+"""Trains a grid into a workdir, its programs one after the other; skips the runs that the workdir holds."""
 
 import shutil
 import sys
@@ -18,8 +18,8 @@ from smallbatch_jax.program.devices import DATA
 from smallbatch_jax.program.lanes import LaneProgram
 from smallbatch_jax.runner import checks
 from smallbatch_jax.runner.compiler import Compiler
-from smallbatch_jax.runner.forecast import Forecast
 from smallbatch_jax.runner.jobs import Job, ModelOf, Session, Setup
+from smallbatch_jax.runner.planning import Forecast
 from smallbatch_jax.runner.progress import NoProgress, Progress, Status
 from smallbatch_jax.runner.scheduler import Scheduler
 from smallbatch_jax.runner.signals import Interrupted, Stop, noted_signals
@@ -50,7 +50,7 @@ def train_grid(
       experiment: what to train.
       workdir: created, or resumed if it holds this experiment. With several processes the first alone uses it.
       dataset: the experiment's data, already loaded.
-      progress: told after every segment.
+      progress: shows after every segment how far the grid has come.
       model_of: makes the model for a BN batch size; None takes the experiment's own.
       fingerprint: of that model (`models.identity`), which must be the same whenever the workdir is resumed; None for a
         model whose name identifies it.

@@ -1,6 +1,6 @@
 """InputPipeline: where a program's images come from, a dataset on the devices or one streamed to them (`streaming.py`).
 
-The pipeline is told which steps each lane wants to take next, says for how many of them it has images, and brings those.
+A pipeline is given the steps that each lane wants to take next, returns how many of them it has images for, and supplies those.
 """
 
 from collections.abc import Iterable, Sequence
@@ -65,7 +65,7 @@ def blank_segment(program: LaneProgram, batch_size: int, lanes: Sequence[LaneSte
 
 
 class Resident:
-    """A dataset that lies whole on every device; lanes take from it by index, as much as they want."""
+    """The pipeline of a dataset that lies whole on every device; lanes take from it by index, as much as they want."""
 
     def __init__(self, dataset: Dataset):
         self._num_train = dataset.num_train

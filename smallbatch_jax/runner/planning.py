@@ -1,9 +1,10 @@
-"""What a grid will cost, before it is run: each program compiled as in training, and timed for a few seconds.
+"""What a grid will cost before it is run, and how long the rest of it takes while it runs.
 
-The probe trains the program's own runs. So it also sees which base learning rates diverge at once, and leaves out the time
-that their runs will not need; one that diverges later makes the plan too long.
+Each program is compiled as in training and timed for a few seconds on its own runs. The probe so also sees which base learning
+rates diverge at once, and leaves out the time that their runs will not need; one that diverges later makes the plan too long.
 """
 
+import bisect
 import itertools
 import math
 import tempfile
@@ -20,19 +21,20 @@ import numpy as np
 
 from smallbatch_jax.config.experiment import Experiment, Run
 from smallbatch_jax.data import Dataset, Photographs
-from smallbatch_jax.program.lanes import LaneMapping, LaneProgram
+from smallbatch_jax.program.lanes import LaneProgram
 from smallbatch_jax.program.train import TrainState
 from smallbatch_jax.runner.flops import flops_per_image, matrix_rate
 from smallbatch_jax.runner.input import InputPipeline
 from smallbatch_jax.runner.jobs import Job, ModelOf, Setup
+from smallbatch_jax.runner.progress import Progress, Status
 from smallbatch_jax.runner.segments import Lanes
 from smallbatch_jax.runner.streaming import input_pipeline
 from smallbatch_jax.store.results import ProgramResults
 
-__all__ = ["elsewhere", "flops_per_image", "matrix_rate", "measure", "plan_program", "probe", "total_seconds"]
+__all__ = ["Forecast", "elsewhere", "flops_per_image", "matrix_rate", "measure", "plan_program", "total_seconds"]
 
 WARM_UP_IMAGES = 512  # per lane, of the first segment, which is not timed
-EVALUATED_PARTS = 4  # of a streamed test set
+EVALUATED_BATCHES = 4  # of a streamed test set
 COMPILING_BESIDE = {"cpu": 1.75}  # slow-down of a compilation by training beside it, measured on 2 cores; elsewhere none
 
 
@@ -64,20 +66,19 @@ class Trial:
         return self._segment(max(1, WARM_UP_IMAGES // self.job.batch_size))
 
     def evaluate(self) -> float:
-        """Seconds to evaluate all living lanes, measured the second time; scaled up from a part of a streamed test set."""
-        seconds, parts = 0.0, 1
-        for _ in range(2):
-            load = self._pipeline.prepare(self.program, self.job.batch_size, [None] * self.program.lanes)
-            segment = load.segment._replace(evaluate=np.ones(self.program.lanes, bool))
-            if load.pool is not None:
-                parts = max(1, load.test_batches)
-            began = time.monotonic()
-            few = itertools.islice(load.test, EVALUATED_PARTS)
-            settings = self.job.settings(self.runs)
-            self._lanes.state, report = self.program.run(self._lanes.state, settings, segment, load.pool, few)
-            jax.block_until_ready(report)
-            seconds = time.monotonic() - began
-        return seconds * max(1.0, parts / EVALUATED_PARTS)
+        """Seconds to evaluate all lanes, measured the second time; extrapolated from a few batches of a streamed test set."""
+        self._evaluate()
+        return self._evaluate()
+
+    def _evaluate(self) -> float:
+        load = self._pipeline.prepare(self.program, self.job.batch_size, [None] * self.program.lanes)
+        segment = load.segment._replace(evaluate=np.ones(self.program.lanes, bool))
+        few = itertools.islice(load.test, EVALUATED_BATCHES)
+        began = time.monotonic()
+        settings = self.job.settings(self.runs)
+        self._lanes.state, report = self.program.run(self._lanes.state, settings, segment, load.pool, few)
+        jax.block_until_ready(report)
+        return (time.monotonic() - began) * max(1.0, load.test_batches / EVALUATED_BATCHES)
 
     def diverged(self) -> frozenset[float]:
         """Base learning rates whose run has diverged."""
@@ -104,50 +105,21 @@ class Trial:
         return trained * self.job.batch_size, seconds
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What a program did in a few seconds."""
-
-    lanes: int
-    images_per_second: float  # trained, over all lanes; NaN if nothing was
-    evaluation_seconds: float  # of the whole test set, per run
-    compile_seconds: float
-    peak_bytes: int  # of all devices, by the compiled program, without the dataset
-    diverged: frozenset[float]  # base learning rates whose run diverged within the probe
-
-
-def measure(
-    experiment: Experiment,
-    dataset: Dataset | Photographs,
-    model_of: ModelOf | None = None,
-    mapping: LaneMapping | None = None,
-) -> Iterator[Trial]:
+def measure(experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None = None) -> Iterator[Trial]:
     """Compiles every program of an experiment, one after the other; keeps nothing on the disk.
 
     Args:
       experiment: gives the programs.
       dataset: its data, or any of the same shape.
       model_of: makes the model for a BN batch size; None takes the experiment's own.
-      mapping: how lanes share a device; None takes the platform's own.
     """
     setup = Setup.of(experiment, dataset, model_of)
     initial = setup.initialiser()
     with tempfile.TemporaryDirectory() as folder, closing(input_pipeline(dataset, experiment)) as pipeline:
         for m, b in setup.programs:
             with ProgramResults(Path(folder), m, b) as results:
-                job = Job(setup, m, b, results, mapping=mapping)
+                job = Job(setup, m, b, results)
                 yield Trial(job, job.compile(pipeline), pipeline, initial)
-
-
-def probe(trial: Trial, seconds: float) -> Probe:
-    """Trains for about so many seconds, after a first segment that is not timed, then evaluates once."""
-    first = trial.warm_up()
-    images, spent = trial.train(seconds)
-    if not images:  # all runs ended in the first segment
-        images, spent = first
-    program, evaluation = trial.program, trial.evaluate() / max(1, trial.alive.sum())
-    rate = images / spent if images else math.nan
-    return Probe(program.lanes, rate, evaluation, program.compile_seconds, program.peak_bytes, trial.diverged())
 
 
 def _one_run_per_rate(runs: Sequence[Run]) -> list[Run]:
@@ -158,7 +130,7 @@ def _one_run_per_rate(runs: Sequence[Run]) -> list[Run]:
 
 @dataclass(frozen=True)
 class ProgramPlan:
-    """What one program will cost."""
+    """Cost of one program, extrapolated from a few seconds of it."""
 
     batch_size: int
     bn_batch_size: int
@@ -169,43 +141,44 @@ class ProgramPlan:
     flops: float  # of all runs, if every one trains to its last epoch
     diverging: int  # runs expected to end at once
     compile_seconds: float
-    images_per_second: float
+    images_per_second: float  # trained, over all lanes; NaN if nothing was
+    evaluation_seconds: float  # of the whole test set, per run
     seconds: float  # of training and evaluation
-    peak_bytes: int
+    peak_bytes: int  # of all devices, by the compiled program, without the dataset
 
 
-def plan_program(job: Job, flops_per_image: float, found: Probe) -> ProgramPlan:
-    """Extrapolates a probe to all runs of a program."""
-    diverging = sum(run.base_lr in found.diverged for run in job.runs)
-    surviving = len(job.runs) - diverging
-    images = job.total_steps * job.batch_size
-    training = surviving * images / found.images_per_second if surviving else 0.0
+def plan_program(trial: Trial, flops_per_image: float, seconds: float) -> ProgramPlan:
+    """Trains for about so many seconds after a first segment that is not timed, evaluates once, and extrapolates."""
+    first = trial.warm_up()
+    trained, spent = trial.train(seconds)
+    if not trained:  # all runs ended in the first segment
+        trained, spent = first
+    rate = trained / spent if trained else math.nan
+    evaluation = trial.evaluate() / max(1, trial.alive.sum())
+    job, program, diverged = trial.job, trial.program, trial.diverged()
+    diverging = sum(run.base_lr in diverged for run in job.runs)
+    surviving, images = len(job.runs) - diverging, job.total_steps * job.batch_size
     return ProgramPlan(
         batch_size=job.batch_size,
         bn_batch_size=job.bn_batch_size,
         runs=len(job.runs),
         steps=job.total_steps,
-        lanes=found.lanes,
+        lanes=program.lanes,
         data_devices=job.data_devices,
         flops=flops_per_image * images * len(job.runs),
         diverging=diverging,
-        compile_seconds=found.compile_seconds,
-        images_per_second=found.images_per_second,
-        seconds=training + surviving * job.experiment.epochs * found.evaluation_seconds,
-        peak_bytes=found.peak_bytes,
+        compile_seconds=program.compile_seconds,
+        images_per_second=rate,
+        evaluation_seconds=evaluation,
+        seconds=surviving * (images / rate + job.experiment.epochs * evaluation) if surviving else 0.0,
+        peak_bytes=program.peak_bytes,
     )
 
 
-def total_seconds(plans: Sequence[ProgramPlan], compiling_beside: float | None = None) -> float:
-    """Seconds of all programs one after the other, each compiled while the one before trains.
-
-    Args:
-      plans: in the order of training.
-      compiling_beside: factor by which a compilation takes longer beside training; None takes the platform's.
-    """
-    if compiling_beside is None:
-        compiling_beside = COMPILING_BESIDE.get(jax.default_backend(), 1.0)
-    compiling = [compiling_beside * plan.compile_seconds for plan in plans]
+def total_seconds(plans: Sequence[ProgramPlan]) -> float:
+    """Seconds of all programs in the order of training, each compiled while the one before trains."""
+    slowdown = COMPILING_BESIDE.get(jax.default_backend(), 1.0)
+    compiling = [slowdown * plan.compile_seconds for plan in plans]
     hidden = zip(plans, [*compiling[1:], 0.0], strict=False)
     return sum(compiling[:1]) + sum(max(plan.seconds, following) for plan, following in hidden)
 
@@ -229,3 +202,43 @@ def elsewhere(batch_size: int, runs: int, images: int, stored: Sequence[Mapping[
     sizes = sorted(rates)
     rate = 2.0 ** np.interp(math.log2(batch_size), np.log2(sizes), np.log2([rates[m] for m in sizes]))
     return -(-runs // devices) * images / float(rate)
+
+
+class Forecast:
+    """A `Progress` that adds the expected time of the programs to come, and passes on to another.
+
+    They are expected to train at the rates of the programs so far, interpolated between batch sizes; a base learning rate that
+    diverged at a smaller batch size is expected to diverge at once.
+    """
+
+    def __init__(self, progress: Progress, jobs: Sequence[Job]):
+        """`jobs` are all programs of the grid."""
+        self._progress, self._jobs = progress, jobs
+        self._rates: dict[int, float] = {}  # images/s by batch size
+
+    def begin(self, job: Job, later: Sequence[Job]) -> None:
+        """Notes that a program begins to train, and that `later` are to come; the runs of all others change no more."""
+        self._job = job
+        self._diverged = [(other.batch_size, _lowest_diverged(other)) for other in self._jobs if other is not job]
+        self._later = [(other, sorted(run.base_lr for run in other.pending())) for other in later]
+
+    def show(self, status: Status, doing: str) -> None:
+        program = status.program
+        if program is not None and program.trained:
+            self._rates[self._job.batch_size] = program.rate
+        stored = [{"batch_size": m, "images_per_second": rate} for m, rate in self._rates.items()]
+        diverged = [*self._diverged, (self._job.batch_size, _lowest_diverged(self._job))]
+        status.later_seconds = 0.0
+        for job, base_lrs in self._later:
+            lowest = min((base_lr for m, base_lr in diverged if m <= job.batch_size), default=math.inf)
+            runs = bisect.bisect_left(base_lrs, lowest)
+            status.later_seconds += elsewhere(job.batch_size, runs, job.experiment.epochs * job.num_examples, stored)
+        self._progress.show(status, doing)
+
+    def close(self, status: Status) -> None:
+        self._progress.close(status)
+
+
+def _lowest_diverged(job: Job) -> float:
+    """Returns the lowest base learning rate of a program that diverged."""
+    return min((run.base_lr for run in job.runs if job.results.diverged(run)), default=math.inf)

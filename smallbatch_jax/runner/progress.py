@@ -1,4 +1,4 @@
-"""What a grid shows while it trains: live bars on a terminal, elsewhere a plain line now and then."""
+"""Shows how far a grid has come: live bars on a terminal, elsewhere a plain line now and then."""
 
 import math
 import sys
@@ -13,7 +13,7 @@ SMOOTHING = 0.2  # weight of the last segment in the images/s that are shown
 
 @dataclass
 class RunCounts:
-    """How far some runs have come: those of one program, or of the whole grid."""
+    """Progress of the runs of one program, or of the whole grid."""
 
     runs: int
     images: int  # training images that they will need, without those of runs that ended early
@@ -41,11 +41,9 @@ class RunCounts:
 
 @dataclass
 class ProgramStatus(RunCounts):
-    """The program that trains."""
+    """Progress of the program that trains."""
 
-    name: str = ""
     lanes: int = 0
-    running: int = 0  # lanes with a run
     seconds: float = 0.0  # of its segments
     segments: int = 0
 
@@ -57,17 +55,17 @@ class ProgramStatus(RunCounts):
 
 @dataclass
 class Status(RunCounts):
-    """How far a grid has come, and the program that trains."""
+    """Progress of a grid, and of the program that trains."""
 
     started: float = field(default_factory=time.monotonic)
-    running: int = 0
+    running: int = 0  # lanes with a run
     images_per_second: float = 0.0  # smoothed
     program: ProgramStatus | None = None  # None before the first, or where several train at once
     later_seconds: float = 0.0  # that the programs after it are expected to take
 
     def begin(self, program: ProgramStatus) -> None:
-        """Another program trains from now on."""
-        self.program, self.images_per_second = program, 0.0
+        """Shows this program from now on."""
+        self.program, self.images_per_second, self.running = program, 0.0, 0
 
     def end_run(self, diverged: bool, test_accuracy: float) -> None:
         """Counts a run of the present program that ended."""
@@ -90,12 +88,6 @@ class Status(RunCounts):
             self.program.segments += 1
             known *= self.program.segments > 2  # the first also waits for what is done once
         self.images_per_second = (1 - SMOOTHING) * known + SMOOTHING * rate if known else rate
-
-    def add_running(self, running: int) -> None:
-        """Notes how many lanes hold a run now."""
-        self.running = running
-        if self.program:
-            self.program.running = running
 
     def _all(self) -> list[RunCounts]:
         return [self, self.program] if self.program else [self]
@@ -121,14 +113,15 @@ class Status(RunCounts):
 
     def program_line(self) -> str:
         """The present program's lanes at work, images/s and runs done; empty without one."""
-        program = self.program
-        if program is None:
+        if self.program is None:
             return ""
-        lanes = f"{program.running} of {program.lanes} lanes at work" if program.running else "ending"
-        return f"{lanes}, {self.images_per_second:,.0f} images/s, {program.counts()}"
+        lanes = f"{self.running} of {self.program.lanes} lanes at work" if self.running else "ending"
+        return f"{lanes}, {self.images_per_second:,.0f} images/s, {self.program.counts()}"
 
 
 class Progress(Protocol):
+    """Where a grid shows how far it has come."""
+
     def show(self, status: Status, doing: str) -> None:
         """Called after every segment."""
 
@@ -136,12 +129,8 @@ class Progress(Protocol):
         """Called once, when no more segments will come."""
 
 
-class NoProgress:
+class NoProgress(Progress):
     """Shows nothing."""
-
-    def show(self, status: Status, doing: str) -> None: ...
-
-    def close(self, status: Status) -> None: ...
 
 
 class PlainProgress:
@@ -189,20 +178,15 @@ class LiveProgress:
         self._bars.start()
 
     def show(self, status: Status, doing: str) -> None:
-        program = status.program
-        if program is not None:
-            self._bars.update(
-                self._program,
-                description=doing,
-                total=max(program.images, 1),
-                completed=program.trained,
-                left=f"{duration(status.program_seconds)} left",
-                line=status.program_line(),
-                visible=True,
-            )
-        left = f"{duration(status.seconds)} left" if status.trained else ""
-        line = status.counts() if program else f"{doing}: {status.counts()}"
-        self._bars.update(self._grid, total=max(status.images, 1), completed=status.trained, left=left, line=line)
+        line = f"{doing}: {status.counts()}"
+        if status.program is not None:
+            self._bars.update(self._program, description=doing, visible=True)
+            self._update(self._program, status.program, f"{duration(status.program_seconds)} left", status.program_line())
+            line = status.counts()
+        self._update(self._grid, status, f"{duration(status.seconds)} left" if status.trained else "", line)
+
+    def _update(self, bar: Any, counts: RunCounts, left: str, line: str) -> None:
+        self._bars.update(bar, total=max(counts.images, 1), completed=counts.trained, left=left, line=line)
 
     def close(self, status: Status) -> None:
         self._bars.stop()
@@ -211,7 +195,7 @@ class LiveProgress:
 
 def for_stream(stream: TextIO | None = None) -> Progress:
     """Returns live bars for a terminal, plain lines for any other stream; None is stderr."""
-    watched = stream if stream is not None else sys.stderr
+    watched = stream or sys.stderr
     return LiveProgress() if watched.isatty() else PlainProgress(watched)
 
 

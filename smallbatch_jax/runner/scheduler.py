@@ -21,12 +21,13 @@ from smallbatch_jax.config.experiment import InputError, Run
 from smallbatch_jax.data import order
 from smallbatch_jax.data.streaming.prefetch import WorkerDied
 from smallbatch_jax.program import processes
-from smallbatch_jax.program.lanes import LaneProgram
+from smallbatch_jax.program.lanes import LaneProgram, Report
 from smallbatch_jax.runner.jobs import Job, Session
-from smallbatch_jax.runner.recorder import Recorder
-from smallbatch_jax.runner.segments import InFlight, Lanes
+from smallbatch_jax.runner.progress import ProgramStatus
+from smallbatch_jax.runner.segments import Assignment, InFlight, Lanes
 from smallbatch_jax.runner.signals import Interrupted
 from smallbatch_jax.store.checkpoint import Checkpoints
+from smallbatch_jax.store.results import Row
 
 CHECKPOINT_SHARE = 0.02  # of the training time, at most
 FIRST_SAVE_SECONDS = 0.3  # assumed cost of a checkpoint before one was made
@@ -170,7 +171,9 @@ class Scheduler:
         if processes.is_first():
             self._job.results.sync()
             self._checkpoints.save(state, self.lanes.runs)
-        self._budget.spend(self._recorder.add_checkpoint(began, self.lanes))
+        seconds, job = time.monotonic() - began, self._job
+        self._budget.spend(seconds)
+        self._session.timings.add("checkpoint", seconds, job.batch_size, job.bn_batch_size, self.lanes.program.lanes)
         self._pace.restart()
 
     def _save_before_failing(self) -> None:
@@ -178,6 +181,68 @@ class Scheduler:
         if not donated and not processes.several():  # the other hosts do not know of the failure
             self._save()
             self._checkpoints.close()
+
+
+class Recorder:
+    """The rows of one program's runs, from the reports of its segments."""
+
+    def __init__(self, job: Job, session: Session):
+        self._job, self._session = job, session
+
+    def begin(self, lanes: Lanes) -> None:
+        """Shows what is left to do, less what restored lanes have done already."""
+        job, status = self._job, self._session.status
+        images = len(job.pending()) * job.images_per_run
+        program = ProgramStatus(len(job.runs), images, lanes=lanes.program.lanes)
+        job.count_complete(program)
+        status.begin(program)
+        status.spare(sum(lanes.steps) * job.batch_size)
+
+    def record(self, flight: InFlight, lanes: Lanes) -> int:
+        """Waits for a segment, stores its rows and frees the lanes of the runs that diverged; returns the steps trained."""
+        report = flight.fetch()
+        rows, trained = [], 0
+        for lane, assignment in enumerate(flight.assignments):
+            if assignment is None or self._job.results.diverged(assignment.run):
+                continue
+            trained += int(report.step[lane]) - assignment.first_step
+            row = self._row(assignment, Report(*(values[lane] for values in report)))
+            if row is not None:
+                rows.append(row)
+                if row.diverged:
+                    lanes.free(lane, assignment.run)
+        self._session.trackers.add(self._job.results.append(rows))
+        job, status = self._job, self._session.status
+        for row in rows:
+            if row.diverged or row.epoch == job.experiment.epochs:
+                status.end_run(row.diverged, job.results.final_accuracy(row.run))
+            if row.diverged:
+                status.spare((job.total_steps - row.step) * job.batch_size)
+        return trained
+
+    def show(self, trained: int, seconds: float, lanes: Lanes) -> None:
+        """Stores how long a segment took, and shows how far the grid has come."""
+        job, session, images = self._job, self._session, trained * self._job.batch_size
+        session.timings.add("segment", seconds, job.batch_size, job.bn_batch_size, lanes.program.lanes, trained, images)
+        session.status.add_images(images, seconds)
+        session.status.running = sum(run is not None for run in lanes.runs)
+        session.progress.show(session.status, job.title)
+
+    def _row(self, assignment: Assignment, found: Report) -> Row | None:
+        """Returns the row of an epoch that ended, well or by divergence; None while it goes on."""
+        if found.alive and not assignment.evaluate:
+            return None
+        m, n = self._job.batch_size, self._job.num_examples
+        step = int(found.step)
+        # A batch whose loss was not finite was seen, though it made no update.
+        batches = step - order.epoch_end(assignment.epoch - 1, n, m) + (not found.alive)
+        train_loss = float(found.loss_sum) / batches
+        diverged = not (found.alive and np.isfinite(found.test_loss))
+        train_accuracy = float("nan") if diverged else int(found.correct) / (batches * m)
+        test_accuracy = float("nan") if diverged else int(found.test_correct) / int(found.test_images)
+        run = assignment.run
+        key = run.batch_size, run.bn_batch_size, run.base_lr, run.seed
+        return Row(*key, assignment.epoch, step, train_loss, train_accuracy, float(found.test_loss), test_accuracy)
 
 
 class CheckpointBudget:

@@ -1,10 +1,9 @@
-"""Streamed: photographs decoded by worker processes while the devices train on those of the segment before.
+"""Streamed: the input pipeline of photographs, which worker processes decode while the devices train on the segment before.
 
 Each device is given a pool with the images of one segment, from which its lanes take by index, as from a resident dataset.
 Lanes of one seed at the same step follow one stream: its images are decoded once, and sent once to each device.
 """
 
-import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,8 +27,6 @@ from smallbatch_jax.runner.input import FIXED_SEGMENT_IMAGES, LaneSteps, Residen
 POOL_BYTES = 2**27  # of images, for each device and segment; two or three such pools exist at a time
 MOST_SKIPPED = 1000  # undecodable images in a row
 
-Place = tuple[int, int]  # of a device on the mesh: its row of lanes, and its position among those that share a batch
-
 
 class Stream(NamedTuple):
     """Consecutive steps of a seed, whose images are decoded once."""
@@ -51,17 +48,11 @@ class Streamed:
         self._statistics = photographs.channel_statistics()
         self._image_bytes = int(np.prod(photographs.image_shape))
         self._prefetchers: list[Prefetcher] = []
-        self._set_slices((WHOLE, WHOLE))
-
-    def _set_slices(self, slices: tuple[BatchSlice, BatchSlice]) -> None:
-        """Reads these slices of each training and test batch from now on."""
-        self.close()
-        self._slices = slices
-        seeds = tuple(sorted({run.seed for run in self._experiment.runs()}))
-        self._index = SampleIndex(self._photographs, seeds, self._experiment.dataset, *slices)
+        self._slices: tuple[BatchSlice, BatchSlice] | None = None  # that are read of each training and test batch
 
     def data(self, mesh: Mesh, batch_size: int) -> Pool:
-        shape = (mesh.shape[LANE], mesh.shape[DATA], self._capacity(mesh, batch_size))
+        shard = batch_size // mesh.shape[DATA]
+        shape = (mesh.shape[LANE], mesh.shape[DATA], self._batches(mesh, batch_size) * shard)
         abstract = (
             ((*shape, *self._photographs.image_shape), np.uint8),
             (shape, np.int32),
@@ -69,14 +60,10 @@ class Streamed:
         )
         return Pool(*(jax.ShapeDtypeStruct(*x, sharding=NamedSharding(mesh, s)) for x, s in zip(abstract, POOL, strict=True)))
 
-    def _capacity(self, mesh: Mesh, batch_size: int) -> int:
-        """Images in the pool of a device, a multiple of its shard of a batch."""
-        shard = batch_size // mesh.shape[DATA]
-        return max(1, min(FIXED_SEGMENT_IMAGES, POOL_BYTES // self._image_bytes) // shard) * shard
-
     def _batches(self, mesh: Mesh, batch_size: int) -> int:
-        """Batches whose shards fit into a pool."""
-        return self._capacity(mesh, batch_size) // (batch_size // mesh.shape[DATA])
+        """Returns the number of batches whose shards fit into the pool of a device."""
+        shard = batch_size // mesh.shape[DATA]
+        return max(1, min(FIXED_SEGMENT_IMAGES, POOL_BYTES // self._image_bytes) // shard)
 
     def most_steps(self, mesh: Mesh, batch_size: int, any_length: bool) -> int:
         return min(self._photographs.num_train // batch_size + 1, self._batches(mesh, batch_size))
@@ -100,34 +87,32 @@ class Streamed:
         for i, lane in enumerate(lanes):
             if lane is None or not lane.steps:
                 continue
-            row = program.row_of_lane(i)
+            row, within = program.row_of_lane(i), np.arange(batch_size) % shard
             stream = row, Stream(*lane[:3])
             if stream not in begins:
                 begins[stream], used[row] = used[row], used[row] + lane.steps * shard
-            within = np.arange(batch_size) % shard
             segment.indices[i, : lane.steps] = begins[stream] + shard * np.arange(lane.steps)[:, None] + within
         test_batches = -(-self._photographs.num_test // self._test_size(mesh))
         return SegmentInput(segment, self._pool(mesh, batch_size, begins), self._test_set(mesh), test_batches)
 
     def _pool(self, mesh: Mesh, batch_size: int, begins: Mapping[tuple[int, Stream], int]) -> Pool:
-        shapes, places = self.data(mesh, batch_size), _local_places(mesh)
-        images = {place: np.empty(shapes.images.shape[2:], np.uint8) for place in places}
-        labels = {place: np.zeros(shapes.labels.shape[2:], np.int32) for place in places}
-        rows, columns = (sorted({place[axis] for place in places}) for axis in (0, 1))
+        shapes, (rows, columns) = self.data(mesh, batch_size), _local_block(mesh)
+        images, labels = (np.zeros((len(rows), len(columns), *x.shape[2:]), x.dtype) for x in (shapes.images, shapes.labels))
         streams = list(dict.fromkeys(stream for row, stream in begins if row in rows))
         for stream, prefetcher in zip(streams, self._prefetchers_for(streams, batch_size), strict=True):
-            shard = batch_size // mesh.shape[DATA]
-            found = self._take(prefetcher, stream, stream.steps * shard * len(columns))
-            for row, column in places:
-                if (row, stream) not in begins:
-                    continue
-                first, count = begins[row, stream], stream.steps * shard
-                for pool, taken in ((images, found.images), (labels, found.labels)):
-                    by_device = taken.reshape(stream.steps, len(columns), shard, *taken.shape[1:])
-                    mine = by_device[:, column - columns[0]].reshape(count, *taken.shape[1:])
-                    pool[row, column][first : first + count] = mine
-        on_mesh = (_from_places(x, pools) for x, pools in ((shapes.images, images), (shapes.labels, labels)))
-        return Pool(*on_mesh, *processes.put(self._statistics, NamedSharding(mesh, P())))
+            count = stream.steps * batch_size // mesh.shape[DATA]
+            found = self._take(prefetcher, stream, count * len(columns))
+            for pool, taken in ((images, found.images), (labels, found.labels)):
+                by_step = taken.reshape(stream.steps, len(columns), -1, *taken.shape[1:])
+                by_device = by_step.swapaxes(0, 1).reshape(len(columns), count, *taken.shape[1:])
+                for row in rows:
+                    if (first := begins.get((row, stream))) is not None:
+                        pool[row - rows[0], :, first : first + count] = by_device
+        firsts = rows[0], columns[0]
+        arrays = (
+            _on_mesh(x, firsts, like.shape, like.sharding) for x, like in ((images, shapes.images), (labels, shapes.labels))
+        )
+        return Pool(*arrays, *processes.put(self._statistics, NamedSharding(mesh, P())))
 
     def _prefetchers_for(self, streams: Sequence[Stream], batch_size: int) -> list[Prefetcher]:
         """Returns prefetchers that stand where the streams begin: those that do already, then idle ones, then new ones."""
@@ -190,7 +175,8 @@ class Streamed:
             for i in np.flatnonzero(~found.valid[:there]):
                 self._report_undecodable(self._photographs.test, int(found.examples[i]))
             arrays = (found.images, found.labels, found.valid)
-            yield TestImages(*(_from_local(x, size, part.first, NamedSharding(mesh, P(DATA))) for x in arrays))
+            sharding = NamedSharding(mesh, P(DATA))
+            yield TestImages(*(_on_mesh(x, (part.first,), (size, *x.shape[1:]), sharding) for x in arrays))
 
     def _test_size(self, mesh: Mesh) -> int:
         """Test images in a batch, equally many on each device that shares it."""
@@ -198,12 +184,15 @@ class Streamed:
         return -(-min(LARGEST_EVAL_BATCH, self._photographs.num_test) // devices) * devices
 
     def _use_slices(self, mesh: Mesh, batch_size: int) -> None:
-        """Reads what this process needs of each batch."""
-        whole = len({column for _, column in _local_places(mesh)}) == mesh.shape[DATA]
+        """Reads only what this process needs of each batch."""
+        whole = len(_local_block(mesh)[1]) == mesh.shape[DATA]
         sizes = batch_size, self._test_size(mesh)
         slices = (WHOLE, WHOLE) if whole else (_batch_slice(mesh, sizes[0]), _batch_slice(mesh, sizes[1]))
         if slices != self._slices:
-            self._set_slices(slices)
+            self.close()
+            self._slices = slices
+            seeds = tuple(sorted({run.seed for run in self._experiment.runs()}))
+            self._index = SampleIndex(self._photographs, seeds, self._experiment.dataset, *slices)
 
     def close(self) -> None:
         for prefetcher in self._prefetchers:
@@ -211,37 +200,27 @@ class Streamed:
         self._prefetchers = []
 
 
-def _local_places(mesh: Mesh) -> list[Place]:
-    """Lists the places of this process's devices."""
-    here = {device.id for device in mesh.local_devices}
-    rows, columns = mesh.devices.shape
-    return [place for place in itertools.product(range(rows), range(columns)) if mesh.devices[place].id in here]
+def _local_block(mesh: Mesh) -> tuple[range, range]:
+    """Returns the rows and the columns of the mesh in which this process has devices."""
+    here = [place for place, device in np.ndenumerate(mesh.devices) if device.process_index == jax.process_index()]
+    rows, columns = zip(*here, strict=True)
+    return range(min(rows), max(rows) + 1), range(min(columns), max(columns) + 1)
 
 
 def _batch_slice(mesh: Mesh, batch: int) -> BatchSlice:
     """Returns this process's slice of each batch of this size."""
-    columns = sorted({column for _, column in _local_places(mesh)})
-    shard = batch // mesh.shape[DATA]
+    columns, shard = _local_block(mesh)[1], batch // mesh.shape[DATA]
     return BatchSlice(batch, columns[0] * shard, len(columns) * shard)
 
 
-def _from_places(like: Any, parts: Mapping[Place, np.ndarray]) -> jax.Array:
-    """Returns an array of shape [rows, columns, …], of which this process has the parts of its devices."""
+def _on_mesh(local: np.ndarray, firsts: Sequence[int], shape: Sequence[int], sharding: Any) -> jax.Array:
+    """Returns an array of this shape; `local` is this process's block, which begins at `firsts` on the leading axes."""
 
-    def part(index: Any) -> np.ndarray:
-        return parts[index[0].start or 0, index[1].start or 0][None, None]
+    def block(index: Any) -> np.ndarray:
+        spans = [axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]
+        return local[tuple(slice(start - first, stop - first) for (start, stop), first in zip(spans, firsts, strict=False))]
 
-    return jax.make_array_from_callback(like.shape, like.sharding, part)
-
-
-def _from_local(local: np.ndarray, size: int, first: int, sharding: NamedSharding) -> jax.Array:
-    """Returns an array of `size` along its first axis, of which this process has the part from `first` on."""
-
-    def part(index: Any) -> np.ndarray:
-        start, stop, _ = index[0].indices(size)
-        return local[start - first : stop - first]
-
-    return jax.make_array_from_callback((size, *local.shape[1:]), sharding, part)
+    return jax.make_array_from_callback(tuple(shape), sharding, block)
 
 
 def input_pipeline(

@@ -59,7 +59,7 @@ def sweep(
       epochs: E, of every run, whatever m.
       seeds: of initialisation and order: the replicates of a cell.
       workdir: where the results are kept and resumed, with the same model and data alone; None keeps nothing.
-      progress: told after every segment; None shows lines or a bar on stderr.
+      progress: shows after every segment how far the grid has come; None shows lines or a bar on stderr.
       **options: fields of a config (`config.experiment`), each by its own name, with the config's defaults:
 
         - `schedule`: an `experiment.Schedule`; or its `boundaries`, `factor`, `warmup_fraction`;

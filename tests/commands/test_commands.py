@@ -86,7 +86,7 @@ def test_a_finished_sweep_is_redrawn_and_not_trained_again(trained):
 
 @pytest.mark.slow
 def test_train_py_equals_the_same_run_of_the_sweep_bit_for_bit(trained, tmp_path):
-    one = ("--config.epochs=1", "--config.batch_size=512", "--config.base_lr=0.001")
+    one = ("--config.epochs=1", "--config.batch_size=512", "--config.base_lr=0.001", "--config.data_devices=1")
     assert run("train.py", QUICKSTART, f"--workdir={tmp_path / 'one'}", *one).returncode == 0
     frame = results.load(trained[0])
     of_sweep = frame[(frame.batch_size == 512) & (frame.base_lr == 0.001)].reset_index(drop=True)

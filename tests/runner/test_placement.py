@@ -46,7 +46,17 @@ def test_what_cannot_be_shared_is_refused_with_what_could(eight_devices, fields,
         asked(**fields)
 
 
-def test_a_batch_is_sharded_only_on_request(eight_devices):
+def test_idle_cores_share_large_batches_unasked(eight_devices, monkeypatch):
+    grid = {"batch_sizes": (64,), "base_lrs": (0.1, 0.2), "seeds": (0,)}
+    runs = {"model": {"name": "resnet32", "norm": "batch"}, "grid": grid}
+    assert asked(2048) == 8
+    assert asked(2048, data_devices=2) == 2
+    assert asked(66) == 2  # 66 / 4 is odd
+    assert asked(32) == 1  # exchanges would cost too much
+    assert shared(experiment.from_config(runs)) == 4  # two runs, four devices each
+    assert shared(experiment.from_config(runs | {"grid": grid | {"seeds": range(3)}})) == 1
+    assert shared(experiment.from_config(runs | {"grid": grid | {"batch_sizes": (2, 64)}})) == 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert asked(2048) == 1
     assert asked(2048, data_devices=8) == 8
 

@@ -11,21 +11,21 @@ from rich.console import Console
 
 from smallbatch_jax.config.experiment import Run
 from smallbatch_jax.runner import progress
-from smallbatch_jax.runner.forecast import Forecast
+from smallbatch_jax.runner.planning import Forecast
 from smallbatch_jax.runner.progress import LiveProgress, NoProgress, PlainProgress, ProgramStatus, Status
 
 
 def training():
     """13 runs of m = 8 in a grid of 65: two diverged, one finished, 1,000 images/s after a slow first segment."""
     status = Status(runs=65, images=65_000)
-    status.begin(ProgramStatus(13, 13_000, name="m = 8", lanes=14))
+    status.begin(ProgramStatus(13, 13_000, lanes=14))
     status.end_run(True, math.nan)
     status.end_run(True, math.nan)
     status.spare(1500)
     status.end_run(False, 0.9)
     status.add_images(500, 2.0)
     status.add_images(1500, 1.5)
-    status.add_running(10)
+    status.running = 10
     status.later_seconds = 50.0
     return status
 
@@ -39,7 +39,7 @@ def test_the_line_tells_of_the_program_and_of_the_grid():
 
 def test_the_next_program_begins_at_nothing_and_the_grid_goes_on():
     status = training()
-    status.begin(ProgramStatus(13, 13_000, name="m = 16", lanes=14))
+    status.begin(ProgramStatus(13, 13_000, lanes=14))
     assert math.isnan(status.program_seconds)
     assert "0 images/s, 0/13 runs done (0 diverged), ? left; grid: 3/65 runs done" in status.line()
     status.end_run(False, 0.8)
