@@ -184,7 +184,7 @@ def test_hostile_json_of_a_prepared_dataset_is_one_line(prepared, splits):
 def test_a_wrong_number_of_examples_is_one_line(prepared, number):
     path = prepared / "dataset_info.json"
     path.write_text(path.read_text().replace('"2"', f'"{number}"'))
-    assert "of " + str([int(number), 1]) + " examples are there" in error_line(load_prepared, prepared)
+    assert f"of {number} examples are there" in error_line(load_prepared, prepared)
 
 
 @pytest.mark.parametrize("data_dir", [5, b"x", "a\0b", "x" * 5000, "~nobody/x", "two\nlines", os.fsdecode(b"\xff")])
