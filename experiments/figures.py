@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import command
+import workdirs
 
 from smallbatch_jax.config import experiment
 from smallbatch_jax.config.experiment import InputError
@@ -34,13 +35,13 @@ def main() -> int:
             raise InputError("--config, --workdir: give one of them; the config names its own workdirs.")
         compare(experiment.from_config(command.given_config(CONFIG)), out)
         return 0
-    workdirs = command.given(WORKDIR, "runs/quickstart")
-    if len(workdirs) == 1:
-        command.show(Path(workdirs[0]), out)
+    folders = command.given(WORKDIR, "runs/quickstart")
+    if len(folders) == 1:
+        workdirs.show(Path(folders[0]), out)
         return 0
     from smallbatch_jax.study import figures, study
 
-    studies = list(study.load_all(workdirs).values())
+    studies = list(study.load_all(folders).values())
     tell(studies, figures.draw_studies(studies, out))
     return 0
 
