@@ -1,15 +1,15 @@
-"""How fast photographs are read here, decoded and cropped for training: the input of a streamed dataset, nothing trained.
+"""Measures how fast this machine reads, decodes and crops photographs, the input of a streamed dataset; trains nothing.
 
     python benchmarks/loader.py --config=configs/fig12_resnet50.py --config.dataset.data_dir=DIR [--peer] [--json]
     python benchmarks/loader.py --config=configs/fig12_resnet50.py --random_images
 
-Prints images/s, the median of rounds in which all ways take turns, each with as many processes (--config.dataset.workers):
+Prints images/s of each way, the median of rounds in which they take turns, each with --config.dataset.workers processes:
 
   bare     every process decodes and crops by itself and drops the images: the most that this machine can do
-  ours     images received in this process as training receives them, from Grain's worker processes
+  ours     this process receives the images as training does, from Grain's worker processes
   torch    with --peer: torch's DataLoader on PIL, the same crops; needs pip install -e ".[peer]"
 
-and how many processes an accelerator that trains so many images/s (--images_per_second) would need.
+and the number of processes that an accelerator training --images_per_second images/s needs.
 """
 
 import io
@@ -42,14 +42,14 @@ if TYPE_CHECKING:
 CONFIG = command.define_config_flag()
 SECONDS = flags.DEFINE_float("seconds", 3.0, "Seconds of each way in each round.", lower_bound=0.1)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds.", lower_bound=1)
-RATE = flags.DEFINE_float("images_per_second", 3000.0, "What the accelerator trains.", lower_bound=1)
+RATE = flags.DEFINE_float("images_per_second", 3000.0, "Images/s that the accelerator trains.", lower_bound=1)
 PEER = flags.DEFINE_bool("peer", False, "Also torch's DataLoader.")
-RANDOM = flags.DEFINE_bool("random_images", False, "On synthetic photographs of 500 x 375: the data need not be here.")
+RANDOM = flags.DEFINE_bool("random_images", False, "Use synthetic photographs of 500 x 375, without the data.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
 
-RECEIVED = 64  # images at a time
-DRAINED = 12  # times that many, decoded while another way was measured, which are not timed
-SETTLE_SECONDS = 1.5  # in which the processes of the way before fill their buffers, and stop
+BATCH = 64  # images received at a time
+DRAINED = 12  # batches not timed: they were decoded while another way was measured
+SETTLE_SECONDS = 1.5  # until the processes of the previous way have filled their buffers and stop
 
 
 class TorchvisionWay:
@@ -108,12 +108,12 @@ def main() -> int:
         prefetcher = Prefetcher(index, 3 * photographs.image_size**2, workers)
         stack.callback(prefetcher.close)
         prefetcher.seek(0)
-        receivers: dict[str, Callable[[], object]] = {"ours": lambda: prefetcher.take(RECEIVED)}
+        receivers: dict[str, Callable[[], object]] = {"ours": lambda: prefetcher.take(BATCH)}
         if PEER.value:
             from torch.utils.data import DataLoader  # pyright: ignore[reportMissingImports]
 
             pictures = TorchvisionWay(index, photographs)
-            batches = iter(DataLoader(pictures, RECEIVED, num_workers=workers, multiprocessing_context="spawn"))
+            batches = iter(DataLoader(pictures, BATCH, num_workers=workers, multiprocessing_context="spawn"))
             receivers["torch"] = lambda: next(batches)
         found: dict[str, list[float]] = {name: [] for name in ("bare", *receivers)}
         for _ in range(ROUNDS.value):
@@ -134,7 +134,7 @@ def _rate(receive: Callable[[], object], seconds: float) -> float:
     count, began = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - began) < seconds:
         receive()
-        count += RECEIVED
+        count += BATCH
     return count / elapsed
 
 

@@ -1,4 +1,4 @@
-"""Several processes that run one command together, on one or many machines: how each joins the others, and how it ends.
+"""Joins and supervises several processes that run one command together, on one or many machines.
 
 JAX ends a process from native code, with pages of output, when another is lost. So each process here is two: the one that was
 started watches, and its child does the work. The watcher passes on the child's output without the messages of JAX's processes
@@ -18,13 +18,11 @@ from absl import flags
 from smallbatch_jax.config.fields import InputError
 from smallbatch_jax.runner import signals
 
-COORDINATOR = flags.DEFINE_string(
-    "coordinator_address", None, "HOST:PORT at which process 0 is reached by the others; JAX_COORDINATOR_ADDRESS if not given."
-)
-PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are; JAX_NUM_PROCESSES if not given.")
-PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0; JAX_PROCESS_ID if not given.")
+COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; JAX_COORDINATOR_ADDRESS if not given.")
+PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes; JAX_NUM_PROCESSES if not given.")
+PROCESS = flags.DEFINE_integer("process_id", None, "Index of this process, from 0; JAX_PROCESS_ID if not given.")
 DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Join the processes that Slurm, Open MPI, Kubernetes or a TPU pod started, which say the rest."
+    "distributed", False, "Join the processes that Slurm, Open MPI, Kubernetes or a TPU pod started; JAX finds them."
 )
 JOIN_SECONDS = flags.DEFINE_integer("join_seconds", 300, "How long to wait for the other processes to start.", lower_bound=1)
 
@@ -138,7 +136,7 @@ def join() -> None:
 
 
 def failure(error: Exception) -> str:
-    """Returns one line for an exception of JAX in this process."""
+    """Returns one line that describes an exception of JAX in this process."""
     import jax
 
     reason = " ".join(str(error).split())[:200]

@@ -5,7 +5,7 @@
     python experiments/figures.py --config=configs/fig15_best.py [--out=DIR]
 
 Several workdirs are also drawn beside each other: the best accuracy of each (Fig. 15) and the range of base learning rates
-that converge (Fig. 16). A config names the workdirs whose comparison it is in `drawn_from`.
+that converge (Fig. 16). A config such as fig15_best.py names the workdirs to compare in `drawn_from`.
 """
 
 import os
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def compare(chosen: experiment.Experiment, out: Path | None) -> None:
-    """Draws the comparison that a config names, of those of its workdirs that are there."""
+    """Draws the comparison that a config describes, of the workdirs that exist."""
     if not chosen.drawn_from:
         raise InputError(
             f"--config: {chosen.name} has no drawn_from, it trains runs of its own; draw them with --workdir=runs/{chosen.name}"
@@ -70,7 +70,7 @@ def compare(chosen: experiment.Experiment, out: Path | None) -> None:
 
 
 def tell(studies: "Sequence[Study]", drawn: Sequence[Path]) -> None:
-    """Prints the table of each study, its answer, and where the figures are, a line for each folder."""
+    """Prints one table of all studies, the answer of each, and the folders of the figures."""
     import pandas as pd
 
     from smallbatch_jax.study import analysis

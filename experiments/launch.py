@@ -3,7 +3,7 @@
     python experiments/launch.py --config=configs/quickstart.py --workdir=runs/quickstart [--address=auto] \\
         [--also=configs/fig08_resnet32.py:runs/fig08 ...]
 
-A program is what one batch size and BN batch size have in common. It takes a GPU, or on a cluster without any the CPUs that its
+A program trains all runs of one batch size and BN batch size. It takes a GPU, or on a cluster without any the CPUs that its
 lanes can use. The same command resumes, and so does sweep.py, on the same workdir. At the end it draws the figures of each
 workdir and prints its table, as sweep.py does.
 """
@@ -22,8 +22,8 @@ from smallbatch_jax.config.fields import expanded_path
 
 CONFIG = command.define_config_flag()
 WORKDIR = command.DEFINE_path("workdir", "Folder of the results; made if it is not there.")
-ADDRESS = flags.DEFINE_string("address", None, "Of a running Ray cluster, or auto; left out, this machine is one.")
-ALSO = flags.DEFINE_multi_string("also", [], "CONFIG.py:WORKDIR, another config and its folder; may be given several times.")
+ADDRESS = flags.DEFINE_string("address", None, "Address of a running Ray cluster, or auto; by default this machine is one.")
+ALSO = flags.DEFINE_multi_string("also", [], "CONFIG.py:WORKDIR, another config and its folder; repeat it for more.")
 
 
 def main() -> int:
@@ -32,7 +32,7 @@ def main() -> int:
     folders = [Path(workdir).resolve() for _, workdir in asked]
     for workdir in folders:
         if folders.count(workdir) > 1:
-            raise InputError(f"--workdir, --also: {workdir} stands twice; give each config a folder of its own.")
+            raise InputError(f"--workdir, --also: {workdir} is given twice; give each config a folder of its own.")
     chosen = [(workdirs.for_workdir(config, workdir), Path(workdir)) for config, workdir in asked]
     command.import_jax()
     from smallbatch_jax.cluster import launcher
