@@ -35,7 +35,8 @@ class Elsewhere:
 
     def __init__(self, chosen: Experiment, path: str | None):
         """Reads the last line of a file, as benchmark.py prints it; without a path there are no columns."""
-        self._counts = command.whole_numbers("--elsewhere_devices", THERE.value) if path else ()
+        counts = command.whole_numbers("--elsewhere_devices", THERE.value)
+        self._counts = counts if path else ()
         self._totals = [0.0] * len(self._counts)
         if path:
             model = chosen.model.name, chosen.model.norm
