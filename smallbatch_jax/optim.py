@@ -30,8 +30,8 @@ def summed_sgd(
     .. math:: \theta_{k+1} = \theta_k - s(k)\,\tilde\eta\, m\,(\bar g_k + \lambda\theta_k)
 
     The sum over the batch is m times the mean, so this is Eq. 2-3 with :math:`\eta = \tilde\eta m` (Eq. 6). The penalty
-    belongs to the loss of every example, so the summed update contains :math:`m\lambda\theta`. Every leaf it is given is
-    decayed, kernels, biases and normalisation parameters alike; wrap it in ``optax.masked`` to decay fewer.
+    belongs to the loss of every example, so the summed update contains :math:`m\lambda\theta`. Every leaf decays: kernels,
+    biases and normalisation parameters alike; wrap the transform in ``optax.masked`` to decay fewer.
 
     Args:
       base_lr: η̃, step length per example; scalar, may be traced.
@@ -45,7 +45,7 @@ def summed_sgd(
 
     Raises:
       ValueError: if base_lr or batch_size is a number (not traced) that is not positive and finite, or if weight_decay
-        is a negative one; from ``update``, if it decays and was given no parameters.
+        is negative; from ``update``, if there is weight decay and no parameters are given.
     """
     _require(base_lr, "base_lr", lambda v: v > 0, "a positive, finite number")
     _require(batch_size, "batch_size", lambda v: v >= 1, "at least 1")
@@ -120,14 +120,14 @@ def step_schedule(
 def _first_step_from(fraction: float, total_steps: Any) -> Any:
     """The first integer step k ≥ fraction·T, in exact integers.
 
-    A fraction such as 0.55 is not exact in binary, and 0.55 of 100 would begin at 56: it is taken for the nearest fraction
-    with a denominator of at most 10,000, unless it is none to within the rounding of a float.
+    0.55 is not exact in binary, and 0.55·100 would round up to 56. The fraction is therefore replaced by the nearest one with a
+    denominator of at most 10,000, where the two agree to within the rounding of a float.
     """
     near = Fraction(fraction).limit_denominator(10_000)
     if isinstance(total_steps, (int, np.integer)):
         exact = near if math.isclose(near, fraction, rel_tol=1e-12) else Fraction(fraction)
         return math.ceil(exact * int(total_steps))
-    # In two parts, so that no product exceeds int32.
+    # Quotient and remainder apart, so that no product exceeds int32.
     steps = jnp.asarray(total_steps, jnp.int32)
     p, q = near.numerator, near.denominator
     return steps // q * p + -(-(steps % q * p) // q)

@@ -67,7 +67,7 @@ class Reports:
 
 
 def resources(nodes: Iterable[Mapping[str, float]], runs: int, lanes: int | None) -> dict[str, int]:
-    """The resources of a program's task: a GPU if any machine has one, or else a CPU for each lane that a machine can have."""
+    """Returns the resources of a program's task: a GPU if any machine has one, else a CPU per lane, at most one machine's."""
     from smallbatch_jax.runner.jobs import MOST_LANES
 
     nodes = list(nodes)
@@ -166,7 +166,7 @@ class Launch:
         return resources(machines, program.status.runs, program.task.experiment.lanes)
 
     def _resubmit_what_fits_nowhere(self) -> None:
-        """Ray would wait forever for more CPUs than any machine has that is left; the task may make do with fewer."""
+        """Resubmits, with fewer CPUs, tasks that no remaining machine has enough CPUs for; Ray would wait forever."""
         for task, program in list(self._running.items()):
             if self._fitting(program).get("num_cpus", math.inf) < program.resources.get("num_cpus", 0):
                 self._ray.cancel(task)

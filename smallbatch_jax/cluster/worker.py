@@ -1,8 +1,8 @@
 """One program of a grid, trained by a process of its own on some machine of a cluster.
 
-Nothing here knows Ray. A worker that sees the launcher's workdir writes the program's files there, and its successor goes on
-from them, on whatever machine. One that does not see it trains in a temporary folder, from the rows that came with its task,
-and returns what it wrote.
+This module does not depend on Ray. A worker that can reach the launcher's workdir writes the program's files there, and its
+successor on any machine resumes from them. A worker that cannot reach it trains in a temporary folder, starting from the rows
+that came with its task, and returns the files it wrote.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class ProgramTask:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended, and what it wrote if that was not in the workdir."""
+    """How a task ended, and the files it wrote if it could not reach the workdir."""
 
     status: Status | None  # None if it did not come to train
     failure: str = ""  # one line; empty if all runs are stored or it was asked to stop

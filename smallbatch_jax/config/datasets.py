@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DatasetSize:
-    """What is known of a dataset before it is read: numbers of examples and classes, and the shape [H, W, C] of an image."""
+    """Size of a dataset, known before it is read: numbers of examples and classes, and the shape [H, W, C] of an image."""
 
     train: int
     test: int

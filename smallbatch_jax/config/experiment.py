@@ -119,7 +119,7 @@ class Experiment:
     grid: Grid = Grid()
     precision: str = config_field("float32", fields.choice(PRECISIONS, "precision"))
     lanes: int | None = config_field(None, fields.integer(1, 4096))  # None: chosen by the runner
-    data_devices: int | None = config_field(None, fields.integer(1, 65536))  # that share each batch
+    data_devices: int | None = config_field(None, fields.integer(1, 65536))  # number of devices that share each batch
     micro_batch_size: int | None = config_field(None, fields.integer(1))  # at most, per device
     segment_seconds: float = config_field(2.0, fields.positive(3600))  # work between two visits to the host
     checkpoint_seconds: float = config_field(30.0, fields.number(0, 1e6))  # least time between two checkpoints
@@ -172,7 +172,7 @@ class Experiment:
         return dataclasses.asdict(self)
 
     def can_share(self, batch_size: int, bn_batch_size: int, devices: int) -> bool:
-        """Whether a batch can be split evenly over this many devices, without splitting a BN group unevenly."""
+        """Returns whether a batch can be split evenly over this many devices, without splitting a BN group unevenly."""
         if batch_size % devices:
             return False
         share = batch_size // devices
@@ -231,7 +231,7 @@ class Config(Experiment):
 
 
 class _Float(float):
-    """A float that a ConfigDict replaces by any value as it is; for a plain float it would turn True into 1.0."""
+    """A float whose ConfigDict field keeps any value as given; in a field with a plain float True would become 1.0."""
 
 
 def default_config() -> Any:

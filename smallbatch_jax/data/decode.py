@@ -24,7 +24,7 @@ import numpy as np
 
 from smallbatch_jax.config.experiment import InputError
 
-VERSION = 2  # of the rules above; stored arrays decoded by other rules are not used
+VERSION = 2  # version of the rules above; arrays cached under another version are decoded again
 KINDS = "JPEG, PNG, WebP, BMP, TIFF or GIF"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # a suffix chooses no decoder: some of Pillow's start other programs
 MOST_PIXELS = 2**26  # of one picture; it takes seven bytes a pixel while it is decoded, in each thread
@@ -35,7 +35,7 @@ _MAX_THREADS = 8
 
 
 def version() -> str:
-    """Returns what else than the file decides the pixels."""
+    """Returns the versions that decide the pixels beside the file itself."""
     import PIL
 
     return f"decode {VERSION}, Pillow {PIL.__version__}"
@@ -158,7 +158,7 @@ def _turned(pixels: np.ndarray, image: Any) -> np.ndarray:
 
 
 def _is_grey_png(file: BinaryIO) -> bool:
-    """Whether a PNG is grey with alpha, which Pillow gives as RGBA where it has 16 bits."""
+    """Returns whether a PNG is grey with alpha; Pillow reports 16-bit ones as RGBA."""
     file.seek(25)  # the colour type, in a header of fixed length
     return file.read(1) == b"\4"
 

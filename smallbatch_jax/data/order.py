@@ -2,7 +2,7 @@
 
 Step k takes positions k·m … k·m+m-1 of the stream, so nothing is dropped and a batch may straddle two epochs. The
 stream is a function of (seed, epoch) alone: every base learning rate and batch size sees the examples in the same order.
-It is drawn on the host, and so is the same on every device and for streamed images.
+The host draws it, so it is the same on every device and for streamed images.
 """
 
 import functools
@@ -21,7 +21,7 @@ def total_steps(epochs: int, num_examples: int, batch_size: int) -> int:
 
 
 def epoch_of_step(step: int, num_examples: int, batch_size: int) -> int:
-    """Returns the epoch (1…) that update `step` (from 0) belongs to: the first that ends after it."""
+    """Returns the epoch (1…) that update `step` (from 0) belongs to: the first one that ends after that update."""
     # The rounding of epoch ends to whole steps moves it from step·m/N by at most one.
     epoch = max(1, step * batch_size // num_examples)
     while epoch_end(epoch, num_examples, batch_size) <= step:
@@ -33,8 +33,8 @@ def epoch_of_step(step: int, num_examples: int, batch_size: int) -> int:
 def epoch_permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     """Returns the order of the examples in an epoch (from 0) of the stream: int32[N], read-only.
 
-    Philox is keyed with (seed, epoch), so no epoch's order needs the ones before it. The cache serves the lanes of a
-    sweep, which mostly share their seeds and epochs.
+    Philox is keyed with (seed, epoch), so no epoch's order needs the ones before it. The lanes of a sweep mostly
+    share seeds and epochs, hence the cache.
     """
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64)))
     permutation = generator.permutation(num_examples).astype(np.int32)

@@ -1,4 +1,4 @@
-"""What the loaders of folders share."""
+"""Helpers of the loaders that read folders."""
 
 import os
 from collections.abc import Callable

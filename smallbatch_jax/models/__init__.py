@@ -9,21 +9,22 @@ from flax import linen as nn
 from smallbatch_jax.config import fields
 from smallbatch_jax.config.catalog import MODELS, NORMS, require_norm
 
-EXAMPLES_AT_ONCE = 32  # on CPU, so that a network's activations stay in the cache
+EXAMPLES_AT_ONCE = 32  # on CPU; the activations of so few examples stay in the cache
 
 
 def micro_batch_size(
     norm: str, examples: int, bn_batch_size: int, most: int | None = None, platform: str = "cpu"
 ) -> int | None:
-    """Number of examples of a shard that a step takes at a time, their gradients averaged; None for all of them at once.
+    """Returns the number of examples per micro-batch of a shard; None to compute the whole shard at once.
 
-    A micro-batch holds whole BN groups; ordinary batch norm (b = m) has none. How a shard is cut changes nothing but rounding.
+    A step averages the gradients of the micro-batches, which changes rounding only. A micro-batch holds whole BN groups, so
+    ordinary batch norm (b = m) has none.
 
     Args:
       norm: of the model, as for `create_model`.
       examples: examples in a shard.
       bn_batch_size: b.
-      most: examples in a micro-batch, if whole BN groups can be so few; None takes what is fastest, on CPU about 32.
+      most: upper limit, where whole BN groups allow it; None chooses the fastest size, about 32 on CPU.
       platform: "cpu", "gpu" or "tpu".
     """
     if most is None and platform != "cpu":
@@ -46,17 +47,17 @@ def create_model(
     dtype: Any = jnp.float32,
     platform: str | None = None,
 ) -> nn.Module:
-    """A model of the paper, by name.
+    """Returns a model of the paper, by name.
 
     Args:
       name: an entry of `config.catalog.MODELS`: "alexnet", the reduced AlexNet of §3.1; "resnet8", "resnet20" or "resnet32"
-        of He et al. (2015a) for CIFAR; "resnet50" of the same for ImageNet (§3.5).
+        of He et al. (2015a) for CIFAR; "resnet50" of the same paper for ImageNet (§3.5).
       num_classes: logits per image.
       norm: "none", "batch", "group" (Wu & He 2018), "batch_renorm" (Ioffe 2017), or for alexnet alone "batch_conv_only"
         (Fig. 6).
-      bn_batch_size: b, examples per batch of the batch norm (§3.6), which must divide the batch; None takes it whole.
-      bn_decay: weight of the old running average of the batch norm's statistics at each step.
-      axis_name: mesh axis over which a batch is sharded, if it is.
+      bn_batch_size: b, examples per BN group (§3.6), which must divide the batch; None takes the whole batch.
+      bn_decay: weight of the old running average of batch-norm statistics at each step.
+      axis_name: mesh axis over which a batch is sharded; None for none.
       dtype: of the computation; parameters and statistics are float32.
       platform: "cpu", "gpu" or "tpu", which the model is compiled for; None decides when it is compiled.
 

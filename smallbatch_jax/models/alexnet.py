@@ -20,7 +20,7 @@ class AlexNet(PaperModel):
     layer's bias, and never on the logits.
 
     `norm` "batch" normalises after every convolution and hidden layer (Fig. 5), "batch_conv_only" after convolutions only
-    (Fig. 6), "group" and "batch_renorm" in the places of "batch".
+    (Fig. 6). "group" and "batch_renorm" normalise where "batch" does.
     """
 
     @nn.compact

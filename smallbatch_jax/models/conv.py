@@ -1,9 +1,9 @@
 """2-D convolution, by the kernel that is fastest on the platform it is compiled for.
 
-GPU and TPU: `lax.conv_general_dilated`, nothing else. CPU: `lax.conv` is slow inside a loop, because XLA:CPU brings only the
-convolutions of the entry computation into the layout of its fast path (jax issue 12868), and slow under `vmap` over kernels.
-There a convolution is machine code of our own (`models.native`; float32 with whole vectors of features), or a matrix product
-of shifted copies of the image (im2col). docs/speed.md has the measurements.
+GPU and TPU run `lax.conv_general_dilated`. On CPU it is slow inside a loop, because XLA:CPU brings only the convolutions of the
+entry computation into the layout of its fast path (jax issue 12868), and slow under `vmap` over kernels. A CPU therefore runs
+machine code of this package (`models.native`; float32 with whole vectors of features), or a matrix product of shifted copies of
+the image (im2col). docs/speed.md has the measurements.
 """
 
 import math
@@ -22,7 +22,7 @@ Pads = tuple[tuple[int, int], tuple[int, int]]
 Strides = tuple[int, int]
 
 SMALL_IMAGE = 16  # output pixels up to which im2col and XLA's matrix product beat the native kernel
-IMAGES_AT_ONCE = 16  # of which im2col makes k² shifted copies
+IMAGES_AT_ONCE = 16  # images that im2col copies at a time, k² shifted copies of each
 
 
 def conv(
@@ -64,7 +64,7 @@ def _cpu_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> 
         return _im2col_conv(x, kernel, strides, pads)
     if x.dtype == np.float32 and native.possible(kernel.shape[-1]):
         return _native_conv(x, kernel, strides, pads)
-    some_images = jax.checkpoint(lambda image: _im2col_conv(image[None], kernel, strides, pads)[0])  # keeps no shifted copies
+    some_images = jax.checkpoint(lambda image: _im2col_conv(image[None], kernel, strides, pads)[0])  # does not keep the copies
     return lax.map(some_images, x, batch_size=IMAGES_AT_ONCE)
 
 
@@ -84,13 +84,13 @@ def _native_forward(x, kernel, strides, pads):
 
 
 def _native_backward(strides, pads, residuals, dy):
-    """The forward output at y reads input y·stride - low + i, i < k; so dx is the correlation of dy, dilated by the stride,
-    with the kernel flipped and its channels swapped."""
+    """Output y reads inputs y·stride - low + i for i < k. So dx is the correlation of dy, dilated by the stride, with the
+    kernel flipped and its channels swapped."""
     x, kernel = residuals
     shape = _correlation(x, kernel, strides, pads)
     if native.possible(shape.channels):
         dx = native.correlate(shape.of_image_gradient(), dy, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
-    else:  # images have no whole vector of channels; nobody uses their gradient, so XLA drops it
+    else:  # the first layer's images: their gradient is never used, and XLA drops it
         (dx,) = jax.linear_transpose(lambda x: _lax_conv(x, kernel, strides, pads), x)(dy)
     return dx, native.kernel_gradient(shape, x, dy)
 

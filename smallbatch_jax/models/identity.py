@@ -1,8 +1,8 @@
-"""Whether the user's module is the one that a workdir was made with.
+"""Recognises the user's own module, so that a workdir resumes only with the module it was made with.
 
-A module is known by the name of its class and by a fingerprint, a summary of what it computes on a fixed input. So a changed
-field or changed code is noticed where it changes the result, wherever it is written. A change that moves nothing there by more
-than the tolerance is not: an ε of 1e-6 for 1e-5, a limit that these activations never reach, code for large batches alone.
+A module is identified by its class's name and by a fingerprint, a summary of what it computes on a fixed input. A changed field
+or changed code is noticed if it changes that result by more than the tolerance. Not noticed: an ε of 1e-6 for 1e-5, a limit
+that these activations never reach, code that runs for large batches only.
 """
 
 from collections.abc import Sequence
@@ -72,6 +72,6 @@ def _leaf_name(path: Any, leaf: Any) -> str:
 
 
 def _summary(array: Any) -> jax.Array:
-    """Norm, and sum / √size, which is at most the norm, so that both can be compared on its scale."""
+    """Returns norm and sum / √size; the latter is at most the norm, so one tolerance fits both."""
     flat = jnp.ravel(array).astype(jnp.float32)
     return jnp.stack([jnp.linalg.norm(flat), flat.sum() / max(1, flat.size) ** 0.5])

@@ -1,4 +1,4 @@
-"""What the paper's models are made of: linear layers initialised as in §3.1, ReLU, and the fields that all models have."""
+"""Layers of the paper's models: linear layers initialised as in §3.1, ReLU, and the fields that all models have."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from flax import linen as nn
 from smallbatch_jax.models.conv import Pads, conv
 from smallbatch_jax.models.norm import make_norm
 
-# He et al. (2015b), Eq. 10: a Gaussian (not a truncated one) of variance 2 / fan-in; all layers, the logits' too.
+# He et al. (2015b), Eq. 10: a Gaussian (not truncated) of variance 2 / fan-in, in all layers including the logits.
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 relu = nn.relu
@@ -62,7 +62,7 @@ FEW_EXAMPLES = 32
 def _product_of_few(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """[N, D] · [D, F] → [N, F] whose kernel gradient is a sum of N outer products.
 
-    XLA:CPU has no fast matrix product for so short a sum, and fuses this one with the update of the kernel.
+    XLA:CPU has no fast matrix product for so short a sum; it fuses the outer products with the update of the kernel.
     """
     return x @ kernel
 

@@ -72,7 +72,7 @@ class BatchNorm(nn.Module):
         return y.reshape(x.shape).astype(dtype)
 
     def _groups(self, examples: int) -> tuple[int, int]:
-        """Returns the number of BN groups that `examples` on this device make, and the number of devices each group spans."""
+        """Returns the number of BN groups on this device, and the number of devices that each group spans."""
         devices = 1 if self.axis_name is None or self.is_initializing() else lax.axis_size(self.axis_name)
         b = examples * devices if self.batch_size is None else self.batch_size
         if examples % b == 0:
@@ -101,8 +101,8 @@ class BatchRenorm(BatchNorm):
     """Batch renormalisation (Ioffe 2017): training sees what the running averages would give, within bounds.
 
     x̂ = (x - μ_B)/σ_B · r + d, with r = σ_B/σ kept within [1/r_max, r_max] and d = (μ_B - μ)/σ within ±d_max; no gradient
-    flows through r and d. As in the original, r_max rises from 1 to 3 and d_max from 0 to 5 once the running averages mean
-    something: from update `first` to update `last`, chosen here for a momentum of 0.99.
+    flows through r and d. As in the original, r_max rises from 1 to 3 and d_max from 0 to 5 while the running averages
+    settle, from update `first` to update `last`, which are chosen here for a momentum of 0.99.
     """
 
     r_max: float = 3.0
@@ -131,7 +131,7 @@ class BatchRenorm(BatchNorm):
 class GroupNorm(nn.Module):
     """Group normalisation (Wu & He 2018) over groups of 16 channels of one example, so that no batch is too small.
 
-    They find 16 channels a group nearly as good as 32 groups a layer, which the narrow layers here could not have.
+    Wu & He find 16 channels per group nearly as good as 32 groups per layer, for which the layers here are too narrow.
     """
 
     dtype: Any = None
@@ -147,7 +147,7 @@ class GroupNorm(nn.Module):
 def make_norm(
     norm: str, bn_batch_size: int | None, bn_decay: float, axis_name: str | None, dtype: Any, name: str
 ) -> nn.Module | None:
-    """Returns the layer of an entry of `config.catalog.NORMS`; None for "none"."""
+    """Returns the layer that `config.catalog.NORMS` names; None for "none"."""
     entry = NORMS[norm]
     if entry.layer is None:
         return None
@@ -178,7 +178,7 @@ def _normalise(
 ) -> jax.Array:
     """(x - μ)/√var · scale + bias for x [G, n, …, C] and its own statistics; var includes ε.
 
-    The gradient is written out (Ioffe & Szegedy 2015, §3): two sums over the batch, where automatic differentiation takes five.
+    The gradient is written out (Ioffe & Szegedy 2015, §3): it needs two sums over the batch, automatic differentiation five.
     """
     return (x - mean) * (lax.rsqrt(var) * scale) + bias
 

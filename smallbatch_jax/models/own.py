@@ -29,7 +29,7 @@ _TRACED_EXAMPLES = 2
 
 
 class OwnModel:
-    """A linen module that is called as `apply(…, train=…)`, whatever it calls its mode, if it has one.
+    """A linen module behind `apply(…, train=…)`, whatever the name of its own mode argument.
 
     Batch norm and dropout work as everywhere in Flax: running statistics are in the collection "batch_stats", dropout
     draws from the key "dropout". Modules with other collections are refused.
@@ -58,7 +58,7 @@ class OwnModel:
         return {name: MODES[name] == train for name in self._modes}
 
     def with_bn_batch_size(self, bn_batch_size: int | None, /, axis_name: str | None = None) -> "OwnModel":
-        """The same model with its field `bn_batch_size` set, or unchanged for None; its batches are never sharded."""
+        """Returns the model with its field `bn_batch_size` set, or unchanged for None; its batches are never sharded."""
         del axis_name
         if bn_batch_size is None:
             return self
@@ -67,17 +67,17 @@ class OwnModel:
         return OwnModel(self.module.clone(bn_batch_size=bn_batch_size), self._modes)
 
     def fingerprint(self, image_shape: Sequence[int]) -> dict[str, Any]:
-        """A summary of what the module computes (`identity.fingerprint`), by which a workdir recognises it."""
+        """Returns a summary of what the module computes, by which a workdir recognises it (`identity.fingerprint`)."""
         return identity.fingerprint(self, image_shape, self._whole_bn_batches(identity.EXAMPLES))
 
     def settled(self, image_shape: Sequence[int]) -> "OwnModel":
-        """The same model with the mode arguments that it is found to take; traces it and runs nothing.
+        """Returns the model with the mode arguments that it takes; traces it and runs nothing.
 
         Raises:
-          InputError: if it cannot take the images, is not changed by training, or trains at evaluation.
+          InputError: if it cannot take the images, if training changes nothing in it, or if it trains at evaluation.
         """
         candidates = [self._modes]
-        if not self._modes and _takes_any_argument(self.module):  # for itself or for a submodule: each is tried
+        if not self._modes and _takes_any_argument(self.module):  # perhaps for a submodule: tries each mode
             candidates = [*((name,) for name in MODES), ()]
         images = jax.ShapeDtypeStruct((self._whole_bn_batches(_TRACED_EXAMPLES), *image_shape), jnp.float32)
         found: list[tuple[OwnModel, _Trace]] = []
@@ -105,12 +105,12 @@ class OwnModel:
         self._traced(jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32))
 
     def _whole_bn_batches(self, examples: int) -> int:
-        """About so many examples: whole BN batches, if the module has a field with their size."""
+        """Returns about `examples`, rounded to whole BN batches if the module has a field for their size."""
         size = getattr(self.module, "bn_batch_size", None)
         return max(size, examples - examples % size) if isinstance(size, int) and size > 0 else examples
 
     def _hidden_mode(self, images: Any) -> str | None:
-        """An argument that is not in MODES, True or False by default, whose other value makes the module train."""
+        """Returns an argument outside MODES, True or False by default, whose other value makes the module train."""
         for name, parameter in _parameters(self.module).items():
             if name not in MODES and isinstance(parameter.default, bool):
                 try:
@@ -121,7 +121,7 @@ class OwnModel:
         return None
 
     def _traced(self, images: Any, **arguments: bool) -> "_Trace":
-        """Traces a training step, with further arguments, and an evaluation; refuses what fails or trains at evaluation."""
+        """Traces a training step and an evaluation; refuses a module that fails, or that trains at evaluation."""
         trace, key = _Trace(self.label), jax.eval_shape(lambda: jax.random.key(0))
         with self._errors_explained(images):
             variables = jax.eval_shape(self.init, key, images)
@@ -152,7 +152,7 @@ class OwnModel:
 
     @contextmanager
     def _errors_explained(self, images: Any) -> Iterator[None]:
-        """Turns whatever the module raises into one line that says so."""
+        """Turns any error of the module into an InputError of one line."""
         try:
             yield
         except InputError:
@@ -169,7 +169,7 @@ class _Trace:
     """What a module does in one training step and one evaluation."""
 
     label: str
-    key_used: bool = False  # the key of dropout
+    key_used: bool = False  # whether training uses the key of dropout
     moved: list[bool] = field(default_factory=list)  # whether training changes it, for each leaf of batch_stats
     read: list[bool] = field(default_factory=list)  # whether evaluation depends on it, for each leaf of batch_stats
     active: dict[str, bool | None] = field(default_factory=dict)  # whether dropout drops anything; None is not known
@@ -223,12 +223,12 @@ class _Trace:
 
 
 def _used_inputs(jaxpr: Any) -> list[bool]:
-    """Whether any output depends on it, for each input."""
+    """Returns for each input whether any output depends on it."""
     return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1]
 
 
 def _require_several_values(module: nn.Module, path: str, x: Any, args: Any, kwargs: Any) -> None:
-    """Refuses one of Flax's norms that would take each mean and variance over a single value: it gives a constant."""
+    """Refuses a norm of Flax that takes mean and variance over a single value, because it gives a constant."""
     if isinstance(module, nn.BatchNorm):
         average = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
         if (module.use_running_average if average is None else average) or module.axis_name is not None:
@@ -260,7 +260,7 @@ def _axes(given: int | Sequence[int], x: Any) -> set[int]:
 
 
 def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
-    """The arguments of its call that can be named, without the images."""
+    """Returns the arguments of the module's call that can be given by name, without the images."""
     found = list(inspect.signature(type(module).__call__).parameters.values())[1:]  # without self
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     if found and found[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:

@@ -19,8 +19,8 @@ def max_pool(
 
     Padding is ((top, bottom), (left, right)) in pixels, each less than the window; None for SAME: H' = ⌈H/s⌉, W' = ⌈W/s⌉.
 
-    The gradient goes to the first of equal maxima, row by row. It is made of slices and comparisons: deterministic, as
-    XLA's select-and-scatter need not be, and several times as fast on CPU.
+    The gradient goes to the first of equal maxima, row by row. It consists of slices and comparisons, which are deterministic
+    (XLA's select-and-scatter need not be) and several times as fast on CPU.
     """
     (height, width), (sh, sw) = window, strides
     rows, columns = padding or lax.padtype_to_pads(x.shape[1:3], window, strides, "SAME")
@@ -49,19 +49,20 @@ def _identity(x: jax.Array) -> jax.Array:
 
 
 def _materialised(x: jax.Array) -> jax.Array:
-    """Identity that XLA:CPU does not fuse through, a call that is not inlined.
+    """Identity that prevents fusion on XLA:CPU: a call that is not inlined.
 
-    XLA:CPU fuses cheap element-wise work into each of its uses: the gradient would repeat the comparisons 36 times.
+    XLA:CPU repeats cheap element-wise work in each of its uses; without this call the gradient would repeat the comparisons
+    36 times.
     """
     with set_xla_metadata(inlineable="false"):
         return _identity(x)
 
 
 def _max_pool_backward(window, strides, pads, sizes, winner, dy):
-    """Sums, for each pixel, the dy of the ⌈k/s⌉² windows at most that hold it and that it won.
+    """Sums, for each pixel, the dy of the windows whose maximum it is; at most ⌈k/s⌉² windows contain a pixel.
 
-    Padded pixel s·t + r is at offset s·d + r of the window that begins d windows before t; so all pixels of one remainder
-    r look at the same offsets, and remainders are an axis of their own.
+    Padded pixel s·t + r is at offset s·d + r of the window that begins d windows before t. All pixels of one remainder r
+    therefore use the same offsets, and remainders are an axis of their own.
     """
     (sh, sw), (kh, kw) = strides, window
     tiles = [-(-(size + low) // s) for size, (low, _), s in zip(sizes, pads, strides, strict=True)]
@@ -81,7 +82,7 @@ def _max_pool_backward(window, strides, pads, sizes, winner, dy):
 
 
 def _tiled(windows: jax.Array, shift: Sequence[tuple[int, int, int]]) -> jax.Array:
-    """[N, H', W', C], moved by `shift`, as [N, T, 1, U, 1, C]."""
+    """Shifts [N, H', W', C] and reshapes it to [N, T, 1, U, 1, C]."""
     return jnp.expand_dims(lax.pad(windows, jnp.zeros((), windows.dtype), shift), (2, 4))
 
 
@@ -89,7 +90,7 @@ _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def windows(padded: jax.Array, window: Sequence[int], strides: Sequence[int]) -> list[jax.Array]:
-    """The pixel at each offset of the window, for all output positions: kh·kw arrays [N, H', W', C], row by row."""
+    """Returns the pixel at each offset of the window for all output positions: kh·kw arrays [N, H', W', C], row by row."""
     n, height, width, channels = padded.shape
     (kh, kw), (sh, sw) = window, strides
     rows, columns = (height - kh) // sh * sh + 1, (width - kw) // sw * sw + 1

@@ -1,4 +1,4 @@
-"""The residual networks of bottleneck blocks of He et al. (2015a) for ImageNet; of 50 layers in §3.5."""
+"""The bottleneck residual networks of He et al. (2015a) for ImageNet; §3.5 uses 50 layers."""
 
 import jax
 from flax import linen as nn
@@ -7,7 +7,7 @@ from smallbatch_jax.models.layers import PaperModel, relu
 from smallbatch_jax.models.pool import max_pool
 
 WIDTHS = (64, 128, 256, 512)  # channels of the stages' 3×3 convolutions
-EXPANSION = 4  # output channels of a block for each of its width
+EXPANSION = 4  # output channels of a block ÷ its width
 
 
 class BottleneckResNet(PaperModel):
@@ -15,8 +15,8 @@ class BottleneckResNet(PaperModel):
 
     A 7×7 convolution of stride 2 and 64 channels and a 3×3 max pool of stride 2, then four stages, each but the first
     halving the image, then global average pooling and one fully-connected layer: 224 → 112 → 56, 28, 14, 7 pixels. A block
-    is a 1×1, a 3×3 and a 1×1 convolution, the last of four times the channels; where it halves the image the *first* has
-    the stride, as in the paper (later variants, "v1.5", give it to the 3×3). Its shortcut is the identity, or where the
+    is a 1×1, a 3×3 and a 1×1 convolution, the last with four times the channels; where it halves the image the *first* has
+    the stride, as in the paper ("v1.5" gives it to the 3×3). Its shortcut is the identity, or where the
     shape changes a 1×1 convolution of that stride (option B). Normalisation follows each convolution, before the ReLU and
     before the sum, in place of a bias; without normalisation the convolutions have biases. All scales of the normalisation
     start at 1.

@@ -1,4 +1,4 @@
-"""Images on the devices that train on them: a whole dataset, or as many as are needed at a time."""
+"""Images on the devices that train on them: a whole dataset, or a pool of those that one segment needs."""
 
 from typing import NamedTuple
 
@@ -23,18 +23,18 @@ class DeviceData(NamedTuple):
     train_labels: Array  # int32[N]
     test_images: Array  # uint8 or float32 [batches, n, …], padded with zeros
     test_labels: Array  # int32[batches, n]
-    test_counts: Array  # bool[batches, n], False where padded
+    test_counts: Array  # bool[batches, n], False for padding
     shuffled: Array  # int32[N], the training examples in a random order, for precise statistics
     mean: Array  # float32[C]
     deviation: Array  # float32[C]
 
     def normalise(self, images: jax.Array) -> jax.Array:
-        """float32[n, …] by the training set's channel mean and deviation."""
+        """Returns images, float32[n, …], normalised by the training set's channel mean and deviation."""
         return normalised(images, self.mean, self.deviation)
 
 
 def normalised(images: jax.Array, mean: jax.Array, deviation: jax.Array) -> jax.Array:
-    """float32[n, …] of images [n, …, C], by the mean and deviation of their channels."""
+    """Returns images [n, …, C] as float32, normalised by a mean and a deviation for each channel."""
     leading = (1,) * (images.ndim - 1)
     return (images.astype(jnp.float32) - mean.reshape(*leading, -1)) / deviation.reshape(*leading, -1)
 
@@ -48,25 +48,25 @@ class Pool(NamedTuple):
     deviation: Array  # float32[C]
 
     def on_this_device(self) -> DeviceData:
-        """The device's own part, under `shard_map`; there is no test set in it."""
+        """Returns the pool of this device, under `shard_map`; it has no test set."""
         return DeviceData(self.images[0, 0], self.labels[0, 0], None, None, None, None, self.mean, self.deviation)
 
 
-POOL = Pool(P(LANE, DATA), P(LANE, DATA), P(), P())  # how it lies on a mesh
+POOL = Pool(P(LANE, DATA), P(LANE, DATA), P(), P())  # its sharding
 
 
 class TestImages(NamedTuple):
-    """Some of the test set, of a dataset that is streamed, spread over the devices that share a batch."""
+    """A batch of a streamed test set, sharded over the devices that share a batch."""
 
     images: Array  # uint8[n, H, W, C]
     labels: Array  # int32[n]
-    counts: Array  # bool[n], False where there is none, or a broken one
+    counts: Array  # bool[n], False for padding and for images that cannot be decoded
 
-    __test__ = False  # not one of pytest's
+    __test__ = False  # pytest would collect it by its name
 
 
 def to_device(dataset: Dataset, mesh: Mesh) -> DeviceData:
-    """The dataset, whole on every device of the mesh, its test set cut into even batches."""
+    """Puts the whole dataset onto every device of the mesh, its test set in batches of equal size."""
     mean, deviation = dataset.channel_statistics()
     num_test = len(dataset.test_labels)
     batches = -(-num_test // LARGEST_EVAL_BATCH)

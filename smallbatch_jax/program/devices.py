@@ -24,18 +24,17 @@ LANE, DATA = "lane", "data"
 
 
 def lane_mesh(devices: Sequence[Any] | None = None, data_devices: int = 1) -> Mesh:
-    """All devices, `data_devices` consecutive ones of which share each batch; a divisor of their number."""
+    """Returns a mesh of all devices in rows of `data_devices`, which share each batch and must divide their number."""
     return Mesh(np.array(jax.devices() if devices is None else devices).reshape(-1, data_devices), (LANE, DATA))
 
 
 def use_all_cores(devices: int | None = None) -> None:
-    """One JAX device per CPU core this process may use, or as many as given, and loops that use its vectors.
+    """Gives JAX one device per CPU core of this process, or as many as given, and turns XLA's loop unrolling off.
 
-    To be called before JAX does anything.
+    Call it before JAX does anything. The user's own choices in XLA_FLAGS stay.
 
-    XLA:CPU gains little from running one small operation on many cores, much from running many lanes at once. And it
-    unrolls a loop over 32 channels or fewer into scalar instructions, unless told to unroll none: a vector's are six times
-    as fast. A choice of the user's in XLA_FLAGS stays.
+    XLA:CPU gains little from running one small operation on many cores, and much from running many lanes at once. With loop
+    unrolling it turns a loop over 32 channels or fewer into scalar instructions; vector instructions are six times as fast.
 
     Raises:
       InputError: if XLA_FLAGS would make a diverged run look like any other.
@@ -45,7 +44,7 @@ def use_all_cores(devices: int | None = None) -> None:
         os.environ["XLA_FLAGS"] = f"{chosen} --xla_backend_extra_options=xla_cpu_disable_loop_unrolling".lstrip()
     if "xla_force_host_platform_device_count" in chosen:
         return  # the user's choice
-    with suppress(RuntimeError):  # a notebook may have begun already; then with the devices it has
+    with suppress(RuntimeError):  # a notebook may have started JAX already, and keeps its devices
         jax.config.update("jax_num_cpu_devices", devices or len(os.sched_getaffinity(0)))
 
 
@@ -53,7 +52,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def memory_bytes(mesh: Mesh) -> int:
-    """Memory that programs may use on this process's devices of a mesh, on CPU what the machine has; less a tenth."""
+    """Returns nine tenths of the memory of this process's devices in a mesh, on CPU of the machine's memory or its limits."""
     statistics = mesh.local_devices[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return int(0.9 * statistics["bytes_limit"]) * len(mesh.local_devices)
@@ -61,7 +60,7 @@ def memory_bytes(mesh: Mesh) -> int:
 
 
 def _limits() -> list[int]:
-    """Bytes that this process may use at most: by `ulimit -v`, and by each control group it is in, of a container or a job."""
+    """Returns the limits on this process's memory, in bytes: of `ulimit -v`, and of each control group (container, job)."""
     limits = [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -72,17 +71,17 @@ def _limits() -> list[int]:
             name = "memory.limit_in_bytes" if controllers else "memory.max"
             within = root / group.lstrip("/")
             for folder in (within, *within.parents[: len(within.parts) - len(root.parts)]):
-                with suppress(OSError, ValueError):  # a container does not show its outer groups; "max" is no limit
+                with suppress(OSError, ValueError):  # a container hides its outer groups; "max" means no limit
                     limits.append(int((folder / name).read_text()))
     return limits or [sys.maxsize]
 
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Lets this process keep what it frees, so that each segment need not ask for its temporary memory anew.
+    """Makes malloc keep freed memory instead of returning it to the system; GNU's malloc only.
 
-    XLA:CPU allocates a program's temporary arrays at every call. Handed back to the system in between, as malloc does with
-    large ones, they come back as pages to be zeroed one by one: a fifth of the time at m = 512. Only for GNU's malloc.
+    XLA:CPU allocates a program's temporary arrays at every call. By default malloc returns large ones to the system, which
+    then zeroes every page again: a fifth of the time at m = 512.
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -91,7 +90,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_bytes_in_use() -> int:
-    """The most memory in use so far: on the accelerators, or on CPU by this process; 0 where it cannot be known."""
+    """Returns the peak memory so far, of the accelerators or on CPU of this process, in bytes; 0 if unknown."""
     statistics = [device.memory_stats() for device in jax.devices()]
     if all(statistics):
         return sum(found["peak_bytes_in_use"] for found in statistics if found)

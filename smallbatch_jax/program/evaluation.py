@@ -11,19 +11,19 @@ from smallbatch_jax.program import device_data
 from smallbatch_jax.program.device_data import DeviceData, TestImages
 from smallbatch_jax.program.train import Array, Batch, Model, TrainState, make_eval_step
 
-PRECISE_IMAGES = 4096  # training images that precise statistics are taken over, or all if there are fewer
+PRECISE_IMAGES = 4096  # training images for precise statistics; all, if there are fewer
 
 
 class Tested(NamedTuple):
     """The score of a run on test images."""
 
-    loss: Array  # float32[], mean cross-entropy; for a part of a streamed test set, the sum
+    loss: Array  # float32[], mean cross-entropy; the sum for one batch of a streamed test set
     correct: Array  # int32[], images classified correctly
     images: Array  # int32[], number of images
 
 
 def make_evaluate(model: Model, axis_name: str | None = None) -> Callable[[TrainState, DeviceData], Tested]:
-    """Returns the evaluation of a run on a resident test set, sharded over `axis_name` whose devices all hold the set."""
+    """Returns the evaluation of a run on a resident test set; the devices along `axis_name` each evaluate a shard of it."""
     test = make_test(model, axis_name)
 
     def evaluate(state: TrainState, data: DeviceData) -> Tested:
@@ -40,10 +40,10 @@ def make_evaluate(model: Model, axis_name: str | None = None) -> Callable[[Train
 
 
 def make_test(model: Model, axis_name: str | None = None) -> Callable[[TrainState, jax.Array, TestImages], Tested]:
-    """Returns the sums over some test images, float32[n, …] normalised, this device's shard along `axis_name`.
+    """Returns (state, images, batch) → sums over a batch of test images, float32[n, …] normalised; a shard along `axis_name`.
 
-    The loss is NaN if running averages are not finite: a variance that overflowed gives activations of zero, and so a finite
-    loss of a run that has diverged.
+    The loss is NaN if running averages are not finite: a variance that overflowed gives activations of zero, and thus a
+    finite loss although the run has diverged.
     """
     eval_step = make_eval_step(model)
 
@@ -58,7 +58,7 @@ def make_test(model: Model, axis_name: str | None = None) -> Callable[[TrainStat
 
 
 def _shard(batch: TestImages, axis_name: str) -> TestImages:
-    """This device's part of each array [n, …], padded with zeros (and counts of False) to whole shards."""
+    """Returns this device's shard of each array [n, …], padded with zeros (and counts of False) to equal shards."""
     devices, n = lax.axis_size(axis_name), len(batch.labels)
     size = -(-n // devices)
 
@@ -70,11 +70,11 @@ def _shard(batch: TestImages, axis_name: str) -> TestImages:
 
 
 def with_precise_statistics(evaluate: Callable[..., Tested], model: Model) -> Callable[..., Tested]:
-    """`evaluate`, with running averages replaced by the mean of the statistics of many BN groups of training images.
+    """Returns `evaluate` with running averages replaced by the mean of the statistics of many BN groups of training images.
 
-    They are what training would see with the parameters as they are, in BN groups of the same size, except that the images
-    are not augmented, as test images are not. The run's own running averages stay as they were. `model` has bn_decay 0, so
-    that after a batch its running averages are that batch's statistics.
+    These are the statistics that training would see at the present parameters, in BN groups of the same size; the images
+    are not augmented, like test images. The run's own running averages do not change. `model` has bn_decay 0, so that its
+    running averages after a batch are that batch's statistics.
     """
     b = model.bn_batch_size
 

@@ -70,7 +70,7 @@ RECORDED = _table(  # unless at this default
     ("no", "jax_pallas_auto_assign_collective_ids"),
     ("warn", "jax_explicit_x64_dtypes"),
 )
-WITHOUT_EFFECT = (  # on results: beginnings of names. Provenance has the devices that were chosen
+WITHOUT_EFFECT = (  # prefixes of names of flags that change no result; provenance records the devices that they choose
     *("jax_platform", "jax_xla_backend", "jax_backend_target", "jax_num_cpu_devices", "jax_cpu_enable_async_dispatch"),
     *("jax_cuda_visible_", "jax_rocm_visible_", "jax_oneapi_visible_", "jax_sort_devices_by_process_index"),
     *("jax_enable_preemption_service", "jax_enable_recoverability", "jax_distributed_", "jax_check_proxy_envs"),
@@ -84,7 +84,7 @@ WITHOUT_EFFECT = (  # on results: beginnings of names. Provenance has the device
     "jax_serialization_version",
 )
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "TF_CUDNN_DETERMINISTIC")  # recorded if they are set
-FAST_MATH = re.compile(r"--xla_\w*(fast_math|fast_min_max)(=(true|t|yes|y|1))?", re.IGNORECASE)  # assumes that nothing is NaN
+FAST_MATH = re.compile(r"--xla_\w*(fast_math|fast_min_max)(=(true|t|yes|y|1))?", re.IGNORECASE)  # assume that nothing is NaN
 EXTRAS = {"cuda": "cuda12", "gpu": "cuda12", "rocm": "rocm7-local", "tpu": "tpu", "oneapi": "oneapi"}  # of jax, by platform
 
 
@@ -92,7 +92,7 @@ EXTRAS = {"cuda": "cuda12", "gpu": "cuda12", "rocm": "rocm7-local", "tpu": "tpu"
 def held() -> Iterator[None]:
     """Holds the flags in HELD, and no mesh of `jax.set_mesh`, in all threads; restores them when the block ends.
 
-    Warns in one line of the flags that had another value.
+    Warns in one line that names the flags that had another value.
     """
     with ExitStack() as stack:
         _hold(stack)
@@ -114,7 +114,7 @@ def _hold(stack: ExitStack) -> None:
             stack.callback(jax.config.update, name, before)
             jax.config.update(name, value)
     for name in changed:
-        if _plain(jax.config.values[name]) != flags[name]:  # the user's context manager set it in this thread
+        if _plain(jax.config.values[name]) != flags[name]:  # a context manager of the user set it in this thread
             stack.enter_context(_holder(name)(flags[name]))
     for name, value in HELD_OF_FLAX.items():
         if (before := getattr(flax.config, name, value)) != value:
@@ -185,7 +185,7 @@ def require_devices() -> None:
     """
     try:
         jax.devices()
-    except Exception as error:  # of a type that depends on the platform
+    except Exception as error:  # its type depends on the platform
         variable = next((name for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME") if os.environ.get(name)), "JAX_PLATFORMS")
         asked = os.environ.get(variable, "")
         extra = next((EXTRAS[name] for name in asked.lower().split(",") if name in EXTRAS), None)

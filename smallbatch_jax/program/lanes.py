@@ -1,7 +1,7 @@
 """A program of many lanes: compile it, put a new run into a lane, run a segment, evaluate.
 
 Each lane holds one run. On CPU the lanes of a device are trained one after the other, on GPU and TPU side by side
-(`segment.py`). The devices form a mesh (`mesh.py`), over whose rows the lanes are spread.
+(`segment.py`). The devices form a mesh (`devices.py`), and the lanes are spread evenly over its rows.
 """
 
 import functools
@@ -40,37 +40,37 @@ COMPUTE_DTYPE = {"float32": jnp.float32, "tf32": jnp.float32, "bfloat16": jnp.bf
 
 
 def lane_mapping(platform: str) -> LaneMapping:
-    """How the lanes of one device are trained: on CPU one after the other, on GPU and TPU side by side."""
+    """Returns how the lanes of one device train: one after the other on CPU, side by side on GPU and TPU."""
     return "map" if platform == "cpu" else "vmap"
 
 
 @dataclass(frozen=True)
 class LaneProgram:
-    """Many lanes of one program, compiled. Every method is one dispatch; states given to it are used up (donated).
+    """Many lanes of one program, compiled. Every method is one dispatch and donates the states it is given.
 
-    With several processes all call the same methods with the same arguments.
+    If there are several processes, all must call the same methods with the same arguments.
     """
 
     lanes: int
     segment_steps: int  # S, the most steps of a segment
-    any_length: bool  # whether a shorter segment costs less; side by side, lanes take S masked steps whatever is asked
+    any_length: bool  # whether a shorter segment costs less; resident lanes side by side always take S steps, some masked
     sharding: NamedSharding
     compile_seconds: float
     _segment: Callable[..., Any]
-    _data: DeviceData | Pool  # of a streamed dataset, its shapes and dtypes
+    _data: DeviceData | Pool  # a Pool has shapes and dtypes only
     template: LaneState  # shapes and dtypes of the stacked lanes
-    _test: Callable[..., Tested] | None = None  # of some of a streamed test set
+    _test: Callable[..., Tested] | None = None  # evaluates one batch of a streamed test set
 
     def empty(self) -> LaneState:
-        """Lanes that hold no run: not alive."""
+        """Returns lanes without runs: none is alive."""
         return self.put(self.zeros())
 
     def zeros(self) -> LaneState:
-        """The same on the host."""
+        """Returns lanes without runs, as NumPy arrays."""
         return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.template)
 
     def start(self, state: LaneState, fresh: Mapping[int, TrainState]) -> LaneState:
-        """Puts a new run, given by its state before the first update, into each lane named; the others are as they were."""
+        """Puts a new run into each lane in `fresh`, which maps lanes to states before the first update; keeps the others."""
         mask = np.zeros(self.lanes, bool)
         new = self.zeros()
         for lane, train in fresh.items():
@@ -81,14 +81,14 @@ class LaneProgram:
     def run(
         self, state: LaneState, settings: Setting, segment: Segment, pool: Pool | None = None, test: Iterable[TestImages] = ()
     ) -> tuple[LaneState, Report]:
-        """One segment of every lane; settings and segment are stacked by lane.
+        """Runs one segment of every lane.
 
         Args:
-          state: of the lanes.
-          settings: of the runs in them.
-          segment: what each does; its indices are of the dataset's examples, or of the pool's.
+          state: the lanes; donated.
+          settings: scalars of their runs, stacked by lane.
+          segment: instructions, stacked by lane; its indices refer to the dataset, or to the pool.
           pool: the images of the segment, if the dataset is streamed.
-          test: then, the test set part by part; nothing of it is asked for unless a lane evaluates.
+          test: the test set in batches, if the dataset is streamed; read only if a lane evaluates.
         """
         shares = NamedSharding(self.mesh, INDICES)
         sent = Segment(put(segment.indices, shares), self.put(segment.steps), self.put(segment.evaluate))
@@ -102,18 +102,18 @@ class LaneProgram:
         return state, _with_tested(report, tested, sent.evaluate)
 
     def put(self, stacked: Any) -> Any:
-        """Arrays stacked by lane, to the devices of their lanes."""
+        """Puts arrays stacked by lane onto the devices of their lanes."""
         return put(stacked, self.sharding)
 
     @property
     def peak_bytes(self) -> int:
-        """Memory of this process's devices that the program needs while it runs, its states included, a dataset not."""
+        """Memory that the program needs on this process's devices: states and streamed pools, without a resident dataset."""
         found = self._segment.memory_analysis()
         if found is None:
             return 0
-        if isinstance(self._data, Pool):  # each device has its own, and a second is on its way
+        if isinstance(self._data, Pool):  # each device has one of its own, and the next is on its way
             dataset = -self._data.images.size // self.mesh.size
-        else:  # on each device, an argument as the states are
+        else:  # an argument, whole on each device
             dataset = sum(x.nbytes for x in jax.tree.leaves(self._data))
         arguments = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
         return (arguments + found.temp_size_in_bytes - dataset) * len(self.mesh.local_devices)
@@ -128,10 +128,10 @@ class LaneProgram:
         return self.mesh.shape[LANE]
 
     def even_steps(self, running: Sequence[bool], pace: int) -> list[int]:
-        """Steps for each running lane of a segment: more in a row with fewer of them, so that all devices take as long.
+        """Returns the steps of each running lane in a segment, such that all devices need the same time.
 
-        In the row with the most lanes each gets `pace`; the others share out as many steps. Where any lane costs what all do,
-        all get `pace`.
+        Lanes in the row with the most running lanes get `pace` each. Other rows take as many steps in total, split over fewer
+        lanes. If lanes train side by side, all get `pace`, because one lane costs as much as all.
         """
         if not self.any_length:
             return [pace * runs for runs in running]
@@ -148,7 +148,7 @@ class LaneProgram:
         return steps
 
     def row_of_lane(self, lane: int) -> int:
-        """Position in the mesh of the row of devices that holds a lane."""
+        """Returns the index of the row of devices that holds a lane."""
         return lane * self.rows // self.lanes
 
 
@@ -167,8 +167,8 @@ def compile_lanes(
 
     Args:
       model: linen module, `apply(variables, images, train=…)`.
-      program: what the runs share; its axis_name and the model's are "data" if a row has several devices, else None.
-      data: from `to_device`, on the same devices; or the shapes of the pools of a streamed dataset, as it lies on `mesh`.
+      program: constants of the runs; its axis_name and the model's are "data" if a row has several devices, else None.
+      data: from `to_device`, on the same devices; or the shapes of a streamed dataset's pools, sharded over `mesh`.
       mesh: from `lane_mesh`.
       lanes: L, runs trained side by side.
       segment_steps: S, the most steps between two visits to the host.
@@ -186,11 +186,7 @@ def compile_lanes(
     if platform == "cpu":
         keep_freed_memory()
     sharding = NamedSharding(mesh, P(LANE))
-    fresh = jax.eval_shape(lambda: init_state(model, jnp.zeros((1, *_image_shape(data))), jnp.int32(0)))
-    template = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((lanes, *x.shape), x.dtype, sharding=sharding),
-        LaneState(fresh, *(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32, jnp.bool))),
-    )
+    template = _template(model, _image_shape(data), lanes, sharding)
     streamed = isinstance(data, Pool)
     segment = jax.shard_map(
         make_segment(model, program, segment_steps, mapping, statistics_model, streamed),
@@ -199,31 +195,34 @@ def compile_lanes(
         out_specs=P(LANE),
         check_vma=False,
     )
-    test = None
-    if streamed:
-        each = jax.shard_map(
-            make_test_lanes(model, program, mapping),
-            mesh=mesh,
-            in_specs=(P(LANE), P(LANE), P(LANE), P(DATA), P(), P()),
-            out_specs=P(LANE),
-            check_vma=False,
-        )
-        test = _at_precision(jax.jit(each, donate_argnums=1), precision)
-        abstract_data = data
-    else:
+    images: Any = data
+    if not streamed:
         everywhere = NamedSharding(mesh, P())
-        abstract_data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), data)
+        images = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), data)
     arguments = _abstract_arguments(program.batch_size, lanes, segment_steps, sharding)
     began = time.monotonic()
     lower = _at_precision(jax.jit(segment, donate_argnums=0).lower, precision)
-    compiled = lower(template, *arguments, abstract_data).compile()
+    compiled = lower(template, *arguments, images).compile()
     seconds = time.monotonic() - began
-    any_length = streamed or mapping == "map"
-    return LaneProgram(lanes, segment_steps, any_length, sharding, seconds, compiled, data, template, test)
+    test = _streamed_test(make_test_lanes(model, program, mapping), mesh, precision) if streamed else None
+    return LaneProgram(lanes, segment_steps, streamed or mapping == "map", sharding, seconds, compiled, data, template, test)
+
+
+def _template(model: Model, image_shape: Sequence[int], lanes: int, sharding: NamedSharding) -> LaneState:
+    """Shapes and dtypes of the stacked lanes."""
+    fresh = jax.eval_shape(lambda: init_state(model, jnp.zeros((1, *image_shape)), jnp.int32(0)))
+    lane = LaneState(fresh, *(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32, jnp.bool)))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((lanes, *x.shape), x.dtype, sharding=sharding), lane)
+
+
+def _streamed_test(test_lanes: Callable[..., Tested], mesh: Mesh, precision: str) -> Callable[..., Tested]:
+    specs = P(LANE), P(LANE), P(LANE), P(DATA), P(), P()
+    sharded = jax.shard_map(test_lanes, mesh=mesh, in_specs=specs, out_specs=P(LANE), check_vma=False)
+    return _at_precision(jax.jit(sharded, donate_argnums=1), precision)
 
 
 def _at_precision(function: Callable[..., Any], precision: str) -> Callable[..., Any]:
-    """The function, with matrix products and convolutions that it traces at this precision."""
+    """Returns the function, whose matrix products and convolutions are traced at this precision."""
 
     def call(*args: Any) -> Any:
         with jax.default_matmul_precision(MATMUL_PRECISION[precision]):
@@ -233,9 +232,9 @@ def _at_precision(function: Callable[..., Any], precision: str) -> Callable[...,
 
 
 def initialiser(model: Model, image_shape: Sequence[int]) -> Callable[[int], TrainState]:
-    """seed → the state before the first update, as NumPy arrays; compiled once, each seed drawn once.
+    """Returns seed → the state before the first update, as NumPy arrays; compiles once, and draws each seed once.
 
-    No program is named: initialisation depends on the seed alone, not on batch sizes or base learning rates.
+    Initialisation depends on the seed alone, not on batch sizes or base learning rates.
     """
     init = jax.jit(lambda seed: init_state(model, jnp.zeros((1, *image_shape)), seed))
     return functools.cache(lambda seed: jax.tree.map(np.asarray, init(np.int32(seed))))
@@ -261,7 +260,7 @@ def require_model(model: Model, image_shape: Sequence[int], num_classes: int, ba
         trained, _ = jax.eval_shape(make_train_step(model, Program(batch_size, 1)), state, setting, batch)
     except InputError:
         raise
-    except Exception as error:  # whatever a model raises for a shape it was not made for
+    except Exception as error:  # of any type: a model may raise anything for a shape that it does not expect
         raise InputError(f"model: cannot take images of shape {images.shape[1:]}: {error}") from error
     if jax.tree.structure(trained) != jax.tree.structure(state):
         raise InputError("model: training makes other variables than init did; make them whatever `train` is.")
@@ -283,7 +282,7 @@ def _replace_lanes(state: LaneState, mask: jax.Array, new: LaneState) -> LaneSta
 
 
 def _abstract_arguments(batch_size: int, lanes: int, segment_steps: int, sharding: NamedSharding) -> tuple[Setting, Segment]:
-    """Shapes of the settings and segments that a program is called with."""
+    """Returns the shapes of the settings and segments that a program is called with."""
 
     def stacked(dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((lanes,), dtype, sharding=sharding)

@@ -1,8 +1,8 @@
-"""Several processes that run one program together (`jax.distributed`): how what one of them knows reaches all.
+"""Communication between processes that run one program together (`jax.distributed`).
 
-All take the same steps in the same order, each with its own devices. The first alone touches the workdir: it reads and writes
-results and checkpoints, and sends the others what it read. What depends on a clock or a signal is agreed on before it is acted
-on. With one process these functions communicate nothing.
+All take the same steps in the same order, each with its own devices. Only the first touches the workdir: it reads and writes
+results and checkpoints, and sends the others what it read. The processes agree on decisions that depend on a clock or a signal
+before they act on them. With one process these functions communicate nothing.
 """
 
 import functools
@@ -45,7 +45,7 @@ def on_first(function: Callable[[], T]) -> T:
     if is_first():
         try:
             value = function()
-        except InputError as refusal:  # subclasses may need other arguments to be made again
+        except InputError as refusal:  # a subclass may need other arguments when it is unpickled
             error = InputError(str(refusal))
         except WriteError as failure:
             error = failure
@@ -69,7 +69,7 @@ def require_same(value: Any, field: str) -> None:
 
 
 def least(value: int) -> int:
-    """The smallest value of any process."""
+    """Returns the smallest value of all processes."""
     return int(np.min(multihost_utils.process_allgather(np.float64(value)))) if several() else value
 
 
@@ -81,12 +81,12 @@ def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
 
 
 def readable(tree: PyTree, mesh: Mesh) -> PyTree:
-    """The same arrays, replicated so that `np.asarray` takes them in every process."""
+    """Returns the arrays, replicated so that `np.asarray` can read them in every process."""
     return _replicate(mesh)(tree) if several() else tree
 
 
 def exchange(values: tuple[int, ...], mesh: Mesh) -> Any:
-    """Begins to send integers to the other processes of this mesh; `np.asarray` waits for int32[processes, values]."""
+    """Starts to all-gather integers over the processes of this mesh; `np.asarray` waits for int32[processes, values]."""
     if not several():
         return np.array([values], np.int32)
     rows = NamedSharding(Mesh(mesh.devices.reshape(-1), ("device",)), P("device"))
@@ -95,7 +95,7 @@ def exchange(values: tuple[int, ...], mesh: Mesh) -> Any:
 
 
 def leave_together() -> None:
-    """Waits for the others, and in the first process until they have gone: they would not outlive it."""
+    """Waits for all processes; the first one leaves last, because the others would not outlive it."""
     if several():
         multihost_utils.sync_global_devices("leave")
         if is_first():
@@ -108,7 +108,7 @@ def _replicate(mesh: Any) -> Callable[[PyTree], PyTree]:
 
 
 def _broadcast(value: Any) -> Any:
-    """The value of the first process, in all."""
+    """Returns the first process's value in all processes."""
     content = np.frombuffer(pickle.dumps(value), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(content.size)))
     padded = content if is_first() else np.zeros(size, np.uint8)

@@ -1,10 +1,10 @@
 """A segment of every lane on one device: the steps between two visits to the host, and the evaluation that ends an epoch.
 
-Pure functions of the lanes, their settings, what each is to do and the images; `lanes.py` compiles them. Lanes are trained one
-after the other ("map"), each in a loop that ends when its share is done or its loss is not finite: an ended lane costs nothing,
-and no lane's arithmetic touches another's. Or side by side ("vmap"), with ended lanes masked.
+Pure functions of the lanes, their settings, the segments and the images; `lanes.py` compiles them. Lanes train one after the
+other ("map") or side by side ("vmap"). With "map" each lane has a loop that ends after its last step or at a loss that is not
+finite: an ended lane costs nothing, and no lane's arithmetic touches another's. With "vmap" ended lanes are masked.
 
-Images lie on the device, all of them or a pool of those that the segment needs: the steps are the same.
+The device holds either the whole dataset or a pool of the images that the segment needs; the steps are the same.
 """
 
 from collections.abc import Callable
@@ -34,34 +34,34 @@ class LaneState(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """What each lane does in a segment; all stacked by lane, int32 but for `evaluate`."""
+    """Instructions for each lane in a segment, stacked by lane."""
 
-    indices: Array  # int32[S, m], the examples of each step; rows from `steps` on are not read
+    indices: Array  # int32[S, m], the examples of each step; rows from `steps` on are ignored
     steps: Array  # int32[], updates to take, at most S
     evaluate: Array  # bool[], whether the segment ends an epoch
 
 
-INDICES = P(LANE, None, DATA)  # of the lanes, the steps, and the examples of a step
+INDICES = P(LANE, None, DATA)  # sharding of Segment.indices: lanes, steps, examples of a step
 
 
 class Report(NamedTuple):
-    """What each lane found in a segment."""
+    """Results of each lane in a segment."""
 
     step: Array  # int32[], updates taken by the run
     alive: Array  # bool[]
-    loss_sum: Array  # float32[], of the epoch so far, the loss that was not finite included
+    loss_sum: Array  # float32[], of the epoch so far; includes a loss that is not finite
     correct: Array  # int32[], of the epoch so far
     test_loss: Array  # float32[], mean over the test set; NaN if not evaluated
     test_correct: Array  # int32[]; 0 if not evaluated
-    test_images: Array  # int32[], that they are of; 0 if not evaluated
+    test_images: Array  # int32[], number of test images; 0 if not evaluated
 
 
 def make_segment(
     model: Model, program: Program, segment_steps: int, mapping: LaneMapping, statistics_model: Model | None, streamed: bool
 ) -> Callable[..., Any]:
-    """(lanes, settings, segments, data) → (lanes, reports), for the lanes of one device and its share of their batches.
+    """Returns (lanes, settings, segments, data) → (lanes, reports), for the lanes of one device and its shard of their batches.
 
-    Where images are streamed, data is a `Pool`, and the test set is not evaluated here but by `make_test_lanes`.
+    If images are streamed, data is a `Pool`, and `make_test_lanes` evaluates the test set instead.
     """
     advance, evaluate = _make_advance(model, program), make_evaluate(model, program.axis_name)
     if statistics_model is not None:
@@ -90,7 +90,7 @@ def make_segment(
             active = (i < segments.steps) & states.alive
             return jax.tree.map(lambda n, o: jnp.where(expand(active, n), n, o), new, states)
 
-        if streamed:  # a step is long enough for the device to ask whether there is another
+        if streamed:  # such steps are long: checking whether another follows costs little
             states = lax.fori_loop(0, jnp.max(segments.steps), step, states)
             return jax.vmap(lambda state, segment: _report(state, segment, not_evaluated()))(states, segments)
         states, _ = lax.scan(lambda states, i: (step(i, states), None), states, jnp.arange(segment_steps))
@@ -109,7 +109,7 @@ def make_segment(
 
 
 def make_test_lanes(model: Model, program: Program, mapping: LaneMapping) -> Callable[..., Tested]:
-    """(lanes, tested, which, images, mean, deviation) → tested: what each lane of which bool[L] finds is added to its sums."""
+    """Returns (lanes, tested, which, images, mean, deviation) → tested, plus the scores of the lanes in `which`, bool[L]."""
     test = make_test(model, program.axis_name)
 
     def test_lane(state: LaneState, tested: Tested, named: jax.Array, images: jax.Array, part: TestImages) -> Tested:
@@ -146,7 +146,7 @@ def _make_advance(model: Model, program: Program) -> Callable[..., LaneState]:
 
 
 def _report(state: LaneState, segment: Segment, tested: Tested) -> tuple[LaneState, Report]:
-    """What a lane found, and the lane with its sums cleared if the segment ended an epoch."""
+    """Returns a lane, its sums cleared if the segment ended an epoch, and its report."""
     report = Report(state.train.step, state.alive, state.loss_sum, state.correct, *tested)
     state = state._replace(
         loss_sum=jnp.where(segment.evaluate, 0.0, state.loss_sum), correct=jnp.where(segment.evaluate, 0, state.correct)

@@ -21,7 +21,7 @@ Array = Any  # a jax.Array; on the host an np.ndarray, and only a shape and dtyp
 
 @dataclass(frozen=True)
 class Program:
-    """What the runs of one compiled program share, beside the model and the data."""
+    """Constants of one compiled program, shared by its runs; the model and the data come beside them."""
 
     batch_size: int  # m, over all devices
     total_steps: int  # T, updates in a run
@@ -33,7 +33,7 @@ class Program:
 
 
 class Setting(NamedTuple):
-    """The scalars of a run, traced: no value of theirs compiles anything anew."""
+    """The scalars of a run. They are traced, so that other values need no compilation."""
 
     base_lr: Array  # float32[], η̃
     seed: Array  # int32[]
@@ -57,11 +57,11 @@ class Batch(NamedTuple):
 
 class Metrics(NamedTuple):
     loss: Array  # float32[], mean cross-entropy over the batch, without the penalty
-    correct: Array  # int32[], images classified rightly
+    correct: Array  # int32[], correctly classified images
 
 
 def init_state(model: Model, images: jax.Array, seed: jax.Array) -> TrainState:
-    """The state before the first update; `images`, float32[n, …], only gives the shape."""
+    """Returns the state before the first update; only the shape of `images`, float32[n, …], matters."""
     variables = dict(model.init(jax.random.fold_in(jax.random.key(seed), 0), images))
     params = variables.pop("params")
     opt_state = optim.summed_sgd(1.0, 1).init(params)
@@ -69,11 +69,11 @@ def init_state(model: Model, images: jax.Array, seed: jax.Array) -> TrainState:
 
 
 def make_train_step(model: Model, program: Program) -> Callable[[TrainState, Setting, Batch], tuple[TrainState, Metrics]]:
-    """Eq. 5 as a pure function of the state, the run's scalars and one batch.
+    """Returns Eq. 5 as a pure function of the state, the run's scalars and one batch.
 
-    With `program.axis_name` the batch is one device's shard, consecutive examples, as many on each device, and the model must
-    have been made with the same axis_name; state and metrics are then equal on all devices. Under `shard_map` use
-    ``check_vma=False``: with the check on, the gradient of replicated parameters is already summed over the axis.
+    With `program.axis_name` the batch is one device's shard: consecutive examples, equally many on each device. The model must
+    have the same axis_name. State and metrics are then equal on all devices. Under `shard_map` use ``check_vma=False``: with
+    the check on, the gradient of replicated parameters is already summed over the axis.
     """
     axis = program.axis_name
 
@@ -109,7 +109,7 @@ def make_train_step(model: Model, program: Program) -> Callable[[TrainState, Set
 def _over_micro_batches(
     function: Callable[[Batch, jax.Array], PyTree], batch: Batch, key: jax.Array, size: int | None
 ) -> PyTree:
-    """Mean of `function` over the micro-batches of a batch; sum of the integers in it."""
+    """Returns the mean of `function` over the micro-batches of a batch; its integer outputs are summed."""
     parts = len(batch.labels) // (size or len(batch.labels))
     if parts == 1:
         return function(batch, key)
@@ -125,7 +125,7 @@ def _over_micro_batches(
 
 
 def make_eval_step(model: Model) -> Callable[[TrainState, Batch, jax.Array], tuple[jax.Array, jax.Array]]:
-    """(state, batch, counts) → sums over the images where counts, bool[n], is set: cross-entropy float32[], correct int32[]."""
+    """Returns (state, batch, counts) → (cross-entropy float32[], correct int32[]), sums over the images in counts, bool[n]."""
 
     def eval_step(state: TrainState, batch: Batch, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = model.apply({"params": state.params, "batch_stats": state.batch_stats}, batch.images, train=False)
@@ -136,10 +136,10 @@ def make_eval_step(model: Model) -> Callable[[TrainState, Batch, jax.Array], tup
 
 
 def cross_entropy(logits: Any, labels: jax.Array) -> jax.Array:
-    """float32[n] of logits float[n, classes] and labels int32[n]."""
+    """Returns the cross-entropy of each example, float32[n], for logits float[n, classes] and labels int32[n]."""
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
 
 
 def count_correct(logits: Any, labels: jax.Array) -> jax.Array:
-    """int32[]; a logit that is NaN is never right."""
+    """Returns the number of correct predictions, int32[]; logits that are not finite count as wrong."""
     return jnp.sum((jnp.argmax(logits, -1) == labels) & jnp.isfinite(logits).all(-1), dtype=jnp.int32)

@@ -1,4 +1,4 @@
-"""Checks that an experiment fits its data, and warnings about data that the user brought."""
+"""Checks that an experiment fits its data, and warnings about the user's own arrays."""
 
 from collections.abc import Sequence
 

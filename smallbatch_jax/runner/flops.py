@@ -13,10 +13,10 @@ from smallbatch_jax.program.train import Model, init_state
 
 
 def flops_per_image(model: Model, image_shape: Sequence[int]) -> float:
-    """Operations per image of the convolutions and dense layers in a training step.
+    """Returns the operations per image of the convolutions and dense layers in a training step.
 
-    Two per multiply-add, padding included: forward, and backward for the kernel and for the layer's input, which the first
-    layer does not need.
+    A multiply-add is two operations, and padding is included. Each layer has a forward pass and gradients of its kernel and of
+    its input; the first layer needs no gradient of its input.
     """
     multiply_adds: list[int] = []
 
@@ -33,7 +33,7 @@ def flops_per_image(model: Model, image_shape: Sequence[int]) -> float:
 
 
 def matrix_rate(size: int = 1024, products: int = 16) -> float:
-    """Operations per second of one device in a product of square float32 matrices, the best of five."""
+    """Returns the operations per second of one device in a product of square float32 matrices, the best of five."""
 
     def loop(a: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, products, lambda _, x: (x @ a) * (1 / size), a)

@@ -4,8 +4,8 @@ The host stays one segment ahead of what it knows: it dispatches segment k+1, th
 reaches its last epoch is known to end without reading anything, so its lane is refilled at once; the lane of a run that
 diverged in segment k is refilled in k+2, and computes nothing in k+1.
 
-With several hosts each has a scheduler, and all do the same: what a clock or a signal suggests to one host travels with each
-segment as its proposal, and is acted on when that segment is read.
+With several hosts each has a scheduler, and all do the same. What a clock or a signal suggests to one host is its proposal. It
+travels with a segment; all hosts act on the proposals when they read that segment.
 """
 
 import time

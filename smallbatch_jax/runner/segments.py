@@ -1,6 +1,6 @@
 """The runs in the lanes of one program: which run is in which lane, what each does next, and the segments that do it.
 
-`Lanes` dispatches segments and does not wait for them; the scheduler fetches their reports, stores them and refills lanes, the
+`Lanes` dispatches segments and does not wait for them. The scheduler fetches their reports, stores them and refills lanes; the
 planner only times them.
 """
 
@@ -21,13 +21,13 @@ from smallbatch_jax.runner.jobs import Job
 
 
 class Assignment(NamedTuple):
-    """The updates that one lane takes in one segment."""
+    """The updates of one lane in one segment."""
 
     run: Run
     epoch: int  # of the first update
     first_step: int
     steps: int
-    evaluate: bool  # whether they end the epoch
+    evaluate: bool  # whether these updates end the epoch
 
 
 class InFlight(NamedTuple):
@@ -35,7 +35,7 @@ class InFlight(NamedTuple):
 
     assignments: list[Assignment | None]  # by lane
     report: Report
-    proposals: Any = None  # of every host for what to do next, int32[hosts, 3]
+    proposals: Any = None  # int32[hosts, 3], a `Proposal` of every host
 
     def fetch(self) -> Report:
         """Waits for the segment and returns its report as NumPy arrays."""
@@ -43,22 +43,22 @@ class InFlight(NamedTuple):
 
 
 class Lanes:
-    """The lanes of one program, each with the run in it or free."""
+    """The lanes of one program; each holds a run or is free."""
 
     def __init__(self, job: Job, program: LaneProgram, pipeline: InputPipeline, initial: Callable[[int], TrainState]):
-        """All lanes are free; `initial` maps a seed to the state before the first update."""
+        """Starts with free lanes; `initial` maps a seed to the state before the first update."""
         self.job, self._pipeline, self._initial = job, pipeline, initial
         self._use(program)
         self.state: LaneState = program.empty()
 
     def _use(self, program: LaneProgram) -> None:
-        """Takes a program, all of whose lanes are free."""
+        """Switches to a program, with all lanes free."""
         self.program = program
         self.runs: list[Run | None] = [None] * program.lanes
         self.steps = [0] * program.lanes  # updates dispatched so far
 
     def loads(self) -> list[int]:
-        """Runs in each row of devices."""
+        """Returns the number of runs in each row of devices."""
         load = [0] * self.program.rows
         for lane, run in enumerate(self.runs):
             load[self.program.row_of_lane(lane)] += run is not None
@@ -86,7 +86,7 @@ class Lanes:
         return jax.tree.map(np.asarray, processes.readable(self.state, self.program.mesh))
 
     def move(self, program: LaneProgram, state: LaneState, runs: list[Run | None]) -> None:
-        """Moves the runs in the lanes of `state`, NumPy arrays, to lanes of `program`, evenly over its rows of devices."""
+        """Moves the runs of `state`, NumPy arrays by lane, into lanes of `program`, evenly over its rows of devices."""
         self._use(program)
         packed = program.zeros()
         kept = [(lane, run) for lane, run in enumerate(runs) if run is not None]
@@ -100,7 +100,7 @@ class Lanes:
         """Dispatches a segment of about `pace` steps per lane, and frees the lanes of the runs that end in it.
 
         Args:
-          pace: steps.
+          pace: steps per lane.
           evaluate: whether a lane stops at the end of its epoch and is evaluated there; otherwise it trains on.
 
         Returns:

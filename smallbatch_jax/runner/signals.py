@@ -14,7 +14,7 @@ SAME_SIGNAL_SECONDS = 0.1  # two signals closer than this are one
 
 
 def handled() -> list[signal.Signals]:
-    """Returns the signals to handle: without SIGHUP where `nohup` made the process ignore it."""
+    """Returns the signals to handle; SIGHUP only if `nohup` did not make the process ignore it."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [signum for signum in ENDING + WARNING if not (ignored and signum == signal.SIGHUP)]
 
@@ -28,16 +28,16 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """Asks a scheduler to save and stop: the number of the signal that came, 0 while none has."""
+    """A request to save and stop: the number of the signal that arrived, 0 before any."""
 
     signum: int = 0
 
 
 @contextmanager
 def noted_signals() -> Iterator[Stop]:
-    """Notes the signals in the `Stop` it gives; a second SIGINT or SIGTERM ends the process at once.
+    """Records signals in the `Stop` it yields; a second SIGINT or SIGTERM ends the process at once.
 
-    While the main thread waits for a segment Python runs no handlers, so a thread reads the signals' numbers as they arrive.
+    Python runs no handlers while the main thread waits for a segment, so a thread reads the numbers of signals as they arrive.
     """
     stop = Stop()
 

@@ -1,8 +1,8 @@
-"""Checkpoints of a program's lanes, by Orbax: atomic, the last two kept, a damaged one passed over.
+"""Checkpoints of a program's lanes, by Orbax: atomic; keeps the last two and skips damaged ones.
 
-One process writes and reads them, however many train: it is given all lanes, and sends the others what it read. So the number
-of processes and devices may change from one start to the next. (Orbax's older interface: its newer one cannot leave out the
-other processes.)
+One process writes and reads them, however many train: it gathers all lanes, and sends the others what it read. The number of
+processes and devices may therefore change between starts. (This is Orbax's older interface; the newer one always involves all
+processes.)
 """
 
 import dataclasses
@@ -161,7 +161,7 @@ def _arrays(lanes: PyTree) -> dict[str, str]:
 
 
 def _seal(description: dict[str, Any]) -> int:
-    """Checksum of a description, which holds that of the arrays: these can be read only as a trusted description says."""
+    """Returns the checksum of a description; it covers the arrays' checksum too, which is one of its fields."""
     unsealed = {name: value for name, value in description.items() if name != "seal"}
     return _crc32([np.frombuffer(json.dumps(unsealed, sort_keys=True).encode(), np.uint8)])
 

@@ -152,7 +152,7 @@ class ProgramResults:
         return self._last_rows[run][-1].epoch if run in self._last_rows else 0
 
     def complete(self, run: Run, epochs: int) -> bool:
-        """Whether a run needs no more training: it diverged, or its last epoch is stored."""
+        """Returns whether a run needs no more training: it diverged, or its last epoch is stored."""
         return self.diverged(run) or self.epochs(run) >= epochs
 
     def diverged(self, run: Run) -> bool:
@@ -183,7 +183,7 @@ def _read_rows(path: Path) -> tuple[list[Row], bool]:
 
 
 def _without_gaps(rows: list[Row]) -> list[Row]:
-    """The rows of each run up to the first epoch that is missing, from which the run is trained again."""
+    """Returns each run's rows before its first missing epoch, from which the run is trained again."""
     last: dict[Run, Row] = {}
     kept = set()
     for place, row in sorted(enumerate(rows), key=lambda numbered: numbered[1].epoch):

@@ -47,7 +47,7 @@ class NoTimings(Timings):
 
 
 def load_timings(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
-    """Where the time went: one row per measurement, columns as in `Timings.add`.
+    """Returns the stored timings: one row per measurement, columns as in `Timings.add`.
 
     0 means not applicable or not known: batch_size outside programs, peak_bytes outside the phase "compile". Damaged lines are
     left out, and so is a file that cannot be read, with a warning.

@@ -118,7 +118,7 @@ def convergent_range(cells: pd.DataFrame, chance: float) -> pd.DataFrame:
 
 
 def best_first(cells: pd.DataFrame, *ties: str) -> pd.DataFrame:
-    """The cells by falling accuracy, those without one last; of equals, those with the smallest `ties` (base_lr) first."""
+    """Sorts cells by falling accuracy, those without one last; ties go to the smallest `ties` (base_lr)."""
     columns = ["test_accuracy", *(ties or ("base_lr",))]
     return cells.sort_values(columns, ascending=[False] + [True] * (len(columns) - 1), na_position="last")
 

@@ -27,7 +27,7 @@ class Answer(NamedTuple):
 def answer(study: Study) -> Answer:
     """The most accurate cell of a study, by `analysis.final_accuracy`, and the batch sizes that never reach it.
 
-    Of equals the smallest batch size, BN batch size and base learning rate is best. A batch size counts as not reaching the
+    Ties go to the smallest batch size, BN batch size and base learning rate. A batch size counts as not reaching the
     best by `RULE`, and only once all its runs have ended.
     """
     ended, runs = study.runs
@@ -58,14 +58,14 @@ def _best(cells: pd.DataFrame) -> pd.Series:
 
 
 def _variance(cell: pd.Series, examples: int | None) -> float:
-    """Variance of a cell's mean accuracy; two seeds may agree by luck, and a test set is drawn by chance as well."""
+    """Returns the variance of a cell's mean accuracy; with one or two seeds at least that of drawing the test set."""
     seeds = cell["test_accuracy_std"] ** 2 / cell["finished"] if cell["finished"] > 1 else 0.0
     drawn = cell["test_accuracy"] * (1 - cell["test_accuracy"]) / examples if examples else 0.0
     return seeds if cell["finished"] > 2 else max(seeds, drawn)
 
 
 def _reaches(study: Study, cell: pd.Series, best: pd.Series) -> bool:
-    """Whether a finished cell is within the noise of the best, by `RULE`."""
+    """Returns whether a finished cell is within the noise of the best, by `RULE`."""
     examples = study.examples[1] if study.examples else None
     error = math.sqrt(_variance(cell, examples) + _variance(best, examples))
     return best["test_accuracy"] - cell["test_accuracy"] <= 2 * error
@@ -101,7 +101,7 @@ def _in_words(study: Study, best: pd.Series) -> str:
 
 
 def _edge(value: float, tried: Sequence[float]) -> tuple[str, str] | None:
-    """The end of the values tried at which a value lies, and the direction beyond it; None inside, or if one was tried."""
+    """Returns the end at which a value lies among those tried, and the direction beyond it; None if it lies inside."""
     low, high = min(tried), max(tried)
     if low == high or low < value < high:
         return None

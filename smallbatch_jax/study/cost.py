@@ -24,7 +24,7 @@ def program_costs(timings: pd.DataFrame) -> pd.DataFrame:
       timings: from `results.load_timings`.
     Returns:
       One row per (batch size, BN batch size) that was compiled or trained, sorted, with the columns
-        lanes: the number with which it trained most images; memory may have run out with more, and the last runs need fewer.
+        lanes: the number that trained most images; memory may have run out with more, and the last runs need fewer.
         compile_seconds, segment_seconds: wall time, summed; a program compiles while another trains.
         images: images trained in all lanes; those trained twice after a kill are included twice, and so are their seconds.
         images_per_second: rate of all lanes together; NaN before the first segment.

@@ -114,9 +114,9 @@ def _span(values: Iterable[Any], shown: Callable[[Any], str] = str) -> str:
 
 
 def choose_base_lrs(experiment: Experiment, workdir: str | Path | None = None) -> Experiment:
-    """The experiment with each batch size's best base_lr from the stored results that `grid.base_lrs_from` names (§3.6).
+    """Returns the experiment with each batch size's best base_lr in the results that `grid.base_lrs_from` names (§3.6).
 
-    The choice with which `workdir` was begun stays, so that it can be resumed even if those results have changed since.
+    A `workdir` that has begun keeps its choice, so it can be resumed even if those results have changed since.
 
     Raises:
       InputError: if results are missing or incomplete for a batch size.

@@ -55,8 +55,8 @@ def require(experiment: Experiment) -> None:
 class Trackers:
     """The trackers that an experiment asks for, none as a rule; a context manager.
 
-    They are open in the process that writes a program's rows. A tracker is a convenience that may hang on a network: its first
-    failure, whatever it is, is one line on stderr, and training goes on without it. The next start brings it up to date.
+    The process that writes a program's rows opens them. A tracker is a convenience and may depend on a network: its first
+    failure of any kind is one line on stderr, and training goes on without it. The next start brings it up to date.
 
     Args:
       experiment: says which.

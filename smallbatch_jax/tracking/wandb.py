@@ -20,7 +20,7 @@ def require_project(project: str | None) -> None:
 
 
 class WandbRun:
-    """A W&B run of an id that the workdir keeps, so that a resumed run goes on in the same one.
+    """A W&B run; the workdir keeps its id, so that a resumed run continues the same W&B run.
 
     W&B says how many rows its server has; only the rest is logged. Offline it keeps each session in a folder of its own,
     WORKDIR/wandb/offline-run-…: a session logs all rows, and replaces those before it unless they were uploaded.
@@ -64,7 +64,7 @@ class WandbRun:
 
 
 def _key(folder: Path) -> str:
-    """A key that no other workdir has, made where there is none yet."""
+    """Returns the workdir's unique key, created on first use."""
     path = folder / "identity"
     if not path.exists():
         append_line(path, secrets.token_hex(8))

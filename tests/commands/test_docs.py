@@ -112,3 +112,41 @@ def test_commands_are_found_in_blocks_tables_and_over_several_lines():
 def test_a_planted_mistake_is_found(command, said):
     script, *arguments = command.split()
     assert said in " ".join(mistakes(script, arguments))
+
+
+def packages_of(root):
+    """Each package of a tree by dotted name, "top level" for the root, with the names of its modules."""
+    found = {}
+    for init in root.rglob("__init__.py"):
+        folder = init.parent
+        name = ".".join(folder.relative_to(root).parts) or "top level"
+        found[name] = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    return found
+
+
+def packages_on_the_map(text):
+    """The rows of CONTRIBUTING's map, as `packages_of` gives them."""
+    rows = re.findall(r"^\| (`[\w.]+`|top level) \| (.*) \|$", text.partition("## Map of")[2], re.M)
+    return {package.strip("`"): set(re.findall(r"`(\w+)`", modules)) for package, modules in rows}
+
+
+def test_the_map_names_every_package_and_module_and_nothing_else():
+    there = {name: modules for name, modules in packages_of(ROOT / "smallbatch_jax").items() if modules}
+    assert packages_on_the_map((ROOT / "CONTRIBUTING.md").read_text()) == there
+
+
+def test_a_map_that_lacks_or_invents_a_module_differs(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("__init__.py", "optim.py", "data/__init__.py", "data/order.py"):
+        (tmp_path / name).touch()
+    text = (
+        "## Map of x\n\n| package | modules |\n|---|---|\n| `data` | `order`: of examples |\n| top level | `optim`: Eq. 2 |\n"
+    )
+    assert packages_on_the_map(text) == packages_of(tmp_path)
+    assert packages_on_the_map(text.replace("`order`", "`mirrors`")) != packages_of(tmp_path)
+
+
+def test_contributing_names_files_that_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for name in re.findall(r"`((?:\w+/)*\w+\.py|(?:\w+/)+)`", text):
+        assert any((base / name).exists() for base in (ROOT, ROOT / "smallbatch_jax")) or name == "__init__.py", name

@@ -1,4 +1,8 @@
-"""A run is the same run on one device, on several, and on several processes, to the last bit: whole networks, on images."""
+"""A run is the same run on one device, on several and on several processes: whole networks, on images.
+
+Bit for bit on the same number of devices; on another number the sums over a batch are rounded otherwise, so that float64
+agrees to 1e-8 after twenty steps. In float32 rounding turns a ReLU sooner or later: there the first losses are compared.
+"""
 
 import json
 import os
@@ -15,10 +19,13 @@ from PIL import Image
 SPREAD = Path(__file__).parents[1] / "spread.py"
 
 
-def start(out, cases, devices, *distributed):
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+ARRAYS = 37  # ResNet-8 has 7 kernels, each with a batch norm's scale, bias, mean and variance; and its logits
+
+
+def start(out, cases, devices, *distributed, double=True):
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_ENABLE_X64": str(int(double))}
     line = [sys.executable, str(SPREAD), str(out), json.dumps(cases), *map(str, distributed)]
-    return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(line, env=os.environ | flags, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def finish(*processes, seconds=500):
@@ -33,8 +40,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def on_devices(out, cases, devices):
-    finish(start(out, cases, devices))
+def on_devices(out, cases, devices, **options):
+    finish(start(out, cases, devices, **options))
     return np.load(out)
 
 
@@ -44,34 +51,26 @@ def on_processes(out, cases, devices_each, count=2):
     return np.load(out)
 
 
-def differing(one, other, name, other_name, count=37):
-    """Names of the arrays that are not bit for bit their namesakes, and whether as many test images are right."""
+def largest_difference(one, other, name, other_name=None, count=ARRAYS):
+    """The largest difference of any array from its namesake, relative to the larger of 1 and its largest element."""
     arrays = [key.removeprefix(name) for key in one.files if key.startswith(f"{name}[")]
-    assert len(arrays) == count  # ResNet-8: 7 kernels, each with a batch norm's gain, bias and averages; and of the logits two
-    assert all(np.isfinite(one[name + key]).all() for key in arrays)
-    differ = [key for key in arrays if not np.array_equal(one[name + key], other[other_name + key])]
-    return differ, int(one[f"{name} correct"]) == int(other[f"{other_name} correct"])
+    assert len(arrays) == count
+    pairs = [(one[name + key], other[(other_name or name) + key]) for key in arrays]
+    assert all(a.dtype == b.dtype for a, b in pairs)
+    return max(float(np.abs(a - b).max() / max(1.0, np.abs(b).max())) for a, b in pairs)
 
 
-def assert_same(one, other, name, other_name, count=37):
-    assert differing(one, other, name, other_name, count) == ([], True), (name, other_name)
-
-
-@pytest.mark.slow
-def test_a_batch_spread_over_devices_is_the_same_run(tmp_path):
-    """m = 8, two on each of four devices, and BN batches of two devices' shares."""
-    cases = {"one": {"m": 8, "b": 4, "devices": 1}, "four": {"m": 8, "b": 4, "devices": 4}}
-    found = on_devices(tmp_path / "found.npz", cases | {"cut": {"m": 8, "b": 2, "devices": 4}}, 4)
-    assert_same(found, found, "one", "four")
-    assert len(differing(found, found, "one", "cut")[0]) == 37  # what BN batches cut at devices would give is told apart
+def assert_same(one, other, name, other_name=None, count=ARRAYS, within=1e-8):
+    assert largest_difference(one, other, name, other_name, count) <= within, name
+    assert one[f"{name} correct"] == other[f"{other_name or name} correct"]
 
 
 def share_cases(devices):
-    """BN batches smaller than, equal to and larger than a device's share of four, and the whole batch; then larger images."""
+    """BN groups smaller than, equal to and larger than a shard of four devices, and the whole batch; then larger images."""
     digits = {f"{m}-{b}": {"m": m, "b": b, "devices": devices} for m, b in
               [(8, 1), (8, 2), (8, 4), (8, 8), (64, 8), (64, 16), (64, 32), (64, 64)]}  # fmt: skip
-    large = [(8, 2), (8, 8), (64, 8), (64, 64), (100, 100)]
-    return digits | {f"large {m}-{b}": {"m": m, "b": b, "devices": devices, "random_images": True} for m, b in large}
+    large = {f"large {m}-{b}": {"m": m, "b": b, "devices": devices, "random_images": True} for m, b in [(8, 4), (20, 20)]}
+    return digits | large
 
 
 @pytest.fixture(scope="module")
@@ -81,56 +80,60 @@ def on_one_device(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 4])
-def test_every_share_and_bn_batch_is_the_same_run_on_several_devices(tmp_path, on_one_device, devices):
+def test_every_shard_and_bn_group_is_the_same_run_on_several_devices(tmp_path, on_one_device, devices):
     found = on_devices(tmp_path / "found.npz", share_cases(devices), devices)
     for name in share_cases(devices):
-        assert_same(on_one_device, found, name, name)
+        assert on_one_device[f"{name} loss"].dtype == np.float64
+        assert_same(on_one_device, found, name)
+    assert largest_difference(on_one_device, found, "8-2", "8-4") > 1e-3  # BN groups cut at devices would be told apart
 
 
 @pytest.mark.slow
-def test_every_share_and_bn_batch_is_the_same_run_on_two_processes_of_two_devices(tmp_path, on_one_device):
+def test_every_shard_and_bn_group_is_the_same_run_on_two_processes_of_two_devices(tmp_path, on_one_device):
     found = on_processes(tmp_path / "found.npz", share_cases(4), 2)
     for name in share_cases(4):
-        assert_same(on_one_device, found, name, name)
+        assert_same(on_one_device, found, name)
+
+
+@pytest.mark.slow
+def test_the_first_five_losses_in_float32_agree_to_1e_5(tmp_path):
+    one, four = (
+        on_devices(tmp_path / f"{n}.npz", {str(m): {"m": m, "b": m, "devices": n, "last": 5} for m in (8, 64)}, n, double=False)
+        for n in (1, 4)
+    )
+    for m in ("8", "64"):
+        assert one[f"{m} loss"].dtype == np.float32
+        np.testing.assert_allclose(one[f"{m} loss"], four[f"{m} loss"], rtol=1e-5)
 
 
 def other_cases(devices):
-    """Every other norm and the other network, batches in parts and not; few and short updates."""
-    case = {"m": 16, "devices": devices, "random_images": True, "base_lr": 2**-20, "last": 5}
-    networks = [
-        ("alexnet", "none"),
-        ("alexnet", "batch"),
-        ("resnet8", "none"),
-        ("resnet8", "group"),
-        ("resnet8", "batch_renorm"),
-    ]
+    """Every other norm and the other network, with micro-batches and without; five steps."""
+    case = {"m": 16, "devices": devices, "last": 5, "random_images": True, "base_lr": 2**-20}
+    networks = [("alexnet", norm) for norm in ("none", "batch")]
+    networks += [("resnet8", norm) for norm in ("none", "group", "batch_renorm")]
     small = {f"{model} {norm}": {**case, "b": 16, "model": model, "norm": norm} for model, norm in networks}
-    many = {"alexnet in parts": {**case, "m": 128, "b": 128, "model": "alexnet", "norm": "none"}}
-    return small | many | {"fewer at a time": {**case, "m": 16, "b": 4, "parts": 4}}
+    return small | {"micro": {**case, "b": 2, "parts": 2}, "whole": {**case, "b": 2}}
 
 
 @pytest.mark.slow
-def test_every_norm_and_network_is_the_same_run_on_several_devices(tmp_path):
-    one, two, four = (on_devices(tmp_path / f"{n}.npz", other_cases(n), n) for n in (1, 2, 4))
-    whole = on_devices(tmp_path / "whole.npz", {"fewer at a time": {**other_cases(1)["fewer at a time"], "parts": None}}, 1)
+def test_every_norm_and_network_is_the_same_run_on_two_devices(tmp_path):
+    one, two = (on_devices(tmp_path / f"{n}.npz", other_cases(n), n) for n in (1, 2))
     for name in other_cases(1):
-        count = len([key for key in one.files if key.startswith(f"{name}[")])
-        for found in (two, four):
-            assert_same(one, found, name, name, count)
-    assert_same(one, whole, "fewer at a time", "fewer at a time")
+        assert_same(one, two, name, count=len([key for key in one.files if key.startswith(f"{name}[")]))
+    assert_same(one, one, "micro", "whole")
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_four_devices_goes_on_on_one_and_on_two(tmp_path):
-    """Ten steps on four devices, ten more on four, two and one: as twenty on one."""
-    size = {"m": 16, "b": 8}
-    saved = str(tmp_path / "saved")
+def test_a_checkpoint_of_four_devices_goes_on_on_one_and_on_four(tmp_path):
+    """Ten steps on four devices, then ten on four, bit for bit as twenty on four, or on one, to rounding."""
+    size, saved = {"m": 16, "b": 8}, str(tmp_path / "saved")
+    whole = {str(d): {**size, "devices": d} for d in (1, 4)}
     half = {"half": {**size, "devices": 4, "last": 10, "save": saved}}
-    rest = {str(d): {**size, "devices": d, "first": 10, "restore": saved} for d in (1, 2, 4)}
-    found = on_devices(tmp_path / "found.npz", {"whole": {**size, "devices": 1}, **half, **rest}, 4)
-    for devices in "124":
-        assert_same(found, found, "whole", devices)
-    assert len(differing(found, found, "whole", "half")[0]) == 37
+    rest = {f"rest {d}": {**size, "devices": d, "first": 10, "restore": saved} for d in (1, 4)}
+    found = on_devices(tmp_path / "found.npz", whole | half | rest, 4)
+    assert_same(found, found, "4", "rest 4", within=0)
+    assert_same(found, found, "1", "rest 1")
+    assert largest_difference(found, found, "4", "half") > 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -146,13 +149,11 @@ def photographs(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_resnet50_streamed_to_two_processes_is_the_same_run(tmp_path, photographs):
-    """Twenty steps on 224×224 pixels, m = 4, BN batches of one process's share and of both; and one process, two at a time."""
-    size = {"m": 4, "model": "resnet50", "base_lr": 2**-26, "photographs": str(photographs), "image_size": 224}
-    cases = {"b2": {**size, "b": 2}, "b4": {**size, "b": 4}}
-    alone = {name: {**case, "devices": 1} for name, case in cases.items()}
-    one = on_devices(tmp_path / "one.npz", alone | {"parts": {**alone["b2"], "parts": 2}}, 1)
+def test_a_network_streamed_to_two_processes_is_the_same_run(tmp_path, photographs):
+    """Twenty steps, m = 4, BN groups of one process's shard and of both."""
+    size = {"m": 4, "model": "resnet20", "base_lr": 2**-12, "photographs": str(photographs), "image_size": 32}
+    cases = {f"b{b}": {**size, "b": b} for b in (2, 4)}
+    one = on_devices(tmp_path / "one.npz", {name: {**case, "devices": 1} for name, case in cases.items()}, 1)
     two = on_processes(tmp_path / "two.npz", {name: {**case, "devices": 2} for name, case in cases.items()}, 1)
     for name in cases:
-        assert_same(one, two, name, name, 267)
-    assert_same(one, one, "b2", "parts", 267)
+        assert_same(one, two, name, count=97)

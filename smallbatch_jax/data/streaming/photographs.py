@@ -164,7 +164,7 @@ class Photographs:
     def channel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns (mean, deviation), float32[C] each, in units of 0 … 255, of the training images as they look in testing.
 
-        Where they are not known they are taken over a random but fixed 1,024 of them.
+        If they are unknown, a fixed random sample of 1,024 images gives them.
 
         Raises:
           InputError: if none of those can be decoded.

@@ -1,7 +1,7 @@
 """Prefetcher: images decoded ahead of their use by a Grain pipeline, in the order in which they are asked for.
 
-A Grain pipeline has one fixed order and lanes have many, so everything that can be asked for is numbered (SampleIndex), and the
-pipeline is sent to another number where a run begins or resumes there. Its worker processes go on running meanwhile.
+A Grain pipeline has one order and lanes have many. Every image that can be requested therefore has a number (SampleIndex),
+and the pipeline jumps to another number when a run begins or resumes there. Its worker processes keep running.
 """
 
 import contextlib
@@ -132,7 +132,7 @@ def _signals_held() -> Iterator[None]:
 
 
 def _begin_worker(index: int, count: int) -> None:
-    """Makes a worker outlive the signals, so that a last segment can be trained, but not its parent."""
+    """Makes a worker ignore signals, so that a last segment can be trained, and end with its parent."""
     import cv2
 
     for held in SIGNALS:

@@ -15,7 +15,7 @@ STREAM = 2**40  # numbers reserved for each seed and for the test set, more than
 
 
 class BatchSlice(NamedTuple):
-    """This process's slice of each global batch: of every `batch` consecutive examples the `count` from `first` on."""
+    """This process's slice of each global batch: `count` of every `batch` consecutive examples, beginning at `first`."""
 
     batch: int
     first: int

@@ -1,12 +1,12 @@
-"""2-D convolution of float32 images on CPU, in machine code generated for each shape; imports nothing else of this project.
+"""2-D convolution of float32 images on CPU, in machine code generated for each shape; imports no other package of this project.
 
-It serves the training of small networks. XLA:CPU delegates convolutions to libraries tuned for hundreds of features, and inside
-a loop it computes their gradients naively (jax issue 12868); these networks have 16 to 64 features and train inside `lax.scan`.
+It makes small networks train fast. XLA:CPU delegates convolutions to libraries tuned for hundreds of features, and inside a
+loop it computes their gradients naively (jax issue 12868); the networks here have 16 to 64 features and train inside loops.
 
 `loops` writes the loops of one shape: a tile of output pixels × features stays in vector registers while taps and channels
 are summed, and nothing is padded, copied or transposed. `routine` holds the instructions that the loops consist of, and
 compiles them with LLVM (llvmlite) in 0.05 to 0.1 s. `ffi` adds the C function that XLA's foreign function interface calls,
-so that a routine is a JAX operation of one core. `processor` lists the vector units: AVX-512, AVX2 and NEON.
+so that a routine is a JAX operation, which uses one core. `processor` lists the vector units: AVX-512, AVX2 and NEON.
 
 Against XLA's convolutions in their fastest layout, ResNet-8 with batch norm trained 1.59 × as fast at m = 4, 1.52 × at 32 and
 1.29 × at 512 (2 cores of an Intel Xeon with AVX-512, 2026-11-25; docs/speed.md). NEON code is tested but was never timed.
@@ -25,14 +25,14 @@ __all__ = ["Correlation", "correlate", "kernel_gradient", "possible"]
 
 
 def possible(features: int) -> bool:
-    """Whether this machine can run machine code for convolutions to `features`, which must fill whole vectors."""
+    """Returns whether this machine can run such a convolution with `features` outputs, which must fill whole vectors."""
     here = _processor()
     return here is not None and features % here.lanes == 0
 
 
 @cache
 def _processor() -> Processor | None:
-    """This machine's vector unit, if LLVM compiles for it and XLA accepts the code; logs one warning if not."""
+    """Returns this machine's vector unit; None, after one warning, if LLVM cannot compile for it or XLA refuses the code."""
     try:
         from smallbatch_jax.models.native.ffi import registered
 
@@ -65,7 +65,7 @@ def kernel_gradient(shape: Correlation, x: jax.Array, dy: jax.Array) -> jax.Arra
 
 
 def _call(routine: str, shape: Correlation, result: tuple[int, ...], *arrays: jax.Array) -> jax.Array:
-    """Applies a routine of one core to float32 arrays; `result` is the shape of the float32 array it returns."""
+    """Applies a routine to float32 arrays; `result` is the shape of the float32 array that it returns."""
     from smallbatch_jax.models.native.ffi import registered  # loads LLVM only where it is used
 
     here = _processor()

@@ -22,11 +22,11 @@ class Correlation(NamedTuple):
     dilation: Pair = (1, 1)  # of x
 
     def of_image_gradient(self) -> "Correlation":
-        """The correlation of dy with the kernel, flipped and its channels swapped, that gives dx; self has no dilation."""
+        """Returns the correlation of dy with the flipped kernel, channels swapped, that gives dx; self has no dilation."""
         lows = self.window[0] - 1 - self.lows[0], self.window[1] - 1 - self.lows[1]
         return Correlation(self.outputs, self.features, self.channels, self.window, self.sizes, lows, dilation=self.strides)
 
     def column(self, output: int, tap: int) -> int | None:
-        """The column of x that this tap of an output column reads; None if it reads padding."""
+        """Returns the column of x that a tap of an output column reads; None if it reads padding."""
         column, remainder = divmod(output * self.strides[1] + tap - self.lows[1], self.dilation[1])
         return column if remainder == 0 and 0 <= column < self.sizes[1] else None

@@ -2,7 +2,7 @@
 
 XLA calls a C function with a pointer to the struct XLA_FFI_CallFrame; that function is generated too. It depends on the C ABI
 alone, and offsets are the same on all 64-bit platforms, x86-64 and ARM: 8 bytes for pointers, size_t and int64_t, 4 for enums.
-They are those of version 0.3 of the interface (`xla/ffi/api/c_api.h` of jaxlib 0.10), which XLA promises to extend only.
+The offsets are of version 0.3 of the interface (`xla/ffi/api/c_api.h` of jaxlib 0.10), to which XLA only adds fields.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ _lock = threading.Lock()  # programs are traced in several threads, and a name c
 
 
 def registered(routine: str, shape: Correlation, processor: Processor) -> str:
-    """The name under which `jax.ffi` calls a routine of `ROUTINES`; compiles and registers it the first time."""
+    """Returns the name under which `jax.ffi` calls a routine of `ROUTINES`; compiles and registers it the first time."""
     name = "_".join(map(str, ["smallbatch_jax", routine, *jax.tree.leaves(tuple(shape)), processor.lanes]))
     with _lock:
         if name not in _names:

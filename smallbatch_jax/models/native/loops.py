@@ -11,12 +11,12 @@ from smallbatch_jax.models.native.correlation import Correlation, Pair
 from smallbatch_jax.models.native.processor import Processor
 from smallbatch_jax.models.native.routine import Accumulator, Index, Integer, Pointer, Routine
 
-CACHE = 1 << 19  # bytes of images that the kernel's gradient reads several times before it goes on
+CACHE = 1 << 19  # bytes of images that the kernel's gradient reads for all its tiles before it takes more images
 WORKING_REGISTERS = 5  # vector registers that the kernel's gradient keeps free for operands
 
 
 def correlation(name: str, shape: Correlation, processor: Processor) -> Routine:
-    """The routine (N, x, kernel, y) that stores the correlation of x with the kernel in y."""
+    """Returns the routine (N, x, kernel, y) that stores the correlation of x with the kernel in y."""
     code = Routine(name, processor)
     x, kernel, y = code.arrays
     (height, width), (out_height, out_width) = shape.sizes, shape.outputs
@@ -35,7 +35,9 @@ def _rows(code: Routine, shape: Correlation, remainder: int, x: Pointer, kernel:
     (height, width), (out_height, out_width), stride, dilation = shape.sizes, shape.outputs, shape.strides[0], shape.dilation[0]
     vectors = _vectors_at_once(shape, code.processor)
     first_tap = (shape.lows[0] - remainder * stride) % dilation
-    first_top = (remainder * stride + first_tap - shape.lows[0]) // dilation  # row of x that tap reads for the first output
+    first_top = (
+        remainder * stride + first_tap - shape.lows[0]
+    ) // dilation  # row of x that this tap reads for the first output
     taps = len(range(first_tap, shape.window[0], dilation))
     kernel_row = shape.window[1] * shape.channels * shape.features
     tiles = -(-out_width // (code.processor.accumulators // vectors))
@@ -70,7 +72,7 @@ def _add_taps(code: Routine, shape: Correlation, sums: dict[Pair, Accumulator], 
 
 
 def kernel_gradient(name: str, shape: Correlation, processor: Processor) -> Routine:
-    """The routine (N, x, dy, dw) for a correlation without dilation that stores the gradient of its kernel in dw.
+    """Returns the routine (N, x, dy, dw) that stores the gradient of the kernel in dw, for a correlation without dilation.
 
     dw[i, c, o] = Σ_n,a x[n, a·stride + i − low, c] dy[n, a, o].
     """
@@ -107,7 +109,7 @@ def _add_gradients(code: Routine, shape: Correlation, images: Integer, x: Pointe
                     for v in range(vectors):
                         code.add_product(sums[j, c, v], image, dys[v])
         tile = dw + ((tap * (shape.window[1] * channels) + channel) * features + feature)
-        for (j, c, v), total in sums.items():  # one sum over all images, carried on from dw, would round off more
+        for (j, c, v), total in sums.items():  # a single running sum in dw would round off more
             target = tile + ((j * channels + c) * features + v * lanes)
             code.store(code.build.fadd(code.load(target), code.get(total)), target)
 
@@ -117,8 +119,8 @@ def _output_pixels(
 ) -> Iterator[tuple[Pointer, Pointer, list[int]]]:
     """Loops over the output pixels of some images that a row of the kernel contributes to.
 
-    Yields, for code that is repeated for each of them: the pixel of x at column tap `low`, the cotangents, and the column taps
-    that do not read padding.
+    Yields for each output pixel the pixel of x at column tap `low`, the cotangents, and the column taps inside the image; the
+    caller's code is generated once per yield.
     """
     (height, width), (out_height, out_width), stride, low = shape.sizes, shape.outputs, shape.strides[0], shape.lows[0]
     first = (low - tap).ceil_div(stride).at_least(0)

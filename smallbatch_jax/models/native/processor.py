@@ -10,7 +10,7 @@ class Processor(NamedTuple):
     """A vector unit, as far as the loops depend on it."""
 
     machines: tuple[str, ...]  # platform.machine() in lower case
-    flags: tuple[str, ...]  # the optional CPU features that it needs, in LLVM's names
+    flags: tuple[str, ...]  # optional CPU features that it needs, by LLVM's names
     lanes: int  # float32 elements of a vector register
     registers: int  # vector registers
     accumulators: int  # registers that hold sums of a correlation; with more, LLVM keeps some of the sums in memory

@@ -76,7 +76,7 @@ class Routine:
         self.processor = processor
         self.module = ir.Module(name)
         self.function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [INT64, *[POINTER] * 3]), name)
-        self.function.attributes.add("noinline")  # or LLVM compiles it twice, here and inside the handler
+        self.function.attributes.add("noinline")  # otherwise LLVM compiles it twice, here and inside the handler
         self.build = ir.IRBuilder(self.function.append_basic_block("entry"))
         n, *pointers = self.function.args
         self.images, self.arrays = Integer(self.build, n), [Pointer(self.build, pointer) for pointer in pointers]
@@ -103,7 +103,7 @@ class Routine:
         self.build.position_at_end(after)
 
     def accumulator(self) -> Accumulator:
-        """A new vector of zeros that can be added to."""
+        """Returns a new accumulator of zeros."""
         with self.build.goto_entry_block():
             accumulator = self.build.alloca(self.vector)
         self.build.store(self.zeros, accumulator)
@@ -123,7 +123,7 @@ class Routine:
         self.build.store(vector, target.value, align=4)
 
     def broadcast(self, source: Pointer) -> Vector:
-        """A vector whose elements all are the one at this address."""
+        """Returns a vector filled with the element at this address."""
         undefined = ir.Constant(self.vector, ir.Undefined)
         element = self.build.load(source.value, align=4, typ=FLOAT)
         first = self.build.insert_element(undefined, element, ir.Constant(INT32, 0))
@@ -136,7 +136,7 @@ def machine_code(code: Routine, name: str) -> int:
     llvm.initialize_native_asmprinter()
     features = host_features()
     features.update({flag: False for flag in features if flag.startswith("avx512") and code.processor != AVX512})
-    flags = f"{features.flatten()},-prefer-256-bit" if features else ""  # or LLVM splits wide vectors on some x86 processors
+    flags = f"{features.flatten()},-prefer-256-bit" if features else ""  # otherwise LLVM splits wide vectors on some x86
     host = llvm.Target.from_default_triple()
     target = host.create_target_machine(cpu=llvm.get_host_cpu_name(), features=flags, opt=3, jit=True)
     engine = llvm.create_mcjit_compiler(optimised(code, target), target)

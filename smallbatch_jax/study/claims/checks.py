@@ -54,7 +54,7 @@ def _by_size(values: pd.Series) -> str:
 
 
 def _points(difference: Any) -> Any:
-    """A difference of accuracies in points, without the rounding that would decide at the edge of a tolerance."""
+    """Converts a difference of accuracies to points; float error no longer decides at the edge of a tolerance."""
     return (100 * difference).round(6) if isinstance(difference, pd.Series) else round(100 * difference, 6)
 
 
@@ -122,13 +122,13 @@ def _top(best: pd.DataFrame) -> tuple[float, str]:
 
 
 def _shared(*studies: Study, least: int = 1) -> pd.DataFrame:
-    """The best accuracies at the batch sizes that all studies have, a column for each study."""
+    """Returns the best accuracies at the batch sizes that all studies share, one column per study."""
     best = pd.DataFrame({study.name: _best(study)["accuracy"] for study in studies}).dropna()
     return _pick(best, f"{_names(*studies)} share", least=least)
 
 
 def _finished(*studies: Study) -> pd.DataFrame:
-    """As `_shared`, at the batch sizes at which all finished a run."""
+    """Returns `_shared` at the batch sizes at which every study finished a run."""
     best = _shared(*studies)
     return _pick(best[(best > -math.inf).all(axis=1)], f"{_names(*studies)} share finished runs at")
 

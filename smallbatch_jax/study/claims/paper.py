@@ -21,7 +21,7 @@ class Check(NamedTuple):
 class Claim(NamedTuple):
     """A claim of the paper in its own words.
 
-    Where `one_of` names groups of figures, one of each group is enough, and checks of figures not given are left out.
+    If `one_of` names groups of figures, one figure of each group is enough; checks of absent figures are skipped.
     """
 
     id: str

@@ -70,7 +70,7 @@ def accuracy_against_bn_batch_size(cells: pd.DataFrame, metric: str = style.TEST
 
 
 def _mark_missing(axes: Axes, pairs: pd.DataFrame, missing: list[int]) -> dict[str, Any]:
-    """Marks the pairs that have no accuracy, a row for each m; the legend's entries."""
+    """Marks the pairs that have no accuracy, one row per m; returns the legend's entries."""
     sizes, entries = sorted(set(pairs["batch_size"].tolist())), {}
     colors = dict(zip(sizes, style.ordered_colors(len(sizes)), strict=True))
     for mask, label, look in (("unknown", "not finished", style.NOT_YET), ("lost", "diverged", style.LOST)):
@@ -128,7 +128,7 @@ def heat_map(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
 
 
 def _mark_cells(axes: Axes, cells: pd.DataFrame) -> dict[str, Any]:
-    """Marks the cells of `heat_map`, placed at (x, row), by kind; the legend's entries."""
+    """Marks the cells of `heat_map` at (x, row) by kind; returns the legend's entries."""
     corner = {"color": "white", "edgecolors": "black", "linewidth": 0.6}  # seen on any colour
     kinds = {
         "diverged": ("lost", (0, 0), {"marker": "x", "color": "0.25", "s": 22}),

@@ -58,7 +58,7 @@ def marked(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def own_base_lrs(cells: pd.DataFrame) -> pd.Series:
-    """The base_lr of each batch size that has just one, NaN where there are several; by batch size."""
+    """Returns the base_lr of each batch size; NaN if it has several."""
     rates = cells.groupby("batch_size")["base_lr"].agg(["min", "max"])
     return rates["min"].where(rates["min"] == rates["max"])
 
@@ -89,7 +89,7 @@ def plot_curve(axes: Axes, curve: pd.DataFrame, x: str, label: str, **look: Any)
 
 
 def plot_rows(axes: Axes, cells: pd.DataFrame, rows: str, x: str, labels: list[str]) -> dict[str, Any]:
-    """Draws a curve for each value of column `rows` that has a point, or says that there is none; the legend's entries."""
+    """Draws a curve for each value of column `rows` that has a point, or says that none has; returns the legend's entries."""
     curves, looks = cells.sort_values(x).groupby(rows), style.ordered_looks(len(labels))
     lines = {
         label: plot_curve(axes, curve, x, label, **look) for (_, curve), label, look in zip(curves, labels, looks, strict=True)
@@ -115,11 +115,11 @@ def mark_entries(cells: pd.DataFrame, diverged: str = DIVERGED, pending: str = P
 
 
 def count_note(cells: pd.DataFrame, unit: str) -> str:
-    """How many of the marked cells have not finished or have diverged."""
+    """Returns a note of how many marked cells have not finished or have diverged."""
     return style.count_note(unit, len(cells), int((cells["pending"] > 0).sum()), int(cells["lost"].sum()))
 
 
 def run_note(*cells: pd.DataFrame, diverged: bool = False) -> str:
-    """How many runs of these cells have not ended and, if asked for, how many have diverged."""
+    """Returns a note of how many runs of these cells have not ended and, if asked for, how many have diverged."""
     counts = pd.concat([some[["pending", "diverged", "finished"]] for some in cells]).sum()
     return style.count_note("runs", int(counts.sum()), int(counts["pending"]), int(counts["diverged"]) * diverged)

@@ -86,7 +86,7 @@ def _choose_cells(rows: pd.DataFrame, base_lr: float | None, cells: pd.DataFrame
 
 
 def _default_base_lr(rows: pd.DataFrame, cells: pd.DataFrame) -> float:
-    """That of the best cell; before one has finished, the one with most epochs; of equals, the smallest."""
+    """Returns the base_lr of the best cell, or while none has finished of the one with most epochs; ties go to the smallest."""
     if cells["finished"].any():
         return float(best_first(cells)["base_lr"].iloc[0])
     return float(rows["base_lr"].mode().min() if len(rows) else cells["base_lr"].min())
@@ -99,8 +99,8 @@ def accuracy_against_time(study: Study) -> Figure:
     Args:
       study: with timings. BN batch sizes are chosen as in `heat_map`.
     Returns:
-      A figure in which a curve is drawn as in `convergence`. Before a run of an m has finished, its curve is at the η̃ that
-      has come furthest. A batch size without a known time or epoch is named below.
+      A figure in which a curve is drawn as in `convergence`. While no run of an m has finished, its curve shows the η̃
+      that has trained longest. Batch sizes without a known time or epoch are named below the panel.
     """
     cells, bn_note = points.one_bn_batch_size(study.cells)
     epochs = study.rows.groupby(CELL, observed=True).size().rename("epochs").reset_index()
@@ -243,7 +243,7 @@ def program_costs(study: Study, cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _time_note(study: Study, cells: pd.DataFrame) -> str:
-    """The meaning of the time of a run."""
+    """Returns the note that explains the time of a run."""
     lanes = program_costs(study, cells)["lanes"].tolist()
     count = " to ".join(map(str, sorted({min(lanes, default=0), max(lanes, default=0)})))
     return f"time: a run's share of the wall time of its program, of which {count} lane{'s' * (count != '1')} share the devices"

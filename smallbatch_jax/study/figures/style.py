@@ -61,7 +61,7 @@ def styled() -> Any:
 
 
 class NotebookFigure(Figure):
-    """A figure that a notebook shows as the value of a cell: IPython draws those that pyplot made, and asks others for this."""
+    """A figure that a notebook shows as the value of a cell, although pyplot did not make it."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -88,7 +88,7 @@ def new_axes(title: str, height: float | None = None) -> tuple[Figure, Axes]:
 
 
 def ordered_colors(count: int) -> np.ndarray:
-    """Colours of ordered curves, which stop short of the light end: it is lost on white."""
+    """Returns colours of ordered curves; leaves out the light end, which is lost on white."""
     return matplotlib.colormaps[COLORS](np.linspace(0, 0.87, count))
 
 
@@ -104,7 +104,7 @@ def math_base_lr(base_lr: float) -> str:
 
 
 class Column(NamedTuple):
-    """How a figure names a column of the cells and writes its values."""
+    """Name of a cell column in figures, and the format of its values."""
 
     symbol: str
     label: str
@@ -152,7 +152,7 @@ def unit_axis(axes: Axes, which: str, values: Iterable[float], units: Mapping[fl
 
 
 def unit_ticks(values: Iterable[float], units: Mapping[float, str]) -> tuple[float, float, list[float]]:
-    """The ends of an axis that holds `values`, and its ticks, two at least."""
+    """Returns the ends of an axis that holds `values`, and at least two ticks."""
     values = list(values)
     low, high = min(values), max(values)
     below, above = low / 1.25, high * 1.25

@@ -96,7 +96,7 @@ def convergent_base_lrs(studies: Sequence[Study]) -> Figure:
 
 
 def _draw_ranges(axes: Axes, cells: pd.DataFrame, chance: float, floor: float) -> dict[str, Any]:
-    """Draws one study's ranges, with marks at `floor` where there is none; the legend's entries."""
+    """Draws one study's ranges, or marks at `floor` where nothing converges; returns the legend's entries."""
     ranges = convergent_range(cells, chance).set_index("batch_size")
     by_size = cells.groupby("batch_size")
     pending, limits = by_size["pending"].sum() > 0, by_size["base_lr"].agg(["min", "max"])
