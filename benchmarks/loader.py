@@ -1,17 +1,18 @@
-"""How fast photographs are read here, decoded and cropped for training: the input of a streamed dataset, nothing trained.
+"""Measures how fast this machine reads, decodes and crops photographs, the input of a streamed dataset; trains nothing.
 
     python benchmarks/loader.py --config=configs/fig12_resnet50.py --config.dataset.data_dir=DIR [--peer] [--json]
     python benchmarks/loader.py --config=configs/fig12_resnet50.py --random_images
 
-Prints images/s, the median of rounds in which all ways take turns, each with as many processes (--config.dataset.workers):
+Prints images/s of each way, the median of rounds in which they take turns, each with --config.dataset.workers processes:
 
   bare     every process decodes and crops by itself and drops the images: the most that this machine can do
-  ours     images received in this process as training receives them, from Grain's worker processes
+  ours     this process receives the images as training does, from Grain's worker processes
   torch    with --peer: torch's DataLoader on PIL, the same crops; needs pip install -e ".[peer]"
 
-and how many processes an accelerator that trains so many images/s (--images_per_second) would need.
+and the number of processes that an accelerator training --images_per_second images/s needs.
 """
 
+import io
 import json
 import math
 import multiprocessing
@@ -24,6 +25,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from PIL import Image
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import command
 from absl import flags
@@ -32,59 +36,106 @@ from smallbatch_jax.config import experiment, extras
 from smallbatch_jax.config.experiment import InputError
 
 if TYPE_CHECKING:
+    from smallbatch_jax.data import Photographs
     from smallbatch_jax.data.streaming.sample_index import SampleIndex
 
 CONFIG = command.define_config_flag()
 SECONDS = flags.DEFINE_float("seconds", 3.0, "Seconds of each way in each round.", lower_bound=0.1)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds.", lower_bound=1)
-RATE = flags.DEFINE_float("images_per_second", 3000.0, "What the accelerator trains.", lower_bound=1)
+RATE = flags.DEFINE_float("images_per_second", 3000.0, "Images/s that the accelerator trains.", lower_bound=1)
 PEER = flags.DEFINE_bool("peer", False, "Also torch's DataLoader.")
-RANDOM = flags.DEFINE_bool("random_images", False, "On synthetic photographs of 500 x 375: the data need not be here.")
+RANDOM = flags.DEFINE_bool("random_images", False, "Use synthetic photographs of 500 x 375, without the data.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
 
-RECEIVED = 64  # images at a time
-DRAINED = 12  # times that many, decoded while another way was measured, which are not timed
-SETTLE_SECONDS = 1.5  # in which the processes of the way before fill their buffers, and stop
-Receive = Callable[[], object]
+BATCH = 64  # images received at a time
+DRAINED = 12  # batches not timed: they were decoded while another way was measured
+SETTLE_SECONDS = 1.5  # until the processes of the previous way have filled their buffers and stop
+
+
+class TorchvisionWay:
+    """Item k is the image at position k of the training stream, read as torchvision's examples do: PIL crops and mirrors."""
+
+    def __init__(self, index: "SampleIndex", photographs: "Photographs"):
+        self._index, self._photographs = index, photographs
+
+    def __len__(self) -> int:
+        return 1000 * self._photographs.num_train
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
+        from smallbatch_jax.data.streaming import views
+
+        size, rng = self._photographs.image_size, np.random.default_rng(position)
+        content, label = self._photographs.train.read(self._index.training_image(position)[2])
+        image = Image.open(io.BytesIO(content)).convert("RGB")
+        low, high = (round(side * size / views.IMAGE_SIZE) for side in (views.CENTRE, views.LARGEST))
+        side = size * min(image.size) / rng.integers(low, high)
+        left, top = (rng.random() * (length - side) for length in image.size)
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+        return np.array(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image), label
+
+
+def bare_rate(index: "SampleIndex", worker: int, seconds: float) -> float:
+    """Decodes and crops in one process and drops the images; returns images/s."""
+    import cv2
+
+    cv2.setNumThreads(0)
+    first = number = worker * 10_000
+    index[first]  # keeps the order of the epoch
+    began = time.perf_counter()
+    while (elapsed := time.perf_counter() - began) < seconds:
+        index[number]
+        number += 1
+    return (number - first) / elapsed
 
 
 def main() -> int:
     if PEER.value:
         extras.require("peer", "--peer")
-    chosen = experiment.from_config(command.given_config(CONFIG))
+    source = experiment.from_config(command.given_config(CONFIG)).dataset
     from smallbatch_jax import data
     from smallbatch_jax.data.streaming.prefetch import Prefetcher
     from smallbatch_jax.data.streaming.sample_index import SampleIndex
 
-    source = chosen.dataset
-    photographs = (data.random if RANDOM.value else data.load)(source.name, source.data_dir, source.image_size)
+    photographs = command.load_data(source, RANDOM.value)
     if not isinstance(photographs, data.Photographs):
         raise InputError(f"dataset.image_size: got None, so {source.name} is not streamed; use a size in pixels.")
     workers = source.workers or len(os.sched_getaffinity(0))
     index = SampleIndex(photographs, (0,), source)
     print(f"{photographs.num_train:,} photographs to {photographs.image_size} pixels, {workers} processes", flush=True)
     with ExitStack() as stack:
-        pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers, _begin, (index,)))
-        pool.map(_decode_for, [(0, 0.1)] * workers, chunksize=1)  # all have begun
+        pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers))
+        pool.starmap(bare_rate, [(index, 0, 0.1)] * workers, chunksize=1)  # all have begun
         prefetcher = Prefetcher(index, 3 * photographs.image_size**2, workers)
         stack.callback(prefetcher.close)
         prefetcher.seek(0)
-        receivers: dict[str, Receive] = {"ours": lambda: prefetcher.take(RECEIVED)}
+        receivers: dict[str, Callable[[], object]] = {"ours": lambda: prefetcher.take(BATCH)}
         if PEER.value:
-            import torch_loader
+            from torch.utils.data import DataLoader  # pyright: ignore[reportMissingImports]
 
-            batches = torch_loader.batches(index, photographs, workers, RECEIVED)
+            pictures = TorchvisionWay(index, photographs)
+            batches = iter(DataLoader(pictures, BATCH, num_workers=workers, multiprocessing_context="spawn"))
             receivers["torch"] = lambda: next(batches)
         found: dict[str, list[float]] = {name: [] for name in ("bare", *receivers)}
         for _ in range(ROUNDS.value):
             time.sleep(SETTLE_SECONDS)
-            jobs = [(worker * 10_000, SECONDS.value) for worker in range(workers)]
-            found["bare"].append(sum(pool.map(_decode_for, jobs, chunksize=1)))
+            jobs = [(index, worker, SECONDS.value) for worker in range(workers)]
+            found["bare"].append(sum(pool.starmap(bare_rate, jobs, chunksize=1)))
             for name, receive in receivers.items():
                 time.sleep(SETTLE_SECONDS)
                 found[name].append(_rate(receive, SECONDS.value))
     _report(found, workers)
     return 0
+
+
+def _rate(receive: Callable[[], object], seconds: float) -> float:
+    """Returns images/s, once images come no faster than they are made."""
+    for _ in range(DRAINED):
+        receive()
+    count, began = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - began) < seconds:
+        receive()
+        count += BATCH
+    return count / elapsed
 
 
 def _report(found: dict[str, list[float]], workers: int) -> None:
@@ -97,37 +148,6 @@ def _report(found: dict[str, list[float]], workers: int) -> None:
     print(f"{RATE.value:,.0f} images/s would need {needed} such processes, each on a core of its own")
     if JSON.value:
         print(json.dumps({"workers": workers, "images_per_second": rates, "rounds": found}))
-
-
-_INDEX: "list[SampleIndex]" = []  # of a process of the bare decoder
-
-
-def _begin(index: "SampleIndex") -> None:
-    import cv2
-
-    cv2.setNumThreads(0)
-    _INDEX.append(index)
-
-
-def _decode_for(job: tuple[int, float]) -> float:
-    """Returns the images/s of one process, which begins at a number and goes on for so many seconds."""
-    first, seconds = job
-    number, began = first, time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        _INDEX[0][number]
-        number += 1
-    return (number - first) / (time.perf_counter() - began)
-
-
-def _rate(receive: Receive, seconds: float) -> float:
-    """Returns images/s, once images come no faster than they are made."""
-    for _ in range(DRAINED):
-        receive()
-    count, began = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - began) < seconds:
-        receive()
-        count += RECEIVED
-    return count / elapsed
 
 
 if __name__ == "__main__":

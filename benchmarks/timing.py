@@ -20,8 +20,13 @@ def time_program(trial: planning.Trial, dataset: Any, seconds: float, repeats: i
       A row of `benchmark.py --json`: images_per_second is the median over `repeats`, of all lanes together; `rates` has every
       timing by way, "ours" and PyTorch's; measured_bytes is the growth of the process's peak memory.
     """
-    job, program = trial.job, trial.program
-    model, chosen = job.experiment.model, job.experiment
+    job, program, chosen = trial.job, trial.program, trial.job.experiment
+    trained = {
+        "model": chosen.model.name,
+        "norm": chosen.model.norm,
+        "augment": chosen.dataset.augment,
+        "batch_size": job.batch_size,
+    }
     _reset_peak()
     before = devices.peak_bytes_in_use()
     trial.warm_up()
@@ -31,15 +36,8 @@ def time_program(trial: planning.Trial, dataset: Any, seconds: float, repeats: i
     rates: dict[str, list[float]] = {"ours": []}
     with ExitStack() as stack:
         if peer:
-            step = torch_peer.Step(
-                model.name,
-                model.norm,
-                dataset.num_classes,
-                dataset.image_shape,
-                job.batch_size,
-                chosen.dataset.augment,
-                chosen.weight_decay,
-            )
+            data = {"num_classes": dataset.num_classes, "image_shape": dataset.image_shape}
+            step = torch_peer.Step(**trained, **data, weight_decay=chosen.weight_decay)
             measure = stack.enter_context(torch_peer.peer(step, accelerator=jax.default_backend() != "cpu"))
         for _ in range(repeats):
             images, spent = trial.train(seconds)
@@ -48,11 +46,8 @@ def time_program(trial: planning.Trial, dataset: Any, seconds: float, repeats: i
                 for way, rate in measure(seconds).items():
                     rates.setdefault(way, []).append(rate)
     return {
-        "model": model.name,
-        "norm": model.norm,
-        "augment": chosen.dataset.augment,
+        **trained,
         "precision": chosen.precision,
-        "batch_size": job.batch_size,
         "lanes": len(job.runs),
         "images_per_second": median(rates["ours"]),
         "rates": rates,
@@ -64,7 +59,7 @@ def time_program(trial: planning.Trial, dataset: Any, seconds: float, repeats: i
 
 
 def _reset_peak() -> None:
-    """Resets the peak of this process's memory, where the system can."""
+    """Resets the peak of this process's memory, where the system allows it."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that compiling freed would be taken first, and not be seen
     if Path("/proc/self/clear_refs").exists():
@@ -72,7 +67,7 @@ def _reset_peak() -> None:
 
 
 def format_row(result: dict[str, Any]) -> str:
-    """The table's line of a batch size, and one below it for each way of PyTorch."""
+    """Returns the table's line of a batch size, and one below it for each way of PyTorch."""
     rates, speed = result["rates"], result["images_per_second"]
     lines = [
         f"{result['batch_size']:>6}{result['lanes']:>7}{speed:>10,.0f}  {_spread(rates['ours']):<18}"

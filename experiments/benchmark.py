@@ -1,8 +1,8 @@
-"""How fast a config's model trains on this machine: images/s of whole segments, all lanes at once.
+"""Measures how fast a config's model trains on this machine: images/s of whole segments, all lanes at once.
 
     python experiments/benchmark.py --config=configs/fig08_resnet32.py --random_images --peer
 
-Each batch size is one program with as many lanes as the config has learning rates; these are so small that no run diverges.
+Each batch size is one program with a lane for each learning rate of the config; they are made so small that no run diverges.
 --peer times a PyTorch training step of the same model between our segments, in each way PyTorch can use the machine by itself,
 and prints our ratio to each. --json prints, as the last line, what `plan.py --elsewhere` reads.
 """
@@ -26,10 +26,10 @@ BATCH_SIZES = flags.DEFINE_list("batch_sizes", None, "Batch sizes; the config's 
 SECONDS = flags.DEFINE_float("seconds", 2.0, "Seconds of one timing.", lower_bound=0.05)
 REPEATS = flags.DEFINE_integer("repeats", 5, "Timings of each kind, in turn; the median is printed.", lower_bound=1)
 PEER = flags.DEFINE_bool("peer", False, "Also time PyTorch, in turn with ours.")
-RANDOM = flags.DEFINE_bool("random_images", False, "Random images of the right shape: the data need not be here.")
+RANDOM = flags.DEFINE_bool("random_images", False, "Random images of the right shape, without the data.")
 JSON = flags.DEFINE_bool("json", False, "Print the results as one line of JSON at the end.")
 
-MOST_IMAGES = 2**30  # of a run: more than any timing reaches, and its steps can still be counted at m = 1
+MOST_IMAGES = 2**30  # per run: more than any timing reaches, and at m = 1 an int32 still counts the steps
 
 
 def main() -> int:

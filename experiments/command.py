@@ -1,4 +1,4 @@
-"""Start-up of every command: flags, JAX, signals, one line and exit status 2 for bad input; training into a workdir."""
+"""Start-up of every command: flags, config, JAX, signals; one line and exit status 2 for bad input."""
 
 import io
 import os
@@ -9,23 +9,21 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import arguments
 from absl import app, flags, logging
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from smallbatch_jax.config import fields, overrides
-from smallbatch_jax.config.experiment import Dataset, Experiment, InputError
+from smallbatch_jax.config.experiment import Dataset, InputError
 from smallbatch_jax.runner import signals
 from smallbatch_jax.store.files import OUT_OF_SPACE, WriteError
 
 STARTED = time.monotonic()
 flags.disclaim_key_flags()  # the flags defined here belong to the command that asks for them
-
 
 _overrides: dict[str, str] = {}  # text of each --config.FIELD=VALUE of the command line
 
@@ -43,9 +41,6 @@ class _PathParser(flags.ArgumentParser):
 
     def parse(self, argument: str) -> str:
         return fields.expanded_path(f"--{self._name}", argument)
-
-    def flag_type(self) -> str:
-        return "path"
 
 
 def DEFINE_path(name: str, described: str) -> Any:
@@ -72,24 +67,28 @@ def whole_numbers(name: str, given: Sequence[str]) -> tuple[int, ...]:
 
 
 def given_config(flag: Any) -> ConfigDict:
-    """Runs `get_config` of the file that --config names and returns the config, overrides applied.
-
-    A part of the path after a colon is the argument of `get_config`.
-    """
+    """Returns the config of the file that --config names, overrides applied; its path may have ":ARGUMENT" for `get_config`."""
     path, _, argument = given(flag, "configs/quickstart.py").partition(":")
+    return load_config(f"--config={path}", path, [argument] * bool(argument), _overrides)
+
+
+def load_config(flag: str, path: str, args: Sequence[str] = (), changes: Mapping[str, str] | None = None) -> ConfigDict:
+    """Runs `get_config(*args)` of a config file and overrides fields of the config; errors begin with `flag`.
+
+    Raises:
+      InputError: if the file cannot be read or returns no config.
+    """
     try:
-        config: Any = runpy.run_path(path)["get_config"](*[argument] * bool(argument))
+        config: Any = runpy.run_path(path)["get_config"](*args)
         if config is None:
-            raise InputError(f"--config={path}: get_config() returned None, accepts a ConfigDict")
-        if isinstance(config, FrozenConfigDict):
-            config = config.as_configdict()
-        config = config if isinstance(config, ConfigDict) else ConfigDict(config)
-        overrides.override(config, _overrides)
+            raise InputError(f"{flag}: get_config() returned None, accepts a ConfigDict")
+        config = ConfigDict(config)
+        overrides.override(config, changes or {})
         return config
     except InputError:
         raise
     except Exception as error:  # any exception of a config file is the user's to mend
-        raise InputError(f"--config={path}: {type(error).__name__}: {_one_line(error)}") from None
+        raise InputError(f"{flag}: {type(error).__name__}: {_one_line(error)}") from None
 
 
 def load_data(chosen: Dataset, random: bool = False) -> Any:
@@ -145,13 +144,13 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"warning: {_one_line(message)}", file=sys.stderr, flush=True)
 
 
-def fail(line: str, status: int = 2) -> None:
-    """Prints one line on stderr and exits."""
+def fail(line: str) -> NoReturn:
+    """Prints one line on stderr and exits with status 2."""
     print(line, file=sys.stderr, flush=True)
-    sys.exit(status)
+    sys.exit(2)
 
 
-def leave(line: str, status: int) -> None:
+def leave(line: str, status: int) -> NoReturn:
     """Prints one line on stderr and exits at once, without waiting for threads that compile or save."""
     with suppress(OSError):  # the terminal may be gone
         print(line, file=sys.stderr, flush=True)
@@ -171,8 +170,8 @@ def import_jax() -> None:
         raise InputError(f"JAX cannot be imported: {error}") from None
 
 
-def start_jax(cpu_devices: int | None = None, join: Callable[[], None] = lambda: None) -> None:
-    """Starts JAX and its devices as the user's environment asks; on CPU one device per core, or `cpu_devices`.
+def start_jax(join: Callable[[], None] = lambda: None) -> None:
+    """Starts JAX and its devices as the user's environment asks; on CPU one device per core.
 
     Flags that could change a result are held from now on. `join` is called before the devices are made.
 
@@ -185,10 +184,6 @@ def start_jax(cpu_devices: int | None = None, join: Callable[[], None] = lambda:
     jax_flags.hold_for_good()
     _require_xla_flags(jax_flags.expand_xla_flags())
     devices.use_all_cores()
-    import jax
-
-    if cpu_devices is not None:
-        jax.config.update("jax_num_cpu_devices", cpu_devices)
     join()
     jax_flags.require_devices()
 
@@ -213,105 +208,14 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         args = arguments.expanded(argv[1:])
         if "config" in flags.FLAGS:
-            args = _without_overrides(args)
+            args, changes = arguments.without_overrides(args)
+            _overrides.update(changes)
         return flags.FLAGS([argv[0], *args])
     except (InputError, flags.Error) as error:
         ours = error.__context__ if isinstance(error.__context__, InputError) else error  # without absl's own words before it
         fail(_one_line(ours))
-    raise AssertionError("unreachable")
-
-
-def _without_overrides(args: Sequence[str]) -> list[str]:
-    """Removes the overrides of the config from the arguments and keeps them for `given_config`."""
-    found = arguments.split(args)
-    if found.file is None:
-        if found.overrides:
-            raise InputError(f"--config: not given, of which --config.{next(iter(found.overrides))} is a field")
-        return found.others
-    _overrides.update(found.overrides)
-    return [f"--config={found.file}", *found.others]
 
 
 def _one_line(error: BaseException | str) -> str:
     line = " ".join(str(error).split()) or type(error).__name__
     return line if len(line) <= 1000 else line[:997] + "..."
-
-
-def for_workdir(chosen: Experiment, workdir: str) -> Experiment:
-    """Returns the experiment to train into a workdir, base learning rates of other workdirs filled in.
-
-    Raises:
-      InputError: if there is nothing to train, or the workdir holds another experiment.
-    """
-    if chosen.drawn_from:
-        raise InputError(
-            f"drawn_from: {chosen.name} is drawn from other results and trains nothing; "
-            "use python experiments/figures.py with the same --config."
-        )
-    from smallbatch_jax.store.workdir import refuse_difference
-    from smallbatch_jax.study.study import choose_base_lrs
-
-    chosen = choose_base_lrs(chosen, workdir)
-    refuse_difference(Path(workdir), chosen)
-    return chosen
-
-
-def train(chosen: Experiment, workdir: str) -> int:
-    """Trains an experiment into a workdir, draws its figures and prints its table; returns the exit status.
-
-    With several processes all train, and only the first uses the workdir.
-    """
-    import distributed
-
-    distributed.supervise()
-    chosen, folder = for_workdir(chosen, workdir), Path(workdir)
-    start_jax(join=distributed.join)
-    import jax
-
-    from smallbatch_jax.data.streaming.prefetch import WorkerDied
-    from smallbatch_jax.program import processes
-    from smallbatch_jax.runner import grid, progress
-
-    imported = time.monotonic()
-    dataset = load_data(chosen.dataset)
-    loaded = time.monotonic()
-    try:
-        grid.train_grid(chosen, folder, dataset, progress.for_stream())
-    except grid.Interrupted as interrupted:
-        leave(f"stopped; everything is saved in {folder}, the same command goes on", 128 + interrupted.signum)
-    except WorkerDied as died:
-        leave(f"{died}; the same command goes on", 1)
-    except jax.errors.JaxRuntimeError as error:
-        if not processes.several():
-            raise
-        leave(distributed.failure(error), 1)
-    if processes.is_first():
-        show_and_time(folder, {"import": imported - STARTED, "data": loaded - imported})
-    return 0
-
-
-def show_and_time(folder: Path, seconds: dict[str, float]) -> None:
-    """Shows the results of a workdir, and stores the seconds of this command's phases, this one included."""
-    from smallbatch_jax.store.timings import Timings
-
-    began = time.monotonic()
-    show(folder)
-    for phase, spent in (seconds | {"draw": time.monotonic() - began}).items():
-        Timings(folder).add(phase, spent)
-
-
-def show(folder: Path, out: Path | None = None) -> None:
-    """Draws the figures of a workdir and prints its table and the answer."""
-    from smallbatch_jax.store import skipped
-    from smallbatch_jax.study import analysis, figures, study
-    from smallbatch_jax.study.answer import RULE, answer
-
-    stored = study.load(folder)
-    print(analysis.format_summary(analysis.summary(stored.rows, stored.chance, stored.cells)))
-    found = answer(stored)
-    print("\n".join(["", found.sentence, *(f"- {caveat}" for caveat in found.caveats), f"({RULE})", ""]), flush=True)
-    if left_out := len(skipped.load(folder)):
-        print(f"skipped images, which could not be decoded: {left_out}, listed in {folder}/skipped.csv")
-    drawn = figures.draw_studies([stored], out)
-    print(f"figures: {', '.join(dict.fromkeys(path.stem for path in drawn))}, as PNG and PDF in {drawn[0].parent}")
-    print(f"as a page: python experiments/report.py --workdir={folder}")

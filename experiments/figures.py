@@ -5,7 +5,7 @@
     python experiments/figures.py --config=configs/fig15_best.py [--out=DIR]
 
 Several workdirs are also drawn beside each other: the best accuracy of each (Fig. 15) and the range of base learning rates
-that converge (Fig. 16). A config names the workdirs whose comparison it is in `drawn_from`.
+that converge (Fig. 16). A config such as fig15_best.py names the workdirs to compare in `drawn_from`.
 """
 
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import command
+import workdirs
 
 from smallbatch_jax.config import experiment
 from smallbatch_jax.config.experiment import InputError
@@ -34,19 +35,19 @@ def main() -> int:
             raise InputError("--config, --workdir: give one of them; the config names its own workdirs.")
         compare(experiment.from_config(command.given_config(CONFIG)), out)
         return 0
-    workdirs = command.given(WORKDIR, "runs/quickstart")
-    if len(workdirs) == 1:
-        command.show(Path(workdirs[0]), out)
+    folders = command.given(WORKDIR, "runs/quickstart")
+    if len(folders) == 1:
+        workdirs.show(Path(folders[0]), out)
         return 0
     from smallbatch_jax.study import figures, study
 
-    studies = list(study.load_all(workdirs).values())
+    studies = list(study.load_all(folders).values())
     tell(studies, figures.draw_studies(studies, out))
     return 0
 
 
 def compare(chosen: experiment.Experiment, out: Path | None) -> None:
-    """Draws the comparison that a config names, of those of its workdirs that are there."""
+    """Draws the comparison that a config describes, of the workdirs that exist."""
     if not chosen.drawn_from:
         raise InputError(
             f"--config: {chosen.name} has no drawn_from, it trains runs of its own; draw them with --workdir=runs/{chosen.name}"
@@ -69,7 +70,7 @@ def compare(chosen: experiment.Experiment, out: Path | None) -> None:
 
 
 def tell(studies: "Sequence[Study]", drawn: Sequence[Path]) -> None:
-    """Prints the table of each study, its answer, and where the figures are, a line for each folder."""
+    """Prints one table of all studies, the answer of each, and the folders of the figures."""
     import pandas as pd
 
     from smallbatch_jax.study import analysis

@@ -3,29 +3,27 @@
     python experiments/launch.py --config=configs/quickstart.py --workdir=runs/quickstart [--address=auto] \\
         [--also=configs/fig08_resnet32.py:runs/fig08 ...]
 
-A program is what one batch size and BN batch size have in common. It takes a GPU, or on a cluster without any the CPUs that its
+A program trains all runs of one batch size and BN batch size. It takes a GPU, or on a cluster without any the CPUs that its
 lanes can use. The same command resumes, and so does sweep.py, on the same workdir. At the end it draws the figures of each
 workdir and prints its table, as sweep.py does.
 """
 
-import runpy
 import sys
 import time
 from pathlib import Path
 
-STARTED = time.monotonic()
+import command
+import workdirs
+from absl import flags
 
-import command  # noqa: E402
-from absl import flags  # noqa: E402
-
-from smallbatch_jax.config import experiment  # noqa: E402
-from smallbatch_jax.config.experiment import Experiment, InputError  # noqa: E402
-from smallbatch_jax.config.fields import expanded_path  # noqa: E402
+from smallbatch_jax.config import experiment
+from smallbatch_jax.config.experiment import Experiment, InputError
+from smallbatch_jax.config.fields import expanded_path
 
 CONFIG = command.define_config_flag()
 WORKDIR = command.DEFINE_path("workdir", "Folder of the results; made if it is not there.")
-ADDRESS = flags.DEFINE_string("address", None, "Of a running Ray cluster, or auto; left out, this machine is one.")
-ALSO = flags.DEFINE_multi_string("also", [], "CONFIG.py:WORKDIR, another config and its folder; may be given several times.")
+ADDRESS = flags.DEFINE_string("address", None, "Address of a running Ray cluster, or auto; by default this machine is one.")
+ALSO = flags.DEFINE_multi_string("also", [], "CONFIG.py:WORKDIR, another config and its folder; repeat it for more.")
 
 
 def main() -> int:
@@ -34,13 +32,12 @@ def main() -> int:
     folders = [Path(workdir).resolve() for _, workdir in asked]
     for workdir in folders:
         if folders.count(workdir) > 1:
-            raise InputError(f"--workdir, --also: {workdir} stands twice; give each config a folder of its own.")
-    chosen = [(command.for_workdir(config, workdir), Path(workdir)) for config, workdir in asked]
+            raise InputError(f"--workdir, --also: {workdir} is given twice; give each config a folder of its own.")
+    chosen = [(workdirs.for_workdir(config, workdir), Path(workdir)) for config, workdir in asked]
     command.import_jax()
     from smallbatch_jax.cluster import launcher
     from smallbatch_jax.runner import progress
     from smallbatch_jax.runner.signals import Interrupted
-    from smallbatch_jax.store import results
 
     imported = time.monotonic()
     try:
@@ -50,11 +47,7 @@ def main() -> int:
         command.leave(f"stopped; everything is saved in {named}, the same command goes on", 128 + interrupted.signum)
     for (_, folder), whole in zip(chosen, complete, strict=True):
         if whole:
-            began = time.monotonic()
-            command.show(folder)
-            timings = results.Timings(folder)
-            timings.add("import", imported - STARTED)
-            timings.add("draw", time.monotonic() - began)
+            workdirs.show_and_time(folder, {"import": imported - command.STARTED})
     if all(complete):
         return 0
     print("some programs failed; the same command tries them again", file=sys.stderr)
@@ -62,16 +55,12 @@ def main() -> int:
 
 
 def _also(value: str) -> tuple[Experiment, str]:
-    """The experiment and the workdir that --also gives."""
+    """Returns the experiment and the workdir of one --also."""
     path, _, workdir = value.partition(":")
     if not path or not workdir:
         raise InputError(f"--also: got {value!r}, accepts CONFIG.py:WORKDIR, for example configs/quickstart.py:runs/quickstart")
     path, workdir = (expanded_path("--also", given) for given in (path, workdir))
-    try:
-        config = runpy.run_path(path)["get_config"]()
-    except Exception as error:  # whatever a config file raises is the user's to mend
-        raise InputError(f"--also={value}: {type(error).__name__}: {error}") from None
-    return experiment.from_config(config), workdir
+    return experiment.from_config(command.load_config(f"--also={value}", path)), workdir
 
 
 if __name__ == "__main__":

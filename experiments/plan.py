@@ -1,14 +1,14 @@
-"""What a config would cost, program by program, from a few seconds of each; keeps nothing that it trains.
+"""Predicts what a config costs, program by program, from a few seconds of each; keeps nothing that it trains.
 
     python experiments/plan.py --config=configs/quickstart.py
     python experiments/plan.py --config=configs/fig08_resnet32.py --random_images --elsewhere=h100.json
 
-A program is compiled once and trains all runs of one batch size and BN batch size. Time: training and evaluation, on this
-machine, of the runs that did not diverge within the probe. Memory: of the compiled program, without the dataset; the last line
-also has the memory of this whole command, which a sweep needs as well.
-"shared by": number of devices that share each batch; with more than one, a lane is a row of them (docs/scaling.md).
---elsewhere adds columns for another device, from the output of `benchmark.py --json` there for the same model, and for several
-of them as --elsewhere_devices says, which share out the runs of each program.
+A program is compiled once and trains all runs of one batch size and BN batch size. "time" is training and evaluation, on this
+machine, of the runs that did not diverge within the probe. "memory" is that of the compiled program, without the dataset; the
+last line also has the memory of this whole command, which a sweep needs as well. "shared by" is the number of devices that
+share each batch; with more than one, a lane is a row of them (docs/scaling.md).
+--elsewhere adds columns for another device, from the output of `benchmark.py --json` there for the same model;
+--elsewhere_devices=1,8 plans for one and for eight of them, which share out the runs of each program.
 --probe_seconds=0 measures nothing; those columns then assume that no run diverges.
 """
 
@@ -25,9 +25,9 @@ from smallbatch_jax.config.text import duration
 
 CONFIG = command.define_config_flag()
 SECONDS = flags.DEFINE_float("probe_seconds", 2.0, "Seconds that each program is tried for; 0 measures nothing.", lower_bound=0)
-RANDOM = flags.DEFINE_bool("random_images", False, "Measure on random images of the right shape: the data need not be here.")
+RANDOM = flags.DEFINE_bool("random_images", False, "Measure on random images of the right shape, without the data.")
 ELSEWHERE = command.DEFINE_path("elsewhere", "File with the JSON line of benchmark.py on another device.")
-THERE = flags.DEFINE_list("elsewhere_devices", ["1"], "Numbers of such devices, with commas between.")
+THERE = flags.DEFINE_list("elsewhere_devices", ["1"], "Comma-separated numbers of such devices.")
 
 
 class Elsewhere:

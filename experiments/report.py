@@ -31,7 +31,7 @@ def main() -> int:
 
 
 def write(workdirs: list[str], out: Path, refresh_seconds: int | None = None) -> bool:
-    """Writes the page and says the answers; whether runs are still to come."""
+    """Writes the page and prints the answers; returns whether there are unfinished runs."""
     from smallbatch_jax.study import report, study
     from smallbatch_jax.study.answer import answer
 
@@ -45,11 +45,11 @@ def write(workdirs: list[str], out: Path, refresh_seconds: int | None = None) ->
 
 
 def watch(workdirs: list[Path], out: Path) -> None:
-    """Writes the page whenever results have changed, until no run is to come."""
-    missing = [workdir for workdir in workdirs if not (workdir / "experiment.json").is_file()]
-    if missing:
-        print(f"waiting for {', '.join(map(str, missing))}", flush=True)
-    while any(not (workdir / "experiment.json").is_file() for workdir in workdirs):
+    """Writes the page whenever results have changed, until every run has ended."""
+    awaited = [workdir for workdir in workdirs if not (workdir / "experiment.json").is_file()]
+    if awaited:
+        print(f"waiting for {', '.join(map(str, awaited))}", flush=True)
+    while not all((workdir / "experiment.json").is_file() for workdir in awaited):
         time.sleep(1)
     seen = None
     while True:
@@ -61,7 +61,7 @@ def watch(workdirs: list[Path], out: Path) -> None:
 
 
 def _stamp(workdir: Path) -> list[tuple[str, int]]:
-    """What changes as results arrive: files of rows only ever grow."""
+    """Returns names and sizes of the result files, which only grow."""
     files = [workdir / "experiment.json", *sorted((workdir / "results").glob("*.csv"))]
     return [(path.name, path.stat().st_size) for path in files]
 

@@ -6,7 +6,7 @@ The same command resumes. At the end it draws the figures into WORKDIR/figures a
 """
 
 import command
-import distributed  # noqa: F401 - its flags
+import training
 
 from smallbatch_jax.config import experiment
 
@@ -16,7 +16,7 @@ WORKDIR = command.DEFINE_path("workdir", "Folder of the results; made if it is n
 
 def main() -> int:
     config = command.given_config(CONFIG)
-    return command.train(experiment.from_config(config), command.given(WORKDIR, "runs/quickstart"))
+    return training.train(experiment.from_config(config), command.given(WORKDIR, "runs/quickstart"))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 """
 
 import command
-import distributed  # noqa: F401 - its flags
+import training
 
 from smallbatch_jax.config import experiment
 
@@ -17,7 +17,7 @@ WORKDIR = command.DEFINE_path("workdir", "Folder of the results; made if it is n
 
 def main() -> int:
     config = command.given_config(CONFIG)
-    return command.train(experiment.single_run(config), command.given(WORKDIR, "runs/one"))
+    return training.train(experiment.single_run(config), command.given(WORKDIR, "runs/one"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 """The training step in PyTorch that the benchmark compares with; all but the first test need PyTorch."""
 
-import importlib.util
 import math
-import subprocess
+import multiprocessing
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +12,11 @@ import pytest
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.models import create_model
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import torch_peer
+
 SHAPE = (32, 32, 3)
-
-
-def load(path: Path) -> ModuleType:
-    """A module of benchmarks/, which is no package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec
-    assert spec.loader
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
-
-
-torch_peer = load(Path(__file__).parents[2] / "benchmarks/torch_peer.py")
 
 
 def peer(model="resnet8", norm="batch", image_shape=SHAPE):
@@ -43,32 +32,29 @@ def test_a_model_that_is_not_written_in_pytorch_is_refused(model, norm, says):
         peer(model, norm)
 
 
-@pytest.fixture
-def started(monkeypatch):
-    """The processes that were started, in a list that grows."""
-    processes = []
-    real = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: processes.append(real(*a, **k)) or processes[-1])
-    return processes
-
-
 @pytest.mark.slow
-def test_each_way_has_a_speed_and_none_goes_on_afterwards(started, monkeypatch):
+def test_each_way_has_a_speed_and_none_goes_on_afterwards(monkeypatch):
     monkeypatch.setattr(torch_peer.os, "sched_getaffinity", lambda pid: {0, 1})
     with peer() as measure:
         speeds = measure(0.3)
-        assert [process.poll() for process in started] == [None, None, None]
+        assert len(multiprocessing.active_children()) == 3
     assert list(speeds) == ["1 process x 2 threads", "2 processes x 1 thread"]
     assert all(1 < speed < math.inf for speed in speeds.values())
-    assert all(process.poll() is not None for process in started)
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_is_reported_and_none_goes_on(started):
+def test_a_process_that_fails_is_reported_and_none_goes_on():
     with pytest.raises(InputError, match=r"^--peer: a PyTorch process ended: \S*Error: [^\n]*$"), peer(image_shape=(32, 32)):
         pass
-    assert started
-    assert all(process.poll() is not None for process in started)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_reported():
+    with pytest.raises(InputError, match=r"^--peer: a PyTorch process ended: it was killed$"), peer() as measure:  # noqa: PT012
+        multiprocessing.active_children()[0].kill()
+        measure(0.1)
 
 
 @pytest.mark.slow

@@ -91,7 +91,7 @@ def test_a_worker_that_dies_has_a_successor_and_one_that_fails_keeps_nobody_from
         (["--also=x"], "--also: got 'x', accepts CONFIG.py:WORKDIR"),
         (["--also=configs/none.py:w"], "--also=configs/none.py:w: FileNotFoundError"),
         (["--also=configs/quickstart.py:configs"], "--workdir: configs holds"),
-        (["--also=configs/quickstart.py:{w}/../w"], "stands twice"),
+        (["--also=configs/quickstart.py:{w}/../w"], "is given twice"),
         (["--also=configs/fig15_best.py:{w}2"], "drawn_from: fig15 is drawn from other results"),
         (["--config.grid.batch_sizes=(2,5000)"], "5000 is larger than the training set of 1437"),
     ],

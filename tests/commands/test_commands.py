@@ -1,35 +1,20 @@
 """The commands as a user types them: one line and exit status 2 for a mistake, the same results however they are asked for."""
 
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pandas as pd
 import pytest
 from PIL import Image
+from shell import QUICKSTART, ROOT, command, refused, run
 
 import smallbatch_jax as sbj
 from smallbatch_jax.runner import signals
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results
 from smallbatch_jax.study.figures import COST_FIGURES as COST_STEMS
-
-ROOT = Path(__file__).parents[2]
-QUICKSTART = "--config=configs/quickstart.py"
-
-
-def command(script, *arguments, **options):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return [sys.executable, f"experiments/{script}", *map(str, arguments)], {"cwd": ROOT, "env": environment, **options}
-
-
-def run(script, *arguments):
-    line, options = command(script, *arguments, capture_output=True, text=True, timeout=300)
-    return subprocess.run(line, **options)
 
 
 def sweep(workdir, *arguments, sizes="(128,512)"):
@@ -178,13 +163,6 @@ def test_a_mistake_is_one_line_exit_status_2_and_nothing_written(tmp_path, argum
 def test_a_mistake_in_what_to_do_is_one_line_and_exit_status_2(script, arguments, says):
     refused(run(script, *arguments), says)
     assert not (ROOT / "w").exists()
-
-
-def refused(done, says):
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1
-    assert says in done.stderr
-    assert done.stdout == ""
 
 
 @pytest.mark.parametrize("body", ["def get_config(:", "x = 1", "raise RuntimeError('a\\nb')", "def get_config(): return 3"])

@@ -55,7 +55,7 @@ def flags_of(script):
     own = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text)
     own += [f"no{name}" for name in re.findall(r'DEFINE_bool\(\s*"(\w+)"', text)]
     own += ["config"] * ("define_config_flag()" in text)
-    others = {"distributed"} & set(re.findall(r"^import (\w+)", text, re.M))
+    others = {"distributed", "training"} & set(re.findall(r"^import (\w+)", text, re.M))
     return {"help", *own, *(flag for other in others for flag in flags_of(other))}
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import linen as nn
-from test_commands import QUICKSTART, run
+from shell import QUICKSTART, run
 
 from smallbatch_jax import data
 from smallbatch_jax.models import create_model

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from test_claims import CLAIMS, fig13, studies, study
+from claimed import CLAIMS, fig13, studies, study
 
 from smallbatch_jax.config.experiment import Dataset, Model, Schedule
 from smallbatch_jax.store import workdir

@@ -4,24 +4,11 @@ import math
 
 import pandas as pd
 import pytest
-from test_analysis import cell, cells_of, results, run
+from rows import cell, cells_of, compiled, results, run, segment, timings
 
-from smallbatch_jax.store.timings import timing_frame
 from smallbatch_jax.study import cost
 
 NAN = math.nan
-
-
-def compiled(batch_size, seconds=20.0, lanes=16, peak_bytes=0, bn_batch_size=None):
-    return ("compile", batch_size, bn_batch_size or batch_size, lanes, seconds, 0, 0, peak_bytes)
-
-
-def segment(batch_size, seconds, images, lanes=16, bn_batch_size=None):
-    return ("segment", batch_size, bn_batch_size or batch_size, lanes, seconds, images // batch_size, images, 0)
-
-
-def timings(*rows):
-    return timing_frame(rows)
 
 
 @pytest.fixture

@@ -6,26 +6,10 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.collections import LineCollection
+from drawn import bars, cell, curves, foot, missing, placed, table, tick_texts
 from matplotlib.colors import same_color
 
 from smallbatch_jax.study import figures
-from smallbatch_jax.study.analysis import CELL, RUN
-
-COLUMNS = [*CELL, "test_accuracy", "test_accuracy_std", "finished", "diverged", "pending"]
-
-
-def cell(batch_size, base_lr, accuracy, std=math.nan, finished=1, diverged=0, pending=0, bn_batch_size=None):
-    return ("exp", batch_size, bn_batch_size or batch_size, base_lr, accuracy, std, finished, diverged, pending)
-
-
-def missing(batch_size, base_lr, pending=1, bn_batch_size=None):
-    """A planned cell of which no seed has ended."""
-    return cell(batch_size, base_lr, math.nan, finished=0, pending=pending, bn_batch_size=bn_batch_size)
-
-
-def table(*rows):
-    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 @pytest.fixture
@@ -52,63 +36,10 @@ def seeds_pending():
     return table(*rows, cell(2, 0.5, math.nan, finished=0, diverged=1, pending=1))
 
 
-def results(cells):
-    """One-epoch results that hold `cells`' finished and diverged seeds; a cell with neither is running."""
-    rows = []
-    for c in cells.itertuples():
-        statuses = ["finished"] * c.finished + ["diverged"] * c.diverged or ["running"]
-        for seed, status in enumerate(statuses):
-            accuracy = math.nan if status == "diverged" else c.test_accuracy
-            key = (c.experiment, c.batch_size, c.bn_batch_size, c.base_lr, seed)
-            rows.append((*key, 1, 10, 0.1, accuracy, 0.1, accuracy, status))
-    measures = ["train_loss", "train_accuracy", "test_loss", "test_accuracy"]
-    return pd.DataFrame(rows, columns=[*RUN, "epoch", "step", *measures, "status"])
-
-
-def curves(figure):
-    """The labelled lines of a figure, as label → (x, y)."""
-    lines = figure.axes[0].get_lines()
-    return {
-        line.get_label(): (np.asarray(line.get_xdata()), np.asarray(line.get_ydata()))
-        for line in lines
-        if not str(line.get_label()).startswith("_")
-    }
-
-
 def marks(figure):
     """The marked cells of a heat map, as kind → set of (column, row)."""
     scatters = [c for c in figure.axes[0].collections if not str(c.get_label()).startswith("_")]
     return {c.get_label(): {tuple(map(round, xy)) for xy in c.get_offsets().tolist()} for c in scatters}
-
-
-def placed(figure, panel=0, **look):
-    """The finite points, over all lines of a panel, of those that have the look given, such as marker="x"."""
-    lines = [
-        line for line in figure.axes[panel].get_lines() if all(str(getattr(line, f"get_{k}")()) == v for k, v in look.items())
-    ]
-    points = np.concatenate([np.asarray(line.get_xydata(), float) for line in lines] or [np.empty((0, 2))])
-    return points[~np.isnan(points[:, 1])]
-
-
-def bars(figure, panel=0):
-    """The ends of a panel's error bars and vertical lines, as x → (low, high)."""
-    groups = [lines.get_segments() for lines in figure.axes[panel].collections if isinstance(lines, LineCollection)]
-    return {line[0, 0]: tuple(np.round(line[:, 1], 6)) for lines in groups for line in lines if len(line)}
-
-
-def foot(figure):
-    """The small text under a figure, and the labels of the legend beside it."""
-    legends = figure.legends
-    texts = [text.get_text() for legend in legends for text in legend.get_texts()]
-    return "".join(legend.get_title().get_text() for legend in legends), texts
-
-
-def legend_texts(axes):
-    return [text.get_text() for text in axes.get_legend().get_texts()]
-
-
-def tick_texts(axis):
-    return [label.get_text() for label in axis.get_ticklabels()]
 
 
 def test_accuracy_against_batch_size_has_one_curve_per_base_lr(cells):

@@ -7,10 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from test_analysis import run
-from test_cost import compiled, segment, timings
-from test_figures import foot, legend_texts, placed, tick_texts
-from test_figures_curves import rows_of
+from drawn import foot, legend_texts, placed, tick_texts
+from rows import compiled, results, run, segment, timings
 
 from smallbatch_jax.config.experiment import Run
 from smallbatch_jax.study import figures
@@ -28,7 +26,7 @@ def known(*sizes, lanes=16, memory=True):
 
 def study(rows, given=(), *missing):
     """A study of chance 0.1 that plans the runs it has rows of and those missing, pairs of (m, base_lr)."""
-    frame = rows_of(*rows)
+    frame = results(*rows)
     fields = ["batch_size", "bn_batch_size", "base_lr", "seed"]
     runs = {Run(*values) for values in frame[fields].itertuples(index=False)} | {Run(m, m, lr, 0) for m, lr in missing}
     cells = planned_cells(frame, runs, "exp")

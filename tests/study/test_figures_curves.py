@@ -4,21 +4,14 @@ import io
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
+from drawn import bars, cell, curves, foot, legend_texts, missing, placed, table, tick_texts
 from matplotlib.collections import PolyCollection
-from test_analysis import run
-from test_figures import bars, cell, curves, foot, legend_texts, missing, placed, table, tick_texts
+from rows import results, run
 
 from smallbatch_jax.config.experiment import Run
 from smallbatch_jax.study import figures
-from smallbatch_jax.study.analysis import RUN, planned_cells
-
-COLUMNS = [*RUN, "epoch", "step", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "status"]
-
-
-def rows_of(*runs):
-    return pd.DataFrame([row for rows in runs for row in rows], columns=COLUMNS)
+from smallbatch_jax.study.analysis import planned_cells
 
 
 def lines(figure, panel):
@@ -31,7 +24,7 @@ def heading(figure):
 
 
 def test_convergence_is_training_and_test_accuracy_by_epoch_per_batch_size():
-    rows = rows_of(run([0.2, 0.5, 0.6], batch_size=2), run([0.1, 0.3, 0.4], batch_size=8))
+    rows = results(run([0.2, 0.5, 0.6], batch_size=2), run([0.1, 0.3, 0.4], batch_size=8))
     rows["train_accuracy"] += 0.2
     figure = figures.convergence(rows)
     assert [axes.get_title() for axes in figure.axes] == ["training", "test"]
@@ -46,7 +39,7 @@ def test_convergence_is_training_and_test_accuracy_by_epoch_per_batch_size():
 
 def test_convergence_is_the_mean_over_seeds_in_a_band_of_their_deviation():
     """Accuracies 0.2 and 0.4: 30 % ± 14.14 %."""
-    figure = figures.convergence(rows_of(run([0.2, 0.5]), run([0.4, 0.5], seed=1)))
+    figure = figures.convergence(results(run([0.2, 0.5]), run([0.4, 0.5], seed=1)))
     assert lines(figure, 1) == [pytest.approx([30, 50])]
     (band,) = (c for c in figure.axes[1].collections if isinstance(c, PolyCollection))
     corners = band.get_paths()[0].vertices
@@ -56,7 +49,7 @@ def test_convergence_is_the_mean_over_seeds_in_a_band_of_their_deviation():
 
 def test_a_diverged_run_is_a_curve_of_its_own_up_to_a_cross():
     """Seed 1 dies in epoch 3: it is in no mean, and its × is at epoch 2."""
-    figure = figures.convergence(rows_of(run([0.2, 0.4, 0.5]), run([0.3, 0.6], "diverged", seed=1)))
+    figure = figures.convergence(results(run([0.2, 0.4, 0.5]), run([0.3, 0.6], "diverged", seed=1)))
     assert lines(figure, 1) == [pytest.approx([20, 40, 50]), pytest.approx([30, 60])]
     for panel in (0, 1):
         np.testing.assert_allclose(placed(figure, panel, marker="x"), [[2, 60]])
@@ -65,7 +58,7 @@ def test_a_diverged_run_is_a_curve_of_its_own_up_to_a_cross():
 
 
 def test_a_run_that_dies_in_its_first_epoch_is_a_cross_in_the_legend():
-    figure = figures.convergence(rows_of(run([0.5, 0.6]), run([], "diverged", batch_size=8)))
+    figure = figures.convergence(results(run([0.5, 0.6]), run([], "diverged", batch_size=8)))
     assert not len(placed(figure, 1, marker="x"))
     legend = figure.axes[1].get_legend()
     assert legend_texts(figure.axes[1]) == ["4", "8", "diverged"]
@@ -74,7 +67,7 @@ def test_a_run_that_dies_in_its_first_epoch_is_a_cross_in_the_legend():
 
 def test_a_running_run_ends_without_a_cross_and_what_has_not_begun_is_named():
     """Of three planned batch sizes one is done, one at epoch 1, and one without an epoch."""
-    rows = rows_of(run([0.4, 0.5, 0.6], batch_size=2), run([0.3], "running", batch_size=4))
+    rows = results(run([0.4, 0.5, 0.6], batch_size=2), run([0.3], "running", batch_size=4))
     cells = planned_cells(rows, [Run(m, m, 0.5, 0) for m in (2, 4, 64)], "exp")
     figure = figures.convergence(rows, cells=cells)
     np.testing.assert_allclose(placed(figure, 1), [[1, 40], [2, 50], [3, 60], [1, 30]])
@@ -84,7 +77,7 @@ def test_a_running_run_ends_without_a_cross_and_what_has_not_begun_is_named():
 
 
 def test_base_lr_of_the_curves_is_that_of_the_best_cell():
-    rows = rows_of(run([0.5]), run([0.9], batch_size=2, base_lr=0.25), run([0.3], base_lr=0.25), run([0.9], base_lr=1.0))
+    rows = results(run([0.5]), run([0.9], batch_size=2, base_lr=0.25), run([0.3], base_lr=0.25), run([0.9], base_lr=1.0))
     assert heading(figures.convergence(rows)) == r"exp, $\tilde{\eta} = 2^{-2}$"  # of equals the smallest
     np.testing.assert_allclose(placed(figures.convergence(rows), 1), [[1, 90], [1, 30]])
     np.testing.assert_allclose(placed(figures.convergence(rows, base_lr=0.5), 1), [[1, 50]])
@@ -92,30 +85,30 @@ def test_base_lr_of_the_curves_is_that_of_the_best_cell():
 
 def test_base_lr_of_the_curves_has_most_epochs_before_a_run_has_finished():
     early = [run([0.1], "running", base_lr=0.25), run([0.1] * 3, "running"), run([0.4], "diverged", base_lr=2.0)]
-    assert heading(figures.convergence(rows_of(*early))) == r"exp, $\tilde{\eta} = 2^{-1}$"
+    assert heading(figures.convergence(results(*early))) == r"exp, $\tilde{\eta} = 2^{-1}$"
 
 
 def test_a_base_lr_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match=r"base_lr: no run of exp has 2\^-3; it has 2\^-2, 2\^-1\."):
-        figures.convergence(rows_of(run([0.5]), run([0.9], base_lr=0.25)), base_lr=0.125)
+        figures.convergence(results(run([0.5]), run([0.9], base_lr=0.25)), base_lr=0.125)
 
 
 def test_batch_sizes_with_a_base_lr_each_are_all_drawn():
     """As in Fig. 13, where a curve at one base_lr would be the only one."""
-    figure = figures.convergence(rows_of(run([0.5, 0.6]), run([0.4, 0.3], batch_size=8, base_lr=0.25)))
+    figure = figures.convergence(results(run([0.5, 0.6]), run([0.4, 0.3], batch_size=8, base_lr=0.25)))
     assert lines(figure, 1) == [pytest.approx([50, 60]), pytest.approx([40, 30])]
     assert legend_texts(figure.axes[1]) == ["4, $2^{-1}$", "8, $2^{-2}$"]
     assert heading(figure) == r"exp, each $m$ at its own $\tilde{\eta}$"
 
 
 def test_convergence_leaves_out_bn_batch_sizes_other_than_m():
-    figure = figures.convergence(rows_of(run([0.5, 0.6]), run([0.4, 0.3], bn_batch_size=2)))
+    figure = figures.convergence(results(run([0.5, 0.6]), run([0.4, 0.3], bn_batch_size=2)))
     assert lines(figure, 1) == [pytest.approx([50, 60])]
     assert heading(figure).startswith("exp (BN batch size = $m$), ")
 
 
 def test_convergence_can_be_drawn_before_the_first_epoch():
-    figure = figures.convergence(rows_of(), cells=table(missing(2, 0.5), missing(4, 0.5)))
+    figure = figures.convergence(results(), cells=table(missing(2, 0.5), missing(4, 0.5)))
     figure.savefig(io.BytesIO(), format="png")
     assert [text.get_text() for axes in figure.axes for text in axes.texts] == ["no epoch has ended"] * 2
     assert foot(figure)[0] == "2 of 2 runs not finished; no epoch yet: $m$ = 2, 4"

@@ -3,7 +3,7 @@
 import matplotlib
 import pandas as pd
 import pytest
-from test_figures import cell, missing, results, table
+from drawn import cell, missing, results, table
 
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.study import figures

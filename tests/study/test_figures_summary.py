@@ -7,7 +7,7 @@ from pathlib import Path
 import asked
 import numpy as np
 import pytest
-from test_figures import bars, cell, curves, foot, missing, placed, results, table, tick_texts
+from drawn import bars, cell, curves, foot, missing, placed, results, table, tick_texts
 
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.study import figures

@@ -1,0 +1,42 @@
+"""Trains an experiment into a workdir, alone or as one of several processes: what sweep.py and train.py share."""
+
+import time
+from pathlib import Path
+
+import command
+import distributed
+import workdirs
+
+from smallbatch_jax.config.experiment import Experiment
+
+
+def train(chosen: Experiment, workdir: str) -> int:
+    """Trains an experiment into a workdir, draws its figures and prints its table; returns the exit status.
+
+    With several processes all train, and only the first uses the workdir.
+    """
+    distributed.supervise()
+    chosen, folder = workdirs.for_workdir(chosen, workdir), Path(workdir)
+    command.start_jax(join=distributed.join)
+    import jax
+
+    from smallbatch_jax.data.streaming.prefetch import WorkerDied
+    from smallbatch_jax.program import processes
+    from smallbatch_jax.runner import grid, progress
+
+    imported = time.monotonic()
+    dataset = command.load_data(chosen.dataset)
+    loaded = time.monotonic()
+    try:
+        grid.train_grid(chosen, folder, dataset, progress.for_stream())
+    except grid.Interrupted as interrupted:
+        command.leave(f"stopped; everything is saved in {folder}, the same command goes on", 128 + interrupted.signum)
+    except WorkerDied as died:
+        command.leave(f"{died}; the same command goes on", 1)
+    except jax.errors.JaxRuntimeError as error:
+        if not processes.several():
+            raise
+        command.leave(distributed.failure(error), 1)
+    if processes.is_first():
+        workdirs.show_and_time(folder, {"import": imported - command.STARTED, "data": loaded - imported})
+    return 0
