@@ -91,6 +91,12 @@ def sweep(
     rates = "base_lr_by_batch_size" if isinstance(base_lrs, Mapping) else "base_lrs"
     sections["grid"] |= {"batch_sizes": batch_sizes, rates: base_lrs, "seeds": seeds}
     chosen = from_config(sections | {"epochs": epochs})
+    return _train(chosen, images, own, workdir, progress or for_stream())
+
+
+def _train(
+    chosen: Experiment, images: Dataset | Photographs, own: OwnModel | None, workdir: str | None, progress: Progress
+) -> "pd.DataFrame":
     devices.use_all_cores()
     jax_flags.require_devices()
     with ExitStack() as stack:
@@ -102,7 +108,7 @@ def sweep(
             model_of = own.with_bn_batch_size
             if workdir is not None:
                 fingerprint = partial(own.fingerprint, images.image_shape)
-        train_grid(chosen, folder, images, progress or for_stream(), model_of, fingerprint)
+        train_grid(chosen, folder, images, progress, model_of, fingerprint)
         return processes.on_first(lambda: results.load(folder))
 
 
