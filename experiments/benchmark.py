@@ -2,7 +2,8 @@
 
     python experiments/benchmark.py --config=configs/fig08_resnet32.py --random_images --peer
 
-Each batch size is one program with a lane for each learning rate of the config; they are made so small that no run diverges.
+Each batch size is one program with as many lanes as the config has learning rates; the benchmark's own are so small that no
+run diverges.
 --peer times a PyTorch training step of the same model between our segments, in each way PyTorch can use the machine by itself,
 and prints our ratio to each. --json prints, as the last line, what `plan.py --elsewhere` reads.
 """
