@@ -374,11 +374,7 @@ SOURCES = sorted(path for folder in ("smallbatch_jax", "experiments", "configs")
 
 # What one process of a run tells the others, in memory; and a config, which is code.
 # A config file is the user's own code, as in ml_collections.
-ALLOWED = {
-    "smallbatch_jax/program/processes.py": ["pickle"],
-    "experiments/command.py": ["runpy"],
-    "experiments/launch.py": ["runpy"],
-}
+ALLOWED = {"smallbatch_jax/program/processes.py": ["pickle"], "experiments/command.py": ["runpy"]}
 
 
 def test_no_source_can_unpickle_or_evaluate_a_file():
