@@ -8,12 +8,25 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from smallbatch_jax.models.conv import Pads, conv
+from smallbatch_jax.models.materialise import materialised
 from smallbatch_jax.models.norm import make_norm
 
 # He et al. (2015b), Eq. 10: a Gaussian (not truncated) of variance 2 / fan-in, in all layers including the logits.
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
-relu = nn.relu
+
+@jax.custom_vjp
+def relu(x: jax.Array) -> jax.Array:
+    """max(x, 0), with gradient 0 at 0; NaN stays NaN."""
+    return jnp.maximum(x, 0)
+
+
+def _relu_forward(x):
+    y = materialised(relu(x))
+    return y, y
+
+
+relu.defvjp(_relu_forward, lambda y, dy: (materialised(jnp.where(y > 0, dy, 0)),))
 
 
 class Conv(nn.Module):

@@ -6,7 +6,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
+
+from smallbatch_jax.models.materialise import materialised
 
 Pair = tuple[int, int]
 Pads = tuple[Pair, Pair]
@@ -40,22 +41,7 @@ def _max_pool_forward(x, window, strides, pads, sizes):
         # A NaN must not lose a comparison, or a diverged run would go unseen.
         stays = (pooled >= other) | jnp.isnan(pooled)
         pooled, winner = jnp.where(stays, pooled, other), jnp.where(stays, winner, float(offset))
-    return pooled, lax.platform_dependent(winner, cpu=_materialised, default=lambda winner: winner)
-
-
-@jax.jit
-def _identity(x: jax.Array) -> jax.Array:
-    return lax.optimization_barrier(x)  # keeps JAX from dropping the call
-
-
-def _materialised(x: jax.Array) -> jax.Array:
-    """Identity that prevents fusion on XLA:CPU: a call that is not inlined.
-
-    XLA:CPU repeats cheap element-wise work in each of its uses; without this call the gradient would repeat the comparisons
-    36 times.
-    """
-    with set_xla_metadata(inlineable="false"):
-        return _identity(x)
+    return pooled, materialised(winner)
 
 
 def _max_pool_backward(window, strides, pads, sizes, winner, dy):
