@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +139,10 @@ def _read(path: Path) -> tuple[Experiment, dict[str, Any]]:
         content = json.loads((path / "experiment.json").read_text())
         if content["format"] != FORMAT:
             raise InputError(f"--workdir: {path} has format {content['format']}, this version reads {FORMAT}.")
-        model, facts = content["experiment"]["model"], dict(content["facts"])
-        if "model" in facts:  # a fingerprint: earlier versions also had a digest of the fields in the name of an own model
-            model["name"] = re.sub(rf"^({OWN}.+)-[0-9a-f]{{12}}$", r"\1", model["name"])
-        return fields.parse(Experiment, content["experiment"], ""), facts
+        facts = dict(content["facts"])
+        # Without a fingerprint, the digest in an own model's name is all that tells it from others: it stays.
+        read = parse_stored if "model" in facts else partial(fields.parse, Experiment)
+        return read(content["experiment"]), facts
     except InputError:
         raise
     except FileNotFoundError:
@@ -150,6 +151,12 @@ def _read(path: Path) -> tuple[Experiment, dict[str, Any]]:
         raise InputError(f"--workdir: {path}/experiment.json cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"--workdir: {path}/experiment.json is damaged: {error}.") from None
+
+
+def parse_stored(stored: Mapping[str, Any]) -> Experiment:
+    """Returns a stored experiment, without the digest of fields that earlier versions had in the name of an own model."""
+    name = re.sub(rf"^({OWN}.+)-[0-9a-f]{{12}}$", r"\1", stored["model"]["name"])
+    return fields.parse(Experiment, {**stored, "model": {**stored["model"], "name": name}})
 
 
 def record_provenance(path: Path, event: str, **facts: Any) -> None:

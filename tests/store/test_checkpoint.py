@@ -1,5 +1,6 @@
 """Checkpoints: whole or passed over, of these runs or refused."""
 
+import dataclasses
 import shutil
 import warnings
 
@@ -59,6 +60,22 @@ def test_the_last_two_are_kept_and_the_newest_comes_back_with_its_runs(folder):
     assert equal(found, lanes(2))
     assert found[1] == RUNS
     assert said == []
+
+
+def of_model(name):
+    return dataclasses.replace(tiny.grid(), model=dataclasses.replace(tiny.grid().model, name=name))
+
+
+@pytest.mark.parametrize(("name", "resumed"), [("own:Net-0123456789ab", True), ("own:Other-0123456789ab", False)])
+def test_a_checkpoint_of_an_own_model_whose_name_has_the_digest_of_earlier_versions_is_resumed(tmp_path, name, resumed):
+    checkpoints = Checkpoints(tmp_path / "own", of_model(name))
+    checkpoints.save(lanes(1), RUNS)
+    checkpoints.close()
+    if resumed:
+        assert equal(restored(tmp_path / "own", of_model("own:Net"))[0], lanes(1))
+    else:
+        with pytest.raises(InputError, match="another experiment or model"):
+            restored(tmp_path / "own", of_model("own:Net"))
 
 
 def test_nothing_saved_is_none(tmp_path):
