@@ -116,7 +116,7 @@ class PaperModel(nn.Module):
         return self.normalise(y, norm, train, f"{name}_norm")
 
     def normalise(self, x: jax.Array, norm: str, train: bool, name: str) -> jax.Array:
-        layer = make_norm(norm, self.bn_batch_size, self.bn_decay, self.axis_name, self.dtype, name)
+        layer = make_norm(norm, self.bn_batch_size, self.bn_decay, self.axis_name, self.dtype, self.platform, name)
         return x if layer is None else layer(x, train)
 
     def dense(self, x: jax.Array, features: int, name: str, bias: bool = True) -> jax.Array:

@@ -181,10 +181,34 @@ def compile_lanes(
         raise ValueError(f"lanes: {lanes} is not a multiple of {mesh.shape[LANE]} devices")
     if program.axis_name != (DATA if mesh.shape[DATA] > 1 else None):
         raise ValueError(f"axis_name: {program.axis_name!r} does not go with {mesh.shape[DATA]} devices that share a batch")
-    platform = mesh.devices.flat[0].platform
-    mapping = mapping or lane_mapping(platform)
-    if platform == "cpu":
+    mapping = mapping or lane_mapping(mesh.devices.flat[0].platform)
+    if mesh.devices.flat[0].platform == "cpu":
         keep_freed_memory()
+    began = time.monotonic()
+    traced, template = trace_lanes(model, program, data, mesh, lanes, segment_steps, precision, mapping, statistics_model)
+    compiled = traced.lower().compile()
+    seconds = time.monotonic() - began
+    streamed, sharding = isinstance(data, Pool), NamedSharding(mesh, P(LANE))
+    test = _streamed_test(make_test_lanes(model, program, mapping), mesh, precision) if streamed else None
+    return LaneProgram(lanes, segment_steps, streamed or mapping == "map", sharding, seconds, compiled, data, template, test)
+
+
+def trace_lanes(
+    model: Model,
+    program: Program,
+    data: DeviceData | Pool,
+    mesh: Mesh,
+    lanes: int,
+    segment_steps: int,
+    precision: str,
+    mapping: LaneMapping,
+    statistics_model: Model | None = None,
+) -> tuple[jax.stages.Traced, LaneState]:
+    """Traces a segment as `compile_lanes` does, whose arguments these are; the devices of `mesh` need not exist.
+
+    Returns:
+      The traced segment, (states, settings, segments, images) → (states, reports), and the shapes of the states.
+    """
     sharding = NamedSharding(mesh, P(LANE))
     template = _template(model, _image_shape(data), lanes, sharding)
     streamed = isinstance(data, Pool)
@@ -200,12 +224,8 @@ def compile_lanes(
         everywhere = NamedSharding(mesh, P())
         images = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), data)
     arguments = _abstract_arguments(program.batch_size, lanes, segment_steps, sharding)
-    began = time.monotonic()
-    lower = _at_precision(jax.jit(segment, donate_argnums=0).lower, precision)
-    compiled = lower(template, *arguments, images).compile()
-    seconds = time.monotonic() - began
-    test = _streamed_test(make_test_lanes(model, program, mapping), mesh, precision) if streamed else None
-    return LaneProgram(lanes, segment_steps, streamed or mapping == "map", sharding, seconds, compiled, data, template, test)
+    trace = _at_precision(jax.jit(segment, donate_argnums=0).trace, precision)
+    return trace(template, *arguments, images), template
 
 
 def _template(model: Model, image_shape: Sequence[int], lanes: int, sharding: NamedSharding) -> LaneState:

@@ -8,6 +8,7 @@ The device holds either the whole dataset or a pool of the images that the segme
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,10 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from smallbatch_jax.data.augment import crop_and_flip
+from smallbatch_jax.data.augment import crop_and_flip, draw_crops, inside
 from smallbatch_jax.program.device_data import DeviceData, TestImages, normalised
 from smallbatch_jax.program.devices import DATA, LANE
 from smallbatch_jax.program.evaluation import Tested, make_evaluate, make_test, not_evaluated, with_precise_statistics
+from smallbatch_jax.program.side_by_side import PackedModel, summed_value_and_grad
 from smallbatch_jax.program.train import Array, Batch, Model, Program, Setting, TrainState, make_train_step
 
 LaneMapping = Literal["map", "vmap"]
@@ -56,6 +58,14 @@ class Report(NamedTuple):
     test_images: Array  # int32[], number of test images; 0 if not evaluated
 
 
+class Examples(NamedTuple):
+    """The batch of one step as the dataset stores it; its images are cropped already, but their padding is not yet zero."""
+
+    images: Array  # uint8 or float32 [n, …]
+    labels: Array  # int32[n]
+    crops: Array | None  # uint32[n] of `draw_crops`, None without augmentation
+
+
 def make_segment(
     model: Model, program: Program, segment_steps: int, mapping: LaneMapping, statistics_model: Model | None, streamed: bool
 ) -> Callable[..., Any]:
@@ -63,9 +73,20 @@ def make_segment(
 
     If images are streamed, data is a `Pool`, and `make_test_lanes` evaluates the test set instead.
     """
-    advance, evaluate = _make_advance(model, program), make_evaluate(model, program.axis_name)
+    evaluate = make_evaluate(model, program.axis_name)
     if statistics_model is not None:
         evaluate = with_precise_statistics(evaluate, statistics_model)
+    if mapping == "map":
+        run = _one_after_the_other(model, program, None if streamed else evaluate)
+    else:
+        run = _side_by_side(model, program, segment_steps, None if streamed else evaluate)
+    if not streamed:
+        return run
+    return lambda states, settings, segments, pool: run(states, settings, segments, pool.on_this_device())
+
+
+def _one_after_the_other(model: Model, program: Program, evaluate: Callable[..., Tested] | None) -> Callable[..., Any]:
+    advance = _make_advance(make_train_step(model, program))
 
     def run_lane(state: LaneState, setting: Setting, segment: Segment, data: DeviceData) -> tuple[LaneState, Report]:
         def unfinished(carry: tuple[jax.Array, LaneState]) -> jax.Array:
@@ -73,39 +94,58 @@ def make_segment(
 
         def step(carry: tuple[jax.Array, LaneState]) -> tuple[jax.Array, LaneState]:
             i, state = carry
-            return i + 1, advance(state, setting, segment.indices[i], data)
+            examples = _take(program, setting.seed, state.train.step, segment.indices[i], data)
+            return i + 1, advance(state, setting, examples, data)
 
         _, state = lax.while_loop(unfinished, step, (jnp.int32(0), state))
-        if streamed:
-            return _report(state, segment, not_evaluated())
-        tested = lax.cond(segment.evaluate & state.alive, lambda: evaluate(state.train, data), not_evaluated)
+        tested = not_evaluated()
+        if evaluate is not None:
+            tested = lax.cond(segment.evaluate & state.alive, evaluate, lambda *_: tested, state.train, data)
         return _report(state, segment, tested)
 
-    def run_mapped(states, settings, segments, data):
+    def run(states: LaneState, settings: Setting, segments: Segment, data: DeviceData) -> tuple[LaneState, Report]:
         return lax.map(lambda lane: run_lane(lane[0], lane[1], lane[2], data), (states, settings, segments))
 
-    def run_vmapped(states, settings, segments, data):
-        def step(i: jax.Array, states: LaneState) -> LaneState:
-            new = jax.vmap(advance, (0, 0, 0, None))(states, settings, segments.indices[:, i], data)
+    return run
+
+
+def _side_by_side(
+    model: Model, program: Program, segment_steps: int, evaluate: Callable[..., Tested] | None
+) -> Callable[..., Any]:
+    def run(states: LaneState, settings: Setting, segments: Segment, data: DeviceData) -> tuple[LaneState, Report]:
+        packed = PackedModel.of(model, states.train)
+        advance = jax.vmap(_make_advance(make_train_step(packed, program, summed_value_and_grad)), (0, 0, 0, None))
+        first_steps = states.train.step
+
+        def take(i: jax.Array, indices: jax.Array) -> Examples:
+            return jax.vmap(partial(_take, program), (0, 0, 0, None))(settings.seed, first_steps + i, indices, data)
+
+        def step(states: LaneState, i: jax.Array, examples: Examples) -> LaneState:
             active = (i < segments.steps) & states.alive
+            new = advance(states, settings, examples, data)
             return jax.tree.map(lambda n, o: jnp.where(expand(active, n), n, o), new, states)
 
-        if streamed:  # such steps are long: checking whether another follows costs little
-            states = lax.fori_loop(0, jnp.max(segments.steps), step, states)
-            return jax.vmap(lambda state, segment: _report(state, segment, not_evaluated()))(states, segments)
-        states, _ = lax.scan(lambda states, i: (step(i, states), None), states, jnp.arange(segment_steps))
-        # One branch for the device: under vmap a branch per lane would run both.
-        tested = lax.cond(
-            jnp.any(segments.evaluate),
-            lambda: jax.vmap(evaluate, (0, None))(states.train, data),
-            lambda: jax.vmap(lambda _: not_evaluated())(segments.steps),
-        )
-        return jax.vmap(_report)(states, segments, tested)
+        states = states._replace(train=jax.vmap(packed.pack)(states.train))
+        if evaluate is None:  # streamed: such steps are long, and checking whether another follows costs little
+            last = jnp.max(segments.steps)
+            states = lax.fori_loop(0, last, lambda i, states: step(states, i, take(i, segments.indices[:, i])), states)
+        else:  # all batches of the segment at once: within a step a TPU would gather them in a loop
+            steps = jnp.arange(segment_steps)
+            batches = jax.vmap(take, (0, 1))(steps, segments.indices)
+            states, _ = lax.scan(lambda states, xs: (step(states, *xs), None), states, (steps, batches))
+        states = states._replace(train=jax.vmap(packed.unpack)(states.train))
+        return jax.vmap(_report)(states, segments, _evaluated(states, segments, data, evaluate))
 
-    run = run_mapped if mapping == "map" else run_vmapped
-    if not streamed:
-        return run
-    return lambda states, settings, segments, pool: run(states, settings, segments, pool.on_this_device())
+    return run
+
+
+def _evaluated(states: LaneState, segments: Segment, data: DeviceData, evaluate: Callable[..., Tested] | None) -> Tested:
+    """Evaluates all lanes if any lane ends an epoch: under vmap a branch for each lane would always run."""
+    nothing = jax.vmap(lambda _: not_evaluated())(segments.steps)
+    if evaluate is None:
+        return nothing
+    evaluate_all = jax.vmap(evaluate, (0, None))
+    return lax.cond(jnp.any(segments.evaluate), lambda: evaluate_all(states.train, data), lambda: nothing)
 
 
 def make_test_lanes(model: Model, program: Program, mapping: LaneMapping) -> Callable[..., Tested]:
@@ -127,22 +167,29 @@ def make_test_lanes(model: Model, program: Program, mapping: LaneMapping) -> Cal
     return run
 
 
-def _make_advance(model: Model, program: Program) -> Callable[..., LaneState]:
-    train_step = make_train_step(model, program)
-
-    def advance(state: LaneState, setting: Setting, indices: jax.Array, data: DeviceData) -> LaneState:
+def _make_advance(train_step: Callable[..., Any]) -> Callable[..., LaneState]:
+    def advance(state: LaneState, setting: Setting, examples: Examples, data: DeviceData) -> LaneState:
         """One update of one lane. If its loss is not finite the lane dies, and the update is not counted."""
-        images = data.normalise(data.train_images[indices])
-        if program.augment:
-            first = 0 if program.axis_name is None else lax.axis_index(program.axis_name) * len(indices)
-            positions = state.train.step * program.batch_size + first + jnp.arange(len(indices))
-            images = crop_and_flip(images, setting.seed, positions // len(data.train_labels), indices)
-        train, metrics = train_step(state.train, setting, Batch(images, data.train_labels[indices]))
+        images = data.normalise(examples.images)
+        if examples.crops is not None:
+            images = jnp.where(inside(examples.crops, *images.shape[1:3]), images, 0.0)
+        train, metrics = train_step(state.train, setting, Batch(images, examples.labels))
         finite = jnp.isfinite(metrics.loss)
         train = train._replace(step=jnp.where(finite, train.step, state.train.step))
         return LaneState(train, state.loss_sum + metrics.loss, state.correct + metrics.correct, finite)
 
     return advance
+
+
+def _take(program: Program, seed: jax.Array, step: jax.Array, indices: jax.Array, data: DeviceData) -> Examples:
+    """Takes the examples of update `step` from the dataset."""
+    images, labels = data.train_images[indices], data.train_labels[indices]
+    if not program.augment:
+        return Examples(images, labels, None)
+    first = 0 if program.axis_name is None else lax.axis_index(program.axis_name) * len(indices)
+    positions = step * program.batch_size + first + jnp.arange(len(indices))
+    crops = draw_crops(seed, positions // len(data.train_labels), indices)
+    return Examples(crop_and_flip(images, crops), labels, crops)
 
 
 def _report(state: LaneState, segment: Segment, tested: Tested) -> tuple[LaneState, Report]:

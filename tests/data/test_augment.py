@@ -7,13 +7,21 @@ import pytest
 import tiny
 
 from smallbatch_jax.config.experiment import from_config
-from smallbatch_jax.data.augment import crop_and_flip
+from smallbatch_jax.data.augment import crop_and_flip, draw_crops, inside
 from smallbatch_jax.runner import grid as driver
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results
 
-IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8, 10, 3)), jnp.float32)
-augment = jax.jit(crop_and_flip)
+# Multiples of 1/256, so that adding 7 to them rounds nothing.
+IMAGES = jnp.asarray(np.random.default_rng(0).integers(-500, 500, (6, 8, 10, 3)) / 256, jnp.float32)
+
+
+@jax.jit
+def augment(images, seed, epochs, examples):
+    """Normalised images, cropped as training crops them: as they are stored, and the padding set to zero afterwards."""
+    crops = draw_crops(seed, epochs, examples)
+    stored = images + 7  # a padded pixel that is not set to zero shows
+    return jnp.where(inside(crops, *images.shape[1:3]), crop_and_flip(stored, crops) - 7, 0)
 
 
 def test_every_result_is_one_of_the_162_crops_and_flips_and_all_of_them_come_up():

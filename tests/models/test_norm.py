@@ -32,8 +32,9 @@ def norm_variables(scale, bias, mean=None, var=None):
     return {"params": {"scale": scale, "bias": bias}, "batch_stats": {"mean": mean, "var": var}}
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("shape", [(6, 4, 3, 5), (6, 5), (2, 5)])
-def test_norm_over_the_whole_batch_is_that_of_flax(shape):
+def test_norm_over_the_whole_batch_is_that_of_flax(shape, platform):
     """b = N: output and gradients of image, scale and bias equal flax.linen.BatchNorm's, two-pass variance."""
     flax_norm = nn.BatchNorm(use_running_average=False, epsilon=1e-5, use_fast_variance=False)
 
@@ -42,7 +43,10 @@ def test_norm_over_the_whole_batch_is_that_of_flax(shape):
 
     x, scale, bias = normal(*shape), normal(5, seed=1), normal(5, seed=2)
     assert_all_close(
-        with_gradients(batch_norm(shape[0]), x, scale, bias), with_gradients(theirs, x, scale, bias), rtol=1e-4, atol=1e-4
+        with_gradients(batch_norm(shape[0], platform=platform), x, scale, bias),
+        with_gradients(theirs, x, scale, bias),
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 

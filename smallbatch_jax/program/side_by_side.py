@@ -1,0 +1,97 @@
+"""What makes lanes that train side by side a good program for a GPU: their gradient, and few arrays to update."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from smallbatch_jax.program.train import Model, PyTree, TrainState
+
+
+def summed_value_and_grad(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """`jax.value_and_grad` for a function that is vmapped over lanes: differentiates the sum of the lanes' losses.
+
+    The gradients are the same, but outside the vmap the gradient of a convolution keeps the kernel's own window, for which
+    GPUs have a routine (`batch_group_count`). Inside it becomes a convolution with a window as large as the image.
+    """
+
+    @custom_vmap
+    def function(*arguments: Any) -> Any:
+        return jax.value_and_grad(loss_fn, has_aux=has_aux)(*arguments)
+
+    @function.def_vmap
+    def side_by_side(lanes: int, batched: Any, params: PyTree, *others: Any) -> Any:
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, tuple(batched[1:]))
+
+        def total(params: PyTree) -> tuple[jax.Array, Any]:
+            outputs = jax.vmap(loss_fn, (0, *axes), axis_size=lanes)(params, *others)
+            return (outputs[0] if has_aux else outputs).sum(), outputs
+
+        grads, outputs = jax.grad(total, has_aux=True)(params)
+        return (outputs, grads), jax.tree.map(lambda _: True, (outputs, grads))
+
+    return function
+
+
+class Packing(NamedTuple):
+    """How a tree of arrays is packed: all vectors of a dtype in one array, which a GPU updates in one kernel.
+
+    Kernels of convolutions and dense layers keep arrays of their own: a slice of a longer one would be copied at each use.
+    """
+
+    structure: Any
+    shapes: tuple[tuple[int, ...], ...]
+    groups: tuple[str, ...]  # for each leaf the dtype of its vector, or its own name
+
+    @classmethod
+    def of(cls, tree: PyTree) -> "Packing":
+        leaves, structure = jax.tree.flatten(tree)
+        groups = (str(leaf.dtype) if leaf.ndim <= 1 else f"leaf {i}" for i, leaf in enumerate(leaves))
+        return cls(structure, tuple(leaf.shape for leaf in leaves), tuple(groups))
+
+    def pack(self, tree: PyTree) -> dict[str, jax.Array]:
+        leaves = jax.tree.leaves(tree)
+        return {
+            name: jnp.concatenate([leaf.ravel() for leaf, group in zip(leaves, self.groups, strict=True) if group == name])
+            if self.groups.count(name) > 1
+            else leaves[self.groups.index(name)]
+            for name in dict.fromkeys(self.groups)
+        }
+
+    def unpack(self, packed: dict[str, jax.Array]) -> PyTree:
+        parts = {}
+        for name, array in packed.items():
+            shapes = [shape for shape, group in zip(self.shapes, self.groups, strict=True) if group == name]
+            parts[name] = iter([array] if len(shapes) == 1 else lax.split(array, [math.prod(shape) for shape in shapes]))
+        leaves = [next(parts[group]).reshape(shape) for group, shape in zip(self.groups, self.shapes, strict=True)]
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+class PackedModel(NamedTuple):
+    """A model whose parameters and running averages are packed."""
+
+    model: Model
+    params: Packing
+    batch_stats: Packing
+
+    @classmethod
+    def of(cls, model: Model, states: TrainState) -> "PackedModel":
+        """Packs as the states of lanes, stacked, demand."""
+        lane = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), states)
+        return cls(model, Packing.of(lane.params), Packing.of(lane.batch_stats))
+
+    def pack(self, state: TrainState) -> TrainState:
+        return state._replace(params=self.params.pack(state.params), batch_stats=self.batch_stats.pack(state.batch_stats))
+
+    def unpack(self, state: TrainState) -> TrainState:
+        return state._replace(params=self.params.unpack(state.params), batch_stats=self.batch_stats.unpack(state.batch_stats))
+
+    def apply(self, variables: dict[str, Any], images: jax.Array, **options: Any) -> Any:
+        """`model.apply` in training, with "batch_stats" mutable."""
+        unpacked = {name: getattr(self, name).unpack(value) for name, value in variables.items()}
+        logits, updated = self.model.apply(unpacked, images, **options)
+        return logits, {name: self.batch_stats.pack(value) for name, value in updated.items()}

@@ -1,0 +1,108 @@
+"""The program of lanes side by side, which GPUs and TPUs get: what it computes, and what it is made of."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from smallbatch_jax.data import Dataset, order
+from smallbatch_jax.models import create_model
+from smallbatch_jax.program import device_data, lanes
+from smallbatch_jax.program.side_by_side import Packing, summed_value_and_grad
+from smallbatch_jax.program.train import Program, Setting
+
+LANES, STEPS, BATCH_SIZE, EXAMPLES = 3, 4, 6, 24
+CONVOLUTIONS = 7  # of ResNet-8
+
+
+def one_device():
+    return lanes.lane_mesh(jax.devices()[:1])
+
+
+@functools.cache
+def data():
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (2 * EXAMPLES, 8, 8, 3), np.uint8), rng.integers(0, 10, 2 * EXAMPLES)
+    dataset = Dataset(images[:EXAMPLES], labels[:EXAMPLES], images[EXAMPLES:], labels[EXAMPLES:], 10)
+    return device_data.to_device(dataset, one_device())
+
+
+def arguments(platform, mapping, bn_batch_size=None, **options):
+    model = create_model("resnet8", 10, "batch", bn_batch_size, platform=platform)
+    program = Program(BATCH_SIZE, 2 * STEPS, augment=True, **options)
+    return model, program, data(), one_device(), LANES, STEPS, "float32", mapping
+
+
+@functools.cache
+def lowered():
+    """The text of the program as it is given to XLA for a GPU."""
+    traced, _ = lanes.trace_lanes(*arguments("gpu", "vmap"))
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def train(platform, mapping, bn_batch_size=None, **options):
+    """The states after one segment and the reports; the last lane trains two steps fewer."""
+    args = arguments(platform, mapping, bn_batch_size, **options)
+    program = lanes.compile_lanes(*args)
+    init = lanes.initialiser(args[0], (8, 8, 3))
+    state = program.start(program.empty(), {lane: init(lane) for lane in range(LANES)})
+    indices = np.stack([order.batch_indices(lane, 0, STEPS, BATCH_SIZE, EXAMPLES) for lane in range(LANES)])
+    segment = lanes.Segment(indices, np.array([STEPS, STEPS, STEPS - 2], np.int32), np.ones(LANES, bool))
+    rates = np.array([2**-9, 2**-7, 2**-8], np.float32)
+    setting = Setting(rates, np.arange(LANES, dtype=np.int32), np.full(LANES, 1e-3, np.float32), np.zeros(LANES, np.float32))
+    return jax.tree.map(np.asarray, program.run(state, setting, segment))
+
+
+@pytest.mark.parametrize(
+    ("bn_batch_size", "options"), [(None, {}), pytest.param(2, {"micro_batch_size": 2}, marks=pytest.mark.slow)]
+)
+def test_side_by_side_for_a_gpu_trains_as_one_after_the_other_for_a_cpu(bn_batch_size, options):
+    """Crops, batch norm in one pass, the gradient of the sum, packed vectors and masks change rounding only."""
+    ours, theirs = train("gpu", "vmap", bn_batch_size, **options), train("cpu", "map", bn_batch_size, **options)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), ours, theirs)
+
+
+def test_a_step_contains_no_loop():
+    """One loop over the steps, one over the batches of the test set."""
+    assert lowered().count("stablehlo.while") == 2
+
+
+def test_weight_gradients_keep_the_window_of_their_kernel():
+    """A GPU has a routine for a gradient with batch groups; with feature groups its window is as large as the image."""
+    grouped = re.findall(r"stablehlo.convolution.*?batch_group_count = (\d+)", lowered(), re.DOTALL)
+    assert grouped.count(str(LANES)) == CONVOLUTIONS
+
+
+def test_the_host_is_not_called_and_every_state_is_donated():
+    text = lowered()
+    _, template = lanes.trace_lanes(*arguments("gpu", "vmap"))
+    assert "callback" not in text
+    assert text.count("jax.buffer_donor") + text.count("tf.aliasing_output") == len(jax.tree.leaves(template))
+
+
+def test_a_packed_tree_is_one_array_for_each_dtype_and_kernel_and_unpacks_to_itself():
+    tree = {
+        "a": jnp.arange(3.0),
+        "b": {"kernel": jnp.ones((2, 2)), "scale": jnp.float32(7)},
+        "count": jnp.int32(4),
+        "empty": {},
+    }
+    packing = Packing.of(tree)
+    packed = packing.pack(tree)
+    assert sorted(x.shape for x in packed.values()) == [(), (2, 2), (4,)]
+    found = packing.unpack(packed)
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    jax.tree.map(np.testing.assert_array_equal, found, tree)
+
+
+def test_the_gradient_of_the_sum_is_that_of_each_lane():
+    def loss(w, x, scale):
+        return jnp.sum(jnp.sin(w * x) * scale), {"x": x}
+
+    w, x = jnp.arange(6.0).reshape(3, 2), jnp.ones((3, 2)) * jnp.arange(1.0, 4)[:, None]
+    ours = jax.vmap(summed_value_and_grad(loss, has_aux=True), (0, 0, None))(w, x, 0.5)
+    theirs = jax.vmap(jax.value_and_grad(loss, has_aux=True), (0, 0, None))(w, x, 0.5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
