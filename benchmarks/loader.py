@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -34,10 +33,9 @@ from absl import flags
 
 from smallbatch_jax.config import experiment, extras
 from smallbatch_jax.config.experiment import InputError
-
-if TYPE_CHECKING:
-    from smallbatch_jax.data import Photographs
-    from smallbatch_jax.data.streaming.sample_index import SampleIndex
+from smallbatch_jax.data import Photographs
+from smallbatch_jax.data.streaming.prefetch import Prefetcher
+from smallbatch_jax.data.streaming.sample_index import SampleIndex
 
 CONFIG = command.define_config_flag()
 SECONDS = flags.DEFINE_float("seconds", 3.0, "Seconds of each way in each round.", lower_bound=0.1)
@@ -55,7 +53,7 @@ SETTLE_SECONDS = 1.5  # until the processes of the previous way have filled thei
 class TorchvisionWay:
     """Item k is the image at position k of the training stream, read as torchvision's examples do: PIL crops and mirrors."""
 
-    def __init__(self, index: "SampleIndex", photographs: "Photographs"):
+    def __init__(self, index: SampleIndex, photographs: Photographs):
         self._index, self._photographs = index, photographs
 
     def __len__(self) -> int:
@@ -74,7 +72,7 @@ class TorchvisionWay:
         return np.array(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image), label
 
 
-def bare_rate(index: "SampleIndex", worker: int, seconds: float) -> float:
+def bare_rate(index: SampleIndex, worker: int, seconds: float) -> float:
     """Decodes and crops in one process and drops the images; returns images/s."""
     import cv2
 
@@ -92,12 +90,8 @@ def main() -> int:
     if PEER.value:
         extras.require("peer", "--peer")
     source = experiment.from_config(command.given_config(CONFIG)).dataset
-    from smallbatch_jax import data
-    from smallbatch_jax.data.streaming.prefetch import Prefetcher
-    from smallbatch_jax.data.streaming.sample_index import SampleIndex
-
     photographs = command.load_data(source, RANDOM.value)
-    if not isinstance(photographs, data.Photographs):
+    if not isinstance(photographs, Photographs):
         raise InputError(f"dataset.image_size: got None, so {source.name} is not streamed; use a size in pixels.")
     workers = source.workers or len(os.sched_getaffinity(0))
     index = SampleIndex(photographs, (0,), source)
