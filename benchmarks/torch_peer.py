@@ -27,25 +27,15 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 @dataclass(frozen=True)
 class Step:
-    """A training step.
+    """A training step."""
 
-    Attributes:
-      model: "alexnet" or "resnetD" of D = 6n+2 layers.
-      norm: "none" or "batch", over the whole batch.
-      num_classes: logits per image.
-      image_shape: H, W, C.
-      batch_size: m, images per update.
-      augment: whether each image is padded by 4 pixels, cropped at random and flipped at random.
-      weight_decay: λ of the penalty (λ/2)‖θ‖².
-    """
-
-    model: str
-    norm: str
+    model: str  # "alexnet" or "resnetD" of D = 6n+2 layers
+    norm: str  # "none" or "batch", over the whole batch
     num_classes: int
-    image_shape: Sequence[int]
-    batch_size: int
-    augment: bool
-    weight_decay: float
+    image_shape: Sequence[int]  # H, W, C
+    batch_size: int  # m, images per update
+    augment: bool  # whether each image is padded by 4 pixels, cropped at random and flipped at random
+    weight_decay: float  # λ of the penalty (λ/2)‖θ‖²
 
     def __post_init__(self) -> None:
         layers = re.fullmatch(r"resnet(\d+)", self.model)
