@@ -13,6 +13,7 @@ and the number of processes that an accelerator training --images_per_second ima
 """
 
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -77,13 +78,18 @@ def bare_rate(index: SampleIndex, worker: int, seconds: float) -> float:
     import cv2
 
     cv2.setNumThreads(0)
-    first = number = worker * 10_000
-    index[first]  # keeps the order of the epoch
-    began = time.perf_counter()
+    numbers = itertools.count(worker * 10_000)
+    index[next(numbers)]  # keeps the order of the epoch
+    return _rate(lambda: index[next(numbers)], 1, seconds)
+
+
+def _rate(receive: Callable[[], object], images: int, seconds: float) -> float:
+    """Receives some images at a time for some seconds; returns images/s."""
+    count, began = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - began) < seconds:
-        index[number]
-        number += 1
-    return (number - first) / elapsed
+        receive()
+        count += images
+    return count / elapsed
 
 
 def main() -> int:
@@ -116,20 +122,11 @@ def main() -> int:
             found["bare"].append(sum(pool.starmap(bare_rate, jobs, chunksize=1)))
             for name, receive in receivers.items():
                 time.sleep(SETTLE_SECONDS)
-                found[name].append(_rate(receive, SECONDS.value))
+                for _ in range(DRAINED):
+                    receive()
+                found[name].append(_rate(receive, BATCH, SECONDS.value))
     _report(found, workers)
     return 0
-
-
-def _rate(receive: Callable[[], object], seconds: float) -> float:
-    """Returns images/s, once images come no faster than they are made."""
-    for _ in range(DRAINED):
-        receive()
-    count, began = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - began) < seconds:
-        receive()
-        count += BATCH
-    return count / elapsed
 
 
 def _report(found: dict[str, list[float]], workers: int) -> None:
