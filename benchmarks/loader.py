@@ -13,6 +13,7 @@ and the number of processes that an accelerator training --images_per_second ima
 """
 
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -23,7 +24,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -34,10 +34,9 @@ from absl import flags
 
 from smallbatch_jax.config import experiment, extras
 from smallbatch_jax.config.experiment import InputError
-
-if TYPE_CHECKING:
-    from smallbatch_jax.data import Photographs
-    from smallbatch_jax.data.streaming.sample_index import SampleIndex
+from smallbatch_jax.data import Photographs
+from smallbatch_jax.data.streaming.prefetch import Prefetcher
+from smallbatch_jax.data.streaming.sample_index import SampleIndex
 
 CONFIG = command.define_config_flag()
 SECONDS = flags.DEFINE_float("seconds", 3.0, "Seconds of each way in each round.", lower_bound=0.1)
@@ -55,7 +54,7 @@ SETTLE_SECONDS = 1.5  # until the processes of the previous way have filled thei
 class TorchvisionWay:
     """Item k is the image at position k of the training stream, read as torchvision's examples do: PIL crops and mirrors."""
 
-    def __init__(self, index: "SampleIndex", photographs: "Photographs"):
+    def __init__(self, index: SampleIndex, photographs: Photographs):
         self._index, self._photographs = index, photographs
 
     def __len__(self) -> int:
@@ -74,30 +73,31 @@ class TorchvisionWay:
         return np.array(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image), label
 
 
-def bare_rate(index: "SampleIndex", worker: int, seconds: float) -> float:
+def bare_rate(index: SampleIndex, worker: int, seconds: float) -> float:
     """Decodes and crops in one process and drops the images; returns images/s."""
     import cv2
 
     cv2.setNumThreads(0)
-    first = number = worker * 10_000
-    index[first]  # keeps the order of the epoch
-    began = time.perf_counter()
+    numbers = itertools.count(worker * 10_000)
+    index[next(numbers)]  # keeps the order of the epoch
+    return _rate(lambda: index[next(numbers)], 1, seconds)
+
+
+def _rate(receive: Callable[[], object], images: int, seconds: float) -> float:
+    """Receives some images at a time for some seconds; returns images/s."""
+    count, began = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - began) < seconds:
-        index[number]
-        number += 1
-    return (number - first) / elapsed
+        receive()
+        count += images
+    return count / elapsed
 
 
 def main() -> int:
     if PEER.value:
         extras.require("peer", "--peer")
     source = experiment.from_config(command.given_config(CONFIG)).dataset
-    from smallbatch_jax import data
-    from smallbatch_jax.data.streaming.prefetch import Prefetcher
-    from smallbatch_jax.data.streaming.sample_index import SampleIndex
-
     photographs = command.load_data(source, RANDOM.value)
-    if not isinstance(photographs, data.Photographs):
+    if not isinstance(photographs, Photographs):
         raise InputError(f"dataset.image_size: got None, so {source.name} is not streamed; use a size in pixels.")
     workers = source.workers or len(os.sched_getaffinity(0))
     index = SampleIndex(photographs, (0,), source)
@@ -122,20 +122,11 @@ def main() -> int:
             found["bare"].append(sum(pool.starmap(bare_rate, jobs, chunksize=1)))
             for name, receive in receivers.items():
                 time.sleep(SETTLE_SECONDS)
-                found[name].append(_rate(receive, SECONDS.value))
+                for _ in range(DRAINED):
+                    receive()
+                found[name].append(_rate(receive, BATCH, SECONDS.value))
     _report(found, workers)
     return 0
-
-
-def _rate(receive: Callable[[], object], seconds: float) -> float:
-    """Returns images/s, once images come no faster than they are made."""
-    for _ in range(DRAINED):
-        receive()
-    count, began = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - began) < seconds:
-        receive()
-        count += BATCH
-    return count / elapsed
 
 
 def _report(found: dict[str, list[float]], workers: int) -> None:

@@ -3,16 +3,18 @@
 Only worker processes import PyTorch.
 """
 
+import ctypes
 import multiprocessing
 import os
 import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from smallbatch_jax.config.experiment import InputError
@@ -20,29 +22,20 @@ from smallbatch_jax.config.experiment import InputError
 EXAMPLES = 4096  # random images, kept on the device
 PAD = 4  # pixels, of the augmentation (§3.1)
 LEARNING_RATE = 0.01  # has no influence on the speed
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @dataclass(frozen=True)
 class Step:
-    """A training step.
+    """A training step."""
 
-    Attributes:
-      model: "alexnet" or "resnetD" of D = 6n+2 layers.
-      norm: "none" or "batch", over the whole batch.
-      num_classes: logits per image.
-      image_shape: H, W, C.
-      batch_size: m, images per update.
-      augment: whether each image is padded by 4 pixels, cropped at random and flipped at random.
-      weight_decay: λ of the penalty (λ/2)‖θ‖².
-    """
-
-    model: str
-    norm: str
+    model: str  # "alexnet" or "resnetD" of D = 6n+2 layers
+    norm: str  # "none" or "batch", over the whole batch
     num_classes: int
-    image_shape: Sequence[int]
-    batch_size: int
-    augment: bool
-    weight_decay: float
+    image_shape: Sequence[int]  # H, W, C
+    batch_size: int  # m, images per update
+    augment: bool  # whether each image is padded by 4 pixels, cropped at random and flipped at random
+    weight_decay: float  # λ of the penalty (λ/2)‖θ‖²
 
     def __post_init__(self) -> None:
         layers = re.fullmatch(r"resnet(\d+)", self.model)
@@ -75,87 +68,61 @@ def peer(step: Step, accelerator: bool) -> Iterator[Callable[[float], dict[str, 
     Raises:
       InputError: if a worker fails.
     """
+    spawn = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
-        workers: dict[str, list[Connection]] = {}
-        for way, setups in _ways(accelerator).items():
-            workers[way] = [stack.enter_context(_worker(step, setup)) for setup in setups]
-            for worker in workers[way]:
-                _answer(worker)  # it is warm; the next way starts on a quiet machine
-
-        def measure(seconds: float) -> dict[str, float]:
-            speeds = {}
-            for way, members in workers.items():
-                for worker in members:
-                    with suppress(BrokenPipeError):  # said when it is asked for its answer
-                        worker.send(seconds)
-                speeds[way] = sum(map(_answer, members))
-            return speeds
-
-        yield measure
+        workers: dict[str, list[ProcessPoolExecutor]] = {}
+        for way, (processes, setup) in _ways(accelerator).items():
+            pools = [ProcessPoolExecutor(1, spawn, _end_with_parent) for _ in range(processes)]
+            workers[way] = [stack.enter_context(pool) for pool in pools]
+            _ask(workers[way], _warm_up, step, setup)  # the next way starts on a quiet machine
+        yield lambda seconds: {way: sum(_ask(members, _rate, seconds)) for way, members in workers.items()}
 
 
-def _ways(accelerator: bool) -> dict[str, list[Setup]]:
-    """The workers of each way, by the way's name."""
+def _ways(accelerator: bool) -> dict[str, tuple[int, Setup]]:
+    """The number of workers of each way and their setup, by the way's name."""
     cores = len(os.sched_getaffinity(0))
     if accelerator:
-        return {"eager": [Setup(cores, "cuda")], "CUDA graphs": [Setup(cores, "cuda", graphs=True)]}
-    return {_counted(1, cores): [Setup(cores)], _counted(cores, 1): [Setup(1)] * cores}
+        return {"eager": (1, Setup(cores, "cuda")), "CUDA graphs": (1, Setup(cores, "cuda", graphs=True))}
+    return {_counted(1, cores): (1, Setup(cores)), _counted(cores, 1): (cores, Setup(1))}
 
 
 def _counted(processes: int, threads: int) -> str:
     return f"{processes} process{'es' * (processes > 1)} x {threads} thread{'s' * (threads > 1)}"
 
 
-@contextmanager
-def _worker(step: Step, setup: Setup) -> Iterator[Connection]:
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=_serve, args=(theirs, step, setup), daemon=True)
-    process.start()
-    theirs.close()
+def _ask(workers: Sequence[ProcessPoolExecutor], function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Calls a function in all workers at once."""
     try:
-        yield ours
-    finally:
-        process.kill()
-        process.join()
-
-
-def _answer(worker: Connection) -> float:
-    try:
-        answer = worker.recv()
-    except (EOFError, ConnectionError):
-        answer = "it was killed"
-    if isinstance(answer, str):
-        raise InputError(f"--peer: a PyTorch process ended: {answer}")
-    return answer
-
-
-def _serve(parent: Connection, step: Step, setup: Setup) -> None:
-    """Says when it is warm; then trains for each number of seconds that it receives, and sends the images per second."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ends with its parent
-    try:
-        train, synchronise = make_step(step, setup)
-        steps_at_once = 1 if setup.device == "cpu" else 16  # the GPU is waited for after so many
-        for _ in range(3):
-            train()
-        synchronise()
-        parent.send(0.0)
-        while True:
-            seconds, steps, began, elapsed = parent.recv(), 0, time.perf_counter(), 0.0
-            while elapsed < seconds:
-                for _ in range(steps_at_once):
-                    train()
-                synchronise()
-                steps, elapsed = steps + steps_at_once, time.perf_counter() - began
-            parent.send(steps * step.batch_size / elapsed)
-    except (EOFError, ConnectionError):  # the parent has ended
-        pass
+        return [future.result() for future in [worker.submit(function, *args) for worker in workers]]
+    except BrokenProcessPool:
+        raise InputError("--peer: a PyTorch process ended: it was killed") from None
     except Exception as error:
-        parent.send(f"{type(error).__name__}: {error}")
+        raise InputError(f"--peer: a PyTorch process ended: {type(error).__name__}: {error}") from None
 
 
-def make_step(step: Step, setup: Setup) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Returns a function that takes one SGD step on a random batch, and one that waits for the device."""
+def _end_with_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _warm_up(step: Step, setup: Setup) -> None:
+    """Makes the step that this worker trains."""
+    global _train
+    _train = make_step(step, setup)
+    for _ in range(3):
+        _train()
+
+
+def _rate(seconds: float) -> float:
+    """Trains for some seconds; returns the images per second."""
+    images, began = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - began) < seconds:
+        images += _train()
+    return images / elapsed
+
+
+def make_step(step: Step, setup: Setup) -> Callable[[], int]:
+    """Returns a function that trains on random batches, waits for the device and returns the number of images."""
     import torch  # pyright: ignore[reportMissingImports]
 
     device = setup.device
@@ -179,18 +146,23 @@ def make_step(step: Step, setup: Setup) -> tuple[Callable[[], None], Callable[[]
     if setup.graphs:
         batch_loss = torch.compile(batch_loss, mode="reduce-overhead")
 
-    def train() -> None:
-        chosen = torch.randint(0, len(labels), (step.batch_size,), device=device)
-        if step.augment:
-            top, left = torch.randint(0, 2 * PAD + 1, (2, step.batch_size), device=device)
-            batch = windows[chosen, top, left]
-        else:
-            batch = images[chosen]
-        optimizer.zero_grad(set_to_none=True)
-        batch_loss(batch, labels[chosen]).backward()
-        optimizer.step()
+    def train() -> int:
+        steps = 1 if device == "cpu" else 16  # the GPU is waited for after so many
+        for _ in range(steps):
+            chosen = torch.randint(0, len(labels), (step.batch_size,), device=device)
+            if step.augment:
+                top, left = torch.randint(0, 2 * PAD + 1, (2, step.batch_size), device=device)
+                batch = windows[chosen, top, left]
+            else:
+                batch = images[chosen]
+            optimizer.zero_grad(set_to_none=True)
+            batch_loss(batch, labels[chosen]).backward()
+            optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return steps * step.batch_size
 
-    return train, torch.cuda.synchronize if device == "cuda" else lambda: None
+    return train
 
 
 def _crops(torch: Any, images: Any, mean: Any) -> Any:
@@ -199,9 +171,7 @@ def _crops(torch: Any, images: Any, mean: Any) -> Any:
     padded = mean.round().to(torch.uint8).reshape(channels).repeat(n, height + 2 * PAD, width + 2 * PAD, 1)
     padded[:, PAD:-PAD, PAD:-PAD] = images
     padded = torch.cat([padded, padded.flip(2)])
-    image, row, column, channel = padded.stride()
-    offsets = 2 * PAD + 1
-    return padded.as_strided((2 * n, offsets, offsets, height, width, channels), (image, row, column, row, column, channel))
+    return padded.unfold(1, height, 1).unfold(2, width, 1).permute(0, 1, 2, 4, 5, 3)
 
 
 def build_model(model: str, norm: str, num_classes: int, image_shape: Sequence[int]) -> Any:

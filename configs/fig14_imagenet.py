@@ -3,8 +3,8 @@
 Run:    python experiments/sweep.py --config=configs/fig14_imagenet.py --workdir=runs/fig14
         after configs/fig12_resnet50.py into runs/fig12, of which the rows m = 16 … 128 are needed
         Each row is optional, as in Fig. 12: --config.grid.batch_sizes="(16,256)"; and so is --config.precision=bfloat16.
-Expect: 54 runs of 90 epochs; the paper: best at a BN batch size of 16 … 64 for every m, worse as m grows (§3.6);
-        not yet run here in full
+Expect: 54 runs of 90 epochs, not yet run in full;
+        the paper: best at a BN batch size of 16 … 64 for every m, worse as m grows (§3.6)
 """
 
 from smallbatch_jax.config.protocol import imagenet_config

@@ -2,8 +2,8 @@
 
 Run:    python experiments/figures.py --config=configs/fig15_best.py --out=runs/fig15
         after the configs of the figures named below; what is not there yet is left out and named
-Expect: a drawing, no runs of its own; the paper: always best at m = 32 or smaller, without BN best at m = 2 (§4);
-        not yet run here in full
+Expect: a drawing, no runs of its own, not yet of full runs;
+        the paper: always best at m = 32 or smaller, without BN best at m = 2 (§4)
 """
 
 from smallbatch_jax.config.experiment import default_config

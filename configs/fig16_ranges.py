@@ -2,8 +2,7 @@
 
 Run:    python experiments/figures.py --config=configs/fig16_ranges.py --out=runs/fig16
         after the configs of the figures named below; what is not there yet is left out and named
-Expect: a drawing, no runs of its own; the paper: the range narrows as the batch grows (§4);
-        not yet run here in full
+Expect: a drawing, no runs of its own, not yet of full runs; the paper: the range narrows as the batch grows (§4)
 """
 
 from smallbatch_jax.config.experiment import default_config

@@ -1,97 +1,118 @@
-"""Reads a command line before absl does: expands flagfiles and takes out the overrides of the config.
+"""The command line: flags that are read by this package's checks, the fields of a config among them, and flagfiles.
 
-ml_collections reads overrides too, but it refuses None, concatenates tuples that are given twice, and needs "=".
+absl reads flagfiles too, but takes no spaces and quotes there.
 """
 
-import os
 import re
-from collections import deque
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from smallbatch_jax.config.fields import InputError, expanded_path
-from smallbatch_jax.config.overrides import BOOLEANS, require_field, unquoted
+from absl import flags
+
+from smallbatch_jax.config import fields, overrides
+from smallbatch_jax.config.fields import InputError
+
+flags.disclaim_key_flags()  # the flags defined here belong to the command that asks for them
+
+FLAGFILE_LINE = re.compile(r"--?([^=\s]+)(?:\s*=\s*|\s+)(.+)")  # --name=value, or --name value
+
+
+class _Parser(flags.ArgumentParser):
+    """Reads a flag's text by any function."""
+
+    def __init__(self, read: Callable[[str], Any]):
+        self._read = read
+
+    def parse(self, argument: str) -> Any:
+        return self._read(argument)
+
+
+def define_config_flag() -> Any:
+    """Defines --config, an ml_collections file, with --config.FIELD=VALUE to override its fields."""
+    for path, field in overrides.FIELDS.items():
+        reader, switch = _Parser(partial(overrides.read, field)), field.type is bool
+        flag = flags.Flag(reader, flags.ArgumentSerializer(), f"config.{path}", None, None, boolean=switch)
+        flags.DEFINE_flag(flag, flags.FLAGS, __name__)  # of this module, so that --help does not list each
+    reader = _Parser(partial(fields.expanded_path, "--config"))
+    return flags.DEFINE(reader, "config", None, "Config file; --config.FIELD=VALUE overrides a field.", flags.FLAGS)
+
+
+def DEFINE_path(name: str, described: str) -> Any:
+    """Defines a flag for one path."""
+    return flags.DEFINE(_Parser(partial(fields.expanded_path, f"--{name}")), name, None, described)
+
+
+def DEFINE_paths(name: str, described: str) -> Any:
+    """Defines a flag for paths, which may be repeated."""
+    reader = _Parser(partial(fields.expanded_path, f"--{name}"))
+    return flags.DEFINE_multi(reader, flags.ArgumentSerializer(), name, None, described)
+
+
+def DEFINE_numbers(name: str, default: str | None, described: str) -> Any:
+    """Defines a flag for a comma-separated list of different whole numbers from 1 on."""
+
+    def read(text: str) -> tuple[int, ...]:
+        values = [int(part) if part.strip().isdecimal() else part for part in text.split(",")]
+        return fields.distinct(fields.integer(1))(f"--{name}", values)
+
+    return flags.DEFINE(_Parser(read), name, default, described)
+
+
+def given(flag: Any, example: str) -> Any:
+    """Returns the value of a flag that must be given."""
+    if flag.value is None or flag.value == "":
+        raise InputError(f"--{flag.name}: not given; for example --{flag.name}={example}")
+    return flag.value
+
+
+def given_fields() -> dict[str, Any]:
+    """Returns the values of --config.FIELD=VALUE, the last of each field."""
+    return {path: flag.value for path in overrides.FIELDS if (flag := flags.FLAGS[f"config.{path}"]).present}
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Parses flags as absl does, but --help exits with status 0 and a mistake is an InputError."""
+    if any(arg in ("--help", "-h", "-help", "--helpfull", "--helpshort") for arg in argv[1:]):
+        print(f"{sys.modules['__main__'].__doc__}\nflags:\n{flags.FLAGS.main_module_help()}")
+        sys.exit(0)
+    try:
+        rest = flags.FLAGS([argv[0], *expanded(argv[1:])])
+    except (flags.Error, ValueError) as error:
+        ours = error.__context__ if isinstance(error.__context__, InputError) else error  # without absl's own words before it
+        raise InputError(fields.cut(str(ours), 1000)) from None
+    if "config" in flags.FLAGS and flags.FLAGS["config"].value is None and (changed := given_fields()):
+        raise InputError(f"--config: not given, of which --config.{next(iter(changed))} is a field")
+    return rest
 
 
 def expanded(args: Iterable[str], within: tuple[str, ...] = ()) -> list[str]:
     """Returns the arguments with each --flagfile replaced by its lines, as --name=value, without comments and quotes."""
     found, waiting = [], iter(args)
     for arg in waiting:
+        name, equals, value = arg.partition("=")
         if arg == "--":
             return [*found, arg, *waiting]
-        name, value = _name_and_value(arg)
-        if name == "flagfile":
-            found += _read_flagfile(next(waiting, "") if value is None else value, within)
+        if name in ("--flagfile", "-flagfile"):
+            found += _read_flagfile(value if equals else next(waiting, ""), within)
+        elif found and arg.lower() in overrides.BOOLEANS and re.fullmatch(r"--?config\.[^=]+", found[-1]):
+            found[-1] += f"={arg}"  # absl takes no value of a switch after a space
         else:
             found.append(arg)
     return found
 
 
 def _read_flagfile(given: str, within: tuple[str, ...]) -> list[str]:
-    if not given:
-        raise InputError("--flagfile: empty; give the path of a file of arguments")
-    path = expanded_path("--flagfile", given)
+    path = fields.expanded_path("--flagfile", given)
     if path in within:
         raise InputError(f"--flagfile={path}: names itself")
     try:
         lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
         raise InputError(f"--flagfile={path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    read = [(line, *_name_and_value(line)) for line in lines if line and not line.startswith(("#", "//"))]
-    return expanded([line if value is None else f"--{name}={unquoted(value)}" for line, name, value in read], (*within, path))
-
-
-def _name_and_value(arg: str) -> tuple[str, str | None]:
-    """Splits "--name=value" or a flagfile's line "--name value"; the name is empty for anything else."""
-    match = re.fullmatch(r"--?([^= \t]+)(?:(?:[ \t]*=[ \t]*|[ \t]+)(.*))?", arg, re.DOTALL)
-    return (match[1], match[2]) if match else ("", None)
-
-
-def without_overrides(args: Iterable[str]) -> tuple[list[str], dict[str, str]]:
-    """Takes --config.FIELD=VALUE out of the arguments; returns the others and the last text of each field.
-
-    Raises:
-      InputError: if a field does not exist or has no value, or the config file does not exist.
-    """
-    others, overrides, waiting, file = [], {}, deque(args), None
-    while waiting and waiting[0] != "--":
-        arg = waiting.popleft()
-        name, value = _name_and_value(arg)
-        if override := re.fullmatch(r"(no)?config\.(.*)", name, re.DOTALL):
-            negated, path = override.groups()
-            overrides[path] = _text(arg, path, value, bool(negated), waiting)
-        elif name == "config":
-            file = value if value is not None else waiting.popleft() if waiting else ""
-        else:
-            others.append(arg)
-    if file is not None:
-        return [_existing_config(file), *others, *waiting], overrides
-    if overrides:
-        raise InputError(f"--config: not given, of which --config.{next(iter(overrides))} is a field")
-    return [*others, *waiting], {}
-
-
-def _text(arg: str, path: str, value: str | None, negated: bool, waiting: deque[str]) -> str:
-    """Returns the text of an override: after "=", the next argument, or whether a boolean field is negated."""
-    field = require_field(path)
-    if value is not None:
-        if negated:
-            raise InputError(f"{arg}: takes no value; use --config.{path}=False")
-        return value
-    if negated and field.type is not bool:
-        raise InputError(f"{arg}: no such flag; {field.name} is not True or False")
-    if field.type is bool and (negated or not waiting or waiting[0].lower() not in BOOLEANS):
-        return str(not negated)
-    if not waiting or waiting[0].startswith("--"):
-        raise InputError(f"{arg}: has no value; for example {arg}={field.default}")
-    return waiting.popleft()
-
-
-def _existing_config(given: str) -> str:
-    path, colon, argument = given.partition(":")
-    if not path.strip():
-        raise InputError("--config: empty; for example --config=configs/quickstart.py")
-    path = expanded_path("--config", path)
-    if not Path(path).exists():
-        raise InputError(f"--config={path}: no such file in {os.getcwd()}; give its path from there, or its full path.")
-    return f"--config={path}{colon}{argument}"
+    lines = [line for line in lines if line and not line.startswith(("#", "//"))]
+    matches = [FLAGFILE_LINE.fullmatch(line) for line in lines]
+    args = [f"--{m[1]}={overrides.unquoted(m[2])}" if m else line for line, m in zip(lines, matches, strict=True)]
+    return expanded(args, (*within, path))

@@ -23,7 +23,7 @@ from smallbatch_jax.config.experiment import Experiment
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 CONFIG = command.define_config_flag()
-BATCH_SIZES = flags.DEFINE_list("batch_sizes", None, "Batch sizes; the config's if not given.")
+BATCH_SIZES = command.DEFINE_numbers("batch_sizes", None, "Batch sizes; the config's if not given.")
 SECONDS = flags.DEFINE_float("seconds", 2.0, "Seconds of one timing.", lower_bound=0.05)
 REPEATS = flags.DEFINE_integer("repeats", 5, "Timings of each kind, in turn; the median is printed.", lower_bound=1)
 PEER = flags.DEFINE_bool("peer", False, "Also time PyTorch, in turn with ours.")
@@ -63,8 +63,7 @@ def main() -> int:
 
 def _with_batch_sizes(chosen: Experiment) -> Experiment:
     """Returns the experiment with the batch sizes asked for, ordinary batch norm, and learning rates that change nothing."""
-    given = BATCH_SIZES.value or [str(m) for m in chosen.grid.batch_sizes]
-    sizes = command.whole_numbers("--batch_sizes", given)
+    sizes = BATCH_SIZES.value or chosen.grid.batch_sizes
     rates = tuple(2.0**-24 * (1 + i) for i in range(len(chosen.grid.base_lrs)))
     return dataclasses.replace(chosen, drawn_from=(), grid=experiment.Grid(batch_sizes=sizes, base_lrs=rates))
 

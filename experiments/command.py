@@ -1,4 +1,4 @@
-"""Start-up of every command: flags, config, JAX, signals; one line and exit status 2 for bad input."""
+"""Start-up of every command: config, JAX, signals; one line and exit status 2 for bad input."""
 
 import io
 import os
@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
-import arguments
-from absl import app, flags, logging
+from absl import app, logging
+from arguments import DEFINE_numbers, DEFINE_path, DEFINE_paths, define_config_flag, given, given_fields, parse
 from ml_collections import ConfigDict
 
 from smallbatch_jax.config import fields, overrides
@@ -22,64 +22,27 @@ from smallbatch_jax.config.experiment import Dataset, InputError
 from smallbatch_jax.runner import signals
 from smallbatch_jax.store.files import OUT_OF_SPACE, WriteError
 
+__all__ = ["DEFINE_numbers", "DEFINE_path", "DEFINE_paths", "define_config_flag", "given"]
+
 STARTED = time.monotonic()
-flags.disclaim_key_flags()  # the flags defined here belong to the command that asks for them
-
-_overrides: dict[str, str] = {}  # text of each --config.FIELD=VALUE of the command line
-
-
-def define_config_flag() -> Any:
-    """Defines --config, an ml_collections file, with --config.FIELD=VALUE to override its fields."""
-    return flags.DEFINE_string("config", None, "Config file; --config.FIELD=VALUE overrides a field.", flags.FLAGS)
-
-
-class _PathParser(flags.ArgumentParser):
-    """Expands ~ to the home folder."""
-
-    def __init__(self, name: str):
-        self._name = name
-
-    def parse(self, argument: str) -> str:
-        return fields.expanded_path(f"--{self._name}", argument)
-
-
-def DEFINE_path(name: str, described: str) -> Any:
-    """Defines a flag for one path."""
-    return flags.DEFINE(_PathParser(name), name, None, described)
-
-
-def DEFINE_paths(name: str, described: str) -> Any:
-    """Defines a flag for paths, which may be repeated."""
-    return flags.DEFINE_multi(_PathParser(name), flags.ArgumentSerializer(), name, None, described)
-
-
-def given(flag: Any, example: str) -> Any:
-    """Returns the value of a flag that must be given."""
-    if flag.value is None or flag.value == "":
-        raise InputError(f"--{flag.name}: not given; for example --{flag.name}={example}")
-    return flag.value
-
-
-def whole_numbers(name: str, given: Sequence[str]) -> tuple[int, ...]:
-    """Returns the values of a list flag, different whole numbers from 1 on."""
-    values = [int(text) if text.isdecimal() else text for text in given]
-    return fields.distinct(fields.integer(1), least=1)(name, values)
 
 
 def given_config(flag: Any) -> ConfigDict:
     """Returns the config of the file that --config names, overrides applied; its path may have ":ARGUMENT" for `get_config`."""
-    path, _, argument = given(flag, "configs/quickstart.py").partition(":")
-    return load_config(f"--config={path}", path, [argument] * bool(argument), _overrides)
+    path = given(flag, "configs/quickstart.py")
+    return load_config(f"--config={path}", path, given_fields())
 
 
-def load_config(flag: str, path: str, args: Sequence[str] = (), changes: Mapping[str, str] | None = None) -> ConfigDict:
-    """Runs `get_config(*args)` of a config file and overrides fields of the config; errors begin with `flag`.
+def load_config(flag: str, path: str, changes: Mapping[str, Any] | None = None) -> ConfigDict:
+    """Calls `get_config` of a config file and overrides fields of the config; errors begin with `flag`.
 
     Raises:
       InputError: if the file cannot be read or returns no config.
     """
+    path, colon, argument = path.partition(":")
     try:
-        config: Any = runpy.run_path(path)["get_config"](*args)
+        make: Any = runpy.run_path(path)["get_config"]
+        config = make(argument) if colon else make()
         if config is None:
             raise InputError(f"{flag}: get_config() returned None, accepts a ConfigDict")
         config = ConfigDict(config)
@@ -104,33 +67,34 @@ def run(main: Callable[[], int]) -> None:
     Otherwise one line on stderr says what went wrong: status 2 for bad input, 1 for a full disk, 128 + number for a signal.
     """
 
-    def guarded(argv: Sequence[str]) -> None:
+    def prepared(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # absl would show every library's INFO lines
         warnings.showwarning = _show_warning
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # whatever the locale can show
-                stream.reconfigure(errors="backslashreplace")
-        try:
-            for signum in signals.handled():
-                signal.signal(signum, _stop)
-            if len(argv) > 1:
-                raise InputError(f"{argv[1]!r}: unknown argument; every option starts with --")
-            status = main()
-            sys.stdout.flush()
-            sys.exit(status)
-        except InputError as error:
-            fail(str(error))
-        except WriteError as error:
-            leave(str(error), 1)
-        except BrokenPipeError:  # the reader of our output, `head` perhaps, has ended
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(128 + signal.SIGPIPE)
-        except OSError as error:
-            if error.errno not in OUT_OF_SPACE:
-                raise
-            leave(f"{error.filename or 'output'} cannot be written: {error.strerror}", 1)
+        for signum in signals.handled():
+            signal.signal(signum, _stop)
+        if len(argv) > 1:
+            raise InputError(f"{argv[1]!r}: unknown argument; every option starts with --")
+        status = main()
+        sys.stdout.flush()
+        sys.exit(status)
 
-    app.run(guarded, flags_parser=_parse)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whatever the locale can show
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app.run(prepared, flags_parser=parse)
+    except InputError as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(2)
+    except WriteError as error:
+        leave(str(error), 1)
+    except BrokenPipeError:  # the reader of our output, `head` perhaps, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno not in OUT_OF_SPACE:
+            raise
+        leave(f"{error.filename or 'output'} cannot be written: {error.strerror}", 1)
 
 
 def _stop(signum: int, frame: object) -> None:
@@ -142,12 +106,6 @@ def _stop(signum: int, frame: object) -> None:
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"warning: {_one_line(message)}", file=sys.stderr, flush=True)
-
-
-def fail(line: str) -> NoReturn:
-    """Prints one line on stderr and exits with status 2."""
-    print(line, file=sys.stderr, flush=True)
-    sys.exit(2)
 
 
 def leave(line: str, status: int) -> NoReturn:
@@ -200,22 +158,5 @@ def _require_xla_flags(given: str) -> None:
         raise InputError(f"XLA_FLAGS={given}: cannot be used: {reason}")
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    """Parses flags as absl does, but --help exits with status 0 and a mistake takes one line."""
-    if any(arg in ("--help", "-h", "-help", "--helpfull", "--helpshort") for arg in argv[1:]):
-        print(f"{sys.modules['__main__'].__doc__}\nflags:\n{flags.FLAGS.main_module_help()}")
-        sys.exit(0)
-    try:
-        args = arguments.expanded(argv[1:])
-        if "config" in flags.FLAGS:
-            args, changes = arguments.without_overrides(args)
-            _overrides.update(changes)
-        return flags.FLAGS([argv[0], *args])
-    except (InputError, flags.Error) as error:
-        ours = error.__context__ if isinstance(error.__context__, InputError) else error  # without absl's own words before it
-        fail(_one_line(ours))
-
-
-def _one_line(error: BaseException | str) -> str:
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= 1000 else line[:997] + "..."
+def _one_line(error: BaseException | Warning | str) -> str:
+    return fields.cut(" ".join(str(error).split()) or type(error).__name__, 1000)

@@ -27,7 +27,7 @@ CONFIG = command.define_config_flag()
 SECONDS = flags.DEFINE_float("probe_seconds", 2.0, "Seconds that each program is tried for; 0 measures nothing.", lower_bound=0)
 RANDOM = flags.DEFINE_bool("random_images", False, "Measure on random images of the right shape, without the data.")
 ELSEWHERE = command.DEFINE_path("elsewhere", "File with the JSON line of benchmark.py on another device.")
-THERE = flags.DEFINE_list("elsewhere_devices", ["1"], "Comma-separated numbers of such devices.")
+THERE = command.DEFINE_numbers("elsewhere_devices", "1", "Comma-separated numbers of such devices.")
 
 
 class Elsewhere:
@@ -35,8 +35,7 @@ class Elsewhere:
 
     def __init__(self, chosen: Experiment, path: str | None):
         """Reads the last line of a file, as benchmark.py prints it; without a path there are no columns."""
-        counts = command.whole_numbers("--elsewhere_devices", THERE.value)
-        self._counts = counts if path else ()
+        self._counts = THERE.value if path else ()
         self._totals = [0.0] * len(self._counts)
         if path:
             model = chosen.model.name, chosen.model.norm

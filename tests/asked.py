@@ -45,17 +45,11 @@ def from_command_line(*arguments, make=from_config):
         sys.path.pop(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flags, "FLAGS", flags.FlagValues())
-        patch.setattr(command, "_overrides", {})
-        said = []
-        patch.setattr(command, "fail", lambda line: (said.append(line), sys.exit(2)))
         config = command.define_config_flag()
         flags.DEFINE_string("other", None, "Any other flag.", flags.FLAGS)
         try:
-            rest = command._parse(["sweep.py", f"--config={ROOT}/configs/quickstart.py", *map(str, arguments)])
+            rest = command.parse(["sweep.py", f"--config={ROOT}/configs/quickstart.py", *map(str, arguments)])
             assert rest == ["sweep.py"], rest
             return make(command.given_config(config))
-        except SystemExit:
-            (line,) = said
-            return line
         except InputError as error:
             return str(error)

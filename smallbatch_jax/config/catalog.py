@@ -14,19 +14,12 @@ from smallbatch_jax.config.fields import InputError
 
 @dataclass(frozen=True)
 class NormEntry:
-    """A value of `model.norm`.
+    """A value of `model.norm`."""
 
-    Attributes:
-      title: name in the legends of figures, as the paper has it.
-      layer: "module:attribute" of the linen module; None for no normalisation.
-      batch_statistics: whether it normalises over BN groups. Then it has running averages, and no group may be cut.
-      after_dense: whether it also follows hidden dense layers, not convolutions alone.
-    """
-
-    title: str
-    layer: str | None
-    batch_statistics: bool = False
-    after_dense: bool = True
+    title: str  # in the legends of figures, as the paper has it
+    layer: str | None  # "module:attribute" of the linen module; None for no normalisation
+    batch_statistics: bool = False  # whether it normalises over BN groups, which may not be cut, and has running averages
+    after_dense: bool = True  # whether it also follows hidden dense layers, not convolutions alone
 
 
 NORMS = {
@@ -43,21 +36,13 @@ EVERYWHERE = tuple(name for name, norm in NORMS.items() if norm.after_dense)
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A value of `model.name`.
+    """A value of `model.name`."""
 
-    Attributes:
-      title: name in the legends of figures.
-      module: "module:attribute" of the linen module.
-      arguments: what the module takes beyond the arguments of `models.create_model`.
-      norms: names in NORMS that it accepts.
-      weight_decay: λ of the paper's experiments (§3.1).
-    """
-
-    title: str
-    module: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    norms: tuple[str, ...] = EVERYWHERE
-    weight_decay: float = 1e-4
+    title: str  # in the legends of figures
+    module: str  # "module:attribute" of the linen module
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the module, beyond those of `models.create_model`
+    norms: tuple[str, ...] = EVERYWHERE  # names in NORMS that it accepts
+    weight_decay: float = 1e-4  # λ of the paper's experiments (§3.1)
 
 
 MODELS = {

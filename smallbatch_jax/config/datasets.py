@@ -19,25 +19,14 @@ class DatasetSize:
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """A value of `dataset.name`.
+    """A value of `dataset.name`."""
 
-    Attributes:
-      title: name in figures.
-      loader: "module:attribute" of `data_dir -> data.Dataset`, for images that share one size and live in memory; None if they
-        do not fit.
-      stream: "module:attribute" of `(data_dir, image_size) -> data.Photographs`, for images that are streamed; None if they
-        never are.
-      size: None where only the files tell.
-      prepared: whether TensorFlow Datasets prepares it, under the same name (`experiments/prepare_data.py`).
-      test_metric: name of the test accuracy in figures, where its authors call it something else.
-    """
-
-    title: str
-    loader: str | None = None
-    stream: str | None = None
-    size: DatasetSize | None = None
-    prepared: bool = False
-    test_metric: str | None = None
+    title: str  # in figures
+    loader: str | None = None  # "module:attribute" of `data_dir -> data.Dataset`; None if the images do not fit in memory
+    stream: str | None = None  # "module:attribute" of `(data_dir, image_size) -> data.Photographs`; None if never streamed
+    size: DatasetSize | None = None  # None where only the files tell
+    prepared: bool = False  # whether TensorFlow Datasets prepares it, under the same name (`experiments/prepare_data.py`)
+    test_metric: str | None = None  # name of the test accuracy in figures, where its authors call it something else
 
 
 DATASETS = {

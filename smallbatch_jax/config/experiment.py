@@ -255,12 +255,12 @@ def from_config(config: ConfigDict | Mapping[str, Any]) -> Experiment:
     Raises:
       InputError: for the first field that cannot be used, with its value and what is accepted.
     """
-    return _parse(config).experiment()
+    return fields.parse(Config, config).experiment()
 
 
 def single_run(config: ConfigDict | Mapping[str, Any]) -> Experiment:
     """Returns the checked experiment of a config, its grid narrowed to the one run that the config's own fields choose."""
-    found = _parse(config)
+    found = fields.parse(Config, config)
     if found.batch_size is None or found.base_lr is None:
         missing = "batch_size" if found.batch_size is None else "base_lr"
         raise InputError(f"{missing}: not given; one run needs --config.batch_size and --config.base_lr.")
@@ -271,30 +271,6 @@ def single_run(config: ConfigDict | Mapping[str, Any]) -> Experiment:
     return found.experiment(
         grid=Grid((found.batch_size,), (found.base_lr,), bn_batch_sizes=bn_batch_sizes, seeds=(found.seed,))
     )
-
-
-def _parse(config: ConfigDict | Mapping[str, Any]) -> Config:
-    values = _nested(config)
-    if not isinstance(values, dict):
-        known = ", ".join(field.name for field in dataclasses.fields(Config))
-        raise InputError(f"config: got {fields.shown(config)}, accepts a ConfigDict or dict with the fields {known}.")
-    return fields.parse(Config, values)
-
-
-def _nested(config: Any, path: str = "", depth: int = 3) -> Any:
-    """Converts sections of a config to dicts, no deeper than its fields go: a config may contain itself."""
-    if not depth or not isinstance(config, (ConfigDict, Mapping)):
-        return config
-    values, reading = {}, path or "config"
-    try:
-        for name in config:
-            reading = f"{path}.{fields.label(name)}" if path else fields.label(name)
-            values[name] = _nested(config[name], reading, depth - 1)
-    except InputError:
-        raise
-    except Exception as error:  # a reference without a value; names that cannot be sorted
-        raise InputError(f"{reading}: cannot be read: {type(error).__name__}: {fields.cut(str(error))}") from None
-    return values
 
 
 def programs(runs: Iterable[Run]) -> dict[tuple[int, int], list[Run]]:

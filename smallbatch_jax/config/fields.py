@@ -9,11 +9,14 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any, TypeVar
 
+from ml_collections import ConfigDict
+
 T = TypeVar("T")
 Check = Callable[[str, Any], Any]
 
 FLOAT32_MAX = 3.4028234663852886e38
 FLOAT32_TINY = 1.1754943508222875e-38
+MAPPINGS = (Mapping, ConfigDict)
 MOST_VALUES = 100_000  # per field, so that checking takes no time
 MOST_CHARACTERS = 4096  # of a path on Linux
 
@@ -31,24 +34,38 @@ def config_field(default: Any, check: Check) -> Any:
     return dataclasses.field(default=default, metadata={"check": check})
 
 
-def parse(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
-    """Returns a dataclass of config fields and sections, from plain values checked in the order of its fields.
+def parse(kind: type[T], section: Any, name: str = "") -> T:
+    """Returns a dataclass of config fields and sections, from a mapping or ConfigDict, checked in the order of its fields.
 
     Raises:
-      InputError: for the first unknown field or refused value; `prefix` precedes the field's name.
+      InputError: for the first unknown field or refused value, by its dotted name; `name` is the section's.
     """
-    known = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
-    refuse_unknown(values, [field.name for field in known], prefix)
-    return kind(**{f.name: _checked(f, prefix + f.name, plain(values[f.name])) for f in known if f.name in values})
+    known = {field.name: field for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+    if not isinstance(section, MAPPINGS):
+        accepts = f"a section with the fields {', '.join(known)}"
+        raise InputError(f"{name or 'config'}: got {shown(section)}, accepts {accepts}.")
+    prefix = f"{name}." if name else ""
+    values = _entries(section, prefix)
+    refuse_unknown(values, known, prefix)
+    return kind(**{name: _checked(known[name], prefix + name, plain(values[name])) for name in known if name in values})
 
 
 def _checked(field: dataclasses.Field, name: str, value: Any) -> Any:
-    if not dataclasses.is_dataclass(field.default):
-        return value if value is None and field.default is None else field.metadata["check"](name, value)
-    if not isinstance(value, Mapping):
-        known = ", ".join(inner.name for inner in dataclasses.fields(field.default))
-        raise InputError(f"{name}: got {shown(value)}, accepts a section with the fields {known}.")
-    return parse(type(field.default), value, name + ".")
+    if dataclasses.is_dataclass(field.default):
+        return parse(type(field.default), value, name)
+    return value if value is None and field.default is None else field.metadata["check"](name, value)
+
+
+def _entries(section: Any, prefix: str) -> dict[Any, Any]:
+    """Returns the entries of a section; one may be a reference without a value, and names may not be sortable."""
+    entries, reading = {}, prefix.rstrip(".") or "config"
+    try:
+        for name in section:
+            reading = prefix + label(name)
+            entries[name] = section[name]
+    except Exception as error:
+        raise InputError(f"{reading}: cannot be read: {type(error).__name__}: {cut(str(error))}") from None
+    return entries
 
 
 def plain(value: Any) -> Any:
@@ -92,16 +109,16 @@ def shown(value: Any) -> str:
         return f"a value of type {type(value).__name__} that cannot be printed"
 
 
-def cut(text: str) -> str:
-    """The first 120 characters of a text."""
-    return text if len(text) <= 120 else text[:117] + "..."
+def cut(text: str, most: int = 120) -> str:
+    """The first characters of a text, with "..." for the rest."""
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def expanded_path(name: str, given: str | os.PathLike[str]) -> str:
     """Expands ~ and ~user to home folders; raises InputError for what cannot be a path."""
     path = os.path.expanduser(os.fsdecode(given))
     if not path.strip():
-        raise InputError(f"{name}: empty; for example {name}=runs/fig01")
+        raise InputError(f"{name}: empty; give a path.")
     if "\0" in path:
         raise InputError(f"{name}: got {shown(path)}, accepts a path.")
     if path.startswith("~"):
@@ -195,7 +212,7 @@ def by_batch_size(element: Check) -> Check:
     """Accepts pairs (batch size, value) or a mapping, each batch size once; returns a tuple of pairs."""
 
     def check(name: str, value: Any) -> tuple:
-        given = tuple(value.items()) if isinstance(value, Mapping) else value
+        given = tuple(_entries(value, f"{name}.").items()) if isinstance(value, MAPPINGS) else value
         pairs: list[Any] = [plain(pair) for pair in given] if isinstance(given, (tuple, list)) else [None]
         if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
             accepts = "accepts pairs of batch size and value such as ((2, 0.01), (8, 0.002))."

@@ -7,45 +7,36 @@ import ast
 import dataclasses
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from smallbatch_jax.config import fields
 from smallbatch_jax.config.experiment import Config
-from smallbatch_jax.config.fields import InputError
 
 YES, NO = ("true", "t", "yes", "y", "on", "1"), ("false", "f", "no", "n", "off", "0")
 BOOLEANS: dict[str, bool] = {**dict.fromkeys(YES, True), **dict.fromkeys(NO, False)}
 
 
-def require_field(path: str) -> dataclasses.Field:
-    """Returns the config field with this dotted name.
-
-    Raises:
-      InputError: if there is no such field.
-    """
-    section, prefix, field = Config, "", dataclasses.field()
-    for name in path.split("."):
-        if not dataclasses.is_dataclass(section):
-            raise InputError(f"{path}: unknown field; {prefix[:-1]} has no fields of its own.")
-        known = {field.name: field for field in dataclasses.fields(section)}
-        fields.refuse_unknown([name], known, prefix)
-        field, section, prefix = known[name], known[name].default, f"{prefix}{name}."
-    return field
+def _fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    for field in dataclasses.fields(kind):
+        yield prefix + field.name, field
+        if dataclasses.is_dataclass(field.default):
+            yield from _fields(field.default, f"{prefix}{field.name}.")
 
 
-def override(config: ConfigDict, texts: Mapping[str, str]) -> None:
-    """Sets fields of a config, given by dotted name, from texts; sections before their fields, which keep their values."""
-    for path in sorted(texts, key=lambda path: path.count(".")):
+FIELDS = dict(_fields(Config))  # of a config and of its sections, and the sections, by dotted name
+
+
+def override(config: ConfigDict, values: Mapping[str, Any]) -> None:
+    """Sets fields of a config, given by dotted name; sections before their fields, which keep their values."""
+    for path in sorted(values, key=lambda path: path.count(".")):
         section, _, name = path.rpartition(".")
-        value = read(require_field(path), texts[path])
         with config.unlocked(), config.ignore_type():
-            if section or isinstance(value, dict):
-                config.update({section: {name: value}} if section else {name: value})
+            if section or isinstance(values[path], dict):
+                config.update({section: {name: values[path]}} if section else {name: values[path]})
             else:
-                config[name] = value
+                config[name] = values[path]
 
 
 def read(field: dataclasses.Field, text: str) -> Any:

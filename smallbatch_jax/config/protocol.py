@@ -11,34 +11,16 @@ EPOCHS = {"cifar10": 82, "cifar100": 164, "imagenet2012": 90}
 LAST_EPOCHS = 5  # of a run, whose median test accuracy is reported
 
 
-def cifar_config(name: str, model: str, norm: str, dataset: str = "cifar10", augment: bool = False) -> Any:
-    """Returns the ConfigDict of a CIFAR figure: the full grid, 143 runs, reduced by 10 at 50 % and at 75 % of the training.
+def full_grid(name: str, model: str, norm: str, dataset: str = "cifar10", augment: bool = False) -> Any:
+    """Returns the ConfigDict of a figure: the full grid, 143 runs, reduced by 10 at 50 % and at 75 % of the training.
 
     Args:
       name: the figure, such as "fig08".
-      model: "alexnet", "resnet8", "resnet20" or "resnet32".
+      model: "alexnet", "resnet8", "resnet20", "resnet32" or "resnet50".
       norm: see `models.create_model`.
-      dataset: "cifar10", for 82 epochs, or "cifar100", for 164.
+      dataset: a name in EPOCHS, which gives the length of a run.
       augment: whether training images are padded by 4, cropped and flipped at random.
     """
-    return _full_grid(name, model, norm, dataset, augment)
-
-
-def imagenet_config(name: str) -> Any:
-    """Returns the ConfigDict of an ImageNet figure: ResNet-50 with batch norm on augmented 224 × 224 images, the full grid.
-
-    90 epochs, reduced by 10 after 30, 60 and 80 of them.
-
-    Args:
-      name: the figure, "fig12" or "fig14".
-    """
-    config = _full_grid(name, "resnet50", "batch", "imagenet2012", augment=True)
-    config.dataset.image_size = 224
-    config.schedule.boundaries = (30 / 90, 60 / 90, 80 / 90)
-    return config
-
-
-def _full_grid(name: str, model: str, norm: str, dataset: str, augment: bool) -> Any:
     config = default_config()
     config.name = name
     config.dataset.name = dataset
@@ -49,4 +31,15 @@ def _full_grid(name: str, model: str, norm: str, dataset: str, augment: bool) ->
     config.weight_decay = MODELS[model].weight_decay
     config.grid.batch_sizes = BATCH_SIZES
     config.grid.base_lrs = BASE_LRS
+    return config
+
+
+def imagenet_config(name: str) -> Any:
+    """Returns the ConfigDict of "fig12" or "fig14": ResNet-50 with batch norm on augmented 224 × 224 images, the full grid.
+
+    90 epochs, reduced by 10 after 30, 60 and 80 of them.
+    """
+    config = full_grid(name, "resnet50", "batch", "imagenet2012", augment=True)
+    config.dataset.image_size = 224
+    config.schedule.boundaries = (30 / 90, 60 / 90, 80 / 90)
     return config

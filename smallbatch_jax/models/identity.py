@@ -50,8 +50,9 @@ def fingerprint(model: Any, image_shape: Sequence[int], examples: int) -> dict[s
         found = {"evaluation": _summary(evaluated), "training": _summary(trained)}
         trees = {"initial": {"params": params, **variables}, "gradient": gradient, "updated": dict(changed)}
         for kind, tree in trees.items():
-            leaves = jax.tree_util.tree_leaves_with_path(tree)
-            found |= {f"{kind} {_leaf_name(path, leaf)}": _summary(leaf) for path, leaf in leaves}
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                name = f"{kind} {jax.tree_util.keystr(path, simple=True, separator='/')}"
+                found[f"{name} {'x'.join(map(str, leaf.shape))}".rstrip()] = _summary(leaf)
         return found
 
     try:
@@ -64,11 +65,6 @@ def fingerprint(model: Any, image_shape: Sequence[int], examples: int) -> dict[s
     few_bits = any(dtype in str(traced.jaxpr) for dtype in ("bf16[", "f16["))
     tolerance = TOLERANCE_16_BITS if few_bits else TOLERANCE
     return {"tolerance": tolerance, "values": {name: np.asarray(v).tolist() for name, v in values.items()}}
-
-
-def _leaf_name(path: Any, leaf: Any) -> str:
-    keys = "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
-    return f"{keys} {'x'.join(map(str, leaf.shape))}".rstrip()
 
 
 def _summary(array: Any) -> jax.Array:

@@ -5,8 +5,8 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from smallbatch_jax.config.experiment import OWN, InputError
+from smallbatch_jax.config.fields import cut
 from smallbatch_jax.models import identity
 
 # Arguments that tell a module whether it trains, and their values while it does.
@@ -42,7 +43,9 @@ class OwnModel:
         self.module = module
         self.label = type(module).__name__
         self.name = f"{OWN}{self.label}"
-        self._modes = tuple(modes) if modes is not None else _modes_in_signature(module)
+        if modes is None:
+            modes = [p.name for p in _parameters(module) if p.name in MODES and p.default in (p.empty, None, True, False)]
+        self._modes = tuple(modes)
 
     def init(self, key: jax.Array, images: jax.Array) -> Any:
         variables: Any = self.module.init(key, images, **self._mode(False))  # pyright: ignore[reportArgumentType]
@@ -77,7 +80,8 @@ class OwnModel:
           InputError: if it cannot take the images, if training changes nothing in it, or if it trains at evaluation.
         """
         candidates = [self._modes]
-        if not self._modes and _takes_any_argument(self.module):  # perhaps for a submodule: tries each mode
+        if not self._modes and any(p.kind is p.VAR_KEYWORD for p in _parameters(self.module)):
+            # Perhaps for a submodule: tries each mode.
             candidates = [*((name,) for name in MODES), ()]
         images = jax.ShapeDtypeStruct((self._whole_bn_batches(_TRACED_EXAMPLES), *image_shape), jnp.float32)
         found: list[tuple[OwnModel, _Trace]] = []
@@ -111,18 +115,19 @@ class OwnModel:
 
     def _hidden_mode(self, images: Any) -> str | None:
         """Returns an argument outside MODES, True or False by default, whose other value makes the module train."""
-        for name, parameter in _parameters(self.module).items():
-            if name not in MODES and isinstance(parameter.default, bool):
+        for parameter in _parameters(self.module):
+            if parameter.name not in MODES and isinstance(parameter.default, bool):
                 try:
-                    if self._traced(images, **{name: not parameter.default}).trains:
-                        return name
+                    if self._traced(images, **{parameter.name: not parameter.default}).trains:
+                        return parameter.name
                 except InputError:
                     continue
         return None
 
     def _traced(self, images: Any, **arguments: bool) -> "_Trace":
         """Traces a training step and an evaluation; refuses a module that fails, or that trains at evaluation."""
-        trace, key = _Trace(self.label), jax.eval_shape(lambda: jax.random.key(0))
+        dropouts: dict[str, bool | None] = {}  # by path, whether it drops anything; None is not known
+        key = jax.eval_shape(lambda: jax.random.key(0))
         with self._errors_explained(images):
             variables = jax.eval_shape(self.init, key, images)
             params, stats = ({k: v for k, v in variables.items() if (k == "batch_stats") == moves} for moves in (False, True))
@@ -130,25 +135,33 @@ class OwnModel:
 
             def train(key: jax.Array, stats: Any, params: Any, images: jax.Array) -> Any:
                 options: Any = {"mutable": ["batch_stats"], "rngs": {"dropout": key}, **arguments}
-                with nn.intercept_methods(trace.watch):
+                with nn.intercept_methods(partial(_watch, self.label, dropouts)):
                     logits, changed = self.apply({**params, **stats}, images, train=True, **options)
                 return changed.get("batch_stats", stats), logits
 
             jaxpr = jax.make_jaxpr(train)(key, stats, params, images).jaxpr
-            trace.key_used = _used_inputs(jaxpr)[0]
-            trace.moved = [new is not old for new, old in zip(jaxpr.outvars[:count], jaxpr.invars[1:], strict=False)]
-        with self._errors_explained(images):
+            key_used = _used_inputs(jaxpr)[0]
+            moved = [new is not old for new, old in zip(jaxpr.outvars[:count], jaxpr.invars[1:], strict=False)]
             try:
                 evaluate = jax.make_jaxpr(lambda stats, params, images: self.apply({**params, **stats}, images))
-                trace.read = _used_inputs(evaluate(stats, params, images).jaxpr)[:count]
-            except flax_errors.InvalidRngError as error:
-                raise self._trains_at_evaluation("draws random numbers, as dropout does,") from error
-            except flax_errors.ModifyScopeVariableError as error:
-                raise self._trains_at_evaluation("changes its batch_stats") from error
-        return trace
-
-    def _trains_at_evaluation(self, symptom: str) -> InputError:
-        return InputError(f"model: {self.label} {symptom} at evaluation, where it must not train. {RECOGNISED}")
+                read = _used_inputs(evaluate(stats, params, images).jaxpr)[:count]
+            except (flax_errors.InvalidRngError, flax_errors.ModifyScopeVariableError) as error:
+                draws = isinstance(error, flax_errors.InvalidRngError)
+                does = "draws random numbers, as dropout does," if draws else "changes its batch_stats"
+                raise InputError(f"model: {self.label} {does} at evaluation, where it must not train. {RECOGNISED}") from error
+        unused = [path for path, drops in dropouts.items() if not (key_used if drops is None else drops)]
+        fault, remarks, still = None, [], moved.count(False)
+        if moved and not any(moved):
+            fault = "has batch_stats that training never changes: its batch norm is left at mean 0 and variance 1"
+        elif moved and not any(read):
+            fault = "has batch_stats that evaluation does not use: its batch norm takes the statistics of the test images"
+        elif unused and len(unused) == len(dropouts):
+            fault = f"has dropout ({unused[0]}) that training never uses"
+        if unused:
+            remarks.append(f"has {len(unused)} dropout layer(s) of {len(dropouts)} that training never uses: {unused[0]}.")
+        if still:
+            remarks.append(f"has {still} of {len(moved)} arrays in batch_stats that training never changes.")
+        return _Trace(key_used or any(moved), fault, remarks)
 
     @contextmanager
     def _errors_explained(self, images: Any) -> Iterator[None]:
@@ -158,68 +171,37 @@ class OwnModel:
         except InputError:
             raise
         except Exception as error:
-            said = " ".join(str(error).split("\n\n")[0].split())
-            said = said if len(said) <= _MOST_CHARACTERS else said[: _MOST_CHARACTERS - 3] + "..."
+            said = cut(" ".join(str(error).split("\n\n")[0].split()), _MOST_CHARACTERS)
             called = ", ".join([f"float32{list(images.shape)}", *(f"{name}=…" for name in self._modes)])
             raise InputError(f"model: {self.label} raised {type(error).__name__}: {said} (called with {called})") from error
 
 
-@dataclass
-class _Trace:
+class _Trace(NamedTuple):
     """What a module does in one training step and one evaluation."""
 
-    label: str
-    key_used: bool = False  # whether training uses the key of dropout
-    moved: list[bool] = field(default_factory=list)  # whether training changes it, for each leaf of batch_stats
-    read: list[bool] = field(default_factory=list)  # whether evaluation depends on it, for each leaf of batch_stats
-    active: dict[str, bool | None] = field(default_factory=dict)  # whether dropout drops anything; None is not known
+    trains: bool
+    fault: str | None  # what cannot have been meant
+    remarks: list[str]  # of layers that stay in evaluation mode while others train, which may have been meant
 
-    @property
-    def trains(self) -> bool:
-        return self.key_used or any(self.moved)
 
-    @property
-    def unused_dropout(self) -> list[str]:
-        return [path for path, active in self.active.items() if not (self.key_used if active is None else active)]
-
-    @property
-    def fault(self) -> str | None:
-        if self.moved and not any(self.moved):
-            return "has batch_stats that training never changes: its batch norm is left at mean 0 and variance 1"
-        if any(self.moved) and not any(self.read):
-            return "has batch_stats that evaluation does not use: its batch norm takes the statistics of the test images"
-        if self.active and len(self.unused_dropout) == len(self.active):
-            return f"has dropout ({self.unused_dropout[0]}) that training never uses"
-        return None
-
-    @property
-    def remarks(self) -> list[str]:
-        """Layers that stay in evaluation mode while others train, which may be intended."""
-        found, off, still = [], self.unused_dropout, self.moved.count(False)
-        if off:
-            found.append(f"has {len(off)} dropout layer(s) of {len(self.active)} that training never uses: {off[0]}.")
-        if still:
-            found.append(f"has {still} of {len(self.moved)} arrays in batch_stats that training never changes.")
-        return found
-
-    def watch(self, call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        """Interceptor of `nn.intercept_methods`, which sees each call of each submodule."""
-        module, x = context.module, args[0] if args else None
-        if context.method_name != "__call__":
-            return call(*args, **kwargs)
-        path = "/".join(module.path) or self.label
-        if hasattr(x, "shape"):
-            _require_several_values(module, path, x, args, kwargs)
-        result = call(*args, **kwargs)
-        if isinstance(module, nn.Dropout):
-            if module.rate:
-                self.active[path] = bool(self.active.get(path)) or result is not x
-            return result
-        for name in module.__dataclass_fields__:  # such as the dropout_rate of attention
-            rate = getattr(module, name, None)
-            if "drop" in name and isinstance(rate, float) and 0 < rate < 1:
-                self.active[f"{path}.{name}={rate:g}"] = None
+def _watch(label: str, dropouts: dict[str, bool | None], call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    """Interceptor of `nn.intercept_methods`: notes each layer of dropout, and refuses a norm over a single value."""
+    module, x = context.module, args[0] if args else None
+    if context.method_name != "__call__":
+        return call(*args, **kwargs)
+    path = "/".join(module.path) or label
+    if hasattr(x, "shape"):
+        _require_several_values(module, path, x, args, kwargs)
+    result = call(*args, **kwargs)
+    if isinstance(module, nn.Dropout):
+        if module.rate:
+            dropouts[path] = bool(dropouts.get(path)) or result is not x
         return result
+    for name in module.__dataclass_fields__:  # such as the dropout_rate of attention
+        rate = getattr(module, name, None)
+        if "drop" in name and isinstance(rate, float) and 0 < rate < 1:
+            dropouts[f"{path}.{name}={rate:g}"] = None
+    return result
 
 
 def _used_inputs(jaxpr: Any) -> list[bool]:
@@ -234,14 +216,11 @@ def _require_several_values(module: nn.Module, path: str, x: Any, args: Any, kwa
         if (module.use_running_average if average is None else average) or module.axis_name is not None:
             return
         kept = _axes(module.axis, x)
-    elif isinstance(module, nn.LayerNorm):
-        kept = set(range(x.ndim)) - _axes(module.reduction_axes, x)
     elif isinstance(module, nn.InstanceNorm):
         kept = {0} | _axes(module.feature_axes, x)
-    elif isinstance(module, nn.GroupNorm):
-        kept = set(range(x.ndim)) - (
-            set(range(1, x.ndim)) if module.reduction_axes is None else _axes(module.reduction_axes, x)
-        )
+    elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
+        reduced = range(1, x.ndim) if module.reduction_axes is None else module.reduction_axes
+        kept = set(range(x.ndim)) - _axes(reduced, x)
     else:
         return
     statistics = math.prod(x.shape[axis] for axis in kept)
@@ -259,20 +238,6 @@ def _axes(given: int | Sequence[int], x: Any) -> set[int]:
     return {axis % x.ndim for axis in ((given,) if isinstance(given, int) else given)}
 
 
-def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
-    """Returns the arguments of the module's call that can be given by name, without the images."""
-    found = list(inspect.signature(type(module).__call__).parameters.values())[1:]  # without self
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    if found and found[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
-        found = found[1:]
-    return {p.name: p for p in found if p.kind in named}
-
-
-def _modes_in_signature(module: nn.Module) -> tuple[str, ...]:
-    parameters = _parameters(module).items()
-    return tuple(name for name, p in parameters if name in MODES and p.default in (p.empty, None, True, False))
-
-
-def _takes_any_argument(module: nn.Module) -> bool:
-    parameters = inspect.signature(type(module).__call__).parameters.values()
-    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+def _parameters(module: nn.Module) -> list[inspect.Parameter]:
+    """Returns the parameters of the module's call after self and the images."""
+    return list(inspect.signature(type(module).__call__).parameters.values())[2:]

@@ -1,8 +1,7 @@
-"""JAX and Flax flags: the ones held at their defaults while we train, the ones recorded, and the ones left alone.
+"""JAX and Flax flags: the ones held at their defaults while we train; all others are recorded.
 
-A flag that could change a result or end a run early is held at JAX's default, with which every result here is made. A flag that
-chooses between implementations inside JAX, and one that this table does not know, is left alone and recorded in
-WORKDIR/provenance.jsonl. The others have no effect on results.
+A flag that could change a result or end a run early is held at JAX's default, with which every result here is made. The others,
+among them any that a later JAX brings, are left alone and recorded in WORKDIR/provenance.jsonl.
 """
 
 import enum
@@ -52,37 +51,6 @@ HELD = _table(
     (None, "jax_array_garbage_collection_guard jax_default_device"),  # JAX_PLATFORMS chooses the devices
 )
 HELD_OF_FLAX = _table((False, "flax_return_frozendict flax_preserve_adopted_names flax_fix_rng_separator"))
-RECORDED = _table(  # unless at this default
-    (False, "check_vma jax_bcoo_cusparse_lowering jax_custom_jvp3 jax_custom_vjp3 jax_disable_bwd_checks jax_mosaic_allow_hlo"),
-    (False, "jax_disable_vmap_shmap_error jax_experimental_unsafe_xla_runtime_errors jax_pallas_enable_debug_checks"),
-    (False, "jax_pallas_poison_buffers jax_ragged_dot_use_gpu_pallas_triton_lowering jax_refs_to_pins jax_remat3 jax_scan3"),
-    (False, "jax_remat_barrier_no_cotangents jax_remove_size_one_mesh_axis_from_type jax_use_cpp_shard_args"),
-    (False, "jax_use_emit_pipeline_primitive jax_use_simplified_jaxpr_constants"),
-    (True, "jax_auto_pcast jax_pallas_use_mosaic_gpu jax_ragged_dot_use_ragged_dot_instruction"),
-    (True, "jax_use_direct_linearize jax_use_rgv3 jax_use_shardy_partitioner"),
-    (None, "jax_pjrt_client_create_options"),
-    (0, "mock_num_gpu_processes"),
-    (25, "jax_pallas_auto_assign_collective_ids_limit"),
-    (32, "jax_embedded_constants_max_bytes"),
-    ("", "jax_mock_gpu_topology"),
-    ("auto", "jax_use_magma"),
-    ("gloo", "jax_cpu_collectives_implementation"),
-    ("no", "jax_pallas_auto_assign_collective_ids"),
-    ("warn", "jax_explicit_x64_dtypes"),
-)
-WITHOUT_EFFECT = (  # prefixes of names of flags that change no result; provenance records the devices that they choose
-    *("jax_platform", "jax_xla_backend", "jax_backend_target", "jax_num_cpu_devices", "jax_cpu_enable_async_dispatch"),
-    *("jax_cuda_visible_", "jax_rocm_visible_", "jax_oneapi_visible_", "jax_sort_devices_by_process_index"),
-    *("jax_enable_preemption_service", "jax_enable_recoverability", "jax_distributed_", "jax_check_proxy_envs"),
-    *("jax_cross_host_", "jax_force_dcn_cross_host_transfers", "jax_mtls_", "jax_share_binary_between_hosts", "jax_cpu_get_"),
-    *("jax_enable_compilation_cache", "jax_compilation_cache_", "jax_persistent_cache_", "jax_remove_custom_partitioning_ptr"),
-    *("jax_pgle_", "jax_xla_profile_version", "jax_log", "jax_explain_cache_misses", "jax_debug_log_modules"),
-    *("jax_debug_leaked_clients", "jax_compiler_detailed_logging", "jax_pprint_use_color", "jax_captured_constants_"),
-    *("jax_dump_ir_", "jax_include_", "jax_mosaic_unzip_debug_locations", "jax_hlo_source_file", "jax_source_url_schema"),
-    *("jax_traceback_", "jax_tracer_error_", "jax_send_traceback_to_runtime", "jax_pallas_verbose_errors", "jax_enable_checks"),
-    *("jax_mutable_array_checks", "jax_numpy_rank_promotion", "jax_raise_on_ppermute_sort_diff", "jax_export_", "jax2tf_"),
-    "jax_serialization_version",
-)
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "TF_CUDNN_DETERMINISTIC")  # recorded if they are set
 FAST_MATH = re.compile(r"--xla_\w*(fast_math|fast_min_max)(=(true|t|yes|y|1))?", re.IGNORECASE)  # assume that nothing is NaN
 EXTRAS = {"cuda": "cuda12", "gpu": "cuda12", "rocm": "rocm7-local", "tpu": "tpu", "oneapi": "oneapi"}  # of jax, by platform
@@ -105,17 +73,18 @@ def hold_for_good() -> None:
 
 
 def _hold(stack: ExitStack) -> None:
-    flags = {name: value for name, value in HELD.items() if name in jax.config.values}  # of this version of JAX
-    given = {name: _plain(jax.config.values[name]) for name in flags}
-    changed = {name: value for name, value in given.items() if value != flags[name]}
-    for name, value in flags.items():
+    changed = {}
+    for name, value in HELD.items():
+        if name not in jax.config.values:  # of another version of JAX
+            continue
+        if _plain(jax.config.values[name]) != value:
+            changed[name] = _plain(jax.config.values[name])
         before = _of_all_threads(name)
         if _plain(before) != value:
             stack.callback(jax.config.update, name, before)
             jax.config.update(name, value)
-    for name in changed:
-        if _plain(jax.config.values[name]) != flags[name]:  # a context manager of the user set it in this thread
-            stack.enter_context(_holder(name)(flags[name]))
+        if _plain(jax.config.values[name]) != value:  # a context manager of the user set it in this thread
+            stack.enter_context(_holder(name)(value))
     for name, value in HELD_OF_FLAX.items():
         if (before := getattr(flax.config, name, value)) != value:
             stack.callback(flax.config.update, name, before)
@@ -147,12 +116,9 @@ def _plain(value: Any) -> Any:
 
 
 def recorded() -> dict[str, Any]:
-    """Returns name and value of the flags and variables that may show in a result, for provenance."""
-    values = {name: _plain(value) for name, value in jax.config.values.items()}
-    ours = {name for name in values if name in HELD or name.startswith(WITHOUT_EFFECT)}
-    variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-    others = {name: value for name, value in values.items() if name not in ours}
-    return {name: value for name, value in others.items() if name not in RECORDED or value != RECORDED[name]} | variables
+    """Returns name and value of the flags that are not held, and of the variables that are set, for provenance."""
+    flags = {name: _plain(value) for name, value in jax.config.values.items() if name not in HELD}
+    return flags | {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
 def expand_xla_flags() -> str:

@@ -117,7 +117,7 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly():
 
 
 MISTAKES = [
-    (["--config.grid.batch_size=(2,)"], "grid.batch_size: unknown field; did you mean 'batch_sizes'?"),
+    (["--config.grid.batch_size=(2,)"], "Did you mean: config.grid.batch_sizes ?"),
     (["--config.grid.batch_sizes=(0,2)"], "grid.batch_sizes: got 0"),
     (["--config.grid.batch_sizes=(2,5000)"], "grid.batch_sizes (batch_size for one run): 5000 is larger than"),
     (["--config.grid.batch_sizes=()"], "grid.batch_sizes: got ()"),

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from smallbatch_jax.config import overrides
-from smallbatch_jax.config.fields import InputError
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -67,10 +66,8 @@ def mistakes(script, arguments):
     for argument in arguments:
         name, _, value = argument.removeprefix("--").partition("=")
         if name.startswith("config.") and "config" in known and name != "config.FIELD":
-            try:
-                overrides.require_field(name.removeprefix("config."))
-            except InputError as error:
-                found.append(str(error))
+            if name.removeprefix("config.") not in overrides.FIELDS:
+                found.append(f"{name}: unknown field")
         elif name.partition(".")[0] not in known:
             found.append(f"{script}.py has no flag --{name}")
         elif name == "config" and value and not NOT_A_VALUE.search(value) and not (ROOT / value).is_file():

@@ -15,7 +15,6 @@ from smallbatch_jax.config.experiment import (
     programs,
     single_run,
 )
-from smallbatch_jax.config.overrides import require_field
 
 
 def test_default_config_is_valid_and_is_the_default_experiment():
@@ -129,13 +128,6 @@ def test_unknown_field_is_refused_with_the_nearest_at_every_level(values, unknow
     """So a misspelt override never trains the default in silence."""
     message = refusal(from_config, changed(**values))
     assert message.startswith(f"{unknown}: unknown field; did you mean '{nearest}'? Known: ")
-    assert refusal(require_field, unknown).startswith(message.split("Known")[0])
-
-
-def test_field_of_a_field_is_unknown():
-    assert refusal(require_field, "epochs.many").startswith("epochs.many: unknown field; epochs has no fields")
-    require_field("grid.base_lrs")
-    require_field("batch_size")
 
 
 def test_norm_that_the_model_does_not_offer_is_refused():
