@@ -71,18 +71,15 @@ def accuracy_against_bn_batch_size(cells: pd.DataFrame, metric: str = style.TEST
 
 def _mark_missing(axes: Axes, pairs: pd.DataFrame, missing: list[int]) -> dict[str, Any]:
     """Marks the pairs that have no accuracy, one row per m; returns the legend's entries."""
-    sizes, entries = sorted(set(pairs["batch_size"].tolist())), {}
-    colors = dict(zip(sizes, style.ordered_colors(len(sizes)), strict=True))
-    for mask, label, look in (("unknown", "not finished", style.NOT_YET), ("lost", "diverged", style.LOST)):
-        for height, m in enumerate(missing):
-            places = pairs.loc[pairs[mask] & (pairs["batch_size"] == m), "bn_batch_size"]
-            entries |= points.plot_absent(axes, height, {label: (places, {**look, "color": colors[m]})})
+    places = pairs.assign(row=pairs["batch_size"].map({m: row for row, m in enumerate(missing)}))
+    waiting, lost = (places.loc[places[mask], ["bn_batch_size", "row"]] for mask in ("unknown", "lost"))
     axes.set_yticks(range(len(missing)), [f"$m$ = {m}" for m in missing], fontsize=6.5)
     axes.set_ylim(-0.75, len(missing) - 0.25)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(False)
-    return entries
+    kinds = {"not finished": (waiting, style.NOT_YET), "diverged": (lost, style.LOST)}
+    return points.plot_absent(axes, {label: (x["bn_batch_size"], x["row"], look) for label, (x, look) in kinds.items()})
 
 
 @style.styled()

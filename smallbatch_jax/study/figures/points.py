@@ -99,11 +99,11 @@ def plot_rows(axes: Axes, cells: pd.DataFrame, rows: str, x: str, labels: list[s
     return {label: line for label, line in lines.items() if line}
 
 
-def plot_absent(axes: Axes, height: float, kinds: dict[str, tuple[Any, dict[str, Any]]]) -> dict[str, Any]:
-    """Marks the places on the x axis that have no value, by kind: label → (places, look); returns the legend's entries."""
-    for label, (places, look) in kinds.items():
-        axes.plot(places, np.full(len(places), height), label=label, **look)
-    return {label: style.mark(**{**look, "color": style.QUIET}) for label, (places, look) in kinds.items() if len(places)}
+def plot_absent(axes: Axes, kinds: dict[str, tuple[Any, Any, dict[str, Any]]]) -> dict[str, Any]:
+    """Marks what has no value, by kind: label → (places, height or heights, look); returns the legend's entries."""
+    for label, (places, heights, look) in kinds.items():
+        axes.plot(places, np.broadcast_to(heights, len(places)), label=label, **look)
+    return {label: style.mark(**{**look, "color": style.QUIET}) for label, (places, _, look) in kinds.items() if len(places)}
 
 
 def mark_entries(cells: pd.DataFrame, diverged: str = DIVERGED, pending: str = PENDING) -> dict[str, Any]:
@@ -116,10 +116,16 @@ def mark_entries(cells: pd.DataFrame, diverged: str = DIVERGED, pending: str = P
 
 def count_note(cells: pd.DataFrame, unit: str) -> str:
     """Returns a note of how many marked cells have not finished or have diverged."""
-    return style.count_note(unit, len(cells), int((cells["pending"] > 0).sum()), int(cells["lost"].sum()))
+    return _counted(unit, len(cells), int((cells["pending"] > 0).sum()), int(cells["lost"].sum()))
 
 
 def run_note(*cells: pd.DataFrame, diverged: bool = False) -> str:
     """Returns a note of how many runs of these cells have not ended and, if asked for, how many have diverged."""
-    counts = pd.concat([some[["pending", "diverged", "finished"]] for some in cells]).sum()
-    return style.count_note("runs", int(counts.sum()), int(counts["pending"]), int(counts["diverged"]) * diverged)
+    runs = pd.concat(cells)[["pending", "diverged", "finished"]].sum()
+    return _counted("runs", int(runs.sum()), int(runs["pending"]), int(runs["diverged"]) * diverged)
+
+
+def _counted(unit: str, total: int, unfinished: int, diverged: int) -> str:
+    """Counts such as "12 of 143 cells not finished, 40 diverged"; empty if all is well."""
+    parts = [f"{count} {what}" for count, what in ((unfinished, "not finished"), (diverged, "diverged")) if count]
+    return ", ".join(parts).replace(" ", f" of {total} {unit} ", 1)

@@ -175,9 +175,9 @@ def time_to_accuracy(study: Study, accuracy: float | None = None) -> Figure:
     axes.set_ylim(low, high * (high / low) ** 0.14 if never.any() else high)
     points.plot_curve(axes, times, "batch_size", "", color=style.CATEGORIES[0], marker="o")
     lost, waiting = (table.loc[never & where, "batch_size"] for where in (~pending, pending))
-    absent = {"none gets there": (lost, style.LOST), "none yet": (waiting, style.NOT_YET)}
-    marks = points.mark_entries(times, pending=points.PROVISIONAL)
-    marks |= points.plot_absent(axes, high * (high / low) ** 0.08, absent)
+    top = high * (high / low) ** 0.08
+    absent = {"none gets there": (lost, top, style.LOST), "none yet": (waiting, top, style.NOT_YET)}
+    marks = points.mark_entries(times, pending=points.PROVISIONAL) | points.plot_absent(axes, absent)
     axes.set_ylabel("time of a run")
     style.grid_axis(axes, "x", "batch_size", table["batch_size"])
     rule = f"accuracy: {100 * cost.TARGET:.0f} % of the way from chance to the best" if accuracy is None else ""

@@ -112,7 +112,8 @@ def _draw_ranges(axes: Axes, cells: pd.DataFrame, chance: float, floor: float) -
         axes.plot(dotted.index, dotted, label=f"_{label}", **dots)
         entries |= {label: (Line2D([], [], **bar), style.mark(**dots))} if where.any() else {}
     lost, waiting = ranges.index[~found & ~pending], ranges.index[~found & pending]
-    entries |= points.plot_absent(axes, floor, {"none converges": (lost, style.LOST), "none yet": (waiting, style.NOT_YET)})
+    absent = {"none converges": (lost, floor, style.LOST), "none yet": (waiting, floor, style.NOT_YET)}
+    entries |= points.plot_absent(axes, absent)
     edges = [limits.index[0] / 1.4, *limits.index, limits.index[-1] * 1.4]
     for column in ("min", "max"):
         heights = limits[column].to_numpy()

@@ -249,7 +249,7 @@ def time_to_accuracy(study: Study) -> go.Figure:
 
 
 def _line_chart(table: pd.DataFrame, x: str, y: str, title: str, colors: Sequence[str] | None = None) -> go.Figure:
-    """A line for each `curve` of a table, its points labelled by `hover`, with error bars of `std`; says so if there is none."""
+    """A line for each `curve` of a table, its points labelled by `hover`, error bars of `std`; says so if there is none."""
     figure = px.line(
         table,
         x=x,
