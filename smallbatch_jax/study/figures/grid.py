@@ -26,7 +26,8 @@ def accuracy_against_base_lr(cells: pd.DataFrame, metric: str = style.TEST_ACCUR
 
 
 def _curves(cells: pd.DataFrame, rows: str, x: str, metric: str) -> Figure:
-    title, cells = _lay_out(cells)
+    cells, title = points.titled(cells)
+    cells = points.marked(cells)
     figure, axes = style.new_axes(title)
     labels = [style.COLUMNS[rows].text(value) for value in sorted(set(cells[rows].tolist()))]
     style.side_legend(axes, points.plot_rows(axes, cells, rows, x, labels), style.COLUMNS[rows].symbol)
@@ -34,12 +35,6 @@ def _curves(cells: pd.DataFrame, rows: str, x: str, metric: str) -> Figure:
     style.grid_axis(axes, "x", x, cells[x])
     style.foot(figure, points.mark_entries(cells), points.count_note(cells, "cells"))
     return figure
-
-
-def _lay_out(cells: pd.DataFrame) -> tuple[str, pd.DataFrame]:
-    """The title of a figure, and its marked cells, one per (m, η̃)."""
-    cells, bn_note = points.one_bn_batch_size(points.with_pending(cells))
-    return style.plain(str(cells["experiment"].iloc[0])) + bn_note, points.marked(cells)
 
 
 @style.styled()
@@ -96,15 +91,15 @@ def heat_map(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
       on white (planned, and no seed has ended), or blank (not planned). A small × in a corner marks a coloured cell
       some of whose seeds diverged, a small ring one with seeds pending.
     """
-    title, cells = _lay_out(cells)
+    cells, title = points.titled(cells)
+    cells = points.marked(cells)
     grids = cells.pivot(index="batch_size", columns="base_lr", values=["y", "lost"])
     accuracy = np.ma.masked_invalid(grids["y"].to_numpy(float))
     grey = np.ma.masked_not_equal(grids["lost"].to_numpy(float), 1)
     rows, columns = accuracy.shape
     figure, axes = style.new_axes(title, height=max(2.2, 1.2 + 0.22 * rows))
     axes.grid(False)
-    low, high = (accuracy.min(), accuracy.max()) if accuracy.count() else (0.0, 100.0)
-    norm = Normalize(low, high if high > low else low + 1)
+    norm = Normalize(accuracy.min(), accuracy.max()) if accuracy.count() else Normalize(0, 100)
     edges = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
     # A mesh, not an image: PDF viewers blur small images.
     mesh = axes.pcolormesh(*edges, accuracy, cmap=style.COLORS, norm=norm, edgecolor="white", linewidth=0.5)

@@ -34,6 +34,12 @@ def one_bn_batch_size(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     return cells, f" (BN batch size {', '.join(map(str, sorted(set(cells['bn_batch_size'].tolist()))))})"
 
 
+def titled(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The cells of one experiment, one per (m, η̃), and the title of their figure."""
+    cells, bn_note = one_bn_batch_size(with_pending(cells))
+    return cells, style.plain(str(cells["experiment"].iloc[0])) + bn_note
+
+
 def best_of_each(cells: pd.DataFrame) -> pd.DataFrame:
     """The best cell of each (experiment, batch size, BN batch size), sorted.
 
@@ -88,15 +94,16 @@ def plot_curve(axes: Axes, curve: pd.DataFrame, x: str, label: str, **look: Any)
     return line
 
 
-def plot_rows(axes: Axes, cells: pd.DataFrame, rows: str, x: str, labels: list[str]) -> dict[str, Any]:
+def plot_rows(axes: Axes, cells: pd.DataFrame, rows: str, x: str, labels: list[str], **look: Any) -> dict[str, Any]:
     """Draws a curve for each value of column `rows` that has a point, or says that none has; returns the legend's entries."""
-    curves, looks = cells.sort_values(x).groupby(rows), style.ordered_looks(len(labels))
-    lines = {
-        label: plot_curve(axes, curve, x, label, **look) for (_, curve), label, look in zip(curves, labels, looks, strict=True)
-    }
-    if not any(lines.values()):
+    lines = {}
+    curves = zip(cells.sort_values(x).groupby(rows), labels, style.ordered_looks(len(labels)), strict=True)
+    for (_, curve), label, ordered in curves:
+        if line := plot_curve(axes, curve, x, label, **ordered, **look):
+            lines[label] = line
+    if not lines:
         style.say_nothing_finished(axes)
-    return {label: line for label, line in lines.items() if line}
+    return lines
 
 
 def plot_absent(axes: Axes, kinds: dict[str, tuple[Any, Any, dict[str, Any]]]) -> dict[str, Any]:

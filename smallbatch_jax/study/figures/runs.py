@@ -1,6 +1,7 @@
 """Runs of single cells: learning curves by epoch (Fig. 4) or time, the time to an accuracy, and accuracy against memory.
 
-Times are those of the machine that trained (`study.cost`), so the figures of cost are not the same for the same results.
+Times are those of the machine that trained (`study.cost`), so the figures of cost are not the same for the same results; their
+study must have timings. Where BN batch sizes vary, they are chosen as in `grid.heat_map`.
 """
 
 from typing import Any
@@ -36,7 +37,7 @@ def convergence(
       rows: one experiment's results, one row per run and epoch.
       base_lr: that of the best cell by default; where each m has just one, all are drawn, each at its own.
       cells: `analysis.planned_cells` of the experiment, so that a batch size without an epoch is named; by default those of
-        `rows`. BN batch sizes are chosen as in `heat_map`.
+        `rows`.
       metric: as for `heat_map`.
     Returns:
       A figure in which a curve is the mean over the seeds that have not diverged, as far as each has come, and the band
@@ -63,8 +64,7 @@ def convergence(
 
 def _choose_cells(rows: pd.DataFrame, base_lr: float | None, cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """One cell per batch size, ascending, and the figure's title."""
-    cells, bn_note = points.one_bn_batch_size(points.with_pending(cells))
-    name = str(cells["experiment"].iloc[0])
+    cells, title = points.titled(cells)
     if base_lr is None and points.own_base_lrs(cells).notna().all():
         chosen = cells
     else:
@@ -72,11 +72,11 @@ def _choose_cells(rows: pd.DataFrame, base_lr: float | None, cells: pd.DataFrame
         chosen = cells[np.isclose(cells["base_lr"], wanted, rtol=1e-6, atol=0)]
         if chosen.empty:
             there = ", ".join(map(format_base_lr, sorted(set(cells["base_lr"].tolist()))))
-            raise ValueError(f"base_lr: no run of {name} has {format_base_lr(wanted)}; it has {there}.")
+            raise ValueError(f"base_lr: no run of {title} has {format_base_lr(wanted)}; it has {there}.")
     rates = sorted(set(chosen["base_lr"].tolist()))
     eta = style.math_base_lr(rates[0]).strip("$")
     shown = rf"$\tilde{{\eta}} = {eta}$" if len(rates) == 1 else r"each $m$ at its own $\tilde{\eta}$"
-    return chosen.sort_values("batch_size"), f"{style.plain(name)}{bn_note}, {shown}"
+    return chosen.sort_values("batch_size"), f"{title}, {shown}"
 
 
 def _best_first(cells: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -90,22 +90,21 @@ def _best_first(cells: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 def accuracy_against_time(study: Study) -> Figure:
     """Test accuracy over a run's own time, one curve per m at its best η̃.
 
-    Args:
-      study: with timings. BN batch sizes are chosen as in `heat_map`.
     Returns:
       A figure in which a curve is drawn as in `convergence`. While no run of an m has finished, its curve shows the η̃
       that has trained longest. Batch sizes without a known time or epoch are named below the panel.
     """
-    cells, bn_note = points.one_bn_batch_size(study.cells)
+    cells, title = points.titled(study.cells)
     chosen = _best_first(cells, study.rows).drop_duplicates("batch_size").sort_values("batch_size")
     rows = cost.with_time(study.rows, study.timings).dropna(subset="seconds")
-    figure, axes = style.new_axes(style.plain(study.name) + bn_note + r", best $\tilde{\eta}$ of each $m$")
+    figure, axes = style.new_axes(title + r", best $\tilde{\eta}$ of each $m$")
     without = _plot_cells({"test_accuracy": axes}, rows, chosen, x="seconds")
     axes.set(xlabel="time of a run", ylabel=f"{metric_name(study.experiment)} (%)")
     if axes.has_data():
         style.unit_axis(axes, "x", axes.dataLim.intervalx, style.SECONDS)
     else:
-        style.say_nothing_finished(axes, "no epoch has been timed", scaled=False)
+        style.say_nothing_finished(axes, "no epoch has been timed")
+        axes.set_xticks([])
     style.foot(figure, {}, style.note(points.run_note(cells), style.named("not timed", without), end=_time_note(study, cells)))
     return figure
 
@@ -155,21 +154,20 @@ def time_to_accuracy(study: Study, accuracy: float | None = None) -> Figure:
     """A run's own time until it reaches a test accuracy, for each m at the η̃ that is there first.
 
     Args:
-      study: with timings. BN batch sizes are chosen as in `heat_map`.
+      study: as the module says.
       accuracy: the target, a fraction; by default `cost.target_accuracy`, 90 % of the way from chance to the best.
     Returns:
       A figure in which a point is hollow where other runs of its m have not ended and may be faster, and crossed where seeds
       of its η̃ diverged. At the top stands a × where no η̃ of an m gets there, a grey dot where none has yet.
     """
-    cells, bn_note = points.one_bn_batch_size(study.cells)
+    cells, title = points.titled(study.cells)
     target = cost.target_accuracy(cells, study.chance) if accuracy is None else accuracy
     table = cost.planned_times(cells, study.rows, study.timings, target)
     seconds, pending, never = table["seconds"].astype(float), table["pending"] > 0, table["epochs"].isna()
     crossed = seconds.notna() & (table["diverged"] > 0)
     times = table.assign(y=seconds, std=np.nan, crossed=crossed, provisional=seconds.notna() & pending)
     goal = "no run has finished" if np.isnan(target) else f"time to {100 * target:.4g} % {metric_name(study.experiment)}"
-    name = style.plain(study.name) + bn_note
-    figure, axes = style.new_axes(name + (", " if len(name + goal) < TITLE_WIDTH else ",\n") + goal)
+    figure, axes = style.new_axes(title + (", " if len(title + goal) < TITLE_WIDTH else ",\n") + goal)
     style.unit_axis(axes, "y", seconds.dropna().tolist() or (1, 10), style.SECONDS)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * (high / low) ** 0.14 if never.any() else high)
@@ -190,28 +188,23 @@ def time_to_accuracy(study: Study, accuracy: float | None = None) -> Figure:
 def accuracy_against_memory(study: Study) -> Figure:
     """The best test accuracy over η̃ of each m, over the peak memory of the program that trained it.
 
-    Args:
-      study: with timings that know memory. BN batch sizes are chosen as in `heat_map`.
     Returns:
       A figure with a point per m, hollow and crossed as in `best_accuracy`. The memory is that of all lanes of the program,
       whose number stands in the legend, on all devices of a process, without the dataset.
     """
-    cells, bn_note = points.one_bn_batch_size(study.cells)
+    cells, title = points.titled(study.cells)
     best = points.marked(points.best_of_each(cells)).merge(program_costs(study, cells), how="left", on=cost.PROGRAM)
     here = best["y"].notna() & best["peak_bytes"].notna()
-    figure, axes = style.new_axes(style.plain(study.name) + bn_note)
+    figure, axes = style.new_axes(title)
     axes.set(xlabel="peak memory of the program", ylabel=f"best {metric_name(study.experiment)} (%)")
     labels = [f"{m} ({lanes:g})" for m, lanes in zip(best["batch_size"], best["lanes"], strict=True)]
-    looks = style.ordered_looks(len(best))
-    lines = {
-        labels[i]: points.plot_curve(axes, best.iloc[[i]], "peak_bytes", labels[i], linestyle="", **looks[i])
-        for i in np.flatnonzero(here).tolist()
-    }
+    known = best.assign(y=best["y"].where(here))
+    lines = points.plot_rows(axes, known, "batch_size", "peak_bytes", labels, linestyle="")
     if lines:
         style.unit_axis(axes, "x", best.loc[here, "peak_bytes"], style.BYTES)
         axes.margins(y=0.12)
     else:
-        style.say_nothing_finished(axes, scaled=False)
+        axes.set_xticks([])
     style.side_legend(axes, lines, "$m$ (lanes)")
     unknown = style.named("memory not known", best.loc[best["y"].notna() & ~here, "batch_size"])
     lost = style.named("diverged", best.loc[best["lost"], "batch_size"])

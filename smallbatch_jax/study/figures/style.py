@@ -175,12 +175,10 @@ def side_legend(axes: Axes, entries: Mapping[str, Any], title: str) -> None:
         axes.legend(list(entries.values()), list(entries), title=title, labelspacing=0.3, **place)
 
 
-def say_nothing_finished(axes: Axes, text: str = "no run has finished", scaled: bool = True) -> None:
-    """The text of a panel without a curve; unless `scaled`, its axes have no ticks."""
+def say_nothing_finished(axes: Axes, text: str = "no run has finished") -> None:
+    """The text of a panel without a curve."""
     axes.set_ylim(0, 100)
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=QUIET)
-    if not scaled:
-        axes.set(xticks=[], yticks=[])
 
 
 def foot(figure: Figure, entries: Mapping[str, Any], text: str = "", columns: int = 4) -> None:

@@ -1,4 +1,7 @@
-"""Several studies beside each other: the best accuracy of each batch size (Fig. 15), and the range of η̃ (Fig. 16)."""
+"""Several studies beside each other: the best accuracy of each batch size (Fig. 15), and the range of η̃ (Fig. 16).
+
+Where BN batch sizes vary, they are chosen as in `grid.heat_map`.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,8 +29,6 @@ RANGE_MARKS = ("converging", points.PROVISIONAL, "none converges", "none yet", "
 def best_accuracy(studies: Sequence[Study]) -> Figure:
     """The best test accuracy over η̃ of each m, one curve per study (Fig. 15).
 
-    Args:
-      studies: one or more. BN batch sizes are chosen as in `heat_map`.
     Returns:
       A figure in which the error bars are over the seeds of the best cell, a hollow point is provisional (some runs of
       its m, at whatever η̃, have not ended) and a line breaks where an m has no finished run.
@@ -61,8 +62,6 @@ def best_accuracy(studies: Sequence[Study]) -> Figure:
 def convergent_base_lrs(studies: Sequence[Study]) -> Figure:
     """The base learning rates that converge for each m, one panel per study on shared axes (Fig. 16).
 
-    Args:
-      studies: one or more. BN batch sizes are chosen as in `heat_map`.
     Returns:
       A figure in which a bar spans the lowest to the highest η̃ that converges by `analysis.CONVERGENCE_RULE`, with a
       dot on every one that does: where dots are missing the range has gaps. Bar and dots are light and hollow where
