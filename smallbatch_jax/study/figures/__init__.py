@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from smallbatch_jax.config.experiment import InputError
+from smallbatch_jax.config.fields import InputError, folder_name
 from smallbatch_jax.study.analysis import known_cells
 from smallbatch_jax.study.figures import style
 from smallbatch_jax.study.figures.grid import accuracy_against_base_lr as accuracy_against_base_lr
@@ -126,7 +126,4 @@ def _folders(names: list[str], out_dir: Path) -> dict[str, Path]:
     """Each experiment's folder: `out_dir` itself for one, a folder in it for each of several."""
     if len(names) == 1:
         return {names[0]: out_dir}
-    for name in names:
-        if name in ("", ".", "..") or Path(name).name != name:
-            raise InputError(f"experiment: {name!r} cannot name a folder; use a name without slashes.")
-    return {name: out_dir / name for name in names}
+    return {name: out_dir / folder_name("experiment", name) for name in names}

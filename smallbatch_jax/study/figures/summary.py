@@ -22,7 +22,6 @@ LIGHT_BAR = {**BAR, "color": "#D5E6F3"}
 RATE: dict[str, Any] = {"color": "#08519C", "marker": "o", "markersize": 2.5, "linestyle": ""}
 LIMIT: dict[str, Any] = {"color": "0.55", "linewidth": 0.8, "linestyle": (0, (3, 2)), "zorder": 1.5}
 PANELS = {1: (1.9, 80, 8), 2: (1.9, 40, 8), 3: (1.5, 28, 7)}  # by columns: inches high, characters and points of a title
-RANGE_MARKS = ("converging", points.PROVISIONAL, "none converges", "none yet", "limits of the grid")
 
 
 @style.styled()
@@ -88,7 +87,7 @@ def convergent_base_lrs(studies: Sequence[Study]) -> Figure:
         axes.set_visible(i < len(studies))
         axes.tick_params(labelbottom=i + columns >= len(studies))
         axes.set_xlabel(style.COLUMNS["batch_size"].label if i >= columns * (rows - 1) else "")
-    entries = {label: entries[label] for label in RANGE_MARKS if label in entries}
+    entries["limits of the grid"] = Line2D([], [], **LIMIT)
     text = style.note(CONVERGENCE_RULE, end=points.run_note(*(study.cells for study in studies)))
     style.foot(figure, entries, text, columns=3)
     return figure
@@ -111,10 +110,9 @@ def _draw_ranges(axes: Axes, cells: pd.DataFrame, chance: float, floor: float) -
         axes.plot(dotted.index, dotted, label=f"_{label}", **dots)
         entries |= {label: (Line2D([], [], **bar), style.mark(**dots))} if where.any() else {}
     lost, waiting = ranges.index[~found & ~pending], ranges.index[~found & pending]
-    absent = {"none converges": (lost, floor, style.LOST), "none yet": (waiting, floor, style.NOT_YET)}
-    entries |= points.plot_absent(axes, absent)
     edges = [limits.index[0] / 1.4, *limits.index, limits.index[-1] * 1.4]
     for column in ("min", "max"):
         heights = limits[column].to_numpy()
         axes.plot(edges, [heights[0], *heights, heights[-1]], drawstyle="steps-mid", label=f"_{column}", **LIMIT)
-    return entries | {"limits of the grid": Line2D([], [], **LIMIT)}
+    absent = {"none converges": (lost, floor, style.LOST), "none yet": (waiting, floor, style.NOT_YET)}
+    return entries | points.plot_absent(axes, absent)

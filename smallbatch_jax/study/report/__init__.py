@@ -53,13 +53,8 @@ def page(studies: Iterable[Study], refresh_seconds: int | None = None) -> str:
     studies = list(studies)
     labels = [label.replace("\\$", "$") for label in paper_labels(studies)]  # escaped for matplotlib
     labelled = dict(zip(labels, studies, strict=True))
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(__name__, "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.loader = jinja2.PackageLoader(__name__, ".")
     environment.policies["json.dumps_kwargs"] = JSON
     return environment.get_template("page.html").render(
         title=f"{', '.join(study.name for study in studies)}: batch size and learning rate",
