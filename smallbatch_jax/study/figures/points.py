@@ -94,8 +94,8 @@ def plot_curve(axes: Axes, curve: pd.DataFrame, x: str, label: str, **look: Any)
     return line
 
 
-def plot_rows(axes: Axes, cells: pd.DataFrame, rows: str, x: str, labels: list[str], **look: Any) -> dict[str, Any]:
-    """Draws a curve for each value of column `rows` that has a point, or says that none has; returns the legend's entries."""
+def plot_rows(axes: Axes, cells: pd.DataFrame, rows: str, x: str, labels: list[str], legend_title: str, **look: Any) -> None:
+    """Draws a curve for each value of column `rows` that has a point, and their legend, or says that none has."""
     lines = {}
     curves = zip(cells.sort_values(x).groupby(rows), labels, style.ordered_looks(len(labels)), strict=True)
     for (_, curve), label, ordered in curves:
@@ -103,7 +103,7 @@ def plot_rows(axes: Axes, cells: pd.DataFrame, rows: str, x: str, labels: list[s
             lines[label] = line
     if not lines:
         style.say_nothing_finished(axes)
-    return lines
+    style.side_legend(axes, lines, legend_title)
 
 
 def plot_absent(axes: Axes, kinds: dict[str, tuple[Any, Any, dict[str, Any]]]) -> dict[str, Any]:

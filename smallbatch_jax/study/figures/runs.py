@@ -199,13 +199,12 @@ def accuracy_against_memory(study: Study) -> Figure:
     axes.set(xlabel="peak memory of the program", ylabel=f"best {metric_name(study.experiment)} (%)")
     labels = [f"{m} ({lanes:g})" for m, lanes in zip(best["batch_size"], best["lanes"], strict=True)]
     known = best.assign(y=best["y"].where(here))
-    lines = points.plot_rows(axes, known, "batch_size", "peak_bytes", labels, linestyle="")
-    if lines:
+    points.plot_rows(axes, known, "batch_size", "peak_bytes", labels, "$m$ (lanes)", linestyle="")
+    if here.any():
         style.unit_axis(axes, "x", best.loc[here, "peak_bytes"], style.BYTES)
         axes.margins(y=0.12)
     else:
         axes.set_xticks([])
-    style.side_legend(axes, lines, "$m$ (lanes)")
     unknown = style.named("memory not known", best.loc[best["y"].notna() & ~here, "batch_size"])
     lost = style.named("diverged", best.loc[best["lost"], "batch_size"])
     note = style.note(points.run_note(cells), lost, unknown, end="memory of all lanes together, without the dataset")
