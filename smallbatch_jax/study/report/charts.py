@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex
 
 from smallbatch_jax.config.text import format_base_lr, percent, plural
 from smallbatch_jax.study import cost
-from smallbatch_jax.study.analysis import CELL, RUN
+from smallbatch_jax.study.analysis import CELL, RUN, best_first
 from smallbatch_jax.study.answer import accuracy, setting
 from smallbatch_jax.study.figures.labels import metric_name
 from smallbatch_jax.study.figures.points import best_of_each, marked, one_bn_batch_size, own_base_lrs
@@ -179,32 +179,28 @@ def best_by_batch_size(studies: dict[str, Study]) -> go.Figure:
     """The best test accuracy of each m over all its η̃ (Fig. 15), a curve for each study by its label."""
     tables = []
     for label, study in studies.items():
-        best = best_of_each(study.cells).sort_values("test_accuracy", ascending=False).drop_duplicates("batch_size")
+        best = best_first(study.cells).drop_duplicates("batch_size").sort_values("batch_size")
         tables.append(best.assign(curve=html.escape(label, quote=False)))
     metric = metric_name(*(study.experiment for study in studies.values()))
-    return _accuracies_by_batch_size(pd.concat(tables), f"best {metric} (%)", ["curve", "batch_size"], CATEGORIES)
+    return _chart_by_batch_size(pd.concat(tables), f"best {metric} (%)", CATEGORIES)
 
 
 def accuracy_by_batch_size(study: Study, shown: CellMap) -> go.Figure:
     """Test accuracy over m, one curve per η̃: the paper's form (Figs. 1–3, 5–12)."""
     title, text = COLUMNS[shown.column]
-    table = shown.cells.assign(curve=shown.cells[shown.column].map(text))
-    figure = _accuracies_by_batch_size(table, f"{metric_name(study.experiment)} (%)", [shown.column, "batch_size"])
+    cells = shown.cells.sort_values([shown.column, "batch_size"])
+    figure = _chart_by_batch_size(cells.assign(curve=cells[shown.column].map(text)), f"{metric_name(study.experiment)} (%)")
     return figure.update_layout(legend_title_text=title)
 
 
-def _accuracies_by_batch_size(
-    cells: pd.DataFrame, title: str, order: list[str], colors: Sequence[str] | None = None
-) -> go.Figure:
+def _chart_by_batch_size(cells: pd.DataFrame, title: str, colors: Sequence[str] | None = None) -> go.Figure:
     """Accuracies over m with their deviations over seeds; curves of which no cell has finished are left out."""
-    table = marked(cells).sort_values(order)
+    table = marked(cells[cells.groupby("curve")["finished"].transform("any")])
     hover = [
         f"<b>{setting(cell)}</b><br>{accuracy(cell)}" if cell["finished"] else "none has finished"
         for cell in table.to_dict("records")
     ]
-    table = table.assign(hover=hover)[table.groupby("curve")["finished"].transform("any")]
-    figure = _line_chart(table, "batch_size", "y", title, colors)
-    return _scale_batch_sizes(figure, cells)
+    return _scale_batch_sizes(_line_chart(table.assign(hover=hover), "batch_size", "y", title, colors), cells)
 
 
 def cost_charts(study: Study) -> dict[str, go.Figure]:
@@ -259,6 +255,7 @@ def _line_chart(table: pd.DataFrame, x: str, y: str, title: str, colors: Sequenc
         symbol="curve",
         hover_name="hover",
         markers=True,
+        render_mode="svg",  # px would use WebGL for many points
         color_discrete_sequence=colors or list(map(to_hex, ordered_colors(table["curve"].nunique()))),
         symbol_sequence=SYMBOLS,
     )
