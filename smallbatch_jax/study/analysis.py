@@ -117,10 +117,9 @@ def convergent_range(cells: pd.DataFrame, chance: float) -> pd.DataFrame:
     return ranges.reset_index()
 
 
-def best_first(cells: pd.DataFrame, *ties: str) -> pd.DataFrame:
-    """Sorts cells by falling accuracy, those without one last; ties go to the smallest `ties` (base_lr)."""
-    columns = ["test_accuracy", *(ties or ("base_lr",))]
-    return cells.sort_values(columns, ascending=[False] + [True] * (len(columns) - 1), na_position="last")
+def best_first(cells: pd.DataFrame) -> pd.DataFrame:
+    """Sorts cells by falling accuracy, those without one last; ties by rising batch size, BN batch size and base_lr."""
+    return cells.sort_values(["test_accuracy", *CELL[1:]], ascending=[False, True, True, True])
 
 
 def best_cells(cells: pd.DataFrame) -> pd.DataFrame:
@@ -162,24 +161,19 @@ def format_summary(table: pd.DataFrame) -> str:
 
 def _format_block(table: pd.DataFrame) -> str:
     """The rows of one experiment; BN batch sizes are shown if some are not m, running runs if there are any."""
-    columns: dict[str, Iterable[str]] = {"m": table["batch_size"].astype(str)}
+    text = pd.DataFrame({"m": table["batch_size"]})  # a space before each other heading makes two between columns
     if not table["bn_batch_size"].equals(table["batch_size"]):
-        columns["BN batch"] = table["bn_batch_size"].astype(str)
+        text[" BN batch"] = table["bn_batch_size"]
     accuracies = zip(table["test_accuracy"], table["test_accuracy_std"], strict=True)
-    columns["best test accuracy"] = [percent(mean, std, digits=2) for mean, std in accuracies]
-    columns["at base_lr"] = ["-" if math.isnan(base_lr) else format_base_lr(base_lr) for base_lr in table["base_lr"]]
-    ranges = table[["lowest_base_lr", "highest_base_lr", "convergent"]].itertuples(index=False)
-    columns["converging base_lr"] = [_format_range(*row) for row in ranges]
-    shown = ["diverged", "finished", *(["running"] if table["running"].sum() else [])]
-    columns |= {name: table[name].astype(str) for name in shown}
-    texts = [[name, *column] for name, column in columns.items()]
-    widths = [max(map(len, column)) for column in texts]
-    lines = zip(*texts, strict=True)
-    return "\n".join("  ".join(text.rjust(n) for text, n in zip(line, widths, strict=True)) for line in lines)
+    text[" best test accuracy"] = [percent(mean, std, digits=2) for mean, std in accuracies]
+    text[" at base_lr"] = ["-" if math.isnan(base_lr) else format_base_lr(base_lr) for base_lr in table["base_lr"]]
+    ranges = zip(table["lowest_base_lr"], table["highest_base_lr"], table["convergent"], strict=True)
+    text[" converging base_lr"] = [_format_range(*row) for row in ranges]
+    for name in ("diverged", "finished", *(["running"] if table["running"].any() else [])):
+        text[f" {name}"] = table[name]
+    return text.astype(str).to_string(index=False)
 
 
 def _format_range(lowest: float, highest: float, count: int) -> str:
-    if not count:
-        return "none"
-    ends = dict.fromkeys(map(format_base_lr, (lowest, highest)))
-    return f"{' … '.join(ends)} ({count})"
+    ends = " … ".join(dict.fromkeys(map(format_base_lr, (lowest, highest))))
+    return f"{ends} ({count})" if count else "none"

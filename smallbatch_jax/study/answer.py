@@ -34,7 +34,7 @@ def answer(study: Study) -> Answer:
     so_far = f"So far ({ended:,} of {runs:,} runs ended): " if ended < runs else ""
     if not study.cells["finished"].any():
         return Answer(f"{so_far}{'none of them has finished.' if so_far else 'Every run diverged.'}", (), None)
-    best = _best(study.cells)
+    best = best_first(study.cells).iloc[0]
     if best["test_accuracy"] <= study.chance:
         return Answer(f"{so_far}No run is better than chance, {percent(study.chance)}.", (), best)
     sentence = f"{so_far}{'best' if so_far else 'Best'} at {setting(best)}: {accuracy(best)}"
@@ -53,10 +53,6 @@ def accuracy(cell: Mapping[Any, Any] | pd.Series) -> str:
     return percent(cell["test_accuracy"], cell["test_accuracy_std"])
 
 
-def _best(cells: pd.DataFrame) -> pd.Series:
-    return best_first(cells, "batch_size", "bn_batch_size", "base_lr").iloc[0]
-
-
 def _variance(cell: pd.Series, examples: int | None) -> float:
     """Returns the variance of a cell's mean accuracy; with one or two seeds at least that of drawing the test set."""
     seeds = cell["test_accuracy_std"] ** 2 / cell["finished"] if cell["finished"] > 1 else 0.0
@@ -65,7 +61,7 @@ def _variance(cell: pd.Series, examples: int | None) -> float:
 
 
 def _reaches(study: Study, cell: pd.Series, best: pd.Series) -> bool:
-    """Returns whether a finished cell is within the noise of the best, by `RULE`."""
+    """Returns whether a cell has finished and is within the noise of the best, by `RULE`."""
     examples = study.examples[1] if study.examples else None
     error = math.sqrt(_variance(cell, examples) + _variance(best, examples))
     return best["test_accuracy"] - cell["test_accuracy"] <= 2 * error
@@ -74,11 +70,13 @@ def _reaches(study: Study, cell: pd.Series, best: pd.Series) -> bool:
 def _rest(study: Study, best: pd.Series) -> str:
     """Compares the other batch sizes whose runs have ended to the best."""
     sizes = sorted(set(study.cells["batch_size"].tolist()))
-    ended = {m: rows for m, rows in study.cells.groupby("batch_size") if m != best["batch_size"] and not rows["pending"].any()}
-    never = [m for m, rows in ended.items() if not (rows["finished"].any() and _reaches(study, _best(rows), best))]
-    if not ended:
+    others = study.cells[study.cells["batch_size"] != best["batch_size"]]
+    ended = others[others.groupby("batch_size")["pending"].transform("sum") == 0]
+    tops = best_first(ended).drop_duplicates("batch_size").sort_values("batch_size")
+    never = [int(top["batch_size"]) for _, top in tops.iterrows() if not _reaches(study, top, best)]
+    all_ended = len(tops) == len(sizes) - 1
+    if tops.empty:
         return ""
-    all_ended = len(ended) == len(sizes) - 1
     if not never:
         return ("every other batch size" if all_ended else "every other whose runs have ended") + " is within the noise of it"
     if len(never) == len(sizes) - 1 > 1:
@@ -123,7 +121,7 @@ def _caveats(study: Study, best: pd.Series) -> list[str]:
         found.append(f"{int(best['diverged'])} of its {seeds} seeds diverged.")
     if best["finished"] == 1:
         found.append("One seed: how much chance there is in it is not known.")
-    others = cells[cells["finished"] > 0].drop(index=best.name)
+    others = cells.drop(index=best.name)
     near = [int(cell["batch_size"]) for _, cell in others.iterrows() if _reaches(study, cell, best)]
     if near:
         are, sizes = "cell is" if len(near) == 1 else "cells are", ", ".join(map(str, sorted(set(near))))
@@ -133,14 +131,14 @@ def _caveats(study: Study, best: pd.Series) -> list[str]:
 
 def _edges_of_others(cells: pd.DataFrame, best: int) -> list[str]:
     """The other batch sizes that are best at an end of their base learning rates, so that a wider grid may do them justice."""
-    ends: dict[tuple[str, str], list[int]] = {("smallest", "smaller"): [], ("largest", "larger"): []}
-    for m, rows in cells.groupby("batch_size"):
-        edge = _edge(_best(rows)["base_lr"], rows["base_lr"].tolist()) if rows["finished"].any() and m != best else None
-        if edge:
-            ends[edge].append(int(str(m)))
-    return [
-        f"m = {', '.join(map(str, sizes))} {'is' if len(sizes) == 1 else 'are'} best at the {end} η̃ tried: "
-        f"a {beyond} one may bring {'it' if len(sizes) == 1 else 'them'} closer."
-        for (end, beyond), sizes in ends.items()
-        if sizes
-    ]
+    ends: dict[tuple[str, str], list[str]] = {("smallest", "smaller"): [], ("largest", "larger"): []}
+    for m, rows in cells[cells["batch_size"] != best].groupby("batch_size"):
+        edge = _edge(best_first(rows)["base_lr"].iloc[0], rows["base_lr"].tolist())
+        if edge and rows["finished"].any():
+            ends[edge].append(str(m))
+    found = []
+    for (end, beyond), sizes in ends.items():
+        if sizes:
+            are, them = ("is", "it") if len(sizes) == 1 else ("are", "them")
+            found.append(f"m = {', '.join(sizes)} {are} best at the {end} η̃ tried: a {beyond} one may bring {them} closer.")
+    return found

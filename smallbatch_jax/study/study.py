@@ -129,23 +129,19 @@ def choose_base_lrs(experiment: Experiment, workdir: str | Path | None = None) -
         chosen = dict(read_experiment(Path(workdir)).grid.base_lr_by_batch_size) | chosen
     missing = [m for m in grid.batch_sizes if m not in chosen]
     if missing:
-        sources = [_source(path) for path in grid.base_lrs_from]
+        sources = [_source(expanded_path("grid.base_lrs_from", path)) for path in grid.base_lrs_from]
         chosen |= {m: _best_base_lr(m, sources) for m in missing}
     pairs = tuple((m, chosen[m]) for m in grid.batch_sizes)
     return dataclasses.replace(experiment, grid=dataclasses.replace(grid, base_lr_by_batch_size=pairs))
 
 
-def _source(given: str) -> Study:
-    path = expanded_path("grid.base_lrs_from", given)
-    try:
-        return load(path)
-    except InputError as error:
-        if os.path.isfile(Path(path, "experiment.json")):
-            raise
+def _source(path: str) -> Study:
+    if not os.path.isfile(Path(path, "experiment.json")):
         raise InputError(
             f"grid.base_lrs_from: {path} holds no results yet; train it first: "
             f"python experiments/sweep.py --config=… --workdir={path}"
-        ) from error
+        )
+    return load(path)
 
 
 def _best_base_lr(batch_size: int, sources: list[Study]) -> float:
@@ -156,11 +152,8 @@ def _best_base_lr(batch_size: int, sources: list[Study]) -> float:
     if cells.empty:
         raise InputError(f"grid.base_lrs_from: no run of batch size {batch_size} in {named}.")
     if pending := int(cells["pending"].sum()):
-        raise InputError(
-            f"grid.base_lrs_from: {pending} run(s) of batch size {batch_size} have not ended yet in {named}; the same "
-            "sweep.py command goes on there."
-        )
-    best = analysis.best_first(cells).iloc[0]
-    if not best["finished"]:
+        lack = f"{pending} run(s) of batch size {batch_size} have not ended yet in {named}"
+        raise InputError(f"grid.base_lrs_from: {lack}; the same sweep.py command goes on there.")
+    if not cells["finished"].any():
         raise InputError(f"grid.base_lrs_from: every run of batch size {batch_size} diverged in {named}.")
-    return float(best["base_lr"])
+    return float(analysis.best_first(cells)["base_lr"].iloc[0])

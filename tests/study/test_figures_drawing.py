@@ -70,7 +70,7 @@ def test_no_rows_are_refused_before_anything_is_written(cells, tmp_path):
 
 def test_experiment_name_cannot_leave_the_folder(cells, tmp_path):
     two = pd.concat([results(cells).assign(experiment="up/../.."), results(cells)])
-    with pytest.raises(InputError, match="cannot name a folder"):
+    with pytest.raises(InputError, match=r"experiment: got .* accepts text that can name a folder"):
         figures.draw(two, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

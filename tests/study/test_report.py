@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import gzip
+import html
 import html.parser
 import json
 import math
@@ -203,9 +204,10 @@ def test_text_of_a_users_cannot_break_out_of_its_place():
 
 
 def test_json_in_a_script_is_itself_and_ends_no_script():
-    value = {"</script>": ["<!--", "&amp;", "η̃ = 2^-7"]}
-    text = report._script_json(value)
-    assert json.loads(text) == value
+    names = ["<script><!--&amp;", "η̃ = 2^-7"]
+    text = Parts(report.page([study(name, {4: 0.5}) for name in names])).script("data-comparison", None)
+    shown = [html.unescape(trace["name"]) for trace in json.loads(text)["data"]]
+    assert shown == [f"AlexNet, noBN, noAug ({name})" for name in names]
     assert not set("<>&") & set(text)
 
 

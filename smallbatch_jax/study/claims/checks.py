@@ -12,15 +12,13 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from smallbatch_jax.config.text import format_base_lr, percent, plural
 from smallbatch_jax.study import analysis
 from smallbatch_jax.study.study import Study
-
-Values = TypeVar("Values", pd.Series, pd.DataFrame)
 
 # The paper says "similar", "good", "improves", never how much; these are our readings, in points (%) of accuracy unless
 # another unit is given. From 10,000 images and one seed, an accuracy of 75 % is itself uncertain by half a point.
@@ -55,7 +53,7 @@ def _by_size(values: pd.Series) -> str:
 
 def _points(difference: Any) -> Any:
     """Converts a difference of accuracies to points; float error no longer decides at the edge of a tolerance."""
-    return (100 * difference).round(6) if isinstance(difference, pd.Series) else round(100 * difference, 6)
+    return round(100 * difference, 6)
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Sizes:
 ALL = Sizes()
 
 
-def _pick(values: Values, who: str, sizes: Sizes = ALL, least: int = 1) -> Values:
+def _pick(values: Any, who: str, sizes: Sizes = ALL, least: int = 1) -> Any:
     """The values at those batch sizes; `who` ("fig01 has") begins the sentence if they are too few."""
     found = values.loc[[m for m in values.index if m in sizes]]
     if len(found) < least:
@@ -127,10 +125,10 @@ def _shared(*studies: Study, least: int = 1) -> pd.DataFrame:
     return _pick(best, f"{_names(*studies)} share", least=least)
 
 
-def _finished(*studies: Study) -> pd.DataFrame:
-    """Returns `_shared` at the batch sizes at which every study finished a run."""
+def _finished(*studies: Study, sizes: Sizes = ALL) -> pd.DataFrame:
+    """Returns `_shared` at those batch sizes at which every study finished a run."""
     best = _shared(*studies)
-    return _pick(best[(best > -math.inf).all(axis=1)], f"{_names(*studies)} share finished runs at")
+    return _pick(best[(best > -math.inf).all(axis=1)], f"{_names(*studies)} share finished runs at", sizes)
 
 
 def _names(*studies: Study) -> str:
@@ -198,16 +196,16 @@ def is_better(study: Study, than: Study) -> Finding:
 def improves_on(study: Study, before: Study) -> Finding:
     """One study is at least as good as another at most batch sizes, and better on average."""
     both = _shared(study, before, least=2)
-    kept, gain = int((both[study.name] >= both[before.name]).sum()), _gains(study, before).mean()
+    kept, gain = int((both[study.name] >= both[before.name]).sum()), _gain(study, before)
     text = f"{study.name} is at least as good as {before.name} at {kept} of {len(both)} batch sizes"
     holds = kept >= MOST * len(both) and bool(gain > 0)
     return Finding(holds, f"{text}, {gain:+.2f} points on average where both finished")
 
 
-def _gains(study: Study, before: Study) -> pd.Series:
-    """By how many points one study is above another, by batch size, where both finished a run."""
-    both = _finished(study, before)
-    return _points(both[study.name] - both[before.name])
+def _gain(study: Study, before: Study, sizes: Sizes = ALL) -> float:
+    """By how many points one study is above another, on average over the batch sizes at which both finished a run."""
+    both = _finished(study, before, sizes=sizes)
+    return _points((both[study.name] - both[before.name]).mean())
 
 
 def longer_is_better(short: Study, medium: Study, long: Study) -> Finding:
@@ -219,8 +217,7 @@ def longer_is_better(short: Study, medium: Study, long: Study) -> Finding:
 
 def gains_more(long: Study, short: Study, sizes: Sizes, than: Sizes) -> Finding:
     """Longer training gains more at some batch sizes than at others."""
-    gains, who = _gains(long, short), f"{_names(long, short)} share finished runs at"
-    large, small = (_pick(gains, who, some).mean() for some in (sizes, than))
+    large, small = (_gain(long, short, some) for some in (sizes, than))
     text = f"from {short.name} to {long.name}, m {sizes} gain {large:+.2f} points on average, m {than} {small:+.2f}"
     return Finding(bool(large > small), text)
 
@@ -304,32 +301,29 @@ def _training_accuracy(study: Study, base_lr: float, sizes: Sizes, least: int = 
 
 def smaller_bn_batch_is_best(study: Study, sizes: Sizes) -> Finding:
     """At each of the batch sizes, the best BN batch is smaller than the batch."""
-    best = _best_bn(study, sizes, lambda m, b: m in b and min(b) < m, "BN batches of m and smaller ones")
-    smaller = [min(found) < m for m, found in best.items()]
-    return Finding(all(smaller), _format_bn(study, best, "is below m", smaller))
+    share, text = _best_bn(study, sizes, "is below m", "BN batches of m and smaller ones", lambda m, b: b < m)
+    return Finding(share == 1, text)
 
 
 def best_bn_batch_is_at(study: Study, bn_sizes: Sizes, sizes: Sizes, share: float) -> Finding:
     """At this share of the batch sizes or more, the best BN batch size is one of `bn_sizes`."""
     kinds = f"BN batches {bn_sizes} and others"
-    best = _best_bn(study, sizes, lambda _, b: len({size in bn_sizes for size in b}) == 2, kinds)
-    inside = [any(size in bn_sizes for size in found) for found in best]
-    return Finding(sum(inside) >= share * len(inside), _format_bn(study, best, f"is {bn_sizes}", inside))
+    found, text = _best_bn(study, sizes, f"is {bn_sizes}", kinds, lambda _, b: b in bn_sizes)
+    return Finding(found >= share, text)
 
 
-def _best_bn(study: Study, sizes: Sizes, decides: Callable[[int, list[int]], bool], kinds: str) -> pd.Series:
-    """The BN batch sizes of the best accuracy, by batch size, where a run finished and the BN batch sizes are of both kinds."""
+def _best_bn(study: Study, sizes: Sizes, asked: str, kinds: str, wanted: Callable[[int, int], bool]) -> tuple[float, str]:
+    """The share of the batch sizes, of those with BN batches of both kinds, at which the best is wanted; also in words."""
     best = {}
     for m, cells in _comparable(study.cells).groupby("batch_size"):
         top = cells["accuracy"].max()
-        if top > -math.inf and decides(m, cells["bn_batch_size"].tolist()):
+        if top > -math.inf and len({wanted(m, b) for b in cells["bn_batch_size"]}) == 2:
             best[m] = cells.loc[cells["accuracy"] == top, "bn_batch_size"].tolist()
-    return _pick(pd.Series(best, dtype=object), f"{study.name} has {kinds} at", sizes)
-
-
-def _format_bn(study: Study, best: pd.Series, asked: str, answers: list[bool]) -> str:
+    best = _pick(pd.Series(best, dtype=object), f"{study.name} has {kinds} at", sizes)
+    answers = [any(wanted(m, b) for b in found) for m, found in best.items()]
     shown = _by_size(best.map(lambda found: " or ".join(map(str, found))))
-    return f"{study.name}: the best BN batch {asked} at {sum(answers)} of {len(answers)} batch sizes ({shown})"
+    text = f"{study.name}: the best BN batch {asked} at {sum(answers)} of {len(answers)} batch sizes ({shown})"
+    return sum(answers) / len(answers), text
 
 
 def accuracy_falls(study: Study) -> Finding:

@@ -2,19 +2,18 @@
 
 A figure is a function of the cells of one experiment (`analysis.planned_cells`, or `analysis.final_accuracy`), of its rows,
 or of several studies; it returns a matplotlib Figure that pyplot does not know, so drawing works without a display and leaves
-a notebook's settings alone. FIGURES and SUMMARIES list those that the commands draw: a new figure is a function in one of
-these modules and an entry here.
+a notebook's settings alone. `_own_figures` and `draw_summaries` make those that the commands draw: a new figure is a function
+in one of these modules and a line there.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from smallbatch_jax.config.experiment import InputError
+from smallbatch_jax.config.fields import InputError, folder_name
 from smallbatch_jax.study.analysis import known_cells
 from smallbatch_jax.study.figures import style
 from smallbatch_jax.study.figures.grid import accuracy_against_base_lr as accuracy_against_base_lr
@@ -35,31 +34,7 @@ from smallbatch_jax.study.study import Study
 PathLike = str | os.PathLike[str]
 
 
-class FigureData(NamedTuple):
-    """The stored results of one experiment; `study` is None without a workdir."""
-
-    rows: pd.DataFrame
-    cells: pd.DataFrame
-    metric: str = style.TEST_ACCURACY
-    study: Study | None = None
-
-
-# File name → what it needs (`_own_figures`), and how it is drawn.
-FIGURES: dict[str, tuple[str, Callable[..., Figure]]] = {
-    "accuracy_vs_batch_size": ("common base_lrs", lambda s: accuracy_against_batch_size(s.cells, s.metric)),
-    "accuracy_vs_base_lr": ("several base_lrs", lambda s: accuracy_against_base_lr(s.cells, s.metric)),
-    "heat_map": ("several base_lrs", lambda s: heat_map(s.cells, s.metric)),
-    "accuracy_vs_bn_batch_size": ("several BN batch sizes", lambda s: accuracy_against_bn_batch_size(s.cells, s.metric)),
-    "convergence": ("rows", lambda s: convergence(s.rows, cells=s.cells, metric=s.metric)),
-    "accuracy_vs_time": ("times", lambda s: accuracy_against_time(s.study)),
-    "time_to_accuracy": ("times", lambda s: time_to_accuracy(s.study)),
-    "accuracy_vs_memory": ("memory", lambda s: accuracy_against_memory(s.study)),
-}
-SUMMARIES: dict[str, Callable[[Sequence[Study]], Figure]] = {
-    "best_accuracy": best_accuracy,
-    "convergent_base_lrs": convergent_base_lrs,
-}
-COST_FIGURES = tuple(name for name, (needs, _) in FIGURES.items() if needs in ("times", "memory"))  # depend on the machine
+COST_FIGURES = ("accuracy_vs_time", "time_to_accuracy", "accuracy_vs_memory")  # depend on the machine that trained
 
 
 def draw(df: pd.DataFrame, out_dir: PathLike) -> list[Path]:
@@ -77,7 +52,7 @@ def draw(df: pd.DataFrame, out_dir: PathLike) -> list[Path]:
     _require_rows(df)
     by_name = {str(name): rows for name, rows in df.groupby("experiment", observed=True)}
     folders = _folders(list(by_name), Path(out_dir))
-    drawn = [(_own_figures(FigureData(rows, known_cells(rows))), folders[name]) for name, rows in by_name.items()]
+    drawn = [(_own_figures(rows, known_cells(rows)), folders[name]) for name, rows in by_name.items()]
     return [path for figures, folder in drawn for path in _write_all(figures, folder)]
 
 
@@ -101,8 +76,8 @@ def draw_studies(studies: Iterable[Study], out_dir: PathLike | None = None) -> l
     folders = homes if out_dir is None else _folders(list(homes), Path(out_dir))
     paths = []
     for study in studies:
-        data = FigureData(study.rows, study.cells, metric_name(study.experiment), study)
-        paths += _write_all(_own_figures(data), folders[study.name])
+        figures = _own_figures(study.rows, study.cells, metric_name(study.experiment), study)
+        paths += _write_all(figures, folders[study.name])
     if len(studies) > 1:
         paths += draw_summaries(studies, homes[studies[0].name] if out_dir is None else out_dir)
     return paths
@@ -111,23 +86,31 @@ def draw_studies(studies: Iterable[Study], out_dir: PathLike | None = None) -> l
 def draw_summaries(studies: Sequence[Study], out_dir: PathLike) -> list[Path]:
     """Writes the figures that compare studies, Figs. 15 and 16, and returns their paths. Raises as `draw` does."""
     _require_rows(*(study.rows for study in studies))
-    return _write_all(((name, make(studies)) for name, make in SUMMARIES.items()), Path(out_dir))
+    figures = {"best_accuracy": best_accuracy(studies), "convergent_base_lrs": convergent_base_lrs(studies)}
+    return _write_all(figures.items(), Path(out_dir))
 
 
-def _own_figures(data: FigureData) -> Iterator[tuple[str, Figure]]:
-    """The figures whose needs the experiment's grid and stored results meet."""
-    cells, rates = data.cells, own_base_lrs(data.cells)
-    own, bn_varies = rates.notna().all(), (cells["bn_batch_size"] != cells["batch_size"]).any()
-    costs = program_costs(data.study, one_bn_batch_size(cells)[0]) if data.study else pd.DataFrame()
-    met = {
-        "rows": True,
-        "common base_lrs": not (bn_varies and own and rates.nunique() > 1),
-        "several base_lrs": not own,
-        "several BN batch sizes": bn_varies,
-        "times": "images_per_second" in costs and costs["images_per_second"].notna().any(),
-        "memory": "peak_bytes" in costs and costs["peak_bytes"].notna().any(),
-    }
-    return ((name, make(data)) for name, (needs, make) in FIGURES.items() if met[needs])
+def _own_figures(
+    rows: pd.DataFrame, cells: pd.DataFrame, metric: str = style.TEST_ACCURACY, study: Study | None = None
+) -> Iterator[tuple[str, Figure]]:
+    """The figures that an experiment's grid and stored results give rise to, by file name; those of cost need its study."""
+    rates, bn_varies = own_base_lrs(cells), (cells["bn_batch_size"] != cells["batch_size"]).any()
+    own = rates.notna().all()
+    if not (bn_varies and own and rates.nunique() > 1):
+        yield "accuracy_vs_batch_size", accuracy_against_batch_size(cells, metric)
+    if not own:
+        yield "accuracy_vs_base_lr", accuracy_against_base_lr(cells, metric)
+        yield "heat_map", heat_map(cells, metric)
+    if bn_varies:
+        yield "accuracy_vs_bn_batch_size", accuracy_against_bn_batch_size(cells, metric)
+    yield "convergence", convergence(rows, cells=cells, metric=metric)
+    if study:
+        costs = program_costs(study, one_bn_batch_size(cells)[0])
+        if costs["images_per_second"].notna().any():
+            yield "accuracy_vs_time", accuracy_against_time(study)
+            yield "time_to_accuracy", time_to_accuracy(study)
+        if costs["peak_bytes"].notna().any():
+            yield "accuracy_vs_memory", accuracy_against_memory(study)
 
 
 def _write_all(figures: Iterable[tuple[str, Figure]], folder: Path) -> list[Path]:
@@ -143,7 +126,4 @@ def _folders(names: list[str], out_dir: Path) -> dict[str, Path]:
     """Each experiment's folder: `out_dir` itself for one, a folder in it for each of several."""
     if len(names) == 1:
         return {names[0]: out_dir}
-    for name in names:
-        if name in ("", ".", "..") or Path(name).name != name:
-            raise InputError(f"experiment: {name!r} cannot name a folder; use a name without slashes.")
-    return {name: out_dir / name for name in names}
+    return {name: out_dir / folder_name("experiment", name) for name in names}

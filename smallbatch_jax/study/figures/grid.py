@@ -26,20 +26,15 @@ def accuracy_against_base_lr(cells: pd.DataFrame, metric: str = style.TEST_ACCUR
 
 
 def _curves(cells: pd.DataFrame, rows: str, x: str, metric: str) -> Figure:
-    title, cells = _lay_out(cells)
+    cells, title = points.titled(cells)
+    cells = points.marked(cells)
     figure, axes = style.new_axes(title)
     labels = [style.COLUMNS[rows].text(value) for value in sorted(set(cells[rows].tolist()))]
-    style.side_legend(axes, points.plot_rows(axes, cells, rows, x, labels), style.COLUMNS[rows].symbol)
+    points.plot_rows(axes, cells, rows, x, labels, style.COLUMNS[rows].symbol)
     axes.set_ylabel(f"{metric} (%)")
     style.grid_axis(axes, "x", x, cells[x])
     style.foot(figure, points.mark_entries(cells), points.count_note(cells, "cells"))
     return figure
-
-
-def _lay_out(cells: pd.DataFrame) -> tuple[str, pd.DataFrame]:
-    """The title of a figure, and its marked cells, one per (m, η̃)."""
-    cells, bn_note = points.one_bn_batch_size(points.with_pending(cells))
-    return style.plain(str(cells["experiment"].iloc[0])) + bn_note, points.marked(cells)
 
 
 @style.styled()
@@ -54,15 +49,14 @@ def accuracy_against_bn_batch_size(cells: pd.DataFrame, metric: str = style.TEST
       if it has not finished, as a × if all its runs diverged.
     """
     cells = points.with_pending(cells)
-    pairs, (labels, legend_title) = points.marked(points.best_of_each(cells)), points.setting_labels(cells)
+    pairs = points.marked(points.best_of_each(cells))
     missing = sorted(set(pairs.loc[pairs["y"].isna(), "batch_size"].tolist()))
     figure = style.new_figure(3.3 + ROW * len(missing))
     below = [ROW * (len(missing) + 0.5)] if missing else []
     panels = figure.subplots(1 + len(below), sharex=True, squeeze=False, height_ratios=[2.5, *below])[:, 0]
     choice = "" if points.own_base_lrs(cells).notna().all() else r", best $\tilde{\eta}$ of each"
     panels[0].set(title=style.plain(str(cells["experiment"].iloc[0])) + choice, ylabel=f"{metric} (%)")
-    entries = points.plot_rows(panels[0], pairs, "batch_size", "bn_batch_size", labels)
-    style.side_legend(panels[0], entries, legend_title)
+    points.plot_rows(panels[0], pairs, "batch_size", "bn_batch_size", *points.setting_labels(cells))
     marks = _mark_missing(panels[1], pairs, missing) if missing else {}
     style.grid_axis(panels[-1], "x", "bn_batch_size", pairs["bn_batch_size"])
     style.foot(figure, points.mark_entries(pairs) | marks, points.count_note(pairs, "pairs"))
@@ -71,18 +65,15 @@ def accuracy_against_bn_batch_size(cells: pd.DataFrame, metric: str = style.TEST
 
 def _mark_missing(axes: Axes, pairs: pd.DataFrame, missing: list[int]) -> dict[str, Any]:
     """Marks the pairs that have no accuracy, one row per m; returns the legend's entries."""
-    sizes, entries = sorted(set(pairs["batch_size"].tolist())), {}
-    colors = dict(zip(sizes, style.ordered_colors(len(sizes)), strict=True))
-    for mask, label, look in (("unknown", "not finished", style.NOT_YET), ("lost", "diverged", style.LOST)):
-        for height, m in enumerate(missing):
-            places = pairs.loc[pairs[mask] & (pairs["batch_size"] == m), "bn_batch_size"]
-            entries |= points.plot_absent(axes, height, {label: (places, {**look, "color": colors[m]})})
+    places = pairs.assign(row=pairs["batch_size"].map({m: row for row, m in enumerate(missing)}))
+    waiting, lost = (places.loc[places[mask], ["bn_batch_size", "row"]] for mask in ("unknown", "lost"))
     axes.set_yticks(range(len(missing)), [f"$m$ = {m}" for m in missing], fontsize=6.5)
     axes.set_ylim(-0.75, len(missing) - 0.25)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(False)
-    return entries
+    kinds = {"not finished": (waiting, style.NOT_YET), "diverged": (lost, style.LOST)}
+    return points.plot_absent(axes, {label: (x["bn_batch_size"], x["row"], look) for label, (x, look) in kinds.items()})
 
 
 @style.styled()
@@ -99,15 +90,15 @@ def heat_map(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
       on white (planned, and no seed has ended), or blank (not planned). A small × in a corner marks a coloured cell
       some of whose seeds diverged, a small ring one with seeds pending.
     """
-    title, cells = _lay_out(cells)
+    cells, title = points.titled(cells)
+    cells = points.marked(cells)
     grids = cells.pivot(index="batch_size", columns="base_lr", values=["y", "lost"])
     accuracy = np.ma.masked_invalid(grids["y"].to_numpy(float))
     grey = np.ma.masked_not_equal(grids["lost"].to_numpy(float), 1)
     rows, columns = accuracy.shape
     figure, axes = style.new_axes(title, height=max(2.2, 1.2 + 0.22 * rows))
     axes.grid(False)
-    low, high = (accuracy.min(), accuracy.max()) if accuracy.count() else (0.0, 100.0)
-    norm = Normalize(low, high if high > low else low + 1)
+    norm = Normalize(accuracy.min(), accuracy.max()) if accuracy.count() else Normalize(0, 100)
     edges = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
     # A mesh, not an image: PDF viewers blur small images.
     mesh = axes.pcolormesh(*edges, accuracy, cmap=style.COLORS, norm=norm, edgecolor="white", linewidth=0.5)
@@ -115,8 +106,11 @@ def heat_map(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
     # places of a pivot are sorted by value, as dense ranks are
     places = cells.assign(x=cells["base_lr"].rank(method="dense") - 1, row=cells["batch_size"].rank(method="dense") - 1)
     style.foot(figure, _mark_cells(axes, places))
-    if columns <= style.MOST_TICKS:
-        _write_accuracies(axes, places.dropna(subset="y"), norm)
+    for x, row, value in zip(places["x"], places["row"], places["y"], strict=True):
+        if columns <= style.MOST_TICKS and not np.isnan(value):
+            color = "white" if norm(value) < 0.6 else "black"  # viridis is dark at its lower end and light at its upper one
+            text = axes.text(x, row, f"{value:.1f}", ha="center", va="center", color=color, fontsize=6.5)
+            text.set_in_layout(False)  # it lies inside its cell; measuring it would take most of the drawing time
     for which, column, values in (("x", "base_lr", grids["y"].columns), ("y", "batch_size", grids.index)):
         step, names = style.tick_step(len(values)), style.COLUMNS[column]
         getattr(axes, f"set_{which}ticks")(range(0, len(values), step), list(map(names.text, values[::step])))
@@ -142,11 +136,3 @@ def _mark_cells(axes: Axes, cells: pd.DataFrame) -> dict[str, Any]:
         if len(here):
             entries[label] = axes.scatter(here["x"] + right, here["row"] + up, label=label, **look)
     return entries
-
-
-def _write_accuracies(axes: Axes, cells: pd.DataFrame, norm: Normalize) -> None:
-    for x, row, value in zip(cells["x"], cells["row"], cells["y"], strict=True):
-        # viridis is dark at its lower end and light at its upper one
-        color = "white" if norm(value) < 0.6 else "black"
-        text = axes.text(x, row, f"{value:.1f}", ha="center", va="center", color=color, fontsize=6.5)
-        text.set_in_layout(False)  # it lies inside its cell; measuring it would take most of the drawing time

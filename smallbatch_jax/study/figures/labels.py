@@ -40,9 +40,6 @@ def dataset_name(experiment: Experiment) -> str:
 
 def metric_name(*experiments: Experiment) -> str:
     """The paper's name of the accuracy on the images that the experiments test on."""
-    names = {_metric(experiment.dataset.name) for experiment in experiments}
+    datasets = [DATASETS.get(experiment.dataset.name) for experiment in experiments]
+    names = {(dataset and dataset.test_metric) or style.TEST_ACCURACY for dataset in datasets}
     return names.pop() if len(names) == 1 else style.TEST_ACCURACY
-
-
-def _metric(dataset: str) -> str:
-    return (DATASETS[dataset].test_metric if dataset in DATASETS else None) or style.TEST_ACCURACY

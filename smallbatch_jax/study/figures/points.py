@@ -34,6 +34,12 @@ def one_bn_batch_size(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     return cells, f" (BN batch size {', '.join(map(str, sorted(set(cells['bn_batch_size'].tolist()))))})"
 
 
+def titled(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The cells of one experiment, one per (m, η̃), and the title of their figure."""
+    cells, bn_note = one_bn_batch_size(with_pending(cells))
+    return cells, style.plain(str(cells["experiment"].iloc[0])) + bn_note
+
+
 def best_of_each(cells: pd.DataFrame) -> pd.DataFrame:
     """The best cell of each (experiment, batch size, BN batch size), sorted.
 
@@ -88,22 +94,23 @@ def plot_curve(axes: Axes, curve: pd.DataFrame, x: str, label: str, **look: Any)
     return line
 
 
-def plot_rows(axes: Axes, cells: pd.DataFrame, rows: str, x: str, labels: list[str]) -> dict[str, Any]:
-    """Draws a curve for each value of column `rows` that has a point, or says that none has; returns the legend's entries."""
-    curves, looks = cells.sort_values(x).groupby(rows), style.ordered_looks(len(labels))
-    lines = {
-        label: plot_curve(axes, curve, x, label, **look) for (_, curve), label, look in zip(curves, labels, looks, strict=True)
-    }
-    if not any(lines.values()):
+def plot_rows(axes: Axes, cells: pd.DataFrame, rows: str, x: str, labels: list[str], legend_title: str, **look: Any) -> None:
+    """Draws a curve for each value of column `rows` that has a point, and their legend, or says that none has."""
+    lines = {}
+    curves = zip(cells.sort_values(x).groupby(rows), labels, style.ordered_looks(len(labels)), strict=True)
+    for (_, curve), label, ordered in curves:
+        if line := plot_curve(axes, curve, x, label, **ordered, **look):
+            lines[label] = line
+    if not lines:
         style.say_nothing_finished(axes)
-    return {label: line for label, line in lines.items() if line}
+    style.side_legend(axes, lines, legend_title)
 
 
-def plot_absent(axes: Axes, height: float, kinds: dict[str, tuple[Any, dict[str, Any]]]) -> dict[str, Any]:
-    """Marks the places on the x axis that have no value, by kind: label → (places, look); returns the legend's entries."""
-    for label, (places, look) in kinds.items():
-        axes.plot(places, np.full(len(places), height), label=label, **look)
-    return {label: style.mark(**{**look, "color": style.QUIET}) for label, (places, look) in kinds.items() if len(places)}
+def plot_absent(axes: Axes, kinds: dict[str, tuple[Any, Any, dict[str, Any]]]) -> dict[str, Any]:
+    """Marks what has no value, by kind: label → (places, height or heights, look); returns the legend's entries."""
+    for label, (places, heights, look) in kinds.items():
+        axes.plot(places, np.broadcast_to(heights, len(places)), label=label, **look)
+    return {label: style.mark(**{**look, "color": style.QUIET}) for label, (places, _, look) in kinds.items() if len(places)}
 
 
 def mark_entries(cells: pd.DataFrame, diverged: str = DIVERGED, pending: str = PENDING) -> dict[str, Any]:
@@ -116,10 +123,16 @@ def mark_entries(cells: pd.DataFrame, diverged: str = DIVERGED, pending: str = P
 
 def count_note(cells: pd.DataFrame, unit: str) -> str:
     """Returns a note of how many marked cells have not finished or have diverged."""
-    return style.count_note(unit, len(cells), int((cells["pending"] > 0).sum()), int(cells["lost"].sum()))
+    return _counted(unit, len(cells), int((cells["pending"] > 0).sum()), int(cells["lost"].sum()))
 
 
 def run_note(*cells: pd.DataFrame, diverged: bool = False) -> str:
     """Returns a note of how many runs of these cells have not ended and, if asked for, how many have diverged."""
-    counts = pd.concat([some[["pending", "diverged", "finished"]] for some in cells]).sum()
-    return style.count_note("runs", int(counts.sum()), int(counts["pending"]), int(counts["diverged"]) * diverged)
+    runs = pd.concat(cells)[["pending", "diverged", "finished"]].sum()
+    return _counted("runs", int(runs.sum()), int(runs["pending"]), int(runs["diverged"]) * diverged)
+
+
+def _counted(unit: str, total: int, unfinished: int, diverged: int) -> str:
+    """Counts such as "12 of 143 cells not finished, 40 diverged"; empty if all is well."""
+    parts = [f"{count} {what}" for count, what in ((unfinished, "not finished"), (diverged, "diverged")) if count]
+    return ", ".join(parts).replace(" ", f" of {total} {unit} ", 1)

@@ -1,6 +1,7 @@
 """Runs of single cells: learning curves by epoch (Fig. 4) or time, the time to an accuracy, and accuracy against memory.
 
-Times are those of the machine that trained (`study.cost`), so the figures of cost are not the same for the same results.
+Times are those of the machine that trained (`study.cost`), so the figures of cost are not the same for the same results; their
+study must have timings. Where BN batch sizes vary, they are chosen as in `grid.heat_map`.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from smallbatch_jax.config.text import format_base_lr
 from smallbatch_jax.study import cost
-from smallbatch_jax.study.analysis import CELL, best_first, known_cells
+from smallbatch_jax.study.analysis import CELL, known_cells
 from smallbatch_jax.study.figures import points, style
 from smallbatch_jax.study.figures.labels import metric_name
 from smallbatch_jax.study.study import Study
@@ -36,7 +37,7 @@ def convergence(
       rows: one experiment's results, one row per run and epoch.
       base_lr: that of the best cell by default; where each m has just one, all are drawn, each at its own.
       cells: `analysis.planned_cells` of the experiment, so that a batch size without an epoch is named; by default those of
-        `rows`. BN batch sizes are chosen as in `heat_map`.
+        `rows`.
       metric: as for `heat_map`.
     Returns:
       A figure in which a curve is the mean over the seeds that have not diverged, as far as each has come, and the band
@@ -46,120 +47,106 @@ def convergence(
       ValueError: the cells are of several experiments, or none is at `base_lr`.
     """
     chosen, title = _choose_cells(rows, base_lr, known_cells(rows) if cells is None else cells)
-    labels, legend_title = points.setting_labels(chosen)
     figure = style.new_figure(3.1)
     titles = {"train_accuracy": "training", "test_accuracy": metric.removesuffix(" accuracy")}
     panels = dict(zip(titles, figure.subplots(1, 2, sharey=True), strict=True))
-    entries = _plot_cells(panels, rows, chosen, labels)
+    without = _plot_cells(panels, rows, chosen)
     for column, axes in panels.items():
         axes.set(title=titles[column], xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
-        if not entries:
+        if len(without) == len(chosen):
             style.say_nothing_finished(axes, "no epoch has ended")
     panels["train_accuracy"].set_ylabel("accuracy (%)")
     figure.suptitle(title)
-    without = [m for m, label in zip(chosen["batch_size"], labels, strict=True) if label not in entries]
-    if (chosen["diverged"] > 0).any():
-        entries["diverged"] = style.mark(**style.CROSS)
-    style.side_legend(panels["test_accuracy"], entries, legend_title)
-    note = style.note(points.run_note(chosen, diverged=True), style.named("no epoch yet", without))
-    style.foot(figure, {}, note)
+    style.foot(figure, {}, style.note(points.run_note(chosen, diverged=True), style.named("no epoch yet", without)))
     return figure
 
 
 def _choose_cells(rows: pd.DataFrame, base_lr: float | None, cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """One cell per batch size, ascending, and the figure's title."""
-    cells, bn_note = points.one_bn_batch_size(points.with_pending(cells))
-    name = str(cells["experiment"].iloc[0])
+    cells, title = points.titled(cells)
     if base_lr is None and points.own_base_lrs(cells).notna().all():
         chosen = cells
     else:
-        wanted = _default_base_lr(rows, cells) if base_lr is None else base_lr
+        wanted = float(_best_first(cells, rows)["base_lr"].iloc[0]) if base_lr is None else base_lr
         chosen = cells[np.isclose(cells["base_lr"], wanted, rtol=1e-6, atol=0)]
         if chosen.empty:
             there = ", ".join(map(format_base_lr, sorted(set(cells["base_lr"].tolist()))))
-            raise ValueError(f"base_lr: no run of {name} has {format_base_lr(wanted)}; it has {there}.")
+            raise ValueError(f"base_lr: no run of {title} has {format_base_lr(wanted)}; it has {there}.")
     rates = sorted(set(chosen["base_lr"].tolist()))
     eta = style.math_base_lr(rates[0]).strip("$")
     shown = rf"$\tilde{{\eta}} = {eta}$" if len(rates) == 1 else r"each $m$ at its own $\tilde{\eta}$"
-    return chosen.sort_values("batch_size"), f"{style.plain(name)}{bn_note}, {shown}"
+    return chosen.sort_values("batch_size"), f"{title}, {shown}"
 
 
-def _default_base_lr(rows: pd.DataFrame, cells: pd.DataFrame) -> float:
-    """Returns the base_lr of the best cell, or while none has finished of the one with most epochs; ties go to the smallest."""
-    if cells["finished"].any():
-        return float(best_first(cells)["base_lr"].iloc[0])
-    return float(rows["base_lr"].mode().min() if len(rows) else cells["base_lr"].min())
+def _best_first(cells: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Sorts cells by falling accuracy; those that have not finished come last, the one with most epochs first."""
+    epochs = rows.groupby(CELL, observed=True).size().rename("epochs").reset_index()
+    order = {"test_accuracy": False, "epochs": False, "base_lr": True}
+    return cells.merge(epochs, how="left", on=CELL).sort_values(list(order), ascending=list(order.values()))
 
 
 @style.styled()
 def accuracy_against_time(study: Study) -> Figure:
     """Test accuracy over a run's own time, one curve per m at its best η̃.
 
-    Args:
-      study: with timings. BN batch sizes are chosen as in `heat_map`.
     Returns:
       A figure in which a curve is drawn as in `convergence`. While no run of an m has finished, its curve shows the η̃
       that has trained longest. Batch sizes without a known time or epoch are named below the panel.
     """
-    cells, bn_note = points.one_bn_batch_size(study.cells)
-    epochs = study.rows.groupby(CELL, observed=True).size().rename("epochs").reset_index()
-    known = cells.merge(epochs, how="left", on=CELL).fillna({"epochs": 0})
-    known = known.sort_values(["test_accuracy", "epochs", "base_lr"], ascending=[False, False, True], na_position="last")
-    chosen = known.drop_duplicates("batch_size").sort_values("batch_size")
+    cells, title = points.titled(study.cells)
+    chosen = _best_first(cells, study.rows).drop_duplicates("batch_size").sort_values("batch_size")
     rows = cost.with_time(study.rows, study.timings).dropna(subset="seconds")
-    labels, legend_title = points.setting_labels(chosen)
-    figure, axes = style.new_axes(style.plain(study.name) + bn_note + r", best $\tilde{\eta}$ of each $m$")
-    entries = _plot_cells({"test_accuracy": axes}, rows, chosen, labels, x="seconds")
+    figure, axes = style.new_axes(title + r", best $\tilde{\eta}$ of each $m$")
+    without = _plot_cells({"test_accuracy": axes}, rows, chosen, x="seconds")
     axes.set(xlabel="time of a run", ylabel=f"{metric_name(study.experiment)} (%)")
-    if lines := axes.get_lines():
-        style.unit_axis(axes, "x", np.concatenate([np.asarray(line.get_xdata(), float) for line in lines]), style.SECONDS)
+    if axes.has_data():
+        style.unit_axis(axes, "x", axes.dataLim.intervalx, style.SECONDS)
     else:
-        style.say_nothing_finished(axes, "no epoch has been timed", scaled=False)
-    without = [m for m, label in zip(chosen["batch_size"], labels, strict=True) if label not in entries]
-    if any(line.get_marker() == "x" for line in lines):
-        entries["diverged"] = style.mark(**style.CROSS)
-    style.side_legend(axes, entries, legend_title)
+        style.say_nothing_finished(axes, "no epoch has been timed")
+        axes.set_xticks([])
     style.foot(figure, {}, style.note(points.run_note(cells), style.named("not timed", without), end=_time_note(study, cells)))
     return figure
 
 
-def _plot_cells(
-    panels: dict[str, Axes], rows: pd.DataFrame, chosen: pd.DataFrame, labels: list[str], x: str = "epoch"
-) -> dict[str, Any]:
-    """Draws the runs of every chosen cell into all panels; returns the legend's entries, none for a cell without rows.
+def _plot_cells(panels: dict[str, Axes], rows: pd.DataFrame, chosen: pd.DataFrame, x: str = "epoch") -> list[int]:
+    """Draws the runs of every chosen cell into all panels, with a legend beside the last; returns the batch sizes without rows.
 
     Panels are given by the column that they show, over column `x`, which is the same for all seeds after as many epochs.
     """
-    entries, key = {}, ["batch_size", "bn_batch_size", "base_lr"]
-    settings = chosen[key].itertuples(index=False)
-    for i, (label, look, values) in enumerate(zip(labels, style.ordered_looks(len(chosen)), settings, strict=True)):
+    entries, without, key = {}, [], ["batch_size", "bn_batch_size", "base_lr"]
+    labels, legend_title = points.setting_labels(chosen)
+    looks, lost = style.ordered_looks(len(chosen)), False
+    for i, (label, look, values) in enumerate(zip(labels, looks, chosen[key].itertuples(index=False), strict=True)):
         runs = rows[(rows[key] == list(values)).all(axis=1)].sort_values("epoch")
         if runs.empty:
+            without.append(values.batch_size)
             continue
         step = max(1, int(runs["epoch"].max()) // 8)
-        sparse = {**look, "markersize": 3, "markevery": (i % step, step)}
-        drawn = [_plot_runs(axes, runs, x, column, sparse) for column, axes in panels.items()]
-        entries[label] = (
-            style.mark(**look, markersize=3) if any(drawn) else style.mark(**{**style.CROSS, "color": look["color"]})
-        )
-    return entries
+        for column, axes in panels.items():
+            _plot_runs(axes, runs.dropna(subset=[column]), x, column, {**look, "markersize": 3, "markevery": (i % step, step)})
+        finite = runs[list(panels)].notna().any(axis=None)
+        entries[label] = style.mark(**({**look, "markersize": 3} if finite else {**style.CROSS, "color": look["color"]}))
+        lost = lost or (runs["status"] == "diverged").any()
+    if lost:
+        entries["diverged"] = style.mark(**style.CROSS)
+    style.side_legend(list(panels.values())[-1], entries, legend_title)
+    return without
 
 
-def _plot_runs(axes: Axes, runs: pd.DataFrame, x: str, column: str, look: dict[str, Any]) -> bool:
-    """Draws the runs of one cell, sorted by epoch; returns whether they have a finite epoch to draw."""
-    percent = runs.assign(percent=100 * runs[column]).dropna(subset=[column])
+def _plot_runs(axes: Axes, runs: pd.DataFrame, x: str, column: str, look: dict[str, Any]) -> None:
+    """Draws the finite epochs of one cell: the mean over seeds in a band of their deviation, and each diverged run."""
+    percent = runs.assign(percent=100 * runs[column])
     lost = percent["status"] == "diverged"
     together = percent[~lost].groupby(x)["percent"].agg(["mean", "std"])
     if len(together):
         axes.plot(together.index, together["mean"], **look)
-        if together["std"].notna().any():
-            low, high = together["mean"] - together["std"], together["mean"] + together["std"]
-            axes.fill_between(together.index, low, high, color=look["color"], alpha=0.2, linewidth=0)
+    if together["std"].notna().any():
+        low, high = together["mean"] - together["std"], together["mean"] + together["std"]
+        axes.fill_between(together.index, low, high, color=look["color"], alpha=0.2, linewidth=0)
     for _, run in percent[lost].groupby("seed"):
         axes.plot(run[x], run["percent"], **look)
         axes.plot(run[x].iloc[-1:], run["percent"].iloc[-1:], **{**style.CROSS, "color": look["color"]}, path_effects=HALO)
-    return bool(len(percent))
 
 
 @style.styled()
@@ -167,37 +154,31 @@ def time_to_accuracy(study: Study, accuracy: float | None = None) -> Figure:
     """A run's own time until it reaches a test accuracy, for each m at the η̃ that is there first.
 
     Args:
-      study: with timings. BN batch sizes are chosen as in `heat_map`.
+      study: as the module says.
       accuracy: the target, a fraction; by default `cost.target_accuracy`, 90 % of the way from chance to the best.
     Returns:
       A figure in which a point is hollow where other runs of its m have not ended and may be faster, and crossed where seeds
       of its η̃ diverged. At the top stands a × where no η̃ of an m gets there, a grey dot where none has yet.
     """
-    cells, bn_note = points.one_bn_batch_size(study.cells)
+    cells, title = points.titled(study.cells)
     target = cost.target_accuracy(cells, study.chance) if accuracy is None else accuracy
     table = cost.planned_times(cells, study.rows, study.timings, target)
     seconds, pending, never = table["seconds"].astype(float), table["pending"] > 0, table["epochs"].isna()
     crossed = seconds.notna() & (table["diverged"] > 0)
     times = table.assign(y=seconds, std=np.nan, crossed=crossed, provisional=seconds.notna() & pending)
-    title, rule, marks = style.plain(study.name) + bn_note, "", {}
-    if not np.isnan(target):
-        goal = f"time to {100 * target:.4g} % {metric_name(study.experiment)}"
-        title += (", " if len(title + goal) < TITLE_WIDTH else ",\n") + goal
-        rule = f"accuracy: {100 * cost.TARGET:.0f} % of the way from chance to the best" if accuracy is None else ""
-    figure, axes = style.new_axes(title)
-    if np.isnan(target):
-        style.say_nothing_finished(axes, scaled=False)
-    else:
-        style.unit_axis(axes, "y", seconds.dropna().tolist() or (1, 10), style.SECONDS)
-        low, high = axes.get_ylim()
-        axes.set_ylim(low, high * (high / low) ** 0.14 if never.any() else high)
-        points.plot_curve(axes, times, "batch_size", "", color=style.CATEGORIES[0], marker="o")
-        lost, waiting = (table.loc[never & where, "batch_size"] for where in (~pending, pending))
-        absent = {"none gets there": (lost, style.LOST), "none yet": (waiting, style.NOT_YET)}
-        marks = points.mark_entries(times, pending=points.PROVISIONAL)
-        marks |= points.plot_absent(axes, high * (high / low) ** 0.08, absent)
+    goal = "no run has finished" if np.isnan(target) else f"time to {100 * target:.4g} % {metric_name(study.experiment)}"
+    figure, axes = style.new_axes(title + (", " if len(title + goal) < TITLE_WIDTH else ",\n") + goal)
+    style.unit_axis(axes, "y", seconds.dropna().tolist() or (1, 10), style.SECONDS)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.14 if never.any() else high)
+    points.plot_curve(axes, times, "batch_size", "", color=style.CATEGORIES[0], marker="o")
+    lost, waiting = (table.loc[never & where, "batch_size"] for where in (~pending, pending))
+    top = high * (high / low) ** 0.08
+    absent = {"none gets there": (lost, top, style.LOST), "none yet": (waiting, top, style.NOT_YET)}
+    marks = points.mark_entries(times, pending=points.PROVISIONAL) | points.plot_absent(axes, absent)
     axes.set_ylabel("time of a run")
     style.grid_axis(axes, "x", "batch_size", table["batch_size"])
+    rule = f"accuracy: {100 * cost.TARGET:.0f} % of the way from chance to the best" if accuracy is None else ""
     untimed = style.named("not timed", table.loc[seconds.isna() & ~never, "batch_size"])
     style.foot(figure, marks, style.note(rule, points.run_note(cells), untimed, end=_time_note(study, cells)))
     return figure
@@ -207,29 +188,23 @@ def time_to_accuracy(study: Study, accuracy: float | None = None) -> Figure:
 def accuracy_against_memory(study: Study) -> Figure:
     """The best test accuracy over η̃ of each m, over the peak memory of the program that trained it.
 
-    Args:
-      study: with timings that know memory. BN batch sizes are chosen as in `heat_map`.
     Returns:
       A figure with a point per m, hollow and crossed as in `best_accuracy`. The memory is that of all lanes of the program,
       whose number stands in the legend, on all devices of a process, without the dataset.
     """
-    cells, bn_note = points.one_bn_batch_size(study.cells)
+    cells, title = points.titled(study.cells)
     best = points.marked(points.best_of_each(cells)).merge(program_costs(study, cells), how="left", on=cost.PROGRAM)
     here = best["y"].notna() & best["peak_bytes"].notna()
-    figure, axes = style.new_axes(style.plain(study.name) + bn_note)
+    figure, axes = style.new_axes(title)
     axes.set(xlabel="peak memory of the program", ylabel=f"best {metric_name(study.experiment)} (%)")
     labels = [f"{m} ({lanes:g})" for m, lanes in zip(best["batch_size"], best["lanes"], strict=True)]
-    looks = style.ordered_looks(len(best))
-    lines = {
-        labels[i]: points.plot_curve(axes, best.iloc[[i]], "peak_bytes", labels[i], linestyle="", **looks[i])
-        for i in np.flatnonzero(here).tolist()
-    }
-    if lines:
+    known = best.assign(y=best["y"].where(here))
+    points.plot_rows(axes, known, "batch_size", "peak_bytes", labels, "$m$ (lanes)", linestyle="")
+    if here.any():
         style.unit_axis(axes, "x", best.loc[here, "peak_bytes"], style.BYTES)
         axes.margins(y=0.12)
     else:
-        style.say_nothing_finished(axes, scaled=False)
-    style.side_legend(axes, lines, "$m$ (lanes)")
+        axes.set_xticks([])
     unknown = style.named("memory not known", best.loc[best["y"].notna() & ~here, "batch_size"])
     lost = style.named("diverged", best.loc[best["lost"], "batch_size"])
     note = style.note(points.run_note(cells), lost, unknown, end="memory of all lanes together, without the dataset")

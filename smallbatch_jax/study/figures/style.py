@@ -11,7 +11,6 @@ import matplotlib.style
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
@@ -20,7 +19,6 @@ from smallbatch_jax.config.text import format_base_lr
 from smallbatch_jax.store.files import write_atomically
 
 STYLE = {
-    "figure.figsize": (5.4, 3.3),  # inches; still legible when shrunk to one column of a two-column page
     "savefig.dpi": 200,
     "font.size": 9,
     "axes.titlesize": 9,
@@ -42,6 +40,7 @@ STYLE = {
 COLORS = "viridis"  # perceptually uniform, ordered, and safe for colour-blind readers
 CATEGORIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, for no order
 MARKERS = "osD^v"  # a second cue, since the colours of neighbouring curves are close
+WIDTH, HEIGHT = 5.4, 3.3  # inches; still legible when shrunk to one column of a two-column page
 QUIET = "0.4"  # the grey of notes and of marks in a legend
 TEST_ACCURACY = "test accuracy"
 NOTEBOOK_DPI = 120
@@ -70,21 +69,15 @@ class NotebookFigure(Figure):
         return buffer.getvalue()
 
 
-def new_figure(height: float | None = None) -> Figure:
+def new_figure(height: float = HEIGHT) -> Figure:
     """A figure that no pyplot state knows of; `height` in inches."""
-    figure = NotebookFigure(layout="constrained")
-    FigureCanvasAgg(figure)
-    if height is not None:
-        figure.set_figheight(height)
-    return figure
+    return NotebookFigure(figsize=(WIDTH, height), layout="constrained")
 
 
-def new_axes(title: str, height: float | None = None) -> tuple[Figure, Axes]:
+def new_axes(title: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
     """A new figure with one titled panel."""
     figure = new_figure(height)
-    axes = figure.add_subplot()
-    axes.set_title(title)
-    return figure, axes
+    return figure, figure.add_subplot(title=title)
 
 
 def ordered_colors(count: int) -> np.ndarray:
@@ -128,17 +121,14 @@ def grid_axis(axes: Axes, which: str, column: str, values: Iterable[float], most
     axes.set(**{f"{which}lim": (values[0] / below, values[-1] * above), f"{which}label": COLUMNS[column].label})
 
 
-_DECADES = [k * 10**n for n in range(3) for k in (1, 2, 5)]
-_MINUTE = (1, 2, 5, 10, 30)
-_TIMES = {
-    ("µs", 1e-6): _DECADES,
-    ("ms", 1e-3): _DECADES,
-    ("s", 1): _MINUTE,
-    ("min", 60): _MINUTE,
-    ("h", 3600): (1, 2, 5, 12),
-    ("d", 86400): [*_DECADES, 1000, 2000, 5000, 10000],
-}
-SECONDS = {size * count: f"{count} {unit}" for (unit, size), counts in _TIMES.items() for count in counts}
+_TIMES = (
+    ("ms", 1e-3, (1, 2, 5, 10, 20, 50, 100, 200, 500)),
+    ("s", 1, (1, 2, 5, 10, 30)),
+    ("min", 60, (1, 2, 5, 10, 30)),
+    ("h", 3600, (1, 2, 5, 12)),
+    ("d", 86400, (1, 2, 5, 10, 20, 50, 100, 200, 500)),
+)
+SECONDS = {size * count: f"{count} {unit}" for unit, size, counts in _TIMES for count in counts}
 BYTES = {1024**n * 2**k: f"{2**k} {unit}" for n, unit in enumerate(("B", "KiB", "MiB", "GiB", "TiB", "PiB")) for k in range(10)}
 
 
@@ -180,18 +170,15 @@ def mark(**look: Any) -> Artist:
 
 def side_legend(axes: Axes, entries: Mapping[str, Any], title: str) -> None:
     """A legend to the right of the panel, if there are entries: artists, or tuples of them, by label."""
-    if not entries:
-        return
-    artists, labels = list(entries.values()), list(entries)
-    axes.legend(artists, labels, title=title, loc="center left", bbox_to_anchor=(1, 0.5), labelspacing=0.3)
+    if entries:
+        place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        axes.legend(list(entries.values()), list(entries), title=title, labelspacing=0.3, **place)
 
 
-def say_nothing_finished(axes: Axes, text: str = "no run has finished", scaled: bool = True) -> None:
-    """The text of a panel without a curve; unless `scaled`, its axes have no ticks."""
+def say_nothing_finished(axes: Axes, text: str = "no run has finished") -> None:
+    """The text of a panel without a curve."""
     axes.set_ylim(0, 100)
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=QUIET)
-    if not scaled:
-        axes.set(xticks=[], yticks=[])
 
 
 def foot(figure: Figure, entries: Mapping[str, Any], text: str = "", columns: int = 4) -> None:
@@ -199,18 +186,10 @@ def foot(figure: Figure, entries: Mapping[str, Any], text: str = "", columns: in
     if not entries and not text:
         return
     spacing = {"columnspacing": 1.2, "labelspacing": 0.3, "handletextpad": 0.5, "borderpad": 0.1, "borderaxespad": 0.2}
-    artists, labels = list(entries.values()), list(entries)
-    legend = figure.legend(artists, labels, loc="outside lower center", ncols=columns, **spacing)
+    legend = figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns, **spacing)
     if text:
         legend.set_title(text, prop=FontProperties(size=6.5))
         legend.get_title().set(color=QUIET, multialignment="center")
-
-
-def count_note(unit: str, total: int, unfinished: int, diverged: int = 0) -> str:
-    """Counts that curves alone do not show, such as "12 of 143 cells not finished, 40 diverged"; empty if all is well."""
-    counts = {"not finished": unfinished, "diverged": diverged}
-    parts = [f"{count} {what}" for what, count in counts.items() if count]
-    return ", ".join(parts).replace(" ", f" of {total} {unit} ", 1)
 
 
 def named(what: str, batch_sizes: Iterable[Any]) -> str:
@@ -226,13 +205,11 @@ def note(*parts: str, end: str = "") -> str:
 
 def write(figure: Figure, stem: Path) -> list[Path]:
     """Writes STEM.png and STEM.pdf, each complete under a temporary name first; no date or version goes in."""
-    metadata = {".png": {"Software": None}, ".pdf": {"CreationDate": None}}
     paths = []
-    for suffix, values in metadata.items():
-        path = stem.with_suffix(suffix)
+    for kind, dated in (("png", "Software"), ("pdf", "CreationDate")):
         buffer = io.BytesIO()
         with styled():
-            figure.savefig(buffer, format=suffix[1:], metadata=values)
-        write_atomically(path, buffer.getvalue())
-        paths.append(path)
+            figure.savefig(buffer, format=kind, metadata={dated: None})
+        paths.append(stem.with_suffix(f".{kind}"))
+        write_atomically(paths[-1], buffer.getvalue())
     return paths

@@ -1,4 +1,7 @@
-"""Several studies beside each other: the best accuracy of each batch size (Fig. 15), and the range of η̃ (Fig. 16)."""
+"""Several studies beside each other: the best accuracy of each batch size (Fig. 15), and the range of η̃ (Fig. 16).
+
+Where BN batch sizes vary, they are chosen as in `grid.heat_map`.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,15 +22,12 @@ LIGHT_BAR = {**BAR, "color": "#D5E6F3"}
 RATE: dict[str, Any] = {"color": "#08519C", "marker": "o", "markersize": 2.5, "linestyle": ""}
 LIMIT: dict[str, Any] = {"color": "0.55", "linewidth": 0.8, "linestyle": (0, (3, 2)), "zorder": 1.5}
 PANELS = {1: (1.9, 80, 8), 2: (1.9, 40, 8), 3: (1.5, 28, 7)}  # by columns: inches high, characters and points of a title
-RANGE_MARKS = ("converging", points.PROVISIONAL, "none converges", "none yet", "limits of the grid")
 
 
 @style.styled()
 def best_accuracy(studies: Sequence[Study]) -> Figure:
     """The best test accuracy over η̃ of each m, one curve per study (Fig. 15).
 
-    Args:
-      studies: one or more. BN batch sizes are chosen as in `heat_map`.
     Returns:
       A figure in which the error bars are over the seeds of the best cell, a hollow point is provisional (some runs of
       its m, at whatever η̃, have not ended) and a line breaks where an m has no finished run.
@@ -61,8 +61,6 @@ def best_accuracy(studies: Sequence[Study]) -> Figure:
 def convergent_base_lrs(studies: Sequence[Study]) -> Figure:
     """The base learning rates that converge for each m, one panel per study on shared axes (Fig. 16).
 
-    Args:
-      studies: one or more. BN batch sizes are chosen as in `heat_map`.
     Returns:
       A figure in which a bar spans the lowest to the highest η̃ that converges by `analysis.CONVERGENCE_RULE`, with a
       dot on every one that does: where dots are missing the range has gaps. Bar and dots are light and hollow where
@@ -89,7 +87,7 @@ def convergent_base_lrs(studies: Sequence[Study]) -> Figure:
         axes.set_visible(i < len(studies))
         axes.tick_params(labelbottom=i + columns >= len(studies))
         axes.set_xlabel(style.COLUMNS["batch_size"].label if i >= columns * (rows - 1) else "")
-    entries = {label: entries[label] for label in RANGE_MARKS if label in entries}
+    entries["limits of the grid"] = Line2D([], [], **LIMIT)
     text = style.note(CONVERGENCE_RULE, end=points.run_note(*(study.cells for study in studies)))
     style.foot(figure, entries, text, columns=3)
     return figure
@@ -112,9 +110,9 @@ def _draw_ranges(axes: Axes, cells: pd.DataFrame, chance: float, floor: float) -
         axes.plot(dotted.index, dotted, label=f"_{label}", **dots)
         entries |= {label: (Line2D([], [], **bar), style.mark(**dots))} if where.any() else {}
     lost, waiting = ranges.index[~found & ~pending], ranges.index[~found & pending]
-    entries |= points.plot_absent(axes, floor, {"none converges": (lost, style.LOST), "none yet": (waiting, style.NOT_YET)})
     edges = [limits.index[0] / 1.4, *limits.index, limits.index[-1] * 1.4]
     for column in ("min", "max"):
         heights = limits[column].to_numpy()
         axes.plot(edges, [heights[0], *heights, heights[-1]], drawstyle="steps-mid", label=f"_{column}", **LIMIT)
-    return entries | {"limits of the grid": Line2D([], [], **LIMIT)}
+    absent = {"none converges": (lost, floor, style.LOST), "none yet": (waiting, floor, style.NOT_YET)}
+    return entries | points.plot_absent(axes, absent)

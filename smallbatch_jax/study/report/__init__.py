@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from smallbatch_jax.study.report import charts, sections
 from smallbatch_jax.study.study import Study, describe
 
 __all__ = ["page", "write"]
+JSON: dict[str, Any] = {"separators": (",", ":"), "allow_nan": False}
 
 
 def write(studies: Iterable[Study], path: str | os.PathLike[str], refresh_seconds: int | None = None) -> None:
@@ -53,46 +53,34 @@ def page(studies: Iterable[Study], refresh_seconds: int | None = None) -> str:
     studies = list(studies)
     labels = [label.replace("\\$", "$") for label in paper_labels(studies)]  # escaped for matplotlib
     labelled = dict(zip(labels, studies, strict=True))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_resource("page.html")).render(
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.loader = jinja2.PackageLoader(__name__, ".")
+    environment.policies["json.dumps_kwargs"] = JSON
+    return environment.get_template("page.html").render(
         title=f"{', '.join(study.name for study in studies)}: batch size and learning rate",
         studies=[_section(f"study{i}", study, label) for i, (label, study) in enumerate(labelled.items())],
-        comparison=_script_json(_chart(charts.best_by_batch_size(labelled))) if len(studies) > 1 else "",
+        comparison=_chart(charts.best_by_batch_size(labelled)) if len(studies) > 1 else None,
         claims=sections.claims_of({study.name: study for study in studies}),
         RULE=RULE,
         VERDICTS=VERDICTS,
         refresh_seconds=refresh_seconds,
         written=time.strftime("%Y-%m-%d %H:%M:%S"),
         version=importlib.metadata.version("smallbatch_jax"),
-        css=Markup(_resource("page.css")),
-        script=Markup(_resource("page.js")),
-        plotly=Markup(_plotly()),
+        plotly=_plotly(),
     )
 
 
 @cache
-def _resource(name: str) -> str:
-    return resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
-
-
-@cache
-def _plotly() -> str:
+def _plotly() -> Markup:
     """Plotly's library for browsers, compressed to a third."""
     return _packed(plotly.offline.get_plotlyjs())
 
 
 def _section(identity: str, study: Study, label: str) -> dict[str, Any]:
     """The values of page.html for one study."""
-    found, curves, maps = answer(study), charts.learning_curves(study), charts.maps_of(study)
+    found, curves = answer(study), charts.learning_curves(study)
+    hover, maps, costs = charts.cell_labels(study), charts.maps_of(study), charts.cost_charts(study)
     best = 0 if found.best is None else study.cells.index.tolist().index(found.best.name)
-    hover, cost_charts = charts.cell_labels(study), charts.cost_charts(study)
-    data = {
-        "cells": [sections.choice_of(cell) for _, cell in study.cells.iterrows()],
-        "maps": [_map(study, shown, hover) for shown in maps],
-        "best": best,
-        "costs": {name: _chart(figure) for name, figure in cost_charts.items()},
-        **{what: _chart(charts.curves_layout(study, what)) for what in ("accuracy", "loss")},
-    }
     return {
         "id": identity,
         "name": study.name,
@@ -106,24 +94,28 @@ def _section(identity: str, study: Study, label: str) -> dict[str, Any]:
         "table": sections.cell_table(study),
         "costs": sections.program_table(study),
         "cost_sentence": sections.cost_sentence(study),
-        "cost_charts": list(cost_charts),
         "cost_caption": sections.cost_caption(study),
         "provenance": sections.provenance(study.workdir),
         "config": json.dumps(study.experiment.to_dict(), indent=1, ensure_ascii=False),
-        "data": _script_json(data),
-        "curves": Markup(_packed(_json(curves))),
+        "data": {
+            "cells": study.cells[list(sections.LABELS)].astype(str).to_dict("records"),
+            "maps": [_map(study, shown, hover) for shown in maps],
+            "best": best,
+            "costs": {name: _chart(figure) for name, figure in costs.items()},
+            **{what: _chart(charts.curves_layout(study, what)) for what in ("accuracy", "loss")},
+        },
+        "curves": _packed(json.dumps(curves, **JSON)),
     }
 
 
 def _map(study: Study, shown: charts.CellMap, hover: Sequence[str]) -> dict[str, Any]:
     """A heat map, the place of each of its cells, and the same cells as curves."""
-    rows, columns = (sorted(set(shown.cells[name].tolist())) for name in ("batch_size", shown.column))
-    places = zip(shown.cells[shown.column], shown.cells["batch_size"], strict=True)
+    places = shown.cells[[shown.column, "batch_size"]].rank(method="dense").astype(int) - 1
     return {
         "chart": _chart(charts.heat_map(study, shown, hover)),
         "sizes": _chart(charts.accuracy_by_batch_size(study, shown)),
         "cells": study.cells.index.get_indexer(shown.cells.index).tolist(),
-        "places": [(columns.index(x), rows.index(y)) for x, y in places],
+        "places": places.to_numpy().tolist(),
     }
 
 
@@ -131,15 +123,6 @@ def _chart(figure: Any) -> Any:
     return json.loads(figure.to_json())
 
 
-def _script_json(value: Any) -> Markup:
-    """JSON that cannot end the script element around it."""
-    return Markup(_json(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
-
-
-def _packed(text: str) -> str:
+def _packed(text: str) -> Markup:
     """The text compressed, in letters that need no escape; deterministic."""
-    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+    return Markup(base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode())

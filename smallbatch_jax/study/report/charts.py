@@ -2,16 +2,17 @@
 
 import html
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
+import plotly.express as px
 import plotly.graph_objects as go
+from matplotlib.colors import to_hex
 
 from smallbatch_jax.config.text import format_base_lr, percent, plural
 from smallbatch_jax.study import cost
-from smallbatch_jax.study.analysis import CELL, RUN
+from smallbatch_jax.study.analysis import CELL, RUN, best_first
 from smallbatch_jax.study.answer import accuracy, setting
 from smallbatch_jax.study.figures.labels import metric_name
 from smallbatch_jax.study.figures.points import best_of_each, marked, one_bn_batch_size, own_base_lrs
@@ -21,19 +22,11 @@ from smallbatch_jax.study.study import Study
 
 MOST_SEEDS = 8  # listed one by one in a label
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down")  # as the printed figures' markers
-DIVERGED, PENDING = "#d9d9d9", "#f7f7f7"
-LEGEND_ABOVE = {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0}
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
-AXIS = {"gridcolor": "#e6e6e6", "zeroline": False, "automargin": True, "ticks": "outside", "tickcolor": "#bbb"}
-LAYOUT = {  # the style of the printed figures
-    "template": "none",
+LAYOUT: dict[str, Any] = {
+    "template": "plotly_white",
     "margin": {"l": 56, "r": 12, "t": 12, "b": 52},
-    "font": {"family": FONT, "size": 12},
-    "paper_bgcolor": "white",
-    "plot_bgcolor": "white",
-    "hoverlabel": {"align": "left", "font": {"family": FONT}},
-    "xaxis": AXIS,
-    "yaxis": AXIS,
+    "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12},
+    "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
 }
 
 
@@ -75,49 +68,45 @@ def heat_map(study: Study, shown: CellMap, labels: Sequence[str]) -> go.Figure:
 
     `labels` are by the position of the cell in `study.cells`; `customdata` of a point is that position.
     """
-    position = pd.Series(np.arange(len(study.cells)), study.cells.index)
-    values = ["y", "lost", "unknown", "position"]
-    grids = marked(shown.cells).assign(position=position).pivot(index="batch_size", columns=shown.column, values=values)
-    numbers, where = grids["y"].to_numpy(float), grids["position"].to_numpy(float)
-    _, text = COLUMNS[shown.column]
+    cells = marked(shown.cells)
+    position = pd.Series(study.cells.index.get_indexer(cells.index), cells.index)
+
+    def grid(values: pd.Series, empty: Any = None) -> list[list[Any]]:
+        """The values at the places of their cells; `empty` at other places."""
+        table = cells.assign(value=values.astype(object)).pivot(index="batch_size", columns=shown.column, values="value")
+        return table.where(table.notna(), empty).to_numpy().tolist()
+
     shared = {
-        "x": list(map(text, grids["y"].columns)),
-        "y": list(map(str, grids.index)),
-        "customdata": _listed(where, int),
-        "hovertext": [[labels[int(i)] if i == i else "" for i in row] for row in where],
+        "x": list(map(COLUMNS[shown.column][1], sorted(set(cells[shown.column].tolist())))),
+        "y": list(map(str, sorted(set(cells["batch_size"].tolist())))),
+        "customdata": grid(position),
+        "hovertext": grid(position.map(dict(enumerate(labels))), ""),
         "hovertemplate": "%{hovertext}<extra></extra>",
         "hoverongaps": False,
         "xgap": 1,
         "ygap": 1,
         "texttemplate": "%{text}",
     }
-    bar = {"title": {"text": f"{metric_name(study.experiment)} (%)", "side": "right"}, "thickness": 12, "outlinewidth": 0}
-    texts = [["" if a != a else f"{a:.1f}" for a in row] for row in numbers]
-    figure = go.Figure(layout={**LAYOUT, "height": 96 + 34 * len(grids)})
-    colours = {"colorscale": COLORS.capitalize(), "colorbar": bar}
-    figure.add_heatmap(z=_listed(numbers, lambda a: round(a, 2)), text=texts, **colours, **shared)
-    for name, colour, sign in (("lost", DIVERGED, "×"), ("unknown", PENDING, "·")):
-        mask = grids[name].to_numpy(float) == 1
-        if mask.any():
-            flat = {"colorscale": [[0, colour], [1, colour]], "showscale": False, "text": np.where(mask, sign, "").tolist()}
-            figure.add_heatmap(z=_listed(np.where(mask, 0.0, np.nan), int), **shared, **flat)
+    bar = {"title": {"text": f"{metric_name(study.experiment)} (%)", "side": "right"}, "thickness": 12}
+    written = cells["y"].map("{:.1f}".format, na_action="ignore")
+    figure = go.Figure(layout={**LAYOUT, "height": 96 + 34 * len(shared["y"])})
+    figure.add_heatmap(z=grid(cells["y"].round(2)), text=grid(written, ""), colorscale=COLORS, colorbar=bar, **shared)
+    for mask, colour, sign in (("lost", "#d9d9d9", "×"), ("unknown", "#f7f7f7", "·")):
+        if cells[mask].any():
+            flat = {"colorscale": [[0, colour], [1, colour]], "showscale": False}
+            z, text = cells[mask].map({True: 0}), cells[mask].map({True: sign})
+            figure.add_heatmap(z=grid(z), text=grid(text, ""), **flat, **shared)
     figure.update_layout(dragmode=False)  # a click chooses a cell
     figure.update_xaxes(type="category", title=LABELS[shown.column], showgrid=False)
     figure.update_yaxes(type="category", title=LABELS["batch_size"], showgrid=False)
     return figure
 
 
-def _listed(values: np.ndarray, shown: Callable[[float], Any]) -> list[list[Any]]:
-    """Rows of values for JSON: null for NaN."""
-    return [[None if value != value else shown(value) for value in row] for row in values.tolist()]
-
-
 def cell_labels(study: Study) -> list[str]:
     """The label of each cell, in the order of `study.cells`: its setting, accuracy, and the state of each seed."""
     last = study.rows.drop_duplicates(RUN, keep="last")  # rows are sorted by epoch
-    seeds: dict[tuple[Any, ...], list[str]] = {}
-    for run in last.itertuples(index=False):
-        seeds.setdefault(tuple(getattr(run, name) for name in CELL), []).append(_state(run, study.experiment.epochs))
+    last = last.assign(state=[_state(run, study.experiment.epochs) for run in last.itertuples()])
+    seeds = last.groupby(CELL, observed=True)["state"].agg(list).to_dict()
     labels = []
     for cell in study.cells.to_dict("records"):
         lines = [f"<b>{setting(cell)}</b>", f"η = η̃·m = {cell['base_lr'] * cell['batch_size']:.6g}"]
@@ -183,36 +172,35 @@ def curves_layout(study: Study, what: str) -> go.Figure:
         figure.update_yaxes(title="accuracy (%)", range=[0, 100])
     else:
         figure.update_yaxes(title="cross-entropy", type="log", exponentformat="power")
-    figure.update_layout(hovermode="closest", showlegend=True, legend=LEGEND_ABOVE)
-    return figure
+    return figure.update_layout(showlegend=True)
 
 
 def best_by_batch_size(studies: dict[str, Study]) -> go.Figure:
     """The best test accuracy of each m over all its η̃ (Fig. 15), a curve for each study by its label."""
-    figure = go.Figure(layout={**LAYOUT, "height": 340})
-    for i, (label, study) in enumerate(studies.items()):
-        best = best_of_each(study.cells).sort_values("test_accuracy", ascending=False).drop_duplicates("batch_size")
-        dash = "solid" if i < len(CATEGORIES) else "dash"
-        _add_accuracies(
-            figure, best, html.escape(label, quote=False), line={"color": CATEGORIES[i % len(CATEGORIES)], "dash": dash}
-        )
-    _batch_size_axis(figure, (m for study in studies.values() for m in study.cells["batch_size"].tolist()))
-    figure.update_yaxes(title=f"best {metric_name(*(study.experiment for study in studies.values()))} (%)")
-    figure.update_layout(showlegend=len(studies) > 1, legend=LEGEND_ABOVE)
-    return figure
+    tables = []
+    for label, study in studies.items():
+        best = best_first(study.cells).drop_duplicates("batch_size").sort_values("batch_size")
+        tables.append(best.assign(curve=html.escape(label, quote=False)))
+    metric = metric_name(*(study.experiment for study in studies.values()))
+    return _chart_by_batch_size(pd.concat(tables), f"best {metric} (%)", CATEGORIES)
 
 
 def accuracy_by_batch_size(study: Study, shown: CellMap) -> go.Figure:
     """Test accuracy over m, one curve per η̃: the paper's form (Figs. 1–3, 5–12)."""
-    figure = go.Figure(layout={**LAYOUT, "height": 380})
-    legend, text = COLUMNS[shown.column]
-    values = sorted(set(shown.cells.loc[shown.cells["finished"] > 0, shown.column].tolist()))
-    for value, look in zip(values, _ordered_looks(len(values)), strict=True):
-        _add_accuracies(figure, shown.cells[shown.cells[shown.column] == value], text(value), **look)
-    _batch_size_axis(figure, shown.cells["batch_size"].tolist())
-    _finish(figure, study, values)
-    figure.update_layout(legend_title={"text": legend})
-    return figure
+    title, text = COLUMNS[shown.column]
+    cells = shown.cells.sort_values([shown.column, "batch_size"])
+    figure = _chart_by_batch_size(cells.assign(curve=cells[shown.column].map(text)), f"{metric_name(study.experiment)} (%)")
+    return figure.update_layout(legend_title_text=title)
+
+
+def _chart_by_batch_size(cells: pd.DataFrame, title: str, colors: Sequence[str] | None = None) -> go.Figure:
+    """Accuracies over m with their deviations over seeds; curves of which no cell has finished are left out."""
+    table = marked(cells[cells.groupby("curve")["finished"].transform("any")])
+    hover = [
+        f"<b>{setting(cell)}</b><br>{accuracy(cell)}" if cell["finished"] else "none has finished"
+        for cell in table.to_dict("records")
+    ]
+    return _scale_batch_sizes(_line_chart(table.assign(hover=hover), "batch_size", "y", title, colors), cells)
 
 
 def cost_charts(study: Study) -> dict[str, go.Figure]:
@@ -225,20 +213,16 @@ def cost_charts(study: Study) -> dict[str, go.Figure]:
 def accuracy_by_time(study: Study) -> go.Figure:
     """Test accuracy over a run's own time, the mean over seeds, for each m at its best η̃."""
     best = best_of_each(one_bn_batch_size(study.cells)[0])
-    best = best[best["finished"] > 0].sort_values("batch_size")
     rows = cost.with_time(study.rows, study.timings).dropna(subset=["seconds"])
-    figure, drawn = go.Figure(layout={**LAYOUT, "height": 380}), []
-    for cell, look in zip(best.to_dict("records"), _ordered_looks(len(best)), strict=True):
-        runs = rows[(rows[CELL] == [cell[name] for name in CELL]).all(axis=1) & (rows["status"] == "finished")]
-        if len(runs):
-            mean = runs.groupby("epoch")[["seconds", "test_accuracy"]].mean()
-            drawn.extend(mean["seconds"])
-            epochs = zip(mean.index, mean["seconds"], mean["test_accuracy"], strict=True)
-            hover = [f"<b>{setting(cell)}</b><br>epoch {n}, {short_duration(x)}: {percent(y)}" for n, x, y in epochs]
-            _add_curve(figure, mean["seconds"], 100 * mean["test_accuracy"], hover, name=f"m = {cell['batch_size']}", **look)
-    figure.update_xaxes(title="time of a run", **_time_axis(drawn))
-    _finish(figure, study, drawn)
-    return figure
+    rows = rows[rows["status"] == "finished"].merge(best[CELL], on=CELL)
+    mean = rows.groupby([*CELL, "epoch"], observed=True)[["seconds", "test_accuracy"]].mean().reset_index()
+    hover = [
+        f"<b>{setting(row)}</b><br>epoch {row['epoch']}, {short_duration(row['seconds'])}: {percent(row['test_accuracy'])}"
+        for row in mean.to_dict("records")
+    ]
+    table = mean.assign(y=100 * mean["test_accuracy"], hover=hover, curve="m = " + mean["batch_size"].astype(str))
+    figure = _line_chart(table, "seconds", "y", f"{metric_name(study.experiment)} (%)")
+    return figure.update_xaxes(title="time of a run", **_time_axis(table["seconds"]))
 
 
 def time_to_accuracy(study: Study) -> go.Figure:
@@ -251,61 +235,49 @@ def time_to_accuracy(study: Study) -> go.Figure:
         f"<b>{setting(row)}</b><br>{short_duration(row['seconds'])}, {row['epochs']:.3g} epochs"
         for row in found.to_dict("records")
     ]
-    figure = go.Figure(layout={**LAYOUT, "height": 340})
-    _add_curve(figure, found["batch_size"], found["seconds"], hover)
-    _batch_size_axis(figure, cells["batch_size"].tolist())
     shown = "" if math.isnan(target) else f" to {100 * target:.1f} %"
+    figure = _line_chart(found.assign(curve="", hover=hover), "batch_size", "seconds", f"time of a run{shown}", CATEGORIES)
     for m in times.loc[never, "batch_size"]:
         text = {"text": "×", "hovertext": f"m = {m}: no η̃ gets there", "showarrow": False}
         figure.add_annotation(x=math.log10(m), y=1, yref="paper", **text)
-    _finish(figure, study, hover)
-    figure.update_yaxes(title=f"time of a run{shown}", **_time_axis(found["seconds"]))
-    figure.update_layout(showlegend=False)
+    figure.update_yaxes(**_time_axis(found["seconds"]))
+    return _scale_batch_sizes(figure, cells).update_layout(showlegend=False)
+
+
+def _line_chart(table: pd.DataFrame, x: str, y: str, title: str, colors: Sequence[str] | None = None) -> go.Figure:
+    """A line for each `curve` of a table, its points labelled by `hover`, error bars of `std`; says so if there is none."""
+    figure = px.line(
+        table,
+        x=x,
+        y=y,
+        error_y="std" if "std" in table else None,
+        color="curve",
+        symbol="curve",
+        hover_name="hover",
+        markers=True,
+        render_mode="svg",  # px would use WebGL for many points
+        color_discrete_sequence=colors or list(map(to_hex, ordered_colors(table["curve"].nunique()))),
+        symbol_sequence=SYMBOLS,
+    )
+    look = {"line_width": 1.5, "error_y": {"thickness": 1, "width": 2}}
+    figure.update_traces(hovertemplate="%{hovertext}<extra>%{fullData.name}</extra>", **look)
+    figure.update_layout(LAYOUT, height=360, showlegend=True, legend_title_text="")
+    figure.update_yaxes(title=title)
+    if table.empty:
+        figure.add_annotation(text="no run has finished", x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False)
+        figure.update_yaxes(showticklabels=False, showgrid=False)
     return figure
 
 
-def _add_accuracies(figure: go.Figure, cells: pd.DataFrame, name: str, **look: Any) -> None:
-    """Adds a curve of accuracies over m, with the deviations over seeds."""
-    cells = cells.sort_values("batch_size")
-    hover = [
-        f"<b>{setting(cell)}</b><br>{accuracy(cell)}" if cell["finished"] else "none has finished"
-        for cell in cells.to_dict("records")
-    ]
-    std = 100 * cells["test_accuracy_std"]
-    error = {"array": std, "visible": bool(std.notna().any()), "thickness": 1, "width": 2}
-    _add_curve(figure, cells["batch_size"], 100 * cells["test_accuracy"], hover, name=name, error_y=error, **look)
-
-
-def _add_curve(figure: go.Figure, x: pd.Series, y: pd.Series, hover: list[str], name: str = "", **look: Any) -> None:
-    template = f"%{{hovertext}}<extra>{name}</extra>"
-    figure.add_scatter(x=x, y=y, name=name, mode="lines+markers", hovertext=hover, hovertemplate=template, **look)
-
-
-def _ordered_looks(count: int) -> list[dict[str, Any]]:
-    """Plotly's looks of curves in order."""
-    colours = ["rgb({:.0f},{:.0f},{:.0f})".format(*(255 * part for part in colour[:3])) for colour in ordered_colors(count)]
-    return [
-        {"line": {"color": colour, "width": 1.5}, "marker": {"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 6}}
-        for i, colour in enumerate(colours)
-    ]
-
-
-def _finish(figure: go.Figure, study: Study, drawn: Sequence[Any]) -> None:
-    """Adds the legend and the label of accuracies; a chart without a curve says so."""
-    figure.update_yaxes(title=f"{metric_name(study.experiment)} (%)")
-    figure.update_layout(showlegend=True, legend=LEGEND_ABOVE)
-    if not len(drawn):
-        figure.add_annotation(text="no run has finished", x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False)
-        figure.update_yaxes(showticklabels=False, showgrid=False)
-
-
-def _batch_size_axis(figure: go.Figure, sizes: Iterable[int]) -> None:
-    values = sorted(set(sizes))
+def _scale_batch_sizes(figure: go.Figure, cells: pd.DataFrame) -> go.Figure:
+    """Gives a figure the log axis of the batch sizes of cells."""
+    values = sorted(set(cells["batch_size"].tolist()))
     limits = [math.log10(values[0] / 1.4), math.log10(values[-1] * 1.4)]
-    figure.update_xaxes(type="log", title=LABELS["batch_size"], tickvals=values, ticktext=list(map(str, values)), range=limits)
+    ticks = {"tickvals": values, "ticktext": list(map(str, values))}
+    return figure.update_xaxes(type="log", title=LABELS["batch_size"], range=limits, **ticks)
 
 
-def _time_axis(seconds: Sequence[float] | pd.Series) -> dict[str, Any]:
+def _time_axis(seconds: pd.Series) -> dict[str, Any]:
     """A log axis that holds these times."""
     if not len(seconds):
         return {"showticklabels": False}

@@ -10,7 +10,7 @@ import pandas as pd
 from smallbatch_jax.config.text import duration, format_base_lr, plural
 from smallbatch_jax.store.workdir import read_provenance
 from smallbatch_jax.study import claims, cost
-from smallbatch_jax.study.figures.points import one_bn_batch_size
+from smallbatch_jax.study.figures.points import marked, one_bn_batch_size
 from smallbatch_jax.study.study import Study
 
 
@@ -31,63 +31,50 @@ def short_duration(seconds: float) -> str:
     return duration(seconds) if seconds >= 10 else f"{seconds:.2g} s"
 
 
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f}"
-
-
 LABELS = {"batch_size": "batch size m", "bn_batch_size": "BN batch size", "base_lr": "base learning rate η̃"}
-SIZES = {"m": ("batch_size", str), "BN batch": ("bn_batch_size", str)}
-# Heading → column, and how its values are written.
-CELL_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    **SIZES,
-    "η̃": ("base_lr", format_base_lr),
-    "η = η̃·m": ("eta", "{:.6g}".format),
-    "accuracy %": ("test_accuracy", _percent),
-    "± %": ("test_accuracy_std", _percent),
+# Column → heading, and how its values are written.
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "batch_size": ("m", str),
+    "bn_batch_size": ("BN batch", str),
+    "base_lr": ("η̃", format_base_lr),
+    "eta": ("η = η̃·m", "{:.6g}".format),
+    "y": ("accuracy %", "{:.2f}".format),
+    "std": ("± %", "{:.2f}".format),
     "finished": ("finished", str),
     "diverged": ("diverged", str),
     "pending": ("pending", str),
-}
-PROGRAM_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    **SIZES,
     "lanes": ("lanes", str),
-    "images/s": ("images_per_second", "{:,.0f}".format),
-    "training": ("segment_seconds", short_duration),
-    "compiling": ("compile_seconds", short_duration),
-    "peak MiB": ("peak_bytes", lambda peak: f"{peak / 2**20:,.1f}"),
+    "images_per_second": ("images/s", "{:,.0f}".format),
+    "segment_seconds": ("training", short_duration),
+    "compile_seconds": ("compiling", short_duration),
+    "peak_bytes": ("peak MiB", lambda peak: f"{peak / 2**20:,.1f}"),
 }
 
 
 def cell_table(study: Study) -> SortableTable:
     """A row for each cell, in the order of `study.cells`."""
-    return _table(study, study.cells.assign(eta=study.cells["batch_size"] * study.cells["base_lr"]), CELL_COLUMNS)
+    return _table(study, marked(study.cells).assign(eta=study.cells["batch_size"] * study.cells["base_lr"]))
 
 
 def program_table(study: Study) -> SortableTable | None:
     """A row for each program that was timed; None if there is none."""
     costs = cost.program_costs(study.timings)
-    return None if costs.empty else _table(study, costs, PROGRAM_COLUMNS)
+    return None if costs.empty else _table(study, costs)
 
 
-def _table(study: Study, frame: pd.DataFrame, columns: dict[str, tuple[str, Callable[[Any], str]]]) -> SortableTable:
-    """Writes the columns of a frame; without BN batch sizes if all are m."""
-    shown = {head: column for head, column in columns.items() if head != "BN batch" or _bn_varies(study.cells)}
+def _table(study: Study, frame: pd.DataFrame) -> SortableTable:
+    """Writes the `COLUMNS` that a frame has; without BN batch sizes if all are m."""
+    names = [name for name in COLUMNS if name in frame and (name != "bn_batch_size" or _bn_varies(study.cells))]
 
-    def write(value: Any, text: Callable[[Any], str]) -> Value:
-        return Value("", "–") if value != value else Value(value, text(value))
+    def write(name: str, value: Any) -> Value:
+        return Value("", "–") if value != value else Value(value, COLUMNS[name][1](value))
 
-    return SortableTable(
-        list(shown), [[write(row[name], text) for name, text in shown.values()] for row in frame.to_dict("records")]
-    )
+    rows = [[write(name, row[name]) for name in names] for row in frame.to_dict("records")]
+    return SortableTable([COLUMNS[name][0] for name in names], rows)
 
 
 def _bn_varies(cells: pd.DataFrame) -> bool:
     return not cells["bn_batch_size"].equals(cells["batch_size"])
-
-
-def choice_of(cell: pd.Series) -> dict[str, str]:
-    """The options of the page's form that choose this cell."""
-    return {name: _text(cell[name]) for name in LABELS}
 
 
 def choices(cells: pd.DataFrame) -> list[dict[str, Any]]:
@@ -95,14 +82,9 @@ def choices(cells: pd.DataFrame) -> list[dict[str, Any]]:
     found = []
     for name, label in LABELS.items():
         if name != "bn_batch_size" or _bn_varies(cells):
-            shown = format_base_lr if name == "base_lr" else str
-            options = [Value(_text(value), shown(value)) for value in sorted(set(cells[name].tolist()))]
+            options = [Value(value, COLUMNS[name][1](value)) for value in sorted(set(cells[name].tolist()))]
             found.append({"name": name, "label": label, "options": options})
     return found
-
-
-def _text(value: float) -> str:
-    return f"{value:g}" if value == int(value) else repr(float(value))
 
 
 def cost_sentence(study: Study) -> str:
