@@ -5,16 +5,17 @@ import fcntl
 import io
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from smallbatch_jax.config.fields import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
 
+T = TypeVar("T")
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -137,23 +138,28 @@ def append_line(path: Path, line: str, header: str = "") -> None:
         file.append(f"{line}\n", f"{header}\n" if header else "")
 
 
-def read_table(path: Path, columns: Mapping[str, type]) -> tuple[list[list[Any]], bool]:
-    """The whole rows of a CSV file, and whether it has anything else: damaged lines, or one that a kill left half written."""
-    header = ",".join(columns)
+def read_table(path: Path, kind: type[T]) -> tuple[list[T], bool]:
+    """Reads a CSV file whose columns are the fields of a NamedTuple.
+
+    Returns:
+      The whole rows, and whether there is anything else: damaged lines, or one that a kill left half written.
+    """
+    types = kind.__annotations__.values()
+    header = ",".join(kind.__annotations__)
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         *lines, torn = file.read().split("\n")
     rows, damaged = [], bool(torn) or lines[:1] not in ([], [header])
     for line in lines:
         try:
-            rows.append([kind(value) for kind, value in zip(columns.values(), line.split(","), strict=True)])
+            rows.append(kind(*[parse(value) for parse, value in zip(types, line.split(","), strict=True)]))
         except ValueError:
             damaged |= line != header
     return rows, damaged
 
 
-def table_frame(rows: Iterable[Sequence[Any]], columns: Mapping[str, type]) -> "pd.DataFrame":
-    """The rows of a table as a DataFrame, its numbers of 64 bits; it has the columns even without rows."""
+def table_frame(rows: Iterable[Any], kind: type) -> "pd.DataFrame":
+    """Rows as a DataFrame, which has the fields of their NamedTuple as columns even without rows, numbers in 64 bits."""
     import pandas as pd
 
-    types = {name: f"{kind.__name__}64" for name, kind in columns.items() if kind is not str}
-    return pd.DataFrame(list(rows), columns=list(columns)).astype(types)
+    types = {name: f"{dtype.__name__}64" for name, dtype in kind.__annotations__.items() if dtype is not str}
+    return pd.DataFrame(list(rows), columns=list(kind.__annotations__)).astype(types)

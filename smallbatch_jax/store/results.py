@@ -27,23 +27,6 @@ from smallbatch_jax.store.workdir import read_workdir
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = (
-    "experiment",
-    "batch_size",
-    "base_lr",
-    "bn_batch_size",
-    "seed",
-    "epoch",
-    "step",
-    "train_loss",
-    "train_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "status",
-    "bn_statistics",
-)
-RUN_COLUMNS = ("batch_size", "bn_batch_size", "base_lr", "seed")
-
 
 class Row(NamedTuple):
     """The metrics of a run in one epoch. A diverged run's last row has NaN accuracies, whatever the losses."""
@@ -68,8 +51,9 @@ class Row(NamedTuple):
         return math.isnan(self.test_accuracy)
 
 
-_TYPES = Row.__annotations__
-_HEADER = ",".join(_TYPES) + "\n"
+COLUMNS = ("experiment", "batch_size", "base_lr", "bn_batch_size", *Row._fields[3:], "status", "bn_statistics")  # of `load`
+RUN_COLUMNS = ("batch_size", "bn_batch_size", "base_lr", "seed")
+_HEADER = ",".join(Row._fields) + "\n"
 
 
 def path_of(workdir: Path, batch_size: int, bn_batch_size: int) -> Path:
@@ -97,7 +81,7 @@ class ProgramResults:
         try:
             if not self.path.stat().st_size:
                 self._file.append(_HEADER)
-            found, damaged = _read_rows(self.path)
+            found, damaged = read_table(self.path, Row)
             kept = []
             for row in found:  # a run is trained again from its first missing epoch
                 if row.epoch == self.epochs(row.run) + 1 and not self.diverged(row.run):
@@ -130,7 +114,7 @@ class ProgramResults:
 
     def rows(self) -> list[Row]:
         """All stored rows, those of a run in the order of its epochs; for the process that writes them."""
-        return _read_rows(self.path)[0]
+        return read_table(self.path, Row)[0]
 
     def append(self, rows: Iterable[Row]) -> list[Row]:
         """Writes the rows that are not stored yet, all or none, and returns them.
@@ -180,11 +164,6 @@ def _line(row: Row) -> str:
     return ",".join(map(repr, row)) + "\n"
 
 
-def _read_rows(path: Path) -> tuple[list[Row], bool]:
-    rows, damaged = read_table(path, _TYPES)
-    return [Row(*row) for row in rows], damaged
-
-
 def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     """Every row stored in a workdir, one per run and epoch, sorted by run and epoch.
 
@@ -207,7 +186,7 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     missing = sorted({path_of(workdir, m, b) for m, b in programs(experiment.runs())} - set(found))
     if found and missing:  # a sweep makes all files as it begins
         warnings.warn(f"{', '.join(map(str, missing))}: missing; the runs count as not trained", stacklevel=2)
-    frame = table_frame((row for path in found for row in _readable_rows(path)), _TYPES)
+    frame = table_frame((row for path in found for row in _readable_rows(path)), Row)
     frame = frame.sort_values([*RUN_COLUMNS, "epoch"], kind="stable", ignore_index=True)
     frame = frame.drop_duplicates([*RUN_COLUMNS, "epoch"], ignore_index=True)
     frame["diverged"] = frame["test_accuracy"].isna()
@@ -225,7 +204,7 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
 def _readable_rows(path: Path) -> list[Row]:
     """The rows of a file; a warning says what was left out."""
     try:
-        rows, damaged = _read_rows(path)
+        rows, damaged = read_table(path, Row)
     except OSError as error:
         warnings.warn(f"{path} left out: {error.strerror}", stacklevel=3)
         return []

@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smallbatch_jax.config.fields import expanded_path
 from smallbatch_jax.store.files import append_line, read_table, table_frame
@@ -12,16 +12,21 @@ from smallbatch_jax.store.files import append_line, read_table, table_frame
 if TYPE_CHECKING:
     import pandas as pd
 
-TIMING_COLUMNS = {
-    "phase": str,
-    "batch_size": int,
-    "bn_batch_size": int,
-    "lanes": int,
-    "seconds": float,
-    "steps": int,
-    "images": int,
-    "peak_bytes": int,
-}
+
+class Timing(NamedTuple):
+    """A row of timings.csv; 0 where a column does not apply."""
+
+    phase: str
+    batch_size: int
+    bn_batch_size: int
+    lanes: int
+    seconds: float
+    steps: int
+    images: int
+    peak_bytes: int
+
+
+TIMING_COLUMNS = Timing._fields
 
 
 class Timings:
@@ -45,7 +50,7 @@ class Timings:
         peak_bytes: int = 0,
     ) -> None:
         """Adds a line; steps and images are summed over the lanes, peak_bytes is `LaneProgram.peak_bytes`."""
-        row = (phase, batch_size, bn_batch_size, lanes, round(seconds, 6), steps, images, peak_bytes)
+        row = Timing(phase, batch_size, bn_batch_size, lanes, round(seconds, 6), steps, images, peak_bytes)
         if self._path:
             append_line(self._path, ",".join(map(str, row)), header=",".join(TIMING_COLUMNS))
 
@@ -58,7 +63,7 @@ def load_timings(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     """
     path, rows = Path(expanded_path("workdir", workdir)) / "timings.csv", []
     try:
-        rows, _ = read_table(path, TIMING_COLUMNS)
+        rows, _ = read_table(path, Timing)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -68,4 +73,4 @@ def load_timings(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
 
 def timing_frame(rows: Iterable[Sequence[Any]] = ()) -> "pd.DataFrame":
     """Timings, each with a value for every column, as `load_timings` returns them."""
-    return table_frame(rows, TIMING_COLUMNS)
+    return table_frame(rows, Timing)

@@ -70,11 +70,11 @@ class SampleIndex:
         epoch, offset = divmod(_position(within, self._train), num_train)
         return seed, epoch, int(_last_permutation(seed, epoch, num_train)[offset])
 
-    def __getitem__(self, number: int) -> Decoded:
+    def __getitem__(self, index: int) -> Decoded:
         """Returns the image of a number, without the first axis of `Decoded`'s arrays."""
-        stream, within = divmod(number, STREAM)
+        stream, within = divmod(index, STREAM)
         if stream < len(self._seeds):
-            return self.decode_training(*self.training_image(number))
+            return self.decode_training(*self.training_image(index))
         example = _position(within, self._test)
         if example >= self._photographs.num_test:
             return self._not_valid(0)
