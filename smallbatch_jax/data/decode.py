@@ -82,23 +82,21 @@ def _decoded_in_order(paths: Sequence[str], threads: int) -> Generator[np.ndarra
 
 
 def _decode_image(path: str) -> np.ndarray:
-    size = -1
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
             return decode(file)
     except MemoryError:
         raise
     except Exception as error:  # a damaged file can raise anything from within Pillow
-        raise InputError(f"dataset.data_dir: {path!r} {what_is_wrong(error, not size)}; replace or remove it") from error
+        raise InputError(f"dataset.data_dir: {path!r} {what_is_wrong(error)}; replace or remove it") from error
 
 
-def what_is_wrong(error: Exception, empty: bool) -> str:
-    """Describes an error of reading or decoding a file, which may be empty, for a message that begins with its path."""
+def what_is_wrong(error: Exception) -> str:
+    """Describes an error of reading or decoding a file, for a message that begins with its path."""
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
-        return "is empty" if empty else f"is not a {KINDS} image"
+        return f"is not a {KINDS} image"
     system = getattr(error, "strerror", None)  # e.g. the file has gone since the directory was listed
     return f"cannot be read ({system})" if system else f"cannot be decoded ({' '.join(str(error).split())})"
 

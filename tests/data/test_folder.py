@@ -172,7 +172,7 @@ def image_bytes(file_format):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is empty"),
+        (b"", "is not a JPEG, PNG, WebP, BMP, TIFF or GIF image"),
         (b"I am a text file", "is not a JPEG, PNG, WebP, BMP, TIFF or GIF image"),
         (image_bytes("PPM"), "is not a JPEG, PNG, WebP, BMP, TIFF or GIF image"),
         (image_bytes("JPEG")[:2000], "cannot be decoded"),

@@ -366,7 +366,7 @@ def test_a_picture_that_goes_away_while_others_are_read_is_named(root, monkeypat
 
     monkeypatch.setattr(decode, "decode_images", decode_later)
     said = {"nothing": "cannot be read (No such file or directory)", "directory": "cannot be read (Is a directory)"}
-    assert error_line(load, root).startswith(f"dataset.data_dir: {str(path)!r} {said.get(becomes, 'is empty')}")
+    assert error_line(load, root).startswith(f"dataset.data_dir: {str(path)!r} {said.get(becomes, 'is not a JPEG')}")
 
 
 NAMES = {
@@ -430,7 +430,7 @@ except ValueError as error:
         assert run.stderr == b""
         assert run.stdout.startswith(b"dataset.data_dir: ")
         assert run.stdout.isascii()
-        assert run.stdout.endswith(b"is empty; replace or remove it\n")
+        assert run.stdout.endswith(b" image; replace or remove it\n")
         path.unlink()
 
 

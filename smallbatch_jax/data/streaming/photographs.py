@@ -190,10 +190,8 @@ class Photographs:
 
 def what_is_wrong(source: Source, index: int) -> str:
     """Describes why a picture could not be read or decoded."""
-    content = None
     try:
-        content, _ = source.read(index)
-        decode.decode(io.BytesIO(content), source.upright)
+        decode.decode(io.BytesIO(source.read(index)[0]), source.upright)
     except Exception as error:
-        return decode.what_is_wrong(error, content == b"")
+        return decode.what_is_wrong(error)
     return "could not be decoded before, and can be now"
