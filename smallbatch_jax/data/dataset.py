@@ -10,8 +10,6 @@ import numpy as np
 from smallbatch_jax.config import fields
 from smallbatch_jax.config.experiment import InputError
 
-_STATISTICS_CHUNK_BYTES = 2**22  # of uint8 images; the chunk's squares take four times as much
-
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -87,15 +85,9 @@ class Dataset:
 
 def channel_sums(images: np.ndarray) -> tuple[list[int], list[int]]:
     """Returns Σx and Σx² per channel of uint8[N, ..., C], as Python integers."""
-    channels = images.shape[-1]
     flat = images.reshape(len(images), -1)
-    total = np.zeros((2, flat.shape[1]), np.uint64)
-    step = max(1, _STATISTICS_CHUNK_BYTES // flat.shape[1])
-    for start in range(0, len(flat), step):
-        chunk = flat[start : start + step]
-        total[0] += chunk.sum(axis=0, dtype=np.uint64)
-        total[1] += np.square(chunk, dtype=np.uint32).sum(axis=0, dtype=np.uint64)
-    sums, squares = total.reshape(2, -1, channels).sum(axis=1).tolist()
+    totals = flat.sum(axis=0, dtype=np.uint64), np.einsum("nx,nx->x", flat, flat, dtype=np.uint64)
+    sums, squares = (total.reshape(-1, images.shape[-1]).sum(axis=0).tolist() for total in totals)
     return sums, squares
 
 
