@@ -114,7 +114,7 @@ class ProgramResults:
 
     def rows(self) -> list[Row]:
         """All stored rows, those of a run in the order of its epochs; for the process that writes them."""
-        return read_table(self.path, Row)[0]
+        return sorted(read_table(self.path, Row)[0], key=lambda row: row.epoch)
 
     def append(self, rows: Iterable[Row]) -> list[Row]:
         """Writes the rows that are not stored yet, all or none, and returns them.
