@@ -4,9 +4,7 @@
 
 TensorFlow Datasets does the work, which for these datasets needs TensorFlow; the files are array_record, which do not.
 
-ImageNet cannot be downloaded by anyone: register at https://image-net.org/download-images, and put
-ILSVRC2012_img_train.tar (138 GB) and ILSVRC2012_img_val.tar (6.3 GB) into DIR/downloads/manual first. It takes 300 GB of
-disk while it is prepared, these archives included, and 150 GB afterwards, once they are deleted.
+ImageNet takes 300 GB of disk while it is prepared and 150 GB afterwards; the command says which archives it needs, and where.
 """
 
 import logging

@@ -9,7 +9,7 @@ from pkgutil import resolve_name
 import numpy as np
 
 from smallbatch_jax.config import extras, fields
-from smallbatch_jax.config.datasets import DATASETS, DatasetSize
+from smallbatch_jax.config.datasets import DATASETS
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.data.dataset import Dataset
 from smallbatch_jax.data.streaming.photographs import IMAGENET_STATISTICS, Photographs, SyntheticImages
@@ -67,13 +67,9 @@ def random(name: str, data_dir: str | os.PathLike | None = None, image_size: int
         extras.require("photographs", f"dataset.name={name}")
         train, test = (SyntheticImages(count, size.num_classes) for count in (size.train, size.test))
         return Photographs(train, test, image_size or size.image_shape[0], size.num_classes, (), IMAGENET_STATISTICS)
-    return _random_arrays(size)
-
-
-def _random_arrays(size: DatasetSize) -> Dataset:
     rng = np.random.default_rng(0)
-    examples = [
+    train, test = (
         (rng.integers(0, 256, (count, *size.image_shape), np.uint8), rng.integers(0, size.num_classes, count, np.int32))
         for count in (size.train, size.test)
-    ]
-    return Dataset(*examples[0], *examples[1], size.num_classes)
+    )
+    return Dataset(*train, *test, size.num_classes)

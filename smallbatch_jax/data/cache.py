@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +29,27 @@ def directory() -> Path:
     return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "smallbatch_jax"
 
 
-def read(path: Path, count: int) -> np.ndarray | None:
-    """Returns the uint8[count, H, W, C] stored in `path`, or None where there is none that can be trusted."""
+def kept(name: str, key: str, count: int, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """Returns the uint8[count, H, W, C] that `make` returns, from the cache file NAME-KEY.npy if there is a valid one.
+
+    If not, it is stored there and other files of this name are removed. The file appears whole or not at all, so that
+    processes do not disturb each other. If it cannot be written, one line on stderr says so, and nothing is raised.
+    """
+    path = directory() / f"{name}-{key}.npy"
+    images = _read(path, count)
+    if images is None:
+        images = make()
+        _write(path, images, replaces=f"{name}-*.npy")
+    return images
+
+
+def _read(path: Path, count: int) -> np.ndarray | None:
     try:
         with open(path, "rb") as file:
             images = npy.read_array(file, allow_pickle=False)
             checksum = npy.read_array(file, allow_pickle=False)
         valid = images.dtype == np.uint8 and images.ndim == 4 and len(images) == count and images.shape[3] in (1, 3)
-        if valid and images.flags.c_contiguous and checksum.shape == () and int(checksum) == zlib.crc32(images.data):
+        if valid and int(checksum) == zlib.crc32(images.data):
             return images
         reason = "its contents do not match its checksum"
     except (FileNotFoundError, NotADirectoryError):
@@ -46,12 +60,7 @@ def read(path: Path, count: int) -> np.ndarray | None:
     return None
 
 
-def write(path: Path, images: np.ndarray, replaces: str) -> None:
-    """Stores the images, and removes other files of the directory whose names match the pattern `replaces`.
-
-    The file appears whole or not at all, so that writers do not disturb each other or a reader. If it cannot be
-    written, one line on stderr says so, and nothing is raised.
-    """
+def _write(path: Path, images: np.ndarray, replaces: str) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

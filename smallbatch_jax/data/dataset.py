@@ -1,16 +1,14 @@
 """Dataset: labelled examples in memory, checked once, as they enter training."""
 
 import hashlib
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from smallbatch_jax.config import fields
 from smallbatch_jax.config.experiment import InputError
-
-_STATISTICS_CHUNK_BYTES = 2**22  # of uint8 images; the chunk's squares take four times as much
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +31,8 @@ class Dataset:
     class_names: tuple[str, ...] | None = None  # the name of each label, where the source has names
 
     def __post_init__(self):
-        num_classes = _checked_num_classes(self.num_classes)
-        checked = {
+        num_classes = fields.integer(1)("Dataset.num_classes", fields.plain(self.num_classes))
+        checked: dict[str, Any] = {
             "num_classes": num_classes,
             "class_names": _checked_class_names(self.class_names, num_classes),
             "train_images": _checked_images("train_images", self.train_images),
@@ -48,14 +46,9 @@ class Dataset:
             images, labels = len(checked[f"{split}_images"]), len(checked[f"{split}_labels"])
             if images != labels:
                 raise InputError(f"Dataset.{split}_labels: got {labels} labels for {images} images; one each is needed")
-        train, test = self.train_images, self.test_images
-        if test.shape[1:] != train.shape[1:]:
-            raise InputError(
-                f"Dataset.test_images: got examples of shape {test.shape[1:]}, "
-                f"but those of train_images have {train.shape[1:]}; both must have the same"
-            )
-        if test.dtype != train.dtype:
-            raise InputError(f"Dataset.test_images: got {test.dtype}, but train_images is {train.dtype}; both must be the same")
+        train, test = (f"{images.dtype} of shape {images.shape[1:]}" for images in (self.train_images, self.test_images))
+        if test != train:
+            raise InputError(f"Dataset.test_images: got examples {test}, but those of train_images are {train}")
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -92,15 +85,9 @@ class Dataset:
 
 def channel_sums(images: np.ndarray) -> tuple[list[int], list[int]]:
     """Returns Σx and Σx² per channel of uint8[N, ..., C], as Python integers."""
-    channels = images.shape[-1]
     flat = images.reshape(len(images), -1)
-    total = np.zeros((2, flat.shape[1]), np.uint64)
-    step = max(1, _STATISTICS_CHUNK_BYTES // flat.shape[1])
-    for start in range(0, len(flat), step):
-        chunk = flat[start : start + step]
-        total[0] += chunk.sum(axis=0, dtype=np.uint64)
-        total[1] += np.square(chunk, dtype=np.uint32).sum(axis=0, dtype=np.uint64)
-    sums, squares = total.reshape(2, -1, channels).sum(axis=1).tolist()
+    totals = flat.sum(axis=0, dtype=np.uint64), np.einsum("nx,nx->x", flat, flat, dtype=np.uint64)
+    sums, squares = (total.reshape(-1, images.shape[-1]).sum(axis=0).tolist() for total in totals)
     return sums, squares
 
 
@@ -110,16 +97,6 @@ def mean_and_deviation(sums: Sequence[int], squares: Sequence[int], count: int) 
     variance = [(count * xx - x * x) / count**2 for x, xx in zip(sums, squares, strict=True)]
     std = np.sqrt(np.array(variance))
     return np.array([x / count for x in sums], np.float32), np.where(std > 0, std, 1).astype(np.float32)
-
-
-def _checked_num_classes(value: Any) -> int:
-    try:
-        num_classes = operator.index(value)
-    except TypeError:
-        num_classes = 0
-    if num_classes < 1 or isinstance(value, bool):
-        raise InputError(f"Dataset.num_classes: got {value!r}; it accepts an integer of at least 1")
-    return num_classes
 
 
 def _checked_class_names(names: Any, num_classes: int) -> tuple[str, ...] | None:

@@ -12,11 +12,10 @@ the decoder cannot go on, and are taken as they come otherwise.
 
 import contextlib
 import io
-import itertools
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
@@ -52,63 +51,52 @@ def decode_images(paths: Sequence[str], total_bytes: int) -> np.ndarray:
     Raises:
       InputError: a file cannot be decoded, or is of another size than the others; one line with its path.
     """
+    from rich.console import Console
+    from rich.progress import track
+
     small_files = total_bytes < _THREADS_PAY_ABOVE * len(paths)
     threads = 1 if small_files else min(_MAX_THREADS, os.cpu_count() or 1)
     images = np.empty((0, 0, 0, 0), np.uint8)
-    with quiet_pillow(), _decoded_in_order(paths, threads) as pictures:
-        for index, picture in enumerate(_with_progress(pictures, len(paths))):
+    with quiet_pillow(), contextlib.closing(_decoded_in_order(paths, threads)) as pictures:
+        shown = {"console": Console(stderr=True), "transient": True, "disable": not sys.stderr.isatty()}
+        for index, picture in enumerate(track(pictures, "decoding images", len(paths), **shown)):
             if index == 0:
                 images = _allocate(len(paths), picture.shape)
-            if picture.shape[:2] != images.shape[1:3]:
-                raise _size_error(paths, index)
+            height, width = images.shape[1:3]
+            if picture.shape[:2] != (height, width):
+                raise InputError(
+                    f"dataset.data_dir: {paths[index]!r} is {picture.shape[1]}x{picture.shape[0]} pixels and {paths[0]!r} is "
+                    f"{width}x{height}; dataset.image_size=None accepts images of one size"
+                )
             if picture.shape[2] > images.shape[3]:
-                grey, images = images, _allocate(len(paths), picture.shape)
-                images[:index] = grey[:index]
+                images = np.repeat(images, 3, axis=3)
             images[index] = picture  # a grey picture fills all three channels
     return images
 
 
-@contextlib.contextmanager
-def _decoded_in_order(paths: Sequence[str], threads: int) -> Iterator[Iterable[np.ndarray]]:
-    if threads == 1:
-        yield map(_decode_image, paths)
-        return
-    pool = ThreadPoolExecutor(threads)
-    try:
-        chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
-        yield itertools.chain.from_iterable(pool.map(lambda chunk: [_decode_image(path) for path in chunk], chunks))
-    finally:
-        pool.shutdown(cancel_futures=True)  # after an error or an interrupt nothing is worth waiting for
-
-
-def _with_progress(pictures: Iterable[np.ndarray], total: int) -> Iterable[np.ndarray]:
-    """Shows a bar on stderr, where that is a terminal."""
-    if not sys.stderr.isatty():
-        return pictures
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(pictures, "decoding images", total, console=Console(stderr=True), transient=True)
+def _decoded_in_order(paths: Sequence[str], threads: int) -> Generator[np.ndarray, None, None]:
+    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
+    with ThreadPoolExecutor(threads) as pool:
+        for pictures in pool.map(lambda chunk: [_decode_image(path) for path in chunk], chunks):
+            yield from pictures
 
 
 def _decode_image(path: str) -> np.ndarray:
-    size = -1
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
             return decode(file)
     except MemoryError:
         raise
     except Exception as error:  # a damaged file can raise anything from within Pillow
-        raise InputError(f"dataset.data_dir: {path!r} {what_is_wrong(error, not size)}; replace or remove it") from error
+        raise InputError(f"dataset.data_dir: {path!r} {what_is_wrong(error)}; replace or remove it") from error
 
 
-def what_is_wrong(error: Exception, empty: bool) -> str:
-    """Describes an error of reading or decoding a file, which may be empty, for a message that begins with its path."""
+def what_is_wrong(error: Exception) -> str:
+    """Describes an error of reading or decoding a file, for a message that begins with its path."""
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
-        return "is empty" if empty else f"is not a {KINDS} image"
+        return f"is not a {KINDS} image"
     system = getattr(error, "strerror", None)  # e.g. the file has gone since the directory was listed
     return f"cannot be read ({system})" if system else f"cannot be decoded ({' '.join(str(error).split())})"
 
@@ -199,18 +187,6 @@ def _allocate(count: int, shape: tuple[int, ...]) -> np.ndarray:
             f"dataset.data_dir: {count} images of shape {shape} take {gigabytes:.0f} GB, more memory than there is; "
             "use fewer or smaller images"
         ) from error
-
-
-def _size_error(paths: Sequence[str], index: int) -> InputError:
-    """Names the odd one of two pictures: paths[index], the first that differs, or the one before if the next one agrees."""
-    compared = (index - 1, index, min(index + 1, len(paths) - 1))
-    before, this, following = (_decode_image(paths[i]).shape[1::-1] for i in compared)
-    first_is_odd = index == 1 and len(paths) > 2 and following == this
-    odd, other, path = (before, this, paths[0]) if first_is_odd else (this, before, paths[index])
-    return InputError(
-        f"dataset.data_dir: {path!r} is {odd[0]}x{odd[1]} pixels and others are {other[0]}x{other[1]}; "
-        "dataset.image_size=None accepts images of one size"
-    )
 
 
 @contextlib.contextmanager

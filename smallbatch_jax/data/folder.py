@@ -4,7 +4,6 @@ import functools
 import hashlib
 import itertools
 import os
-import stat
 import sys
 from collections import Counter
 from typing import NamedTuple
@@ -47,15 +46,15 @@ class Listing(NamedTuple):
         return np.array([number[os.path.basename(os.path.dirname(file.path))] for file in files], np.int32)
 
     def name(self) -> str:
-        """Returns a file name that changes with the listing, the way of decoding and the cache's format."""
+        """Returns a name that depends on the root alone."""
+        return "folder-" + hashlib.sha256(os.fsencode(self.root)).hexdigest()[:16]
+
+    def key(self) -> str:
+        """Returns a digest that changes with the listing, the way of decoding and the cache's format."""
         digest = hashlib.sha256(f"{cache.FORMAT_VERSION} {decode.version()}\0".encode())
         for path, size, mtime_ns in (*self.train, *self.test):
             digest.update(os.fsencode(path.removeprefix(self.root)) + f"\0{size} {mtime_ns}\0".encode())
-        return f"{self.root_name()}-{digest.hexdigest()}"
-
-    def root_name(self) -> str:
-        """Returns the part of `name` that depends on the root alone."""
-        return "folder-" + hashlib.sha256(os.fsencode(self.root)).hexdigest()[:16]
+        return digest.hexdigest()
 
 
 def load_folder(data_dir: str | os.PathLike | None) -> Dataset:
@@ -72,11 +71,11 @@ def load_folder(data_dir: str | os.PathLike | None) -> Dataset:
     """
     listing = _list_folder(data_dir)
     files = [*listing.train, *listing.test]
-    cache_file = cache.directory() / f"{listing.name()}.npy"
-    images = cache.read(cache_file, len(files))
-    if images is None:
-        images = decode.decode_images([file.path for file in files], sum(file.bytes for file in files))
-        cache.write(cache_file, images, replaces=f"{listing.root_name()}-*.npy")
+
+    def decoded() -> np.ndarray:
+        return decode.decode_images([file.path for file in files], sum(file.bytes for file in files))
+
+    images = cache.kept(listing.name(), listing.key(), len(files), decoded)
     train_images, test_images = np.split(images, [len(listing.train)])
     train_labels, test_labels = listing.labels(listing.train), listing.labels(listing.test)
     return Dataset(train_images, train_labels, test_images, test_labels, len(listing.classes), listing.classes)
@@ -92,14 +91,27 @@ def stream_folder(data_dir: str | os.PathLike | None, image_size: int) -> Photog
     train, test = (
         Files(listing.root, [file.path for file in files], listing.labels(files)) for files in (listing.train, listing.test)
     )
-    return Photographs(train, test, image_size, len(listing.classes), listing.classes, listing=listing.name())
+    name = f"{listing.name()}-{listing.key()}"
+    return Photographs(train, test, image_size, len(listing.classes), listing.classes, listing=name)
 
 
 def _list_folder(data_dir: str | os.PathLike | None) -> Listing:
-    root = _checked_root(data_dir)
-    left_out: Counter[str] = Counter()
-    splits = {split: _list_split(root, split, left_out) for split in SPLITS}
-    classes = _common_classes(root, splits)
+    root, left_out = _checked_root(data_dir), Counter()
+    try:
+        splits = {split: _list_split(root, split, left_out) for split in SPLITS}
+    except OSError as error:
+        raise InputError(
+            f"dataset.data_dir: {error.filename!r} cannot be read ({error.strerror}); make it readable or remove it"
+        ) from error
+    classes = tuple(sorted(splits["train"].keys() | splits["test"].keys()))
+    if not classes:
+        raise InputError(f"dataset.data_dir: {root!r} holds no class directories; it accepts {_LAYOUT}")
+    for split, name in itertools.product(SPLITS, classes):
+        if not splits[split].get(name):
+            raise InputError(
+                f"dataset.data_dir: class {name!r} has no images in {split}/; {os.path.join(root, split, name)!r} must hold at "
+                f"least one {decode.KINDS} file, not in a directory below it"
+            )
     if left_out:
         counted = ", ".join(f"{count} {what}" for what, count in sorted(left_out.items()))
         _warn(f"dataset.data_dir: {root!r} has files that are left out: {counted}; read are {_LAYOUT}")
@@ -133,7 +145,7 @@ def _list_split(root: str, split: str, left_out: Counter[str]) -> dict[str, list
     """Lists the sorted pictures of each class of one split, and counts what is left out."""
     classes = {}
     for entry in _visible_entries(os.path.join(root, split)):
-        if _is_directory(entry):
+        if entry.is_dir():
             classes[entry.name] = _list_class(entry.path, left_out)
         elif _suffix(entry.name) in SUFFIXES:
             left_out[f"picture(s) directly in {split}/"] += 1
@@ -143,11 +155,14 @@ def _list_split(root: str, split: str, left_out: Counter[str]) -> dict[str, list
 def _list_class(path: str, left_out: Counter[str]) -> list[ImageFile]:
     images = []
     for entry in _visible_entries(path):
-        if _is_directory(entry):
+        if entry.is_dir():
             if count := _pictures_below(entry):
                 left_out["picture(s) in directories below a class"] += count
         elif _suffix(entry.name) in SUFFIXES:
-            images.append(_image_file(entry))
+            status = entry.stat()
+            if not entry.is_file():  # opening a pipe would wait for ever
+                raise InputError(f"dataset.data_dir: {entry.path!r} is not a regular file; a {decode.KINDS} image is needed")
+            images.append(ImageFile(entry.path, status.st_size, status.st_mtime_ns))
         elif _suffix(entry.name) not in _NOTES and not entry.name.startswith(("README", "LICENSE")):
             left_out[_suffix(entry.name) or "without a suffix"] += 1
     return images
@@ -166,49 +181,5 @@ def _pictures_below(directory: os.DirEntry) -> int:
 
 
 def _visible_entries(path: str) -> list[os.DirEntry]:
-    try:
-        with os.scandir(path) as entries:
-            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _is_directory(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError as error:  # a symbolic link that leads to itself
-        raise _unreadable(entry.path, error) from error
-
-
-def _image_file(entry: os.DirEntry) -> ImageFile:
-    try:
-        status = entry.stat()
-    except OSError as error:
-        raise _unreadable(entry.path, error) from error
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise InputError(f"dataset.data_dir: {entry.path!r} is not a regular file; a {decode.KINDS} image is needed")
-    return ImageFile(entry.path, status.st_size, status.st_mtime_ns)
-
-
-def _unreadable(path: str, error: OSError) -> InputError:
-    return InputError(f"dataset.data_dir: {path!r} cannot be read ({error.strerror}); make it readable or remove it")
-
-
-def _common_classes(root: str, splits: dict[str, dict[str, list[ImageFile]]]) -> tuple[str, ...]:
-    """Returns the sorted class names, after checking that each has pictures in both splits."""
-    classes = tuple(sorted(splits["train"].keys() | splits["test"].keys()))
-    if not classes:
-        raise InputError(f"dataset.data_dir: {root!r} holds no class directories; it accepts {_LAYOUT}")
-    for split, other in (SPLITS, SPLITS[::-1]):
-        for name in classes:
-            path = os.path.join(root, split, name)
-            if name not in splits[split]:
-                raise InputError(
-                    f"dataset.data_dir: class {name!r} is in {other}/ only; {path!r} is needed too, with its images"
-                )
-            if not splits[split][name]:
-                raise InputError(
-                    f"dataset.data_dir: class {name!r} has no images in {split}/; "
-                    f"{path!r} must hold at least one {decode.KINDS} file, not in a directory below it"
-                )
-    return classes
+    with os.scandir(path) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)

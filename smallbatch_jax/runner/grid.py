@@ -27,7 +27,7 @@ from smallbatch_jax.runner.streaming import input_pipeline
 from smallbatch_jax.store.checkpoint import Checkpoints
 from smallbatch_jax.store.results import ProgramResults
 from smallbatch_jax.store.skipped import SkippedImages
-from smallbatch_jax.store.timings import NoTimings, Timings
+from smallbatch_jax.store.timings import Timings
 from smallbatch_jax.store.workdir import open_workdir, record_provenance, surroundings
 from smallbatch_jax.tracking import trackers
 from smallbatch_jax.tracking.trackers import NoTrackers, Trackers
@@ -144,7 +144,7 @@ def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: 
         progress = progress if first else NoProgress()
         stack.callback(progress.close, status)
         forecast = Forecast(progress, jobs)
-        timings = Timings(folder) if first else NoTimings()
+        timings = Timings(folder if first else None)
         session = Session(pipeline, setup.initialiser(), status, forecast, timings, stop, shown)
         pending = [job for job in jobs if job.pending()]
         if pending:

@@ -2,15 +2,20 @@
 
 import errno
 import fcntl
+import io
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from smallbatch_jax.config.fields import InputError
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+T = TypeVar("T")
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -88,51 +93,42 @@ def _is_running(process: str) -> bool:
     return True
 
 
-class AppendOnly:
-    """A file that grows by whole lines; lines that do not fit on the disk leave it unchanged. A context manager."""
+class AppendOnly(io.FileIO):
+    """A file that grows by whole lines; lines that do not fit on the disk leave it unchanged."""
 
     def __init__(self, path: Path):
-        self._path = path
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - no line may wait in a buffer
+            super().__init__(path, "a+")
+        self._path = path
 
     def lock(self, wait: bool) -> bool:
         """Makes this the only writer until it is closed; False if another is, or if another file has taken the path."""
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
+            fcntl.flock(self, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.path.samestat(os.fstat(self.fileno()), os.stat(self._path))
         except OSError:
             return False
 
     def append(self, lines: str, header: str = "") -> None:
         """Adds lines, each with its line break, after `header` if the file is empty."""
         with writing(self._path):
-            size = self._file.seek(0, os.SEEK_END)
-            self._file.seek(max(0, size - 1))
-            torn = self._file.read(1) not in (b"", b"\n")  # a killed process left half a line
+            size = self.seek(0, os.SEEK_END)
+            self.seek(max(0, size - 1))
+            torn = self.read(1) not in (b"", b"\n")  # a killed process left half a line
             rest = memoryview((("\n" if torn else "") + ("" if size else header) + lines).encode())
             try:
                 while rest:
-                    rest = rest[self._file.write(rest) :]
+                    rest = rest[self.write(rest) :]
             except OSError:
                 with suppress(OSError):
-                    self._file.truncate(size)
+                    self.truncate(size)
                 raise
 
     def sync(self) -> None:
         """Waits until the lines are on the disk."""
         with writing(self._path):
-            os.fsync(self._file.fileno())
-
-    def __enter__(self) -> "AppendOnly":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._file.close()
+            os.fsync(self)
 
 
 def append_line(path: Path, line: str, header: str = "") -> None:
@@ -142,15 +138,28 @@ def append_line(path: Path, line: str, header: str = "") -> None:
         file.append(f"{line}\n", f"{header}\n" if header else "")
 
 
-def read_table(path: Path, columns: Sequence[str], types: Sequence[type]) -> tuple[list[list[Any]], bool]:
-    """The whole rows of a CSV file, and whether it has anything else: damaged lines, or one that a kill left half written."""
-    header = ",".join(columns)
+def read_table(path: Path, kind: type[T]) -> tuple[list[T], bool]:
+    """Reads a CSV file whose columns are the fields of a NamedTuple.
+
+    Returns:
+      The whole rows, and whether there is anything else: damaged lines, or one that a kill left half written.
+    """
+    types = kind.__annotations__.values()
+    header = ",".join(kind.__annotations__)
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         *lines, torn = file.read().split("\n")
     rows, damaged = [], bool(torn) or lines[:1] not in ([], [header])
     for line in lines:
         try:
-            rows.append([kind(value) for kind, value in zip(types, line.split(","), strict=True)])
+            rows.append(kind(*[parse(value) for parse, value in zip(types, line.split(","), strict=True)]))
         except ValueError:
             damaged |= line != header
     return rows, damaged
+
+
+def table_frame(rows: Iterable[Any], kind: type) -> "pd.DataFrame":
+    """Rows as a DataFrame, which has the fields of their NamedTuple as columns even without rows, numbers in 64 bits."""
+    import pandas as pd
+
+    types = {name: f"{dtype.__name__}64" for name, dtype in kind.__annotations__.items() if dtype is not str}
+    return pd.DataFrame(list(rows), columns=list(kind.__annotations__)).astype(types)

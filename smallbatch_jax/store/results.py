@@ -19,30 +19,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from smallbatch_jax.config.experiment import InputError, Run, programs
 from smallbatch_jax.config.fields import expanded_path
 from smallbatch_jax.config.protocol import LAST_EPOCHS
-from smallbatch_jax.store.files import AppendOnly, read_table, write_atomically
+from smallbatch_jax.store.files import AppendOnly, read_table, table_frame, write_atomically
 from smallbatch_jax.store.timings import Timings as Timings
 from smallbatch_jax.store.timings import load_timings as load_timings
-from smallbatch_jax.store.workdir import read_experiment
+from smallbatch_jax.store.workdir import read_workdir
 
 if TYPE_CHECKING:
     import pandas as pd
-
-COLUMNS = (
-    "experiment",
-    "batch_size",
-    "base_lr",
-    "bn_batch_size",
-    "seed",
-    "epoch",
-    "step",
-    "train_loss",
-    "train_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "status",
-    "bn_statistics",
-)
-RUN_COLUMNS = ("batch_size", "bn_batch_size", "base_lr", "seed")
 
 
 class Row(NamedTuple):
@@ -68,7 +51,8 @@ class Row(NamedTuple):
         return math.isnan(self.test_accuracy)
 
 
-_TYPES = [int if kind is int else float for kind in Row.__annotations__.values()]
+COLUMNS = ("experiment", "batch_size", "base_lr", "bn_batch_size", *Row._fields[3:], "status", "bn_statistics")  # of `load`
+RUN_COLUMNS = ("batch_size", "bn_batch_size", "base_lr", "seed")
 _HEADER = ",".join(Row._fields) + "\n"
 
 
@@ -97,8 +81,12 @@ class ProgramResults:
         try:
             if not self.path.stat().st_size:
                 self._file.append(_HEADER)
-            found, damaged = _read_rows(self.path)
-            kept = _without_gaps(found)
+            found, damaged = read_table(self.path, Row)
+            kept = []
+            for row in found:  # a run is trained again from its first missing epoch
+                if row.epoch == self.epochs(row.run) + 1 and not self.diverged(row.run):
+                    self._note(row)
+                    kept.append(row)
             if damaged or len(kept) < len(found):
                 write_atomically(self.path, _HEADER + "".join(map(_line, kept)))
                 self._file.close()  # it has another file's name now
@@ -106,7 +94,6 @@ class ProgramResults:
         except BaseException:
             self._file.close()
             raise
-        self._note(kept)
 
     def _opened(self) -> AppendOnly:
         while not (file := AppendOnly(self.path)).lock(wait=False):
@@ -122,13 +109,12 @@ class ProgramResults:
         follower._file = None
         return follower
 
-    def _note(self, rows: Iterable[Row]) -> None:
-        for row in rows:
-            self._last_rows.setdefault(row.run, deque(maxlen=LAST_EPOCHS)).append(row)
+    def _note(self, row: Row) -> None:
+        self._last_rows.setdefault(row.run, deque(maxlen=LAST_EPOCHS)).append(row)
 
     def rows(self) -> list[Row]:
         """All stored rows, those of a run in the order of its epochs; for the process that writes them."""
-        return sorted(_read_rows(self.path)[0], key=lambda row: row.epoch)
+        return sorted(read_table(self.path, Row)[0], key=lambda row: row.epoch)
 
     def append(self, rows: Iterable[Row]) -> list[Row]:
         """Writes the rows that are not stored yet, all or none, and returns them.
@@ -139,7 +125,8 @@ class ProgramResults:
         new = [row for row in rows if row.epoch > self.epochs(row.run) and not self.diverged(row.run)]
         if new and self._file:
             self._file.append("".join(map(_line, new)))
-        self._note(new)
+        for row in new:
+            self._note(row)
         return new
 
     def sync(self) -> None:
@@ -177,23 +164,6 @@ def _line(row: Row) -> str:
     return ",".join(map(repr, row)) + "\n"
 
 
-def _read_rows(path: Path) -> tuple[list[Row], bool]:
-    rows, damaged = read_table(path, Row._fields, _TYPES)
-    return [Row(*row) for row in rows], damaged
-
-
-def _without_gaps(rows: list[Row]) -> list[Row]:
-    """Returns each run's rows before its first missing epoch, from which the run is trained again."""
-    last: dict[Run, Row] = {}
-    kept = set()
-    for place, row in sorted(enumerate(rows), key=lambda numbered: numbered[1].epoch):
-        before = last.get(row.run)
-        if row.epoch == (before.epoch + 1 if before else 1) and not (before and before.diverged):
-            last[row.run] = row
-            kept.add(place)
-    return [row for place, row in enumerate(rows) if place in kept]
-
-
 def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     """Every row stored in a workdir, one per run and epoch, sorted by run and epoch.
 
@@ -209,16 +179,14 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
       InputError: if the folder is no workdir.
     """
     import numpy as np
-    import pandas as pd
 
     workdir = Path(expanded_path("workdir", workdir))
-    experiment = read_experiment(workdir)
+    experiment, _ = read_workdir(workdir)
     found = sorted((workdir / "results").glob("m*_b*.csv"))
     missing = sorted({path_of(workdir, m, b) for m, b in programs(experiment.runs())} - set(found))
     if found and missing:  # a sweep makes all files as it begins
         warnings.warn(f"{', '.join(map(str, missing))}: missing; the runs count as not trained", stacklevel=2)
-    frame = pd.DataFrame([row for path in found for row in _readable_rows(path)], columns=list(Row._fields))
-    frame = frame.astype({name: f"{kind.__name__}64" for name, kind in zip(Row._fields, _TYPES, strict=True)})
+    frame = table_frame((row for path in found for row in _readable_rows(path)), Row)
     frame = frame.sort_values([*RUN_COLUMNS, "epoch"], kind="stable", ignore_index=True)
     frame = frame.drop_duplicates([*RUN_COLUMNS, "epoch"], ignore_index=True)
     frame["diverged"] = frame["test_accuracy"].isna()
@@ -236,7 +204,7 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
 def _readable_rows(path: Path) -> list[Row]:
     """The rows of a file; a warning says what was left out."""
     try:
-        rows, damaged = _read_rows(path)
+        rows, damaged = read_table(path, Row)
     except OSError as error:
         warnings.warn(f"{path} left out: {error.strerror}", stacklevel=3)
         return []

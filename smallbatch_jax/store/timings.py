@@ -4,23 +4,39 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smallbatch_jax.config.fields import expanded_path
-from smallbatch_jax.store.files import append_line, read_table
+from smallbatch_jax.store.files import append_line, read_table, table_frame
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TIMING_COLUMNS = ("phase", "batch_size", "bn_batch_size", "lanes", "seconds", "steps", "images", "peak_bytes")
-_TYPES = (str, int, int, int, float, int, int, int)
+
+class Timing(NamedTuple):
+    """A row of timings.csv; 0 where a column does not apply."""
+
+    phase: str
+    batch_size: int
+    bn_batch_size: int
+    lanes: int
+    seconds: float
+    steps: int
+    images: int
+    peak_bytes: int
+
+
+TIMING_COLUMNS = Timing._fields
 
 
 class Timings:
-    """Appends to WORKDIR/timings.csv: seconds per phase (import, data, compile, segment, checkpoint, draw) and program."""
+    """Appends to WORKDIR/timings.csv: seconds per phase (import, data, compile, segment, checkpoint, draw) and program.
 
-    def __init__(self, workdir: Path):
-        self._path = workdir / "timings.csv"
+    A workdir of None stores nothing.
+    """
+
+    def __init__(self, workdir: Path | None):
+        self._path = workdir and workdir / "timings.csv"
 
     def add(
         self,
@@ -34,16 +50,9 @@ class Timings:
         peak_bytes: int = 0,
     ) -> None:
         """Adds a line; steps and images are summed over the lanes, peak_bytes is `LaneProgram.peak_bytes`."""
-        row = (phase, batch_size, bn_batch_size, lanes, round(seconds, 6), steps, images, peak_bytes)
-        append_line(self._path, ",".join(map(str, row)), header=",".join(TIMING_COLUMNS))
-
-
-class NoTimings(Timings):
-    """Timings of a process that writes nothing."""
-
-    def __init__(self) -> None: ...
-
-    def add(self, *_: object, **__: object) -> None: ...
+        row = Timing(phase, batch_size, bn_batch_size, lanes, round(seconds, 6), steps, images, peak_bytes)
+        if self._path:
+            append_line(self._path, ",".join(map(str, row)), header=",".join(TIMING_COLUMNS))
 
 
 def load_timings(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
@@ -52,24 +61,16 @@ def load_timings(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     0 means not applicable or not known: batch_size outside programs, peak_bytes outside the phase "compile". Damaged lines are
     left out, and so is a file that cannot be read, with a warning.
     """
-    return timing_frame(timing_rows(workdir))
-
-
-def timing_rows(workdir: str | os.PathLike[str]) -> list[list[Any]]:
-    """The rows of `load_timings` as plain values, for training, which has no time to import pandas."""
-    path = Path(expanded_path("workdir", workdir)) / "timings.csv"
+    path, rows = Path(expanded_path("workdir", workdir)) / "timings.csv", []
     try:
-        return read_table(path, TIMING_COLUMNS, _TYPES)[0]
+        rows, _ = read_table(path, Timing)
     except FileNotFoundError:
-        return []
+        pass
     except OSError as error:
-        warnings.warn(f"{path} left out: {error.strerror}", stacklevel=3)
-        return []
+        warnings.warn(f"{path} left out: {error.strerror}", stacklevel=2)
+    return timing_frame(rows)
 
 
 def timing_frame(rows: Iterable[Sequence[Any]] = ()) -> "pd.DataFrame":
     """Timings, each with a value for every column, as `load_timings` returns them."""
-    import pandas as pd
-
-    types = {name: f"{kind.__name__}64" for name, kind in zip(TIMING_COLUMNS[1:], _TYPES[1:], strict=True)}
-    return pd.DataFrame(list(rows), columns=list(TIMING_COLUMNS)).astype(types)
+    return table_frame(rows, Timing)

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from smallbatch_jax.config import fields
 from smallbatch_jax.config.experiment import OWN, Experiment, InputError, differences
 from smallbatch_jax.store.files import append_line, is_temporary, remove_abandoned, write_atomically
@@ -80,7 +82,7 @@ def refuse_difference(path: Path, experiment: Experiment, facts: Mapping[str, An
                 f"--workdir: {path} holds {foreign[0]!r} but no experiment; give a new or empty folder, or a workdir."
             )
         return
-    stored, known = _read(path)
+    stored, known = read_workdir(path)
     found = differences(stored, experiment)
     if stored.model.name != experiment.model.name and stored.model.name.startswith(OWN) and "model" not in known:
         found[0] += " (an earlier version made this workdir and named own models in another way)"
@@ -112,29 +114,18 @@ def _model_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str 
         new = {name: pair for name, pair in new.items() if not name.startswith("updated")}
     if old.keys() != new.keys():
         return next(name for name in (*old, *new) if name not in old or name not in new)
-    tolerance = here["tolerance"]
     # Gradients may cancel to nothing, e.g. of a bias before a batch norm: they are compared on the scale of the largest.
     steepest = max((abs(norm) for name, (norm, _) in new.items() if name.startswith("gradient")), default=0.0)
     for name, values in new.items():
         scale = steepest if name.startswith("gradient") else max(abs(old[name][0]), abs(values[0]))
-        for a, b in zip(old[name], values, strict=True):
-            # With an infinite or NaN scale only equal values pass.
-            if not (a == b or (a != a and b != b) or (scale < math.inf and abs(a - b) <= tolerance * scale)):
-                return name
+        tolerance = here["tolerance"] * scale if scale < math.inf else 0.0  # else only equal values pass
+        if not np.allclose(old[name], values, rtol=0.0, atol=tolerance, equal_nan=True):
+            return name
     return None
 
 
-def read_experiment(path: Path) -> Experiment:
-    """The experiment of a workdir."""
-    return _read(path)[0]
-
-
-def read_facts(path: Path) -> dict[str, Any]:
-    """The stored facts about the data: num_classes, and examples, [training, test]."""
-    return _read(path)[1]
-
-
-def _read(path: Path) -> tuple[Experiment, dict[str, Any]]:
+def read_workdir(path: Path) -> tuple[Experiment, dict[str, Any]]:
+    """Returns the experiment of a workdir, and the stored facts about the data: num_classes, examples [training, test]."""
     try:
         content = json.loads((path / "experiment.json").read_text())
         if content["format"] != FORMAT:

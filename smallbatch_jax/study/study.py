@@ -14,7 +14,7 @@ from smallbatch_jax.config.fields import expanded_path
 from smallbatch_jax.config.text import format_base_lr, plural
 from smallbatch_jax.store import results
 from smallbatch_jax.store.timings import timing_frame
-from smallbatch_jax.store.workdir import read_experiment, read_facts
+from smallbatch_jax.store.workdir import read_workdir
 from smallbatch_jax.study import analysis
 
 
@@ -63,7 +63,7 @@ def load(workdir: str | Path) -> Study:
       InputError: if the folder is no workdir.
     """
     path = Path(expanded_path("workdir", workdir))
-    experiment, facts, rows = read_experiment(path), read_facts(path), results.load(path)
+    (experiment, facts), rows = read_workdir(path), results.load(path)
     cells = analysis.planned_cells(rows, experiment.runs(), experiment.name)
     num_classes, examples = facts.get("num_classes"), facts.get("examples")
     if not isinstance(num_classes, int) or num_classes < 1:
@@ -126,7 +126,7 @@ def choose_base_lrs(experiment: Experiment, workdir: str | Path | None = None) -
         return experiment
     chosen = dict(grid.base_lr_by_batch_size)
     if workdir is not None and os.path.isfile(Path(workdir) / "experiment.json"):
-        chosen = dict(read_experiment(Path(workdir)).grid.base_lr_by_batch_size) | chosen
+        chosen = dict(read_workdir(Path(workdir))[0].grid.base_lr_by_batch_size) | chosen
     missing = [m for m in grid.batch_sizes if m not in chosen]
     if missing:
         sources = [_source(expanded_path("grid.base_lrs_from", path)) for path in grid.base_lrs_from]

@@ -334,7 +334,7 @@ def test_links_to_directories_above_are_not_followed_within_a_class(root, where)
 def test_a_class_that_leads_back_to_a_directory_above_is_named(root, target):
     """Its own split, the root, and what holds the root: none holds pictures."""
     (root / "test" / "loop").symlink_to(target, target_is_directory=True)
-    assert "class 'loop' is in test/ only" in error_line(load, root)
+    assert "class 'loop' has no images in train/" in error_line(load, root)
     (root / "train" / "loop").symlink_to(target, target_is_directory=True)
     line = error_line(load, root)
     assert "class 'loop' has no images in train/" in line
@@ -366,7 +366,7 @@ def test_a_picture_that_goes_away_while_others_are_read_is_named(root, monkeypat
 
     monkeypatch.setattr(decode, "decode_images", decode_later)
     said = {"nothing": "cannot be read (No such file or directory)", "directory": "cannot be read (Is a directory)"}
-    assert error_line(load, root).startswith(f"dataset.data_dir: {str(path)!r} {said.get(becomes, 'is empty')}")
+    assert error_line(load, root).startswith(f"dataset.data_dir: {str(path)!r} {said.get(becomes, 'is not a JPEG')}")
 
 
 NAMES = {
@@ -407,7 +407,7 @@ def test_any_name_is_one_line_that_can_be_printed(root, name):
     line.encode("utf-8")
     (root / "test" / name).rename(root / "elsewhere")
     line = error_line(load, root)
-    assert f"class {name!r} is in train/ only" in line
+    assert f"class {name!r} has no images in test/" in line
     line.encode("utf-8")
 
 
@@ -430,7 +430,7 @@ except ValueError as error:
         assert run.stderr == b""
         assert run.stdout.startswith(b"dataset.data_dir: ")
         assert run.stdout.isascii()
-        assert run.stdout.endswith(b"is empty; replace or remove it\n")
+        assert run.stdout.endswith(b" image; replace or remove it\n")
         path.unlink()
 
 

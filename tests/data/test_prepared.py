@@ -126,7 +126,7 @@ def test_another_file_format_is_one_line_that_helps(data_dir, tmp_path):
     for named in ({"fileFormat": "tfrecord"}, {}):  # an old version of TFDS does not say
         info.write_text(json.dumps({k: v for k, v in facts.items() if k != "fileFormat"} | named))
         line = error_line(data.load, "cifar10", folder)
-        assert "was prepared as tfrecord, and array_record alone is read" in line
+        assert "was prepared as tfrecord, and lacks array_record files" in line
         assert f"--dataset=cifar10 --data_dir='{folder}/array_record'" in line
 
 

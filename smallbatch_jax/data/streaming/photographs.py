@@ -70,7 +70,7 @@ class Records:
     upright = False  # ImageNet is commonly read without its EXIF
 
     def __init__(self, paths: Sequence[str], count: int):
-        self._paths, self._count = list(paths), count
+        self._paths, self._count = paths, count
 
     def __len__(self) -> int:
         return self._count
@@ -86,9 +86,6 @@ class Records:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         return ArrayRecordDataSource(self._paths)
-
-    def __getstate__(self) -> dict:
-        return {"_paths": self._paths, "_count": self._count}  # not the open files
 
 
 def parsed_example(record: bytes) -> tuple[bytes, int]:
@@ -193,10 +190,8 @@ class Photographs:
 
 def what_is_wrong(source: Source, index: int) -> str:
     """Describes why a picture could not be read or decoded."""
-    content = None
     try:
-        content, _ = source.read(index)
-        decode.decode(io.BytesIO(content), source.upright)
+        decode.decode(io.BytesIO(source.read(index)[0]), source.upright)
     except Exception as error:
-        return decode.what_is_wrong(error, content == b"")
+        return decode.what_is_wrong(error)
     return "could not be decoded before, and can be now"

@@ -4,14 +4,12 @@ A Grain pipeline has one order and lanes have many. Every image that can be requ
 and the pipeline jumps to another number when a run begins or resumes there. Its worker processes keep running.
 """
 
-import contextlib
 import gc
+import multiprocessing
 import os
 import shutil
 import signal
 import threading
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,20 +25,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.
 
 class WorkerDied(Exception):
     """A worker process ended by itself."""
-
-
-class _Messages:
-    """Consecutive images as one element of the pipeline, since Grain spends 0.14 ms on each element."""
-
-    def __init__(self, index: SampleIndex, size: int):
-        self._index, self._size = index, size
-
-    def __len__(self) -> int:
-        return len(self._index) // self._size
-
-    def __getitem__(self, index: int) -> Decoded:
-        images = (self._index[number] for number in range(index * self._size, (index + 1) * self._size))
-        return Decoded(*map(np.stack, zip(*images, strict=True)))
 
 
 class Prefetcher:
@@ -59,7 +43,8 @@ class Prefetcher:
         most = max(1, min(MOST_PER_MESSAGE, MESSAGE_BYTES // image_bytes, room // image_bytes))
         self._per_message = 2 ** (most.bit_length() - 1)  # divides STREAM, so that no message spans two streams
         self._workers = workers
-        messages = grain.MapDataset.source(_Messages(index, self._per_message))
+        # Consecutive images are one element of the pipeline, a message, since Grain spends 0.14 ms on each element.
+        messages = grain.MapDataset.source(index).batch(self._per_message, drop_remainder=True)
         pipeline = messages.to_iter_dataset(grain.ReadOptions(num_threads=0 if workers else 1, prefetch_buffer_size=2))
         if workers:
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=MESSAGES_AHEAD)
@@ -84,8 +69,11 @@ class Prefetcher:
         else:
             state |= {"next_index": message}
         self._pipeline.set_state(state)
-        with _signals_held():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a worker holds them until `_begin_worker` ignores them
+        try:
             self._pipeline.start_prefetch()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._message, self.number = None, number
 
     def take(self, count: int) -> Decoded:
@@ -121,16 +109,6 @@ class Prefetcher:
         gc.collect()
 
 
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Processes started within hold these signals until `_begin_worker` ignores them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _begin_worker(index: int, count: int) -> None:
     """Makes a worker ignore signals, so that a last segment can be trained, and end with its parent."""
     import cv2
@@ -138,10 +116,11 @@ def _begin_worker(index: int, count: int) -> None:
     for held in SIGNALS:
         signal.signal(held, signal.SIG_IGN)
     cv2.setNumThreads(0)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(0)

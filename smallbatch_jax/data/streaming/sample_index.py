@@ -3,6 +3,7 @@
 The image under a number is a function of (seed, epoch, example) alone, whoever asks for it and whenever.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,8 @@ class BatchSlice(NamedTuple):
 
 
 WHOLE = BatchSlice(1, 0, 1)
+# Without `order`'s cache, whose permutations of a million examples take 5 MB each, in every worker.
+_last_permutation = functools.lru_cache(maxsize=1)(order.epoch_permutation.__wrapped__)
 
 
 class Decoded(NamedTuple):
@@ -48,7 +51,6 @@ class SampleIndex:
         """`config` says whether training images are augmented; the slices leave out the images of other processes."""
         self._photographs, self._seeds, self._config = photographs, seeds, config
         self._train, self._test = train, test
-        self._order: tuple[tuple[int, int], np.ndarray] | None = None  # of the last epoch asked for
 
     def __len__(self) -> int:
         return (len(self._seeds) + 1) * STREAM
@@ -66,16 +68,13 @@ class SampleIndex:
         stream, within = divmod(number, STREAM)
         seed, num_train = self._seeds[stream], self._photographs.num_train
         epoch, offset = divmod(_position(within, self._train), num_train)
-        if self._order is None or self._order[0] != (seed, epoch):
-            # Without `order`'s cache, whose permutations of a million examples take 5 MB each, in every worker.
-            self._order = (seed, epoch), order.epoch_permutation.__wrapped__(seed, epoch, num_train)
-        return seed, epoch, int(self._order[1][offset])
+        return seed, epoch, int(_last_permutation(seed, epoch, num_train)[offset])
 
-    def __getitem__(self, number: int) -> Decoded:
+    def __getitem__(self, index: int) -> Decoded:
         """Returns the image of a number, without the first axis of `Decoded`'s arrays."""
-        stream, within = divmod(number, STREAM)
+        stream, within = divmod(index, STREAM)
         if stream < len(self._seeds):
-            return self.decode_training(*self.training_image(number))
+            return self.decode_training(*self.training_image(index))
         example = _position(within, self._test)
         if example >= self._photographs.num_test:
             return self._not_valid(0)
