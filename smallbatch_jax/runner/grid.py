@@ -1,5 +1,6 @@
 """Trains a grid into a workdir, its programs one after the other; skips the runs that the workdir holds."""
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from smallbatch_jax.store.skipped import SkippedImages
 from smallbatch_jax.store.timings import NoTimings, Timings
 from smallbatch_jax.store.workdir import open_workdir, record_provenance, surroundings
 from smallbatch_jax.tracking import trackers
-from smallbatch_jax.tracking.trackers import NoTrackers, Trackers
+from smallbatch_jax.tracking.trackers import TRACKERS, Trackers
 
 __all__ = ["Interrupted", "facts", "require_trainable", "train_grid", "train_program"]
 
@@ -138,7 +139,8 @@ def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: 
         pipeline = input_pipeline(setup.dataset, setup.experiment, skipped.add)
         stack.callback(pipeline.close)
         stored = _open_results(folder, shapes, stack)
-        shown = _open_trackers(setup.experiment, folder, stored, stack)
+        tracked = setup.experiment if first else dataclasses.replace(setup.experiment, **dict.fromkeys(TRACKERS))
+        shown = stack.enter_context(Trackers(tracked, folder, stored))
         jobs = [Job(setup, *shape, rows, memory) for shape, rows in zip(shapes, stored, strict=True)]
         status = _status(jobs)
         progress = progress if first else NoProgress()
@@ -190,13 +192,6 @@ def _open_results(folder: Path, shapes: list[tuple[int, int]], stack: ExitStack)
 
     followed = processes.on_first(open_all)
     return opened or followed
-
-
-def _open_trackers(experiment: Experiment, folder: Path, stored: list[ProgramResults], stack: ExitStack) -> Trackers:
-    """Opens the trackers in the first process, until `stack` unwinds."""
-    opened: list[Trackers] = []
-    processes.on_first(lambda: opened.append(stack.enter_context(Trackers(experiment, folder, stored))))
-    return opened[0] if opened else NoTrackers()
 
 
 def _status(jobs: list[Job]) -> Status:

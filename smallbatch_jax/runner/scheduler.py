@@ -211,7 +211,7 @@ class Recorder:
                 rows.append(row)
                 if row.diverged:
                     lanes.free(lane, assignment.run)
-        self._session.trackers.add(self._job.results.append(rows))
+        self._session.trackers.add(self._job.results, self._job.results.append(rows))
         job, status = self._job, self._session.status
         for row in rows:
             if row.diverged or row.epoch == job.experiment.epochs:
