@@ -198,5 +198,5 @@ def _status(jobs: list[Job]) -> Status:
     """Returns the status of all runs, some of which may be complete already."""
     status = Status(sum(len(job.runs) for job in jobs), sum(len(job.pending()) * job.images_per_run for job in jobs))
     for job in jobs:
-        job.count_complete(status)
+        status.count_complete(job.runs, job.results, job.experiment.epochs)
     return status

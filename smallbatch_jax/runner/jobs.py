@@ -18,7 +18,7 @@ from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
 from smallbatch_jax.program.lanes import COMPUTE_DTYPE, LaneProgram
 from smallbatch_jax.program.train import Model, Program, Setting, TrainState
 from smallbatch_jax.runner.input import InputPipeline
-from smallbatch_jax.runner.progress import Progress, RunCounts, Status
+from smallbatch_jax.runner.progress import Progress, Status, title
 from smallbatch_jax.runner.signals import Stop
 from smallbatch_jax.store.results import ProgramResults
 from smallbatch_jax.store.timings import Timings
@@ -155,9 +155,7 @@ class Job:
 
     @property
     def title(self) -> str:
-        """The job's name for the user: "m = 8, BN batch 4"."""
-        m, b = self.batch_size, self.bn_batch_size
-        return f"m = {m}" + (f", BN batch {b}" if b != m else "")
+        return title(self.batch_size, self.bn_batch_size)
 
     @property
     def num_examples(self) -> int:
@@ -178,12 +176,6 @@ class Job:
 
     def pending(self) -> list[Run]:
         return [run for run in self.runs if not self.results.complete(run, self.experiment.epochs)]
-
-    def count_complete(self, counts: RunCounts) -> None:
-        """Adds the runs that are complete already."""
-        for run in self.runs:
-            if self.results.complete(run, self.experiment.epochs):
-                counts.add_run(self.results.diverged(run), self.results.final_accuracy(run))
 
     def settings(self, runs: list[Run | None]) -> Setting:
         """The scalars of the run in each lane, stacked; any valid ones for a lane without a run."""

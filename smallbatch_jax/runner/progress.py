@@ -3,12 +3,20 @@
 import math
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TextIO
 
+from smallbatch_jax.config.experiment import Run
 from smallbatch_jax.config.text import duration
+from smallbatch_jax.store.results import ProgramResults
 
 SMOOTHING = 0.2  # weight of the last segment in the images/s that are shown
+
+
+def title(batch_size: int, bn_batch_size: int) -> str:
+    """A program's name for the user: "m = 8, BN batch 4"."""
+    return f"m = {batch_size}" + (f", BN batch {bn_batch_size}" if bn_batch_size != batch_size else "")
 
 
 @dataclass
@@ -32,6 +40,12 @@ class RunCounts:
         self.finished += not diverged
         if test_accuracy > self.best or math.isnan(self.best):
             self.best = test_accuracy
+
+    def count_complete(self, runs: Iterable[Run], stored: ProgramResults, epochs: int) -> None:
+        """Counts the runs of a program that are complete already."""
+        for run in runs:
+            if stored.complete(run, epochs):
+                self.add_run(stored.diverged(run), stored.final_accuracy(run))
 
     def counts(self) -> str:
         """Runs done and diverged, and the best accuracy so far."""

@@ -194,7 +194,7 @@ class Recorder:
         job, status = self._job, self._session.status
         images = len(job.pending()) * job.images_per_run
         program = ProgramStatus(len(job.runs), images, lanes=lanes.program.lanes)
-        job.count_complete(program)
+        program.count_complete(job.runs, job.results, job.experiment.epochs)
         status.begin(program)
         status.spare(sum(lanes.steps) * job.batch_size)
 
