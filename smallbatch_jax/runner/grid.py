@@ -118,7 +118,7 @@ def _checked_setup(experiment: Experiment, dataset: Dataset | Photographs, model
     """Returns the setup of a grid, after refusing what cannot be trained; runs nothing."""
     trackers.require(experiment)
     checks.require_fitting(experiment, dataset)
-    setup = Setup.of(experiment, dataset, model_of)
+    setup = Setup(experiment, dataset, model_of)
     for place, (m, b) in enumerate(sorted(setup.programs)):
         model = setup.model_of(None if b == m else b)  # refuses a model that takes no BN batch size
         if isinstance(model, OwnModel):
@@ -165,8 +165,7 @@ def _train_job(job: Job, program: LaneProgram, checkpoints: Checkpoints, session
     """Trains the pending runs of a job; where memory runs out, again from the last checkpoint in a smaller layout."""
     alone = not processes.several()  # several hosts would not agree on when to change the program
     while True:
-        recompile = (lambda lanes: compiler.submit(job, job.layout._replace(lanes=lanes))) if alone else None
-        scheduler = Scheduler(job, program, checkpoints, session, recompile)
+        scheduler = Scheduler(job, program, checkpoints, session, compiler if alone else None)
         try:
             return scheduler.train()
         except jax.errors.JaxRuntimeError as error:

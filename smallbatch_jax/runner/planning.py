@@ -24,11 +24,10 @@ from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.program.lanes import LaneProgram
 from smallbatch_jax.program.train import TrainState
 from smallbatch_jax.runner.flops import flops_per_image, matrix_rate
-from smallbatch_jax.runner.input import InputPipeline
 from smallbatch_jax.runner.jobs import Job, ModelOf, Setup
 from smallbatch_jax.runner.progress import Progress, Status
 from smallbatch_jax.runner.segments import Lanes
-from smallbatch_jax.runner.streaming import input_pipeline
+from smallbatch_jax.runner.streaming import InputPipeline, input_pipeline
 from smallbatch_jax.store.results import ProgramResults
 
 __all__ = ["Forecast", "elsewhere", "flops_per_image", "matrix_rate", "measure", "plan_program", "total_seconds"]
@@ -96,12 +95,12 @@ class Trial:
         seconds = time.monotonic() - began
         self._seconds_per_step = seconds / pace
         trained = 0
-        for lane, assignment in enumerate(flight.assignments):
-            if assignment is not None:
-                trained += int(report.step[lane]) - assignment.first_step
-                if not report.alive[lane]:
-                    self.alive[lane] = False
-                    self._lanes.free(lane, assignment.run)
+        for i, lane in enumerate(flight.lanes):
+            if lane is not None:
+                trained += int(report.step[i]) - lane.first_step
+                if not report.alive[i]:
+                    self.alive[i] = False
+                    self._lanes.free(i, lane.run)
         return trained * self.job.batch_size, seconds
 
 
@@ -113,7 +112,7 @@ def measure(experiment: Experiment, dataset: Dataset | Photographs, model_of: Mo
       dataset: its data, or any of the same shape.
       model_of: makes the model for a BN batch size; None takes the experiment's own.
     """
-    setup = Setup.of(experiment, dataset, model_of)
+    setup = Setup(experiment, dataset, model_of)
     initial = setup.initialiser()
     with tempfile.TemporaryDirectory() as folder, closing(input_pipeline(dataset, experiment)) as pipeline:
         for m, b in setup.programs:

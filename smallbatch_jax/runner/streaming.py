@@ -6,7 +6,7 @@ Lanes of one seed at the same step follow one stream: its images are decoded onc
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -37,7 +37,7 @@ class Stream(NamedTuple):
 
 
 class Streamed:
-    """The input pipeline of a streamed dataset."""
+    """The input pipeline of a streamed dataset; its methods are those of `Resident`."""
 
     def __init__(
         self, photographs: Photographs, experiment: Experiment, workers: int, skipped: Callable[[str, str], None] | None = None
@@ -71,46 +71,42 @@ class Streamed:
     def steps(self, program: LaneProgram, batch_size: int, wanted: Sequence[LaneSteps | None], pace: int) -> list[int]:
         """Gives all lanes equal step counts, so that those that share a stream stay aligned; the furthest behind come first."""
         room = self._batches(program.mesh, batch_size)
-        streams = dict.fromkeys(sorted((lane.first_step, lane.seed) for lane in wanted if lane))
+        streams = dict.fromkeys(sorted((lane.first_step, lane.run.seed) for lane in wanted if lane))
         taking = list(streams)[:room]
         return [
-            min(lane.steps, pace, room // len(taking)) if lane and (lane.first_step, lane.seed) in taking else 0
+            min(lane.steps, pace, room // len(taking)) if lane and (lane.first_step, lane.run.seed) in taking else 0
             for lane in wanted
         ]
 
     def prepare(self, program: LaneProgram, batch_size: int, lanes: Sequence[LaneSteps | None]) -> SegmentInput:
         mesh, segment = program.mesh, blank_segment(program, batch_size, lanes)
         self._use_slices(mesh, batch_size)
-        shard = batch_size // mesh.shape[DATA]
-        begins: dict[tuple[int, Stream], int] = {}  # index in a row's pools of the first image of a stream
-        used = [0] * program.rows
+        rows, shard = _local_block(mesh)[0], batch_size // mesh.shape[DATA]
+        begins: dict[Stream, int] = {}  # index of the first image of a stream in each pool of this process
+        used = 0
         for i, lane in enumerate(lanes):
-            if lane is None or not lane.steps:
+            if lane is None or program.row_of_lane(i) not in rows:
                 continue
-            row, within = program.row_of_lane(i), np.arange(batch_size) % shard
-            stream = row, Stream(*lane[:3])
+            stream = Stream(lane.run.seed, lane.first_step, lane.steps)
             if stream not in begins:
-                begins[stream], used[row] = used[row], used[row] + lane.steps * shard
+                begins[stream], used = used, used + lane.steps * shard
+            within = np.arange(batch_size) % shard
             segment.indices[i, : lane.steps] = begins[stream] + shard * np.arange(lane.steps)[:, None] + within
         test_batches = -(-self._photographs.num_test // self._test_size(mesh))
         return SegmentInput(segment, self._pool(mesh, batch_size, begins), self._test_set(mesh), test_batches)
 
-    def _pool(self, mesh: Mesh, batch_size: int, begins: Mapping[tuple[int, Stream], int]) -> Pool:
-        shapes, (rows, columns) = self.data(mesh, batch_size), _local_block(mesh)
-        images, labels = (np.zeros((len(rows), len(columns), *x.shape[2:]), x.dtype) for x in (shapes.images, shapes.labels))
-        streams = list(dict.fromkeys(stream for row, stream in begins if row in rows))
-        for stream, prefetcher in zip(streams, self._prefetchers_for(streams, batch_size), strict=True):
-            count = stream.steps * batch_size // mesh.shape[DATA]
-            found = self._take(prefetcher, stream, count * len(columns))
+    def _pool(self, mesh: Mesh, batch_size: int, begins: Mapping[Stream, int]) -> Pool:
+        shapes, columns = self.data(mesh, batch_size), len(_local_block(mesh)[1])
+        images, labels = (np.zeros((columns, *x.shape[2:]), x.dtype) for x in (shapes.images, shapes.labels))
+        for stream, prefetcher in zip(begins, self._prefetchers_for(list(begins), batch_size), strict=True):
+            first, count = begins[stream], stream.steps * batch_size // mesh.shape[DATA]
+            found = self._take(prefetcher, stream, count * columns)
             for pool, taken in ((images, found.images), (labels, found.labels)):
-                by_step = taken.reshape(stream.steps, len(columns), -1, *taken.shape[1:])
-                by_device = by_step.swapaxes(0, 1).reshape(len(columns), count, *taken.shape[1:])
-                for row in rows:
-                    if (first := begins.get((row, stream))) is not None:
-                        pool[row - rows[0], :, first : first + count] = by_device
-        firsts = rows[0], columns[0]
+                by_step = taken.reshape(stream.steps, columns, -1, *taken.shape[1:])
+                pool[:, first : first + count] = by_step.swapaxes(0, 1).reshape(columns, count, *taken.shape[1:])
         arrays = (
-            _on_mesh(x, firsts, like.shape, like.sharding) for x, like in ((images, shapes.images), (labels, shapes.labels))
+            jax.make_array_from_process_local_data(like.sharding, np.broadcast_to(x, (like.shape[0], *x.shape)), like.shape)
+            for x, like in ((images, shapes.images), (labels, shapes.labels))
         )
         return Pool(*arrays, *processes.put(self._statistics, NamedSharding(mesh, P())))
 
@@ -174,9 +170,8 @@ class Streamed:
             there = max(0, min(part.count, self._photographs.num_test - begin - part.first))
             for i in np.flatnonzero(~found.valid[:there]):
                 self._report_undecodable(self._photographs.test, int(found.examples[i]))
-            arrays = (found.images, found.labels, found.valid)
-            sharding = NamedSharding(mesh, P(DATA))
-            yield TestImages(*(_on_mesh(x, (part.first,), (size, *x.shape[1:]), sharding) for x in arrays))
+            local = found.images, found.labels, found.valid
+            yield TestImages(*jax.make_array_from_process_local_data(NamedSharding(mesh, P(DATA)), local))
 
     def _test_size(self, mesh: Mesh) -> int:
         """Test images in a batch, equally many on each device that shares it."""
@@ -213,19 +208,12 @@ def _batch_slice(mesh: Mesh, batch: int) -> BatchSlice:
     return BatchSlice(batch, columns[0] * shard, len(columns) * shard)
 
 
-def _on_mesh(local: np.ndarray, firsts: Sequence[int], shape: Sequence[int], sharding: Any) -> jax.Array:
-    """Returns an array of this shape; `local` is this process's block, which begins at `firsts` on the leading axes."""
-
-    def block(index: Any) -> np.ndarray:
-        spans = [axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]
-        return local[tuple(slice(start - first, stop - first) for (start, stop), first in zip(spans, firsts, strict=False))]
-
-    return jax.make_array_from_callback(tuple(shape), sharding, block)
+InputPipeline = Resident | Streamed
 
 
 def input_pipeline(
     dataset: Dataset | Photographs, experiment: Experiment, skipped: Callable[[str, str], None] | None = None
-) -> Resident | Streamed:
+) -> InputPipeline:
     """Returns the input pipeline of an experiment's programs; see `Streamed` for `skipped`."""
     if isinstance(dataset, Dataset):
         return Resident(dataset)

@@ -80,7 +80,7 @@ def test_lanes_out_of_step_wait_for_each_other_where_there_is_no_room(root, out_
     streams, load, steps = [], streamed.Streamed.prepare, streamed.Streamed.steps
 
     def spy(self, program, batch_size, spans):
-        streams.append({(span.seed, span.first_step) for span in spans if span})
+        streams.append({(span.run.seed, span.first_step) for span in spans if span})
         return load(self, program, batch_size, spans)
 
     def behind_first(self, program, batch_size, wanted, pace):
