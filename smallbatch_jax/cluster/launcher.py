@@ -108,10 +108,9 @@ def _programs(experiment: Experiment, workdir: Path, num_examples: int) -> list[
         source = dataclasses.replace(source, data_dir=os.path.abspath(source.data_dir))
     for (m, b), runs in programs(experiment.runs()).items():
         with ProgramResults(workdir, m, b, OWNER_SECONDS) as stored:
-            status = Status(len(runs), 0)
-            status.count_complete(runs, stored, epochs)
-            pending = len(runs) - status.done
-            status.images = pending * epochs * num_examples
+            status = Status()
+            status.add_program(runs, stored, epochs, num_examples)
+            pending = status.runs - status.done
             if not pending:  # no worker will open the trackers
                 with Trackers(experiment, workdir, [stored]):
                     pass

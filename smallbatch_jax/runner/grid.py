@@ -131,10 +131,13 @@ def _checked_setup(experiment: Experiment, dataset: Dataset | Photographs, model
 def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: Progress, stop: Stop) -> Status:
     """Trains the programs of these (batch size, BN batch size), one after the other."""
     with ExitStack() as stack:
-        first = processes.is_first()
-        memory = processes.least(devices.memory_bytes(setup.mesh))
+        first, mesh = processes.is_first(), setup.mesh
+        memory = processes.least(devices.memory_bytes(mesh))
         if first:
-            _record_start(setup, folder)
+            device = {"kind": mesh.devices.flat[0].device_kind, "platform": setup.platform, "count": mesh.size}
+            made = {"device": device, "data_devices": mesh.shape[DATA], "precision": setup.experiment.precision}
+            made |= {"flags": jax_flags.recorded(), "processes": jax.process_count()}
+            record_provenance(folder, "start", **surroundings(), **made)
         skipped = SkippedImages(folder if first else None)
         pipeline = input_pipeline(setup.dataset, setup.experiment, skipped.add)
         stack.callback(pipeline.close)
@@ -142,7 +145,9 @@ def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: 
         tracked = setup.experiment if first else dataclasses.replace(setup.experiment, **dict.fromkeys(TRACKERS))
         shown = stack.enter_context(Trackers(tracked, folder, stored))
         jobs = [Job(setup, *shape, rows, memory) for shape, rows in zip(shapes, stored, strict=True)]
-        status = _status(jobs)
+        status = Status()
+        for job in jobs:
+            status.add_program(job.runs, job.results, job.experiment.epochs, job.num_examples)
         progress = progress if first else NoProgress()
         stack.callback(progress.close, status)
         forecast = Forecast(progress, jobs)
@@ -174,13 +179,6 @@ def _train_job(job: Job, program: LaneProgram, checkpoints: Checkpoints, session
             program = compiler.submit(job, job.smaller(scheduler.lanes.program)).result()
 
 
-def _record_start(setup: Setup, folder: Path) -> None:
-    mesh = setup.mesh
-    device = {"kind": mesh.devices.flat[0].device_kind, "platform": setup.platform, "count": mesh.size}
-    made = {"device": device, "data_devices": mesh.shape[DATA], "precision": setup.experiment.precision}
-    record_provenance(folder, "start", **surroundings(), **made, flags=jax_flags.recorded(), processes=jax.process_count())
-
-
 def _open_results(folder: Path, shapes: list[tuple[int, int]], stack: ExitStack) -> list[ProgramResults]:
     """Opens the rows of each program in the first process, until `stack` unwinds; the others follow them."""
     opened: list[ProgramResults] = []
@@ -191,11 +189,3 @@ def _open_results(folder: Path, shapes: list[tuple[int, int]], stack: ExitStack)
 
     followed = processes.on_first(open_all)
     return opened or followed
-
-
-def _status(jobs: list[Job]) -> Status:
-    """Returns the status of all runs, some of which may be complete already."""
-    status = Status(sum(len(job.runs) for job in jobs), sum(len(job.pending()) * job.images_per_run for job in jobs))
-    for job in jobs:
-        status.count_complete(job.runs, job.results, job.experiment.epochs)
-    return status

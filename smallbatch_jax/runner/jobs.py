@@ -121,7 +121,6 @@ class Job:
         self.title = title(batch_size, bn_batch_size)
         self.runs = setup.programs[batch_size, bn_batch_size]  # lowest base_lr first
         self.num_examples = setup.dataset.num_train
-        self.images_per_run = experiment.epochs * self.num_examples
         self.total_steps = order.total_steps(experiment.epochs, self.num_examples, batch_size)
         self.data_devices = mesh.shape[DATA]  # that share each batch
         self._memory_bytes = memory_bytes or devices.memory_bytes(mesh)

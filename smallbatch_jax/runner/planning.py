@@ -66,18 +66,16 @@ class Trial:
 
     def evaluate(self) -> float:
         """Seconds to evaluate all lanes, measured the second time; extrapolated from a few batches of a streamed test set."""
-        self._evaluate()
-        return self._evaluate()
-
-    def _evaluate(self) -> float:
-        load = self._pipeline.prepare(self.program, self.job.batch_size, [None] * self.program.lanes)
-        segment = load.segment._replace(evaluate=np.ones(self.program.lanes, bool))
-        few = itertools.islice(load.test, EVALUATED_BATCHES)
-        began = time.monotonic()
-        settings = self.job.settings(self.runs)
-        self._lanes.state, report = self.program.run(self._lanes.state, settings, segment, load.pool, few)
-        jax.block_until_ready(report)
-        return (time.monotonic() - began) * max(1.0, load.test_batches / EVALUATED_BATCHES)
+        settings, seconds, scale = self.job.settings(self.runs), 0.0, 1.0
+        for _ in range(2):
+            load = self._pipeline.prepare(self.program, self.job.batch_size, [None] * self.program.lanes)
+            segment = load.segment._replace(evaluate=np.ones(self.program.lanes, bool))
+            few = itertools.islice(load.test, EVALUATED_BATCHES)
+            began = time.monotonic()
+            self._lanes.state, report = self.program.run(self._lanes.state, settings, segment, load.pool, few)
+            jax.block_until_ready(report)
+            seconds, scale = time.monotonic() - began, max(1.0, load.test_batches / EVALUATED_BATCHES)
+        return seconds * scale
 
     def diverged(self) -> frozenset[float]:
         """Base learning rates whose run has diverged."""
@@ -216,17 +214,15 @@ class Forecast:
         self._rates: dict[int, float] = {}  # images/s by batch size
 
     def begin(self, job: Job, later: Sequence[Job]) -> None:
-        """Notes that a program begins to train, and that `later` are to come; the runs of all others change no more."""
+        """Notes that a program begins to train, and that `later` are to come."""
         self._job = job
-        self._diverged = [(other.batch_size, _lowest_diverged(other)) for other in self._jobs if other is not job]
         self._later = [(other, sorted(run.base_lr for run in other.pending())) for other in later]
 
     def show(self, status: Status, doing: str) -> None:
-        program = status.program
-        if program is not None and program.trained:
-            self._rates[self._job.batch_size] = program.rate
+        if status.program is not None and status.program.trained:
+            self._rates[self._job.batch_size] = status.program.rate
         stored = [{"batch_size": m, "images_per_second": rate} for m, rate in self._rates.items()]
-        diverged = [*self._diverged, (self._job.batch_size, _lowest_diverged(self._job))]
+        diverged = [(job.batch_size, run.base_lr) for job in self._jobs for run in job.runs if job.results.diverged(run)]
         status.later_seconds = 0.0
         for job, base_lrs in self._later:
             lowest = min((base_lr for m, base_lr in diverged if m <= job.batch_size), default=math.inf)
@@ -236,8 +232,3 @@ class Forecast:
 
     def close(self, status: Status) -> None:
         self._progress.close(status)
-
-
-def _lowest_diverged(job: Job) -> float:
-    """Returns the lowest base learning rate of a program that diverged."""
-    return min((run.base_lr for run in job.runs if job.results.diverged(run)), default=math.inf)

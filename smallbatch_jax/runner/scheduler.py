@@ -99,8 +99,8 @@ class Scheduler:
     def _begin(self) -> None:
         """Shows what is left to do, less what restored lanes have done already."""
         job, status = self._job, self._session.status
-        program = ProgramStatus(len(job.runs), len(job.pending()) * job.images_per_run, lanes=self.lanes.program.lanes)
-        program.count_complete(job.runs, job.results, job.experiment.epochs)
+        program = ProgramStatus(lanes=self.lanes.program.lanes)
+        program.add_program(job.runs, job.results, job.experiment.epochs, job.num_examples)
         status.begin(program)
         status.spare(sum(self.lanes.steps) * job.batch_size)
 

@@ -39,12 +39,11 @@ class Stream(NamedTuple):
 class Streamed:
     """The input pipeline of a streamed dataset; its methods are those of `Resident`."""
 
-    def __init__(
-        self, photographs: Photographs, experiment: Experiment, workers: int, skipped: Callable[[str, str], None] | None = None
-    ):
+    def __init__(self, photographs: Photographs, experiment: Experiment, skipped: Callable[[str, str], object]):
         """`skipped` is called with the name of each undecodable picture that is left out, and the reason."""
-        self._photographs, self._experiment, self._workers = photographs, experiment, workers
-        self._skipped = skipped
+        self._photographs, self._experiment, self._skipped = photographs, experiment, skipped
+        workers = experiment.dataset.workers
+        self._workers = len(os.sched_getaffinity(0)) if workers is None else workers
         self._statistics = photographs.channel_statistics()
         self._image_bytes = int(np.prod(photographs.image_shape))
         self._prefetchers: list[Prefetcher] = []
@@ -142,12 +141,13 @@ class Streamed:
 
     def _next_valid(self, seed: int, epoch: int, example: int) -> Decoded:
         count = self._photographs.num_train
-        for step in range(1, min(count, MOST_SKIPPED)):
-            found = self._index.decode_training(seed, epoch, (example + step) % count)
+        following = range(example + 1, example + min(count, MOST_SKIPPED))
+        for place in following:
+            found = self._index.decode_training(seed, epoch, place % count)
             if found.valid:
                 return found
         name = self._photographs.train.name(example)
-        raise InputError(f"dataset.data_dir: the {min(count, MOST_SKIPPED) - 1} images after {name!r} are broken too.")
+        raise InputError(f"dataset.data_dir: the {len(following)} images after {name!r} are broken too.")
 
     def _report_undecodable(self, source: Source, example: int) -> None:
         """Records a picture as skipped, or raises InputError where the experiment accepts none."""
@@ -157,8 +157,7 @@ class Streamed:
                 f"dataset.data_dir: {name!r} {what}; replace it, or use --config.dataset.broken_images=skip. What was trained "
                 "so far is kept."
             )
-        if self._skipped is not None:
-            self._skipped(name, what)
+        self._skipped(name, what)
 
     def _test_set(self, mesh: Mesh) -> Iterator[TestImages]:
         """Yields the test set in batches, the last one padded."""
@@ -212,10 +211,7 @@ InputPipeline = Resident | Streamed
 
 
 def input_pipeline(
-    dataset: Dataset | Photographs, experiment: Experiment, skipped: Callable[[str, str], None] | None = None
+    dataset: Dataset | Photographs, experiment: Experiment, skipped: Callable[[str, str], object] = lambda name, reason: None
 ) -> InputPipeline:
     """Returns the input pipeline of an experiment's programs; see `Streamed` for `skipped`."""
-    if isinstance(dataset, Dataset):
-        return Resident(dataset)
-    workers = experiment.dataset.workers
-    return Streamed(dataset, experiment, len(os.sched_getaffinity(0)) if workers is None else workers, skipped)
+    return Resident(dataset) if isinstance(dataset, Dataset) else Streamed(dataset, experiment, skipped)
