@@ -22,8 +22,7 @@ from smallbatch_jax import data
 from smallbatch_jax.config import experiment
 from smallbatch_jax.program import devices, lanes, processes
 from smallbatch_jax.runner import jobs
-from smallbatch_jax.runner.input import LaneSteps
-from smallbatch_jax.runner.streaming import input_pipeline
+from smallbatch_jax.runner.input import LaneSteps, input_pipeline
 from smallbatch_jax.store.checkpoint import Checkpoints
 
 STEPS = 20

@@ -33,8 +33,7 @@ from smallbatch_jax.tracking.trackers import Trackers
 
 RETRIES = 5  # of a program whose worker or machine died
 POLL_SECONDS = 0.5
-CONNECT_SECONDS = 10.0  # to reach a cluster's head
-REPORTS_SECONDS = 10.0  # to read the workers' reports
+ANSWER_SECONDS = 10.0  # for which a cluster's head, or the actor with the workers' reports, may not answer
 STOP_SECONDS = 60.0  # in which workers that are to stop save
 STORE_BYTES = 128 * 2**20  # a local cluster's object store, through which only rows go
 
@@ -158,7 +157,7 @@ def connected(address: str | None) -> Iterator[Any]:
     try:
         if address and re.fullmatch(r"[^/]+:\d+", address):  # Ray would try for minutes, and log that
             host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+            socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
         ray.init(address or "local", **options)
     except Exception as error:  # of many types
         failed = f"--address={address}: no Ray cluster can be reached" if address else "no Ray cluster can be started here"
@@ -249,7 +248,7 @@ class Launch:
         for task in ended:
             self._end(self._running.pop(task), task)
         try:
-            reports = self._ray.get(self._reports.last.remote(), timeout=REPORTS_SECONDS)
+            reports = self._ray.get(self._reports.last.remote(), timeout=ANSWER_SECONDS)
         except self._ray.exceptions.RayError:
             return
         found = {task.task_id().hex(): program for task, program in self._running.items()}

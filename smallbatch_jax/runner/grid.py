@@ -19,12 +19,12 @@ from smallbatch_jax.program.devices import DATA
 from smallbatch_jax.program.lanes import LaneProgram
 from smallbatch_jax.runner import checks
 from smallbatch_jax.runner.compiler import Compiler
+from smallbatch_jax.runner.input import input_pipeline
 from smallbatch_jax.runner.jobs import Job, ModelOf, Session, Setup
 from smallbatch_jax.runner.planning import Forecast
 from smallbatch_jax.runner.progress import NoProgress, Progress, Status
 from smallbatch_jax.runner.scheduler import Scheduler
 from smallbatch_jax.runner.signals import Interrupted, Stop, noted_signals
-from smallbatch_jax.runner.streaming import input_pipeline
 from smallbatch_jax.store.checkpoint import Checkpoints
 from smallbatch_jax.store.results import ProgramResults
 from smallbatch_jax.store.skipped import SkippedImages
@@ -152,7 +152,7 @@ def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: 
         stack.callback(progress.close, status)
         forecast = Forecast(progress, jobs)
         timings = Timings(folder) if first else NoTimings()
-        session = Session(pipeline, setup.initialiser(), status, forecast, timings, stop, shown)
+        session = Session(pipeline, setup.initialiser(), status, forecast.show, timings, stop, shown)
         pending = [job for job in jobs if job.pending()]
         if pending:
             progress.show(status, f"compiling {pending[0].title}, program 1 of {len(pending)}")

@@ -17,9 +17,9 @@ from smallbatch_jax.program import lanes as lane_programs
 from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
 from smallbatch_jax.program.lanes import COMPUTE_DTYPE, LaneProgram
 from smallbatch_jax.program.train import Model, Program, Setting, TrainState
-from smallbatch_jax.runner.progress import Progress, Status, title
+from smallbatch_jax.runner.input import InputPipeline
+from smallbatch_jax.runner.progress import Status, title
 from smallbatch_jax.runner.signals import Stop
-from smallbatch_jax.runner.streaming import InputPipeline
 from smallbatch_jax.store.results import ProgramResults
 from smallbatch_jax.store.timings import Timings
 from smallbatch_jax.tracking.trackers import Trackers
@@ -94,7 +94,7 @@ class Session:
     pipeline: InputPipeline
     initial: Callable[[int], TrainState]  # seed → the state before the first update
     status: Status
-    progress: Progress
+    show: Callable[[Status, str], None]  # takes the status, and what is being done
     timings: Timings
     stop: Stop
     trackers: Trackers

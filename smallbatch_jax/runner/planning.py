@@ -23,14 +23,11 @@ from smallbatch_jax.config.experiment import Experiment, Run
 from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.program.lanes import LaneProgram
 from smallbatch_jax.program.train import TrainState
-from smallbatch_jax.runner.flops import flops_per_image, matrix_rate
+from smallbatch_jax.runner.input import InputPipeline, input_pipeline
 from smallbatch_jax.runner.jobs import Job, ModelOf, Setup
 from smallbatch_jax.runner.progress import Progress, Status
 from smallbatch_jax.runner.segments import Lanes
-from smallbatch_jax.runner.streaming import InputPipeline, input_pipeline
 from smallbatch_jax.store.results import ProgramResults
-
-__all__ = ["Forecast", "elsewhere", "flops_per_image", "matrix_rate", "measure", "plan_program", "total_seconds"]
 
 WARM_UP_IMAGES = 512  # per lane, of the first segment, which is not timed
 EVALUATED_BATCHES = 4  # of a streamed test set
@@ -129,12 +126,6 @@ def _one_run_per_rate(runs: Sequence[Run]) -> list[Run]:
 class ProgramPlan:
     """Cost of one program, extrapolated from a few seconds of it."""
 
-    batch_size: int
-    bn_batch_size: int
-    runs: int
-    steps: int  # per run
-    lanes: int
-    data_devices: int  # that share each batch
     flops: float  # of all runs, if every one trains to its last epoch
     diverging: int  # runs expected to end at once
     compile_seconds: float
@@ -156,12 +147,6 @@ def plan_program(trial: Trial, flops_per_image: float, seconds: float) -> Progra
     diverging = sum(run.base_lr in diverged for run in job.runs)
     surviving, images = len(job.runs) - diverging, job.total_steps * job.batch_size
     return ProgramPlan(
-        batch_size=job.batch_size,
-        bn_batch_size=job.bn_batch_size,
-        runs=len(job.runs),
-        steps=job.total_steps,
-        lanes=program.lanes,
-        data_devices=job.data_devices,
         flops=flops_per_image * images * len(job.runs),
         diverging=diverging,
         compile_seconds=program.compile_seconds,
@@ -202,7 +187,7 @@ def elsewhere(batch_size: int, runs: int, images: int, stored: Sequence[Mapping[
 
 
 class Forecast:
-    """A `Progress` that adds the expected time of the programs to come, and passes on to another.
+    """Adds the expected time of the programs to come to what a `Progress` shows.
 
     They are expected to train at the rates of the programs so far, interpolated between batch sizes; a base learning rate that
     diverged at a smaller batch size is expected to diverge at once.
@@ -229,6 +214,3 @@ class Forecast:
             runs = bisect.bisect_left(base_lrs, lowest)
             status.later_seconds += elsewhere(job.batch_size, runs, job.experiment.epochs * job.num_examples, stored)
         self._progress.show(status, doing)
-
-    def close(self, status: Status) -> None:
-        self._progress.close(status)

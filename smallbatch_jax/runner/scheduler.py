@@ -116,7 +116,10 @@ class Scheduler:
             flight = self.lanes.send(self._agreed.steps)
         except (InputError, WorkerDied):  # a broken image or a dead worker: what was trained so far is kept
             self._land()
-            self._save_before_failing()
+            donated = any(leaf.is_deleted() for leaf in jax.tree.leaves(self.lanes.state))  # to a segment that did not return
+            if not donated and not processes.several():  # the other hosts do not know of the failure
+                self._save()
+                self._checkpoints.close()
             raise
         if flight is None:
             return None
@@ -144,7 +147,7 @@ class Scheduler:
         self._time("segment", seconds, trained, images)
         status.add_images(images, seconds)
         status.running = sum(run is not None for run in self.lanes.runs)
-        session.progress.show(status, job.title)
+        session.show(status, job.title)
 
     def _time(self, phase: str, seconds: float, *trained: int) -> None:
         shape = self._job.batch_size, self._job.bn_batch_size, self.lanes.program.lanes
@@ -205,12 +208,6 @@ class Scheduler:
         self._budget.spend(seconds)
         self._time("checkpoint", seconds)
         self._pace.restart()
-
-    def _save_before_failing(self) -> None:
-        donated = any(leaf.is_deleted() for leaf in jax.tree.leaves(self.lanes.state))  # to a segment that did not return
-        if not donated and not processes.several():  # the other hosts do not know of the failure
-            self._save()
-            self._checkpoints.close()
 
 
 def _row(job: Job, lane: LaneSteps, found: Report) -> Row | None:

@@ -16,9 +16,8 @@ from smallbatch_jax.data import order
 from smallbatch_jax.program import processes
 from smallbatch_jax.program.lanes import LaneProgram, LaneState, Report
 from smallbatch_jax.program.train import TrainState
-from smallbatch_jax.runner.input import LaneSteps
+from smallbatch_jax.runner.input import InputPipeline, LaneSteps
 from smallbatch_jax.runner.jobs import Job
-from smallbatch_jax.runner.streaming import InputPipeline
 
 
 class InFlight(NamedTuple):

@@ -13,8 +13,8 @@ from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.data.streaming.prefetch import Prefetcher
 from smallbatch_jax.program import lanes
 from smallbatch_jax.runner import grid as driver
+from smallbatch_jax.runner import input as streamed
 from smallbatch_jax.runner import scheduler as feeder
-from smallbatch_jax.runner import streaming as streamed
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results, skipped
 
