@@ -102,9 +102,11 @@ def _programs(experiment: Experiment, workdir: Path, num_examples: int) -> list[
     """The programs of a grid, and how far they have come; makes the results file of each."""
     from smallbatch_jax.data import order
 
-    source, epochs, owner, found = experiment.dataset, experiment.epochs, (workdir / "lock").read_text(), []
-    if source.data_dir and not source.data_dir.startswith("~"):  # a worker may run in another folder
-        source = dataclasses.replace(source, data_dir=os.path.abspath(source.data_dir))
+    sent, data_dir = experiment, experiment.dataset.data_dir
+    if data_dir and not data_dir.startswith("~"):  # a worker may run in another folder
+        absolute = dataclasses.replace(experiment.dataset, data_dir=os.path.abspath(data_dir))
+        sent = dataclasses.replace(experiment, dataset=absolute)
+    epochs, owner, found = experiment.epochs, (workdir / "lock").read_text(), []
     for (m, b), runs in programs(experiment.runs()).items():
         with ProgramResults(workdir, m, b, OWNER_SECONDS) as stored:
             status = Status()
@@ -113,7 +115,6 @@ def _programs(experiment: Experiment, workdir: Path, num_examples: int) -> list[
             if not pending:  # no worker will open the trackers
                 with Trackers(experiment, workdir, [stored]):
                     pass
-            sent = dataclasses.replace(experiment, dataset=source)
             task = ProgramTask(sent, workdir, (m, b), owner, stored.rows(), sys.argv)
         name, steps = f"{experiment.name}, {title(m, b)}", order.total_steps(epochs, num_examples, m)
         found.append(LaunchedProgram(name, task, pending, steps, status))
