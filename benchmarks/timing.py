@@ -10,7 +10,7 @@ import jax
 import torch_peer
 
 from smallbatch_jax.program import devices
-from smallbatch_jax.runner import planning
+from smallbatch_jax.runner import flops, planning
 
 
 def time_program(trial: planning.Trial, dataset: Any, seconds: float, repeats: int, peer: bool) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def time_program(trial: planning.Trial, dataset: Any, seconds: float, repeats: i
         "lanes": len(job.runs),
         "images_per_second": median(rates["ours"]),
         "rates": rates,
-        "flops_per_image": planning.flops_per_image(job.model_of(None), dataset.image_shape),
+        "flops_per_image": flops.flops_per_image(job.model_of(None), dataset.image_shape),
         "seconds_to_compile": program.compile_seconds,
         "peak_bytes": program.peak_bytes,
         "measured_bytes": measured,

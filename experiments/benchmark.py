@@ -42,7 +42,7 @@ def main() -> int:
     import jax
     import timing
 
-    from smallbatch_jax.runner import planning
+    from smallbatch_jax.runner import flops, planning
 
     dataset = command.load_data(chosen.dataset, RANDOM.value)
     chosen = dataclasses.replace(chosen, epochs=max(1, min(10_000, MOST_IMAGES // dataset.num_train)))
@@ -50,7 +50,7 @@ def main() -> int:
     augmented = "augmented" if chosen.dataset.augment else "as they are"
     print(f"{chosen.model.name}, norm {chosen.model.norm}, images {dataset.image_shape} {augmented}")
     print(f"{device}, jax {jax.__version__}, {chosen.precision}; ", end="", flush=True)
-    print(f"matrix product: {planning.matrix_rate() / 1e9:,.0f} GFLOP/s")
+    print(f"matrix product: {flops.matrix_rate() / 1e9:,.0f} GFLOP/s")
     print(f"{'m':>6}{'lanes':>7}{'images/s':>10}  {'(lowest-highest)':<18}{'GFLOP/s':>8}{'compile':>9}{'memory':>10}")
     results = []
     for trial in planning.measure(chosen, dataset):

@@ -95,7 +95,7 @@ def measure(chosen: Experiment, there: Elsewhere) -> None:
     """Prints what each program costs, and the sums."""
     command.start_jax()
     from smallbatch_jax.program import devices
-    from smallbatch_jax.runner import planning
+    from smallbatch_jax.runner import flops, planning
 
     try:
         dataset = command.load_data(chosen.dataset, RANDOM.value)
@@ -108,12 +108,13 @@ def measure(chosen: Experiment, there: Elsewhere) -> None:
     print(f"{'images/s':>10}{'compile':>9}{'memory':>10}{'time':>14}{there.heads()}")
     plans = []
     for trial in planning.measure(chosen, dataset):
-        flops = planning.flops_per_image(trial.job.model_of(None), dataset.image_shape)
-        plan = planning.plan_program(trial, flops, SECONDS.value)
+        job, m = trial.job, trial.job.batch_size
+        per_image = flops.flops_per_image(job.model_of(None), dataset.image_shape)
+        plan = planning.plan_program(trial, per_image, SECONDS.value)
         plans.append(plan)
-        columns = there.columns(plan.batch_size, plan.runs - plan.diverging, plan.steps * plan.batch_size)
+        columns = there.columns(m, len(job.runs) - plan.diverging, job.total_steps * m)
         print(
-            f"{plan.batch_size:>6}{plan.bn_batch_size:>10}{plan.lanes:>7}{plan.data_devices:>11}{plan.diverging:>9}"
+            f"{m:>6}{job.bn_batch_size:>10}{trial.program.lanes:>7}{job.data_devices:>11}{plan.diverging:>9}"
             f"{plan.flops:>10.1e}{plan.images_per_second:>10,.0f}{plan.compile_seconds:>7.1f} s"
             f"{plan.peak_bytes / 2**20:>6,.0f} MiB{duration(plan.seconds):>14}{columns}",
             flush=True,

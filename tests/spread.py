@@ -22,8 +22,7 @@ from smallbatch_jax import data
 from smallbatch_jax.config import experiment
 from smallbatch_jax.program import devices, lanes, processes
 from smallbatch_jax.runner import jobs
-from smallbatch_jax.runner.input import LaneSteps
-from smallbatch_jax.runner.streaming import input_pipeline
+from smallbatch_jax.runner.input import LaneSteps, input_pipeline
 from smallbatch_jax.store.checkpoint import Checkpoints
 
 STEPS = 20
@@ -74,7 +73,7 @@ def trained(
     chosen = experiment.from_config(config)
     run = chosen.runs()[0]
     dataset = data.random("cifar10") if random_images else data.load(chosen.dataset.name, photographs, image_size)
-    job = jobs.Job(jobs.Setup.of(chosen, dataset), m, b, None)  # pyright: ignore[reportArgumentType]
+    job = jobs.Job(jobs.Setup(chosen, dataset), m, b, None)  # pyright: ignore[reportArgumentType]
     with closing(input_pipeline(dataset, chosen)) as pipeline:
         program = job.compile(pipeline)
         state = program.start(program.empty(), {0: lanes.initialiser(job.model_of(None), dataset.image_shape)(0)})
@@ -86,8 +85,8 @@ def trained(
             state = program.put(zeros)
         others = [None] * (program.lanes - 1)
         while first < last:
-            steps = pipeline.steps(program, m, [LaneSteps(0, first, last - first), *others], program.segment_steps)[0]
-            load = pipeline.prepare(program, m, [LaneSteps(0, first, steps, first + steps == last), *others])
+            steps = pipeline.steps(program, m, [LaneSteps(run, 1, first, last - first), *others], program.segment_steps)[0]
+            load = pipeline.prepare(program, m, [LaneSteps(run, 1, first, steps, first + steps == last), *others])
             state, report = program.run(state, job.settings([run, *others]), load.segment, load.pool, load.test)
             first += steps
         state, report = jax.tree.map(np.asarray, processes.readable((state, report), program.mesh))

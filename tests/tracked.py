@@ -12,8 +12,7 @@ from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results
 from smallbatch_jax.store.results import ProgramResults, Row
 from smallbatch_jax.study import analysis
-from smallbatch_jax.tracking.metrics import name_of
-from smallbatch_jax.tracking.trackers import Trackers
+from smallbatch_jax.tracking.trackers import Trackers, name_of
 
 GRID = {"base_lrs": (2**-9, 0.1, 1e30), "seeds": (0, 1), "lanes": 4}
 TAGS = {name.replace("_", "/"): name for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy")} | {

@@ -1,23 +1,54 @@
-"""Grids on a Ray cluster: the launcher owns the workdirs, and each program is trained by a worker wherever there is room."""
+"""Grids on a Ray cluster: the launcher owns the workdirs, and each program is a Ray task in a process of its own.
+
+Ray schedules the tasks, and restarts those that die.
+"""
 
 import dataclasses
+import logging
+import math
 import os
+import re
 import shutil
+import signal
+import socket
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from smallbatch_jax.cluster.ray import Launch, LaunchedProgram, connected, summed
-from smallbatch_jax.cluster.worker import OWNER_SECONDS, ProgramTask
+from smallbatch_jax.cluster import worker
+from smallbatch_jax.cluster.worker import OWNER_SECONDS, Outcome, ProgramTask
 from smallbatch_jax.config import extras
-from smallbatch_jax.config.experiment import Experiment, programs
-from smallbatch_jax.runner.progress import Progress, Status
+from smallbatch_jax.config.experiment import Experiment, InputError, programs
+from smallbatch_jax.runner.progress import Progress, Status, title
+from smallbatch_jax.runner.signals import Interrupted, Stop, noted_signals
+from smallbatch_jax.store.files import append_line
 from smallbatch_jax.store.results import ProgramResults
 from smallbatch_jax.store.workdir import open_workdir, record_provenance
 from smallbatch_jax.tracking.trackers import Trackers
+
+RETRIES = 5  # of a program whose worker or machine died
+POLL_SECONDS = 0.5
+ANSWER_SECONDS = 10.0  # for which a cluster's head, or the actor with the workers' reports, may not answer
+STOP_SECONDS = 60.0  # in which workers that are to stop save
+STORE_BYTES = 128 * 2**20  # a local cluster's object store, through which only rows go
+
+
+@dataclass
+class LaunchedProgram:
+    """A program of a launch, and how far it has come."""
+
+    name: str  # for the user
+    task: ProgramTask
+    pending: int  # runs to be trained when the launch began
+    steps: int  # updates of one run
+    status: Status  # as reported last
+    failure: str = ""  # one line
+    resources: dict[str, int] = field(default_factory=dict)  # that its task asks for, by Ray's names
 
 
 def train_grids(grids: Sequence[tuple[Experiment, Path]], address: str | None, progress: Progress) -> list[bool]:
@@ -62,8 +93,7 @@ def _facts(experiment: Experiment) -> dict[str, Any]:
     from smallbatch_jax.runner import grid
 
     jax.config.update("jax_platforms", "cpu")  # accelerators are for the workers
-    source = experiment.dataset
-    dataset = data.load(source.name, source.data_dir, source.image_size)
+    dataset = data.load(experiment.dataset.name, experiment.dataset.data_dir, experiment.dataset.image_size)
     grid.require_trainable(experiment, dataset)
     return grid.facts(dataset)
 
@@ -72,25 +102,189 @@ def _programs(experiment: Experiment, workdir: Path, num_examples: int) -> list[
     """The programs of a grid, and how far they have come; makes the results file of each."""
     from smallbatch_jax.data import order
 
+    sent, data_dir = experiment, experiment.dataset.data_dir
+    if data_dir and not data_dir.startswith("~"):  # a worker may run in another folder
+        absolute = dataclasses.replace(experiment.dataset, data_dir=os.path.abspath(data_dir))
+        sent = dataclasses.replace(experiment, dataset=absolute)
     epochs, owner, found = experiment.epochs, (workdir / "lock").read_text(), []
-    for shape, runs in programs(experiment.runs()).items():
-        with ProgramResults(workdir, *shape, OWNER_SECONDS) as stored:
-            complete = [run for run in runs if stored.complete(run, epochs)]
-            pending = len(runs) - len(complete)
-            status = Status(len(runs), pending * epochs * num_examples)
-            for run in complete:
-                status.add_run(stored.diverged(run), stored.final_accuracy(run))
+    for (m, b), runs in programs(experiment.runs()).items():
+        with ProgramResults(workdir, m, b, OWNER_SECONDS) as stored:
+            status = Status()
+            status.add_program(runs, stored, epochs, num_examples)
+            pending = status.runs - status.done
             if not pending:  # no worker will open the trackers
                 with Trackers(experiment, workdir, [stored]):
                     pass
-            task = ProgramTask(_for_workers(experiment), workdir, shape, owner, stored.rows(), sys.argv)
-        found.append(LaunchedProgram(task, pending, order.total_steps(epochs, num_examples, shape[0]), status))
+            task = ProgramTask(sent, workdir, (m, b), owner, stored.rows(), sys.argv)
+        name, steps = f"{experiment.name}, {title(m, b)}", order.total_steps(epochs, num_examples, m)
+        found.append(LaunchedProgram(name, task, pending, steps, status))
     return found
 
 
-def _for_workers(experiment: Experiment) -> Experiment:
-    """The experiment with a path to its data that does not depend on the folder in which a process runs."""
-    given = experiment.dataset.data_dir
-    if not given or given.startswith("~"):
-        return experiment
-    return dataclasses.replace(experiment, dataset=dataclasses.replace(experiment.dataset, data_dir=os.path.abspath(given)))
+def summed(programs: list[LaunchedProgram], started: float) -> Status:
+    """The status of the programs together since `started`, a time.monotonic()."""
+    names = ("runs", "images", "finished", "diverged", "trained", "running", "images_per_second")
+    total: dict[str, Any] = {name: sum(getattr(program.status, name) for program in programs) for name in names}
+    best = max((program.status.best for program in programs if program.status.best == program.status.best), default=math.nan)
+    return Status(started=started, best=best, **total)
+
+
+def resources(nodes: Iterable[Mapping[str, float]], runs: int, lanes: int | None) -> dict[str, int]:
+    """Returns the resources of a program's task: a GPU if any machine has one, else a CPU per lane, at most one machine's."""
+    from smallbatch_jax.runner.jobs import MOST_LANES
+
+    nodes = list(nodes)
+    if any(node.get("GPU", 0) >= 1 for node in nodes):
+        return {"num_gpus": 1}
+    largest = max((int(node.get("CPU", 0)) for node in nodes), default=0)
+    return {"num_cpus": max(1, min(runs, lanes or MOST_LANES, largest))}
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[Any]:
+    """Yields `ray`, connected until the block ends, to a cluster of this machine if there is no address; Ray writes nothing.
+
+    Raises:
+      InputError: if there is no cluster at the address.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    options: dict[str, Any] = {"logging_level": logging.CRITICAL, "log_to_driver": False}
+    if address is None:
+        cpus = len(os.sched_getaffinity(0))
+        options |= {"include_dashboard": False, "num_cpus": cpus, "object_store_memory": STORE_BYTES}
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        if address and re.fullmatch(r"[^/]+:\d+", address):  # Ray would try for minutes, and log that
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
+        ray.init(address or "local", **options)
+    except Exception as error:  # of many types
+        failed = f"--address={address}: no Ray cluster can be reached" if address else "no Ray cluster can be started here"
+        raise InputError(f"{failed}: {_one_line(error)}") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)  # Ray's handler would exit without a word
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), ExitStack() as stack:
+        stack.callback(ray.shutdown)
+        yield ray  # which prints a report of each worker that dies
+
+
+class Reports:
+    """An actor that holds the last report of each task by Ray's id; if its process dies, it restarts without any."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, Status | None] = {}
+
+    def add(self, task_id: str, status: Status | None) -> None:
+        self._last[task_id] = status
+
+    def last(self) -> dict[str, Status | None]:
+        return self._last
+
+
+def _train(task: ProgramTask, cpu_devices: int | None, reports: Any) -> Outcome:
+    """The body of a Ray task. `ray.cancel` interrupts it, as SIGINT would: then it saves and returns."""
+    import ray
+
+    stop, task_id = Stop(), ray.get_runtime_context().get_task_id()
+    signal.signal(signal.SIGINT, lambda signum, frame: setattr(stop, "signum", signum))
+    try:
+        return worker.train(task, cpu_devices, stop, lambda status: reports.add.remote(task_id, status))
+    except Exception:
+        traceback.print_exc()  # into the worker's log; the launcher prints one line
+        raise
+
+
+class Launch:
+    """The programs of one launch, handed to Ray."""
+
+    def __init__(self, ray: Any, programs: list[LaunchedProgram]):
+        self._ray, self._programs, self._started = ray, programs, time.monotonic()
+        node = ray.get_runtime_context().get_node_id()  # if the launcher's machine dies, the launch is over anyway
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
+        self._reports = ray.remote(Reports).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
+        self._train = ray.remote(max_calls=1, max_retries=RETRIES)(_train)
+        self._running: dict[Any, LaunchedProgram] = {}  # by the reference of its task
+        self._working = 0  # programs that a worker has begun
+
+    def train(self, progress: Progress) -> None:
+        """Returns when each program is trained or has failed; raises `Interrupted` on a signal, once the workers have saved."""
+        with noted_signals() as stop:
+            for program in sorted(self._programs, key=lambda program: (-program.steps, -program.pending)):
+                if program.pending:  # what takes longest starts first
+                    self._submit(program)
+            try:
+                while self._running and not stop.signum:
+                    self._follow()
+                    for task, program in list(self._running.items()):
+                        if self._resources(program).get("num_cpus", math.inf) < program.resources.get("num_cpus", 0):
+                            self._ray.cancel(task)  # no machine that is left has so many CPUs; Ray would wait forever
+                            del self._running[task]
+                            self._submit(program)
+                    doing = f"{self._working} programs at work, {len(self._running) - self._working} waiting"
+                    progress.show(summed(self._programs, self._started), doing)
+                for task in self._running:
+                    self._ray.cancel(task)
+                deadline = time.monotonic() + STOP_SECONDS
+                while self._running and time.monotonic() < deadline:
+                    self._follow()
+            finally:
+                progress.close(summed(self._programs, self._started))
+        if stop.signum:
+            raise Interrupted(stop.signum)
+
+    def _resources(self, program: LaunchedProgram) -> dict[str, int]:
+        machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        return resources(machines, program.status.runs, program.task.experiment.lanes)
+
+    def _submit(self, program: LaunchedProgram) -> None:
+        program.resources = self._resources(program)
+        task = self._train.options(name=program.name, **program.resources)
+        self._running[task.remote(program.task, program.resources.get("num_cpus"), self._reports)] = program
+
+    def _follow(self) -> None:
+        """Waits a moment for tasks to end, and reads the reports of the others."""
+        ended, _ = self._ray.wait(list(self._running), timeout=POLL_SECONDS)
+        for task in ended:
+            self._end(self._running.pop(task), task)
+        try:
+            reports = self._ray.get(self._reports.last.remote(), timeout=ANSWER_SECONDS)
+        except self._ray.exceptions.RayError:
+            return
+        found = {task.task_id().hex(): program for task, program in self._running.items()}
+        for task_id in found.keys() & reports:
+            found[task_id].status = reports[task_id] or found[task_id].status
+        self._working = len(found.keys() & reports)
+
+    def _end(self, program: LaunchedProgram, task: Any) -> None:
+        errors = self._ray.exceptions
+        try:
+            outcome: Outcome = self._ray.get(task)
+        except errors.TaskCancelledError:
+            return
+        except errors.RayTaskError as error:
+            outcome = Outcome(None, f"{type(error.cause).__name__}: {error.cause}")
+        except errors.RayError as error:
+            outcome = Outcome(None, f"its worker died {RETRIES + 1} times, at last with {type(error).__name__}: {error}")
+        program.status = dataclasses.replace(outcome.status or program.status, running=0, images_per_second=0.0)
+        program.failure = _one_line(outcome.failure)
+        _store(program.task, outcome)
+        if program.failure:
+            print(f"{program.name}: {program.failure}", file=sys.stderr, flush=True)
+
+
+def _store(task: ProgramTask, outcome: Outcome) -> None:
+    """Adds to the workdir what a worker wrote elsewhere."""
+    if outcome.rows:
+        with ProgramResults(task.workdir, *task.shape) as stored:
+            stored.append(outcome.rows)
+            with Trackers(task.experiment, task.workdir, [stored]):
+                pass
+    for name, text in outcome.logs.items():
+        header, _, lines = text.partition("\n") if name.endswith(".csv") else ("", "", text)
+        append_line(task.workdir / name, lines.rstrip("\n"), header)
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())[:300]

@@ -15,15 +15,11 @@ from pathlib import Path
 from smallbatch_jax.config.experiment import Experiment, InputError
 from smallbatch_jax.runner.progress import Status
 from smallbatch_jax.runner.signals import Interrupted, Stop
-from smallbatch_jax.store import skipped
 from smallbatch_jax.store.files import WriteError
 from smallbatch_jax.store.results import ProgramResults, Row
-from smallbatch_jax.store.timings import TIMING_COLUMNS
 from smallbatch_jax.tracking.trackers import TRACKERS
 
 OWNER_SECONDS = 60.0  # for which a dead worker may keep its program's files: the death of its machine spreads slowly
-# The files that all programs of a workdir append to, and their headers.
-LOGS = {"timings.csv": ",".join(TIMING_COLUMNS), "skipped.csv": ",".join(skipped.COLUMNS), "provenance.jsonl": ""}
 
 Report = Callable[[Status | None], object]  # takes the status of a program, None before it trains
 
@@ -39,11 +35,6 @@ class ProgramTask:
     rows: list[Row]  # stored when the task was made
     command: list[str]  # the launcher's, which provenance records
 
-    @property
-    def name(self) -> str:
-        m, b = self.shape
-        return f"{self.experiment.name}, m = {m}" + (f", BN batch {b}" if b != m else "")
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -52,7 +43,7 @@ class Outcome:
     status: Status | None  # None if it did not come to train
     failure: str = ""  # one line; empty if all runs are stored or it was asked to stop
     rows: list[Row] = field(default_factory=list)
-    logs: dict[str, str] = field(default_factory=dict)  # the lines of LOGS, without headers
+    logs: dict[str, str] = field(default_factory=dict)  # other files, by name, to which all programs of a workdir append
 
 
 def train(task: ProgramTask, cpu_devices: int | None, stop: Stop, report: Report) -> Outcome:
@@ -61,41 +52,35 @@ def train(task: ProgramTask, cpu_devices: int | None, stop: Stop, report: Report
     `cpu_devices` of None stands for all devices that this process finds, of whatever kind. Once `stop` is set, the program is
     saved and left.
     """
-    lock = task.workdir / "lock"
-    if lock.exists() and lock.read_text() == task.owner:
-        return _train(task, task.workdir, cpu_devices, stop, report)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        with ProgramResults(folder, *task.shape) as stored:
-            stored.append(task.rows)
-        untracked = dataclasses.replace(task.experiment, **dict.fromkeys(TRACKERS))  # the launcher's workdir has the trackers
-        outcome = _train(dataclasses.replace(task, experiment=untracked), folder, cpu_devices, stop, report)
-        with ProgramResults(folder, *task.shape) as stored:
-            rows = stored.rows()
-        written = {name: folder / name for name in LOGS if (folder / name).exists()}
-        logs = {name: path.read_text().removeprefix(f"{LOGS[name]}\n") for name, path in written.items()}
-        return dataclasses.replace(outcome, rows=rows, logs=logs)
-
-
-def _train(task: ProgramTask, folder: Path, cpu_devices: int | None, stop: Stop, report: Report) -> Outcome:
     from smallbatch_jax import data
     from smallbatch_jax.program import devices
     from smallbatch_jax.runner import grid
 
     sys.argv = task.command
-    progress = _Reporter(report)
+    progress, failure = _Reporter(report), ""
     report(None)
-    try:
-        devices.use_all_cores(cpu_devices)
-        source = task.experiment.dataset
-        dataset = data.load(source.name, source.data_dir, source.image_size)
-        ProgramResults(folder, *task.shape, OWNER_SECONDS).close()
-        grid.train_program(task.experiment, folder, task.shape, dataset, progress, stop)
-    except Interrupted:
-        pass  # everything is saved
-    except (InputError, WriteError) as error:
-        return Outcome(progress.status, str(error))
-    return Outcome(progress.status)
+    lock, experiment, folder = task.workdir / "lock", task.experiment, task.workdir
+    reached = lock.exists() and lock.read_text() == task.owner
+    with tempfile.TemporaryDirectory() as scratch:
+        if not reached:
+            folder = Path(scratch)
+            experiment = dataclasses.replace(experiment, **dict.fromkeys(TRACKERS))  # the launcher's workdir has the trackers
+            with ProgramResults(folder, *task.shape) as stored:
+                stored.append(task.rows)
+        try:
+            devices.use_all_cores(cpu_devices)
+            dataset = data.load(experiment.dataset.name, experiment.dataset.data_dir, experiment.dataset.image_size)
+            ProgramResults(folder, *task.shape, OWNER_SECONDS).close()
+            grid.train_program(experiment, folder, task.shape, dataset, progress, stop)
+        except Interrupted:
+            pass  # everything is saved
+        except (InputError, WriteError) as error:
+            failure = str(error)
+        if reached:
+            return Outcome(progress.status, failure)
+        with ProgramResults(folder, *task.shape) as stored:
+            logs = {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+            return Outcome(progress.status, failure, stored.rows(), logs)
 
 
 class _Reporter:
@@ -106,8 +91,8 @@ class _Reporter:
         self._report = report
 
     def show(self, status: Status, doing: str) -> None:
-        self.status = dataclasses.replace(status)
-        self._report(self.status)
+        self.status = status
+        self._report(status)
 
     def close(self, status: Status) -> None:
         self.show(status, "")

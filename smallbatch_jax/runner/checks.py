@@ -26,34 +26,22 @@ def require_fitting(experiment: Experiment, dataset: Dataset | Photographs) -> N
             "Use 'running'."
         )
     if not experiment.model.name.startswith(OWN):
-        _require_images(experiment.model.name, dataset.image_shape)
+        _require_pictures(f"model.name: {experiment.model.name} takes images [N, H, W, C]", dataset.image_shape)
     if experiment.dataset.augment:
-        _require_pictures(dataset.image_shape)
+        _require_pictures("dataset.augment: crops and flips images [H, W, C] (use False for others)", dataset.image_shape)
 
 
-def data_warnings(experiment: Experiment, dataset: Dataset | Photographs) -> list[str]:
-    """Returns one sentence for each property of the user's own arrays that may not be what was meant."""
-    name, shape = experiment.dataset.name, dataset.image_shape
-    if not isinstance(dataset, Dataset) or not (name == "folder" or name.startswith(OWN)):
-        return []
-    found = doubts(dataset)
-    pixels = dataset.train_images.dtype == np.uint8
-    axes = transposed(shape)
-    if axes:
-        normalised = " and normalised accordingly" if pixels else ""
-        found.append(
-            f"images of shape {_shown(shape)} are taken as [H, W, C]{normalised}; to put the channels last, use "
-            f"images.transpose{axes}."
-        )
-    elif len(shape) == 3 and shape[0] < shape[1] == shape[2]:
-        found.append(
-            f"images of shape {_shown(shape)} are taken as [H, W, C]; if they are [C, H, W], use images.transpose(0, 2, 3, 1)."
-        )
-    elif len(shape) == 2 and pixels:
-        found.append(
-            f"uint8 images of shape {_shown(shape)} are normalised by column; for grey pictures give images[..., None]."
-        )
-    return found
+def _require_pictures(reason: str, image_shape: Sequence[int]) -> None:
+    """Refuses images that are not pictures [H, W, C]; `reason` begins the error."""
+    if len(image_shape) == 2:
+        way = "add the axis of channels, images[..., None]"
+    elif len(image_shape) != 3:
+        way = "reshape them"
+    elif axes := transposed(image_shape):
+        way = f"that is {image_shape[2]} channels: if another axis is the channels, use images.transpose{axes}"
+    else:
+        return
+    raise InputError(f"{reason}, those of the dataset are {list(image_shape)} each; {way}.")
 
 
 def transposed(image_shape: Sequence[int]) -> tuple[int, ...] | None:
@@ -63,30 +51,17 @@ def transposed(image_shape: Sequence[int]) -> tuple[int, ...] | None:
     return (0, 2, 3, 1) if image_shape[0] <= image_shape[1] else (0, 1, 3, 2)
 
 
-def _require_images(model: str, image_shape: Sequence[int]) -> None:
-    """Refuses images of a shape that a model of the paper cannot take."""
-    if len(image_shape) != 3:
-        way = "add the axis of channels, images[..., None]" if len(image_shape) == 2 else "reshape them"
-        raise InputError(
-            f"model.name: {model} takes images [N, H, W, C], those of the dataset are {_shown(image_shape)} each; {way}."
-        )
-    axes = transposed(image_shape)
-    if axes:
-        raise InputError(
-            f"model.name: {model} takes images [N, H, W, C]; {_shown(image_shape)} would be {image_shape[0]}×{image_shape[1]} "
-            f"pixels of {image_shape[2]} channels. If another axis is the channels, use images.transpose{axes}."
-        )
-
-
-def _require_pictures(image_shape: Sequence[int]) -> None:
-    """Refuses augmentation of anything but pictures [H, W, C]."""
-    got = f"dataset.augment: crops and flips images [H, W, C], the dataset has {_shown(image_shape)}"
-    if len(image_shape) != 3:
-        raise InputError(f"{got}; use False.")
-    axes = transposed(image_shape)
-    if axes:
-        raise InputError(f"{got}, which looks like channels in front; use images.transpose{axes}.")
-
-
-def _shown(image_shape: Sequence[int]) -> str:
-    return f"[{', '.join(map(str, image_shape))}]"
+def data_warnings(experiment: Experiment, dataset: Dataset | Photographs) -> list[str]:
+    """Returns one sentence for each property of the user's own arrays that may not be what was meant."""
+    name, shape = experiment.dataset.name, list(dataset.image_shape)
+    if not isinstance(dataset, Dataset) or not (name == "folder" or name.startswith(OWN)):
+        return []
+    found = doubts(dataset)
+    axes = transposed(shape)
+    if axes or (len(shape) == 3 and shape[0] < shape[1] == shape[2]):
+        meant = "[H, C, W]" if axes == (0, 1, 3, 2) else "[C, H, W]"
+        way = f"if they are {meant}, use images.transpose{axes or (0, 2, 3, 1)}"
+        found.append(f"images of shape {shape} are taken, and normalised, as [H, W, C]; {way}.")
+    elif len(shape) == 2 and dataset.train_images.dtype == np.uint8:
+        found.append(f"uint8 images of shape {shape} are normalised by column; for grey pictures give images[..., None].")
+    return found

@@ -1,7 +1,7 @@
 """Floating-point operations of a model, and how many of them a device does per second."""
 
 import math
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,9 +42,5 @@ def matrix_rate(size: int = 1024, products: int = 16) -> float:
     with jax.default_matmul_precision("highest"):
         compiled = jax.jit(loop).lower(a).compile()
     compiled(a).block_until_ready()
-    best = math.inf
-    for _ in range(5):
-        began = time.perf_counter()
-        compiled(a).block_until_ready()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 * products / best
+    seconds = timeit.repeat(lambda: compiled(a).block_until_ready(), number=1, repeat=5)
+    return 2 * size**3 * products / min(seconds)

@@ -1,5 +1,6 @@
 """Trains a grid into a workdir, its programs one after the other; skips the runs that the workdir holds."""
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,19 +19,19 @@ from smallbatch_jax.program.devices import DATA
 from smallbatch_jax.program.lanes import LaneProgram
 from smallbatch_jax.runner import checks
 from smallbatch_jax.runner.compiler import Compiler
+from smallbatch_jax.runner.input import input_pipeline
 from smallbatch_jax.runner.jobs import Job, ModelOf, Session, Setup
 from smallbatch_jax.runner.planning import Forecast
 from smallbatch_jax.runner.progress import NoProgress, Progress, Status
 from smallbatch_jax.runner.scheduler import Scheduler
 from smallbatch_jax.runner.signals import Interrupted, Stop, noted_signals
-from smallbatch_jax.runner.streaming import input_pipeline
 from smallbatch_jax.store.checkpoint import Checkpoints
 from smallbatch_jax.store.results import ProgramResults
 from smallbatch_jax.store.skipped import SkippedImages
 from smallbatch_jax.store.timings import Timings
 from smallbatch_jax.store.workdir import open_workdir, record_provenance, surroundings
 from smallbatch_jax.tracking import trackers
-from smallbatch_jax.tracking.trackers import NoTrackers, Trackers
+from smallbatch_jax.tracking.trackers import TRACKERS, Trackers
 
 __all__ = ["Interrupted", "facts", "require_trainable", "train_grid", "train_program"]
 
@@ -117,7 +118,7 @@ def _checked_setup(experiment: Experiment, dataset: Dataset | Photographs, model
     """Returns the setup of a grid, after refusing what cannot be trained; runs nothing."""
     trackers.require(experiment)
     checks.require_fitting(experiment, dataset)
-    setup = Setup.of(experiment, dataset, model_of)
+    setup = Setup(experiment, dataset, model_of)
     for place, (m, b) in enumerate(sorted(setup.programs)):
         model = setup.model_of(None if b == m else b)  # refuses a model that takes no BN batch size
         if isinstance(model, OwnModel):
@@ -130,22 +131,28 @@ def _checked_setup(experiment: Experiment, dataset: Dataset | Photographs, model
 def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: Progress, stop: Stop) -> Status:
     """Trains the programs of these (batch size, BN batch size), one after the other."""
     with ExitStack() as stack:
-        first = processes.is_first()
-        memory = processes.least(devices.memory_bytes(setup.mesh))
+        first, mesh = processes.is_first(), setup.mesh
+        memory = processes.least(devices.memory_bytes(mesh))
         if first:
-            _record_start(setup, folder)
+            device = {"kind": mesh.devices.flat[0].device_kind, "platform": setup.platform, "count": mesh.size}
+            made = {"device": device, "data_devices": mesh.shape[DATA], "precision": setup.experiment.precision}
+            made |= {"flags": jax_flags.recorded(), "processes": jax.process_count()}
+            record_provenance(folder, "start", **surroundings(), **made)
         skipped = SkippedImages(folder if first else None)
         pipeline = input_pipeline(setup.dataset, setup.experiment, skipped.add)
         stack.callback(pipeline.close)
         stored = _open_results(folder, shapes, stack)
-        shown = _open_trackers(setup.experiment, folder, stored, stack)
+        tracked = setup.experiment if first else dataclasses.replace(setup.experiment, **dict.fromkeys(TRACKERS))
+        shown = stack.enter_context(Trackers(tracked, folder, stored))
         jobs = [Job(setup, *shape, rows, memory) for shape, rows in zip(shapes, stored, strict=True)]
-        status = _status(jobs)
+        status = Status()
+        for job in jobs:
+            status.add_program(job.runs, job.results, job.experiment.epochs, job.num_examples)
         progress = progress if first else NoProgress()
         stack.callback(progress.close, status)
         forecast = Forecast(progress, jobs)
         timings = Timings(folder if first else None)
-        session = Session(pipeline, setup.initialiser(), status, forecast, timings, stop, shown)
+        session = Session(pipeline, setup.initialiser(), status, forecast.show, timings, stop, shown)
         pending = [job for job in jobs if job.pending()]
         if pending:
             progress.show(status, f"compiling {pending[0].title}, program 1 of {len(pending)}")
@@ -163,21 +170,13 @@ def _train_job(job: Job, program: LaneProgram, checkpoints: Checkpoints, session
     """Trains the pending runs of a job; where memory runs out, again from the last checkpoint in a smaller layout."""
     alone = not processes.several()  # several hosts would not agree on when to change the program
     while True:
-        recompile = (lambda lanes: compiler.submit(job, job.layout._replace(lanes=lanes))) if alone else None
-        scheduler = Scheduler(job, program, checkpoints, session, recompile)
+        scheduler = Scheduler(job, program, checkpoints, session, compiler if alone else None)
         try:
             return scheduler.train()
         except jax.errors.JaxRuntimeError as error:
             if not alone or "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             program = compiler.submit(job, job.smaller(scheduler.lanes.program)).result()
-
-
-def _record_start(setup: Setup, folder: Path) -> None:
-    mesh = setup.mesh
-    device = {"kind": mesh.devices.flat[0].device_kind, "platform": setup.platform, "count": mesh.size}
-    made = {"device": device, "data_devices": mesh.shape[DATA], "precision": setup.experiment.precision}
-    record_provenance(folder, "start", **surroundings(), **made, flags=jax_flags.recorded(), processes=jax.process_count())
 
 
 def _open_results(folder: Path, shapes: list[tuple[int, int]], stack: ExitStack) -> list[ProgramResults]:
@@ -190,18 +189,3 @@ def _open_results(folder: Path, shapes: list[tuple[int, int]], stack: ExitStack)
 
     followed = processes.on_first(open_all)
     return opened or followed
-
-
-def _open_trackers(experiment: Experiment, folder: Path, stored: list[ProgramResults], stack: ExitStack) -> Trackers:
-    """Opens the trackers in the first process, until `stack` unwinds."""
-    opened: list[Trackers] = []
-    processes.on_first(lambda: opened.append(stack.enter_context(Trackers(experiment, folder, stored))))
-    return opened[0] if opened else NoTrackers()
-
-
-def _status(jobs: list[Job]) -> Status:
-    """Returns the status of all runs, some of which may be complete already."""
-    status = Status(sum(len(job.runs) for job in jobs), sum(len(job.pending()) * job.images_per_run for job in jobs))
-    for job in jobs:
-        job.count_complete(status)
-    return status

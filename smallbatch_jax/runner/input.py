@@ -1,28 +1,42 @@
-"""InputPipeline: where a program's images come from, a dataset on the devices or one streamed to them (`streaming.py`).
+"""Where a program's images come from: a dataset on the devices (`Resident`), or photographs streamed to them (`Streamed`).
 
 A pipeline is given the steps that each lane wants to take next, returns how many of them it has images for, and supplies those.
+Worker processes decode photographs while the devices train on the segment before. Each device is given a pool with the images
+of one segment, from which its lanes take by index, as from a resident dataset. Lanes of one seed at the same step follow one
+stream: its images are decoded once, and sent once to each device.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
+import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from smallbatch_jax.data import Dataset, order
-from smallbatch_jax.program.device_data import DeviceData, Pool, TestImages, to_device
-from smallbatch_jax.program.devices import lane_mesh
+from smallbatch_jax.config.experiment import Experiment, InputError, Run
+from smallbatch_jax.data import Dataset, Photographs, order
+from smallbatch_jax.data.streaming.photographs import Source, what_is_wrong
+from smallbatch_jax.data.streaming.prefetch import Prefetcher
+from smallbatch_jax.data.streaming.sample_index import WHOLE, BatchSlice, Decoded, SampleIndex
+from smallbatch_jax.program import processes
+from smallbatch_jax.program.device_data import LARGEST_EVAL_BATCH, POOL, DeviceData, Pool, TestImages, to_device
+from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
 from smallbatch_jax.program.lanes import LaneProgram, Segment
 
 FIXED_SEGMENT_IMAGES = 16384  # per lane, where a segment's length is compiled in
+POOL_BYTES = 2**27  # of images, for each device and segment; two or three such pools exist at a time
+MOST_SKIPPED = 1000  # undecodable images in a row
 
 
 class LaneSteps(NamedTuple):
-    """The steps that a lane takes in a segment."""
+    """The updates that a lane takes in a segment."""
 
-    seed: int
+    run: Run
+    epoch: int  # of the first one
     first_step: int
-    steps: int  # wanted or taken, at most to the end of the epoch
+    steps: int  # wanted or taken
     evaluate: bool = False  # whether an evaluation follows them
 
 
@@ -35,28 +49,6 @@ class SegmentInput(NamedTuple):
     test_batches: int = 0
 
 
-class InputPipeline(Protocol):
-    """The images of all programs of an experiment."""
-
-    def data(self, mesh: Mesh, batch_size: int) -> DeviceData | Pool:
-        """Returns the data that a program is compiled for, or their shapes."""
-        ...
-
-    def most_steps(self, mesh: Mesh, batch_size: int, any_length: bool) -> int:
-        """Returns the most steps of a segment."""
-        ...
-
-    def steps(self, program: LaneProgram, batch_size: int, wanted: Sequence[LaneSteps | None], pace: int) -> list[int]:
-        """Returns how many of its wanted steps each lane takes, about `pace`; 0 for one that has to wait."""
-        ...
-
-    def prepare(self, program: LaneProgram, batch_size: int, lanes: Sequence[LaneSteps | None]) -> SegmentInput:
-        """Returns the input of a segment in which the lanes take these steps; it is run before the next is prepared."""
-        ...
-
-    def close(self) -> None: ...
-
-
 def blank_segment(program: LaneProgram, batch_size: int, lanes: Sequence[LaneSteps | None]) -> Segment:
     """Returns a segment of these steps, with indices to be filled in."""
     indices = np.zeros((program.lanes, program.segment_steps, batch_size), np.int32)
@@ -65,17 +57,21 @@ def blank_segment(program: LaneProgram, batch_size: int, lanes: Sequence[LaneSte
 
 
 class Resident:
-    """The pipeline of a dataset that lies whole on every device; lanes take from it by index, as much as they want."""
+    """The pipeline of a dataset that lies whole on every device; lanes take from it by index, as much as they want.
+
+    Any pipeline has these methods.
+    """
 
     def __init__(self, dataset: Dataset):
         self._num_train = dataset.num_train
         self._data = to_device(dataset, lane_mesh())
 
     def data(self, mesh: Mesh, batch_size: int) -> DeviceData:
+        """Returns the data that a program is compiled for, or their shapes."""
         return self._data
 
     def most_steps(self, mesh: Mesh, batch_size: int, any_length: bool) -> int:
-        """Returns an epoch's steps, or an even fraction of them where a segment's length is compiled in."""
+        """Returns the most steps of a segment: an epoch, or an even fraction of it where a segment's length is compiled in."""
         longest_epoch = self._num_train // batch_size + 1
         if any_length:
             return longest_epoch
@@ -83,16 +79,207 @@ class Resident:
         return -(-longest_epoch // segments)
 
     def steps(self, program: LaneProgram, batch_size: int, wanted: Sequence[LaneSteps | None], pace: int) -> list[int]:
+        """Returns how many of its wanted steps each lane takes, about `pace`; 0 for one that has to wait."""
         even = program.even_steps([lane is not None for lane in wanted], pace)
         return [min(lane.steps, steps) if lane else 0 for lane, steps in zip(wanted, even, strict=True)]
 
     def prepare(self, program: LaneProgram, batch_size: int, lanes: Sequence[LaneSteps | None]) -> SegmentInput:
+        """Returns the input of a segment in which the lanes take these steps; it is run before the next is prepared."""
         segment = blank_segment(program, batch_size, lanes)
         for indices, lane in zip(segment.indices, lanes, strict=True):
-            if lane is not None and lane.steps:
-                taken = order.batch_indices(lane.seed, lane.first_step, lane.steps, batch_size, self._num_train)
+            if lane is not None:
+                taken = order.batch_indices(lane.run.seed, lane.first_step, lane.steps, batch_size, self._num_train)
                 indices[: lane.steps] = taken
         return SegmentInput(segment)
 
     def close(self) -> None:
-        pass
+        """Ends what the pipeline started."""
+
+
+class Stream(NamedTuple):
+    """Consecutive steps of a seed, whose images are decoded once."""
+
+    seed: int
+    first_step: int
+    steps: int
+
+
+class Streamed:
+    """The input pipeline of a streamed dataset; its methods are those of `Resident`."""
+
+    def __init__(self, photographs: Photographs, experiment: Experiment, skipped: Callable[[str, str], object]):
+        """`skipped` is called with the name of each undecodable picture that is left out, and the reason."""
+        self._photographs, self._experiment, self._skipped = photographs, experiment, skipped
+        workers = experiment.dataset.workers
+        self._workers = len(os.sched_getaffinity(0)) if workers is None else workers
+        self._statistics = photographs.channel_statistics()
+        self._image_bytes = int(np.prod(photographs.image_shape))
+        self._prefetchers: list[Prefetcher] = []
+        self._slices: tuple[BatchSlice, BatchSlice] | None = None  # that are read of each training and test batch
+
+    def data(self, mesh: Mesh, batch_size: int) -> Pool:
+        shard = batch_size // mesh.shape[DATA]
+        shape = (mesh.shape[LANE], mesh.shape[DATA], self._batches(mesh, batch_size) * shard)
+        abstract = (
+            ((*shape, *self._photographs.image_shape), np.uint8),
+            (shape, np.int32),
+            *((values.shape, values.dtype) for values in self._statistics),
+        )
+        return Pool(*(jax.ShapeDtypeStruct(*x, sharding=NamedSharding(mesh, s)) for x, s in zip(abstract, POOL, strict=True)))
+
+    def _batches(self, mesh: Mesh, batch_size: int) -> int:
+        """Returns the number of batches whose shards fit into the pool of a device."""
+        shard = batch_size // mesh.shape[DATA]
+        return max(1, min(FIXED_SEGMENT_IMAGES, POOL_BYTES // self._image_bytes) // shard)
+
+    def most_steps(self, mesh: Mesh, batch_size: int, any_length: bool) -> int:
+        return min(self._photographs.num_train // batch_size + 1, self._batches(mesh, batch_size))
+
+    def steps(self, program: LaneProgram, batch_size: int, wanted: Sequence[LaneSteps | None], pace: int) -> list[int]:
+        """Gives all lanes equal step counts, so that those that share a stream stay aligned; the furthest behind come first."""
+        room = self._batches(program.mesh, batch_size)
+        streams = dict.fromkeys(sorted((lane.first_step, lane.run.seed) for lane in wanted if lane))
+        taking = list(streams)[:room]
+        return [
+            min(lane.steps, pace, room // len(taking)) if lane and (lane.first_step, lane.run.seed) in taking else 0
+            for lane in wanted
+        ]
+
+    def prepare(self, program: LaneProgram, batch_size: int, lanes: Sequence[LaneSteps | None]) -> SegmentInput:
+        mesh, segment = program.mesh, blank_segment(program, batch_size, lanes)
+        self._use_slices(mesh, batch_size)
+        rows, shard = _local_block(mesh)[0], batch_size // mesh.shape[DATA]
+        begins: dict[Stream, int] = {}  # index of the first image of a stream in each pool of this process
+        used = 0
+        for i, lane in enumerate(lanes):
+            if lane is None or program.row_of_lane(i) not in rows:
+                continue
+            stream = Stream(lane.run.seed, lane.first_step, lane.steps)
+            if stream not in begins:
+                begins[stream], used = used, used + lane.steps * shard
+            within = np.arange(batch_size) % shard
+            segment.indices[i, : lane.steps] = begins[stream] + shard * np.arange(lane.steps)[:, None] + within
+        test_batches = -(-self._photographs.num_test // self._test_size(mesh))
+        return SegmentInput(segment, self._pool(mesh, batch_size, begins), self._test_set(mesh), test_batches)
+
+    def _pool(self, mesh: Mesh, batch_size: int, begins: Mapping[Stream, int]) -> Pool:
+        shapes, columns = self.data(mesh, batch_size), len(_local_block(mesh)[1])
+        images, labels = (np.zeros((columns, *x.shape[2:]), x.dtype) for x in (shapes.images, shapes.labels))
+        for stream, prefetcher in zip(begins, self._prefetchers_for(list(begins), batch_size), strict=True):
+            first, count = begins[stream], stream.steps * batch_size // mesh.shape[DATA]
+            found = self._take(prefetcher, stream, count * columns)
+            for pool, taken in ((images, found.images), (labels, found.labels)):
+                by_step = taken.reshape(stream.steps, columns, -1, *taken.shape[1:])
+                pool[:, first : first + count] = by_step.swapaxes(0, 1).reshape(columns, count, *taken.shape[1:])
+        arrays = (
+            jax.make_array_from_process_local_data(like.sharding, np.broadcast_to(x, (like.shape[0], *x.shape)), like.shape)
+            for x, like in ((images, shapes.images), (labels, shapes.labels))
+        )
+        return Pool(*arrays, *processes.put(self._statistics, NamedSharding(mesh, P())))
+
+    def _prefetchers_for(self, streams: Sequence[Stream], batch_size: int) -> list[Prefetcher]:
+        """Returns prefetchers that stand where the streams begin: those that do already, then idle ones, then new ones."""
+        numbers = [self._index.training(stream.seed, stream.first_step * batch_size) for stream in streams]
+        standing = {prefetcher.number: prefetcher for prefetcher in self._prefetchers}
+        idle = [prefetcher for prefetcher in self._prefetchers if prefetcher.number not in numbers]
+        found = []
+        for number in numbers:
+            prefetcher = standing.get(number) or (idle.pop() if idle else self._new_prefetcher())
+            prefetcher.seek(number)
+            found.append(prefetcher)
+        return found
+
+    def _new_prefetcher(self) -> Prefetcher:
+        """Adds a prefetcher, with fewer processes of its own than the one before."""
+        workers = -(-self._workers // (len(self._prefetchers) + 1))
+        self._prefetchers.append(Prefetcher(self._index, self._image_bytes, workers))
+        return self._prefetchers[-1]
+
+    def _take(self, prefetcher: Prefetcher, stream: Stream, count: int) -> Decoded:
+        """Reads the next images of a stream, undecodable ones replaced by those after them in the training set."""
+        first = prefetcher.number or 0
+        found = prefetcher.take(count)
+        for i in np.flatnonzero(~found.valid):
+            example = int(found.examples[i])
+            self._report_undecodable(self._photographs.train, example)
+            _, epoch, _ = self._index.training_image(first + int(i))
+            for values, value in zip(found, self._next_valid(stream.seed, epoch, example), strict=True):
+                values[i] = value
+        return found
+
+    def _next_valid(self, seed: int, epoch: int, example: int) -> Decoded:
+        count = self._photographs.num_train
+        following = range(example + 1, example + min(count, MOST_SKIPPED))
+        for place in following:
+            found = self._index.decode_training(seed, epoch, place % count)
+            if found.valid:
+                return found
+        name = self._photographs.train.name(example)
+        raise InputError(f"dataset.data_dir: the {len(following)} images after {name!r} are broken too.")
+
+    def _report_undecodable(self, source: Source, example: int) -> None:
+        """Records a picture as skipped, or raises InputError where the experiment accepts none."""
+        name, what = source.name(example), what_is_wrong(source, example)
+        if self._experiment.dataset.broken_images == "fail":
+            raise InputError(
+                f"dataset.data_dir: {name!r} {what}; replace it, or use --config.dataset.broken_images=skip. What was trained "
+                "so far is kept."
+            )
+        self._skipped(name, what)
+
+    def _test_set(self, mesh: Mesh) -> Iterator[TestImages]:
+        """Yields the test set in batches, the last one padded."""
+        size, part = self._test_size(mesh), _batch_slice(mesh, self._test_size(mesh))
+        prefetcher = self._prefetchers[0] if self._prefetchers else self._new_prefetcher()
+        prefetcher.seek(self._index.testing(0))
+        for begin in range(0, self._photographs.num_test, size):
+            found = prefetcher.take(part.count)  # not valid beyond the end of the test set
+            there = max(0, min(part.count, self._photographs.num_test - begin - part.first))
+            for i in np.flatnonzero(~found.valid[:there]):
+                self._report_undecodable(self._photographs.test, int(found.examples[i]))
+            local = found.images, found.labels, found.valid
+            yield TestImages(*jax.make_array_from_process_local_data(NamedSharding(mesh, P(DATA)), local))
+
+    def _test_size(self, mesh: Mesh) -> int:
+        """Test images in a batch, equally many on each device that shares it."""
+        devices = mesh.shape[DATA]
+        return -(-min(LARGEST_EVAL_BATCH, self._photographs.num_test) // devices) * devices
+
+    def _use_slices(self, mesh: Mesh, batch_size: int) -> None:
+        """Reads only what this process needs of each batch."""
+        whole = len(_local_block(mesh)[1]) == mesh.shape[DATA]
+        sizes = batch_size, self._test_size(mesh)
+        slices = (WHOLE, WHOLE) if whole else (_batch_slice(mesh, sizes[0]), _batch_slice(mesh, sizes[1]))
+        if slices != self._slices:
+            self.close()
+            self._slices = slices
+            seeds = tuple(sorted({run.seed for run in self._experiment.runs()}))
+            self._index = SampleIndex(self._photographs, seeds, self._experiment.dataset, *slices)
+
+    def close(self) -> None:
+        for prefetcher in self._prefetchers:
+            prefetcher.close()
+        self._prefetchers = []
+
+
+def _local_block(mesh: Mesh) -> tuple[range, range]:
+    """Returns the rows and the columns of the mesh in which this process has devices."""
+    here = [place for place, device in np.ndenumerate(mesh.devices) if device.process_index == jax.process_index()]
+    rows, columns = zip(*here, strict=True)
+    return range(min(rows), max(rows) + 1), range(min(columns), max(columns) + 1)
+
+
+def _batch_slice(mesh: Mesh, batch: int) -> BatchSlice:
+    """Returns this process's slice of each batch of this size."""
+    columns, shard = _local_block(mesh)[1], batch // mesh.shape[DATA]
+    return BatchSlice(batch, columns[0] * shard, len(columns) * shard)
+
+
+InputPipeline = Resident | Streamed
+
+
+def input_pipeline(
+    dataset: Dataset | Photographs, experiment: Experiment, skipped: Callable[[str, str], object] = lambda name, reason: None
+) -> InputPipeline:
+    """Returns the input pipeline of an experiment's programs; see `Streamed` for `skipped`."""
+    return Resident(dataset) if isinstance(dataset, Dataset) else Streamed(dataset, experiment, skipped)

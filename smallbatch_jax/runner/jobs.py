@@ -1,7 +1,7 @@
 """A grid's setup, and the job of each of its programs: which runs it trains, in what layout it is compiled."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
 from smallbatch_jax.program.lanes import COMPUTE_DTYPE, LaneProgram
 from smallbatch_jax.program.train import Model, Program, Setting, TrainState
 from smallbatch_jax.runner.input import InputPipeline
-from smallbatch_jax.runner.progress import Progress, RunCounts, Status
+from smallbatch_jax.runner.progress import Status, title
 from smallbatch_jax.runner.signals import Stop
 from smallbatch_jax.store.results import ProgramResults
 from smallbatch_jax.store.timings import Timings
@@ -40,26 +40,18 @@ def named_model(experiment: Experiment, num_classes: int, bn_decay: float) -> Mo
     )
 
 
-@dataclass(frozen=True)
 class Setup:
     """What all programs of a grid have in common: the experiment, its data, its model and the devices."""
 
-    experiment: Experiment
-    dataset: Dataset | Photographs
-    model_of: ModelOf
-    statistics_model_of: ModelOf | None = None  # the model with bn_decay 0, where BN statistics are precise
-
-    @classmethod
-    def of(cls, experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None = None) -> "Setup":
-        """The setup of an experiment; `model_of` None takes the experiment's named model."""
+    def __init__(self, experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None = None):
+        """`model_of` of None takes the experiment's named model."""
         classes, chosen = dataset.num_classes, experiment.model
-        precise = named_model(experiment, classes, 0.0) if chosen.bn_statistics == "precise" else None
-        return cls(experiment, dataset, model_of or named_model(experiment, classes, chosen.bn_decay), precise)
-
-    @cached_property
-    def programs(self) -> dict[tuple[int, int], list[Run]]:
-        """Runs by (batch size, BN batch size), lowest base_lr first."""
-        return programs(self.experiment.runs())
+        self.experiment, self.dataset = experiment, dataset
+        self.own_model = chosen.name.startswith(OWN)  # the user's, which may do anything with its batch
+        self.model_of = model_of or named_model(experiment, classes, chosen.bn_decay)
+        precise = chosen.bn_statistics == "precise"
+        self.statistics_model_of = named_model(experiment, classes, 0.0) if precise else None
+        self.programs = programs(experiment.runs())  # runs by (batch size, BN batch size)
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -90,11 +82,6 @@ class Setup:
     def platform(self) -> str:
         return self.mesh.devices.flat[0].platform
 
-    @property
-    def own_model(self) -> bool:
-        """Whether the model is the user's own, which may do anything with its batch."""
-        return self.experiment.model.name.startswith(OWN)
-
     def initialiser(self) -> Callable[[int], TrainState]:
         """Returns seed → the state before the first update."""
         return lane_programs.initialiser(self.model_of(None), self.dataset.image_shape)
@@ -107,7 +94,7 @@ class Session:
     pipeline: InputPipeline
     initial: Callable[[int], TrainState]  # seed → the state before the first update
     status: Status
-    progress: Progress
+    show: Callable[[Status, str], None]  # takes the status, and what is being done
     timings: Timings
     stop: Stop
     trackers: Trackers
@@ -120,70 +107,29 @@ class Layout(NamedTuple):
     micro_batch_size: int | None  # examples of a shard that are computed at a time; None: all
 
 
-@dataclass
 class Job:
     """The runs of one (batch size, BN batch size), which one compiled program trains."""
 
-    setup: Setup
-    batch_size: int
-    bn_batch_size: int
-    results: ProgramResults
-    memory_bytes: int | None = None  # for the program; None: all that its devices have
-    layout: Layout = field(init=False)  # of the program compiled last
-
-    def __post_init__(self) -> None:
-        experiment = self.experiment
-        lanes, rows = min(len(self.runs), experiment.lanes or MOST_LANES), self.setup.mesh.shape[LANE]
+    def __init__(
+        self, setup: Setup, batch_size: int, bn_batch_size: int, results: ProgramResults, memory_bytes: int | None = None
+    ):
+        """`memory_bytes` are for the program; None stands for all that its devices have."""
+        experiment, mesh = setup.experiment, setup.mesh
+        self.setup, self.experiment, self.model_of = setup, experiment, setup.model_of
+        self.batch_size, self.bn_batch_size, self.results = batch_size, bn_batch_size, results
+        self.name = f"m{batch_size:05d}_b{bn_batch_size:05d}"
+        self.title = title(batch_size, bn_batch_size)
+        self.runs = setup.programs[batch_size, bn_batch_size]  # lowest base_lr first
+        self.num_examples = setup.dataset.num_train
+        self.total_steps = order.total_steps(experiment.epochs, self.num_examples, batch_size)
+        self.data_devices = mesh.shape[DATA]  # that share each batch
+        self._memory_bytes = memory_bytes or devices.memory_bytes(mesh)
+        lanes, rows = min(len(self.runs), experiment.lanes or MOST_LANES), mesh.shape[LANE]
         even = -(-lanes // rows) * rows  # every row of devices has the same number
-        self.layout = Layout(even, self._micro_batch_size(experiment.micro_batch_size))
-
-    @property
-    def experiment(self) -> Experiment:
-        return self.setup.experiment
-
-    @property
-    def model_of(self) -> ModelOf:
-        return self.setup.model_of
-
-    @property
-    def runs(self) -> list[Run]:
-        return self.setup.programs[self.batch_size, self.bn_batch_size]
-
-    @property
-    def name(self) -> str:
-        return f"m{self.batch_size:05d}_b{self.bn_batch_size:05d}"
-
-    @property
-    def title(self) -> str:
-        """The job's name for the user: "m = 8, BN batch 4"."""
-        m, b = self.batch_size, self.bn_batch_size
-        return f"m = {m}" + (f", BN batch {b}" if b != m else "")
-
-    @property
-    def num_examples(self) -> int:
-        return self.setup.dataset.num_train
-
-    @property
-    def images_per_run(self) -> int:
-        return self.experiment.epochs * self.num_examples
-
-    @property
-    def total_steps(self) -> int:
-        return order.total_steps(self.experiment.epochs, self.num_examples, self.batch_size)
-
-    @property
-    def data_devices(self) -> int:
-        """Devices that share each batch."""
-        return self.setup.mesh.shape[DATA]
+        self.layout = Layout(even, self._micro_batch_size(experiment.micro_batch_size))  # of the program compiled last
 
     def pending(self) -> list[Run]:
         return [run for run in self.runs if not self.results.complete(run, self.experiment.epochs)]
-
-    def count_complete(self, counts: RunCounts) -> None:
-        """Adds the runs that are complete already."""
-        for run in self.runs:
-            if self.results.complete(run, self.experiment.epochs):
-                counts.add_run(self.results.diverged(run), self.results.final_accuracy(run))
 
     def settings(self, runs: list[Run | None]) -> Setting:
         """The scalars of the run in each lane, stacked; any valid ones for a lane without a run."""
@@ -207,7 +153,7 @@ class Job:
         self.layout = layout or self.layout
         while True:
             program = self._compile(pipeline, self.layout)
-            if program.peak_bytes <= (self.memory_bytes or devices.memory_bytes(program.mesh)):
+            if program.peak_bytes <= self._memory_bytes:
                 return program
             self.layout = self.smaller(program)
 
@@ -224,10 +170,9 @@ class Job:
         smaller = self._micro_batch_size(now // 2)
         if smaller is not None and smaller < now:
             return Layout(program.lanes, smaller)
-        available = self.memory_bytes or devices.memory_bytes(program.mesh)
         raise InputError(
             f"m = {self.batch_size}: out of memory: one lane per device needs {program.peak_bytes / GIB:.1f} GiB of "
-            f"{available / GIB:.1f}; use a smaller batch size or model, lower precision, or more data_devices."
+            f"{self._memory_bytes / GIB:.1f}; use a smaller batch size or model, lower precision, or more data_devices."
         )
 
     def _micro_batch_size(self, most: int | None) -> int | None:

@@ -23,15 +23,11 @@ from smallbatch_jax.config.experiment import Experiment, Run
 from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.program.lanes import LaneProgram
 from smallbatch_jax.program.train import TrainState
-from smallbatch_jax.runner.flops import flops_per_image, matrix_rate
-from smallbatch_jax.runner.input import InputPipeline
+from smallbatch_jax.runner.input import InputPipeline, input_pipeline
 from smallbatch_jax.runner.jobs import Job, ModelOf, Setup
 from smallbatch_jax.runner.progress import Progress, Status
 from smallbatch_jax.runner.segments import Lanes
-from smallbatch_jax.runner.streaming import input_pipeline
 from smallbatch_jax.store.results import ProgramResults
-
-__all__ = ["Forecast", "elsewhere", "flops_per_image", "matrix_rate", "measure", "plan_program", "total_seconds"]
 
 WARM_UP_IMAGES = 512  # per lane, of the first segment, which is not timed
 EVALUATED_BATCHES = 4  # of a streamed test set
@@ -67,18 +63,16 @@ class Trial:
 
     def evaluate(self) -> float:
         """Seconds to evaluate all lanes, measured the second time; extrapolated from a few batches of a streamed test set."""
-        self._evaluate()
-        return self._evaluate()
-
-    def _evaluate(self) -> float:
-        load = self._pipeline.prepare(self.program, self.job.batch_size, [None] * self.program.lanes)
-        segment = load.segment._replace(evaluate=np.ones(self.program.lanes, bool))
-        few = itertools.islice(load.test, EVALUATED_BATCHES)
-        began = time.monotonic()
-        settings = self.job.settings(self.runs)
-        self._lanes.state, report = self.program.run(self._lanes.state, settings, segment, load.pool, few)
-        jax.block_until_ready(report)
-        return (time.monotonic() - began) * max(1.0, load.test_batches / EVALUATED_BATCHES)
+        settings, seconds, scale = self.job.settings(self.runs), 0.0, 1.0
+        for _ in range(2):
+            load = self._pipeline.prepare(self.program, self.job.batch_size, [None] * self.program.lanes)
+            segment = load.segment._replace(evaluate=np.ones(self.program.lanes, bool))
+            few = itertools.islice(load.test, EVALUATED_BATCHES)
+            began = time.monotonic()
+            self._lanes.state, report = self.program.run(self._lanes.state, settings, segment, load.pool, few)
+            jax.block_until_ready(report)
+            seconds, scale = time.monotonic() - began, max(1.0, load.test_batches / EVALUATED_BATCHES)
+        return seconds * scale
 
     def diverged(self) -> frozenset[float]:
         """Base learning rates whose run has diverged."""
@@ -96,12 +90,12 @@ class Trial:
         seconds = time.monotonic() - began
         self._seconds_per_step = seconds / pace
         trained = 0
-        for lane, assignment in enumerate(flight.assignments):
-            if assignment is not None:
-                trained += int(report.step[lane]) - assignment.first_step
-                if not report.alive[lane]:
-                    self.alive[lane] = False
-                    self._lanes.free(lane, assignment.run)
+        for i, lane in enumerate(flight.lanes):
+            if lane is not None:
+                trained += int(report.step[i]) - lane.first_step
+                if not report.alive[i]:
+                    self.alive[i] = False
+                    self._lanes.free(i, lane.run)
         return trained * self.job.batch_size, seconds
 
 
@@ -113,7 +107,7 @@ def measure(experiment: Experiment, dataset: Dataset | Photographs, model_of: Mo
       dataset: its data, or any of the same shape.
       model_of: makes the model for a BN batch size; None takes the experiment's own.
     """
-    setup = Setup.of(experiment, dataset, model_of)
+    setup = Setup(experiment, dataset, model_of)
     initial = setup.initialiser()
     with tempfile.TemporaryDirectory() as folder, closing(input_pipeline(dataset, experiment)) as pipeline:
         for m, b in setup.programs:
@@ -132,12 +126,6 @@ def _one_run_per_rate(runs: Sequence[Run]) -> list[Run]:
 class ProgramPlan:
     """Cost of one program, extrapolated from a few seconds of it."""
 
-    batch_size: int
-    bn_batch_size: int
-    runs: int
-    steps: int  # per run
-    lanes: int
-    data_devices: int  # that share each batch
     flops: float  # of all runs, if every one trains to its last epoch
     diverging: int  # runs expected to end at once
     compile_seconds: float
@@ -159,12 +147,6 @@ def plan_program(trial: Trial, flops_per_image: float, seconds: float) -> Progra
     diverging = sum(run.base_lr in diverged for run in job.runs)
     surviving, images = len(job.runs) - diverging, job.total_steps * job.batch_size
     return ProgramPlan(
-        batch_size=job.batch_size,
-        bn_batch_size=job.bn_batch_size,
-        runs=len(job.runs),
-        steps=job.total_steps,
-        lanes=program.lanes,
-        data_devices=job.data_devices,
         flops=flops_per_image * images * len(job.runs),
         diverging=diverging,
         compile_seconds=program.compile_seconds,
@@ -205,7 +187,7 @@ def elsewhere(batch_size: int, runs: int, images: int, stored: Sequence[Mapping[
 
 
 class Forecast:
-    """A `Progress` that adds the expected time of the programs to come, and passes on to another.
+    """Adds the expected time of the programs to come to what a `Progress` shows.
 
     They are expected to train at the rates of the programs so far, interpolated between batch sizes; a base learning rate that
     diverged at a smaller batch size is expected to diverge at once.
@@ -217,28 +199,18 @@ class Forecast:
         self._rates: dict[int, float] = {}  # images/s by batch size
 
     def begin(self, job: Job, later: Sequence[Job]) -> None:
-        """Notes that a program begins to train, and that `later` are to come; the runs of all others change no more."""
+        """Notes that a program begins to train, and that `later` are to come."""
         self._job = job
-        self._diverged = [(other.batch_size, _lowest_diverged(other)) for other in self._jobs if other is not job]
         self._later = [(other, sorted(run.base_lr for run in other.pending())) for other in later]
 
     def show(self, status: Status, doing: str) -> None:
-        program = status.program
-        if program is not None and program.trained:
-            self._rates[self._job.batch_size] = program.rate
+        if status.program is not None and status.program.trained:
+            self._rates[self._job.batch_size] = status.program.rate
         stored = [{"batch_size": m, "images_per_second": rate} for m, rate in self._rates.items()]
-        diverged = [*self._diverged, (self._job.batch_size, _lowest_diverged(self._job))]
+        diverged = [(job.batch_size, run.base_lr) for job in self._jobs for run in job.runs if job.results.diverged(run)]
         status.later_seconds = 0.0
         for job, base_lrs in self._later:
             lowest = min((base_lr for m, base_lr in diverged if m <= job.batch_size), default=math.inf)
             runs = bisect.bisect_left(base_lrs, lowest)
             status.later_seconds += elsewhere(job.batch_size, runs, job.experiment.epochs * job.num_examples, stored)
         self._progress.show(status, doing)
-
-    def close(self, status: Status) -> None:
-        self._progress.close(status)
-
-
-def _lowest_diverged(job: Job) -> float:
-    """Returns the lowest base learning rate of a program that diverged."""
-    return min((run.base_lr for run in job.runs if job.results.diverged(run)), default=math.inf)

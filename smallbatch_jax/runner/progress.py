@@ -3,20 +3,28 @@
 import math
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TextIO
 
+from smallbatch_jax.config.experiment import Run
 from smallbatch_jax.config.text import duration
+from smallbatch_jax.store.results import ProgramResults
 
 SMOOTHING = 0.2  # weight of the last segment in the images/s that are shown
+
+
+def title(batch_size: int, bn_batch_size: int) -> str:
+    """A program's name for the user: "m = 8, BN batch 4"."""
+    return f"m = {batch_size}" + (f", BN batch {bn_batch_size}" if bn_batch_size != batch_size else "")
 
 
 @dataclass
 class RunCounts:
     """Progress of the runs of one program, or of the whole grid."""
 
-    runs: int
-    images: int  # training images that they will need, without those of runs that ended early
+    runs: int = 0
+    images: int = 0  # training images that they will need, without those of runs that ended early
     finished: int = 0
     diverged: int = 0
     trained: int = 0  # images trained by this process
@@ -32,6 +40,15 @@ class RunCounts:
         self.finished += not diverged
         if test_accuracy > self.best or math.isnan(self.best):
             self.best = test_accuracy
+
+    def add_program(self, runs: Iterable[Run], stored: ProgramResults, epochs: int, num_examples: int) -> None:
+        """Adds the runs of a program, some of which may be complete already."""
+        for run in runs:
+            self.runs += 1
+            if stored.complete(run, epochs):
+                self.add_run(stored.diverged(run), stored.final_accuracy(run))
+            else:
+                self.images += epochs * num_examples
 
     def counts(self) -> str:
         """Runs done and diverged, and the best accuracy so far."""
@@ -155,24 +172,17 @@ class LiveProgress:
 
     def __init__(self, console: Any = None) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+        from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bars
         from rich.table import Column
-        from rich.text import Text
-
-        class Line(ProgressColumn):
-            """Text that is cut, not wrapped, where there is little room."""
-
-            def render(self, task: Task) -> Text:
-                return Text(task.fields["line"], no_wrap=True, overflow="ellipsis")
 
         columns = (
             TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=6)),
             BarColumn(bar_width=16, table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
-            Line(),
+            TextColumn("{task.fields[line]}", table_column=Column(no_wrap=True, ratio=1)),  # cut where there is little room
         )
-        self._bars = Bars(*columns, console=console or Console(stderr=True), transient=True)
+        self._bars = Bars(*columns, console=console or Console(stderr=True), transient=True, expand=True)
         self._program = self._bars.add_task("", total=None, left="", line="", visible=False)
         self._grid = self._bars.add_task("grid", total=None, left="", line="")
         self._bars.start()

@@ -10,7 +10,6 @@ travels with a segment; all hosts act on the proposals when they read that segme
 
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -22,17 +21,17 @@ from smallbatch_jax.data import order
 from smallbatch_jax.data.streaming.prefetch import WorkerDied
 from smallbatch_jax.program import processes
 from smallbatch_jax.program.lanes import LaneProgram, Report
+from smallbatch_jax.runner.compiler import Compiler
+from smallbatch_jax.runner.input import LaneSteps
 from smallbatch_jax.runner.jobs import Job, Session
 from smallbatch_jax.runner.progress import ProgramStatus
-from smallbatch_jax.runner.segments import Assignment, InFlight, Lanes
+from smallbatch_jax.runner.segments import InFlight, Lanes
 from smallbatch_jax.runner.signals import Interrupted
 from smallbatch_jax.store.checkpoint import Checkpoints
 from smallbatch_jax.store.results import Row
 
 CHECKPOINT_SHARE = 0.02  # of the training time, at most
 FIRST_SAVE_SECONDS = 0.3  # assumed cost of a checkpoint before one was made
-
-Recompile = Callable[[int], Future[LaneProgram]]  # number of lanes → the same program with so many
 
 
 class Proposal(NamedTuple):
@@ -47,12 +46,11 @@ class Scheduler:
     """Trains the pending runs of one job in the lanes of its program."""
 
     def __init__(
-        self, job: Job, program: LaneProgram, checkpoints: Checkpoints, session: Session, recompile: Recompile | None = None
+        self, job: Job, program: LaneProgram, checkpoints: Checkpoints, session: Session, compiler: Compiler | None = None
     ):
-        """`recompile` compiles the same program with fewer lanes, in the background; None keeps the program."""
-        self._job, self._checkpoints, self._session, self._recompile = job, checkpoints, session, recompile
+        """`compiler` compiles the same program with fewer lanes, where that is faster; None keeps the program."""
+        self._job, self._checkpoints, self._session, self._compiler = job, checkpoints, session, compiler
         self.lanes = Lanes(job, program, session.pipeline, session.initial)
-        self._recorder = Recorder(job, session)
         self._pace = Pace(job.experiment.segment_seconds, job.batch_size, program)
         self._budget = CheckpointBudget(job.experiment.checkpoint_seconds)
         self._queue: deque[Run] = deque()
@@ -67,7 +65,7 @@ class Scheduler:
           Interrupted: on a signal, after the segment in flight ended and all lanes were saved.
         """
         self._restore()
-        self._recorder.begin(self.lanes)
+        self._begin()
         self._pace.restart()
         while True:
             self.lanes.refill(self._queue)
@@ -98,6 +96,14 @@ class Scheduler:
             lanes.move(lanes.program, state, kept)
         self._queue = deque(run for run in pending if run not in lanes.runs)
 
+    def _begin(self) -> None:
+        """Shows what is left to do, less what restored lanes have done already."""
+        job, status = self._job, self._session.status
+        program = ProgramStatus(lanes=self.lanes.program.lanes)
+        program.add_program(job.runs, job.results, job.experiment.epochs, job.num_examples)
+        status.begin(program)
+        status.spare(sum(self.lanes.steps) * job.batch_size)
+
     def _follows(self, run: Run, step: int) -> bool:
         """Returns whether the rows of all epochs before this step are stored: a copied workdir may lack some."""
         epochs = order.epoch_of_step(int(step), self._job.num_examples, self._job.batch_size) - 1
@@ -110,15 +116,42 @@ class Scheduler:
             flight = self.lanes.send(self._agreed.steps)
         except (InputError, WorkerDied):  # a broken image or a dead worker: what was trained so far is kept
             self._land()
-            self._save_before_failing()
+            donated = any(leaf.is_deleted() for leaf in jax.tree.leaves(self.lanes.state))  # to a segment that did not return
+            if not donated and not processes.several():  # the other hosts do not know of the failure
+                self._save()
+                self._checkpoints.close()
             raise
         if flight is None:
             return None
         return flight._replace(proposals=processes.exchange(proposal, self.lanes.program.mesh))
 
     def _record(self, flight: InFlight) -> None:
-        trained = self._recorder.record(flight, self.lanes)
-        self._recorder.show(trained, self._pace.measure(trained), self.lanes)
+        """Waits for a segment, stores its rows, frees the lanes of runs that diverged, and shows how far the grid has come."""
+        job, session, status, rows, trained = self._job, self._session, self._session.status, [], 0
+        report = flight.fetch()
+        for i, lane in enumerate(flight.lanes):
+            if lane is None or job.results.diverged(lane.run):
+                continue
+            trained += int(report.step[i]) - lane.first_step
+            row = _row(job, lane, Report(*(values[i] for values in report)))
+            if row is not None:
+                rows.append(row)
+                if row.diverged:
+                    self.lanes.free(i, lane.run)
+                    status.spare((job.total_steps - row.step) * job.batch_size)
+        session.trackers.add(job.results, job.results.append(rows))
+        for row in rows:
+            if row.diverged or row.epoch == job.experiment.epochs:
+                status.end_run(row.diverged, job.results.final_accuracy(row.run))
+        seconds, images = self._pace.measure(trained), trained * job.batch_size
+        self._time("segment", seconds, trained, images)
+        status.add_images(images, seconds)
+        status.running = sum(run is not None for run in self.lanes.runs)
+        session.show(status, job.title)
+
+    def _time(self, phase: str, seconds: float, *trained: int) -> None:
+        shape = self._job.batch_size, self._job.bn_batch_size, self.lanes.program.lanes
+        self._session.timings.add(phase, seconds, *shape, *trained)
 
     def _land(self) -> None:
         """Waits for the segment in flight, if any, and records it."""
@@ -160,8 +193,8 @@ class Scheduler:
         steps = (step for step, run in zip(self.lanes.steps, self.lanes.runs, strict=True) if run)
         seconds_left = (self._job.total_steps - min(steps)) * self._pace.seconds_per_step
         saved = seconds_left * (1 - fewer / program.lanes)
-        if self._recompile and fewer <= program.lanes // 2 and saved > 2 * program.compile_seconds:
-            self._compiling = self._recompile(fewer)
+        if self._compiler and fewer <= program.lanes // 2 and saved > 2 * program.compile_seconds:
+            self._compiling = self._compiler.submit(self._job, self._job.layout._replace(lanes=fewer))
         return None
 
     def _save(self) -> None:
@@ -171,78 +204,25 @@ class Scheduler:
         if processes.is_first():
             self._job.results.sync()
             self._checkpoints.save(state, self.lanes.runs)
-        seconds, job = time.monotonic() - began, self._job
+        seconds = time.monotonic() - began
         self._budget.spend(seconds)
-        self._session.timings.add("checkpoint", seconds, job.batch_size, job.bn_batch_size, self.lanes.program.lanes)
+        self._time("checkpoint", seconds)
         self._pace.restart()
 
-    def _save_before_failing(self) -> None:
-        donated = any(leaf.is_deleted() for leaf in jax.tree.leaves(self.lanes.state))  # to a segment that did not return
-        if not donated and not processes.several():  # the other hosts do not know of the failure
-            self._save()
-            self._checkpoints.close()
 
-
-class Recorder:
-    """The rows of one program's runs, from the reports of its segments."""
-
-    def __init__(self, job: Job, session: Session):
-        self._job, self._session = job, session
-
-    def begin(self, lanes: Lanes) -> None:
-        """Shows what is left to do, less what restored lanes have done already."""
-        job, status = self._job, self._session.status
-        images = len(job.pending()) * job.images_per_run
-        program = ProgramStatus(len(job.runs), images, lanes=lanes.program.lanes)
-        job.count_complete(program)
-        status.begin(program)
-        status.spare(sum(lanes.steps) * job.batch_size)
-
-    def record(self, flight: InFlight, lanes: Lanes) -> int:
-        """Waits for a segment, stores its rows and frees the lanes of the runs that diverged; returns the steps trained."""
-        report = flight.fetch()
-        rows, trained = [], 0
-        for lane, assignment in enumerate(flight.assignments):
-            if assignment is None or self._job.results.diverged(assignment.run):
-                continue
-            trained += int(report.step[lane]) - assignment.first_step
-            row = self._row(assignment, Report(*(values[lane] for values in report)))
-            if row is not None:
-                rows.append(row)
-                if row.diverged:
-                    lanes.free(lane, assignment.run)
-        self._session.trackers.add(self._job.results.append(rows))
-        job, status = self._job, self._session.status
-        for row in rows:
-            if row.diverged or row.epoch == job.experiment.epochs:
-                status.end_run(row.diverged, job.results.final_accuracy(row.run))
-            if row.diverged:
-                status.spare((job.total_steps - row.step) * job.batch_size)
-        return trained
-
-    def show(self, trained: int, seconds: float, lanes: Lanes) -> None:
-        """Stores how long a segment took, and shows how far the grid has come."""
-        job, session, images = self._job, self._session, trained * self._job.batch_size
-        session.timings.add("segment", seconds, job.batch_size, job.bn_batch_size, lanes.program.lanes, trained, images)
-        session.status.add_images(images, seconds)
-        session.status.running = sum(run is not None for run in lanes.runs)
-        session.progress.show(session.status, job.title)
-
-    def _row(self, assignment: Assignment, found: Report) -> Row | None:
-        """Returns the row of an epoch that ended, well or by divergence; None while it goes on."""
-        if found.alive and not assignment.evaluate:
-            return None
-        m, n = self._job.batch_size, self._job.num_examples
-        step = int(found.step)
-        # A batch whose loss was not finite was seen, though it made no update.
-        batches = step - order.epoch_end(assignment.epoch - 1, n, m) + (not found.alive)
-        train_loss = float(found.loss_sum) / batches
-        diverged = not (found.alive and np.isfinite(found.test_loss))
-        train_accuracy = float("nan") if diverged else int(found.correct) / (batches * m)
-        test_accuracy = float("nan") if diverged else int(found.test_correct) / int(found.test_images)
-        run = assignment.run
-        key = run.batch_size, run.bn_batch_size, run.base_lr, run.seed
-        return Row(*key, assignment.epoch, step, train_loss, train_accuracy, float(found.test_loss), test_accuracy)
+def _row(job: Job, lane: LaneSteps, found: Report) -> Row | None:
+    """Returns the row of an epoch that ended, well or by divergence; None while it goes on."""
+    if found.alive and not lane.evaluate:
+        return None
+    run, m, n, step = lane.run, job.batch_size, job.num_examples, int(found.step)
+    # A batch whose loss was not finite was seen, though it made no update.
+    batches = step - order.epoch_end(lane.epoch - 1, n, m) + (not found.alive)
+    train_loss = float(found.loss_sum) / batches
+    diverged = not (found.alive and np.isfinite(found.test_loss))
+    train_accuracy = float("nan") if diverged else int(found.correct) / (batches * m)
+    test_accuracy = float("nan") if diverged else int(found.test_correct) / int(found.test_images)
+    key = run.batch_size, run.bn_batch_size, run.base_lr, run.seed
+    return Row(*key, lane.epoch, step, train_loss, train_accuracy, float(found.test_loss), test_accuracy)
 
 
 class CheckpointBudget:

@@ -20,20 +20,10 @@ from smallbatch_jax.runner.input import InputPipeline, LaneSteps
 from smallbatch_jax.runner.jobs import Job
 
 
-class Assignment(NamedTuple):
-    """The updates of one lane in one segment."""
-
-    run: Run
-    epoch: int  # of the first update
-    first_step: int
-    steps: int
-    evaluate: bool  # whether these updates end the epoch
-
-
 class InFlight(NamedTuple):
     """A dispatched segment and its outputs, not fetched yet."""
 
-    assignments: list[Assignment | None]  # by lane
+    lanes: list[LaneSteps | None]
     report: Report
     proposals: Any = None  # int32[hosts, 3], a `Proposal` of every host
 
@@ -106,19 +96,18 @@ class Lanes:
         Returns:
           None if there is nothing to do.
         """
-        assignments = self._assignments(pace, evaluate)
-        if not any(assignments):
+        lanes = self._next_steps(pace, evaluate)
+        if not any(lanes):
             return None
-        spans = [a and LaneSteps(a.run.seed, a.first_step, a.steps, a.evaluate) for a in assignments]
-        load = self._pipeline.prepare(self.program, self.job.batch_size, spans)
+        load = self._pipeline.prepare(self.program, self.job.batch_size, lanes)
         settings = self.job.settings(self.runs)
-        for lane, assignment in enumerate(assignments):
-            if assignment is not None:
-                self.steps[lane] += assignment.steps
-                if self.steps[lane] == self.job.total_steps:
-                    self.runs[lane] = None
+        for i, lane in enumerate(lanes):
+            if lane is not None:
+                self.steps[i] += lane.steps
+                if self.steps[i] == self.job.total_steps:
+                    self.runs[i] = None
         self.state, report = self.program.run(self.state, settings, load.segment, load.pool, load.test)
-        return InFlight(assignments, processes.readable(report, self.program.mesh))
+        return InFlight(lanes, processes.readable(report, self.program.mesh))
 
     def _free_lanes(self) -> Iterator[int]:
         """Yields free lanes, each in the row with the fewest runs; the caller fills it before it asks for another."""
@@ -126,17 +115,15 @@ class Lanes:
             load = self.loads()
             yield min(free, key=lambda lane: (load[self.program.row_of_lane(lane)], lane))
 
-    def _assignments(self, pace: int, evaluate: bool) -> list[Assignment | None]:
+    def _next_steps(self, pace: int, evaluate: bool) -> list[LaneSteps | None]:
         """Returns what each lane does in the next segment: steps of one epoch, or of the whole run without evaluation."""
-        m, n = self.job.batch_size, self.job.num_examples
-        epochs = [order.epoch_of_step(step, n, m) for step in self.steps]
-        ends = [order.epoch_end(epoch, n, m) if evaluate else self.job.total_steps for epoch in epochs]
-        left = [end - step for end, step in zip(ends, self.steps, strict=True)]
-        wanted = [run and LaneSteps(run.seed, self.steps[lane], left[lane]) for lane, run in enumerate(self.runs)]
-        steps = self._pipeline.steps(self.program, m, wanted, pace)
+        m, n, wanted = self.job.batch_size, self.job.num_examples, []
+        for run, step in zip(self.runs, self.steps, strict=True):
+            epoch = order.epoch_of_step(step, n, m)
+            end = order.epoch_end(epoch, n, m) if evaluate else self.job.total_steps
+            wanted.append(run and LaneSteps(run, epoch, step, end - step, evaluate))
+        taken = self._pipeline.steps(self.program, m, wanted, pace)
         return [
-            Assignment(run, epochs[lane], self.steps[lane], steps[lane], evaluate and steps[lane] == left[lane])
-            if run and steps[lane]
-            else None
-            for lane, run in enumerate(self.runs)
+            lane._replace(steps=steps, evaluate=evaluate and steps == lane.steps) if lane and steps else None
+            for lane, steps in zip(wanted, taken, strict=True)
         ]

@@ -25,10 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _SECTIONS = {
-    "dataset": experiment.Dataset,
-    "model": experiment.Model,
-    "schedule": experiment.Schedule,
-    "grid": experiment.Grid,
+    field.name: type(field.default) for field in dataclasses.fields(Experiment) if dataclasses.is_dataclass(field.default)
 }
 _ARGUMENTS = {"drawn_from", "dataset", "model", "epochs", "grid"}  # fields that arguments of `sweep` set, or that train nothing
 _ARGUMENTS |= {"batch_sizes", "base_lrs", "base_lrs_from", "base_lr_by_batch_size", "seeds"}

@@ -4,99 +4,69 @@ The results store is the truth and is written first. A tracker is opened with wh
 is lost or shown twice whenever a process was killed, and a tracker that is turned on later shows what was trained before.
 """
 
+import dataclasses
+import math
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from smallbatch_jax.config import extras
-from smallbatch_jax.config.experiment import Experiment, Run
+from smallbatch_jax.config.experiment import Experiment, InputError, Run
 from smallbatch_jax.store.files import append_line
 from smallbatch_jax.store.results import ProgramResults, Row
-from smallbatch_jax.tracking.metrics import name_of, outcome
-from smallbatch_jax.tracking.tensorboard import TensorBoardRun
-from smallbatch_jax.tracking.wandb import WandbRun, require_project
+from smallbatch_jax.tracking.tensorboard import DIVERGED, FINAL_ACCURACY, TensorBoardRun
+from smallbatch_jax.tracking.wandb import WandbRun
 
-
-class TrackedRun(Protocol):
-    """One run in one tracker, which keeps its files in WORKDIR/NAME."""
-
-    shown: int  # rows that the tracker has
-
-    def __init__(self, experiment: Experiment, workdir: Path, run: Run) -> None: ...
-
-    def show(self, rows: list[Row]) -> None:
-        """Shows rows that follow those shown already."""
-
-    def end(self, epoch: int, outcome: dict[str, float]) -> None:
-        """Shows how the run ended after an epoch, as `metrics.outcome` says; closes it."""
-
-    def close(self) -> None:
-        """Leaves a run that another process goes on with."""
-
-
-# By the experiment's field that turns it on, which is also the extra of setup.cfg with its package.
-TRACKERS: dict[str, type[TrackedRun]] = {"tensorboard": TensorBoardRun, "wandb": WandbRun}
+# One run in a tracker: a class with the methods of TensorBoardRun, which keeps its files in WORKDIR/NAME. NAME is the
+# experiment's field that turns the tracker on, and the extra of setup.cfg with its package.
+TRACKERS = {"tensorboard": TensorBoardRun, "wandb": WandbRun}
 
 
 def require(experiment: Experiment) -> None:
-    """Refuses an experiment whose trackers cannot be opened here.
-
-    Raises:
-      InputError: if the package of a tracker is not installed, or W&B accepts no project of that name.
-    """
+    """Raises InputError if the package of a tracker is not installed, or W&B accepts no project of that name."""
     for name in TRACKERS:
         if getattr(experiment, name):
             extras.require(name, name)
-    require_project(experiment.wandb)
+    project = experiment.wandb or ""
+    if len(project) > 128 or set(project) & set("/\\#?%:"):
+        raise InputError(f"wandb: got {project!r}, accepts at most 128 characters and none of / \\ # ? % :")
 
 
-class Trackers:
+class Trackers(AbstractContextManager):
     """The trackers that an experiment asks for, none as a rule; a context manager.
 
     The process that writes a program's rows opens them. A tracker is a convenience and may depend on a network: its first
-    failure of any kind is one line on stderr, and training goes on without it. The next start brings it up to date.
-
-    Args:
-      experiment: says which.
-      workdir: of the experiment; WORKDIR/NAME/complete lists the runs that need not be shown again.
-      stored: the rows of the programs that this process trains, which are shown at once.
+    failure of any kind is one line on stderr, and training goes on without it. The next start brings it up to date, but for
+    runs that WORKDIR/NAME/complete lists. `stored`, the programs that this process trains, are shown at once.
     """
 
     def __init__(self, experiment: Experiment, workdir: Path, stored: Iterable[ProgramResults]):
         self._experiment, self._workdir = experiment, workdir
-        self._names = [name for name in TRACKERS if getattr(experiment, name)]
-        self._rows: dict[Run, list[Row]] = {}  # of runs that have not ended
-        self._open: dict[tuple[str, Run], TrackedRun] = {}
-        for program in stored if self._names else ():
-            self.add(program.rows())
+        self._open = {name: dict[Run, TensorBoardRun | WandbRun]() for name in TRACKERS if getattr(experiment, name)}
+        for program in stored if self._open else ():
+            self.add(program, program.rows())
 
-    def add(self, rows: Iterable[Row]) -> None:
-        """Shows rows that are stored by now; each is given once, those of a run in the order of its epochs."""
-        added = list(rows) if self._names else []
-        for row in added:
-            self._rows.setdefault(row.run, []).append(row)
-        for run in dict.fromkeys(row.run for row in added):
-            for name in list(self._names):
+    def add(self, stored: ProgramResults, rows: Iterable[Row]) -> None:
+        """Shows rows that `stored` has by now; each is given once, those of a run in the order of its epochs."""
+        points: dict[Run, dict[int, dict[str, float]]] = {}
+        for row in rows if self._open else ():
+            points.setdefault(row.run, {})[row.epoch] = scalars(row)
+        for run, by_epoch in points.items():
+            for name in list(self._open):
                 with self._warning(name):
-                    self._show(name, run)
-            if outcome(self._rows[run], self._experiment.epochs):
-                del self._rows[run]
+                    self._show(name, run, by_epoch, outcome(stored, run, self._experiment.epochs))
 
-    def _show(self, name: str, run: Run) -> None:
-        rows, complete = self._rows[run], self._workdir / name / "complete"
-        entry = f"{getattr(self._experiment, name)} {name_of(run)}"  # another W&B project is shown all runs
-        if (name, run) not in self._open:
+    def _show(self, name: str, run: Run, points: dict[int, dict[str, float]], ended: dict[str, float]) -> None:
+        experiment, complete = self._experiment, self._workdir / name / "complete"
+        entry = f"{getattr(experiment, name)} {name_of(run)}"  # another W&B project is shown all runs
+        if run not in self._open[name]:
             if complete.exists() and entry in complete.read_text().split("\n"):
                 return
-            self._open[name, run] = TRACKERS[name](self._experiment, self._workdir, run)
-        tracked = self._open[name, run]
-        tracked.show(rows[tracked.shown :])
-        tracked.shown = len(rows)
-        if ended := outcome(rows, self._experiment.epochs):
-            tracked.end(rows[-1].epoch, ended)
-            del self._open[name, run]
+            self._open[name][run] = TRACKERS[name](experiment, self._workdir, name_of(run), hparams(experiment, run))
+        self._open[name][run].show(points)
+        if ended:
+            self._open[name].pop(run).close(ended)
             append_line(complete, entry)
 
     @contextmanager
@@ -104,22 +74,61 @@ class Trackers:
         try:
             yield
         except Exception as error:
-            self._names.remove(name)
+            del self._open[name]
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             print(f"warning: {name} shows no more of this grid, which goes on: {reason}", file=sys.stderr, flush=True)
 
-    def __enter__(self) -> "Trackers":
-        return self
-
     def __exit__(self, *_: object) -> None:
-        for key, tracked in self._open.items():
-            if key[0] in self._names:
-                with self._warning(key[0]):
-                    tracked.close()
+        for name, runs in list(self._open.items()):
+            with self._warning(name):
+                for tracked in runs.values():
+                    tracked.close({})
 
 
-class NoTrackers(Trackers):
-    """Trackers of a process that writes nothing."""
+def name_of(run: Run) -> str:
+    """The name of a run, unique in its grid: m00008_b00004_lr2^-7_seed0, without b where that is m."""
+    mantissa, exponent = math.frexp(run.base_lr)
+    base_lr = f"2^{exponent - 1}" if mantissa == 0.5 else repr(run.base_lr)
+    bn = f"_b{run.bn_batch_size:05d}" if run.bn_batch_size != run.batch_size else ""
+    return f"m{run.batch_size:05d}{bn}_lr{base_lr}_seed{run.seed}"
 
-    def __init__(self) -> None:
-        self._names, self._open = [], {}
+
+def hparams(experiment: Experiment, run: Run) -> dict[str, object]:
+    """The hyperparameters of a run, for tables that compare runs."""
+    return {
+        **dataclasses.asdict(run),
+        "log2_base_lr": math.log2(run.base_lr),
+        "learning_rate": run.base_lr * run.batch_size,  # η, of the mean gradient (Eq. 6)
+        "experiment": experiment.name,
+        "dataset": experiment.dataset.name,
+        "augment": experiment.dataset.augment,
+        "model": experiment.model.name,
+        "norm": experiment.model.norm,
+        "bn_statistics": experiment.model.bn_statistics,
+        "epochs": experiment.epochs,
+        "weight_decay": experiment.weight_decay,
+        "warmup_fraction": experiment.schedule.warmup_fraction,
+        "precision": experiment.precision,
+    }
+
+
+def scalars(row: Row) -> dict[str, float]:
+    """The points of a run's curves at one epoch: losses, accuracies as fractions, updates taken.
+
+    Values that are not finite are left out: one infinite loss would spoil the axes of the runs beside it.
+    """
+    values = {
+        "train/loss": row.train_loss,
+        "train/accuracy": row.train_accuracy,
+        "test/loss": row.test_loss,
+        "test/accuracy": row.test_accuracy,
+        "updates": row.step,
+    }
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def outcome(stored: ProgramResults, run: Run, epochs: int) -> dict[str, float]:
+    """How a run ended: 1 if it diverged, else 0 and its final accuracy (§3.1); empty while it goes on."""
+    if stored.diverged(run):
+        return {DIVERGED: 1.0}
+    return {DIVERGED: 0.0, FINAL_ACCURACY: stored.final_accuracy(run)} if stored.complete(run, epochs) else {}

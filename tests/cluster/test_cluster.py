@@ -15,7 +15,7 @@ import ray
 import tiny
 
 from smallbatch_jax.cluster import launcher, worker
-from smallbatch_jax.cluster.ray import Launch, LaunchedProgram, Reports, _store, resources, summed
+from smallbatch_jax.cluster.launcher import Launch, LaunchedProgram, Reports, _store, resources, summed
 from smallbatch_jax.cluster.worker import Outcome, ProgramTask
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.runner import grid as driver
@@ -89,7 +89,7 @@ def test_the_launcher_finds_what_earlier_workers_completed_and_makes_every_resul
 
 def program(**status):
     task = ProgramTask(tiny.grid(), Path("w"), (4, 4), "", [], [])
-    return LaunchedProgram(task, 3, 1, Status(3, 450, started=0.0, **status))
+    return LaunchedProgram("experiment, m = 4", task, 3, 1, Status(3, 450, started=0.0, **status))
 
 
 def test_the_status_of_all_programs_is_the_sum():
@@ -256,7 +256,7 @@ def test_a_worker_without_the_data_says_so(tmp_path, tiny_worker, monkeypatch):
         assert train(task(folder, owner(folder))) == Outcome(None, "dataset.data_dir: cannot list '/data'")
 
 
-def test_a_relative_folder_of_data_is_the_same_for_a_worker_that_runs_elsewhere():
+def test_a_relative_folder_of_data_is_the_same_for_a_worker_that_runs_elsewhere(folder):
     for given, sent in (("data", os.path.abspath("data")), ("/data", "/data"), ("~/data", "~/data"), (None, None)):
-        chosen = tiny.grid(dataset={"name": "folder", "data_dir": given})
-        assert launcher._for_workers(chosen).dataset.data_dir == sent
+        (program,) = found(folder, dataset={"name": "folder", "data_dir": given})
+        assert program.task.experiment.dataset.data_dir == sent

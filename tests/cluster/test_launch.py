@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from smallbatch_jax.cluster.ray import connected
+from smallbatch_jax.cluster.launcher import connected
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.store import results
 from smallbatch_jax.study.figures import COST_FIGURES as COST_STEMS
@@ -25,7 +25,7 @@ SECONDS = 300  # for a single command
 # What workers do here instead of training. m = 2: sees no workdir; 4: dies once; 8: has no data; 16: a bug; 32: always dies.
 STANDS_IN = """
 import os, runpy, signal, sys
-from smallbatch_jax.cluster import launcher, ray as ray_tasks
+from smallbatch_jax.cluster import launcher
 
 def train(task, cpu_devices, reports):
     from smallbatch_jax.store.files import append_line
@@ -47,7 +47,7 @@ def train(task, cpu_devices, reports):
         stored.append(rows)
     return Outcome(None)
 
-ray_tasks._train, ray_tasks.RETRIES = train, 1
+launcher._train, launcher.RETRIES = train, 1
 launcher._facts = lambda experiment: {"num_classes": 3, "examples": [50, 20]}
 sys.path.insert(0, "experiments")
 sys.argv[0] = "experiments/launch.py"

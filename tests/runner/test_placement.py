@@ -15,7 +15,7 @@ from smallbatch_jax.runner.input import Resident
 
 def shared(chosen):
     """Devices that share each batch."""
-    return jobs.Setup.of(chosen, tiny.dataset()).mesh.shape["data"]
+    return jobs.Setup(chosen, tiny.dataset()).mesh.shape["data"]
 
 
 def asked(m, b=None, **fields):

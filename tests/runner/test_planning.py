@@ -11,7 +11,7 @@ from shell import QUICKSTART, run
 
 from smallbatch_jax import data
 from smallbatch_jax.models import create_model
-from smallbatch_jax.runner import planning
+from smallbatch_jax.runner import flops, planning
 
 ONE_PROGRAM = ("--config.grid.batch_sizes=(64,)", "--config.grid.base_lrs=(0.001,8.0)")
 
@@ -25,7 +25,7 @@ def probed():
 
 def test_a_probe_sees_the_speed_and_what_diverges_at_once(probed):
     trial, found = probed
-    assert found.lanes == 4
+    assert trial.program.lanes == 4
     assert found.images_per_second > 0
     assert 0 < found.evaluation_seconds < 1
     assert found.compile_seconds > 0
@@ -35,8 +35,8 @@ def test_a_probe_sees_the_speed_and_what_diverges_at_once(probed):
 
 
 def test_a_plan_counts_the_runs_that_go_on(probed):
-    _, plan = probed
-    assert (plan.runs, plan.diverging, plan.steps) == (4, 2, 6250)
+    trial, plan = probed
+    assert (len(trial.job.runs), plan.diverging, trial.job.total_steps) == (4, 2, 6250)
     assert plan.flops == 10 * 6250 * 4 * 4
     expected = 2 * 6250 * 4 / plan.images_per_second + 2 * 500 * plan.evaluation_seconds
     assert plan.seconds == pytest.approx(expected)
@@ -70,8 +70,7 @@ def test_compiling_ahead_costs_nothing_that_training_hides(monkeypatch):
 
 
 def plan(**fields):
-    known = {"batch_size": 8, "bn_batch_size": 8, "runs": 4, "steps": 10, "lanes": 4, "data_devices": 1}
-    known |= {"flops": 1.0, "diverging": 1, "compile_seconds": 1.0, "images_per_second": 5.0, "evaluation_seconds": 0.1}
+    known = {"flops": 1.0, "diverging": 1, "compile_seconds": 1.0, "images_per_second": 5.0, "evaluation_seconds": 0.1}
     known |= {"seconds": 1.0, "peak_bytes": 1}
     return planning.ProgramPlan(**{**known, **fields})
 
@@ -97,13 +96,13 @@ class OneProduct(nn.Module):
 
 def test_flops_are_those_of_the_model_as_written():
     """One product of 400 inputs and 10 outputs, forward and for the kernel: 2·2·4000 per image, and little beside."""
-    assert planning.flops_per_image(OneProduct(), (20, 20, 1)) == pytest.approx(16_000, rel=0.05)
+    assert flops.flops_per_image(OneProduct(), (20, 20, 1)) == pytest.approx(16_000, rel=0.05)
     # ResNet-8 on 32×32×3: 12.2 M multiplications forward (padding left out: 11.7 M), thrice that in a step, and BN.
-    assert planning.flops_per_image(create_model("resnet8", 10), (32, 32, 3)) == pytest.approx(6 * 11.7e6, rel=0.05)
+    assert flops.flops_per_image(create_model("resnet8", 10), (32, 32, 3)) == pytest.approx(6 * 11.7e6, rel=0.05)
 
 
 def test_the_matrix_rate_is_that_of_numpy_within_reason():
-    rate = planning.matrix_rate(256, 4)
+    rate = flops.matrix_rate(256, 4)
     assert 1e9 < rate < 1e15
 
 

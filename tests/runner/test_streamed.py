@@ -13,8 +13,8 @@ from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.data.streaming.prefetch import Prefetcher
 from smallbatch_jax.program import lanes
 from smallbatch_jax.runner import grid as driver
+from smallbatch_jax.runner import input as streamed
 from smallbatch_jax.runner import scheduler as feeder
-from smallbatch_jax.runner import streaming as streamed
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results, skipped
 
@@ -80,7 +80,7 @@ def test_lanes_out_of_step_wait_for_each_other_where_there_is_no_room(root, out_
     streams, load, steps = [], streamed.Streamed.prepare, streamed.Streamed.steps
 
     def spy(self, program, batch_size, spans):
-        streams.append({(span.seed, span.first_step) for span in spans if span})
+        streams.append({(span.run.seed, span.first_step) for span in spans if span})
         return load(self, program, batch_size, spans)
 
     def behind_first(self, program, batch_size, wanted, pace):

@@ -5,8 +5,8 @@ import math
 import resource
 import shutil
 import signal
+import sys
 import time
-from contextlib import ExitStack
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,6 @@ from tracked import assert_all_shown, expected, points, row, runs_shown, show, t
 
 import smallbatch_jax as sbj
 from smallbatch_jax.cluster import launcher, worker
-from smallbatch_jax.cluster import ray as ray_tasks
 from smallbatch_jax.config.experiment import InputError, Run
 from smallbatch_jax.program import processes
 from smallbatch_jax.runner import grid as driver
@@ -28,8 +27,7 @@ from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.runner.signals import Stop
 from smallbatch_jax.store import results
 from smallbatch_jax.store.results import ProgramResults
-from smallbatch_jax.tracking.metrics import name_of
-from smallbatch_jax.tracking.trackers import TRACKERS, Trackers
+from smallbatch_jax.tracking.trackers import TRACKERS, Trackers, name_of
 
 NAN = float("nan")
 
@@ -266,12 +264,13 @@ def test_a_sweep_from_python_is_shown(tmp_path):
 def test_what_a_worker_trained_elsewhere_is_shown_in_the_launchers_workdir(tmp_path, monkeypatch):
     """One that does not see the workdir tracks nothing itself, into a folder that would be lost."""
     asked, grid = [], tiny.grid(tensorboard=True, wandb="p")
-    monkeypatch.setattr(worker, "_train", lambda task, *_: asked.append(task.experiment) or worker.Outcome(None))
+    monkeypatch.setattr(driver, "train_program", lambda experiment, *_: asked.append(experiment))
+    monkeypatch.setattr(sys, "argv", sys.argv)
     task = worker.ProgramTask(grid, tmp_path / "w", (4, 4), "another machine", [], [])
     worker.train(task, None, Stop(), lambda status: None)
     assert not any(getattr(asked[0], name) for name in TRACKERS)
     task = worker.ProgramTask(tiny.grid(tensorboard=True), tmp_path / "w", (4, 4), "", [], [])
-    ray_tasks._store(task, worker.Outcome(None, rows=[row(1), row(2)]))
+    launcher._store(task, worker.Outcome(None, rows=[row(1), row(2)]))
     assert [s.step for s in runs_shown(tmp_path / "w")["m00004_lr2^-7_seed0"].Scalars("updates")] == [1, 2]
 
 
@@ -284,7 +283,6 @@ def test_a_program_that_needs_no_worker_is_shown_by_the_launcher(tmp_path):
 
 
 def test_of_several_processes_one_shows_the_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "on_first", lambda function: None)  # as in the others
-    with ExitStack() as stack:
-        driver._open_trackers(tiny.grid(tensorboard=True), tmp_path, [], stack).add([row(1)])
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(processes, "is_first", lambda: False)  # as in the others
+    train(tmp_path / "w")
+    assert not (tmp_path / "w/tensorboard").exists()

@@ -12,7 +12,7 @@ from tracked import TAGS, assert_all_shown, row, show, train
 
 from smallbatch_jax.config.experiment import InputError, Run
 from smallbatch_jax.store import results
-from smallbatch_jax.tracking.metrics import name_of
+from smallbatch_jax.tracking.trackers import name_of
 
 
 @pytest.fixture(scope="module")
