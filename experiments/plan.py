@@ -10,9 +10,12 @@ share each batch; with more than one, a lane is a row of them (docs/scaling.md).
 --elsewhere adds columns for another device, from the output of `benchmark.py --json` there for the same model;
 --elsewhere_devices=1,8 plans for one and for eight of them, which share out the runs of each program.
 --probe_seconds=0 measures nothing; those columns then assume that no run diverges.
+--target=h100 (a100, v5e, v6e, v5p) compiles the programs for an accelerator that need not be here, and estimates what they
+would cost there; --batch_sizes=4,128 does a few of them. A compilation takes from half a minute to several; it is done once.
 """
 
 import json
+import os
 from pathlib import Path
 
 import command
@@ -28,6 +31,9 @@ SECONDS = flags.DEFINE_float("probe_seconds", 2.0, "Seconds that each program is
 RANDOM = flags.DEFINE_bool("random_images", False, "Measure on random images of the right shape, without the data.")
 ELSEWHERE = command.DEFINE_path("elsewhere", "File with the JSON line of benchmark.py on another device.")
 THERE = command.DEFINE_numbers("elsewhere_devices", "1", "Comma-separated numbers of such devices.")
+
+TARGET = flags.DEFINE_enum("target", None, ["h100", "a100", "v5e", "v6e", "v5p"], "Accelerator to compile for and estimate.")
+SIZES = command.DEFINE_numbers("batch_sizes", None, "Comma-separated batch sizes that --target compiles; all by default.")
 
 
 class Elsewhere:
@@ -64,6 +70,8 @@ class Elsewhere:
 
 
 def main() -> int:
+    if TARGET.value:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # an installed compiler for TPUs would look for one
     command.import_jax()
     from smallbatch_jax import data
     from smallbatch_jax.data import order
@@ -84,7 +92,9 @@ def main() -> int:
         steps = order.total_steps(chosen.epochs, num_examples, m)
         columns = listed.columns(m, len(runs), steps * m)
         print(f"{m:>6}{b:>10}{len(runs):>6}{steps:>15,}{steps * m * len(runs):>16,}{columns}")
-    if SECONDS.value:
+    if TARGET.value:
+        compile_for(TARGET.value, chosen)
+    elif SECONDS.value:
         measure(chosen, there)
     elif there.heads():
         print(there.totals())
@@ -125,6 +135,32 @@ def measure(chosen: Experiment, there: Elsewhere) -> None:
         f" ({in_all / 2**20:,.0f} with all else, as this command took); here {duration(planning.total_seconds(plans))}"
         + (f", {there.totals()}" if there.heads() else "")
     )
+
+
+def compile_for(name: str, chosen: Experiment) -> None:
+    """Prints what each program would cost on a target by its compiler's estimate, and the sum."""
+    command.start_jax()
+    from smallbatch_jax.runner import target
+
+    sizes = SIZES.value or ()
+    unknown = sorted(set(sizes) - {m for m, _ in experiment.programs(chosen.runs())})
+    if unknown:
+        raise InputError(f"--batch_sizes={','.join(map(str, unknown))}: not in the grid, {chosen.grid.batch_sizes}")
+    dataset = command.load_data(chosen.dataset, random=True)
+    platform = target.TARGETS[name].platform
+    moved = "MiB moved" if platform == "gpu" else "MiB written"
+    print(f"\nEstimated by the compiler for one {name}, nothing is measured; per step of all lanes:")
+    print(
+        f"{'m':>6}{'BN batch':>10}{'lanes':>7}{'kernels':>9}{moved:>13}{'memory':>12}{'step':>11}{'images/s':>10}{'time':>14}"
+    )
+    total = 0.0
+    for found in target.estimate(chosen, dataset, name, sizes):
+        total += found.seconds
+        m, step = found.batch_size, found.step_seconds
+        print(f"{m:>6}{found.bn_batch_size:>10}{found.lanes:>7}{found.kernels:>9,}{found.mib_per_step:>13,.0f}", end="")
+        print(f"{found.peak_bytes / 2**20:>8,.0f} MiB{1e3 * step:>8.2f} ms{m * found.lanes / step:>10,.0f}", end="")
+        print(f"{duration(found.seconds):>14}", flush=True)
+    print(f"in all {duration(total)} if no run diverges, by the compiler's estimate ({target.ASSUMPTIONS[platform]})")
 
 
 if __name__ == "__main__":

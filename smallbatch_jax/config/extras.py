@@ -12,6 +12,8 @@ EXTRAS = {
     "cluster": ("ray",),
     "prepare": ("tensorflow",),
     "peer": ("torch",),
+    "target-gpu": ("jax_cuda12_plugin",),
+    "target-tpu": ("libtpu",),
 }
 
 

@@ -67,14 +67,14 @@ class BatchNorm(nn.Module):
         one_pass = self.platform in ("gpu", "tpu")
         over = Over(tuple(range(grouped.ndim - x.ndim, grouped.ndim - 1)), self.axis_name, span, one_pass)
         mean, var = _statistics(lax.stop_gradient(grouped), running_mean.value, over)  # [G, 1, …, 1, C], without G if it is 1
+        scale, bias = (jnp.broadcast_to(v.reshape((1,) * (mean.ndim - 1) + (-1,)), mean.shape) for v in (scale, bias))
+        scale, bias = self._corrected(scale, bias, mean, var)
         if not self.is_initializing():
             n = x.size // features // groups * span
             self._require_spread(n, x.shape)
             for running, statistic in ((running_mean, mean), (running_var, var * (n / (n - 1)))):
                 average = statistic.reshape(groups, features).mean(0)
                 running.value = self.momentum * running.value + (1 - self.momentum) * average
-        scale, bias = (jnp.broadcast_to(v.reshape((1,) * (mean.ndim - 1) + (-1,)), mean.shape) for v in (scale, bias))
-        scale, bias = self._corrected(scale, bias, mean, var)
         y: Any = _normalise(grouped, mean, lax.rsqrt(var + self.epsilon), scale, bias, over)
         return y.reshape(x.shape).astype(dtype)
 

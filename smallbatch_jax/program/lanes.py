@@ -95,7 +95,7 @@ class LaneProgram:
         state, report = self._segment(state, self.put(settings), sent, self._data if pool is None else pool)
         if self._test is None or pool is None or not np.any(segment.evaluate):
             return state, report
-        zeros = (np.zeros(self.lanes, dtype) for dtype in (np.float32, np.int32, np.int32))
+        zeros = (np.zeros(self.lanes, dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32))
         tested = self.put(Tested(*zeros))
         for part in test:
             tested = self._test(state, tested, sent.evaluate, part, pool.mean, pool.deviation)
@@ -108,15 +108,7 @@ class LaneProgram:
     @property
     def peak_bytes(self) -> int:
         """Memory that the program needs on this process's devices: states and streamed pools, without a resident dataset."""
-        found = self._segment.memory_analysis()
-        if found is None:
-            return 0
-        if isinstance(self._data, Pool):  # each device has one of its own, and the next is on its way
-            dataset = -self._data.images.size // self.mesh.size
-        else:  # an argument, whole on each device
-            dataset = sum(x.nbytes for x in jax.tree.leaves(self._data))
-        arguments = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-        return (arguments + found.temp_size_in_bytes - dataset) * len(self.mesh.local_devices)
+        return needed_bytes(self._segment, self._data, self.mesh)
 
     @property
     def mesh(self) -> Mesh:
@@ -150,6 +142,19 @@ class LaneProgram:
     def row_of_lane(self, lane: int) -> int:
         """Returns the index of the row of devices that holds a lane."""
         return lane * self.rows // self.lanes
+
+
+def needed_bytes(compiled: Any, data: DeviceData | Pool, mesh: Mesh) -> int:
+    """Memory that a compiled segment needs on this process's devices of a mesh, without a resident dataset; 0 if unknown."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return 0
+    if isinstance(data, Pool):  # each device has one of its own, and the next is on its way
+        dataset = -data.images.size // mesh.size
+    else:  # an argument, whole on each device
+        dataset = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(data))
+    arguments = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return (arguments + found.temp_size_in_bytes - dataset) * len(mesh.local_devices)
 
 
 def compile_lanes(

@@ -26,7 +26,9 @@ from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
 from smallbatch_jax.program.lanes import LaneProgram, Segment
 
 FIXED_SEGMENT_IMAGES = 16384  # per lane, where a segment's length is compiled in
-POOL_BYTES = 2**27  # of images, for each device and segment; two or three such pools exist at a time
+POOL_BYTES = (
+    2**27
+)  # of images in a segment: for each device where they are streamed, two or three at a time; else for each lane
 MOST_SKIPPED = 1000  # undecodable images in a row
 
 
@@ -64,6 +66,7 @@ class Resident:
 
     def __init__(self, dataset: Dataset):
         self._num_train = dataset.num_train
+        self._image_bytes = dataset.train_images[0].nbytes
         self._data = to_device(dataset, lane_mesh())
 
     def data(self, mesh: Mesh, batch_size: int) -> DeviceData:
@@ -75,8 +78,8 @@ class Resident:
         longest_epoch = self._num_train // batch_size + 1
         if any_length:
             return longest_epoch
-        segments = -(-longest_epoch * batch_size // FIXED_SEGMENT_IMAGES)
-        return -(-longest_epoch // segments)
+        images = min(FIXED_SEGMENT_IMAGES, max(1, POOL_BYTES // self._image_bytes))
+        return -(-longest_epoch // -(-longest_epoch * batch_size // images))
 
     def steps(self, program: LaneProgram, batch_size: int, wanted: Sequence[LaneSteps | None], pace: int) -> list[int]:
         """Returns how many of its wanted steps each lane takes, about `pace`; 0 for one that has to wait."""

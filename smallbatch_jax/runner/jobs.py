@@ -1,9 +1,9 @@
 """A grid's setup, and the job of each of its programs: which runs it trains, in what layout it is compiled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,10 +31,10 @@ GIB = 2**30
 ModelOf = Callable[..., Model]
 
 
-def named_model(experiment: Experiment, num_classes: int, bn_decay: float) -> ModelOf:
+def named_model(experiment: Experiment, num_classes: int, bn_decay: float, platform: str) -> ModelOf:
     """Returns the constructor of the experiment's own model."""
     chosen = experiment.model
-    constants = {"bn_decay": bn_decay, "dtype": COMPUTE_DTYPE[experiment.precision], "platform": jax.default_backend()}
+    constants = {"bn_decay": bn_decay, "dtype": COMPUTE_DTYPE[experiment.precision], "platform": platform}
     return lambda bn_batch_size, axis_name=None: create_model(
         chosen.name, num_classes, chosen.norm, bn_batch_size, axis_name=axis_name, **constants
     )
@@ -43,14 +43,21 @@ def named_model(experiment: Experiment, num_classes: int, bn_decay: float) -> Mo
 class Setup:
     """What all programs of a grid have in common: the experiment, its data, its model and the devices."""
 
-    def __init__(self, experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None = None):
-        """`model_of` of None takes the experiment's named model."""
+    def __init__(
+        self,
+        experiment: Experiment,
+        dataset: Dataset | Photographs,
+        model_of: ModelOf | None = None,
+        target: Sequence[Any] | None = None,
+    ):
+        """`model_of` of None takes the experiment's named model; `target` of None this machine's devices."""
         classes, chosen = dataset.num_classes, experiment.model
-        self.experiment, self.dataset = experiment, dataset
+        self.experiment, self.dataset, self.devices = experiment, dataset, target or jax.devices()
+        self.platform = self.devices[0].platform
         self.own_model = chosen.name.startswith(OWN)  # the user's, which may do anything with its batch
-        self.model_of = model_of or named_model(experiment, classes, chosen.bn_decay)
+        self.model_of = model_of or named_model(experiment, classes, chosen.bn_decay, self.platform)
         precise = chosen.bn_statistics == "precise"
-        self.statistics_model_of = named_model(experiment, classes, 0.0) if precise else None
+        self.statistics_model_of = named_model(experiment, classes, 0.0, self.platform) if precise else None
         self.programs = programs(experiment.runs())  # runs by (batch size, BN batch size)
 
     @cached_property
@@ -60,27 +67,23 @@ class Setup:
         Raises:
           InputError: if the number asked for does not divide that of the devices, or the model is the user's own.
         """
-        devices, sharing = jax.device_count(), self.experiment.data_devices or self._idle_devices()
+        devices, sharing = len(self.devices), self.experiment.data_devices or self._idle_devices()
         if devices % sharing:
             divisors = ", ".join(str(d) for d in range(1, devices + 1) if devices % d == 0)
             raise InputError(f"data_devices: {sharing} does not divide the {devices} devices there are; use {divisors}.")
         if sharing > 1 and self.own_model:
             raise InputError(f"data_devices: {sharing} devices cannot share the batches of an own model; use 1.")
-        return lane_mesh(data_devices=sharing)
+        return lane_mesh(self.devices, sharing)
 
     def _idle_devices(self) -> int:
         """Returns how many cores can share each batch without a run having to wait: 1.5 to 2 times as fast on two."""
-        if self.own_model or processes.several() or jax.default_backend() != "cpu":
+        if self.own_model or processes.several() or self.platform != "cpu":
             return 1
-        devices, shapes = jax.device_count(), self.programs
+        devices, shapes = len(self.devices), self.programs
         most = devices // max(len(runs) for runs in shapes.values())
         can_share = self.experiment.can_share
         even = [d for d in range(2, most + 1) if devices % d == 0 and all(can_share(m, b, d) for m, b in shapes)]
         return max(even, default=1) if min(shapes)[0] >= SHARED_FROM else 1
-
-    @property
-    def platform(self) -> str:
-        return self.mesh.devices.flat[0].platform
 
     def initialiser(self) -> Callable[[int], TrainState]:
         """Returns seed → the state before the first update."""
@@ -157,8 +160,8 @@ class Job:
                 return program
             self.layout = self.smaller(program)
 
-    def smaller(self, program: LaneProgram) -> Layout:
-        """Returns the next layout to try where `program` ran out of memory: half the lanes, then half the micro-batch.
+    def smaller(self, program: Any) -> Layout:
+        """Returns the next layout to try where a LaneProgram ran out of memory: half the lanes, then half the micro-batch.
 
         Raises:
           InputError: if there is none.
@@ -183,6 +186,10 @@ class Job:
         return micro_batch_size(norm, shard, self.bn_batch_size, most, self.setup.platform)
 
     def _compile(self, pipeline: InputPipeline, layout: Layout) -> LaneProgram:
+        return lane_programs.compile_lanes(**self.arguments(pipeline, layout))
+
+    def arguments(self, pipeline: InputPipeline, layout: Layout) -> dict[str, Any]:
+        """Returns the arguments of `compile_lanes`."""
         experiment, mesh = self.experiment, self.setup.mesh
         mapping = lane_programs.lane_mapping(self.setup.platform)
         axis_name = DATA if self.data_devices > 1 else None
@@ -197,14 +204,14 @@ class Job:
         )
         bn_batch_size = None if self.bn_batch_size == self.batch_size else self.bn_batch_size
         statistics_model_of = self.setup.statistics_model_of
-        return lane_programs.compile_lanes(
-            self.model_of(bn_batch_size, **({"axis_name": axis_name} if axis_name else {})),
-            program,
-            pipeline.data(mesh, self.batch_size),
-            mesh,
-            layout.lanes,
-            pipeline.most_steps(mesh, self.batch_size, mapping == "map"),
-            experiment.precision,
-            mapping,
-            statistics_model=statistics_model_of and statistics_model_of(self.bn_batch_size),
-        )
+        return {
+            "model": self.model_of(bn_batch_size, **({"axis_name": axis_name} if axis_name else {})),
+            "program": program,
+            "data": pipeline.data(mesh, self.batch_size),
+            "mesh": mesh,
+            "lanes": layout.lanes,
+            "segment_steps": pipeline.most_steps(mesh, self.batch_size, mapping == "map"),
+            "precision": experiment.precision,
+            "mapping": mapping,
+            "statistics_model": statistics_model_of and statistics_model_of(self.bn_batch_size),
+        }

@@ -114,7 +114,7 @@ def test_the_command_refuses_what_it_cannot_judge_in_one_line(tmp_path):
     first, second = (store(tmp_path / name, "fig01", {2: 0.5}) for name in "ab")
     wrong = {
         (): "--workdir: not given; for example --workdir=runs/fig01",
-        ("--workdir=",): "--workdir: empty; for example --workdir=runs/fig01",
+        ("--workdir=",): "--workdir: empty; give a path.",
         (f"--workdir={tmp_path}/none",): f"--workdir: {tmp_path}/none is no workdir, it has no experiment.json.",
         (f"--workdir={first}", f"--workdir={second}"): f"--workdir: {first} and {second} both hold 'fig01'; ",
     }

@@ -1,0 +1,112 @@
+"""Costs of one training step, read from the text of a segment that XLA compiled for a GPU or TPU."""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+# Operations that start work on the device.
+LAUNCHED = {
+    *("concatenate", "convolution", "copy", "copy-start", "custom-call", "dot", "dynamic-slice", "dynamic-update-slice"),
+    *("fusion", "reduce", "reduce-window", "scatter", "select-and-scatter", "sort", "transpose"),
+}
+BYTES = {
+    "f64": 8,
+    "s64": 8,
+    "u64": 8,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "s8": 1,
+    "u8": 1,
+    "pred": 1,
+}
+_INSTRUCTION = re.compile(r"(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)")
+_HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
+
+
+@dataclass
+class Cost:
+    """What the operations of a computation do; loops are counted once for each iteration."""
+
+    kernels: list[float] = field(default_factory=list)  # bytes that each reads and writes
+    written: float = 0.0  # bytes
+    cycles: float = 0.0  # by the TPU compiler's estimate
+    loops: int = 0
+    calls: Counter[str] = field(default_factory=Counter)  # of libraries, by name and window
+
+    def add(self, other: "Cost", times: int = 1) -> None:
+        self.kernels += other.kernels * times
+        self.written += other.written * times
+        self.cycles += other.cycles * times
+        self.loops += other.loops
+        self.calls.update({name: count * times for name, count in other.calls.items()})
+
+
+class Module:
+    """The computations of an optimised program, by name."""
+
+    def __init__(self, text: str):
+        self._computations: dict[str, list[tuple[str, str, str, str]]] = {}
+        self._shapes: dict[str, str] = {}
+        lines: list[tuple[str, str, str, str]] = []
+        for line in text.splitlines():
+            if head := _HEAD.match(line):
+                lines = self._computations.setdefault(head.group(1), [])
+            elif found := _INSTRUCTION.match(line.strip()):
+                name, shape, operation, rest = found.groups()
+                lines.append((name, shape, operation, rest))
+                self._shapes[name] = shape
+
+    def step(self) -> Cost:
+        """Cost of one training step: the outermost loop of the segment with the most operations."""
+        bodies = {name: self._bodies(name) for name in self._computations}
+        nested = {inner for body in set().union(*bodies.values()) for inner in bodies[body]}
+        outermost = [body for found in bodies.values() for body in found if body not in nested]
+        return self._cost(max(outermost, key=lambda name: len(self._computations[name])))
+
+    def _bodies(self, name: str) -> list[str]:
+        return [_called(rest, "body") for *_, operation, rest in self._computations[name] if operation == "while"]
+
+    def _cost(self, name: str) -> Cost:
+        total = Cost()
+        for _, shape, operation, rest in self._computations.get(name, []):
+            if cycles := re.search(r'"estimated_cycles":"(\d+)"', rest):
+                total.cycles += int(cycles.group(1))
+            if operation == "while":
+                total.add(self._cost(_called(rest, "body")), self._iterations(rest))
+                total.loops += 1
+            elif operation == "call":
+                total.add(self._cost(_called(rest, "to_apply")))
+            elif operation in LAUNCHED:
+                operands = re.findall(r"%([\w.\-]+)", rest.split("),")[0])
+                total.kernels.append(_bytes(shape) + sum(_bytes(self._shapes.get(operand, "")) for operand in operands))
+                total.written += _bytes(shape)
+                if target := re.search(r'custom_call_target="([^"]+)"', rest):
+                    window = re.search(r"window=\{size=([\dx]+)", rest)
+                    total.calls[target.group(1) + (f" {window.group(1)}" if window else "")] += 1
+        return total
+
+    def _iterations(self, loop: str) -> int:
+        if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop):
+            return int(known.group(1))
+        bounds = [
+            rest for *_, operation, rest in self._computations.get(_called(loop, "condition"), []) if operation == "constant"
+        ]
+        return max((int(value) for rest in bounds for value in re.findall(r"^(\d+)\)", rest)), default=1)
+
+
+def _called(rest: str, role: str) -> str:
+    """Returns the name of the computation that an operation calls in a role."""
+    found = re.search(rf"\b{role}=%?([\w.\-]+)", rest)
+    return found.group(1) if found else ""
+
+
+def _bytes(shape: str) -> int:
+    """Bytes of an array or a tuple of arrays, written as in `f32[13,64]{1,0}`."""
+    found = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)
+    return sum(BYTES.get(dtype, 0) * math.prod(int(size) for size in sizes.split(",") if size) for dtype, sizes in found)

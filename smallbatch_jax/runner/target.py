@@ -1,0 +1,215 @@
+"""What a program would cost on an accelerator that this machine does not have, estimated from what XLA compiles for it.
+
+The compiler comes with JAX's own packages: `jax[cuda12]` compiles for a described GPU, `jax[tpu]` for a TPU topology.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from smallbatch_jax.config.experiment import Experiment, InputError
+from smallbatch_jax.config.extras import require
+from smallbatch_jax.data import Dataset, Photographs, cache
+from smallbatch_jax.program import lanes
+from smallbatch_jax.runner.flops import flops_per_image
+from smallbatch_jax.runner.hlo import Module
+from smallbatch_jax.runner.input import input_pipeline
+from smallbatch_jax.runner.jobs import Job, Setup
+from smallbatch_jax.store.results import ProgramResults
+
+GIB = 2**30
+EVALUATED = 1 / 3  # of the time of a trained image: a forward pass of three passes of equal work
+
+
+@dataclass(frozen=True)
+class Target:
+    """An accelerator, by its vendor's nominal figures."""
+
+    platform: str  # "gpu" or "tpu"
+    topology: str  # of a TPU its name, of a GPU XLA's description of the device
+    memory_gib: float
+    gb_per_second: float = 0.0  # memory bandwidth of a GPU
+    tflops: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of a GPU in float32, tf32 and bfloat16
+    gigahertz: float = 0.0  # clock of a TPU
+
+
+def _gpu(name: str, memory_gib: float, gb_per_second: float, tflops: tuple[float, float, float], core: str) -> Target:
+    described = f"""
+gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  threads_per_core_limit: 2048 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {gb_per_second * 1e9:.0f} device_memory_size: {memory_gib * GIB:.0f}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 {core} }}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 7 }} runtime_version {{ major: 12 minor: 8 patch: 0 }}
+device_description_str: "{name}"
+"""
+    return Target("gpu", described, memory_gib, gb_per_second, tflops)
+
+
+_HOPPER = (
+    "core_count: 132 fpus_per_core: 128 l2_cache_size: 52428800 clock_rate_ghz: 1.98 shared_memory_per_core: 233472 "
+    "shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }"
+)
+_AMPERE = (
+    "core_count: 108 fpus_per_core: 64 l2_cache_size: 41943040 clock_rate_ghz: 1.41 shared_memory_per_core: 167936 "
+    "shared_memory_per_block_optin: 166912 cuda_compute_capability { major: 8 }"
+)
+TARGETS = {
+    "h100": _gpu("NVIDIA H100 80GB HBM3", 79.1, 3352, (67, 494, 989), _HOPPER),
+    "a100": _gpu("NVIDIA A100-SXM4-80GB", 79.1, 2039, (19.5, 156, 312), _AMPERE),
+    "v5e": Target("tpu", "v5e:2x2", 16, gigahertz=1.5),
+    "v6e": Target("tpu", "v6e:2x2", 32, gigahertz=1.75),
+    "v5p": Target("tpu", "v5p:2x2x1", 95, gigahertz=1.75),
+}
+LAUNCH_SECONDS = 2.5e-6  # of a kernel on a GPU, without CUDA graphs
+ASSUMPTIONS = {  # by platform
+    "gpu": "each kernel takes its bytes ÷ bandwidth, at least 2.5 µs; a step at least its FLOPs ÷ peak rate",
+    "tpu": "the compiler's cycles at the nominal clock",
+}
+
+
+class Estimate(NamedTuple):
+    """What the compiler says of one program."""
+
+    batch_size: int
+    bn_batch_size: int
+    runs: int
+    lanes: int
+    kernels: int  # of a step of all lanes
+    mib_per_step: float  # read and written by them on GPU; written on TPU
+    peak_bytes: int  # without the dataset
+    step_seconds: float
+    seconds: float  # of all runs, training and evaluation, if none diverges
+    compile_seconds: float
+
+
+def devices(name: str) -> Sequence[Any]:
+    """Returns one device of the target, for which programs can be compiled but not run.
+
+    Raises:
+      InputError: if the extra that brings its compiler is not installed, or the compiler refuses.
+    """
+    from jax.experimental import topologies
+
+    target = TARGETS[name]
+    require(f"target-{target.platform}", f"--target={name}")
+    try:
+        if target.platform == "gpu":
+            return topologies.get_topology_desc(platform="cuda", target_config=target.topology, topology="1x1x1").devices[:1]
+        # Without these libtpu looks for the machine's own TPU.
+        for variable, value in (
+            ("TPU_SKIP_MDS_QUERY", "1"),
+            ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
+            ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ):
+            os.environ.setdefault(variable, value)
+        return topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices[:1]
+    except Exception as error:  # the plugins raise errors of many types
+        raise InputError(f"--target={name}: its compiler cannot be used: {error}") from None
+
+
+def estimate(
+    experiment: Experiment, dataset: Dataset | Photographs, name: str, batch_sizes: Sequence[int] = ()
+) -> Iterator[Estimate]:
+    """Compiles each program of an experiment for a target; what was read of a program is kept in the cache directory.
+
+    Args:
+      experiment: gives the programs.
+      dataset: its data, or any of the same shape.
+      name: in `TARGETS`.
+      batch_sizes: those to estimate; none stands for all.
+    """
+    target = TARGETS[name]
+    setup = Setup(experiment, dataset, target=devices(name))
+    memory = int(0.9 * target.memory_gib * GIB)
+    if isinstance(dataset, Dataset):
+        memory -= dataset.train_images.nbytes + dataset.test_images.nbytes
+    per_image = flops_per_image(setup.model_of(None), dataset.image_shape)
+    with tempfile.TemporaryDirectory() as folder, closing(input_pipeline(dataset, experiment)) as pipeline:
+        for m, b in setup.programs:
+            if batch_sizes and m not in batch_sizes:
+                continue
+            with ProgramResults(Path(folder), m, b) as results:
+                job = Job(setup, m, b, results, memory)
+                while True:
+                    compiled = _compiled(name, job.arguments(pipeline, job.layout))
+                    if compiled.peak_bytes <= memory:
+                        break
+                    job.layout = job.smaller(compiled)
+            step = _step_seconds(target, compiled, per_image * m * compiled.lanes, experiment.precision)
+            rounds = -(-len(job.runs) // compiled.lanes)
+            tested = EVALUATED * experiment.epochs * dataset.num_test / m
+            yield Estimate(
+                m,
+                b,
+                len(job.runs),
+                compiled.lanes,
+                compiled.kernels,
+                (compiled.moved if target.platform == "gpu" else compiled.written) / 2**20,
+                compiled.peak_bytes,
+                step,
+                rounds * (job.total_steps + tested) * step,
+                compiled.compile_seconds,
+            )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What was read of one compiled program."""
+
+    lanes: int
+    rows: int
+    peak_bytes: int
+    kernels: int
+    launches_or_bytes: float  # seconds × bandwidth: the sum over kernels of their bytes, or those of a launch if that is more
+    moved: float  # bytes
+    written: float
+    cycles: float
+    compile_seconds: float
+
+
+def _compiled(name: str, arguments: dict[str, Any]) -> Compiled:
+    """Compiles a program for a target, or reads what was read of the same program before."""
+    traced, _ = lanes.trace_lanes(**arguments)
+    lowered = traced.lower()
+    key = hashlib.sha256(f"{name} {TARGETS[name]} {jax.__version__}\n{lowered.as_text()}".encode()).hexdigest()[:32]
+    kept = cache.directory() / f"target-{key}.json"
+    with suppress(OSError, ValueError, TypeError):
+        return Compiled(**json.loads(kept.read_text()))
+    target, began = TARGETS[name], time.monotonic()
+    options: Any = {"xla_gpu_autotune_level": "0"} if target.platform == "gpu" else {}  # no device to try kernels on
+    program = lowered.compile(compiler_options=options)
+    seconds = time.monotonic() - began
+    step = Module(program.as_text() or "").step()
+    launch = LAUNCH_SECONDS * target.gb_per_second * 1e9
+    found = Compiled(
+        arguments["lanes"],
+        rows=1,
+        peak_bytes=lanes.needed_bytes(program, arguments["data"], arguments["mesh"]),
+        kernels=len(step.kernels),
+        launches_or_bytes=sum(max(launch, moved) for moved in step.kernels),
+        moved=sum(step.kernels),
+        written=step.written,
+        cycles=step.cycles,
+        compile_seconds=seconds,
+    )
+    with suppress(OSError):  # a cache that cannot be written costs only time
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(asdict(found)))
+    return found
+
+
+def _step_seconds(target: Target, compiled: Compiled, flops: float, precision: str) -> float:
+    """On TPU the compiler's cycles; on GPU a roofline: each kernel's launch or bytes, or all arithmetic if it takes longer."""
+    if target.platform == "tpu":
+        return compiled.cycles / (target.gigahertz * 1e9)
+    teraflops = target.tflops[("float32", "tf32", "bfloat16").index(precision)]
+    return max(compiled.launches_or_bytes / (target.gb_per_second * 1e9), flops / (teraflops * 1e12))
