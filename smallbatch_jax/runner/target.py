@@ -23,7 +23,7 @@ from smallbatch_jax.program import lanes
 from smallbatch_jax.runner.flops import flops_per_image
 from smallbatch_jax.runner.hlo import Module
 from smallbatch_jax.runner.input import input_pipeline
-from smallbatch_jax.runner.jobs import Job, Setup
+from smallbatch_jax.runner.jobs import Job, ModelOf, Setup
 from smallbatch_jax.store.results import ProgramResults
 
 GIB = 2**30
@@ -117,7 +117,11 @@ def devices(name: str) -> Sequence[Any]:
 
 
 def estimate(
-    experiment: Experiment, dataset: Dataset | Photographs, name: str, batch_sizes: Sequence[int] = ()
+    experiment: Experiment,
+    dataset: Dataset | Photographs,
+    name: str,
+    batch_sizes: Sequence[int] = (),
+    model_of: ModelOf | None = None,
 ) -> Iterator[Estimate]:
     """Compiles each program of an experiment for a target; what was read of a program is kept in the cache directory.
 
@@ -126,9 +130,10 @@ def estimate(
       dataset: its data, or any of the same shape.
       name: in `TARGETS`.
       batch_sizes: those to estimate; none stands for all.
+      model_of: makes the model for a BN batch size; None takes the experiment's own.
     """
     target = TARGETS[name]
-    setup = Setup(experiment, dataset, target=devices(name))
+    setup = Setup(experiment, dataset, model_of, devices(name))
     memory = int(0.9 * target.memory_gib * GIB)
     if isinstance(dataset, Dataset):
         memory -= dataset.train_images.nbytes + dataset.test_images.nbytes

@@ -1,0 +1,135 @@
+"""Estimates for accelerators that are not here: what is read of a compiled program, and what is made of it."""
+
+import sys
+
+import jax
+import pytest
+import tiny
+
+from smallbatch_jax.config.experiment import InputError, from_config
+from smallbatch_jax.config.extras import EXTRAS
+from smallbatch_jax.runner import target
+from smallbatch_jax.runner.hlo import Module
+
+PROGRAM = """
+HloModule jit_run
+
+%fused (p: f32[4,8]) -> f32[4,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  ROOT %double = f32[4,8]{1,0} add(%p, %p)
+}
+
+%inner (i: f32[4,8]) -> f32[4,8] {
+  %i = f32[4,8]{1,0} parameter(0)
+  ROOT %again = f32[4,8]{1,0} fusion(%i), kind=kLoop, calls=%fused
+}
+
+%below (b: s32[]) -> pred[] {
+  %b = s32[] parameter(0)
+  %five = s32[] constant(5)
+  ROOT %less = pred[] compare(%b, %five), direction=LT
+}
+
+%step (s: f32[4,8]) -> f32[4,8] {
+  %s = f32[4,8]{1,0} parameter(0)
+  %kernel = bf16[3,3]{1,0} parameter(1)
+  %conv = (f32[4,8]{1,0}, u8[0]{0}) custom-call(%s, %kernel), window={size=3x3}, custom_call_target="__cudnn$convForward"
+  %part = f32[4,8]{1,0} get-tuple-element(%conv), index=0
+  %known = f32[4,8]{1,0} while(%part), condition=%below, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %all = f32[4,8]{1,0} fusion(%known), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"700"}
+}
+
+%evaluate (e: f32[4,8]) -> f32[4,8] {
+  ROOT %e = f32[4,8]{1,0} parameter(0)
+}
+
+ENTRY %main (x: f32[4,8]) -> f32[4,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %tested = f32[4,8]{1,0} while(%x), condition=%below, body=%evaluate
+  ROOT %trained = f32[4,8]{1,0} while(%tested), condition=%below, body=%step
+}
+"""
+
+
+def test_the_step_is_the_largest_outermost_loop_and_inner_loops_count_once_an_iteration():
+    step = Module(PROGRAM).step()
+    assert len(step.kernels) == 5  # a convolution, three iterations of a fusion, a fusion
+    assert step.loops == 1
+    array = 4 * 8 * 4  # bytes
+    assert sorted(step.kernels) == [2 * array] * 4 + [2 * array + 18]
+    assert step.written == 5 * array
+    assert step.cycles == 700
+    assert dict(step.calls) == {"__cudnn$convForward 3x3": 1}
+
+
+def test_iterations_are_those_of_the_condition_where_the_compiler_does_not_say():
+    unsaid = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"3"}}', "")
+    assert len(Module(unsaid).step().kernels) == 7
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    """A device of this machine in place of the target's."""
+    monkeypatch.setattr(target, "devices", lambda name: jax.devices()[:1])
+    monkeypatch.setenv("SMALLBATCH_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("here")
+def test_every_program_is_estimated_once_and_read_from_the_cache_afterwards(monkeypatch):
+    experiment = tiny.grid(batch_sizes=(4, 8), base_lrs=(2**-9, 2**-7, 2**-5))
+    four, eight = target.estimate(experiment, tiny.dataset(), "h100", model_of=tiny.TinyModel)
+    assert (four.batch_size, four.runs, four.lanes) == (4, 3, 3)
+    assert four.kernels > 0
+    assert four.peak_bytes > 0
+    # 3 epochs of 50 examples are 38 and 19 steps; a test image costs a third of a trained one
+    assert four.seconds == pytest.approx(four.step_seconds * (38 + 3 * 20 / 4 / 3))
+    assert eight.seconds == pytest.approx(eight.step_seconds * (19 + 3 * 20 / 8 / 3))
+    monkeypatch.setattr(target, "Module", None)  # a compilation would fail now
+    assert list(target.estimate(experiment, tiny.dataset(), "h100", model_of=tiny.TinyModel)) == [four, eight]
+    assert list(target.estimate(experiment, tiny.dataset(), "h100", (8,), tiny.TinyModel)) == [eight]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_target_with_little_memory_gets_fewer_lanes_and_so_more_time(monkeypatch):
+    experiment = tiny.grid(batch_sizes=(4,), base_lrs=(2**-9, 2**-8, 2**-7, 2**-6))
+    (all_at_once,) = target.estimate(experiment, tiny.dataset(), "h100", model_of=tiny.TinyModel)
+    assert all_at_once.lanes == 4
+    gib = (all_at_once.peak_bytes - 1 + 70 * 4) / 0.9 / 2**30  # one byte too few; 70 images of 4 bytes are the dataset
+    h100 = target.TARGETS["h100"]
+    monkeypatch.setitem(target.TARGETS, "h100", target.Target("gpu", "", gib, h100.gb_per_second, h100.tflops))
+    (two_at_once,) = target.estimate(experiment, tiny.dataset(), "h100", model_of=tiny.TinyModel)
+    assert two_at_once.lanes == 2
+    assert two_at_once.seconds == pytest.approx(2 * two_at_once.step_seconds * (38 + 3 * 20 / 4 / 3))
+
+
+def test_a_step_takes_its_launches_bytes_arithmetic_or_cycles():
+    gpu, tpu = target.Target("gpu", "", 1, 1000, (1, 2, 4)), target.Target("tpu", "", 1, gigahertz=2)
+    compiled = target.Compiled(1, 1, 0, 10, 5e9, 0.0, 0.0, 3e6, 0.0)
+    assert target._step_seconds(gpu, compiled, 1e6, "float32") == pytest.approx(5e-3)
+    assert target._step_seconds(gpu, compiled, 1e12, "bfloat16") == pytest.approx(0.25)
+    assert target._step_seconds(tpu, compiled, 1e12, "float32") == pytest.approx(1.5e-3)
+
+
+@pytest.mark.parametrize("name", target.TARGETS)
+def test_a_target_whose_compiler_is_not_installed_names_the_extra(monkeypatch, name):
+    extra = f"target-{target.TARGETS[name].platform}"
+    monkeypatch.setitem(sys.modules, EXTRAS[extra][0], None)
+    with pytest.raises(InputError, match=rf'--target={name}: needs {EXTRAS[extra][0]}, .*pip install -e "\.\[{extra}\]"'):
+        target.devices(name)
+
+
+@pytest.mark.target
+@pytest.mark.parametrize(("m", "kernels", "moved"), [(4, 223, 6.3), (128, 252, 3.7)])
+def test_an_h100_gets_few_kernels_and_writes_little(monkeypatch, tmp_path, m, kernels, moved):
+    """ResNet-20 with batch norm, 13 lanes, by jax 0.10.2, with 15 % to spare."""
+    monkeypatch.setenv("SMALLBATCH_CACHE", str(tmp_path))
+    config = tiny.grid(batch_sizes=(m,), base_lrs=tuple(2.0**-k for k in range(13))).to_dict()
+    config["model"] |= {"name": "resnet20", "norm": "batch"}
+    config["dataset"] |= {"name": "cifar10", "augment": True}
+    from smallbatch_jax import data
+
+    pictures = data.random("cifar10", None, None)
+    (found,) = target.estimate(from_config(config), pictures, "h100")
+    assert found.lanes == 13
+    assert found.kernels <= 1.15 * kernels
+    assert found.mib_per_step >= moved * m * 13  # reads come on top of what is written
