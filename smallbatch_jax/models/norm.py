@@ -17,9 +17,9 @@ from smallbatch_jax.config.fields import InputError
 class BatchNorm(nn.Module):
     """Batch norm (Eq. 10-11) over BN groups of b consecutive examples of the SGD batch, vectorised.
 
-    The statistics of a group are its mean and *two-pass* variance E[(x-μ)²] over examples and pixels, in float32: the
-    one-pass E[x²]-μ² loses too many digits at b = 2. The running averages take one update per call, towards the mean over
-    the groups of their means and of their unbiased variances (divisor n-1, n = b·pixels).
+    The statistics of a group are its mean and its variance about that mean, over examples and pixels, in float32: E[x²]-μ²
+    would lose too many digits at b = 2. The running averages take one update per call, towards the mean over the groups of
+    their means and of their unbiased variances (divisor n-1, n = b·pixels).
 
     A group may be smaller than a device's shard, or span several devices, which then exchange their statistics (§5). Running
     averages are updated from the groups of this device alone: average ``batch_stats`` over the devices after the step, as
@@ -32,7 +32,7 @@ class BatchNorm(nn.Module):
       axis_name: mesh axis over which the SGD batch is sharded evenly, consecutive examples on each device; b then divides a
         shard, or is a multiple of it that divides the batch.
       dtype: of the output; None keeps the input's.
-      platform: "gpu" and "tpu" read the input once for both statistics; anything else is right everywhere.
+      platform: on "gpu" and "tpu" both statistics come from one reading of the input; any other is right everywhere.
     """
 
     batch_size: int | None = None
@@ -64,8 +64,7 @@ class BatchNorm(nn.Module):
         grouped = x.astype(jnp.float32)
         if groups > 1:
             grouped = grouped.reshape(groups, -1, *x.shape[1:])
-        one_pass = self.platform in ("gpu", "tpu")
-        over = Over(tuple(range(grouped.ndim - x.ndim, grouped.ndim - 1)), self.axis_name, span, one_pass)
+        over = Over(tuple(range(grouped.ndim - x.ndim, grouped.ndim - 1)), self.axis_name, span, self.platform)
         mean, var = _statistics(lax.stop_gradient(grouped), running_mean.value, over)  # [G, 1, …, 1, C], without G if it is 1
         scale, bias = (jnp.broadcast_to(v.reshape((1,) * (mean.ndim - 1) + (-1,)), mean.shape) for v in (scale, bias))
         scale, bias = self._corrected(scale, bias, mean, var)
@@ -172,16 +171,16 @@ class Over(NamedTuple):
     axes: tuple[int, ...]  # examples and pixels
     axis_name: str | None
     span: int  # consecutive devices along axis_name that share a group
-    one_pass: bool  # GPU and TPU; on CPU a reduction of two arrays would be scalar code
+    platform: str | None
 
 
 def _statistics(x: jax.Array, near: Any, over: Over) -> tuple[jax.Array, jax.Array]:
     """Mean and variance of each BN group of x, float32[G, n, …, C] → [G, 1, …, 1, C] each; without G if there is one group.
 
-    Two passes: the mean, then the mean of (x - μ)². One pass takes the mean of (x - s)² with s = `near`, the running mean, and
-    subtracts (μ - s)²: it loses digits only where a batch's mean is many deviations away from the running mean.
+    Two passes: the mean, then the mean of (x - μ)². On GPU and TPU one pass: the mean of (x - s)², with s = `near`, the running
+    mean, less (μ - s)². It loses digits only where a batch's mean is many deviations away from the running mean.
     """
-    if over.one_pass:
+    if over.platform in ("gpu", "tpu"):
         near = near.reshape((1,) * (x.ndim - 1) + (-1,))
         means, squares = (total / _size(x, over) for total in _two_sums(x, jnp.square(x - near), over))
         variances = jnp.maximum(squares - jnp.square(means - near), 0.0)
@@ -193,8 +192,8 @@ def _statistics(x: jax.Array, near: Any, over: Over) -> tuple[jax.Array, jax.Arr
 
 
 def _two_sums(a: jax.Array, b: jax.Array, over: Over) -> tuple[jax.Array, jax.Array]:
-    """Sums of two arrays over the axes, which stay as 1; in one pass by one reduction, hence one GPU kernel."""
-    if not over.one_pass:
+    """Sums of two arrays over the axes, which stay as 1; on GPU by one reduction, hence one kernel."""
+    if over.platform != "gpu":  # a TPU sums both within the convolution that makes the arrays; a CPU has no vector code for it
         return a.sum(over.axes, keepdims=True), b.sum(over.axes, keepdims=True)
     zero = jnp.zeros((), a.dtype)
     sums = lax.reduce((a, b), (zero, zero), lambda total, x: (total[0] + x[0], total[1] + x[1]), over.axes)
@@ -235,7 +234,7 @@ def _normalise_forward(x, mean, rstd, scale, bias, over):
 
 def _normalise_backward(over, residuals, dy):
     x, mean, rstd, scale = residuals
-    inner, outer = (rstd, 1.0) if over.one_pass and _size(x, over) > ONE_STAGE else (1.0, rstd)
+    inner, outer = (rstd, 1.0) if over.platform == "gpu" and _size(x, over) > ONE_STAGE else (1.0, rstd)
     centred = (x - mean) * inner
     dbias, product = _two_sums(dy, dy * centred, over)
     shared_dbias, shared_product = _group_mean(dbias, over), _group_mean(product, over)

@@ -32,7 +32,7 @@ def norm_variables(scale, bias, mean=None, var=None):
     return {"params": {"scale": scale, "bias": bias}, "batch_stats": {"mean": mean, "var": var}}
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("shape", [(6, 4, 3, 5), (6, 5), (2, 5)])
 def test_norm_over_the_whole_batch_is_that_of_flax(shape, platform):
     """b = N: output and gradients of image, scale and bias equal flax.linen.BatchNorm's, two-pass variance."""
@@ -60,6 +60,16 @@ def test_sub_batches_are_normalised_each_by_itself(shape, batch_size):
 
     arrays = normal(*shape), normal(5, seed=1), normal(5, seed=2)
     assert_all_close(with_gradients(batch_norm(batch_size), *arrays), with_gradients(by_chunks, *arrays))
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_variance_in_one_pass_is_taken_about_the_running_mean(platform):
+    """Mean 10⁴, deviation 1, and a running mean one deviation away: right to 1 %, where E[x²] - μ² would be lost in rounding."""
+    x = 1e4 + np.random.default_rng(0).normal(size=(4, 8, 8, 2)).astype(np.float32)
+    variables = norm_variables(jnp.ones(2), jnp.zeros(2), jnp.full(2, 1e4 + 1.0))
+    _, batch_stats = train(BatchNorm(platform=platform), variables, x)
+    moved = (np.asarray(batch_stats["var"]) - 0.99) / 0.01
+    np.testing.assert_allclose(moved, x.astype(np.float64).var((0, 1, 2), ddof=1), rtol=0.01)
 
 
 def test_variance_is_two_pass():
