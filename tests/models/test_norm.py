@@ -64,7 +64,7 @@ def test_sub_batches_are_normalised_each_by_itself(shape, batch_size):
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_variance_in_one_pass_is_taken_about_the_running_mean(platform):
-    """Mean 10⁴, deviation 1, and a running mean one deviation away: right to 1 %, where E[x²] - μ² would be lost in rounding."""
+    """Mean 10⁴, deviation 1, and a running mean one deviation away: right to 1 %."""
     x = 1e4 + np.random.default_rng(0).normal(size=(4, 8, 8, 2)).astype(np.float32)
     variables = norm_variables(jnp.ones(2), jnp.zeros(2), jnp.full(2, 1e4 + 1.0))
     _, batch_stats = train(BatchNorm(platform=platform), variables, x)
