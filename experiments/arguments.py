@@ -3,6 +3,7 @@
 absl reads flagfiles too, but takes no spaces and quotes there.
 """
 
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -79,7 +80,12 @@ def parse(argv: Sequence[str]) -> list[str]:
         print(f"{sys.modules['__main__'].__doc__}\nflags:\n{flags.FLAGS.main_module_help()}")
         sys.exit(0)
     try:
-        rest = flags.FLAGS([argv[0], *expanded(argv[1:])])
+        args = expanded(argv[1:])
+        for arg, following in itertools.pairwise(args):
+            field = overrides.FIELDS.get(arg.removeprefix("--config."))
+            if field and field.type is not bool and following.startswith("--"):  # absl would take that as the value
+                raise InputError(f"{arg}: has no value, the next argument is {fields.shown(following)}")
+        rest = flags.FLAGS([argv[0], *args])
     except (flags.Error, ValueError) as error:
         ours = error.__context__ if isinstance(error.__context__, InputError) else error  # without absl's own words before it
         raise InputError(fields.cut(str(ours), 1000)) from None
