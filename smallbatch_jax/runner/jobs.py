@@ -53,7 +53,7 @@ class Setup:
         """`model_of` of None takes the experiment's named model; `target` of None this machine's devices."""
         classes, chosen = dataset.num_classes, experiment.model
         self.experiment, self.dataset, self.devices = experiment, dataset, target or jax.devices()
-        self.platform = self.devices[0].platform
+        self.platform = target[0].platform if target else jax.default_backend()
         self.own_model = chosen.name.startswith(OWN)  # the user's, which may do anything with its batch
         self.model_of = model_of or named_model(experiment, classes, chosen.bn_decay, self.platform)
         precise = chosen.bn_statistics == "precise"

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from smallbatch_jax.data import Dataset, order
+from smallbatch_jax.data.augment import crop_and_flip
 from smallbatch_jax.models import create_model
-from smallbatch_jax.program import device_data, lanes
+from smallbatch_jax.program import device_data, lanes, segment
 from smallbatch_jax.program.side_by_side import Packing, summed_value_and_grad
-from smallbatch_jax.program.train import Program, Setting
+from smallbatch_jax.program.train import Metrics, Program, Setting, TrainState
 
 LANES, STEPS, BATCH_SIZE, EXAMPLES = 3, 4, 6, 24
 CONVOLUTIONS = 7  # of ResNet-8
@@ -50,10 +51,10 @@ def train(platform, mapping, bn_batch_size=None, **options):
     init = lanes.initialiser(args[0], (8, 8, 3))
     state = program.start(program.empty(), {lane: init(lane) for lane in range(LANES)})
     indices = np.stack([order.batch_indices(lane, 0, STEPS, BATCH_SIZE, EXAMPLES) for lane in range(LANES)])
-    segment = lanes.Segment(indices, np.array([STEPS, STEPS, STEPS - 2], np.int32), np.ones(LANES, bool))
+    segments = lanes.Segment(indices, np.array([STEPS, STEPS, STEPS - 2], np.int32), np.ones(LANES, bool))
     rates = np.array([2**-9, 2**-7, 2**-8], np.float32)
     setting = Setting(rates, np.arange(LANES, dtype=np.int32), np.full(LANES, 1e-3, np.float32), np.zeros(LANES, np.float32))
-    return jax.tree.map(np.asarray, program.run(state, setting, segment))
+    return jax.tree.map(np.asarray, program.run(state, setting, segments))
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,25 @@ def test_side_by_side_for_a_gpu_trains_as_one_after_the_other_for_a_cpu(bn_batch
     """Crops, batch norm in one pass, the gradient of the sum, packed vectors and masks change rounding only."""
     ours, theirs = train("gpu", "vmap", bn_batch_size, **options), train("cpu", "map", bn_batch_size, **options)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), ours, theirs)
+
+
+def test_padding_of_a_crop_is_zero_after_normalisation():
+    """Lin et al. pad the normalised image; here images are cropped as they are stored, so that their zeros are black."""
+    seen = []
+
+    def train_step(state, setting, batch):
+        seen.append(batch.images)
+        return state, Metrics(jnp.float32(0), jnp.int32(0))
+
+    crops = jnp.array([0, 81 + 8], jnp.uint32)  # padding above and on the left; below and, flipped, on the right
+    stored = np.full((2, 8, 8, 3), 200, np.uint8)
+    examples = segment.Examples(crop_and_flip(stored, crops), jnp.zeros(2, jnp.int32), crops)
+    images = data()._replace(mean=jnp.full(3, 100.0), deviation=jnp.full(3, 10.0))
+    train = TrainState(jnp.int32(0), {}, {}, ())
+    segment._make_advance(train_step)(segment.LaneState(train, 0.0, 0, True), None, examples, images)
+    expected = np.zeros((2, 8, 8, 3))
+    expected[0, 4:, 4:], expected[1, :4, :4] = 10, 10
+    np.testing.assert_array_equal(seen[0], expected)
 
 
 def test_a_step_contains_no_loop():
