@@ -36,7 +36,7 @@ def crop_and_flip(images: jax.Array, crops: jax.Array) -> jax.Array:
 
     def crop(image: jax.Array, top: jax.Array, left: jax.Array) -> jax.Array:
         padded = jnp.pad(image, ((PAD, PAD), (PAD, PAD), (0, 0)))
-        return lax.dynamic_slice(padded, (top, left, 0), image.shape)
+        return lax.dynamic_slice(padded, (top, left, jnp.zeros_like(top)), image.shape)
 
     cropped = jax.vmap(crop)(images, top, left)
     return jnp.where(flipped[:, None, None, None], cropped[:, :, ::-1], cropped)
