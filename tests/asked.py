@@ -53,3 +53,17 @@ def from_command_line(*arguments, make=from_config):
             return make(command.given_config(config))
         except InputError as error:
             return str(error)
+
+
+def paths(values, above=()):
+    """Every section and field of nested values, as tuples of names."""
+    for name, value in values.items():
+        yield (*above, name)
+        if isinstance(value, dict):
+            yield from paths(value, (*above, name))
+
+
+DEFAULTS = default_config().to_dict()
+PATHS = list(paths(DEFAULTS))
+SECTIONS = [(), *((name,) for name, value in DEFAULTS.items() if isinstance(value, dict))]
+FIELDS = [path for path in PATHS if path not in SECTIONS]

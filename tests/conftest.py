@@ -15,7 +15,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import jax
 import pytest
-from pictures import GREEN, RED, save
+from pictures import GREEN, RED, error_line, load, save
 from PIL import Image
 
 from smallbatch_jax.data import decode
@@ -49,6 +49,26 @@ def root(tmp_path):
             for i in range(count):
                 save(root / split / name / f"{i}.png", Image.new("RGB", (6, 4), (*colour[:2], i)))
     return root
+
+
+@pytest.fixture
+def load_one(tmp_path):
+    """Loads a folder whose one training picture has the content given; the picture, or the error's line."""
+    (tmp_path / "one" / "train" / "a").mkdir(parents=True)
+
+    def load_one(content, name="0.png", test=None, refused=False):
+        path = tmp_path / "one" / "train" / "a" / name
+        path.write_bytes(content)
+        test_path = tmp_path / "one" / "test" / "a" / name
+        test_path.parent.mkdir(parents=True, exist_ok=True)
+        test_path.write_bytes(content if test is None else test)
+        if not refused:
+            return load(tmp_path / "one").train_images[0]
+        line = error_line(load, tmp_path / "one")
+        assert repr(str(path)) in line
+        return line
+
+    return load_one
 
 
 @pytest.fixture

@@ -1,10 +1,13 @@
 """Pictures for the tests, sound and hostile, and how they are loaded."""
 
+import io
 import os
 import struct
 import zlib
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from smallbatch_jax import data
 from smallbatch_jax.config.experiment import InputError
@@ -47,3 +50,33 @@ class Bomb:
 
     def __reduce__(self):
         return os.mkdir, (self.mark,)
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+
+
+def encoded(image, file_format, **options):
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, file_format, **options)
+    return stream.getvalue()
+
+
+def encoded_image(image, file_format, **options):
+    stream = io.BytesIO()
+    image.save(stream, file_format, **options)
+    return stream.getvalue()
+
+
+UPRIGHT = np.kron([[10, 60, 110], [160, 210, 250]], np.ones((8, 8))).astype(np.uint8)
+
+# Of each orientation the sides of the upright picture that the first stored row and column show (EXIF 2.3, tag 274).
+AS_STORED = {
+    1: lambda p: p,  # top, left
+    2: lambda p: p[:, ::-1],  # top, right
+    3: lambda p: p[::-1, ::-1],  # bottom, right
+    4: lambda p: p[::-1],  # bottom, left
+    5: lambda p: p.T,  # left, top
+    6: lambda p: p.T[::-1],  # right, top
+    7: lambda p: p.T[::-1, ::-1],  # right, bottom
+    8: lambda p: p.T[:, ::-1],  # left, bottom
+}

@@ -7,18 +7,13 @@ import fractions
 import functools
 import json
 import math
-import os
-import random
-import subprocess
-import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from asked import changed, from_command_line, refusal
+from asked import FIELDS, PATHS, SECTIONS, changed, from_command_line, refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_dict
@@ -29,18 +24,6 @@ from smallbatch_jax.config.experiment import Experiment, InputError, default_con
 ROOT = Path(__file__).parents[2]
 
 
-def paths(values, above=()):
-    """Every section and field of nested values, as tuples of names."""
-    for name, value in values.items():
-        yield (*above, name)
-        if isinstance(value, dict):
-            yield from paths(value, (*above, name))
-
-
-DEFAULTS = default_config().to_dict()
-PATHS = list(paths(DEFAULTS))
-SECTIONS = [(), *((name,) for name, value in DEFAULTS.items() if isinstance(value, dict))]
-FIELDS = [path for path in PATHS if path not in SECTIONS]
 WORDS = [
     *(*experiment.DATASETS, *catalog.MODELS, *catalog.NORMS, *experiment.BN_STATISTICS, *experiment.PRECISIONS),
     *experiment.BROKEN_IMAGES,
@@ -303,111 +286,3 @@ def test_a_config_that_contains_itself_is_refused():
 def test_a_reference_without_a_value_is_named():
     config = ConfigDict({"grid": {"seeds": config_dict.placeholder(tuple, required=True)}})
     assert refusal(from_config, config).startswith("grid.seeds: cannot be read: RequiredValueError")
-
-
-ODD_TEXTS = [
-    "nan",
-    "-1",
-    "1e999",
-    "",
-    "a\nb",
-    "\u2028",
-    "\x1b[31m",
-    "\udcff",
-    "None",
-    "9" * 4000,
-    "(0,)",
-    "(1,1)",
-    "((((",
-    "{}",
-    "0.5",
-]
-ACCEPTED = "but no experiment"  # what the command says of a workdir that holds something else, once the config is accepted
-
-
-def odd_overrides():
-    """One odd value for each field, the same in every run; a line about it names the field, or the flag that sets it."""
-    rng = random.Random(0)
-    for path in FIELDS:
-        name = ".".join(path)
-        yield f"--config.{name}={rng.choice(ODD_TEXTS)}", (f"{name}: ", f"--config.{name}=", ACCEPTED)
-
-
-OVERRIDES = [
-    ("plan.py", ["--config.grid.seeds=(1e400,)"], "grid.seeds: got inf"),
-    ("plan.py", ["--config.grid.base_lrs=(0.1,nan)"], "grid.base_lrs: got nan"),
-    ("plan.py", ["--config.x\u2028\udcff=3"], "Unknown command line flag 'config.x \\udcff'"),
-    ("train.py", ["--config.batch_size=4611686018427387904"], "batch_size: got 4611686018427387904"),
-    ("train.py", ["--config.batch_size=8", "--config.base_lr=1e-50"], "base_lr: got 1e-50"),
-    ("train.py", ["--config.batch_size=8", "--config.base_lr=0.5"], ACCEPTED),
-    ("sweep.py", ["--config.name=été 🚀"], ACCEPTED),
-    ("sweep.py", ["--config.name=../a"], "name: got '../a'"),
-]
-CONFIG_FILE = """
-import numpy
-from ml_collections import ConfigDict, config_dict
-from smallbatch_jax.config.experiment import default_config
-
-class Odd:
-    epochs = 3
-
-    def __init__(self, shown=None):
-        self.shown = shown
-
-    def __repr__(self):
-        return self.shown.strip()
-
-def get_config():
-    config = default_config()
-    config.unlock()
-    """
-BODIES = [
-    ("return ConfigDict({'épochs': 3})", "épochs: unknown field; did you mean 'epochs'?"),
-    (r"return ConfigDict({'a\n\x1b\ud800': 1})", r"'a\n\x1b\ud800': unknown field"),
-    ("return ConfigDict({3: 1})", "3: unknown field"),
-    (r"return ConfigDict({'name': '\ud800'})", r"name: got '\ud800'"),
-    ("return ConfigDict({'model': object()})", "model: got <object object at"),
-    (r"return ConfigDict({'epochs': Odd('a\n\u2028b\x1b')})", r"epochs: got a b\x1b, accepts"),
-    ("return ConfigDict({'epochs': Odd()})", "epochs: got a value of type Odd"),
-    ("return ConfigDict({'grid': {'seeds': numpy.zeros(3)}})", "grid.seeds: got 0.0, accepts an integer"),
-    ("return ConfigDict({'grid': {'base_lr_by_batch_size': {2: 0.1, 8: 0.1, 32: 0.1}}})", ACCEPTED),
-    ("return ConfigDict({'epochs': 3})", ACCEPTED),
-    ("for _ in range(90): config = {'model': config}\n    return ConfigDict(config)", "model.model: unknown field"),
-    ("config.model.me = config; return config", "model.me: unknown field"),
-    ("return ConfigDict({'epochs': config_dict.placeholder(int, required=True)})", "RequiredValueError"),
-    ("return {'epochs': -3}", "epochs: got -3"),
-    ("config.epochs = 'three'; return config", "epochs: got 'three', accepts an integer"),
-    ("pass", "get_config() returned None"),
-    ("return Odd('')", "--config="),
-]
-
-
-def test_the_commands_refuse_in_one_line_whatever_is_asked_of_them(tmp_path):
-    """Exit status 2, nothing on stdout, no workdir; an accepted config is seen by what is said of the workdir after it."""
-    foreign, missing = tmp_path / "foreign", tmp_path / "missing"
-    foreign.mkdir()
-    (foreign / "file").touch()
-    quickstart = "--config=configs/quickstart.py"
-    asked = [(script, [quickstart, *options], (says,)) for script, options, says in OVERRIDES]
-    asked += [("sweep.py", [quickstart, option], says) for option, says in odd_overrides()]
-    for index, (body, says) in enumerate(BODIES):
-        file = tmp_path / f"config{index}.py"
-        file.write_text(CONFIG_FILE + body)
-        asked.append(("sweep.py", [f"--config={file}"], (says,)))
-
-    def finish(script, options, says):
-        workdir = [] if script == "plan.py" else [f"--workdir={foreign if ACCEPTED in says else missing}"]
-        line = [sys.executable, f"experiments/{script}", *options, *workdir]
-        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, timeout=100)
-
-    with ThreadPoolExecutor(2) as pool:
-        done = list(pool.map(finish, *zip(*asked, strict=True)))
-    for (_, options, says), ended in zip(asked, done, strict=True):
-        line = ended.stderr.decode()
-        assert (ended.returncode, ended.stdout, line.count("\n")) == (2, b"", 1), (options, line)
-        assert any(said in line for said in says), (options, line)
-        assert "Traceback" not in line
-        assert len(line) < 1100
-    assert not missing.exists()
-    assert [path.name for path in foreign.iterdir()] == ["file"]

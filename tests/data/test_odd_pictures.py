@@ -1,50 +1,16 @@
 """Real files as they come: whole ones are decoded to the right pixels, all others are one line with the path."""
 
 import io
-import os
 import resource
-import struct
-import subprocess
-import sys
 import time
 import zlib
 
 import numpy as np
 import pytest
-from pictures import GREEN, RED, error_line, load, png, save
+from pictures import AS_STORED, GREEN, NOISE, RED, UPRIGHT, encoded, encoded_image, load, png, save
 from PIL import Image
 
 from smallbatch_jax.config.experiment import InputError
-from smallbatch_jax.data import decode
-
-NOISE = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
-
-
-def encoded(image, file_format, **options):
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, file_format, **options)
-    return stream.getvalue()
-
-
-@pytest.fixture
-def load_one(tmp_path):
-    """Loads a folder whose one training picture has the content given; the picture, or the error's line."""
-    (tmp_path / "one" / "train" / "a").mkdir(parents=True)
-
-    def load_one(content, name="0.png", test=None, refused=False):
-        path = tmp_path / "one" / "train" / "a" / name
-        path.write_bytes(content)
-        test_path = tmp_path / "one" / "test" / "a" / name
-        test_path.parent.mkdir(parents=True, exist_ok=True)
-        test_path.write_bytes(content if test is None else test)
-        if not refused:
-            return load(tmp_path / "one").train_images[0]
-        line = error_line(load, tmp_path / "one")
-        assert repr(str(path)) in line
-        return line
-
-    return load_one
-
 
 WHOLE = {
     "JPEG": encoded(NOISE, "JPEG"),
@@ -186,12 +152,6 @@ def cmyk_jpeg(*ink):
     return encoded_image(Image.new("CMYK", (16, 16), ink), "JPEG", quality=100)
 
 
-def encoded_image(image, file_format, **options):
-    stream = io.BytesIO()
-    image.save(stream, file_format, **options)
-    return stream.getvalue()
-
-
 def ycc(r, g, b):
     """JFIF's YCbCr of RGB."""
     y = 0.299 * r + 0.587 * g + 0.114 * b
@@ -269,21 +229,6 @@ def test_an_interlaced_png_is_put_together(load_one):
     np.testing.assert_array_equal(load_one(png(11, 13, 8, COLOUR, zlib.compress(raw), interlace=1)), picture)
 
 
-UPRIGHT = np.kron([[10, 60, 110], [160, 210, 250]], np.ones((8, 8))).astype(np.uint8)
-
-# Of each orientation the sides of the upright picture that the first stored row and column show (EXIF 2.3, tag 274).
-AS_STORED = {
-    1: lambda p: p,  # top, left
-    2: lambda p: p[:, ::-1],  # top, right
-    3: lambda p: p[::-1, ::-1],  # bottom, right
-    4: lambda p: p[::-1],  # bottom, left
-    5: lambda p: p.T,  # left, top
-    6: lambda p: p.T[::-1],  # right, top
-    7: lambda p: p.T[::-1, ::-1],  # right, bottom
-    8: lambda p: p.T[:, ::-1],  # left, bottom
-}
-
-
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
 @pytest.mark.parametrize("orientation", AS_STORED)
 def test_every_exif_orientation_is_turned_upright(load_one, orientation, file_format):
@@ -320,217 +265,3 @@ def test_turned_and_upright_pictures_share_a_folder(tmp_path):
 def test_a_sound_picture_with_damaged_exif_is_decoded_as_stored(load_one, file_format, exif):
     grey = np.full((8, 16), 90, np.uint8)
     np.testing.assert_array_equal(load_one(encoded(grey, file_format, exif=exif))[..., 0], grey)
-
-
-@pytest.mark.parametrize("where", ["train/cat/up", "train/cat/1.png", "test/dog/x.jpg"])
-def test_links_to_directories_above_are_not_followed_within_a_class(root, where):
-    path = root / where
-    path.unlink(missing_ok=True)
-    path.symlink_to(root, target_is_directory=True)
-    assert load(root).train_images.shape[1:] == (4, 6, 3)
-
-
-@pytest.mark.parametrize("target", [".", "..", "../.."])
-def test_a_class_that_leads_back_to_a_directory_above_is_named(root, target):
-    """Its own split, the root, and what holds the root: none holds pictures."""
-    (root / "test" / "loop").symlink_to(target, target_is_directory=True)
-    assert "class 'loop' has no images in train/" in error_line(load, root)
-    (root / "train" / "loop").symlink_to(target, target_is_directory=True)
-    line = error_line(load, root)
-    assert "class 'loop' has no images in train/" in line
-    assert repr(str(root / "train" / "loop")) in line
-
-
-def test_a_directory_may_be_named_like_a_picture(root):
-    """As a class it is one; within a class it is none."""
-    for split in ("train", "test"):
-        save(root / split / "x.png" / "0.png", Image.new("RGB", (6, 4), (1, 2, 3)))
-        (root / split / "x.png" / "1.png").mkdir()
-    pictures = load(root)
-    assert pictures.class_names == ("cat", "dog", "x.png")
-    np.testing.assert_array_equal(pictures.train_images[pictures.train_labels == 2], np.full((1, 4, 6, 3), (1, 2, 3)))
-
-
-@pytest.mark.parametrize("becomes", ["nothing", "directory", "empty"])
-def test_a_picture_that_goes_away_while_others_are_read_is_named(root, monkeypatch, becomes):
-    path = root / "train" / "dog" / "1.png"
-    decode_images = decode.decode_images
-
-    def decode_later(*args):
-        path.unlink()
-        if becomes == "directory":
-            path.mkdir()
-        elif becomes == "empty":
-            path.touch()
-        return decode_images(*args)
-
-    monkeypatch.setattr(decode, "decode_images", decode_later)
-    said = {"nothing": "cannot be read (No such file or directory)", "directory": "cannot be read (Is a directory)"}
-    assert error_line(load, root).startswith(f"dataset.data_dir: {str(path)!r} {said.get(becomes, 'is not a JPEG')}")
-
-
-NAMES = {
-    "spaces": " two words ",
-    "combining": "e\u0301",
-    "composed": "\xe9",
-    "emoji": "🐈‍⬛",
-    "right to left": "חתול \u202e gpj",
-    "dash": "-rf",
-    "line break": "a\nb\r\u2028c",
-    "quotes": 'it\'s "this"',
-    "format": "%s{0}\\n",
-    "not UTF-8": os.fsdecode(b"\xff\xfe cat"),
-}
-
-
-@pytest.mark.parametrize("name", NAMES.values(), ids=list(NAMES))
-def test_any_name_of_a_class_and_of_a_picture_will_do(root, name):
-    for split in ("train", "test"):
-        (root / split / "dog").rename(root / split / name)
-    save(root / "train" / name / f"{name}.png", Image.new("RGB", (6, 4), (7, 8, 9)))
-    pictures = load(root)
-    assert pictures.class_names == tuple(sorted(["cat", name]))
-    label = pictures.class_names.index(name)
-    mine = pictures.train_images[pictures.train_labels == label][:, 0, 0].tolist()
-    assert sorted(mine) == sorted([[7, 8, 9], *([*GREEN[:2], i] for i in range(3))])
-    assert load(root).class_names == pictures.class_names  # from the cache
-
-
-@pytest.mark.parametrize("name", NAMES.values(), ids=list(NAMES))
-def test_any_name_is_one_line_that_can_be_printed(root, name):
-    path = root / "train" / name / f"{name}.png"
-    for split in ("train", "test"):
-        save(root / split / name / f"{name}.png", Image.new("RGB", (6, 4)))
-    path.write_bytes(b"text")
-    line = error_line(load, root)
-    assert line.startswith(f"dataset.data_dir: {str(path)!r} is not a JPEG, PNG, WebP, BMP, TIFF or GIF image")
-    line.encode("utf-8")
-    (root / "test" / name).rename(root / "elsewhere")
-    line = error_line(load, root)
-    assert f"class {name!r} has no images in test/" in line
-    line.encode("utf-8")
-
-
-def test_errors_can_be_printed_where_the_terminal_knows_ascii_alone(root):
-    """Names that are not UTF-8, everywhere; all others where the whole locale is ASCII."""
-    for name, environment in (
-        (os.fsdecode(b"\xff"), {"PYTHONIOENCODING": "ascii"}),
-        ("\xe9🐈", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
-    ):
-        path = root / "train" / "cat" / f"{name}.png"
-        path.write_bytes(b"")
-        code = f"""
-from smallbatch_jax import data
-try:
-    data.load("folder", {str(root)!r})
-except ValueError as error:
-    print(error)
-"""
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | environment)
-        assert run.stderr == b""
-        assert run.stdout.startswith(b"dataset.data_dir: ")
-        assert run.stdout.isascii()
-        assert run.stdout.endswith(b" image; replace or remove it\n")
-        path.unlink()
-
-
-@pytest.mark.parametrize("count", [3_000, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_a_class_of_many_pictures(tmp_path, count):
-    """Links to ten files, so that they are quickly there; with few files open at any time."""
-    for i in range(10):
-        save(tmp_path / "sources" / f"{i}.png", Image.new("RGB", (8, 8), (i, 10 * i, 255 - i)))
-    for split, name, number in (("train", "many", count), ("train", "one", 1), ("test", "many", 1), ("test", "one", 1)):
-        (tmp_path / "root" / split / name).mkdir(parents=True)
-        for i in range(number):
-            os.link(tmp_path / "sources" / f"{i % 10}.png", tmp_path / "root" / split / name / f"{i:06}.png")
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, before[1]))
-        began = time.perf_counter()
-        pictures = load(tmp_path / "root")
-        seconds = time.perf_counter() - began
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert pictures.train_images.shape == (count + 1, 8, 8, 3)
-    np.testing.assert_array_equal(pictures.train_labels, [0] * count + [1])
-    number = np.append(np.arange(count) % 10, 0)
-    np.testing.assert_array_equal(pictures.train_images[:, 0, 0], np.stack([number, 10 * number, 255 - number], -1))
-    np.testing.assert_array_equal(pictures.train_images.max((1, 2)), pictures.train_images.min((1, 2)))
-    assert seconds < 60
-
-
-@pytest.mark.parametrize("name", ["0.png", "0.webp"])
-@pytest.mark.parametrize(
-    ("kind", "options"), [("BMP", {}), ("WEBP", {"lossless": True}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})]
-)
-def test_other_kinds_are_decoded_whatever_their_suffix(load_one, kind, options, name):
-    np.testing.assert_array_equal(load_one(encoded(NOISE, kind, **options), name), NOISE)
-
-
-def test_a_gif_has_the_colours_of_its_palette(load_one):
-    np.testing.assert_array_equal(load_one(encoded_image(Image.new("RGB", (8, 8), RED), "GIF"), "0.gif")[0, 0], RED)
-    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
-    np.testing.assert_array_equal(load_one(encoded(grey, "GIF"), "0.gif"), grey[..., None])
-
-
-@pytest.mark.parametrize("kind", ["TIFF", "WEBP", "BMP"])
-def test_alpha_of_other_kinds_is_dropped(load_one, kind):
-    rgba = np.concatenate([NOISE, np.full((*NOISE.shape[:2], 1), 4, np.uint8)], -1)
-    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
-    np.testing.assert_array_equal(load_one(encoded(rgba, kind, **options), "0.png"), NOISE)
-
-
-def test_only_of_a_png_a_byte_is_the_colour_type(load_one):
-    """A TIFF with the same byte in the same place: its height is a LONG, type 4."""
-    tags = [
-        (256, 3, 2),
-        (257, 4, 1),
-        (258, 3, 8),
-        (259, 3, 1),
-        (262, 3, 2),
-        (273, 4, 146),
-        (277, 3, 4),
-        (278, 4, 1),
-        (279, 4, 8),
-    ]
-    tags += [(284, 3, 1), (338, 3, 2)]
-    entries = b"".join(
-        struct.pack(">HHI" + ("HH" if kind == 3 else "I"), tag, kind, 1, value, *[0] * (kind == 3)) for tag, kind, value in tags
-    )
-    content = b"MM\0*" + struct.pack(">IH", 8, len(tags)) + entries + bytes(4) + bytes((*RED, 9, *GREEN, 9))
-    assert content[25] == 4
-    np.testing.assert_array_equal(load_one(content, "0.tif"), [[RED, GREEN]])
-
-
-def test_a_tiff_of_16_bits_keeps_the_upper_eight(load_one):
-    samples = np.random.default_rng(0).integers(0, 2**16, (5, 7)).astype(np.uint16)
-    np.testing.assert_array_equal(load_one(encoded(samples, "TIFF"), "0.tif")[..., 0], samples >> 8)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_a_tiff_of_other_numbers_is_refused(load_one, dtype):
-    line = load_one(encoded(np.full((5, 7), 70_000, dtype), "TIFF"), "0.tif", refused=True)
-    assert "unsigned integers of up to 16 bits are accepted" in line
-
-
-@pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP"])
-def test_a_file_of_several_pictures_is_refused(load_one, kind):
-    frames = [Image.fromarray(NOISE), Image.fromarray(NOISE[::-1])]
-    content = encoded_image(frames[0], kind, save_all=True, append_images=frames[1:])
-    assert "2 pictures in one file" in load_one(content, "0.png", refused=True)
-
-
-@pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "BMP"])
-def test_other_kinds_cut_short_are_refused(load_one, kind):
-    whole = encoded(NOISE, kind)
-    for length in range(40, len(whole) * 9 // 10, max(1, len(whole) // 10)):
-        load_one(whole[:length], test=whole, refused=True)
-
-
-@pytest.mark.parametrize("kind", ["TIFF", "WEBP"])
-def test_other_kinds_are_turned_upright_once(load_one, kind):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    stored = np.ascontiguousarray(AS_STORED[6](UPRIGHT))
-    options = {"lossless": True} if kind == "WEBP" else {}
-    np.testing.assert_array_equal(load_one(encoded(stored, kind, exif=exif, **options), "0.png")[..., 0], UPRIGHT)
