@@ -10,20 +10,12 @@ LAUNCHED = {
     *("concatenate", "convolution", "copy", "copy-start", "custom-call", "dot", "dynamic-slice", "dynamic-update-slice"),
     *("fusion", "reduce", "reduce-window", "scatter", "select-and-scatter", "sort", "transpose"),
 }
+SLICES = {"dynamic-slice", "slice", "gather"}
 BYTES = {
-    "f64": 8,
-    "s64": 8,
-    "u64": 8,
-    "f32": 4,
-    "s32": 4,
-    "u32": 4,
-    "bf16": 2,
-    "f16": 2,
-    "s16": 2,
-    "u16": 2,
-    "s8": 1,
-    "u8": 1,
-    "pred": 1,
+    **dict.fromkeys(("pred", "s8", "u8"), 1),
+    **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
+    **dict.fromkeys(("f32", "s32", "u32"), 4),
+    **dict.fromkeys(("f64", "s64", "u64"), 8),
 }
 _INSTRUCTION = re.compile(r"(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
@@ -83,12 +75,22 @@ class Module:
             elif operation == "call":
                 total.add(self._cost(_called(rest, "to_apply")))
             elif operation in LAUNCHED:
-                operands = re.findall(r"%([\w.\-]+)", rest.split("),")[0])
-                total.kernels.append(_bytes(shape) + sum(_bytes(self._shapes.get(operand, "")) for operand in operands))
+                total.kernels.append(_bytes(shape) + self._read(rest))
                 total.written += _bytes(shape)
                 if target := re.search(r'custom_call_target="([^"]+)"', rest):
                     window = re.search(r"window=\{size=([\dx]+)", rest)
                     total.calls[target.group(1) + (f" {window.group(1)}" if window else "")] += 1
+        return total
+
+    def _read(self, rest: str) -> int:
+        """Bytes of an operation's operands; of one that a fusion only slices, those of the slices."""
+        body = self._computations.get(_called(rest, "calls"), [])
+        total = 0
+        for position, operand in enumerate(_operands(rest)):
+            inside = [name for name, _, operation, text in body if operation == "parameter" and text.startswith(f"{position})")]
+            uses = [(shape, operation) for _, shape, operation, text in body if inside and inside[0] in _operands(text)]
+            sliced = bool(uses) and all(operation in SLICES for _, operation in uses)
+            total += sum(_bytes(shape) for shape, _ in uses) if sliced else _bytes(self._shapes.get(operand, ""))
         return total
 
     def _iterations(self, loop: str) -> int:
@@ -98,6 +100,10 @@ class Module:
             rest for *_, operation, rest in self._computations.get(_called(loop, "condition"), []) if operation == "constant"
         ]
         return max((int(value) for rest in bounds for value in re.findall(r"^(\d+)\)", rest)), default=1)
+
+
+def _operands(rest: str) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", rest.split(")")[0])
 
 
 def _called(rest: str, role: str) -> str:

@@ -4,6 +4,7 @@ The compiler comes with JAX's own packages: `jax[cuda12]` compiles for a describ
 """
 
 import hashlib
+import inspect
 import json
 import os
 import tempfile
@@ -20,6 +21,7 @@ from smallbatch_jax.config.experiment import Experiment, InputError
 from smallbatch_jax.config.extras import require
 from smallbatch_jax.data import Dataset, Photographs, cache
 from smallbatch_jax.program import lanes
+from smallbatch_jax.runner import hlo
 from smallbatch_jax.runner.flops import flops_per_image
 from smallbatch_jax.runner.hlo import Module
 from smallbatch_jax.runner.input import input_pipeline
@@ -185,7 +187,8 @@ def _compiled(name: str, arguments: dict[str, Any]) -> Compiled:
     """Compiles a program for a target, or reads what was read of the same program before."""
     traced, _ = lanes.trace_lanes(**arguments)
     lowered = traced.lower()
-    key = hashlib.sha256(f"{name} {TARGETS[name]} {jax.__version__}\n{lowered.as_text()}".encode()).hexdigest()[:32]
+    read_by = f"{name} {TARGETS[name]} {jax.__version__} {inspect.getsource(hlo)}"
+    key = hashlib.sha256(f"{read_by}\n{lowered.as_text()}".encode()).hexdigest()[:32]
     kept = cache.directory() / f"target-{key}.json"
     with suppress(OSError, ValueError, TypeError):
         return Compiled(**json.loads(kept.read_text()))

@@ -67,6 +67,16 @@ def test_iterations_are_those_of_the_condition_where_the_compiler_does_not_say()
     assert len(Module(unsaid).step().kernels) == 7
 
 
+def test_a_fusion_that_slices_an_array_reads_the_slice():
+    """As the batch of one step is sliced from those of the whole segment."""
+    sliced = PROGRAM.replace(
+        "ROOT %double = f32[4,8]{1,0} add(%p, %p)",
+        "ROOT %row = f32[1,8]{1,0} dynamic-slice(%p, %at), dynamic_slice_sizes={1,8}",
+    )
+    array, row = 4 * 8 * 4, 8 * 4
+    assert sorted(Module(sliced).step().kernels) == [array + row] * 4 + [2 * array + 18]
+
+
 @pytest.fixture
 def here(monkeypatch, tmp_path):
     """A device of this machine in place of the target's."""
