@@ -87,8 +87,13 @@ class Module:
         body = self._computations.get(_called(rest, "calls"), [])
         total = 0
         for position, operand in enumerate(_operands(rest)):
-            inside = [name for name, _, operation, text in body if operation == "parameter" and text.startswith(f"{position})")]
-            uses = [(shape, operation) for _, shape, operation, text in body if inside and inside[0] in _operands(text)]
+            same, uses = set(), []  # names of the operand within the fusion, and what is made of it
+            for name, shape, operation, text in body:
+                if operation == "parameter" and text.startswith(f"{position})"):
+                    same.add(name)
+                elif same.intersection(_operands(text)):
+                    same.update([name] if operation == "bitcast" else [])
+                    uses += [] if operation == "bitcast" else [(shape, operation)]
             sliced = bool(uses) and all(operation in SLICES for _, operation in uses)
             total += sum(_bytes(shape) for shape, _ in uses) if sliced else _bytes(self._shapes.get(operand, ""))
         return total
