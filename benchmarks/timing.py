@@ -48,7 +48,7 @@ def time_program(trial: planning.Trial, dataset: Any, seconds: float, repeats: i
     return {
         **trained,
         "precision": chosen.precision,
-        "lanes": len(job.runs),
+        "lanes": program.lanes,
         "images_per_second": median(rates["ours"]),
         "rates": rates,
         "flops_per_image": flops.flops_per_image(job.model_of(None), dataset.image_shape),

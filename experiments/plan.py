@@ -10,8 +10,8 @@ share each batch; with more than one, a lane is a row of them (docs/scaling.md).
 --elsewhere adds columns for another device, from the output of `benchmark.py --json` there for the same model;
 --elsewhere_devices=1,8 plans for one and for eight of them, which share out the runs of each program.
 --probe_seconds=0 measures nothing; those columns then assume that no run diverges.
---target=h100 (a100, v5e, v6e, v5p) compiles the programs for an accelerator that need not be here, and estimates what they
-would cost there; --batch_sizes=4,128 does a few of them. A compilation takes from half a minute to several; it is done once.
+--target=h100 (h200, a100, v5e, v6e, v5p) compiles the programs for an accelerator that need not be here, and estimates what
+they would cost there; --batch_sizes=4,128 does a few. A compilation takes from half a minute to several, and is done once.
 """
 
 import json
@@ -32,7 +32,8 @@ RANDOM = flags.DEFINE_bool("random_images", False, "Measure on random images of 
 ELSEWHERE = command.DEFINE_path("elsewhere", "File with the JSON line of benchmark.py on another device.")
 THERE = command.DEFINE_numbers("elsewhere_devices", "1", "Comma-separated numbers of such devices.")
 
-TARGET = flags.DEFINE_enum("target", None, ["h100", "a100", "v5e", "v6e", "v5p"], "Accelerator to compile for and estimate.")
+NAMES = ["h100", "h200", "a100", "v5e", "v6e", "v5p"]
+TARGET = flags.DEFINE_enum("target", None, NAMES, "Accelerator to compile for and estimate.")
 SIZES = command.DEFINE_numbers("batch_sizes", None, "Comma-separated batch sizes that --target compiles; all by default.")
 
 

@@ -1,9 +1,10 @@
 """2-D convolution, by the kernel that is fastest on the platform it is compiled for.
 
-GPU and TPU run `lax.conv_general_dilated`. On CPU it is slow inside a loop, because XLA:CPU brings only the convolutions of the
-entry computation into the layout of its fast path (jax issue 12868), and slow under `vmap` over kernels. A CPU therefore runs
-machine code of this package (`models.native`; float32 with whole vectors of features), or a matrix product of shifted copies of
-the image (im2col). docs/speed.md has the measurements.
+A TPU runs `lax.conv_general_dilated`, and so does a GPU for large batches. For small ones a GPU takes a matrix product of
+shifted copies of the image (im2col): cuDNN computes the convolutions of many lanes, grouped, one group after the other. On CPU
+`lax.conv_general_dilated` is slow inside a loop, because XLA:CPU brings only the convolutions of the entry computation into the
+layout of its fast path (jax issue 12868), and slow under `vmap` over kernels. A CPU therefore runs machine code of this package
+(`models.native`; float32 with whole vectors of features), or im2col. docs/speed.md has the measurements.
 """
 
 import math
@@ -22,6 +23,8 @@ Pads = tuple[tuple[int, int], tuple[int, int]]
 Strides = tuple[int, int]
 
 SMALL_IMAGE = 16  # output pixels up to which im2col and XLA's matrix product beat the native kernel
+# Elements of a batch's shifted copies up to which a GPU takes im2col: in full float32, and where tensor cores round to less.
+SMALL_COPIES, SMALL_COPIES_ROUNDED = 5_000_000, 600_000
 IMAGES_AT_ONCE = 16  # images that im2col copies at a time, k² shifted copies of each
 
 
@@ -48,14 +51,21 @@ def conv(
     if isinstance(padding, str):
         rows, columns = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
         padding = ((rows[0], rows[1]), (columns[0], columns[1]))
-    on_cpu, elsewhere = (partial(f, strides=strides, pads=padding) for f in (_cpu_conv, _lax_conv))
+    on = {name: partial(f, strides=strides, pads=padding) for name, f in _BY_PLATFORM.items()}
     if platform is None:
-        return lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)
-    return (on_cpu if platform == "cpu" else elsewhere)(x, kernel)
+        return lax.platform_dependent(x, kernel, cpu=on["cpu"], cuda=on["gpu"], default=on["tpu"])
+    return on[platform](x, kernel)
 
 
 def _lax_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
     return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _gpu_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
+    full = x.dtype == np.float32 and jax.config.jax_default_matmul_precision in ("highest", "float32")  # pyright: ignore[reportAttributeAccessIssue]
+    copies = len(x) * math.prod(_correlation(x, kernel, strides, pads).outputs) * math.prod(kernel.shape[:3])
+    small = copies <= (SMALL_COPIES if full else SMALL_COPIES_ROUNDED)
+    return (_im2col_conv if small else _lax_conv)(x, kernel, strides, pads)
 
 
 def _cpu_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
@@ -96,6 +106,8 @@ def _native_backward(strides, pads, residuals, dy):
 
 
 _native_conv.defvjp(_native_forward, _native_backward)
+
+_BY_PLATFORM = {"cpu": _cpu_conv, "gpu": _gpu_conv, "tpu": _lax_conv}
 
 
 def _correlation(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> native.Correlation:

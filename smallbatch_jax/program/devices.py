@@ -16,8 +16,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
+from smallbatch_jax.data import cache
 from smallbatch_jax.program import jax_flags
 
 LANE, DATA = "lane", "data"
@@ -46,6 +48,16 @@ def use_all_cores(devices: int | None = None) -> None:
         return  # the user's choice
     with suppress(RuntimeError):  # a notebook may have started JAX already, and keeps its devices
         jax.config.update("jax_num_cpu_devices", devices or len(os.sched_getaffinity(0)))
+
+
+def keep_compilations(platform: str) -> None:
+    """Keeps programs compiled for a GPU or TPU in the cache directory, where the user has not chosen one with JAX's own flag.
+
+    They take from half a minute to several there. On CPU they take seconds, and a program for another CPU could crash this one.
+    """
+    if platform != "cpu" and not jax.config.values["jax_compilation_cache_dir"]:
+        jax.config.update("jax_compilation_cache_dir", str(cache.directory() / "compiled"))
+        compilation_cache.reset_cache()  # JAX decides at the first compilation whether there is a cache
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h

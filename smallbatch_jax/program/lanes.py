@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.program.device_data import POOL, DeviceData, Pool, TestImages
-from smallbatch_jax.program.devices import DATA, LANE, keep_freed_memory, lane_mesh
+from smallbatch_jax.program.devices import DATA, LANE, keep_compilations, keep_freed_memory, lane_mesh
 from smallbatch_jax.program.evaluation import Tested
 from smallbatch_jax.program.processes import put
 from smallbatch_jax.program.segment import (
@@ -186,9 +186,11 @@ def compile_lanes(
         raise ValueError(f"lanes: {lanes} is not a multiple of {mesh.shape[LANE]} devices")
     if program.axis_name != (DATA if mesh.shape[DATA] > 1 else None):
         raise ValueError(f"axis_name: {program.axis_name!r} does not go with {mesh.shape[DATA]} devices that share a batch")
-    mapping = mapping or lane_mapping(mesh.devices.flat[0].platform)
-    if mesh.devices.flat[0].platform == "cpu":
+    platform = mesh.devices.flat[0].platform
+    mapping = mapping or lane_mapping(platform)
+    if platform == "cpu":
         keep_freed_memory()
+    keep_compilations(platform)
     began = time.monotonic()
     traced, template = trace_lanes(model, program, data, mesh, lanes, segment_steps, precision, mapping, statistics_model)
     compiled = traced.lower().compile()

@@ -25,7 +25,7 @@ from smallbatch_jax.program.device_data import LARGEST_EVAL_BATCH, POOL, DeviceD
 from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
 from smallbatch_jax.program.lanes import LaneProgram, Segment
 
-FIXED_SEGMENT_IMAGES = 16384  # per lane, where a segment's length is compiled in
+FIXED_SEGMENT_IMAGES = 4096  # per lane, where a segment's length is compiled in: about a second of 13 lanes
 POOL_BYTES = (
     2**27
 )  # of images in a segment: for each device where they are streamed, two or three at a time; else for each lane

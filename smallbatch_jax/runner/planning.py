@@ -63,16 +63,21 @@ class Trial:
 
     def evaluate(self) -> float:
         """Seconds to evaluate all lanes, measured the second time; extrapolated from a few batches of a streamed test set."""
-        settings, seconds, scale = self.job.settings(self.runs), 0.0, 1.0
-        for _ in range(2):
-            load = self._pipeline.prepare(self.program, self.job.batch_size, [None] * self.program.lanes)
-            segment = load.segment._replace(evaluate=np.ones(self.program.lanes, bool))
-            few = itertools.islice(load.test, EVALUATED_BATCHES)
-            began = time.monotonic()
-            self._lanes.state, report = self.program.run(self._lanes.state, settings, segment, load.pool, few)
-            jax.block_until_ready(report)
-            seconds, scale = time.monotonic() - began, max(1.0, load.test_batches / EVALUATED_BATCHES)
-        return seconds * scale
+        self._time_evaluation(True)
+        masked = 0.0 if self.program.any_length else self._time_evaluation(False)[0]  # a segment in which no lane takes a step
+        seconds, scale = self._time_evaluation(True)
+        return max(0.0, seconds - masked) * scale
+
+    def _time_evaluation(self, evaluate: bool) -> tuple[float, float]:
+        """Runs a segment without steps; returns its seconds, and the share of the test set that they are for, inverted."""
+        settings = self.job.settings(self.runs)
+        load = self._pipeline.prepare(self.program, self.job.batch_size, [None] * self.program.lanes)
+        segment = load.segment._replace(evaluate=np.full(self.program.lanes, evaluate))
+        few = itertools.islice(load.test, EVALUATED_BATCHES)
+        began = time.monotonic()
+        self._lanes.state, report = self.program.run(self._lanes.state, settings, segment, load.pool, few)
+        jax.block_until_ready(report)
+        return time.monotonic() - began, max(1.0, load.test_batches / EVALUATED_BATCHES)
 
     def diverged(self) -> frozenset[float]:
         """Base learning rates whose run has diverged."""

@@ -38,10 +38,10 @@ def arguments(platform, mapping, bn_batch_size=None, **options):
 
 
 @functools.cache
-def lowered():
-    """The text of the program as it is given to XLA for a GPU."""
-    traced, _ = lanes.trace_lanes(*arguments("gpu", "vmap"))
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
+def lowered(platform):
+    """The text of the program as it is given to XLA."""
+    traced, _ = lanes.trace_lanes(*arguments(platform, "vmap"))
+    return traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,)).as_text()
 
 
 def train(platform, mapping, bn_batch_size=None, **options):
@@ -85,19 +85,20 @@ def test_padding_of_a_crop_is_zero_after_normalisation():
     np.testing.assert_array_equal(seen[0], expected)
 
 
-def test_a_step_contains_no_loop():
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_a_step_contains_no_loop(platform):
     """One loop over the steps, one over the batches of the test set."""
-    assert lowered().count("stablehlo.while") == 2
+    assert lowered(platform).count("stablehlo.while") == 2
 
 
 def test_weight_gradients_keep_the_window_of_their_kernel():
-    """A GPU has a routine for a gradient with batch groups; with feature groups its window is as large as the image."""
-    grouped = re.findall(r"stablehlo.convolution.*?batch_group_count = (\d+)", lowered(), re.DOTALL)
+    """cuDNN has a routine for a gradient with batch groups; with feature groups its window is as large as the image."""
+    grouped = re.findall(r"stablehlo.convolution.*?batch_group_count = (\d+)", lowered("tpu"), re.DOTALL)
     assert grouped.count(str(LANES)) == CONVOLUTIONS
 
 
 def test_the_host_is_not_called_and_every_state_is_donated():
-    text = lowered()
+    text = lowered("gpu")
     _, template = lanes.trace_lanes(*arguments("gpu", "vmap"))
     assert "callback" not in text
     assert text.count("jax.buffer_donor") + text.count("tf.aliasing_output") == len(jax.tree.leaves(template))
