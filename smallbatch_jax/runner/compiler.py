@@ -7,7 +7,9 @@ from typing import Any
 
 from smallbatch_jax.program.lanes import LaneProgram
 from smallbatch_jax.runner.jobs import Job, Layout, Session
-from smallbatch_jax.runner.signals import Interrupted, Stop
+from smallbatch_jax.runner.signals import Interrupted
+
+SLOW_SECONDS = 30  # after which a compilation is announced
 
 
 class Compiler:
@@ -27,13 +29,12 @@ class Compiler:
         Raises:
           Interrupted: if asked to stop while there is nothing to do but to compile.
         """
-        stop = self._session.stop
         try:
             compiling = [self.submit(job) for job in jobs[:1]]
             if jobs:  # the initialiser, which all programs share, compiles beside the first one
-                _result(self._executor.submit(self._session.initial, jobs[0].runs[0].seed), stop)
+                self._result(jobs[0], self._executor.submit(self._session.initial, jobs[0].runs[0].seed))
             for place, job in enumerate(jobs, 1):
-                program = _result(compiling.pop(), stop)
+                program = self._result(job, compiling.pop())
                 compiling += [self.submit(following) for following in jobs[place : place + 1]]
                 yield job, program
         finally:
@@ -46,10 +47,14 @@ class Compiler:
         self._session.timings.add("compile", seconds, *shape, program.lanes, peak_bytes=program.peak_bytes)
         return program
 
-
-def _result(future: Future[Any], stop: Stop) -> Any:
-    """Waits for a future's result, unless asked to stop before."""
-    while not wait([future], timeout=0.1).done:
-        if stop.signum:
-            raise Interrupted(stop.signum)
-    return future.result()
+    def _result(self, job: Job, future: Future[Any]) -> Any:
+        """Waits for a future's result, unless asked to stop before; says so where a compilation takes long."""
+        began, announced = time.monotonic(), False
+        while not wait([future], timeout=0.1).done:
+            if signum := self._session.stop.signum:
+                raise Interrupted(signum)
+            if not announced and time.monotonic() - began >= SLOW_SECONDS:
+                announced = True
+                kept = "" if job.setup.platform == "cpu" else ", the first time only"
+                self._session.show(self._session.status, f"compiling {job.title} takes more than {SLOW_SECONDS} s{kept}")
+        return future.result()

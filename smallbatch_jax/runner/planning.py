@@ -202,6 +202,7 @@ class Forecast:
         """`jobs` are all programs of the grid."""
         self._progress, self._jobs = progress, jobs
         self._rates: dict[int, float] = {}  # images/s by batch size
+        self._later: list[tuple[Job, list[float]]] = []
 
     def begin(self, job: Job, later: Sequence[Job]) -> None:
         """Notes that a program begins to train, and that `later` are to come."""

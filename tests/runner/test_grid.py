@@ -1,5 +1,6 @@
 """A grid's stored results: the same whatever ran beside a run, however often the work was killed and resumed."""
 
+import io
 import json
 import os
 import resource
@@ -20,9 +21,9 @@ from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.models.layers import Dense
 from smallbatch_jax.models.norm import BatchNorm
 from smallbatch_jax.program import devices
-from smallbatch_jax.runner import scheduler
+from smallbatch_jax.runner import compiler, scheduler
 from smallbatch_jax.runner.grid import Interrupted, train_grid
-from smallbatch_jax.runner.progress import NoProgress
+from smallbatch_jax.runner.progress import NoProgress, PlainProgress
 from smallbatch_jax.store import results
 from smallbatch_jax.store.files import WriteError
 
@@ -32,6 +33,14 @@ def train(workdir, model=tiny.TinyModel, data=None, **fields):
     make = (lambda b: model(b)) if model is tiny.TinyModel else (lambda b: model())
     train_grid(tiny.grid(**fields), workdir, data or tiny.dataset(), NoProgress(), make)
     return results.load(workdir)
+
+
+def test_a_compilation_that_takes_long_is_announced(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiler, "SLOW_SECONDS", 0)
+    log = io.StringIO()
+    make = lambda b: tiny.PlainModel()  # noqa: E731
+    train_grid(tiny.grid(base_lrs=(2**-9,)), tmp_path / "w", tiny.dataset(), PlainProgress(log), make)
+    assert "compiling m = 4 takes more than 0 s\n" in log.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -245,9 +254,9 @@ KILLED = textwrap.dedent("""
     import jax
     jax.config.update("jax_num_cpu_devices", 2)
     import tiny
-    from smallbatch_jax.runner import scheduler
+    from smallbatch_jax.runner import compiler, scheduler
     from smallbatch_jax.runner.grid import train_grid
-    from smallbatch_jax.runner.progress import NoProgress
+    from smallbatch_jax.runner.progress import NoProgress, PlainProgress
     scheduler.Pace.FIRST_IMAGES = 8
     fields = dict(base_lrs={base_lrs!r}, seeds=(0, 1), lanes=6, segment_seconds=1e-9, checkpoint_seconds=0.0)
     scheduler.CHECKPOINT_SHARE = 1e9
