@@ -187,8 +187,11 @@ def _statistics(x: jax.Array, near: Any, over: Over) -> tuple[jax.Array, jax.Arr
     else:
         means = x.mean(over.axes, keepdims=True)
         variances = jnp.square(x - means).mean(over.axes, keepdims=True)
-    mean = _group_mean(means, over)
-    return mean, variances if over.span == 1 else _group_mean(variances + jnp.square(means - mean), over)
+    if over.span == 1:
+        return means, variances
+    means, variances = _of_group(over, means, variances)
+    mean = means.mean(0)
+    return mean, (variances + jnp.square(means - mean[None])).mean(0)
 
 
 def _two_sums(a: jax.Array, b: jax.Array, over: Over) -> tuple[jax.Array, jax.Array]:
@@ -205,12 +208,11 @@ def _size(x: jax.Array, over: Over) -> int:
     return math.prod(x.shape[axis] for axis in over.axes)
 
 
-def _group_mean(values: jax.Array, over: Over) -> jax.Array:
-    """Mean over the devices that share a BN group."""
-    if over.span == 1:
-        return values
-    of_devices = lax.all_gather(values, over.axis_name)
-    return of_devices.reshape(-1, over.span, *values.shape).mean(1)[lax.axis_index(over.axis_name) // over.span]
+def _of_group(over: Over, *values: jax.Array) -> list[jax.Array]:
+    """Returns each array of all devices that share this one's BN group, [span, …], by one exchange."""
+    of_devices = lax.all_gather(jnp.stack(values), over.axis_name)
+    of_groups = of_devices.reshape(-1, over.span, *of_devices.shape[1:])
+    return list(jnp.unstack(of_groups[lax.axis_index(over.axis_name) // over.span], axis=1))
 
 
 # Above so many values XLA:GPU sums in two stages, the second in a kernel of its own. If the sum is then that of dy·x̂ and not
@@ -237,8 +239,8 @@ def _normalise_backward(over, residuals, dy):
     inner, outer = (rstd, 1.0) if over.platform == "gpu" and _size(x, over) > ONE_STAGE else (1.0, rstd)
     centred = (x - mean) * inner
     dbias, product = _two_sums(dy, dy * centred, over)
-    shared_dbias, shared_product = _group_mean(dbias, over), _group_mean(product, over)
-    dx = rstd * scale * (dy - (shared_dbias + centred * (outer * outer * shared_product)) / _size(x, over))
+    of_group = [dbias, product] if over.span == 1 else [v.mean(0) for v in _of_group(over, dbias, product)]
+    dx = rstd * scale * (dy - (of_group[0] + centred * (outer * outer * of_group[1])) / _size(x, over))
     return dx, jnp.zeros_like(mean), jnp.zeros_like(rstd), outer * product, dbias
 
 
