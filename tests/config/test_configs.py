@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from smallbatch_jax import data
-from smallbatch_jax.config import experiment
+from smallbatch_jax.config import experiment, protocol
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -54,6 +54,24 @@ def test_a_figure_is_the_papers_grid_of_143_runs(name):
     assert (chosen.dataset.name, chosen.dataset.augment) == (dataset, augment)
     assert (chosen.epochs, chosen.weight_decay, chosen.schedule.warmup_fraction) == (epochs, decay, warmup)
     assert (chosen.schedule.boundaries, chosen.schedule.factor) == ((0.5, 0.75), 0.1)
+
+
+def test_a_reduced_figure_differs_in_depth_length_and_coarseness_alone():
+    _, full = load("fig08_resnet32")
+    _, chosen = load("reduced/fig08_resnet8")
+    assert (chosen.model.name, chosen.epochs) == ("resnet8", 8)
+    assert dataclasses.replace(chosen, model=full.model, epochs=full.epochs, grid=full.grid) == full
+    expected = {(2**k, 2.0**j) for k in range(1, 12, 2) for j in range(-12, -3)}
+    assert {(run.batch_size, run.base_lr) for run in chosen.runs()} == expected
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("fig17_41_epochs", 4), ("fig18_164_epochs", 16), ("fig13_cifar10", 8)])
+def test_reduced_figures_keep_their_proportions(name, epochs):
+    module, full = load(name)
+    chosen = experiment.from_config(protocol.reduced(module.get_config()))
+    assert (chosen.epochs, chosen.model.name) == (epochs, full.model.name)
+    sizes = full.grid.bn_batch_sizes and full.grid.bn_batch_sizes[::2]
+    assert chosen.grid.bn_batch_sizes == sizes
 
 
 def test_fig04_is_one_rate_at_every_batch_size():

@@ -97,6 +97,21 @@ def test_weight_gradients_keep_the_window_of_their_kernel():
     assert grouped.count(str(LANES)) == CONVOLUTIONS
 
 
+@pytest.mark.parametrize(
+    ("sharing", "bn_batch_size", "gathered"), [(1, None, 0), (2, BATCH_SIZE // 2, 0), (2, None, 2 * CONVOLUTIONS)]
+)
+def test_devices_exchange_gradients_and_statistics_of_a_bn_group_that_spans_them(sharing, bn_batch_size, gathered):
+    """A norm exchanges both statistics of its input at once, and both sums of its gradient; images stay where they are."""
+    axis = "data" if sharing > 1 else None
+    mesh = lanes.lane_mesh(jax.devices()[:2], sharing)
+    model = create_model("resnet8", 10, "batch", bn_batch_size, axis_name=axis, platform="tpu")
+    program = Program(BATCH_SIZE, 2 * STEPS, axis_name=axis, augment=True)
+    traced, _ = lanes.trace_lanes(model, program, data(), mesh, 2, STEPS, "float32", "vmap")
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("stablehlo.all_gather") == gathered
+    assert bool(text.count("stablehlo.all_reduce")) == (sharing > 1)
+
+
 def test_the_host_is_not_called_and_every_state_is_donated():
     text = lowered("gpu")
     _, template = lanes.trace_lanes(*arguments("gpu", "vmap"))

@@ -1,0 +1,18 @@
+"""Fig. 8, reduced: ResNet-8 in place of ResNet-32, 8 epochs of all of CIFAR-10, m = 2, 8, … 2048, η̃ = 2^-12 … 2^-4.
+
+Run:    python experiments/sweep.py --config=configs/reduced/fig08_resnet8.py --workdir=runs/reduced/fig08
+Expect: 54 runs of 8 epochs. The 36 of m = 8, 32, 128, 512, on a copy of CIFAR-10 in JPEG: 136 s of training after 21 s of
+        compilation on one NVIDIA H200 (2026-11-26); best 75.6 % at m = 8, then 74.5, 72.1 and 63.2 %; m = 2 and 2048 not yet
+        run. The paper, with ResNet-32 and 82 epochs: best at m = 4 or 8 (§3.3)
+"""
+
+from pathlib import Path
+from runpy import run_path
+
+from smallbatch_jax.config.protocol import reduced
+
+FULL = Path(__file__).parents[1] / "fig08_resnet32.py"
+
+
+def get_config():
+    return reduced(run_path(str(FULL))["get_config"](), "resnet8")
