@@ -18,7 +18,7 @@ import command
 from absl import flags
 
 from smallbatch_jax.config import experiment, extras
-from smallbatch_jax.config.experiment import Experiment
+from smallbatch_jax.config.experiment import Experiment, InputError
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -38,6 +38,8 @@ def main() -> int:
         extras.require("peer", "--peer")
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of a GPU's memory for itself
     chosen = _with_batch_sizes(experiment.from_config(command.given_config(CONFIG)))
+    if PEER.value and chosen.optimizer != experiment.Optimizer():
+        raise InputError("--peer: the PyTorch step is SGD without momentum; leave the config's optimizer as it is.")
     command.start_jax()
     import jax
     import timing

@@ -1,11 +1,11 @@
-r"""SGD on the sum of the per-example gradients, and the unitless schedules of its base learning rate.
+r"""SGD on the sum of the per-example gradients, the other optimizers, and the unitless schedules of the base learning rate.
 
 Masters & Luschi (2018) write the update with the *sum* of the gradients over a batch (Eq. 5), so that one number, the base
 learning rate :math:`\tilde\eta = \eta/m` (Eq. 6), is the step length per example whatever the batch size m.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -68,6 +68,59 @@ def summed_sgd(
         return steps, SummedSgdState(count=jnp.asarray(optax.safe_increment(state.count)))
 
     return optax.GradientTransformation(init, update)
+
+
+class Optimizer(NamedTuple):
+    """What a program makes its updates by; the scalars of a run stay arguments, so that other values need no compilation."""
+
+    make: Callable[..., optax.GradientTransformation]  # (learning_rate, weight_decay, **scalars)
+    scalars: tuple[str, ...] = ()  # names
+    rule: float | None = None  # ratio of the learning rate to η̃; None: the batch size (Eq. 6)
+
+    def init(self, params: optax.Params) -> optax.OptState:
+        """Returns the state before the first update, which depends on no scalar."""
+        return self.make(1.0, 0.0, **dict.fromkeys(self.scalars, 0.5)).init(params)
+
+
+# The optimizers that `config.catalog` names. They take mean gradients; every scalar may be traced. Weight decay λ belongs to
+# the loss (§3.1), so that λθ is part of the gradient, except where it is decoupled: in AdamW and Lion the update has -ηλθ.
+
+
+def sgd(learning_rate: Any, weight_decay: Any) -> optax.GradientTransformation:
+    """SGD without momentum, θ ← θ - η (ḡ + λθ): `summed_sgd` with η = η̃·m."""
+    return summed_sgd(learning_rate, 1, weight_decay=weight_decay)
+
+
+SGD = Optimizer(sgd)
+
+
+def heavy_ball(learning_rate: Any, weight_decay: Any, momentum: Any) -> optax.GradientTransformation:
+    """SGD with momentum: v ← μv + ḡ + λθ, θ ← θ - ηv."""
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.trace(momentum), optax.scale(-learning_rate))
+
+
+def nesterov(learning_rate: Any, weight_decay: Any, momentum: Any) -> optax.GradientTransformation:
+    """SGD with Nesterov's momentum: v ← μv + ḡ + λθ, θ ← θ - η (ḡ + λθ + μv)."""
+    decayed = optax.add_decayed_weights(weight_decay)
+    return optax.chain(decayed, optax.trace(momentum, nesterov=True), optax.scale(-learning_rate))
+
+
+def adam(learning_rate: Any, weight_decay: Any, beta1: Any, beta2: Any, epsilon: Any) -> optax.GradientTransformation:
+    """Adam (Kingma & Ba 2015); the penalty is part of the gradient."""
+    scaled = optax.scale_by_adam(beta1, beta2, epsilon)
+    return optax.chain(optax.add_decayed_weights(weight_decay), scaled, optax.scale(-learning_rate))
+
+
+def adamw(learning_rate: Any, weight_decay: Any, beta1: Any, beta2: Any, epsilon: Any) -> optax.GradientTransformation:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
+    scaled = optax.scale_by_adam(beta1, beta2, epsilon)
+    return optax.chain(scaled, optax.add_decayed_weights(weight_decay), optax.scale(-learning_rate))
+
+
+def lion(learning_rate: Any, weight_decay: Any, beta1: Any, beta2: Any) -> optax.GradientTransformation:
+    """Lion (Chen et al. 2023), with decoupled weight decay."""
+    scaled = optax.scale_by_lion(beta1, beta2)
+    return optax.chain(scaled, optax.add_decayed_weights(weight_decay), optax.scale(-learning_rate))
 
 
 def step_schedule(

@@ -6,13 +6,8 @@ Expect: 54 runs of 8 epochs. The 36 of m = 8, 32, 128, 512, on a copy of CIFAR-1
         run. The paper, with ResNet-32 and 82 epochs: best at m = 4 or 8 (§3.3)
 """
 
-from pathlib import Path
-from runpy import run_path
-
-from smallbatch_jax.config.protocol import reduced
-
-FULL = Path(__file__).parents[1] / "fig08_resnet32.py"
+from smallbatch_jax.config.protocol import full_grid, reduced
 
 
 def get_config():
-    return reduced(run_path(str(FULL))["get_config"](), "resnet8")
+    return reduced(full_grid("fig08", "resnet32", "batch", augment=True), "resnet8")

@@ -1,10 +1,11 @@
-"""Models and norms: one entry for each, with what config validation, `models`, figures and protocol know about it.
+"""Models, norms and optimizers: one entry for each, with what config validation, programs, figures and answers know about it.
 
-A new norm is a module and an entry in NORMS; a new model is a module and an entry in MODELS. Modules are named, not imported:
-`pkgutil.resolve_name` loads "module:attribute".
+A new norm is a module and an entry in NORMS; a new model is a module and an entry in MODELS; a new optimizer is a function in
+`optim.py` and an entry in OPTIMIZERS. They are named, not imported: `pkgutil.resolve_name` loads "module:attribute".
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +53,32 @@ MODELS = {
         for depth in (8, 20, 32)
     },
     "resnet50": ModelEntry("ResNet-50", "smallbatch_jax.models.resnet50:BottleneckResNet", {"blocks": (3, 4, 6, 3)}),
+}
+
+
+@dataclass(frozen=True)
+class OptimizerEntry:
+    """A value of `optimizer.name`."""
+
+    title: str  # in answers
+    make: str  # "module:attribute" of (learning_rate, weight_decay, **scalars) → optax.GradientTransformation
+    scalars: Mapping[str, float] = field(default_factory=dict)  # fields of `optimizer` that it takes, and their defaults
+
+
+ADAM = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8}
+OPTIMIZERS = {
+    "sgd": OptimizerEntry("SGD without momentum", "smallbatch_jax.optim:sgd"),
+    "momentum": OptimizerEntry("SGD with momentum", "smallbatch_jax.optim:heavy_ball", {"momentum": 0.9}),
+    "nesterov": OptimizerEntry("SGD with Nesterov momentum", "smallbatch_jax.optim:nesterov", {"momentum": 0.9}),
+    "adam": OptimizerEntry("Adam", "smallbatch_jax.optim:adam", ADAM),
+    "adamw": OptimizerEntry("AdamW", "smallbatch_jax.optim:adamw", ADAM),
+    "lion": OptimizerEntry("Lion", "smallbatch_jax.optim:lion", {"beta1": 0.9, "beta2": 0.99}),
+}
+# What the learning rate is at batch size m: its text with η̃ = base_lr, and its ratio to η̃.
+RULES: dict[str, tuple[str, Callable[[int], float]]] = {
+    "linear": ("η̃·m", float),
+    "sqrt": ("η̃·√m", math.sqrt),
+    "constant": ("η̃", lambda batch_size: 1.0),
 }
 
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from smallbatch_jax.config.experiment import InputError
+from smallbatch_jax.optim import SGD, Optimizer
 from smallbatch_jax.program.device_data import POOL, DeviceData, Pool, TestImages
 from smallbatch_jax.program.devices import DATA, LANE, keep_compilations, keep_freed_memory, lane_mesh
 from smallbatch_jax.program.evaluation import Tested
@@ -217,7 +218,7 @@ def trace_lanes(
       The traced segment, (states, settings, segments, images) → (states, reports), and the shapes of the states.
     """
     sharding = NamedSharding(mesh, P(LANE))
-    template = _template(model, _image_shape(data), lanes, sharding)
+    template = _template(model, program.optimizer, _image_shape(data), lanes, sharding)
     streamed = isinstance(data, Pool)
     segment = jax.shard_map(
         make_segment(model, program, segment_steps, mapping, statistics_model, streamed),
@@ -230,14 +231,14 @@ def trace_lanes(
     if not streamed:
         everywhere = NamedSharding(mesh, P())
         images = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), data)
-    arguments = _abstract_arguments(program.batch_size, lanes, segment_steps, sharding)
+    arguments = _abstract_arguments(program, lanes, segment_steps, sharding)
     trace = _at_precision(jax.jit(segment, donate_argnums=0).trace, precision)
     return trace(template, *arguments, images), template
 
 
-def _template(model: Model, image_shape: Sequence[int], lanes: int, sharding: NamedSharding) -> LaneState:
+def _template(model: Model, optimizer: Optimizer, image_shape: Sequence[int], lanes: int, sharding: NamedSharding) -> LaneState:
     """Shapes and dtypes of the stacked lanes."""
-    fresh = jax.eval_shape(lambda: init_state(model, jnp.zeros((1, *image_shape)), jnp.int32(0)))
+    fresh = jax.eval_shape(lambda: init_state(model, jnp.zeros((1, *image_shape)), jnp.int32(0), optimizer))
     lane = LaneState(fresh, *(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32, jnp.bool)))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((lanes, *x.shape), x.dtype, sharding=sharding), lane)
 
@@ -258,12 +259,12 @@ def _at_precision(function: Callable[..., Any], precision: str) -> Callable[...,
     return call
 
 
-def initialiser(model: Model, image_shape: Sequence[int]) -> Callable[[int], TrainState]:
+def initialiser(model: Model, image_shape: Sequence[int], optimizer: Optimizer = SGD) -> Callable[[int], TrainState]:
     """Returns seed → the state before the first update, as NumPy arrays; compiles once, and draws each seed once.
 
     Initialisation depends on the seed alone, not on batch sizes or base learning rates.
     """
-    init = jax.jit(lambda seed: init_state(model, jnp.zeros((1, *image_shape)), seed))
+    init = jax.jit(lambda seed: init_state(model, jnp.zeros((1, *image_shape)), seed, optimizer))
     return functools.cache(lambda seed: jax.tree.map(np.asarray, init(np.int32(seed))))
 
 
@@ -271,7 +272,8 @@ def require_model(model: Model, image_shape: Sequence[int], num_classes: int, ba
     """Refuses a model that cannot take a dataset's images or gives other logits than one per class; runs nothing."""
     images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
     batch = Batch(images, jax.ShapeDtypeStruct((batch_size,), jnp.int32))
-    setting = Setting(*(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.float32)))
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    setting = Setting(scalar, jax.ShapeDtypeStruct((), jnp.int32), scalar, scalar)
 
     def logits(state: TrainState, images: jax.Array) -> Any:
         return model.apply({"params": state.params, "batch_stats": state.batch_stats}, images, train=False)
@@ -308,13 +310,14 @@ def _replace_lanes(state: LaneState, mask: jax.Array, new: LaneState) -> LaneSta
     return jax.tree.map(lambda old, n: jnp.where(expand(mask, n), n, old), state, new)
 
 
-def _abstract_arguments(batch_size: int, lanes: int, segment_steps: int, sharding: NamedSharding) -> tuple[Setting, Segment]:
+def _abstract_arguments(program: Program, lanes: int, segment_steps: int, sharding: NamedSharding) -> tuple[Setting, Segment]:
     """Returns the shapes of the settings and segments that a program is called with."""
 
     def stacked(dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((lanes,), dtype, sharding=sharding)
 
-    settings = Setting(*(stacked(np.float32), stacked(np.int32), stacked(np.float32), stacked(np.float32)))
+    scalars = {name: stacked(np.float32) for name in program.optimizer.scalars}
+    settings = Setting(stacked(np.float32), stacked(np.int32), stacked(np.float32), stacked(np.float32), scalars or None)
     shares = NamedSharding(sharding.mesh, INDICES)
-    indices = jax.ShapeDtypeStruct((lanes, segment_steps, batch_size), np.int32, sharding=shares)
+    indices = jax.ShapeDtypeStruct((lanes, segment_steps, program.batch_size), np.int32, sharding=shares)
     return settings, Segment(indices, stacked(np.int32), stacked(bool))

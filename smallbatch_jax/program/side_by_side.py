@@ -85,13 +85,28 @@ class PackedModel(NamedTuple):
         return cls(model, Packing.of(lane.params), Packing.of(lane.batch_stats))
 
     def pack(self, state: TrainState) -> TrainState:
-        return state._replace(params=self.params.pack(state.params), batch_stats=self.batch_stats.pack(state.batch_stats))
+        opt_state = _of_each(self.params.structure, self.params.pack, state.opt_state)
+        return state._replace(
+            params=self.params.pack(state.params), batch_stats=self.batch_stats.pack(state.batch_stats), opt_state=opt_state
+        )
 
     def unpack(self, state: TrainState) -> TrainState:
-        return state._replace(params=self.params.unpack(state.params), batch_stats=self.batch_stats.unpack(state.batch_stats))
+        opt_state = _of_each(jax.tree.structure(state.params), self.params.unpack, state.opt_state)
+        return state._replace(
+            params=self.params.unpack(state.params), batch_stats=self.batch_stats.unpack(state.batch_stats), opt_state=opt_state
+        )
 
     def apply(self, variables: dict[str, Any], images: jax.Array, **options: Any) -> Any:
         """`model.apply` in training, with "batch_stats" mutable."""
         unpacked = {name: getattr(self, name).unpack(value) for name, value in variables.items()}
         logits, updated = self.model.apply(unpacked, images, **options)
         return logits, {name: self.batch_stats.pack(value) for name, value in updated.items()}
+
+
+def _of_each(structure: Any, function: Callable[[PyTree], PyTree], opt_state: PyTree) -> PyTree:
+    """Applies a function to each part of an optimizer's state that has an entry for each parameter."""
+
+    def is_like_params(tree: PyTree) -> bool:
+        return jax.tree.structure(tree) == structure
+
+    return jax.tree.map(lambda tree: function(tree) if is_like_params(tree) else tree, opt_state, is_leaf=is_like_params)

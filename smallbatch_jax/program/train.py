@@ -30,6 +30,7 @@ class Program:
     axis_name: str | None = None  # mesh axis over which each batch is sharded; None if one device holds all of it
     micro_batch_size: int | None = None  # examples of a shard computed at a time, whole BN groups; None takes all at once
     augment: bool = False  # whether training images are cropped and flipped at random (§3.1)
+    optimizer: optim.Optimizer = optim.SGD
 
 
 class Setting(NamedTuple):
@@ -39,6 +40,7 @@ class Setting(NamedTuple):
     seed: Array  # int32[]
     weight_decay: Array  # float32[], λ
     warmup_fraction: Array  # float32[]
+    scalars: dict[str, Array] | None = None  # float32[] each, of the optimizer by name
 
 
 class TrainState(NamedTuple):
@@ -60,12 +62,11 @@ class Metrics(NamedTuple):
     correct: Array  # int32[], correctly classified images
 
 
-def init_state(model: Model, images: jax.Array, seed: jax.Array) -> TrainState:
+def init_state(model: Model, images: jax.Array, seed: jax.Array, optimizer: optim.Optimizer = optim.SGD) -> TrainState:
     """Returns the state before the first update; only the shape of `images`, float32[n, …], matters."""
     variables = dict(model.init(jax.random.fold_in(jax.random.key(seed), 0), images))
     params = variables.pop("params")
-    opt_state = optim.summed_sgd(1.0, 1).init(params)
-    return TrainState(jnp.zeros([], jnp.int32), params, variables.pop("batch_stats", {}), opt_state)
+    return TrainState(jnp.zeros([], jnp.int32), params, variables.pop("batch_stats", {}), optimizer.init(params))
 
 
 def make_train_step(
@@ -77,7 +78,7 @@ def make_train_step(
     have the same axis_name. State and metrics are then equal on all devices. Under `shard_map` use ``check_vma=False``: with
     the check on, the gradient of replicated parameters is already summed over the axis.
     """
-    axis = program.axis_name
+    axis, optimizer = program.axis_name, program.optimizer
 
     def loss_fn(params: PyTree, batch_stats: PyTree, batch: Batch, dropout: jax.Array) -> tuple[jax.Array, Any]:
         """Returns the mean cross-entropy and aux = (num_correct, new_batch_stats)."""
@@ -101,7 +102,8 @@ def make_train_step(
         schedule = optim.step_schedule(
             program.total_steps, program.boundaries, program.factor, warmup_fraction=setting.warmup_fraction
         )
-        transform = optim.summed_sgd(setting.base_lr, program.batch_size, schedule, setting.weight_decay)
+        learning_rate = schedule(state.step) * setting.base_lr * (optimizer.rule or program.batch_size)
+        transform = optimizer.make(learning_rate, setting.weight_decay, **(setting.scalars or {}))
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, batch_stats, opt_state), Metrics(loss, correct)

@@ -1,5 +1,6 @@
 """A grid's setup, and the job of each of its programs: which runs it trains, in what layout it is compiled."""
 
+import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,9 +10,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from smallbatch_jax.config import catalog
 from smallbatch_jax.config.experiment import OWN, Experiment, InputError, Run, programs
 from smallbatch_jax.data import Dataset, Photographs, order
 from smallbatch_jax.models import create_model, micro_batch_size
+from smallbatch_jax.optim import Optimizer
 from smallbatch_jax.program import devices, processes
 from smallbatch_jax.program import lanes as lane_programs
 from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
@@ -87,7 +90,13 @@ class Setup:
 
     def initialiser(self) -> Callable[[int], TrainState]:
         """Returns seed → the state before the first update."""
-        return lane_programs.initialiser(self.model_of(None), self.dataset.image_shape)
+        return lane_programs.initialiser(self.model_of(None), self.dataset.image_shape, self.optimizer(1))
+
+    def optimizer(self, batch_size: int) -> Optimizer:
+        """Returns the optimizer of a program; its learning rate alone depends on the batch size."""
+        chosen = self.experiment.optimizer
+        make = pkgutil.resolve_name(catalog.OPTIMIZERS[chosen.name].make)
+        return Optimizer(make, tuple(chosen.scalars(batch_size)), chosen.learning_rate(1.0, batch_size))
 
 
 @dataclass
@@ -136,11 +145,13 @@ class Job:
 
     def settings(self, runs: list[Run | None]) -> Setting:
         """The scalars of the run in each lane, stacked; any valid ones for a lane without a run."""
+        scalars = self.experiment.optimizer.scalars(self.batch_size)
         return Setting(
             np.array([1.0 if run is None else run.base_lr for run in runs], np.float32),
             np.array([0 if run is None else run.seed for run in runs], np.int32),
             np.full(len(runs), self.experiment.weight_decay, np.float32),
             np.full(len(runs), self.experiment.schedule.warmup_fraction, np.float32),
+            {name: np.full(len(runs), value, np.float32) for name, value in scalars.items()} or None,
         )
 
     def compile(self, pipeline: InputPipeline, layout: Layout | None = None) -> LaneProgram:
@@ -201,6 +212,7 @@ class Job:
             axis_name,
             layout.micro_batch_size,
             augment=experiment.dataset.augment and isinstance(self.setup.dataset, Dataset),  # photographs come augmented
+            optimizer=self.setup.optimizer(self.batch_size),
         )
         bn_batch_size = None if self.bn_batch_size == self.batch_size else self.bn_batch_size
         statistics_model_of = self.setup.statistics_model_of

@@ -59,6 +59,9 @@ def sweep(
       progress: shows after every segment how far the grid has come; None shows lines or a bar on stderr.
       **options: fields of a config (`config.experiment`), each by its own name, with the config's defaults:
 
+        - `optimizer`: "sgd", "momentum", "nesterov", "adam", "adamw" or "lion", or an `experiment.Optimizer`; its `rule`
+          ("linear": η = η̃·m, "sqrt": η̃·√m, "constant": η̃), `momentum`, `beta1`, `beta2`, `epsilon`, `beta_rule`,
+          `beta_batch_size`;
         - `schedule`: an `experiment.Schedule`; or its `boundaries`, `factor`, `warmup_fraction`;
         - of the dataset `augment`, `data_dir`, `image_size`, `color_jitter`, `broken_images`, `workers`;
         - of a named model `norm`, `bn_decay`, `bn_statistics`;
@@ -123,8 +126,11 @@ def _sections(options: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in sorted(options.items(), key=lambda option: known[option[0]]):  # whole sections before their fields
         if known[name]:
             config[known[name]][name] = value
+        elif name == "optimizer" and isinstance(value, str):
+            config[name] = {"name": value}
         else:
-            config[name] = dataclasses.asdict(value) if isinstance(value, experiment.Schedule) else value
+            as_dict = isinstance(value, (experiment.Schedule, experiment.Optimizer))
+            config[name] = dataclasses.asdict(value) if as_dict else value
     return config
 
 

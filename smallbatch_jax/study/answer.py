@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from smallbatch_jax.config import catalog
 from smallbatch_jax.config.text import format_base_lr, percent
 from smallbatch_jax.study.analysis import best_first
 from smallbatch_jax.study.study import Study
@@ -91,11 +92,14 @@ def _rest(study: Study, best: pd.Series) -> str:
 
 def _in_words(study: Study, best: pd.Series) -> str:
     """The best cell as a user of another framework would set it."""
-    schedule, eta = study.experiment.schedule, best["base_lr"] * best["batch_size"]
+    schedule, optimizer, m = study.experiment.schedule, study.experiment.optimizer, int(best["batch_size"])
+    scalars = "".join(f", {name} {value:.6g}" for name, value in optimizer.scalars(m).items())
+    title = f"{catalog.OPTIMIZERS[optimizer.name].title}{scalars}"
+    rate = f"η = {catalog.RULES[optimizer.rule][0]} = {optimizer.learning_rate(best['base_lr'], m):.6g}"
     drops = " and ".join(f"{100 * boundary:.3g} %" for boundary in schedule.boundaries)
     then = f", times {schedule.factor:g} after {drops} of the training" if drops else ""
     warm_up = f", after a warm-up over {100 * schedule.warmup_fraction:g} %" if schedule.warmup_fraction else ""
-    return f"As most write it: learning rate η = η̃·m = {eta:.6g} on the mean gradient, SGD without momentum{then}{warm_up}."
+    return f"As most write it: learning rate {rate} on the mean gradient, {title}{then}{warm_up}."
 
 
 def _edge(value: float, tried: Sequence[float]) -> tuple[str, str] | None:

@@ -96,6 +96,7 @@ def describe(study: Study) -> str:
     images = " ({:,} + {:,} images)".format(*study.examples) if study.examples else ""
     facts = [e.model.name.removeprefix(OWN), f"norm {e.model.norm}"]
     facts += ["precise statistics"] * (e.model.bn_statistics == "precise")
+    facts += e.optimizer.described()
     facts += [f"{'own data' if e.dataset.name.startswith(OWN) else e.dataset.name}{images}"]
     facts += ["augmented"] * e.dataset.augment
     facts += [plural(e.epochs, "epoch")]

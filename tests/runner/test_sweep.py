@@ -108,6 +108,13 @@ def test_a_schedule_is_given_whole_or_by_its_fields():
     assert not whole.equals(quiet(Mlp(), table(), (8,), (2**-6,), epochs=2))
 
 
+def test_an_optimizer_is_given_by_name_and_fields_or_whole():
+    whole = sbj.experiment.Optimizer("momentum", rule="sqrt", momentum=0.5)
+    by_fields = quiet(Mlp(), table(), (8,), (2**-6,), epochs=1, optimizer="momentum", rule="sqrt", momentum=0.5)
+    pd.testing.assert_frame_equal(by_fields, quiet(Mlp(), table(), (8,), (2**-6,), epochs=1, optimizer=whole), check_exact=True)
+    assert not by_fields.equals(quiet(Mlp(), table(), (8,), (2**-6,), epochs=1))
+
+
 def test_each_batch_size_may_have_its_own_rate():
     frame = quiet(tiny.TinyModel(), tiny.dataset(), np.array([4, 2]), {np.int64(2): 2**-6, 4: np.float64(2**-7)}, epochs=1)
     assert list(zip(frame.batch_size, frame.base_lr, strict=True)) == [(2, 2**-6), (4, 2**-7)]

@@ -8,6 +8,7 @@ from claimed import LOST, LRS, study
 from smallbatch_jax.config.experiment import Schedule
 from smallbatch_jax.study import analysis
 from smallbatch_jax.study.answer import answer
+from smallbatch_jax.study.study import describe
 
 FAR = {4: [0.5, 0.912, 0.4], 64: [0.6, 0.5, LOST], 128: [0.3, LOST, LOST]}
 
@@ -100,6 +101,15 @@ def test_a_bn_batch_size_of_its_own_is_named():
 )
 def test_what_a_careful_reader_would_ask(table, says):
     assert says in caveats(table)
+
+
+def test_the_optimizer_and_its_rule_are_named_as_others_write_them():
+    adamw = {"name": "adamw", "rule": "sqrt", "beta1": 0.8, "beta_rule": "half_life", "beta_batch_size": 2}
+    found = study("fig08", {4: 0.9}, optimizer=adamw)
+    rate = found.cells["base_lr"].iloc[0] * 2
+    expected = f"learning rate η = η̃·√m = {rate:.6g} on the mean gradient, AdamW, beta1 0.64, beta2 0.998001, epsilon 1e-08"
+    assert expected in answer(found).caveats[0]
+    assert ", AdamW, sqrt rule, " in describe(found)
 
 
 def test_a_best_inside_the_grid_that_stands_alone_needs_no_caveat_but_its_seed():

@@ -27,6 +27,7 @@ def _network(experiment: Experiment) -> str:
     model, norm = experiment.model.name, experiment.model.norm
     parts = [MODELS[model].title if model in MODELS else style.plain(model.removeprefix(OWN)), NORMS[norm].title]
     parts.append("Aug" if experiment.dataset.augment else "noAug")
+    parts += experiment.optimizer.described()
     return ", ".join([*parts, "WU"] if experiment.schedule.warmup_fraction else parts)
 
 

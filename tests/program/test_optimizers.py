@@ -1,0 +1,160 @@
+"""Momentum, Adam and the others in lanes: each trains as a plain Optax loop does, whatever the rule of its learning rate."""
+
+import functools
+import math
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from smallbatch_jax.config import catalog, experiment
+from smallbatch_jax.data import order
+from smallbatch_jax.program import device_data, lanes, train
+from smallbatch_jax.runner.grid import Interrupted, train_grid
+from smallbatch_jax.runner.jobs import Setup
+from smallbatch_jax.runner.progress import NoProgress
+from smallbatch_jax.store import results
+
+BATCH_SIZE, STEPS, LANES, DECAY = 4, 50, 5, 1e-2
+BASE_LRS = np.array([2.0**-k for k in range(7, 7 + LANES)], np.float32)
+SCALARS = {"momentum": 0.8, "beta1": 0.85, "beta2": 0.97, "epsilon": 1e-4}  # none is a default
+PLAIN = {  # by the formulas of the papers, from optax's own optimizers
+    "sgd": lambda lr: optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(lr)),
+    "momentum": lambda lr: optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(lr, 0.8)),
+    "nesterov": lambda lr: optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(lr, 0.8, nesterov=True)),
+    "adam": lambda lr: optax.chain(optax.add_decayed_weights(DECAY), optax.adam(lr, 0.85, 0.97, 1e-4)),
+    "adamw": lambda lr: optax.adamw(lr, 0.85, 0.97, 1e-4, weight_decay=DECAY),
+    "lion": lambda lr: optax.lion(lr, 0.85, 0.97, weight_decay=DECAY),
+}
+RATES = {"linear": BATCH_SIZE, "sqrt": math.sqrt(BATCH_SIZE), "constant": 1}
+
+
+def chosen(name, rule="linear", **fields):
+    known = {scalar: SCALARS[scalar] for scalar in catalog.OPTIMIZERS[name].scalars}
+    return tiny.grid(optimizer={"name": name, "rule": rule, **known, **fields}, weight_decay=DECAY, epochs=4)
+
+
+@functools.cache
+def dataset():
+    return tiny.dataset()
+
+
+def trained(name, rule, mapping, values=None):
+    """The parameters of every lane after 50 steps, and the compiled program."""
+    setup = Setup(chosen(name, rule), dataset(), lambda b: tiny.PlainModel())
+    optimizer = setup.optimizer(BATCH_SIZE)
+    mesh = lanes.lane_mesh(jax.devices()[:1])
+    program = train.Program(BATCH_SIZE, STEPS, optimizer=optimizer)
+    data = device_data.to_device(dataset(), mesh)
+    compiled = lanes.compile_lanes(tiny.PlainModel(), program, data, mesh, LANES, STEPS, mapping=mapping)
+    fresh = lanes.initialiser(tiny.PlainModel(), dataset().image_shape, optimizer)(0)
+    state = compiled.start(compiled.empty(), dict.fromkeys(range(LANES), fresh))
+    indices = np.repeat(order.batch_indices(0, 0, STEPS, BATCH_SIZE, 50)[None], LANES, 0)
+    segment = lanes.Segment(indices, np.full(LANES, STEPS, np.int32), np.zeros(LANES, bool))
+    full = [np.full(LANES, v, d) for v, d in ((0, np.int32), (DECAY, np.float32), (0.1, np.float32))]
+    scalars = values or setup.experiment.optimizer.scalars(BATCH_SIZE)
+    setting = train.Setting(BASE_LRS, *full, {k: np.full(LANES, v, np.float32) for k, v in scalars.items()} or None)
+    state, _ = compiled.run(state, setting, segment)
+    return jax.tree.map(np.asarray, state.train.params), fresh, indices[0]
+
+
+def plain_loop(name, rule, fresh, indices, base_lr):
+    """One run by Optax alone, the schedule as a function of its own count."""
+    model, stored, labelled = tiny.PlainModel(), dataset().train_images, jnp.asarray(dataset().train_labels)
+    images = jnp.asarray((stored - stored.mean((0, 1, 2))) / stored.std((0, 1, 2)), jnp.float32)
+
+    def schedule(count):  # a warm-up over a tenth, then a tenth of the rate at 50 % and 75 %
+        warm = jnp.where(count < 5, 1 / 32 + (1 - 1 / 32) * count / 5, 1.0)
+        return base_lr * RATES[rule] * warm * 0.1 ** ((count >= 25).astype(int) + (count >= 38).astype(int))
+
+    transform = PLAIN[name](schedule)
+
+    def loss(params, batch, labels):
+        logits = model.apply({"params": params}, batch, train=True)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def step(carry, chosen):
+        params, state = carry
+        grads = jax.grad(loss)(params, images[chosen], labelled[chosen])
+        updates, state = transform.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    start = fresh.params, transform.init(fresh.params)
+    return jax.jit(lambda start: jax.lax.scan(step, start, indices)[0][0])(start)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("mapping", ["map", pytest.param("vmap", marks=pytest.mark.slow)])
+def test_a_lane_trains_as_a_plain_optax_loop(name, mapping):
+    """50 steps with warm-up, two reductions and weight decay; the rules take turns."""
+    rule = list(RATES)[(list(PLAIN).index(name) + (mapping == "vmap")) % 3]
+    found, fresh, indices = trained(name, rule, mapping)
+    for lane in (0, LANES - 1):
+        expected = plain_loop(name, rule, fresh, indices, float(BASE_LRS[lane]))
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert np.abs(a[lane] - b).max() <= 1e-5 * max(1.0, np.abs(b).max())
+
+
+def test_no_scalar_of_an_optimizer_is_compiled_in():
+    args = "adamw", "sqrt", "map"
+    first, *_ = trained(*args)
+    changed, *_ = trained(*args, values={"beta1": 0.5, "beta2": 0.9, "epsilon": 1e-3})
+    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(changed), strict=True))
+
+
+def test_a_state_packed_for_lanes_side_by_side_gives_the_same_updates():
+    (one_by_one, *_), (together, *_) = (trained("adamw", "linear", mapping) for mapping in ("map", "vmap"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one_by_one, together)
+
+
+@pytest.mark.parametrize("name", ["momentum", pytest.param("adamw", marks=pytest.mark.slow)])
+def test_a_sweep_with_state_is_killed_and_resumed_bit_for_bit(tmp_path, name, monkeypatch):
+    fields = {"optimizer": {"name": name}, "checkpoint_seconds": 0.0, "segment_seconds": 0.001, "base_lrs": (2**-9, 2**-7)}
+
+    class Stops(NoProgress):
+        def __init__(self, after):
+            self.left = after
+
+        def show(self, status, doing):
+            self.left -= 1
+            if not self.left:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    make = lambda b: tiny.TinyModel(b)  # noqa: E731
+    train_grid(tiny.grid(**fields), tmp_path / "whole", dataset(), NoProgress(), make)
+    with pytest.raises(Interrupted):
+        train_grid(tiny.grid(**fields), tmp_path / "killed", dataset(), Stops(3), make)
+    assert len(results.load(tmp_path / "killed")) < 6
+    train_grid(tiny.grid(**fields), tmp_path / "killed", dataset(), NoProgress(), make)
+    assert results.load(tmp_path / "killed").equals(results.load(tmp_path / "whole"))
+
+
+def refused(**fields):
+    with pytest.raises(experiment.InputError) as error:
+        experiment.Optimizer(**fields).scalars(64)
+    return str(error.value)
+
+
+def test_betas_keep_their_half_life_in_examples_or_follow_the_square_root_rule():
+    half_life = experiment.Optimizer("adamw", beta1=0.9, beta2=0.99, beta_rule="half_life", beta_batch_size=32)
+    assert half_life.scalars(32) == {"beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8}
+    at_128 = half_life.scalars(128)
+    assert math.log(0.5) / math.log(at_128["beta2"]) * 128 == pytest.approx(math.log(0.5) / math.log(0.99) * 32)
+    sde = experiment.Optimizer("adam", rule="sqrt", beta2=0.99, beta_rule="sde", beta_batch_size=32)
+    assert sde.scalars(128) == pytest.approx({"beta1": 0.6, "beta2": 0.96, "epsilon": 5e-9})
+    assert sde.learning_rate(2**-8, 64) == 2**-5
+
+
+def test_what_does_not_go_with_an_optimizer_is_refused():
+    assert refused(momentum=0.9).startswith("optimizer.momentum: sgd has none, it has no scalars;")
+    assert refused(name="lion", epsilon=1e-8).startswith("optimizer.epsilon: lion has none, it has beta1 and beta2;")
+    assert refused(name="adam", beta_rule="half_life").startswith(
+        "optimizer.beta_rule: 'half_life' needs optimizer.beta_batch_size"
+    )
+    assert refused(name="adam", beta_batch_size=8).startswith("optimizer.beta_batch_size: belongs to")
+    assert refused(name="adam", beta_rule="sde", beta_batch_size=2).startswith("optimizer.beta_rule: 'sde' makes beta1 -2.2 at")
