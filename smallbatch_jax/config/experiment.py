@@ -14,14 +14,14 @@ from ml_collections import ConfigDict
 from smallbatch_jax.config import catalog, fields
 from smallbatch_jax.config.datasets import DATASETS
 from smallbatch_jax.config.fields import InputError, config_field
+from smallbatch_jax.config.optimizer import BETA_RULES, Optimizer
 
-__all__ = ["Experiment", "InputError", "Run", "default_config", "from_config", "single_run"]
+__all__ = ["BETA_RULES", "Experiment", "InputError", "Optimizer", "Run", "default_config", "from_config", "single_run"]
 
 BROKEN_IMAGES = ("fail", "skip")
 OWN = "own:"  # begins the name of a model or dataset that a Python caller brought; no command can make one
 BN_STATISTICS = ("running", "precise")  # running averages, or recomputed over training images at each evaluation
 PRECISIONS = ("float32", "tf32", "bfloat16")
-BETA_RULES = ("constant", "half_life", "sde")
 MOST_RUNS = 100_000  # in a grid: far beyond any study, and still listed at once
 
 # Fields outside the grid that may differ when a workdir is resumed: place of the data, layout of the work, trackers.
@@ -54,70 +54,6 @@ class Model:
     norm: str = config_field("none", fields.choice(catalog.NORMS, "norm"))
     bn_decay: float = config_field(0.99, fields.decay)  # of batch norm's running averages
     bn_statistics: str = config_field("running", fields.choice(BN_STATISTICS, "kind of statistics"))  # at evaluation
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """`optimizer`: what makes an update of the mean gradient, and how its scalars depend on the batch size m."""
-
-    name: str = config_field("sgd", fields.choice(catalog.OPTIMIZERS, "optimizer"))
-    rule: str = config_field("linear", fields.choice(catalog.RULES, "rule"))  # the learning rate at m: η̃·m, η̃·√m or η̃
-    # Scalars of the optimizer; None takes its default, and those that it does not have must be None.
-    momentum: float | None = config_field(None, fields.decay)
-    beta1: float | None = config_field(None, fields.decay)
-    beta2: float | None = config_field(None, fields.decay)
-    epsilon: float | None = config_field(None, fields.positive(1))
-    beta_rule: str = config_field("constant", fields.choice(BETA_RULES, "rule"))  # of momentum, beta1 and beta2
-    beta_batch_size: int | None = config_field(None, fields.integer(1))  # m′, at which they have the values given
-
-    def __post_init__(self) -> None:
-        known = catalog.OPTIMIZERS[self.name].scalars
-        for name in ("momentum", "beta1", "beta2", "epsilon"):
-            if getattr(self, name) is not None and name not in known:
-                has = " and ".join([", ".join(list(known)[:-1]), list(known)[-1]] if len(known) > 1 else known) or "no scalars"
-                raise InputError(f"optimizer.{name}: {self.name} has none, it has {has}; leave it None.")
-        if self.beta_rule != "constant" and self.beta_batch_size is None:
-            raise InputError(
-                f"optimizer.beta_rule: {self.beta_rule!r} needs optimizer.beta_batch_size, the batch size at which momentum, "
-                "beta1 and beta2 have the values given."
-            )
-        if self.beta_rule == "constant" and self.beta_batch_size is not None:
-            raise InputError("optimizer.beta_batch_size: belongs to the beta_rules 'half_life' and 'sde'; leave it None.")
-
-    def scalars(self, batch_size: int) -> dict[str, float]:
-        """Returns the optimizer's scalars at a batch size m.
-
-        With beta_rule "half_life" a beta is β^(m/m′), so that it forgets over equally many examples at every m (Marek et al.
-        2025). With "sde" it is 1 - (1 - β)·m/m′, and epsilon ε/√(m/m′) (Malladi et al. 2022, the square-root rule of Adam).
-
-        Raises:
-          InputError: if m is so large that the rule "sde" leaves no beta.
-        """
-        found = {}
-        ratio = batch_size / (self.beta_batch_size or batch_size)
-        for name, default in catalog.OPTIMIZERS[self.name].scalars.items():
-            given = getattr(self, name)
-            value = default if given is None else given
-            if self.beta_rule == "sde":
-                value = value / math.sqrt(ratio) if name == "epsilon" else 1 - (1 - value) * ratio
-                if value < 0:
-                    raise InputError(
-                        f"optimizer.beta_rule: 'sde' makes {name} {value:.3g} at batch size {batch_size}; use larger betas, "
-                        "a larger beta_batch_size or smaller batch sizes."
-                    )
-            elif self.beta_rule == "half_life" and name != "epsilon":
-                value = value**ratio
-            found[name] = value
-        return found
-
-    def described(self) -> list[str]:
-        """Returns what sets it apart from the paper's: ["AdamW", "sqrt rule"]."""
-        named = [catalog.OPTIMIZERS[self.name].title] * (self.name != "sgd")
-        return named + [f"{self.rule} rule"] * (self.rule != "linear")
-
-    def learning_rate(self, base_lr: float, batch_size: int) -> float:
-        """Returns the learning rate η at a batch size, before the schedule."""
-        return base_lr * catalog.RULES[self.rule][1](batch_size)
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,8 @@ def sweep(
       progress: shows after every segment how far the grid has come; None shows lines or a bar on stderr.
       **options: fields of a config (`config.experiment`), each by its own name, with the config's defaults:
 
-        - `optimizer`: "sgd", "momentum", "nesterov", "adam", "adamw" or "lion", or an `experiment.Optimizer`; its `rule`
-          ("linear": η = η̃·m, "sqrt": η̃·√m, "constant": η̃), `momentum`, `beta1`, `beta2`, `epsilon`, `beta_rule`,
-          `beta_batch_size`;
+        - `optimizer`: a name in `config.catalog.OPTIMIZERS` or an `experiment.Optimizer`; its `rule` ("linear": η = η̃·m,
+          "sqrt": η̃·√m, "constant": η̃), `momentum`, `beta1`, `beta2`, `epsilon`, `beta_rule`, `beta_batch_size`;
         - `schedule`: an `experiment.Schedule`; or its `boundaries`, `factor`, `warmup_fraction`;
         - of the dataset `augment`, `data_dir`, `image_size`, `color_jitter`, `broken_images`, `workers`;
         - of a named model `norm`, `bn_decay`, `bn_statistics`;
