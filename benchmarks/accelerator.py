@@ -48,12 +48,13 @@ def main() -> int:
 def _measure(name: str, sizes: Sequence[int], options: Sequence[str] = (), xla_flags: str = "") -> dict[str, Rates]:
     """Runs `benchmark.py`, shows what it prints, and returns the rates of each way, ours by this name; none if it fails."""
     print(f"\n{name}", flush=True)
-    given = [argument for argument in sys.argv[1:] if argument.startswith("--config")]
+    # Our own flags are `benchmark.py`'s too, except for --target; of a flag given twice the last counts.
+    given = [*sys.argv[1:], "--undefok=target", "--nopeer", "--random_images", "--json"]
     timing = [f"--batch_sizes={','.join(map(str, sizes))}", f"--seconds={SECONDS.value}", f"--repeats={REPEATS.value}"]
-    script = [sys.executable, str(BENCHMARK), "--random_images", "--json"]
     environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()}
     line, columns = "", {name: {}}
-    with subprocess.Popen([*script, *given, *timing, *options], stdout=subprocess.PIPE, text=True, env=environment) as process:
+    words = [sys.executable, str(BENCHMARK), *given, *timing, *options]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as process:
         for line in process.stdout or ():
             print("" if line.startswith("{") else line, end="", flush=True)
     if process.returncode == 0:

@@ -34,12 +34,12 @@ MOST_IMAGES = 2**30  # per run: more than any timing reaches, and at m = 1 an in
 
 
 def main() -> int:
+    chosen = _with_batch_sizes(experiment.from_config(command.given_config(CONFIG)))
     if PEER.value:
+        if chosen.optimizer != experiment.Optimizer():
+            raise InputError(f"--peer: its step is SGD without momentum, the config's optimizer is {chosen.optimizer.name}.")
         extras.require("peer", "--peer")
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of a GPU's memory for itself
-    chosen = _with_batch_sizes(experiment.from_config(command.given_config(CONFIG)))
-    if PEER.value and chosen.optimizer != experiment.Optimizer():
-        raise InputError("--peer: the PyTorch step is SGD without momentum; leave the config's optimizer as it is.")
     command.start_jax()
     import jax
     import timing

@@ -27,8 +27,10 @@ class Optimizer:
         known = catalog.OPTIMIZERS[self.name].scalars
         for name in ("momentum", "beta1", "beta2", "epsilon"):
             if getattr(self, name) is not None and name not in known:
-                has = " and ".join([", ".join(list(known)[:-1]), list(known)[-1]] if len(known) > 1 else known) or "no scalars"
+                has = " and ".join(known) or "no scalars"
                 raise InputError(f"optimizer.{name}: {self.name} has none, it has {has}; leave it None.")
+        if self.beta_rule != "constant" and not known:
+            raise InputError(f"optimizer.beta_rule: {self.name} has neither momentum nor betas; use 'constant'.")
         if self.beta_rule != "constant" and self.beta_batch_size is None:
             raise InputError(
                 f"optimizer.beta_rule: {self.beta_rule!r} needs optimizer.beta_batch_size, the batch size at which momentum, "

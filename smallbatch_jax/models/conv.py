@@ -62,7 +62,8 @@ def _lax_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> 
 
 
 def _gpu_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
-    full = x.dtype == np.float32 and jax.config.jax_default_matmul_precision in ("highest", "float32")  # pyright: ignore[reportAttributeAccessIssue]
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]  # at which JAX traces this
+    full = x.dtype == np.float32 and precision in ("highest", "float32")
     copies = len(x) * math.prod(_correlation(x, kernel, strides, pads).outputs) * math.prod(kernel.shape[:3])
     small = copies <= (SMALL_COPIES if full else SMALL_COPIES_ROUNDED)
     return (_im2col_conv if small else _lax_conv)(x, kernel, strides, pads)

@@ -50,12 +50,13 @@ def use_all_cores(devices: int | None = None) -> None:
         jax.config.update("jax_num_cpu_devices", devices or len(os.sched_getaffinity(0)))
 
 
-def keep_compilations(platform: str) -> None:
-    """Keeps programs compiled for a GPU or TPU in the cache directory, where the user has not chosen one with JAX's own flag.
+def keep_compilations() -> None:
+    """Keeps compiled programs in the cache directory, where the user has not chosen one with JAX's own flag.
 
-    They take from half a minute to several there. On CPU they take seconds, and a program for another CPU could crash this one.
+    For GPUs and TPUs, where a compilation takes from half a minute to several. On CPU it takes seconds, and a program that was
+    compiled for another CPU could crash.
     """
-    if platform != "cpu" and not jax.config.values["jax_compilation_cache_dir"]:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(cache.directory() / "compiled"))
         compilation_cache.reset_cache()  # JAX decides at the first compilation whether there is a cache
 

@@ -191,7 +191,8 @@ def compile_lanes(
     mapping = mapping or lane_mapping(platform)
     if platform == "cpu":
         keep_freed_memory()
-    keep_compilations(platform)
+    else:
+        keep_compilations()
     began = time.monotonic()
     traced, template = trace_lanes(model, program, data, mesh, lanes, segment_steps, precision, mapping, statistics_model)
     compiled = traced.lower().compile()

@@ -72,8 +72,9 @@ def init_state(model: Model, images: jax.Array, seed: jax.Array, optimizer: opti
 def make_train_step(
     model: Model, program: Program, value_and_grad: Callable[..., Callable[..., Any]] = jax.value_and_grad
 ) -> Callable[[TrainState, Setting, Batch], tuple[TrainState, Metrics]]:
-    """Returns Eq. 5 as a pure function of the state, the run's scalars and one batch; `value_and_grad` differentiates its loss.
+    """Returns one update, Eq. 5 by default, as a pure function of the state, the run's scalars and one batch.
 
+    `value_and_grad` differentiates its loss, and `program.optimizer` makes the update of the mean gradient.
     With `program.axis_name` the batch is one device's shard: consecutive examples, equally many on each device. The model must
     have the same axis_name. State and metrics are then equal on all devices. Under `shard_map` use ``check_vma=False``: with
     the check on, the gradient of replicated parameters is already summed over the axis.

@@ -69,7 +69,7 @@ class Trial:
         return max(0.0, seconds - masked) * scale
 
     def _time_evaluation(self, evaluate: bool) -> tuple[float, float]:
-        """Runs a segment without steps; returns its seconds, and the share of the test set that they are for, inverted."""
+        """Runs a segment without steps; returns its seconds, and their ratio to those of the whole test set."""
         settings = self.job.settings(self.runs)
         load = self._pipeline.prepare(self.program, self.job.batch_size, [None] * self.program.lanes)
         segment = load.segment._replace(evaluate=np.full(self.program.lanes, evaluate))

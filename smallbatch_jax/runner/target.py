@@ -74,8 +74,9 @@ TARGETS = {
     "v5p": Target("tpu", "v5p:2x2x1", 95, gigahertz=1.75),
 }
 LAUNCH_SECONDS = 2.5e-6  # of a kernel on a GPU
-# Share of a GPU's peak that convolutions of few channels reach in float32, tf32 and bfloat16, fitted to ResNet-20 on one H200
-# (2026-11-26): the step of 13 lanes in float32 is then within -25 % and +15 % of the measured one from m = 2 to 512.
+# Share of a GPU's peak that convolutions of few channels reach in float32, tf32 and bfloat16 on one H200 (2026-11-26). In
+# float32 it is fitted to ResNet-20: the step of 13 lanes is then within -25 % and +15 % of the measured one from m = 2 to 512.
+# In the others it is that of single layers.
 REACHED = (0.24, 0.10, 0.12)
 ASSUMPTIONS = {  # by platform
     "gpu": "each kernel takes its bytes ÷ bandwidth, at least 2.5 µs, and the FLOPs the time at a share of the peak rate that "

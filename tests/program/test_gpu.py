@@ -10,10 +10,7 @@ from smallbatch_jax.program.device_data import to_device
 from smallbatch_jax.program.lanes import Segment, compile_lanes, initialiser, lane_mesh
 from smallbatch_jax.program.train import Program, Setting
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU"),
-]
+pytestmark = pytest.mark.gpu
 STEPS, BATCH_SIZE = 5, 8
 
 

@@ -156,5 +156,6 @@ def test_what_does_not_go_with_an_optimizer_is_refused():
     assert refused(name="adam", beta_rule="half_life").startswith(
         "optimizer.beta_rule: 'half_life' needs optimizer.beta_batch_size"
     )
+    assert refused(beta_rule="sde", beta_batch_size=2).startswith("optimizer.beta_rule: sgd has neither momentum nor betas;")
     assert refused(name="adam", beta_batch_size=8).startswith("optimizer.beta_batch_size: belongs to")
     assert refused(name="adam", beta_rule="sde", beta_batch_size=2).startswith("optimizer.beta_rule: 'sde' makes beta1 -2.2 at")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import linen as nn
-from shell import QUICKSTART, run
+from shell import QUICKSTART, refused, run
 
 from smallbatch_jax import data
 from smallbatch_jax.models import create_model
@@ -180,6 +180,11 @@ def test_benchmark_prints_a_row_and_the_json_that_plan_reads():
     assert result["seconds_to_compile"] > 0
     assert result["peak_bytes"] > 0
     assert len(result["rates"]["ours"]) == 2
+
+
+def test_benchmark_compares_no_other_optimizer_with_the_peers():
+    done = run("benchmark.py", QUICKSTART, "--peer", "--config.optimizer.name=adam")
+    refused(done, "--peer: its step is SGD without momentum, the config's optimizer is adam.")
 
 
 @pytest.mark.parametrize("sizes", ["0", "4,4", "x", "2,-1", "1.5"])
