@@ -76,7 +76,7 @@ def trained(
     job = jobs.Job(jobs.Setup(chosen, dataset), m, b, None)  # pyright: ignore[reportArgumentType]
     with closing(input_pipeline(dataset, chosen)) as pipeline:
         program = job.compile(pipeline)
-        state = program.start(program.empty(), {0: lanes.initialiser(job.model_of(None), dataset.image_shape)(0)})
+        state = program.start(program.empty(), {0: lanes.initialiser(job.model_of(None), dataset.example)(0)})
         if restore:
             checkpoints = Checkpoints(Path(restore), chosen)
             content = processes.on_first(lambda: checkpoints.restore(program.template))

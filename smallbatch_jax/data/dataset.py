@@ -3,12 +3,15 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from smallbatch_jax.config import fields
 from smallbatch_jax.config.experiment import InputError
+
+if TYPE_CHECKING:
+    import jax
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +58,11 @@ class Dataset:
         return self.train_images.shape[1:]
 
     @property
+    def example(self) -> "jax.ShapeDtypeStruct":
+        """Shape and dtype of one example, as a model receives it."""
+        return as_received(self.image_shape, self.train_images.dtype)
+
+    @property
     def num_train(self) -> int:
         return len(self.train_labels)
 
@@ -81,6 +89,13 @@ class Dataset:
         if self.train_images.dtype != np.uint8:
             return np.zeros(channels, np.float32), np.ones(channels, np.float32)
         return mean_and_deviation(*channel_sums(self.train_images), self.train_images.size // channels)
+
+
+def as_received(shape: Sequence[int], dtype: Any) -> "jax.ShapeDtypeStruct":
+    """Returns what a model receives of an example stored as `dtype`: tokens as they are, images as float32."""
+    import jax
+
+    return jax.ShapeDtypeStruct(tuple(shape), np.int32 if dtype == np.int32 else np.float32)
 
 
 def channel_sums(images: np.ndarray) -> tuple[list[int], list[int]]:

@@ -5,7 +5,6 @@ or changed code is noticed if it changes that result by more than the tolerance.
 that these activations never reach, code that runs for large batches only.
 """
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,19 +18,20 @@ EXAMPLES = 4
 TOLERANCE, TOLERANCE_16_BITS = 1e-4, 3e-2
 
 
-def fingerprint(model: Any, image_shape: Sequence[int], examples: int) -> dict[str, Any]:
+def fingerprint(model: Any, example: jax.ShapeDtypeStruct, examples: int) -> dict[str, Any]:
     """Summarises one training step and one evaluation of a model at its initial parameters, on CPU.
 
     Args:
       model: an `OwnModel`.
-      image_shape: shape of one image.
+      example: shape and dtype of one example, as the model receives it.
       examples: size of the batch.
 
     Returns:
       JSON values: "tolerance", relative, and "values", a dict of pairs (norm, sum / √size) of the initial variables, their
       gradients, the updated batch statistics and the logits.
     """
-    images = np.random.RandomState(0).standard_normal((examples, *image_shape)).astype(np.float32)
+    drawn = np.random.RandomState(0).standard_normal((examples, *example.shape))
+    images = (np.abs(drawn) > 1 if jnp.issubdtype(example.dtype, jnp.integer) else drawn).astype(example.dtype)
 
     def compute(images: jax.Array) -> dict[str, Any]:
         variables = dict(model.init(jax.random.key(0), images[:1]))

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import errors as flax_errors
 from flax import linen as nn
 from jax.interpreters.partial_eval import dce_jaxpr
@@ -69,11 +68,11 @@ class OwnModel:
             raise InputError(f"bn_batch_sizes: {self.label} has no field bn_batch_size to set; give None.")
         return OwnModel(self.module.clone(bn_batch_size=bn_batch_size), self._modes)
 
-    def fingerprint(self, image_shape: Sequence[int]) -> dict[str, Any]:
+    def fingerprint(self, example: jax.ShapeDtypeStruct) -> dict[str, Any]:
         """Returns a summary of what the module computes, by which a workdir recognises it (`identity.fingerprint`)."""
-        return identity.fingerprint(self, image_shape, self._whole_bn_batches(identity.EXAMPLES))
+        return identity.fingerprint(self, example, self._whole_bn_batches(identity.EXAMPLES))
 
-    def settled(self, image_shape: Sequence[int]) -> "OwnModel":
+    def settled(self, example: jax.ShapeDtypeStruct) -> "OwnModel":
         """Returns the model with the mode arguments that it takes; traces it and runs nothing.
 
         Raises:
@@ -83,7 +82,7 @@ class OwnModel:
         if not self._modes and any(p.kind is p.VAR_KEYWORD for p in _parameters(self.module)):
             # Perhaps for a submodule: tries each mode.
             candidates = [*((name,) for name in MODES), ()]
-        images = jax.ShapeDtypeStruct((self._whole_bn_batches(_TRACED_EXAMPLES), *image_shape), jnp.float32)
+        images = _batch(example, self._whole_bn_batches(_TRACED_EXAMPLES))
         found: list[tuple[OwnModel, _Trace]] = []
         for modes in candidates:
             model = OwnModel(self.module, modes)
@@ -104,9 +103,9 @@ class OwnModel:
             print(f"warning: model: {self.label} {remark}", file=sys.stderr, flush=True)
         return model
 
-    def require_batch(self, image_shape: Sequence[int], batch_size: int) -> None:
+    def require_batch(self, example: jax.ShapeDtypeStruct, batch_size: int) -> None:
         """Refuses a module that cannot be trained on batches of this size; runs nothing."""
-        self._traced(jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32))
+        self._traced(_batch(example, batch_size))
 
     def _whole_bn_batches(self, examples: int) -> int:
         """Returns about `examples`, rounded to whole BN batches if the module has a field for their size."""
@@ -172,7 +171,7 @@ class OwnModel:
             raise
         except Exception as error:
             said = cut(" ".join(str(error).split("\n\n")[0].split()), _MOST_CHARACTERS)
-            called = ", ".join([f"float32{list(images.shape)}", *(f"{name}=…" for name in self._modes)])
+            called = ", ".join([f"{images.dtype}{list(images.shape)}", *(f"{name}=…" for name in self._modes)])
             raise InputError(f"model: {self.label} raised {type(error).__name__}: {said} (called with {called})") from error
 
 
@@ -236,6 +235,10 @@ def _require_several_values(module: nn.Module, path: str, x: Any, args: Any, kwa
 
 def _axes(given: int | Sequence[int], x: Any) -> set[int]:
     return {axis % x.ndim for axis in ((given,) if isinstance(given, int) else given)}
+
+
+def _batch(example: jax.ShapeDtypeStruct, size: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((size, *example.shape), example.dtype)
 
 
 def _parameters(module: nn.Module) -> list[inspect.Parameter]:

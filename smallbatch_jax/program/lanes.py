@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from smallbatch_jax.config.experiment import InputError
+from smallbatch_jax.data.dataset import as_received
 from smallbatch_jax.optim import SGD, Optimizer
 from smallbatch_jax.program.device_data import POOL, DeviceData, Pool, TestImages
 from smallbatch_jax.program.devices import DATA, LANE, keep_compilations, keep_freed_memory, lane_mesh
@@ -219,7 +220,7 @@ def trace_lanes(
       The traced segment, (states, settings, segments, images) → (states, reports), and the shapes of the states.
     """
     sharding = NamedSharding(mesh, P(LANE))
-    template = _template(model, program.optimizer, _image_shape(data), lanes, sharding)
+    template = _template(model, program.optimizer, _example(data), lanes, sharding)
     streamed = isinstance(data, Pool)
     segment = jax.shard_map(
         make_segment(model, program, segment_steps, mapping, statistics_model, streamed),
@@ -237,9 +238,11 @@ def trace_lanes(
     return trace(template, *arguments, images), template
 
 
-def _template(model: Model, optimizer: Optimizer, image_shape: Sequence[int], lanes: int, sharding: NamedSharding) -> LaneState:
+def _template(
+    model: Model, optimizer: Optimizer, example: jax.ShapeDtypeStruct, lanes: int, sharding: NamedSharding
+) -> LaneState:
     """Shapes and dtypes of the stacked lanes."""
-    fresh = jax.eval_shape(lambda: init_state(model, jnp.zeros((1, *image_shape)), jnp.int32(0), optimizer))
+    fresh = jax.eval_shape(lambda: init_state(model, _one(example), jnp.int32(0), optimizer))
     lane = LaneState(fresh, *(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32, jnp.bool)))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((lanes, *x.shape), x.dtype, sharding=sharding), lane)
 
@@ -260,18 +263,18 @@ def _at_precision(function: Callable[..., Any], precision: str) -> Callable[...,
     return call
 
 
-def initialiser(model: Model, image_shape: Sequence[int], optimizer: Optimizer = SGD) -> Callable[[int], TrainState]:
+def initialiser(model: Model, example: jax.ShapeDtypeStruct, optimizer: Optimizer = SGD) -> Callable[[int], TrainState]:
     """Returns seed → the state before the first update, as NumPy arrays; compiles once, and draws each seed once.
 
     Initialisation depends on the seed alone, not on batch sizes or base learning rates.
     """
-    init = jax.jit(lambda seed: init_state(model, jnp.zeros((1, *image_shape)), seed, optimizer))
+    init = jax.jit(lambda seed: init_state(model, _one(example), seed, optimizer))
     return functools.cache(lambda seed: jax.tree.map(np.asarray, init(np.int32(seed))))
 
 
-def require_model(model: Model, image_shape: Sequence[int], num_classes: int, batch_size: int = 2) -> None:
+def require_model(model: Model, example: jax.ShapeDtypeStruct, num_classes: int, batch_size: int = 2) -> None:
     """Refuses a model that cannot take a dataset's images or gives other logits than one per class; runs nothing."""
-    images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
+    images = jax.ShapeDtypeStruct((batch_size, *example.shape), example.dtype)
     batch = Batch(images, jax.ShapeDtypeStruct((batch_size,), jnp.int32))
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     setting = Setting(scalar, jax.ShapeDtypeStruct((), jnp.int32), scalar, scalar)
@@ -296,8 +299,14 @@ def require_model(model: Model, image_shape: Sequence[int], num_classes: int, ba
         raise InputError("model: training makes other variables than init did; make them whatever `train` is.")
 
 
-def _image_shape(data: DeviceData | Pool) -> tuple[int, ...]:
-    return data.images.shape[3:] if isinstance(data, Pool) else data.train_images.shape[1:]
+def _example(data: DeviceData | Pool) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of one example, as the model receives it."""
+    images, leading = (data.images, 3) if isinstance(data, Pool) else (data.train_images, 1)
+    return as_received(images.shape[leading:], images.dtype)
+
+
+def _one(example: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros((1, *example.shape), example.dtype)
 
 
 @jax.jit

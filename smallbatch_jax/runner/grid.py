@@ -122,9 +122,9 @@ def _checked_setup(experiment: Experiment, dataset: Dataset | Photographs, model
     for place, (m, b) in enumerate(sorted(setup.programs)):
         model = setup.model_of(None if b == m else b)  # refuses a model that takes no BN batch size
         if isinstance(model, OwnModel):
-            model.require_batch(dataset.image_shape, m)
+            model.require_batch(dataset.example, m)
         if place == 0:  # with the smallest b, which alone may be too small for a named model
-            lane_programs.require_model(model, dataset.image_shape, dataset.num_classes, m)
+            lane_programs.require_model(model, dataset.example, dataset.num_classes, m)
     return setup
 
 

@@ -90,7 +90,7 @@ class Setup:
 
     def initialiser(self) -> Callable[[int], TrainState]:
         """Returns seed → the state before the first update."""
-        return lane_programs.initialiser(self.model_of(None), self.dataset.image_shape, self.optimizer(1))
+        return lane_programs.initialiser(self.model_of(None), self.dataset.example, self.optimizer(1))
 
     def optimizer(self, batch_size: int) -> Optimizer:
         """Returns the optimizer of a program; its learning rate alone depends on the batch size."""

@@ -103,10 +103,10 @@ def _train(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if workdir is None else workdir)
         model_of = fingerprint = None
         if own is not None:
-            own = own.settled(images.image_shape)
+            own = own.settled(images.example)
             model_of = own.with_bn_batch_size
             if workdir is not None:
-                fingerprint = partial(own.fingerprint, images.image_shape)
+                fingerprint = partial(own.fingerprint, images.example)
         train_grid(chosen, folder, images, progress, model_of, fingerprint)
         return processes.on_first(lambda: results.load(folder))
 

@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from smallbatch_jax.models import identity, norm
 from smallbatch_jax.models.own import MODES, OwnModel
 from smallbatch_jax.store import workdir
 
-ROWS = (5,)
+ROWS = jax.ShapeDtypeStruct((5,), jnp.float32)
 
 
 def settled(module, shape=ROWS):
@@ -183,6 +184,8 @@ def test_what_a_module_raises_is_said_to_be_its_own():
     ],
 )
 def test_a_norm_over_a_single_value_is_refused(layer, shape, batch_size, refused):
+    example = jax.ShapeDtypeStruct(shape, np.float32)
+
     class Normed(nn.Module):
         @nn.compact
         def __call__(self, x, train):
@@ -190,9 +193,9 @@ def test_a_norm_over_a_single_value_is_refused(layer, shape, batch_size, refused
             return nn.Dense(3)(y.reshape(len(x), -1))
 
     if refused:
-        assert "mean and variance over a single value" in error_line(OwnModel(Normed()).require_batch, shape, batch_size)
+        assert "mean and variance over a single value" in error_line(OwnModel(Normed()).require_batch, example, batch_size)
     else:
-        OwnModel(Normed()).require_batch(shape, batch_size)
+        OwnModel(Normed()).require_batch(example, batch_size)
 
 
 class Scale:

@@ -22,7 +22,7 @@ def first_losses(platform, base_lrs, precision="float32"):
     program = Program(BATCH_SIZE, 100, augment=True)
     lanes, data = len(base_lrs), to_device(dataset, mesh)
     compiled = compile_lanes(model, program, data, mesh, lanes, STEPS, precision)
-    fresh = initialiser(create_model("resnet8", 10, "batch", platform="gpu"), dataset.image_shape)(0)
+    fresh = initialiser(create_model("resnet8", 10, "batch", platform="gpu"), dataset.example)(0)
     state = compiled.start(compiled.empty(), dict.fromkeys(range(lanes), fresh))
     constants = [np.zeros(lanes, dtype) for dtype in (np.int32, np.float32, np.float32)]
     indices = order.batch_indices(0, 0, STEPS, BATCH_SIZE, dataset.num_train)

@@ -30,7 +30,7 @@ def compiled(num_lanes=4, mapping="map", model=tiny.PlainModel):
 
 @functools.cache
 def initial(model=tiny.PlainModel):
-    return lanes.initialiser(model(), tiny.dataset().image_shape)
+    return lanes.initialiser(model(), tiny.dataset().example)
 
 
 def settings(base_lrs, seeds=0, weight_decay=0.0, warmup_fraction=0.0):

@@ -52,7 +52,7 @@ def trained(name, rule, mapping, values=None):
     program = train.Program(BATCH_SIZE, STEPS, optimizer=optimizer)
     data = device_data.to_device(dataset(), mesh)
     compiled = lanes.compile_lanes(tiny.PlainModel(), program, data, mesh, LANES, STEPS, mapping=mapping)
-    fresh = lanes.initialiser(tiny.PlainModel(), dataset().image_shape, optimizer)(0)
+    fresh = lanes.initialiser(tiny.PlainModel(), dataset().example, optimizer)(0)
     state = compiled.start(compiled.empty(), dict.fromkeys(range(LANES), fresh))
     indices = np.repeat(order.batch_indices(0, 0, STEPS, BATCH_SIZE, 50)[None], LANES, 0)
     segment = lanes.Segment(indices, np.full(LANES, STEPS, np.int32), np.zeros(LANES, bool))

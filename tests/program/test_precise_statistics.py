@@ -32,7 +32,7 @@ def trained(b, precise):
     statistics_model = tiny.TinyModel(b, bn_decay=0.0) if precise else None
     model = tiny.TinyModel(None if b == M else b)
     compiled = lanes.compile_lanes(model, Program(M, 6), data, mesh, mesh.size, STEPS, statistics_model=statistics_model)
-    state = compiled.start(compiled.empty(), {0: lanes.initialiser(model, DATA.image_shape)(0)})
+    state = compiled.start(compiled.empty(), {0: lanes.initialiser(model, DATA.example)(0)})
     segment = lanes.Segment(
         *(np.zeros((mesh.size, *shape), dtype) for shape, dtype in (((STEPS, M), "i4"), ((), "i4"), ((), "?")))
     )

@@ -11,13 +11,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.data import decode, order
-from smallbatch_jax.data.dataset import channel_sums, mean_and_deviation
+from smallbatch_jax.data.dataset import as_received, channel_sums, mean_and_deviation
+
+if TYPE_CHECKING:
+    import jax
 
 DIGEST_IMAGES = 64  # of each split, whose content names a dataset without a listing
 STATISTICS_IMAGES = 1024  # training images that the channels' mean and deviation are taken over
@@ -136,6 +139,11 @@ class Photographs:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return (self.image_size, self.image_size, 3)
+
+    @property
+    def example(self) -> "jax.ShapeDtypeStruct":
+        """Shape and dtype of one image, as a model receives it."""
+        return as_received(self.image_shape, np.uint8)
 
     @property
     def num_train(self) -> int:
