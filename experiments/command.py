@@ -58,7 +58,7 @@ def load_data(chosen: Dataset, random: bool = False) -> Any:
     """Returns the data of a config, or random images of the same shape."""
     from smallbatch_jax import data
 
-    return (data.random if random else data.load)(chosen.name, chosen.data_dir, chosen.image_size)
+    return data.load_section(chosen, data.random if random else data.load)
 
 
 def run(main: Callable[[], int]) -> None:

@@ -71,12 +71,10 @@ def compare(chosen: experiment.Experiment, out: Path | None) -> None:
 
 def tell(studies: "Sequence[Study]", drawn: Sequence[Path]) -> None:
     """Prints one table of all studies, the answer of each, and the folders of the figures."""
-    import pandas as pd
-
-    from smallbatch_jax.study import analysis
     from smallbatch_jax.study.answer import answer
+    from smallbatch_jax.study.study import summaries
 
-    print(analysis.format_summary(pd.concat([analysis.summary(study.rows, study.chance, study.cells) for study in studies])))
+    print(summaries(studies))
     print("\n".join(["", *(f"{study.name}: {answer(study).sentence}" for study in studies), ""]))
     for folder in dict.fromkeys(path.parent for path in drawn):
         stems = dict.fromkeys(path.stem for path in drawn if path.parent == folder)

@@ -84,7 +84,7 @@ def main() -> int:
         return 0
     there = Elsewhere(chosen, ELSEWHERE.value)
     listed = Elsewhere(chosen, None) if SECONDS.value else there  # the runs that diverge are known after the probe
-    num_examples = data.num_train_examples(chosen.dataset.name, chosen.dataset.data_dir, chosen.dataset.image_size)
+    num_examples = data.num_train_examples(chosen.dataset)
     chosen.require_examples(num_examples)
     programs = experiment.programs(chosen.runs())
     print(f"{chosen.name}: {len(chosen.runs())} runs of {chosen.epochs} epochs in {len(programs)} programs")

@@ -38,11 +38,11 @@ def show_and_time(folder: Path, seconds: dict[str, float]) -> None:
 def show(folder: Path, out: Path | None = None) -> None:
     """Draws the figures of a workdir and prints its table and the answer."""
     from smallbatch_jax.store import skipped
-    from smallbatch_jax.study import analysis, figures, study
+    from smallbatch_jax.study import figures, study
     from smallbatch_jax.study.answer import RULE, answer
 
     stored = study.load(folder)
-    print(analysis.format_summary(analysis.summary(stored.rows, stored.chance, stored.cells)))
+    print(study.summaries([stored]))
     found = answer(stored)
     print("\n".join(["", found.sentence, *(f"- {caveat}" for caveat in found.caveats), f"({RULE})", ""]), flush=True)
     if left_out := len(skipped.load(folder)):

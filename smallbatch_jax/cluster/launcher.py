@@ -27,7 +27,7 @@ from smallbatch_jax.config.experiment import Experiment, InputError, programs
 from smallbatch_jax.runner.progress import Progress, Status, title
 from smallbatch_jax.runner.signals import Interrupted, Stop, noted_signals
 from smallbatch_jax.store.files import append_line
-from smallbatch_jax.store.results import ProgramResults
+from smallbatch_jax.store.results import Format, ProgramResults
 from smallbatch_jax.store.workdir import open_workdir, record_provenance
 from smallbatch_jax.tracking.trackers import Trackers
 
@@ -93,9 +93,9 @@ def _facts(experiment: Experiment) -> dict[str, Any]:
     from smallbatch_jax.runner import grid
 
     jax.config.update("jax_platforms", "cpu")  # accelerators are for the workers
-    dataset = data.load(experiment.dataset.name, experiment.dataset.data_dir, experiment.dataset.image_size)
+    dataset = data.load_section(experiment.dataset)
     grid.require_trainable(experiment, dataset)
-    return grid.facts(dataset)
+    return grid.facts(experiment, dataset)
 
 
 def _programs(experiment: Experiment, workdir: Path, num_examples: int) -> list[LaunchedProgram]:
@@ -108,7 +108,7 @@ def _programs(experiment: Experiment, workdir: Path, num_examples: int) -> list[
         sent = dataclasses.replace(experiment, dataset=absolute)
     epochs, owner, found = experiment.epochs, (workdir / "lock").read_text(), []
     for (m, b), runs in programs(experiment.runs()).items():
-        with ProgramResults(workdir, m, b, OWNER_SECONDS) as stored:
+        with ProgramResults(workdir, m, b, OWNER_SECONDS, Format.of(experiment)) as stored:
             status = Status()
             status.add_program(runs, stored, epochs, num_examples)
             pending = status.runs - status.done
@@ -125,8 +125,10 @@ def summed(programs: list[LaunchedProgram], started: float) -> Status:
     """The status of the programs together since `started`, a time.monotonic()."""
     names = ("runs", "images", "finished", "diverged", "trained", "running", "images_per_second")
     total: dict[str, Any] = {name: sum(getattr(program.status, name) for program in programs) for name in names}
-    best = max((program.status.best for program in programs if program.status.best == program.status.best), default=math.nan)
-    return Status(started=started, best=best, **total)
+    status = Status(started=started, **total)
+    for program in programs:
+        status.note(program.status.best, program.status.metric)
+    return status
 
 
 def resources(nodes: Iterable[Mapping[str, float]], runs: int, lanes: int | None) -> dict[str, int]:
@@ -277,7 +279,7 @@ class Launch:
 def _store(task: ProgramTask, outcome: Outcome) -> None:
     """Adds to the workdir what a worker wrote elsewhere."""
     if outcome.rows:
-        with ProgramResults(task.workdir, *task.shape) as stored:
+        with ProgramResults(task.workdir, *task.shape, format=Format.of(task.experiment)) as stored:
             stored.append(outcome.rows)
             with Trackers(task.experiment, task.workdir, [stored]):
                 pass

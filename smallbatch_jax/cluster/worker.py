@@ -16,7 +16,7 @@ from smallbatch_jax.config.experiment import Experiment, InputError
 from smallbatch_jax.runner.progress import Status
 from smallbatch_jax.runner.signals import Interrupted, Stop
 from smallbatch_jax.store.files import WriteError
-from smallbatch_jax.store.results import ProgramResults, Row
+from smallbatch_jax.store.results import Format, ProgramResults, Row
 from smallbatch_jax.tracking.trackers import TRACKERS
 
 OWNER_SECONDS = 60.0  # for which a dead worker may keep its program's files: the death of its machine spreads slowly
@@ -65,12 +65,12 @@ def train(task: ProgramTask, cpu_devices: int | None, stop: Stop, report: Report
         if not reached:
             folder = Path(scratch)
             experiment = dataclasses.replace(experiment, **dict.fromkeys(TRACKERS))  # the launcher's workdir has the trackers
-            with ProgramResults(folder, *task.shape) as stored:
+            with ProgramResults(folder, *task.shape, format=Format.of(experiment)) as stored:
                 stored.append(task.rows)
         try:
             devices.use_all_cores(cpu_devices)
-            dataset = data.load(experiment.dataset.name, experiment.dataset.data_dir, experiment.dataset.image_size)
-            ProgramResults(folder, *task.shape, OWNER_SECONDS).close()
+            dataset = data.load_section(experiment.dataset)
+            ProgramResults(folder, *task.shape, OWNER_SECONDS, Format.of(experiment)).close()
             grid.train_program(experiment, folder, task.shape, dataset, progress, stop)
         except Interrupted:
             pass  # everything is saved
@@ -78,7 +78,7 @@ def train(task: ProgramTask, cpu_devices: int | None, stop: Stop, report: Report
             failure = str(error)
         if reached:
             return Outcome(progress.status, failure)
-        with ProgramResults(folder, *task.shape) as stored:
+        with ProgramResults(folder, *task.shape, format=Format.of(experiment)) as stored:
             logs = {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
             return Outcome(progress.status, failure, stored.rows(), logs)
 

@@ -1,4 +1,4 @@
-"""Models, norms and optimizers: one entry for each, with what config validation, programs, figures and answers know about it.
+"""Models, norms, tasks, metrics and optimizers: one entry for each, with what the config, programs and figures know about it.
 
 A new norm is a module and an entry in NORMS; a new model is a module and an entry in MODELS; a new optimizer is a function in
 `optim.py` and an entry in OPTIMIZERS. They are named, not imported: `pkgutil.resolve_name` loads "module:attribute".
@@ -57,6 +57,46 @@ MODELS = {
 
 
 @dataclass(frozen=True)
+class TaskEntry:
+    """A value of `task`."""
+
+    loss: str  # "module:attribute" of (outputs, batch) → float32[n]
+    metrics: tuple[str, ...]  # names in METRICS that are always reported
+    select: tuple[str, str]  # the column of the results that says which run is best, unless `select` says another
+    smoothing: bool = True  # whether its loss takes label smoothing
+
+
+TASKS = {
+    "classification": TaskEntry("smallbatch_jax.program.tasks:cross_entropy", ("accuracy",), ("test_accuracy", "max")),
+    "regression": TaskEntry("smallbatch_jax.program.tasks:squared_error", (), ("test_loss", "min"), smoothing=False),
+    "next_token": TaskEntry("smallbatch_jax.program.tasks:next_token_cross_entropy", ("accuracy",), ("test_loss", "min")),
+}
+
+
+@dataclass(frozen=True)
+class MetricEntry:
+    """A value of `metrics`, reported beside the loss."""
+
+    title: str  # in figures and tables, after "test"
+    functions: Mapping[str, str]  # "module:attribute" of (outputs, batch) → [n], by the task that has the metric
+    fraction: bool = False  # whether it is shown in percent
+
+
+METRICS = {
+    "accuracy": MetricEntry(
+        "accuracy",
+        {
+            "classification": "smallbatch_jax.program.tasks:correct",
+            "next_token": "smallbatch_jax.program.tasks:correct_tokens",
+        },
+        fraction=True,
+    ),
+    "top5_accuracy": MetricEntry("top-5 accuracy", {"classification": "smallbatch_jax.program.tasks:in_top5"}, fraction=True),
+    "absolute_error": MetricEntry("absolute error", {"regression": "smallbatch_jax.program.tasks:absolute_error"}),
+}
+
+
+@dataclass(frozen=True)
 class OptimizerEntry:
     """A value of `optimizer.name`."""
 
@@ -74,6 +114,18 @@ OPTIMIZERS = {
     "adamw": OptimizerEntry("AdamW", "smallbatch_jax.optim:adamw", ADAM),
     "lion": OptimizerEntry("Lion", "smallbatch_jax.optim:lion", {"beta1": 0.9, "beta2": 0.99}),
 }
+# Fields of `grid` whose values are crossed with the rest, by the scalar of a run that they give.
+AXES = {
+    "weight_decay": "weight_decays",
+    "warmup_fraction": "warmup_fractions",
+    "momentum": "momenta",
+    "beta1": "beta1s",
+    "beta2": "beta2s",
+    "beta1_half_life": "beta1_half_lives",
+    "beta2_half_life": "beta2_half_lives",
+    "epsilon": "epsilons",
+}
+OWN_SCALAR = "scalar_"  # begins the column of a scalar of an own optimizer (`grid.scalars`)
 # What the learning rate is at batch size m: its text with η̃ = base_lr, and its ratio to η̃.
 RULES: dict[str, tuple[str, Callable[[int], float]]] = {
     "linear": ("η̃·m", float),

@@ -4,8 +4,8 @@ Nothing here imports JAX, so bad input is refused before anything is compiled or
 """
 
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,19 +13,21 @@ from ml_collections import ConfigDict
 
 from smallbatch_jax.config import catalog, fields
 from smallbatch_jax.config.datasets import DATASETS
-from smallbatch_jax.config.fields import InputError, config_field
+from smallbatch_jax.config.fields import OWN, InputError, config_field
+from smallbatch_jax.config.grid import Grid, Run, listed, programs, require_divisor
+from smallbatch_jax.config.metric import Metric
 from smallbatch_jax.config.optimizer import BETA_RULES, Optimizer
 
-__all__ = ["BETA_RULES", "Experiment", "InputError", "Optimizer", "Run", "default_config", "from_config", "single_run"]
+__all__ = ["BETA_RULES", "OWN", "Experiment", "Grid", "InputError", "Optimizer", "Run"]
+__all__ += ["default_config", "from_config", "programs", "single_run"]
 
 BROKEN_IMAGES = ("fail", "skip")
-OWN = "own:"  # begins the name of a model or dataset that a Python caller brought; no command can make one
 BN_STATISTICS = ("running", "precise")  # running averages, or recomputed over training images at each evaluation
 PRECISIONS = ("float32", "tf32", "bfloat16")
-MOST_RUNS = 100_000  # in a grid: far beyond any study, and still listed at once
 
-# Fields outside the grid that may differ when a workdir is resumed: place of the data, layout of the work, trackers.
+# Fields outside the grid that may differ when a workdir is resumed: how it is read, place of the data, layout, trackers.
 MAY_CHANGE = (
+    "select",
     *("dataset.data_dir", "dataset.workers", "lanes", "data_devices", "micro_batch_size"),
     *("segment_seconds", "checkpoint_seconds", "tensorboard", "wandb"),
 )
@@ -44,6 +46,7 @@ class Dataset:
     # A streamed image that cannot be decoded ends the sweep with its path, or the next image takes its place.
     broken_images: str = config_field("fail", fields.choice(BROKEN_IMAGES, "way"))
     workers: int | None = config_field(None, fields.integer(0, 1024))  # decoding processes; None: one per core
+    validation_fraction: float = config_field(0.0, fields.number(0, 0.9))  # of the training examples, held out to choose by
 
 
 @dataclass(frozen=True)
@@ -66,47 +69,6 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """`grid`: every batch size × BN batch size × base learning rate × seed is one run."""
-
-    batch_sizes: tuple[int, ...] = config_field((2, 8, 32), fields.distinct(fields.integer(1), least=1))
-    base_lrs: tuple[float, ...] = config_field((2**-8,), fields.distinct(fields.positive(), least=1))
-    # Either replaces base_lrs: workdirs in whose results each batch size finds its best base_lr (Fig. 13), or that base_lr.
-    base_lrs_from: tuple[str, ...] = config_field((), fields.distinct(fields.text))
-    base_lr_by_batch_size: tuple[tuple[int, float], ...] = config_field((), fields.by_batch_size(fields.positive()))
-    bn_batch_sizes: tuple[int, ...] | None = config_field(None, fields.distinct(fields.integer(1), least=1))
-    seeds: tuple[int, ...] = config_field((0,), fields.distinct(fields.integer(0), least=1))
-
-    def __post_init__(self) -> None:
-        rates = 1 if self.base_lr_by_batch_size or self.base_lrs_from else len(self.base_lrs)
-        most = len(self.batch_sizes) * len(self.bn_batch_sizes or (None,)) * rates * len(self.seeds)
-        if most > MOST_RUNS:
-            raise InputError(f"grid: got {most} combinations of its values, accepts at most {MOST_RUNS} runs in all.")
-
-    def shapes(self) -> list[tuple[int, int]]:
-        """Every (batch size, BN batch size): a batch size is crossed with the BN batch sizes up to it, which must divide it."""
-        pairs = [(m, b) for m in self.batch_sizes for b in self.bn_batch_sizes or (m,) if b <= m]
-        for m, b in pairs:
-            require_divisor(b, m, "grid.bn_batch_sizes")
-        if not pairs:
-            raise InputError(
-                f"grid.bn_batch_sizes: {fields.shown(self.bn_batch_sizes)} leaves no run, every one is larger than "
-                f"every batch size in {fields.shown(self.batch_sizes)}. Use some that divide the batch sizes."
-            )
-        return pairs
-
-
-@dataclass(frozen=True, order=True)
-class Run:
-    """One training, from initialisation to the last epoch."""
-
-    batch_size: int
-    bn_batch_size: int
-    base_lr: float
-    seed: int
-
-
-@dataclass(frozen=True)
 class Experiment:
     """Everything that decides the results of a workdir, and a few fields that only decide how fast they come."""
 
@@ -116,6 +78,11 @@ class Experiment:
     model: Model = Model()
     epochs: int = config_field(8, fields.integer(1, 100_000))
     weight_decay: float = config_field(0.0, fields.number(0, 1e6))
+    task: str = config_field("classification", fields.choice(catalog.TASKS, "task", OWN))  # the loss
+    label_smoothing: float = config_field(0.0, fields.decay)  # in training; evaluation takes the plain loss
+    metrics: tuple[str, ...] = config_field((), fields.distinct(fields.choice(catalog.METRICS, "metric", OWN)))  # more columns
+    # The column of the results that says which run is best, and "max" or "min"; None takes that of the task.
+    select: tuple[str, str] | None = config_field(None, fields.selection)
     schedule: Schedule = Schedule()
     optimizer: Optimizer = Optimizer()
     grid: Grid = Grid()
@@ -135,6 +102,8 @@ class Experiment:
                 f"model.bn_statistics: 'precise' recomputes the statistics of batch norm; {self.model.name} with norm "
                 f"{self.model.norm!r} has none. Use 'running'."
             )
+        self._require_task()
+        self.optimizer.require_axes(self.grid.axes())
         for m in self.grid.batch_sizes:
             self.optimizer.scalars(m)
         if self.grid.base_lrs_from:
@@ -151,7 +120,47 @@ class Experiment:
         if self.drawn_from:
             return []
         base_lrs = {m: self._base_lrs(m, dict(self.grid.base_lr_by_batch_size)) for m, _ in self.grid.shapes()}
-        return [Run(m, b, lr, seed) for m, b in self.grid.shapes() for lr in base_lrs[m] for seed in self.grid.seeds]
+        axes = self.grid.axes()
+        points = [tuple(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+        return [
+            Run(m, b, lr, seed, scalars)
+            for m, b in self.grid.shapes()
+            for lr in base_lrs[m]
+            for scalars in points
+            for seed in self.grid.seeds
+        ]
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the metrics beside the loss; columns of the results, after "train_", "test_" or "validation_"."""
+        of_task = catalog.TASKS[self.task].metrics if self.task in catalog.TASKS else ()
+        return (*of_task, *(name.removeprefix(OWN) for name in self.metrics))
+
+    def splits(self) -> tuple[str, ...]:
+        """The splits of the data that every epoch ends with an evaluation on."""
+        return ("test", "validation") if self.dataset.validation_fraction else ("test",)
+
+    @property
+    def metric(self) -> Metric:
+        """The metric that says which run is best: `select`, or that of the task on the split that chooses."""
+        if self.select is not None:
+            return Metric(*self.select)
+        column, best = catalog.TASKS[self.task].select if self.task in catalog.TASKS else ("test_loss", "min")
+        return Metric(column.replace("test_", f"{self.splits()[-1]}_"), best)
+
+    def _require_task(self) -> None:
+        """Refuses metrics, label smoothing or a selection that the task does not have."""
+        entry = catalog.TASKS.get(self.task)
+        for name in self.metrics:
+            of_tasks = {} if name.startswith(OWN) else catalog.METRICS[name].functions
+            if not name.startswith(OWN) and (self.task not in of_tasks or name in entry.metrics):  # pyright: ignore[reportOptionalMemberAccess]
+                known = [n for n, m in catalog.METRICS.items() if self.task in m.functions and n not in entry.metrics]  # pyright: ignore[reportOptionalMemberAccess]
+                raise InputError(f"metrics: {name!r} is no further metric of the task {self.task!r}; it has {known or 'none'}.")
+        if self.label_smoothing and not (entry and entry.smoothing):
+            raise InputError(f"label_smoothing: {self.label_smoothing:g} needs a task with classes, not {self.task!r}; use 0.")
+        if self.select is not None:
+            columns = [f"{split}_{name}" for split in ("train", *self.splits()) for name in ("loss", *self.metric_names())]
+            if self.select[0] not in columns:
+                raise InputError(f"select: {self.select[0]!r} is no column of the results; use one of {', '.join(columns)}.")
 
     def _base_lrs(self, batch_size: int, chosen: Mapping[int, float]) -> tuple[float, ...]:
         if batch_size in chosen:
@@ -194,27 +203,8 @@ class Experiment:
                 fitting = [d for d in range(1, devices) if self.can_share(m, b, d)]
                 raise InputError(
                     f"data_devices: {devices} devices cannot share a batch of {m}{groups} evenly. "
-                    f"Use batch size {_listed(sizes)}, or data_devices {_listed(fitting)}."
+                    f"Use batch size {listed(sizes)}, or data_devices {listed(fitting)}."
                 )
-
-
-def require_divisor(bn_batch_size: int, batch_size: int, field: str) -> None:
-    """Refuses a BN batch size that does not split the SGD batch into equal parts (§3.6)."""
-    if batch_size % bn_batch_size:
-        small = [b for b in range(1, math.isqrt(batch_size) + 1) if batch_size % b == 0]
-        listed = _listed(sorted({*small, *(batch_size // b for b in small)}))
-        raise InputError(
-            f"{field}: {bn_batch_size} does not divide batch size {batch_size}; each SGD batch is split into equal BN "
-            f"sub-batches. Use {listed}."
-        )
-
-
-def _listed(choices: Sequence[int]) -> str:
-    """1, 2 or 4; the middle of a long list is left out."""
-    named = [str(choice) for choice in choices]
-    if len(named) > 12:
-        named = [*named[:6], "…", *named[-5:]]
-    return " or ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named)
 
 
 @dataclass(frozen=True)
@@ -275,17 +265,6 @@ def single_run(config: ConfigDict | Mapping[str, Any]) -> Experiment:
     return found.experiment(
         grid=Grid((found.batch_size,), (found.base_lr,), bn_batch_sizes=bn_batch_sizes, seeds=(found.seed,))
     )
-
-
-def programs(runs: Iterable[Run]) -> dict[tuple[int, int], list[Run]]:
-    """Groups runs by (batch size, BN batch size), the shape of one program, lowest base_lr first.
-
-    High rates tend to diverge, that is to end early: started last, they fill the lanes that the others leave.
-    """
-    by_shape: dict[tuple[int, int], list[Run]] = {}
-    for run in runs:
-        by_shape.setdefault((run.batch_size, run.bn_batch_size), []).append(run)
-    return {shape: sorted(members, key=lambda run: (run.base_lr, run.seed)) for shape, members in by_shape.items()}
 
 
 def differences(stored: Experiment, asked: Experiment) -> list[str]:

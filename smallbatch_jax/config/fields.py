@@ -17,6 +17,7 @@ Check = Callable[[str, Any], Any]
 FLOAT32_MAX = 3.4028234663852886e38
 FLOAT32_TINY = 1.1754943508222875e-38
 MAPPINGS = (Mapping, ConfigDict)
+OWN = "own:"  # begins the name of a model, dataset, optimizer, loss or metric that a Python caller brought
 MOST_VALUES = 100_000  # per field, so that checking takes no time
 MOST_CHARACTERS = 4096  # of a path on Linux
 
@@ -153,6 +154,11 @@ folder_name = where(
     "text that can name a folder: printable, without slashes, 1 to 255 bytes",
 )
 boolean = where(lambda value: isinstance(value, bool), "True or False")
+selection = where(
+    lambda value: isinstance(value, (tuple, list)) and len(value) == 2 and _is_text(value[0]) and value[1] in ("min", "max"),
+    'a column and "min" or "max" such as ("test_loss", "min")',
+    tuple,
+)
 decay = where(lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1", float)
 
 
@@ -221,5 +227,24 @@ def by_batch_size(element: Check) -> Check:
             raise InputError(f"{name}: got {shown(value)}, {accepts}")
         sizes = distinct(integer(1))(name, [pair[0] for pair in pairs])
         return tuple((size, element(name, plain(pair[1]))) for size, pair in zip(sizes, pairs, strict=True))
+
+    return check
+
+
+def by_name(element: Check) -> Check:
+    """Accepts pairs (name, values) or a mapping, each name once; returns a tuple of pairs (name, tuple of values)."""
+
+    def check(name: str, value: Any) -> tuple:
+        given = tuple(_entries(value, f"{name}.").items()) if isinstance(value, MAPPINGS) else value
+        pairs: list[Any] = [plain(pair) for pair in given] if isinstance(given, (tuple, list)) else [None]
+        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+            raise InputError(f'{name}: got {shown(value)}, accepts names and values such as {{"momentum": (0.8, 0.9)}}.')
+        names = distinct(where(lambda x: isinstance(x, str) and x.isidentifier(), "a name of a scalar"))(
+            name, [pair[0] for pair in pairs]
+        )
+        values = [plain(pair[1]) for pair in pairs]
+        several = [value if isinstance(value, (tuple, list)) else (value,) for value in values]
+        checked = distinct(element, least=1)
+        return tuple((n, checked(f"{name}.{n}", values)) for n, values in zip(names, several, strict=True))
 
     return check

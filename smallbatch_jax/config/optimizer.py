@@ -1,10 +1,11 @@
 """The section `optimizer` of a config, and what its scalars and learning rate are at a batch size."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from smallbatch_jax.config import catalog, fields
-from smallbatch_jax.config.fields import InputError, config_field
+from smallbatch_jax.config.fields import OWN, InputError, config_field
 
 BETA_RULES = ("constant", "half_life", "sde")
 
@@ -13,7 +14,7 @@ BETA_RULES = ("constant", "half_life", "sde")
 class Optimizer:
     """`optimizer`: what makes an update of the mean gradient, and how its scalars depend on the batch size m."""
 
-    name: str = config_field("sgd", fields.choice(catalog.OPTIMIZERS, "optimizer"))
+    name: str = config_field("sgd", fields.choice(catalog.OPTIMIZERS, "optimizer", OWN))
     rule: str = config_field("linear", fields.choice(catalog.RULES, "rule"))  # the learning rate at m: η̃·m, η̃·√m or η̃
     # Scalars of the optimizer; None takes its default, and those that it does not have must be None.
     momentum: float | None = config_field(None, fields.decay)
@@ -24,7 +25,7 @@ class Optimizer:
     beta_batch_size: int | None = config_field(None, fields.integer(1))  # m′, at which they have the values given
 
     def __post_init__(self) -> None:
-        known = catalog.OPTIMIZERS[self.name].scalars
+        known = () if self.name.startswith(OWN) else catalog.OPTIMIZERS[self.name].scalars
         for name in ("momentum", "beta1", "beta2", "epsilon"):
             if getattr(self, name) is not None and name not in known:
                 has = " and ".join(known) or "no scalars"
@@ -39,8 +40,21 @@ class Optimizer:
         if self.beta_rule == "constant" and self.beta_batch_size is not None:
             raise InputError("optimizer.beta_batch_size: belongs to the beta_rules 'half_life' and 'sde'; leave it None.")
 
-    def scalars(self, batch_size: int) -> dict[str, float]:
-        """Returns the optimizer's scalars at a batch size m.
+    def require_axes(self, axes: Mapping[str, Sequence[float]]) -> None:
+        """Refuses axes of a grid that the optimizer does not have, or that a field or another axis sets already."""
+        own = self.name.startswith(OWN)
+        known = () if own else catalog.OPTIMIZERS[self.name].scalars
+        for name in axes:
+            scalar, field = name.removesuffix("_half_life"), f"grid.{catalog.AXES.get(name, 'scalars')}"
+            if own and name in catalog.AXES and name != "warmup_fraction":
+                raise InputError(f"{field}: an own optimizer has scalars of its own; give them as grid.scalars.")
+            if not own and name not in ("weight_decay", "warmup_fraction", *known) and scalar not in known:
+                raise InputError(f"{field}: {self.name} has no {scalar}, it has {' and '.join(known) or 'no scalars'}.")
+            if getattr(self, scalar, None) is not None or (scalar != name and scalar in axes):
+                raise InputError(f"{field}: optimizer.{scalar} or another axis says what {scalar} is; leave one of them out.")
+
+    def scalars(self, batch_size: int, given: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Returns the optimizer's scalars at a batch size m; `given` are those of a run, by axis of the grid.
 
         With beta_rule "half_life" a beta is β^(m/m′), so that it forgets over equally many examples at every m (Marek et al.
         2025). With "sde" it is 1 - (1 - β)·m/m′, and epsilon ε/√(m/m′) (Malladi et al. 2022, the square-root rule of Adam).
@@ -48,11 +62,18 @@ class Optimizer:
         Raises:
           InputError: if m is so large that the rule "sde" leaves no beta.
         """
+        axes = given or {}
+        if self.name.startswith(OWN):
+            own = {name: value for name, value in axes.items() if name.startswith(catalog.OWN_SCALAR)}
+            return {name.removeprefix(catalog.OWN_SCALAR): value for name, value in own.items()}
         found = {}
         ratio = batch_size / (self.beta_batch_size or batch_size)
         for name, default in catalog.OPTIMIZERS[self.name].scalars.items():
-            given = getattr(self, name)
-            value = default if given is None else given
+            if f"{name}_half_life" in axes:
+                found[name] = 0.5 ** (batch_size / axes[f"{name}_half_life"])
+                continue
+            field = getattr(self, name)
+            value = axes.get(name, default if field is None else field)
             if self.beta_rule == "sde":
                 value = value / math.sqrt(ratio) if name == "epsilon" else 1 - (1 - value) * ratio
                 if value < 0:
@@ -65,9 +86,14 @@ class Optimizer:
             found[name] = value
         return found
 
+    @property
+    def title(self) -> str:
+        """Its name in sentences."""
+        return self.name.removeprefix(OWN) if self.name.startswith(OWN) else catalog.OPTIMIZERS[self.name].title
+
     def described(self) -> list[str]:
         """Returns what sets it apart from the paper's: ["AdamW", "sqrt rule"]."""
-        named = [catalog.OPTIMIZERS[self.name].title] * (self.name != "sgd")
+        named = [self.title] * (self.name != "sgd")
         return named + [f"{self.rule} rule"] * (self.rule != "linear")
 
     def learning_rate(self, base_lr: float, batch_size: int) -> float:

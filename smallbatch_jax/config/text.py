@@ -29,6 +29,11 @@ def percent(fraction: float, std: float = math.nan, digits: int = 1) -> str:
     return f"{100 * fraction:.{digits}f}{deviation} %"
 
 
+def axis_title(column: str) -> str:
+    """The name of a further axis of a grid, "weight decay" for its column weight_decay; of an own scalar its own."""
+    return column.removeprefix("scalar_").replace("_", " ")
+
+
 def plural(number: int, noun: str) -> str:
     """A number with its noun, "1 seed" or "1,024 seeds"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

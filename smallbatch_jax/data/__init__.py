@@ -4,17 +4,18 @@ DATASETS (`config/datasets.py`) names the loader of each dataset. The package ma
 """
 
 import os
+from collections.abc import Callable
 from pkgutil import resolve_name
 
 import numpy as np
 
-from smallbatch_jax.config import extras, fields
+from smallbatch_jax.config import experiment, extras, fields
 from smallbatch_jax.config.datasets import DATASETS
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.data.dataset import Dataset
 from smallbatch_jax.data.streaming.photographs import IMAGENET_STATISTICS, Photographs, SyntheticImages
 
-__all__ = ["DATASETS", "Dataset", "Photographs", "load", "num_train_examples", "random"]
+__all__ = ["DATASETS", "Dataset", "Photographs", "load", "load_section", "num_train_examples", "random"]
 
 SMALLEST_IMAGE = 8  # pixels, of a streamed image
 
@@ -49,10 +50,22 @@ def load(name: str, data_dir: str | os.PathLike | None = None, image_size: int |
     return resolve_name(entry.stream)(data_dir, image_size)
 
 
-def num_train_examples(name: str, data_dir: str | os.PathLike | None = None, image_size: int | None = None) -> int:
-    """Returns the size of a training set, without reading it where the table knows it."""
-    size = DATASETS[name].size
-    return size.train if size else load(name, data_dir, image_size).num_train
+def load_section(chosen: experiment.Dataset, loader: Callable[..., Dataset | Photographs] = load) -> Dataset | Photographs:
+    """Returns the data that the section `dataset` of a config names, with its validation split; `loader` may be `random`."""
+    found = loader(chosen.name, chosen.data_dir, chosen.image_size)
+    if isinstance(found, Dataset):
+        return found.with_validation(chosen.validation_fraction)
+    if chosen.validation_fraction:
+        raise InputError("dataset.validation_fraction: streamed images have no validation split; use 0.")
+    return found
+
+
+def num_train_examples(chosen: experiment.Dataset) -> int:
+    """Returns the size of the training set of the section `dataset`, without reading it where the table knows it."""
+    size = DATASETS[chosen.name].size
+    if size is None:
+        return load_section(chosen).num_train
+    return size.train - round(chosen.validation_fraction * size.train)
 
 
 def random(name: str, data_dir: str | os.PathLike | None = None, image_size: int | None = None) -> Dataset | Photographs:

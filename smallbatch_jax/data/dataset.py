@@ -2,16 +2,19 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from smallbatch_jax.config import fields
 from smallbatch_jax.config.experiment import InputError
+from smallbatch_jax.data import order
 
 if TYPE_CHECKING:
     import jax
+
+_SPLIT_SEED = 2**31 - 1  # of `with_validation`: no run has its order
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,36 +25,80 @@ class Dataset:
     become float32 and are used as given; uint8 images are normalised on the device with `channel_statistics`.
     Features need not be pictures: images of shape [N, features] are fine.
 
+    The labels say what can be learnt: integers are classes, floating point numbers are targets of a regression. Examples that
+    are integers [N, T] are sequences of tokens; without labels the model is to predict each next token.
+
     Raises:
       InputError: one line that names the argument, what it got and what it accepts.
     """
 
-    train_images: np.ndarray  # uint8 or float32 [N, ...], pictures as [N, H, W, C]
-    train_labels: np.ndarray  # int32[N], in [0, num_classes)
+    train_images: np.ndarray  # uint8 or float32 [N, ...], pictures as [N, H, W, C]; tokens int32[N, T]
+    train_labels: Any  # int32[N] in [0, num_classes); targets float32[N, ...]; None: the tokens themselves
     test_images: np.ndarray  # [M, ...], of the training images' dtype and shape
-    test_labels: np.ndarray  # int32[M]
-    num_classes: int
+    test_labels: Any  # [M, ...], like train_labels
+    num_classes: int | None = None  # of classes, or of different tokens; None for targets
     class_names: tuple[str, ...] | None = None  # the name of each label, where the source has names
+    # Examples that choose the best run, which the test set then confirms (`with_validation` takes them from the training set).
+    validation_images: np.ndarray | None = None  # [K, ...]
+    validation_labels: Any = None  # [K, ...]
 
     def __post_init__(self):
-        num_classes = fields.integer(1)("Dataset.num_classes", fields.plain(self.num_classes))
-        checked: dict[str, Any] = {
-            "num_classes": num_classes,
-            "class_names": _checked_class_names(self.class_names, num_classes),
-            "train_images": _checked_images("train_images", self.train_images),
-            "test_images": _checked_images("test_images", self.test_images),
-            "train_labels": _checked_labels("train_labels", self.train_labels, num_classes),
-            "test_labels": _checked_labels("test_labels", self.test_labels, num_classes),
-        }
+        given = None if self.num_classes is None else fields.plain(self.num_classes)
+        num_classes = None if given is None else fields.integer(1)("Dataset.num_classes", given)
+        checked: dict[str, Any] = {"num_classes": num_classes}
+        checked["class_names"] = _checked_class_names(self.class_names, num_classes)
+        splits = ["train", "test"] + ["validation"] * (self.validation_images is not None)
+        for split in splits:
+            images = checked[f"{split}_images"] = _checked_images(f"{split}_images", getattr(self, f"{split}_images"))
+            labels = getattr(self, f"{split}_labels")
+            labels = _own_tokens(split, images, num_classes) if labels is None else labels
+            checked[f"{split}_labels"] = _checked_labels(f"{split}_labels", labels, num_classes, images)
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # the class is frozen for everyone else
-        for split in ("train", "test"):
-            images, labels = len(checked[f"{split}_images"]), len(checked[f"{split}_labels"])
-            if images != labels:
-                raise InputError(f"Dataset.{split}_labels: got {labels} labels for {images} images; one each is needed")
-        train, test = (f"{images.dtype} of shape {images.shape[1:]}" for images in (self.train_images, self.test_images))
-        if test != train:
-            raise InputError(f"Dataset.test_images: got examples {test}, but those of train_images are {train}")
+        for split in splits:
+            images, labels = checked[f"{split}_images"], checked[f"{split}_labels"]
+            if len(images) != len(labels):
+                raise InputError(
+                    f"Dataset.{split}_labels: got {len(labels)} labels for {len(images)} images; one each is needed"
+                )
+            for kind, array in (("images", images), ("labels", labels)):
+                first = checked[f"train_{kind}"]
+                got, train = (f"{x.dtype} of shape {x.shape[1:]}" for x in (array, first))
+                if got != train:
+                    what = "examples" if kind == "images" else "labels"
+                    raise InputError(f"Dataset.{split}_{kind}: got {what} {got}, but those of train_{kind} are {train}")
+
+    @property
+    def task(self) -> str:
+        """The task that the labels suggest, a name in `config.catalog.TASKS`."""
+        if self.num_classes is None:
+            return "regression"
+        return "next_token" if self.train_images.dtype == np.int32 and self.train_labels.ndim == 2 else "classification"
+
+    def splits(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Returns (images, labels) of each split that is evaluated: "test", and "validation" if there is one."""
+        names = ["test"] + ["validation"] * (self.validation_images is not None)
+        return {name: (getattr(self, f"{name}_images"), getattr(self, f"{name}_labels")) for name in names}
+
+    def with_validation(self, fraction: float) -> "Dataset":
+        """Returns the dataset with a random share of its training examples, the same on every call, as validation split."""
+        if not fraction:
+            return self
+        if self.validation_images is not None:
+            raise InputError("dataset.validation_fraction: the dataset has a validation split already; use 0")
+        count = round(fraction * self.num_train)
+        if not 0 < count < self.num_train:
+            raise InputError(f"dataset.validation_fraction: {fraction:g} of {self.num_train} examples leaves a split empty")
+        mixed = order.epoch_permutation(_SPLIT_SEED, 0, self.num_train)
+        held, kept = np.sort(mixed[:count]), np.sort(mixed[count:])
+        images, labels = self.train_images, self.train_labels
+        return replace(
+            self,
+            train_images=images[kept],
+            train_labels=labels[kept],
+            validation_images=images[held],
+            validation_labels=labels[held],
+        )
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -61,6 +108,11 @@ class Dataset:
     def example(self) -> "jax.ShapeDtypeStruct":
         """Shape and dtype of one example, as a model receives it."""
         return as_received(self.image_shape, self.train_images.dtype)
+
+    @property
+    def target(self) -> "jax.ShapeDtypeStruct":
+        """Shape and dtype of one label."""
+        return as_received(self.train_labels.shape[1:], self.train_labels.dtype)
 
     @property
     def num_train(self) -> int:
@@ -73,7 +125,8 @@ class Dataset:
     def digest(self) -> str:
         """Returns a name for exactly these arrays, so that their results are not mixed with those of others."""
         total = hashlib.sha256(f"{self.num_classes}".encode())
-        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+        splits = [array for split in self.splits().values() for array in split]
+        for array in (self.train_images, self.train_labels, *splits):
             total.update(f"{array.dtype}{array.shape}".encode())
             total.update(np.ascontiguousarray(array).data)
         return total.hexdigest()[:16]
@@ -83,7 +136,7 @@ class Dataset:
 
         For uint8 images they are the mean and the (population) standard deviation of each channel over all training
         images, in units of 0..255, exact to float32 rounding; the deviation of a constant channel is given as 1, so
-        that one can divide by it. Float images are used as given: their mean is 0 and their std is 1.
+        that one can divide by it. Float images and tokens are used as given: their mean is 0 and their std is 1.
         """
         channels = self.train_images.shape[-1]
         if self.train_images.dtype != np.uint8:
@@ -114,7 +167,7 @@ def mean_and_deviation(sums: Sequence[int], squares: Sequence[int], count: int) 
     return np.array([x / count for x in sums], np.float32), np.where(std > 0, std, 1).astype(np.float32)
 
 
-def _checked_class_names(names: Any, num_classes: int) -> tuple[str, ...] | None:
+def _checked_class_names(names: Any, num_classes: int | None) -> tuple[str, ...] | None:
     if names is None:
         return None
     if isinstance(names, str) or len(names) != num_classes or not all(isinstance(name, str) for name in names):
@@ -135,29 +188,54 @@ def _as_array(name: str, value: Any) -> np.ndarray:
 
 
 def _checked_images(name: str, value: Any) -> np.ndarray:
-    """Returns uint8 or finite float32 [N, ...] with N and every other axis at least 1."""
+    """Returns uint8 or finite float32 [N, ...], or tokens int32[N, T], with N and every other axis at least 1."""
     images = _as_array(name, value)
-    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+    tokens = images.dtype != np.uint8 and np.issubdtype(images.dtype, np.integer) and images.ndim == 2
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating) and not tokens:
         raise InputError(
-            f"Dataset.{name}: got dtype {images.dtype}; it accepts uint8 (0..255) or floating point, used as given. "
-            "For pixels in 0..255 give images.astype(np.uint8)"
+            f"Dataset.{name}: got dtype {images.dtype}; it accepts uint8 (0..255) or floating point, used as given, or tokens "
+            "as integers [N, T]. For pixels in 0..255 give images.astype(np.uint8)"
         )
     if images.ndim < 2 or images.size == 0:
         raise InputError(f"Dataset.{name}: got shape {images.shape}; it accepts [N, H, W, C] or [N, ...], no axis empty")
-    if images.dtype == np.uint8:
-        return images
+    if tokens and not 0 <= images.min() <= images.max() < 2**31:
+        raise InputError(f"Dataset.{name}: got tokens from {images.min()} to {images.max()}; it accepts 0 to {2**31 - 1}")
+    if tokens:
+        return images.astype(np.int32, copy=False)
+    return images if images.dtype == np.uint8 else _finite(name, images)
+
+
+def _finite(name: str, array: np.ndarray) -> np.ndarray:
+    """Returns an array as float32; refuses values that are not finite then."""
     with np.errstate(over="ignore", invalid="ignore"):
-        images = images.astype(np.float32, copy=False)
-        finite = np.isfinite(images.min()) and np.isfinite(images.max())
+        array = array.astype(np.float32, copy=False)
+        finite = np.isfinite(array.min()) and np.isfinite(array.max())
     if not finite:
         raise InputError(f"Dataset.{name}: got values that are not finite in float32; it accepts finite values alone")
+    return array
+
+
+def _own_tokens(split: str, images: np.ndarray, num_classes: int | None) -> np.ndarray:
+    """Returns a split's tokens as its labels."""
+    if images.dtype != np.int32 or num_classes is None:
+        raise InputError(
+            f"Dataset.{split}_labels: got None, which stands for the next token of sequences: integers [N, T] as "
+            f"{split}_images, and the number of different tokens as num_classes"
+        )
     return images
 
 
-def _checked_labels(name: str, value: Any, num_classes: int) -> np.ndarray:
-    """Returns int32[N] in [0, num_classes)."""
+def _checked_labels(name: str, value: Any, num_classes: int | None, images: np.ndarray) -> np.ndarray:
+    """Returns classes int32[N] in [0, num_classes), next tokens int32[N, T], or targets float32[N, ...]."""
     labels = _as_array(name, value)
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+    if num_classes is None:
+        if not np.issubdtype(labels.dtype, np.floating) or labels.ndim < 1 or labels.size == 0:
+            raise InputError(
+                f"Dataset.{name}: got {labels.dtype} of shape {labels.shape} without num_classes; it accepts floating point "
+                "targets [N, ...], or integers with num_classes"
+            )
+        return _finite(name, labels)
+    if labels is not images and (labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer)):
         way = ""
         if labels.ndim == 2:
             way = ", as labels[:, 0]" if labels.shape[1] == 1 else ", as labels.argmax(1) gives them of one-hot rows"

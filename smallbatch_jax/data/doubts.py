@@ -14,6 +14,9 @@ def doubts(dataset: Dataset) -> list[str]:
     """Returns one sentence for each property of the data that its owner should check; empty if there is none."""
     train, test = dataset.train_images, dataset.test_images
     found = []
+    if train.dtype == np.int32:
+        few = dataset.task == "classification" and train.max() < 256
+        return ["integers [N, T] are taken as tokens; for pixels in 0..255 give images.astype(np.uint8)."] * few
     largest = float(np.abs(train).max()) if train.dtype != np.uint8 else 0.0
     if largest > LARGE:
         found.append(
@@ -28,7 +31,8 @@ def doubts(dataset: Dataset) -> list[str]:
         )
     if (train == train[:1]).all():
         found.append("all train_images are the same.")
-    missing = np.flatnonzero(np.bincount(dataset.train_labels, minlength=dataset.num_classes) == 0)
+    classes = dataset.num_classes or 0
+    missing = np.flatnonzero(np.bincount(dataset.train_labels, minlength=classes) == 0) if classes else ()
     if len(missing):
         few = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
         found.append(f"{len(missing)} of {dataset.num_classes} classes have no training example: {few}.")

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from smallbatch_jax.data import Dataset, order
 from smallbatch_jax.program.devices import DATA, LANE
 from smallbatch_jax.program.processes import put
-from smallbatch_jax.program.train import Array
+from smallbatch_jax.program.tasks import Array
 
 LARGEST_EVAL_BATCH = 256
 
@@ -19,11 +19,9 @@ LARGEST_EVAL_BATCH = 256
 class DeviceData(NamedTuple):
     """A dataset on the device; images as they are stored, normalised when a batch is taken."""
 
-    train_images: Array  # uint8 or float32 [N, …]
-    train_labels: Array  # int32[N]
-    test_images: Array  # uint8 or float32 [batches, n, …], padded with zeros
-    test_labels: Array  # int32[batches, n]
-    test_counts: Array  # bool[batches, n], False for padding
+    train_images: Array  # uint8, float32 or int32 (tokens) [N, …]
+    train_labels: Array  # int32[N], or float32[N, …] or int32[N, T] as the task has them
+    splits: Array  # a dict of TestImages [batches, n, …], padded with zeros: "test", and "validation" if there is one
     shuffled: Array  # int32[N], the training examples in a random order, for precise statistics
     mean: Array  # float32[C]
     deviation: Array  # float32[C]
@@ -34,7 +32,9 @@ class DeviceData(NamedTuple):
 
 
 def normalised(images: jax.Array, mean: jax.Array, deviation: jax.Array) -> jax.Array:
-    """Returns images [n, …, C] as float32, normalised by a mean and a deviation for each channel."""
+    """Returns images [n, …, C] as float32, normalised by a mean and a deviation for each channel; tokens as they are."""
+    if images.dtype == jnp.int32:
+        return images
     leading = (1,) * (images.ndim - 1)
     return (images.astype(jnp.float32) - mean.reshape(*leading, -1)) / deviation.reshape(*leading, -1)
 
@@ -49,42 +49,45 @@ class Pool(NamedTuple):
 
     def on_this_device(self) -> DeviceData:
         """Returns the pool of this device, under `shard_map`; it has no test set."""
-        return DeviceData(self.images[0, 0], self.labels[0, 0], None, None, None, None, self.mean, self.deviation)
+        return DeviceData(self.images[0, 0], self.labels[0, 0], None, None, self.mean, self.deviation)
 
 
 POOL = Pool(P(LANE, DATA), P(LANE, DATA), P(), P())  # its sharding
 
 
 class TestImages(NamedTuple):
-    """A batch of a streamed test set, sharded over the devices that share a batch."""
+    """A batch of examples to evaluate; of a streamed test set, sharded over the devices that share a batch."""
 
-    images: Array  # uint8[n, H, W, C]
-    labels: Array  # int32[n]
+    images: Array  # [n, …], as the dataset stores them
+    labels: Array  # [n, …]
     counts: Array  # bool[n], False for padding and for images that cannot be decoded
 
     __test__ = False  # pytest would collect it by its name
 
 
 def to_device(dataset: Dataset, mesh: Mesh) -> DeviceData:
-    """Puts the whole dataset onto every device of the mesh, its test set in batches of equal size."""
+    """Puts the whole dataset onto every device of the mesh, the other splits in batches of equal size."""
     mean, deviation = dataset.channel_statistics()
-    num_test = len(dataset.test_labels)
-    batches = -(-num_test // LARGEST_EVAL_BATCH)
-    size = -(-num_test // batches)
-
-    def in_batches(array: np.ndarray) -> np.ndarray:
-        padded = np.zeros((batches * size, *array.shape[1:]), array.dtype)
-        padded[:num_test] = array
-        return padded.reshape(batches, size, *array.shape[1:])
-
     data = DeviceData(
         dataset.train_images,
         dataset.train_labels,
-        in_batches(dataset.test_images),
-        in_batches(dataset.test_labels),
-        in_batches(np.ones(num_test, bool)),
+        {name: _in_batches(images, labels) for name, (images, labels) in dataset.splits().items()},
         order.epoch_permutation(0, 0, len(dataset.train_labels)),
         mean,
         deviation,
     )
     return put(data, NamedSharding(mesh, P()))
+
+
+def _in_batches(images: np.ndarray, labels: np.ndarray) -> TestImages:
+    """Returns a split in batches of equal size, at most LARGEST_EVAL_BATCH."""
+    examples = len(labels)
+    batches = -(-examples // LARGEST_EVAL_BATCH)
+    size = -(-examples // batches)
+
+    def padded(array: np.ndarray) -> np.ndarray:
+        whole = np.zeros((batches * size, *array.shape[1:]), array.dtype)
+        whole[:examples] = array
+        return whole.reshape(batches, size, *array.shape[1:])
+
+    return TestImages(padded(images), padded(labels), padded(np.ones(examples, bool)))

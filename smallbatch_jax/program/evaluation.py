@@ -1,4 +1,4 @@
-"""Evaluation of one run on the whole test set, by its running averages or by precise statistics."""
+"""Evaluation of one run on whole splits of the data, by its running averages or by precise statistics."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,50 +9,53 @@ from jax import lax
 
 from smallbatch_jax.program import device_data
 from smallbatch_jax.program.device_data import DeviceData, TestImages
-from smallbatch_jax.program.train import Array, Batch, Model, TrainState, make_eval_step
+from smallbatch_jax.program.tasks import Array, Batch, Task
+from smallbatch_jax.program.train import Model, TrainState, make_eval_step
 
 PRECISE_IMAGES = 4096  # training images for precise statistics; all, if there are fewer
 
 
 class Tested(NamedTuple):
-    """The score of a run on test images."""
+    """The score of a run on a split of the data, sums over its examples."""
 
-    loss: Array  # float32[], mean cross-entropy; the sum for one batch of a streamed test set
-    correct: Array  # int32[], images classified correctly
-    images: Array  # int32[], number of images
+    sums: dict[str, Array]  # float32[] each, the loss and the task's metrics by name
+    examples: Array  # int32[]
+
+    @classmethod
+    def zeros(cls, task: Task) -> "Tested":
+        """Returns the score on no examples."""
+        return cls({name: jnp.float32(0) for name in ("loss", *task.metrics)}, jnp.int32(0))
 
 
-def make_evaluate(model: Model, axis_name: str | None = None) -> Callable[[TrainState, DeviceData], Tested]:
-    """Returns the evaluation of a run on a resident test set; the devices along `axis_name` each evaluate a shard of it."""
-    test = make_test(model, axis_name)
+def make_evaluate(model: Model, task: Task, axis_name: str | None = None) -> Callable[..., dict[str, Tested]]:
+    """Returns (state, data) → the scores by split of resident data; the devices along `axis_name` each evaluate a shard."""
+    test = make_test(model, task, axis_name)
 
-    def evaluate(state: TrainState, data: DeviceData) -> Tested:
+    def evaluate(state: TrainState, data: DeviceData) -> dict[str, Tested]:
         def add(total: Tested, batch: TestImages) -> tuple[Tested, None]:
             if axis_name is not None:
                 batch = _shard(batch, axis_name)
             return jax.tree.map(jnp.add, total, test(state, data.normalise(batch.images), batch)), None
 
-        batches = TestImages(data.test_images, data.test_labels, data.test_counts)
-        total, _ = lax.scan(add, Tested(jnp.float32(0), jnp.int32(0), jnp.int32(0)), batches)
-        return total._replace(loss=total.loss / total.images)
+        return {name: lax.scan(add, Tested.zeros(task), split)[0] for name, split in data.splits.items()}
 
     return evaluate
 
 
-def make_test(model: Model, axis_name: str | None = None) -> Callable[[TrainState, jax.Array, TestImages], Tested]:
+def make_test(model: Model, task: Task, axis_name: str | None = None) -> Callable[..., Tested]:
     """Returns (state, images, batch) → sums over a batch of test images, float32[n, …] normalised; a shard along `axis_name`.
 
     The loss is NaN if running averages are not finite: a variance that overflowed gives activations of zero, and thus a
     finite loss although the run has diverged.
     """
-    eval_step = make_eval_step(model)
+    eval_step = make_eval_step(model, task)
 
     def test(state: TrainState, images: jax.Array, batch: TestImages) -> Tested:
-        loss, correct = eval_step(state, Batch(images, batch.labels), batch.counts)
-        sums = loss, correct, batch.counts.sum(dtype=jnp.int32)
-        tested = Tested(*(sums if axis_name is None else lax.psum(sums, axis_name)))
+        tested = Tested(eval_step(state, Batch(images, batch.labels), batch.counts), batch.counts.sum(dtype=jnp.int32))
+        if axis_name is not None:
+            tested = lax.psum(tested, axis_name)
         finite = jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda x: jnp.isfinite(x).all(), state.batch_stats), True)
-        return tested._replace(loss=jnp.where(finite, tested.loss, jnp.nan))
+        return tested._replace(sums=tested.sums | {"loss": jnp.where(finite, tested.sums["loss"], jnp.nan)})
 
     return test
 
@@ -69,7 +72,7 @@ def _shard(batch: TestImages, axis_name: str) -> TestImages:
     return TestImages(*map(part, batch))
 
 
-def with_precise_statistics(evaluate: Callable[..., Tested], model: Model) -> Callable[..., Tested]:
+def with_precise_statistics(evaluate: Callable[..., Any], model: Model) -> Callable[..., Any]:
     """Returns `evaluate` with running averages replaced by the mean of the statistics of many BN groups of training images.
 
     These are the statistics that training would see at the present parameters, in BN groups of the same size; the images
@@ -78,7 +81,7 @@ def with_precise_statistics(evaluate: Callable[..., Tested], model: Model) -> Ca
     """
     b = model.bn_batch_size
 
-    def evaluate_precisely(state: TrainState, data: DeviceData) -> Tested:
+    def evaluate_precisely(state: TrainState, data: DeviceData) -> dict[str, Tested]:
         images = min(PRECISE_IMAGES, len(data.shuffled))
         size = b * max(1, min(device_data.LARGEST_EVAL_BATCH, images) // b)  # BN groups at once: changes rounding only
         batches = max(1, images // size)
@@ -94,7 +97,3 @@ def with_precise_statistics(evaluate: Callable[..., Tested], model: Model) -> Ca
         return evaluate(state._replace(batch_stats=jax.tree.map(lambda x: x / batches, total)), data)
 
     return evaluate_precisely
-
-
-def not_evaluated() -> Tested:
-    return Tested(jnp.array(jnp.nan, jnp.float32), jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))

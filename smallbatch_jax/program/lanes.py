@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.data.dataset import as_received
 from smallbatch_jax.optim import SGD, Optimizer
 from smallbatch_jax.program.device_data import POOL, DeviceData, Pool, TestImages
@@ -33,7 +32,7 @@ from smallbatch_jax.program.segment import (
     make_segment,
     make_test_lanes,
 )
-from smallbatch_jax.program.train import Batch, Model, Program, Setting, TrainState, init_state, make_train_step
+from smallbatch_jax.program.train import Model, Program, Setting, TrainState, init_state
 
 __all__ = ["LaneMapping", "LaneProgram", "LaneState", "Report", "Segment", "compile_lanes", "initialiser", "lane_mesh"]
 
@@ -97,11 +96,10 @@ class LaneProgram:
         state, report = self._segment(state, self.put(settings), sent, self._data if pool is None else pool)
         if self._test is None or pool is None or not np.any(segment.evaluate):
             return state, report
-        zeros = (np.zeros(self.lanes, dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32))
-        tested = self.put(Tested(*zeros))
+        tested = self.put(jax.tree.map(lambda x: np.zeros(self.lanes, x.dtype), report.tested["test"]))
         for part in test:
             tested = self._test(state, tested, sent.evaluate, part, pool.mean, pool.deviation)
-        return state, _with_tested(report, tested, sent.evaluate)
+        return state, report._replace(tested={"test": tested})
 
     def put(self, stacked: Any) -> Any:
         """Puts arrays stacked by lane onto the devices of their lanes."""
@@ -220,7 +218,7 @@ def trace_lanes(
       The traced segment, (states, settings, segments, images) → (states, reports), and the shapes of the states.
     """
     sharding = NamedSharding(mesh, P(LANE))
-    template = _template(model, program.optimizer, _example(data), lanes, sharding)
+    template = _template(model, program, _example(data), lanes, sharding)
     streamed = isinstance(data, Pool)
     segment = jax.shard_map(
         make_segment(model, program, segment_steps, mapping, statistics_model, streamed),
@@ -238,13 +236,15 @@ def trace_lanes(
     return trace(template, *arguments, images), template
 
 
-def _template(
-    model: Model, optimizer: Optimizer, example: jax.ShapeDtypeStruct, lanes: int, sharding: NamedSharding
-) -> LaneState:
+def _template(model: Model, program: Program, example: jax.ShapeDtypeStruct, lanes: int, sharding: NamedSharding) -> LaneState:
     """Shapes and dtypes of the stacked lanes."""
-    fresh = jax.eval_shape(lambda: init_state(model, _one(example), jnp.int32(0), optimizer))
-    lane = LaneState(fresh, *(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32, jnp.bool)))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((lanes, *x.shape), x.dtype, sharding=sharding), lane)
+
+    def lane() -> LaneState:
+        fresh = init_state(model, _one(example), jnp.int32(0), program.optimizer)
+        return LaneState(fresh, jnp.float32(0), dict.fromkeys(program.task.metrics, jnp.float32(0)), jnp.bool(True))
+
+    shapes = jax.eval_shape(lane)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((lanes, *x.shape), x.dtype, sharding=sharding), shapes)
 
 
 def _streamed_test(test_lanes: Callable[..., Tested], mesh: Mesh, precision: str) -> Callable[..., Tested]:
@@ -272,33 +272,6 @@ def initialiser(model: Model, example: jax.ShapeDtypeStruct, optimizer: Optimize
     return functools.cache(lambda seed: jax.tree.map(np.asarray, init(np.int32(seed))))
 
 
-def require_model(model: Model, example: jax.ShapeDtypeStruct, num_classes: int, batch_size: int = 2) -> None:
-    """Refuses a model that cannot take a dataset's images or gives other logits than one per class; runs nothing."""
-    images = jax.ShapeDtypeStruct((batch_size, *example.shape), example.dtype)
-    batch = Batch(images, jax.ShapeDtypeStruct((batch_size,), jnp.int32))
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    setting = Setting(scalar, jax.ShapeDtypeStruct((), jnp.int32), scalar, scalar)
-
-    def logits(state: TrainState, images: jax.Array) -> Any:
-        return model.apply({"params": state.params, "batch_stats": state.batch_stats}, images, train=False)
-
-    try:
-        state = jax.eval_shape(lambda images: init_state(model, images, jnp.int32(0)), images)
-        found = jax.eval_shape(logits, state, images)
-        if not isinstance(found, jax.ShapeDtypeStruct) or found.shape != (batch_size, num_classes):
-            shape = found.shape[1:] if isinstance(found, jax.ShapeDtypeStruct) else f"a {type(found).__name__} in place of"
-            raise InputError(f"model: gives {shape} logits per image, the dataset has {num_classes} classes.")
-        if not jnp.issubdtype(found.dtype, jnp.floating):
-            raise InputError(f"model: gives logits of {found.dtype}, accepts floating point.")
-        trained, _ = jax.eval_shape(make_train_step(model, Program(batch_size, 1)), state, setting, batch)
-    except InputError:
-        raise
-    except Exception as error:  # of any type: a model may raise anything for a shape that it does not expect
-        raise InputError(f"model: cannot take images of shape {images.shape[1:]}: {error}") from error
-    if jax.tree.structure(trained) != jax.tree.structure(state):
-        raise InputError("model: training makes other variables than init did; make them whatever `train` is.")
-
-
 def _example(data: DeviceData | Pool) -> jax.ShapeDtypeStruct:
     """Shape and dtype of one example, as the model receives it."""
     images, leading = (data.images, 3) if isinstance(data, Pool) else (data.train_images, 1)
@@ -307,12 +280,6 @@ def _example(data: DeviceData | Pool) -> jax.ShapeDtypeStruct:
 
 def _one(example: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.zeros((1, *example.shape), example.dtype)
-
-
-@jax.jit
-def _with_tested(report: Report, tested: Tested, evaluated: jax.Array) -> Report:
-    loss = jnp.where(evaluated & report.alive, tested.loss / tested.images, jnp.nan)
-    return report._replace(test_loss=loss, test_correct=tested.correct, test_images=tested.images)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

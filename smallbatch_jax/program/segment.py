@@ -19,9 +19,10 @@ from jax.sharding import PartitionSpec as P
 from smallbatch_jax.data.augment import crop_and_flip, draw_crops, inside
 from smallbatch_jax.program.device_data import DeviceData, TestImages, normalised
 from smallbatch_jax.program.devices import DATA, LANE
-from smallbatch_jax.program.evaluation import Tested, make_evaluate, make_test, not_evaluated, with_precise_statistics
+from smallbatch_jax.program.evaluation import Tested, make_evaluate, make_test, with_precise_statistics
 from smallbatch_jax.program.side_by_side import PackedModel, summed_value_and_grad
-from smallbatch_jax.program.train import Array, Batch, Model, Program, Setting, TrainState, make_train_step
+from smallbatch_jax.program.tasks import Array, Batch
+from smallbatch_jax.program.train import Model, Program, Setting, TrainState, make_train_step
 
 LaneMapping = Literal["map", "vmap"]
 
@@ -31,7 +32,7 @@ class LaneState(NamedTuple):
 
     train: TrainState
     loss_sum: Array  # float32[], of the epoch's batches so far
-    correct: Array  # int32[], of the epoch's examples so far
+    sums: dict[str, Array]  # float32[] each, metrics of the epoch's examples so far
     alive: Array  # bool[], False once a training loss was not finite
 
 
@@ -52,17 +53,15 @@ class Report(NamedTuple):
     step: Array  # int32[], updates taken by the run
     alive: Array  # bool[]
     loss_sum: Array  # float32[], of the epoch so far; includes a loss that is not finite
-    correct: Array  # int32[], of the epoch so far
-    test_loss: Array  # float32[], mean over the test set; NaN if not evaluated
-    test_correct: Array  # int32[]; 0 if not evaluated
-    test_images: Array  # int32[], number of test images; 0 if not evaluated
+    sums: dict[str, Array]  # float32[] each, of the epoch so far
+    tested: dict[str, Tested]  # by split; sums over no examples if not evaluated
 
 
 class Examples(NamedTuple):
     """The batch of one step as the dataset stores it; its images are cropped already, but their padding is not yet zero."""
 
-    images: Array  # uint8 or float32 [n, …]
-    labels: Array  # int32[n]
+    images: Array  # uint8, float32 or int32 [n, …]
+    labels: Array  # [n, …]
     crops: Array | None  # uint32[n] of `draw_crops`, None without augmentation
 
 
@@ -73,7 +72,7 @@ def make_segment(
 
     If images are streamed, data is a `Pool`, and `make_test_lanes` evaluates the test set instead.
     """
-    evaluate = make_evaluate(model, program.axis_name)
+    evaluate = make_evaluate(model, program.task, program.axis_name)
     if statistics_model is not None:
         evaluate = with_precise_statistics(evaluate, statistics_model)
     if mapping == "map":
@@ -85,7 +84,7 @@ def make_segment(
     return lambda states, settings, segments, pool: run(states, settings, segments, pool.on_this_device())
 
 
-def _one_after_the_other(model: Model, program: Program, evaluate: Callable[..., Tested] | None) -> Callable[..., Any]:
+def _one_after_the_other(model: Model, program: Program, evaluate: Callable[..., Any] | None) -> Callable[..., Any]:
     advance = _make_advance(make_train_step(model, program))
 
     def run_lane(state: LaneState, setting: Setting, segment: Segment, data: DeviceData) -> tuple[LaneState, Report]:
@@ -98,7 +97,7 @@ def _one_after_the_other(model: Model, program: Program, evaluate: Callable[...,
             return i + 1, advance(state, setting, examples, data)
 
         _, state = lax.while_loop(unfinished, step, (jnp.int32(0), state))
-        tested = not_evaluated()
+        tested = _untested(program, data)
         if evaluate is not None:
             tested = lax.cond(segment.evaluate & state.alive, evaluate, lambda *_: tested, state.train, data)
         return _report(state, segment, tested)
@@ -110,7 +109,7 @@ def _one_after_the_other(model: Model, program: Program, evaluate: Callable[...,
 
 
 def _side_by_side(
-    model: Model, program: Program, segment_steps: int, evaluate: Callable[..., Tested] | None
+    model: Model, program: Program, segment_steps: int, evaluate: Callable[..., Any] | None
 ) -> Callable[..., Any]:
     def run(states: LaneState, settings: Setting, segments: Segment, data: DeviceData) -> tuple[LaneState, Report]:
         packed = PackedModel.of(model, states.train)
@@ -134,23 +133,22 @@ def _side_by_side(
             batches = jax.vmap(take, (0, 1))(steps, segments.indices)
             states, _ = lax.scan(lambda states, xs: (step(states, *xs), None), states, (steps, batches))
         states = states._replace(train=jax.vmap(packed.unpack)(states.train))
-        return jax.vmap(_report)(states, segments, _evaluated(states, segments, data, evaluate))
+        tested = jax.vmap(lambda _: _untested(program, data))(segments.steps)
+        if evaluate is not None:  # all lanes if any ends an epoch: under vmap a branch for each lane would always run
+            evaluate_all = jax.vmap(evaluate, (0, None))
+            tested = lax.cond(jnp.any(segments.evaluate), lambda: evaluate_all(states.train, data), lambda: tested)
+        return jax.vmap(_report)(states, segments, tested)
 
     return run
 
 
-def _evaluated(states: LaneState, segments: Segment, data: DeviceData, evaluate: Callable[..., Tested] | None) -> Tested:
-    """Evaluates all lanes if any lane ends an epoch: under vmap a branch for each lane would always run."""
-    nothing = jax.vmap(lambda _: not_evaluated())(segments.steps)
-    if evaluate is None:
-        return nothing
-    evaluate_all = jax.vmap(evaluate, (0, None))
-    return lax.cond(jnp.any(segments.evaluate), lambda: evaluate_all(states.train, data), lambda: nothing)
+def _untested(program: Program, data: DeviceData) -> dict[str, Tested]:
+    return {name: Tested.zeros(program.task) for name in data.splits or ("test",)}
 
 
 def make_test_lanes(model: Model, program: Program, mapping: LaneMapping) -> Callable[..., Tested]:
     """Returns (lanes, tested, which, images, mean, deviation) → tested, plus the scores of the lanes in `which`, bool[L]."""
-    test = make_test(model, program.axis_name)
+    test = make_test(model, program.task, program.axis_name)
 
     def test_lane(state: LaneState, tested: Tested, named: jax.Array, images: jax.Array, part: TestImages) -> Tested:
         def added() -> Tested:
@@ -176,7 +174,7 @@ def _make_advance(train_step: Callable[..., Any]) -> Callable[..., LaneState]:
         train, metrics = train_step(state.train, setting, Batch(images, examples.labels))
         finite = jnp.isfinite(metrics.loss)
         train = train._replace(step=jnp.where(finite, train.step, state.train.step))
-        return LaneState(train, state.loss_sum + metrics.loss, state.correct + metrics.correct, finite)
+        return LaneState(train, state.loss_sum + metrics.loss, jax.tree.map(jnp.add, state.sums, metrics.sums), finite)
 
     return advance
 
@@ -192,13 +190,11 @@ def _take(program: Program, seed: jax.Array, step: jax.Array, indices: jax.Array
     return Examples(crop_and_flip(images, crops), labels, crops)
 
 
-def _report(state: LaneState, segment: Segment, tested: Tested) -> tuple[LaneState, Report]:
+def _report(state: LaneState, segment: Segment, tested: dict[str, Tested]) -> tuple[LaneState, Report]:
     """Returns a lane, its sums cleared if the segment ended an epoch, and its report."""
-    report = Report(state.train.step, state.alive, state.loss_sum, state.correct, *tested)
-    state = state._replace(
-        loss_sum=jnp.where(segment.evaluate, 0.0, state.loss_sum), correct=jnp.where(segment.evaluate, 0, state.correct)
-    )
-    return state, report
+    report = Report(state.train.step, state.alive, state.loss_sum, state.sums, tested)
+    loss_sum, sums = jax.tree.map(lambda x: jnp.where(segment.evaluate, 0.0, x), (state.loss_sum, state.sums))
+    return state._replace(loss_sum=loss_sum, sums=sums), report
 
 
 def expand(mask: jax.Array, like: jax.Array) -> jax.Array:

@@ -13,10 +13,10 @@ import optax
 from jax import lax
 
 from smallbatch_jax import optim
+from smallbatch_jax.program.tasks import CLASSIFICATION, Array, Batch, Task, summed
 
 PyTree = Any
 Model = Any  # a flax.linen.Module whose `apply` takes `train`, or an object with the same init and apply
-Array = Any  # a jax.Array; on the host an np.ndarray, and only a shape and dtype where a program is compiled ahead
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Program:
     micro_batch_size: int | None = None  # examples of a shard computed at a time, whole BN groups; None takes all at once
     augment: bool = False  # whether training images are cropped and flipped at random (§3.1)
     optimizer: optim.Optimizer = optim.SGD
+    task: Task = CLASSIFICATION
 
 
 class Setting(NamedTuple):
@@ -52,18 +53,13 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-class Batch(NamedTuple):
-    images: Array  # float32[n, …], normalised
-    labels: Array  # int32[n]
-
-
 class Metrics(NamedTuple):
-    loss: Array  # float32[], mean cross-entropy over the batch, without the penalty
-    correct: Array  # int32[], correctly classified images
+    loss: Array  # float32[], mean over the batch, without the penalty
+    sums: dict[str, Array]  # float32[] each, sums over the batch of the task's metrics
 
 
 def init_state(model: Model, images: jax.Array, seed: jax.Array, optimizer: optim.Optimizer = optim.SGD) -> TrainState:
-    """Returns the state before the first update; only the shape of `images`, float32[n, …], matters."""
+    """Returns the state before the first update; only shape and dtype of `images`, [n, …], matter."""
     variables = dict(model.init(jax.random.fold_in(jax.random.key(seed), 0), images))
     params = variables.pop("params")
     return TrainState(jnp.zeros([], jnp.int32), params, variables.pop("batch_stats", {}), optimizer.init(params))
@@ -79,27 +75,31 @@ def make_train_step(
     have the same axis_name. State and metrics are then equal on all devices. Under `shard_map` use ``check_vma=False``: with
     the check on, the gradient of replicated parameters is already summed over the axis.
     """
-    axis, optimizer = program.axis_name, program.optimizer
+    axis, optimizer, task = program.axis_name, program.optimizer, program.task
 
     def loss_fn(params: PyTree, batch_stats: PyTree, batch: Batch, dropout: jax.Array) -> tuple[jax.Array, Any]:
-        """Returns the mean cross-entropy and aux = (num_correct, new_batch_stats)."""
+        """Returns the mean loss and aux = (sums of the metrics, new_batch_stats)."""
         variables = {"params": params, "batch_stats": batch_stats}
-        logits, updated = model.apply(variables, batch.images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout})
-        aux = count_correct(logits, batch.labels), updated.get("batch_stats", batch_stats)
-        return cross_entropy(logits, batch.labels).mean(), aux
+        outputs, updated = model.apply(variables, batch.images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout})
+        sums = summed({name: metric(outputs, batch) for name, metric in task.metrics.items()})
+        return (task.train_loss or task.loss)(outputs, batch).mean(), (sums, updated.get("batch_stats", batch_stats))
 
     grad_fn = value_and_grad(loss_fn, has_aux=True)
+
+    def means_and_sums(state: TrainState, batch: Batch, dropout: jax.Array) -> tuple[PyTree, dict[str, jax.Array]]:
+        (loss, (sums, batch_stats)), grads = grad_fn(state.params, state.batch_stats, batch, dropout)
+        return (loss, batch_stats, grads), sums
 
     def train_step(state: TrainState, setting: Setting, batch: Batch) -> tuple[TrainState, Metrics]:
         dropout = jax.random.fold_in(jax.random.fold_in(jax.random.key(setting.seed), 2), state.step)
         if axis is not None:
             dropout = jax.random.fold_in(dropout, lax.axis_index(axis))
-        (loss, (correct, batch_stats)), grads = _over_micro_batches(
-            lambda batch, key: grad_fn(state.params, state.batch_stats, batch, key), batch, dropout, program.micro_batch_size
+        (loss, batch_stats, grads), sums = _over_micro_batches(
+            lambda batch, key: means_and_sums(state, batch, key), batch, dropout, program.micro_batch_size
         )
         if axis is not None:
             loss, batch_stats, grads = lax.pmean((loss, batch_stats, grads), axis)
-            correct = lax.psum(correct, axis)
+            sums = lax.psum(sums, axis)
         schedule = optim.step_schedule(
             program.total_steps, program.boundaries, program.factor, warmup_fraction=setting.warmup_fraction
         )
@@ -107,15 +107,15 @@ def make_train_step(
         transform = optimizer.make(learning_rate, setting.weight_decay, **(setting.scalars or {}))
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, batch_stats, opt_state), Metrics(loss, correct)
+        return TrainState(state.step + 1, params, batch_stats, opt_state), Metrics(loss, sums)
 
     return train_step
 
 
 def _over_micro_batches(
-    function: Callable[[Batch, jax.Array], PyTree], batch: Batch, key: jax.Array, size: int | None
-) -> PyTree:
-    """Returns the mean of `function` over the micro-batches of a batch; its integer outputs are summed."""
+    function: Callable[[Batch, jax.Array], tuple[PyTree, PyTree]], batch: Batch, key: jax.Array, size: int | None
+) -> tuple[PyTree, PyTree]:
+    """Returns what `function` does, (means, sums), for a whole batch from its micro-batches."""
     parts = len(batch.labels) // (size or len(batch.labels))
     if parts == 1:
         return function(batch, key)
@@ -126,28 +126,16 @@ def _over_micro_batches(
         return jax.tree.map(jnp.add, total, function(*part)), None
 
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], micro_batches), keys[0])
-    total, _ = lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), (micro_batches, keys))
-    return jax.tree.map(lambda x: x / parts if jnp.issubdtype(x.dtype, jnp.floating) else x, total)
+    (means, sums), _ = lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), (micro_batches, keys))
+    return jax.tree.map(lambda x: x / parts, means), sums
 
 
-def make_eval_step(model: Model) -> Callable[[TrainState, Batch, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Returns (state, batch, counts) → (cross-entropy float32[], correct int32[]), sums over the images in counts, bool[n]."""
+def make_eval_step(model: Model, task: Task = CLASSIFICATION) -> Callable[[TrainState, Batch, jax.Array], dict[str, jax.Array]]:
+    """Returns (state, batch, counts) → the loss and the task's metrics by name, sums over the examples in counts, bool[n]."""
 
-    def eval_step(state: TrainState, batch: Batch, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = model.apply({"params": state.params, "batch_stats": state.batch_stats}, batch.images, train=False)
-        losses = jnp.where(counts, cross_entropy(logits, batch.labels), 0.0)
-        return losses.sum(), count_correct(logits, jnp.where(counts, batch.labels, -1))
+    def eval_step(state: TrainState, batch: Batch, counts: jax.Array) -> dict[str, jax.Array]:
+        outputs = model.apply({"params": state.params, "batch_stats": state.batch_stats}, batch.images, train=False)
+        scores = {"loss": task.loss, **task.metrics}
+        return summed({name: score(outputs, batch) for name, score in scores.items()}, counts)
 
     return eval_step
-
-
-def cross_entropy(logits: Any, labels: jax.Array) -> jax.Array:
-    """Returns the cross-entropy of each example, float32[n], for logits float[n, classes] and labels int32[n]."""
-    logits = logits.astype(jnp.float32)
-    own = labels[:, None] == jnp.arange(logits.shape[-1])[None, :]  # a GPU would index in a kernel of its own
-    return jax.nn.logsumexp(logits, -1) - jnp.where(own, logits, 0.0).sum(-1)
-
-
-def count_correct(logits: Any, labels: jax.Array) -> jax.Array:
-    """Returns the number of correct predictions, int32[]; logits that are not finite count as wrong."""
-    return jnp.sum((jnp.argmax(logits, -1) == labels) & jnp.isfinite(logits).all(-1), dtype=jnp.int32)

@@ -1,6 +1,7 @@
 """Trains a grid into a workdir, its programs one after the other; skips the runs that the workdir holds."""
 
 import dataclasses
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -9,24 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from smallbatch_jax.config import catalog
 from smallbatch_jax.config.experiment import Experiment
 from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.models.own import OwnModel
-from smallbatch_jax.program import devices, jax_flags, processes
-from smallbatch_jax.program import lanes as lane_programs
+from smallbatch_jax.program import devices, fit, jax_flags, processes
 from smallbatch_jax.program.devices import DATA
 from smallbatch_jax.program.lanes import LaneProgram
 from smallbatch_jax.runner import checks
 from smallbatch_jax.runner.compiler import Compiler
 from smallbatch_jax.runner.input import input_pipeline
-from smallbatch_jax.runner.jobs import Job, ModelOf, Session, Setup
+from smallbatch_jax.runner.jobs import NOTHING_OWN, Job, ModelOf, Own, Session, Setup
 from smallbatch_jax.runner.planning import Forecast
 from smallbatch_jax.runner.progress import NoProgress, Progress, Status
 from smallbatch_jax.runner.scheduler import Scheduler
 from smallbatch_jax.runner.signals import Interrupted, Stop, noted_signals
 from smallbatch_jax.store.checkpoint import Checkpoints
-from smallbatch_jax.store.results import ProgramResults
+from smallbatch_jax.store.results import Format, ProgramResults
 from smallbatch_jax.store.skipped import SkippedImages
 from smallbatch_jax.store.timings import Timings
 from smallbatch_jax.store.workdir import open_workdir, record_provenance, surroundings
@@ -44,6 +46,7 @@ def train_grid(
     progress: Progress,
     model_of: ModelOf | None = None,
     fingerprint: Callable[[], dict[str, Any]] | None = None,
+    own: Own = NOTHING_OWN,
 ) -> None:
     """Trains every run of the experiment that `workdir` does not hold yet, program by program.
 
@@ -55,12 +58,13 @@ def train_grid(
       model_of: makes the model for a BN batch size; None takes the experiment's own.
       fingerprint: of that model (`models.identity`), which must be the same whenever the workdir is resumed; None for a
         model whose name identifies it.
+      own: the caller's own optimizer, loss and metrics, which the experiment names "own:…".
 
     Raises:
       InputError: if the grid does not fit the data or the workdir is not this experiment's; nothing is written then.
       Interrupted: on a signal of `signals`, after the segment in flight ended and all lanes were saved.
     """
-    setup = _checked_setup(experiment, dataset, model_of)
+    setup = _checked_setup(experiment, dataset, model_of, own)
     if processes.is_first():
         for warning in checks.data_warnings(experiment, dataset):
             print(f"warning: dataset: {warning}", file=sys.stderr, flush=True)
@@ -68,7 +72,7 @@ def train_grid(
         processes.require_same(experiment.to_dict(), "config")
         processes.require_same(dataset.digest(), "dataset")
     with ExitStack() as stack:
-        known = facts(dataset) | ({"model": fingerprint()} if fingerprint and processes.is_first() else {})
+        known = facts(experiment, dataset) | ({"model": fingerprint()} if fingerprint and processes.is_first() else {})
         folder = processes.on_first(lambda: stack.enter_context(open_workdir(workdir, experiment, known)))
         stop = stack.enter_context(noted_signals())
         status = _train(setup, folder, list(setup.programs), progress, stop)
@@ -109,22 +113,30 @@ def require_trainable(experiment: Experiment, dataset: Dataset | Photographs) ->
     _checked_setup(experiment, dataset, None)
 
 
-def facts(dataset: Dataset | Photographs) -> dict[str, Any]:
-    """The properties of its data that a workdir stores."""
-    return {"num_classes": dataset.num_classes, "examples": [dataset.num_train, dataset.num_test]}
+def facts(experiment: Experiment, dataset: Dataset | Photographs) -> dict[str, Any]:
+    """The properties of its data that a workdir stores: "guess" has the loss of the best constant prediction, if known."""
+    found: dict[str, Any] = {"num_classes": dataset.num_classes, "examples": [dataset.num_train, dataset.num_test]}
+    if experiment.task == "regression" and isinstance(dataset, Dataset):
+        mean = dataset.train_labels.mean(0, dtype=np.float64)
+        found["guess"] = {"loss": float(np.square(dataset.test_labels - mean).mean())}
+    elif experiment.task in catalog.TASKS and dataset.num_classes:
+        found["guess"] = {"loss": math.log(dataset.num_classes)}
+    return found
 
 
-def _checked_setup(experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None) -> Setup:
+def _checked_setup(
+    experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None, own: Own = NOTHING_OWN
+) -> Setup:
     """Returns the setup of a grid, after refusing what cannot be trained; runs nothing."""
     trackers.require(experiment)
     checks.require_fitting(experiment, dataset)
-    setup = Setup(experiment, dataset, model_of)
+    setup = Setup(experiment, dataset, model_of, own)
     for place, (m, b) in enumerate(sorted(setup.programs)):
         model = setup.model_of(None if b == m else b)  # refuses a model that takes no BN batch size
         if isinstance(model, OwnModel):
             model.require_batch(dataset.example, m)
         if place == 0:  # with the smallest b, which alone may be too small for a named model
-            lane_programs.require_model(model, dataset.example, dataset.num_classes, m)
+            fit.require_model(model, setup.task, dataset, m)
     return setup
 
 
@@ -141,7 +153,7 @@ def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: 
         skipped = SkippedImages(folder if first else None)
         pipeline = input_pipeline(setup.dataset, setup.experiment, skipped.add)
         stack.callback(pipeline.close)
-        stored = _open_results(folder, shapes, stack)
+        stored = _open_results(folder, shapes, Format.of(setup.experiment), stack)
         tracked = setup.experiment if first else dataclasses.replace(setup.experiment, **dict.fromkeys(TRACKERS))
         shown = stack.enter_context(Trackers(tracked, folder, stored))
         jobs = [Job(setup, *shape, rows, memory) for shape, rows in zip(shapes, stored, strict=True)]
@@ -179,12 +191,12 @@ def _train_job(job: Job, program: LaneProgram, checkpoints: Checkpoints, session
             program = compiler.submit(job, job.smaller(scheduler.lanes.program)).result()
 
 
-def _open_results(folder: Path, shapes: list[tuple[int, int]], stack: ExitStack) -> list[ProgramResults]:
+def _open_results(folder: Path, shapes: list[tuple[int, int]], format: Format, stack: ExitStack) -> list[ProgramResults]:
     """Opens the rows of each program in the first process, until `stack` unwinds; the others follow them."""
     opened: list[ProgramResults] = []
 
     def open_all() -> list[ProgramResults]:
-        opened.extend(stack.enter_context(ProgramResults(folder, *shape)) for shape in shapes)
+        opened.extend(stack.enter_context(ProgramResults(folder, *shape, format=format)) for shape in shapes)
         return [results.followed() for results in opened] if processes.several() else []
 
     followed = processes.on_first(open_all)

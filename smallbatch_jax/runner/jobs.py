@@ -1,13 +1,14 @@
 """A grid's setup, and the job of each of its programs: which runs it trains, in what layout it is compiled."""
 
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from smallbatch_jax.config import catalog
@@ -19,6 +20,7 @@ from smallbatch_jax.program import devices, processes
 from smallbatch_jax.program import lanes as lane_programs
 from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
 from smallbatch_jax.program.lanes import COMPUTE_DTYPE, LaneProgram
+from smallbatch_jax.program.tasks import Score, task_of
 from smallbatch_jax.program.train import Model, Program, Setting, TrainState
 from smallbatch_jax.runner.input import InputPipeline
 from smallbatch_jax.runner.progress import Status, title
@@ -43,6 +45,29 @@ def named_model(experiment: Experiment, num_classes: int, bn_decay: float, platf
     )
 
 
+class Own(NamedTuple):
+    """Parts of an experiment that a Python caller brought beside a model; None where the config names them."""
+
+    optimizer: Callable[..., optax.GradientTransformation] | None = None  # (learning_rate, **scalars)
+    loss: Score | None = None
+    metrics: Mapping[str, Score] | None = None
+
+
+NOTHING_OWN = Own()
+
+
+def named_optimizer(name: str) -> Callable[..., optax.GradientTransformation]:
+    """Returns the constructor of an optimizer of this package."""
+    if name not in catalog.OPTIMIZERS:
+        raise InputError(f"optimizer.name: {name!r} is the optimizer of a Python caller, which `sweep` takes as optimizer.")
+    return pkgutil.resolve_name(catalog.OPTIMIZERS[name].make)
+
+
+def own_optimizer(make: Callable[..., optax.GradientTransformation]) -> Callable[..., optax.GradientTransformation]:
+    """Returns a caller's constructor as one that takes a weight decay, which is one of its own scalars if it has any."""
+    return lambda learning_rate, weight_decay, **scalars: make(learning_rate, **scalars)
+
+
 class Setup:
     """What all programs of a grid have in common: the experiment, its data, its model and the devices."""
 
@@ -51,10 +76,12 @@ class Setup:
         experiment: Experiment,
         dataset: Dataset | Photographs,
         model_of: ModelOf | None = None,
+        own: Own = NOTHING_OWN,
         target: Sequence[Any] | None = None,
     ):
         """`model_of` of None takes the experiment's named model; `target` of None this machine's devices."""
-        classes, chosen = dataset.num_classes, experiment.model
+        classes, chosen = dataset.num_classes or 0, experiment.model
+        self._own, self.task = own, task_of(experiment, own.loss, own.metrics)
         self.experiment, self.dataset, self.devices = experiment, dataset, target or jax.devices()
         self.platform = target[0].platform if target else jax.default_backend()
         self.own_model = chosen.name.startswith(OWN)  # the user's, which may do anything with its batch
@@ -95,8 +122,9 @@ class Setup:
     def optimizer(self, batch_size: int) -> Optimizer:
         """Returns the optimizer of a program; its learning rate alone depends on the batch size."""
         chosen = self.experiment.optimizer
-        make = pkgutil.resolve_name(catalog.OPTIMIZERS[chosen.name].make)
-        return Optimizer(make, tuple(chosen.scalars(batch_size)), chosen.learning_rate(1.0, batch_size))
+        make = own_optimizer(self._own.optimizer) if self._own.optimizer else named_optimizer(chosen.name)
+        scalars = chosen.scalars(batch_size, dict(self.experiment.runs()[0].scalars))
+        return Optimizer(make, tuple(scalars), chosen.learning_rate(1.0, batch_size))
 
 
 @dataclass
@@ -145,13 +173,18 @@ class Job:
 
     def settings(self, runs: list[Run | None]) -> Setting:
         """The scalars of the run in each lane, stacked; any valid ones for a lane without a run."""
-        scalars = self.experiment.optimizer.scalars(self.batch_size)
+        experiment, axes = self.experiment, [dict((run or self.runs[0]).scalars) for run in runs]
+        scalars = [experiment.optimizer.scalars(self.batch_size, of_run) for of_run in axes]
+
+        def column(name: str, default: float) -> np.ndarray:
+            return np.array([of_run.get(name, default) for of_run in axes], np.float32)
+
         return Setting(
             np.array([1.0 if run is None else run.base_lr for run in runs], np.float32),
             np.array([0 if run is None else run.seed for run in runs], np.int32),
-            np.full(len(runs), self.experiment.weight_decay, np.float32),
-            np.full(len(runs), self.experiment.schedule.warmup_fraction, np.float32),
-            {name: np.full(len(runs), value, np.float32) for name, value in scalars.items()} or None,
+            column("weight_decay", experiment.weight_decay),
+            column("warmup_fraction", experiment.schedule.warmup_fraction),
+            {name: np.array([of_run[name] for of_run in scalars], np.float32) for name in scalars[0]} or None,
         )
 
     def compile(self, pipeline: InputPipeline, layout: Layout | None = None) -> LaneProgram:
@@ -213,6 +246,7 @@ class Job:
             layout.micro_batch_size,
             augment=experiment.dataset.augment and isinstance(self.setup.dataset, Dataset),  # photographs come augmented
             optimizer=self.setup.optimizer(self.batch_size),
+            task=self.setup.task,
         )
         bn_batch_size = None if self.bn_batch_size == self.batch_size else self.bn_batch_size
         statistics_model_of = self.setup.statistics_model_of

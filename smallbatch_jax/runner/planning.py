@@ -27,7 +27,7 @@ from smallbatch_jax.runner.input import InputPipeline, input_pipeline
 from smallbatch_jax.runner.jobs import Job, ModelOf, Setup
 from smallbatch_jax.runner.progress import Progress, Status
 from smallbatch_jax.runner.segments import Lanes
-from smallbatch_jax.store.results import ProgramResults
+from smallbatch_jax.store.results import Format, ProgramResults
 
 WARM_UP_IMAGES = 512  # per lane, of the first segment, which is not timed
 EVALUATED_BATCHES = 4  # of a streamed test set
@@ -116,7 +116,7 @@ def measure(experiment: Experiment, dataset: Dataset | Photographs, model_of: Mo
     initial = setup.initialiser()
     with tempfile.TemporaryDirectory() as folder, closing(input_pipeline(dataset, experiment)) as pipeline:
         for m, b in setup.programs:
-            with ProgramResults(Path(folder), m, b) as results:
+            with ProgramResults(Path(folder), m, b, format=Format.of(experiment)) as results:
                 job = Job(setup, m, b, results)
                 yield Trial(job, job.compile(pipeline), pipeline, initial)
 

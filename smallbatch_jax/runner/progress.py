@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TextIO
 
 from smallbatch_jax.config.experiment import Run
+from smallbatch_jax.config.metric import ACCURACY, Metric
 from smallbatch_jax.config.text import duration
 from smallbatch_jax.store.results import ProgramResults
 
@@ -28,31 +29,36 @@ class RunCounts:
     finished: int = 0
     diverged: int = 0
     trained: int = 0  # images trained by this process
-    best: float = math.nan  # highest final test accuracy of a run that ended (§3.1), a fraction
+    best: float = math.nan  # final metric of the best run that ended (§3.1)
+    metric: Metric = ACCURACY
 
     @property
     def done(self) -> int:
         return self.finished + self.diverged
 
-    def add_run(self, diverged: bool, test_accuracy: float = math.nan) -> None:
-        """Counts a run that ended."""
+    def add_run(self, diverged: bool, value: float = math.nan, metric: Metric = ACCURACY) -> None:
+        """Counts a run that ended, with its final metric."""
         self.diverged += diverged
         self.finished += not diverged
-        if test_accuracy > self.best or math.isnan(self.best):
-            self.best = test_accuracy
+        self.note(value, metric)
+
+    def note(self, value: float, metric: Metric) -> None:
+        """Keeps a run's final metric if it is the best so far."""
+        if metric.gain(value, self.best) > 0 or math.isnan(self.best):
+            self.best, self.metric = value, metric
 
     def add_program(self, runs: Iterable[Run], stored: ProgramResults, epochs: int, num_examples: int) -> None:
         """Adds the runs of a program, some of which may be complete already."""
         for run in runs:
             self.runs += 1
             if stored.complete(run, epochs):
-                self.add_run(stored.diverged(run), stored.final_accuracy(run))
+                self.add_run(stored.diverged(run), stored.final(run), stored.format.metric)
             else:
                 self.images += epochs * num_examples
 
     def counts(self) -> str:
-        """Runs done and diverged, and the best accuracy so far."""
-        best = "" if math.isnan(self.best) else f", best run {100 * self.best:.1f} %"
+        """Runs done and diverged, and the best so far."""
+        best = "" if math.isnan(self.best) else f", best run {self.metric.show(self.best)}"
         return f"{self.done}/{self.runs} runs done ({self.diverged} diverged){best}"
 
 
@@ -84,10 +90,10 @@ class Status(RunCounts):
         """Shows this program from now on."""
         self.program, self.images_per_second, self.running = program, 0.0, 0
 
-    def end_run(self, diverged: bool, test_accuracy: float) -> None:
+    def end_run(self, diverged: bool, value: float, metric: Metric = ACCURACY) -> None:
         """Counts a run of the present program that ended."""
         for counts in self._all():
-            counts.add_run(diverged, test_accuracy)
+            counts.add_run(diverged, value, metric)
 
     def spare(self, images: int) -> None:
         """Subtracts images that need not be trained after all."""

@@ -11,7 +11,7 @@ travels with a segment; all hosts act on the proposals when they read that segme
 import time
 from collections import deque
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -133,7 +133,7 @@ class Scheduler:
             if lane is None or job.results.diverged(lane.run):
                 continue
             trained += int(report.step[i]) - lane.first_step
-            row = _row(job, lane, Report(*(values[i] for values in report)))
+            row = _row(job, lane, jax.tree.map(lambda values, i=i: values[i], report))
             if row is not None:
                 rows.append(row)
                 if row.diverged:
@@ -142,7 +142,7 @@ class Scheduler:
         session.trackers.add(job.results, job.results.append(rows))
         for row in rows:
             if row.diverged or row.epoch == job.experiment.epochs:
-                status.end_run(row.diverged, job.results.final_accuracy(row.run))
+                status.end_run(row.diverged, job.results.final(row.run), job.results.format.metric)
         seconds, images = self._pace.measure(trained), trained * job.batch_size
         self._time("segment", seconds, trained, images)
         status.add_images(images, seconds)
@@ -217,12 +217,20 @@ def _row(job: Job, lane: LaneSteps, found: Report) -> Row | None:
     run, m, n, step = lane.run, job.batch_size, job.num_examples, int(found.step)
     # A batch whose loss was not finite was seen, though it made no update.
     batches = step - order.epoch_end(lane.epoch - 1, n, m) + (not found.alive)
-    train_loss = float(found.loss_sum) / batches
-    diverged = not (found.alive and np.isfinite(found.test_loss))
-    train_accuracy = float("nan") if diverged else int(found.correct) / (batches * m)
-    test_accuracy = float("nan") if diverged else int(found.test_correct) / int(found.test_images)
+    values = {"train_loss": float(found.loss_sum) / batches}
+    values |= {f"train_{name}": float(total) / (batches * m) for name, total in found.sums.items()}
+    for split, tested in found.tested.items():
+        examples = np.float32(tested.examples) if tested.examples else np.float32("nan")
+        values |= {f"{split}_{name}": float(total) / float(examples) for name, total in tested.sums.items()}
+        values[f"{split}_loss"] = float(np.float32(tested.sums["loss"]) / examples)
+    has_accuracy = "test_accuracy" in values
+    if not found.alive or any(not np.isfinite(values[f"{split}_loss"]) for split in found.tested):
+        losses = {name for name in values if name.endswith("_loss")} if has_accuracy else {"train_loss"}
+        values = {name: value if name in losses else float("nan") for name, value in values.items()}
+    fixed: list[Any] = [values.pop(name, None) for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy")]
+    further = tuple((name, values[name]) for name in job.results.format.further if name in values)
     key = run.batch_size, run.bn_batch_size, run.base_lr, run.seed
-    return Row(*key, lane.epoch, step, train_loss, train_accuracy, float(found.test_loss), test_accuracy)
+    return Row(*key, lane.epoch, step, *fixed, scalars=run.scalars, metrics=further)
 
 
 class CheckpointBudget:

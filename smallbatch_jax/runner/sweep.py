@@ -3,11 +3,11 @@
 import dataclasses
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from flax import linen as nn
 
@@ -17,7 +17,9 @@ from smallbatch_jax.config.experiment import OWN, Experiment, InputError, from_c
 from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.models.own import OwnModel
 from smallbatch_jax.program import devices, jax_flags, processes
+from smallbatch_jax.program.tasks import Score
 from smallbatch_jax.runner.grid import train_grid
+from smallbatch_jax.runner.jobs import Own
 from smallbatch_jax.runner.progress import Progress, for_stream
 from smallbatch_jax.store import results
 
@@ -28,7 +30,7 @@ _SECTIONS = {
     field.name: type(field.default) for field in dataclasses.fields(Experiment) if dataclasses.is_dataclass(field.default)
 }
 _ARGUMENTS = {"drawn_from", "dataset", "model", "epochs", "grid"}  # fields that arguments of `sweep` set, or that train nothing
-_ARGUMENTS |= {"batch_sizes", "base_lrs", "base_lrs_from", "base_lr_by_batch_size", "seeds"}
+_ARGUMENTS |= {"batch_sizes", "base_lrs", "base_lrs_from", "base_lr_by_batch_size", "seeds", "optimizer", "metrics"}
 
 
 def sweep(
@@ -40,6 +42,9 @@ def sweep(
     seeds: Sequence[int] = (0,),
     workdir: str | os.PathLike[str] | None = None,
     *,
+    loss: Score | None = None,
+    metrics: Sequence[str] | Mapping[str, Score] = (),
+    optimizer: str | experiment.Optimizer | Callable[..., Any] = "sgd",
     progress: Progress | None = None,
     **options: Any,
 ) -> "pd.DataFrame":
@@ -56,13 +61,22 @@ def sweep(
       epochs: E, of every run, whatever m.
       seeds: of initialisation and order: the replicates of a cell.
       workdir: where the results are kept and resumed, with the same model and data alone; None keeps nothing.
+      loss: your own (outputs, batch) → float32[n], one value for each example of `batch.images` and `batch.labels`; None takes
+        that of the `task`, which follows from the labels: classes, targets of a regression, or the next token of sequences.
+      metrics: what is reported beside the loss: names in `config.catalog.METRICS`, or functions by name, called like `loss`.
+      optimizer: a name in `config.catalog.OPTIMIZERS`; an `experiment.Optimizer`; or your own function (learning_rate,
+        **scalars) → optax.GradientTransformation. It gets the learning rate with its schedule, and the option `scalars`, a dict
+        of numbers or of tuples of numbers to try, all of them traced: other values need no compilation.
       progress: shows after every segment how far the grid has come; None shows lines or a bar on stderr.
       **options: fields of a config (`config.experiment`), each by its own name, with the config's defaults:
 
-        - `optimizer`: a name in `config.catalog.OPTIMIZERS` or an `experiment.Optimizer`; its `rule` ("linear": η = η̃·m,
-          "sqrt": η̃·√m, "constant": η̃), `momentum`, `beta1`, `beta2`, `epsilon`, `beta_rule`, `beta_batch_size`;
+        - of the optimizer its `rule` ("linear": η = η̃·m, "sqrt": η̃·√m, "constant": η̃), `momentum`, `beta1`, `beta2`,
+          `epsilon`, `beta_rule`, `beta_batch_size`;
+        - further axes of the grid: `weight_decays`, `warmup_fractions`, `momenta`, `beta1s`, `beta2s`, `beta1_half_lives` and
+          `beta2_half_lives` in examples, `epsilons`, and the `scalars` of an own optimizer;
+        - `label_smoothing`, and `select`, the column that says which run is best, as ("test_loss", "min");
         - `schedule`: an `experiment.Schedule`; or its `boundaries`, `factor`, `warmup_fraction`;
-        - of the dataset `augment`, `data_dir`, `image_size`, `color_jitter`, `broken_images`, `workers`;
+        - of the dataset `augment`, `validation_fraction`, `data_dir`, `image_size`, `color_jitter`, `broken_images`, `workers`;
         - of a named model `norm`, `bn_decay`, `bn_statistics`;
         - of the grid `bn_batch_sizes`, for which your own module must have a field `bn_batch_size`;
         - `weight_decay`, `precision`, `lanes`, `data_devices`, `micro_batch_size`, `segment_seconds`, `checkpoint_seconds`,
@@ -82,6 +96,12 @@ def sweep(
     images = data.load(dataset, *place) if isinstance(dataset, str) else dataset
     if not isinstance(images, (Dataset, Photographs)):
         raise InputError(f"dataset: got a {type(images).__name__}; accepts a name, or a data.Dataset of your own arrays.")
+    if isinstance(images, Dataset):
+        images = images.with_validation(sections["dataset"].get("validation_fraction", 0.0))
+        held = images.splits().get("validation", ((), ()))[1]
+        sections["dataset"]["validation_fraction"] = len(held) / (images.num_train + len(held))
+        sections.setdefault("task", images.task)
+    own_parts = _own_parts(sections, loss, metrics, optimizer)
     sections["dataset"] |= {
         "name": dataset if isinstance(dataset, str) else f"{OWN}{images.digest()}",
         "image_size": images.image_size if isinstance(images, Photographs) else None,
@@ -90,11 +110,39 @@ def sweep(
     rates = "base_lr_by_batch_size" if isinstance(base_lrs, Mapping) else "base_lrs"
     sections["grid"] |= {"batch_sizes": batch_sizes, rates: base_lrs, "seeds": seeds}
     chosen = from_config(sections | {"epochs": epochs})
-    return _train(chosen, images, own, workdir, progress or for_stream())
+    return _train(chosen, images, own, own_parts, workdir, progress or for_stream())
+
+
+def _own_parts(sections: dict[str, Any], loss: Any, metrics: Any, optimizer: Any) -> Own:
+    """Returns the caller's own functions, and names them in the sections of the config."""
+    functions = dict(metrics) if isinstance(metrics, Mapping) else {}
+    for name, function in {"loss": loss, **{f"metrics: {name}": metric for name, metric in functions.items()}}.items():
+        if function is not None and not callable(function):
+            raise InputError(f"{name}: got a {type(function).__name__}, accepts a function (outputs, batch) → [n].")
+    if loss is not None:
+        sections["task"] = f"{OWN}{_name_of(loss)}"
+    sections["metrics"] = [f"{OWN}{name}" for name in functions] if functions else metrics
+    if callable(optimizer) and not isinstance(optimizer, experiment.Optimizer):
+        sections["optimizer"]["name"] = f"{OWN}{_name_of(optimizer)}"
+        return Own(cast(Any, optimizer), loss, functions)
+    if isinstance(optimizer, experiment.Optimizer):
+        sections["optimizer"] = dataclasses.asdict(optimizer) | sections["optimizer"]
+    else:
+        sections["optimizer"]["name"] = optimizer
+    return Own(None, loss, functions)
+
+
+def _name_of(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _train(
-    chosen: Experiment, images: Dataset | Photographs, own: OwnModel | None, workdir: str | None, progress: Progress
+    chosen: Experiment,
+    images: Dataset | Photographs,
+    own: OwnModel | None,
+    own_parts: Own,
+    workdir: str | None,
+    progress: Progress,
 ) -> "pd.DataFrame":
     devices.use_all_cores()
     jax_flags.require_devices()
@@ -107,7 +155,7 @@ def _train(
             model_of = own.with_bn_batch_size
             if workdir is not None:
                 fingerprint = partial(own.fingerprint, images.example)
-        train_grid(chosen, folder, images, progress, model_of, fingerprint)
+        train_grid(chosen, folder, images, progress, model_of, fingerprint, own_parts)
         return processes.on_first(lambda: results.load(folder))
 
 
@@ -125,11 +173,8 @@ def _sections(options: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in sorted(options.items(), key=lambda option: known[option[0]]):  # whole sections before their fields
         if known[name]:
             config[known[name]][name] = value
-        elif name == "optimizer" and isinstance(value, str):
-            config[name] = {"name": value}
         else:
-            as_dict = isinstance(value, (experiment.Schedule, experiment.Optimizer))
-            config[name] = dataclasses.asdict(value) if as_dict else value
+            config[name] = dataclasses.asdict(value) if isinstance(value, experiment.Schedule) else value
     return config
 
 

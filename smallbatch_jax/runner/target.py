@@ -26,7 +26,7 @@ from smallbatch_jax.runner.flops import flops_per_image
 from smallbatch_jax.runner.hlo import Module
 from smallbatch_jax.runner.input import input_pipeline
 from smallbatch_jax.runner.jobs import Job, ModelOf, Setup
-from smallbatch_jax.store.results import ProgramResults
+from smallbatch_jax.store.results import Format, ProgramResults
 
 GIB = 2**30
 ANY_STEPS = 10_000  # of a run: a constant that costs nothing, so that Figs. 8, 17 and 18 share programs
@@ -142,7 +142,7 @@ def estimate(
       model_of: makes the model for a BN batch size; None takes the experiment's own.
     """
     target = TARGETS[name]
-    setup = Setup(experiment, dataset, model_of, devices(name))
+    setup = Setup(experiment, dataset, model_of, target=devices(name))
     memory = int(0.9 * target.memory_gib * GIB)
     if isinstance(dataset, Dataset):
         memory -= dataset.train_images.nbytes + dataset.test_images.nbytes
@@ -151,7 +151,7 @@ def estimate(
         for m, b in setup.programs:
             if batch_sizes and m not in batch_sizes:
                 continue
-            with ProgramResults(Path(folder), m, b) as results:
+            with ProgramResults(Path(folder), m, b, format=Format.of(experiment)) as results:
                 job = Job(setup, m, b, results, memory)
                 while True:
                     compiled = _compiled(name, job.arguments(pipeline, job.layout))

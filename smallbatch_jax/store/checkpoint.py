@@ -31,7 +31,7 @@ from smallbatch_jax.config.experiment import Experiment, InputError, Run, differ
 from smallbatch_jax.store.files import WriteError
 from smallbatch_jax.store.workdir import parse_stored
 
-FORMAT = 1
+FORMAT = 2
 KEEP = 2
 FAILURE_SECONDS = 0.3  # after a failure, in which Orbax's threads still report it
 PyTree = Any
@@ -112,7 +112,7 @@ class Checkpoints:
         if _seal(description) != description["seal"]:
             raise ValueError("its description does not match its checksum")
         self._require_same(description, template)
-        runs = [None if run is None else Run(**run) for run in description["runs"]]
+        runs = [None if run is None else _run(dict(run)) for run in description["runs"]]
         here = SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(runs), *x.shape[1:]), x.dtype, sharding=here), template)
         content = ocp.args.StandardRestore(abstract)  # pyright: ignore[reportCallIssue]
@@ -124,7 +124,7 @@ class Checkpoints:
     def _require_same(self, description: Any, template: PyTree) -> None:
         """Refuses an undamaged checkpoint of other runs, naming what differs."""
         if description["format"] != FORMAT:
-            raise InputError(f"checkpoints: {self._folder} has format {description['format']}, this version reads {FORMAT}.")
+            raise ValueError(f"it has format {description['format']}, this version reads {FORMAT}; its runs begin again")
         found = differences(parse_stored(description["experiment"]), self._experiment)
         there, here = description["arrays"], _arrays(template)
         found += [
@@ -152,6 +152,12 @@ class Checkpoints:
             with _quietly(), suppress(Exception):  # raises the error of a failed save once more
                 self._manager.close()
             self._manager = None
+
+
+def _run(stored: dict[str, Any]) -> Run:
+    """Returns a run from its JSON, in which tuples became lists; earlier versions had no scalars."""
+    scalars = tuple((name, value) for name, value in stored.pop("scalars", ()))
+    return Run(**stored, scalars=scalars)
 
 
 def _arrays(lanes: PyTree) -> dict[str, str]:

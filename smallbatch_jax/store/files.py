@@ -138,6 +138,13 @@ def append_line(path: Path, line: str, header: str = "") -> None:
         file.append(f"{line}\n", f"{header}\n" if header else "")
 
 
+def whole_lines(path: Path) -> tuple[list[str], bool]:
+    """Returns the lines of a file that end with a line break, and whether anything follows them."""
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        *lines, torn = file.read().split("\n")
+    return lines, bool(torn)
+
+
 def read_table(path: Path, kind: type[T]) -> tuple[list[T], bool]:
     """Reads a CSV file whose columns are the fields of a NamedTuple.
 
@@ -146,9 +153,8 @@ def read_table(path: Path, kind: type[T]) -> tuple[list[T], bool]:
     """
     types = kind.__annotations__.values()
     header = ",".join(kind.__annotations__)
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        *lines, torn = file.read().split("\n")
-    rows, damaged = [], bool(torn) or lines[:1] not in ([], [header])
+    lines, damaged = whole_lines(path)
+    rows, damaged = [], damaged or lines[:1] not in ([], [header])
     for line in lines:
         try:
             rows.append(kind(*[parse(value) for parse, value in zip(types, line.split(","), strict=True)]))

@@ -12,14 +12,16 @@ import statistics
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from smallbatch_jax.config.experiment import InputError, Run, programs
+from smallbatch_jax.config.experiment import Experiment, InputError, Run, programs
 from smallbatch_jax.config.fields import expanded_path
+from smallbatch_jax.config.grid import RUN_COLUMNS
+from smallbatch_jax.config.metric import ACCURACY, Metric
 from smallbatch_jax.config.protocol import LAST_EPOCHS
-from smallbatch_jax.store.files import AppendOnly, read_table, table_frame, write_atomically
+from smallbatch_jax.store.files import AppendOnly, whole_lines, write_atomically
 from smallbatch_jax.store.timings import Timings as Timings
 from smallbatch_jax.store.timings import load_timings as load_timings
 from smallbatch_jax.store.workdir import read_workdir
@@ -29,7 +31,10 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """The metrics of a run in one epoch. A diverged run's last row has NaN accuracies, whatever the losses."""
+    """The metrics of a run in one epoch. A diverged run's last row has NaN accuracies, whatever the losses.
+
+    The first ten fields are columns of the CSV files; `scalars` and `metrics` are further columns, where a grid has them.
+    """
 
     batch_size: int
     bn_batch_size: int
@@ -37,23 +42,55 @@ class Row(NamedTuple):
     seed: int
     epoch: int  # 1…E
     step: int  # updates taken
-    train_loss: float  # mean cross-entropy over the epoch's training batches as seen, without the penalty
-    train_accuracy: float  # fraction of those examples classified rightly as they were seen
-    test_loss: float  # mean cross-entropy over the whole test set
-    test_accuracy: float  # fraction
+    train_loss: float  # mean over the epoch's training batches as seen, without the penalty
+    train_accuracy: float | None  # fraction of those examples classified rightly as they were seen; None: not of this task
+    test_loss: float  # mean over the whole test set; NaN in a diverged run's last row if the task has no accuracy
+    test_accuracy: float | None  # fraction
+    scalars: tuple[tuple[str, float], ...] = ()  # of the run, on the grid's further axes
+    metrics: tuple[tuple[str, float], ...] = ()  # other columns, such as "test_top5_accuracy" and "validation_loss"
 
     @property
     def run(self) -> Run:
-        return Run(self.batch_size, self.bn_batch_size, self.base_lr, self.seed)
+        return Run(self.batch_size, self.bn_batch_size, self.base_lr, self.seed, self.scalars)
 
     @property
     def diverged(self) -> bool:
-        return math.isnan(self.test_accuracy)
+        return not math.isfinite(self.test_loss) if self.test_accuracy is None else math.isnan(self.test_accuracy)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its values by column."""
+        return dict(zip(_FIXED, self, strict=False)) | dict(self.scalars) | dict(self.metrics)
 
 
-COLUMNS = ("experiment", "batch_size", "base_lr", "bn_batch_size", *Row._fields[3:], "status", "bn_statistics")  # of `load`
-RUN_COLUMNS = ("batch_size", "bn_batch_size", "base_lr", "seed")
-_HEADER = ",".join(Row._fields) + "\n"
+def _fraction(text: str) -> float | None:
+    return float(text) if text else None
+
+
+SPLITS = ("train_", "test_", "validation_")  # begin the columns of metrics
+_FIXED: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("batch_size", "bn_batch_size"), int),
+    **{"base_lr": float, "seed": int, "epoch": int, "step": int},
+    **{"train_loss": float, "train_accuracy": _fraction, "test_loss": float, "test_accuracy": _fraction},
+}
+COLUMNS = ("experiment", "batch_size", "base_lr", "bn_batch_size", *list(_FIXED)[3:], "status", "bn_statistics")  # of `load`
+_DTYPES = {name: "int64" if parse is int else "float64" for name, parse in _FIXED.items()}
+
+
+class Format(NamedTuple):
+    """The columns of an experiment's results beside the fixed ones, and the one that says how good a run is."""
+
+    further: tuple[str, ...] = ()
+    metric: Metric = ACCURACY
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> "Format":
+        names = ("loss", *experiment.metric_names())
+        columns = [f"{split}_{name}" for split in ("train", *experiment.splits()) for name in names]
+        further = (*experiment.grid.axes(), *(name for name in columns if name not in _FIXED))
+        return cls(further, experiment.metric)
+
+
+PAPER = Format()  # of classification on the paper's grid
 
 
 def path_of(workdir: Path, batch_size: int, bn_batch_size: int) -> Path:
@@ -73,22 +110,30 @@ class ProgramResults:
       WriteError, InputError: if they cannot be written.
     """
 
-    def __init__(self, workdir: Path, batch_size: int, bn_batch_size: int, wait_seconds: float = 0.0):
+    def __init__(
+        self,
+        workdir: Path,
+        batch_size: int,
+        bn_batch_size: int,
+        wait_seconds: float = 0.0,
+        format: Format = PAPER,
+    ):
+        self.format, self._header = format, ",".join([*_FIXED, *format.further]) + "\n"
         self.path = path_of(workdir, batch_size, bn_batch_size)
         self._deadline = time.monotonic() + wait_seconds
         self._last_rows: dict[Run, deque[Row]] = {}  # the LAST_EPOCHS of each run
         self._file: AppendOnly | None = self._opened()
         try:
             if not self.path.stat().st_size:
-                self._file.append(_HEADER)
-            found, damaged = read_table(self.path, Row)
+                self._file.append(self._header)
+            found, damaged = read_rows(self.path, format.further)
             kept = []
             for row in found:  # a run is trained again from its first missing epoch
                 if row.epoch == self.epochs(row.run) + 1 and not self.diverged(row.run):
                     self._note(row)
                     kept.append(row)
             if damaged or len(kept) < len(found):
-                write_atomically(self.path, _HEADER + "".join(map(_line, kept)))
+                write_atomically(self.path, self._header + "".join(map(_line, kept)))
                 self._file.close()  # it has another file's name now
                 self._file = self._opened()
         except BaseException:
@@ -114,7 +159,7 @@ class ProgramResults:
 
     def rows(self) -> list[Row]:
         """All stored rows, those of a run in the order of its epochs; for the process that writes them."""
-        return sorted(read_table(self.path, Row)[0], key=lambda row: row.epoch)
+        return sorted(read_rows(self.path, self.format.further)[0], key=lambda row: row.epoch)
 
     def append(self, rows: Iterable[Row]) -> list[Row]:
         """Writes the rows that are not stored yet, all or none, and returns them.
@@ -145,9 +190,10 @@ class ProgramResults:
     def diverged(self, run: Run) -> bool:
         return run in self._last_rows and self._last_rows[run][-1].diverged
 
-    def final_accuracy(self, run: Run) -> float:
-        """The median test accuracy of a run's last epochs (§3.1); NaN if it diverged."""
-        return math.nan if self.diverged(run) else statistics.median(row.test_accuracy for row in self._last_rows[run])
+    def final(self, run: Run) -> float:
+        """The median of a run's metric, its test accuracy as a rule, over its last epochs (§3.1); NaN if it diverged."""
+        values = [row.to_dict()[self.format.metric.column] for row in self._last_rows[run]]
+        return math.nan if self.diverged(run) else statistics.median(values)  # pyright: ignore[reportArgumentType]
 
     def __enter__(self) -> "ProgramResults":
         return self
@@ -161,7 +207,37 @@ class ProgramResults:
 
 
 def _line(row: Row) -> str:
-    return ",".join(map(repr, row)) + "\n"
+    return ",".join("" if value is None else repr(value) for value in row.to_dict().values()) + "\n"
+
+
+def read_rows(path: Path, after: Sequence[str] = ()) -> tuple[list[Row], bool]:
+    """Reads the rows of a file; `after` are its columns after the fixed ones where its header is damaged.
+
+    Returns:
+      The whole rows, and whether there is anything else: damaged lines, or one that a kill left half written.
+    """
+    lines, damaged = whole_lines(path)
+    columns = lines[0].split(",") if lines else []
+    if columns[: len(_FIXED)] != list(_FIXED):
+        columns, damaged = [*_FIXED, *after], damaged or bool(lines)
+    parsers, names = tuple(_FIXED.values()), columns[len(_FIXED) :]
+    rows = []
+    for line in lines:
+        try:
+            values = line.split(",")
+            row = Row(*[parse(value) for parse, value in zip(parsers, values[: len(parsers)], strict=True)])
+            further = names or len(values) > len(parsers)
+            rows.append(row._replace(**_further(names, values[len(parsers) :])) if further else row)
+        except ValueError:
+            damaged |= line != ",".join(columns)
+    return rows, damaged
+
+
+def _further(names: Sequence[str], values: Sequence[str]) -> dict[str, Any]:
+    """Returns the fields `scalars` and `metrics` of a row."""
+    pairs = [(name, float(value)) for name, value in zip(names, values, strict=True)]
+    metrics = tuple(pair for pair in pairs if pair[0].startswith(SPLITS))
+    return {"scalars": tuple(pair for pair in pairs if not pair[0].startswith(SPLITS)), "metrics": metrics}
 
 
 def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
@@ -172,6 +248,10 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     the whole test set (accuracies are fractions); status of the run: running, finished or diverged. A diverged run ends
     with the epoch it died in, the step of the first loss that was not finite, and accuracies NaN. bn_statistics: what batch
     norm was evaluated with, running averages or precise statistics (`model.bn_statistics`).
+
+    Where they are used there are further columns: the grid's further axes (`grid.weight_decays` is weight_decay), further
+    metrics ("train_top5_accuracy", "test_top5_accuracy"), and "validation_loss" and others of a validation split. A task
+    without an accuracy, a regression, has NaN there.
 
     A warning, one line, names what could not be read: a file that is missing, lines that are damaged or lost.
 
@@ -186,11 +266,14 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     missing = sorted({path_of(workdir, m, b) for m, b in programs(experiment.runs())} - set(found))
     if found and missing:  # a sweep makes all files as it begins
         warnings.warn(f"{', '.join(map(str, missing))}: missing; the runs count as not trained", stacklevel=2)
-    frame = table_frame((row for path in found for row in _readable_rows(path)), Row)
-    frame = frame.sort_values([*RUN_COLUMNS, "epoch"], kind="stable", ignore_index=True)
-    frame = frame.drop_duplicates([*RUN_COLUMNS, "epoch"], ignore_index=True)
-    frame["diverged"] = frame["test_accuracy"].isna()
-    runs = frame.groupby(list(RUN_COLUMNS), sort=False)
+    further = Format.of(experiment).further
+    rows = [row for path in found for row in _readable_rows(path, further)]
+    frame = rows_frame(rows)
+    run = [*RUN_COLUMNS, *experiment.grid.axes()]
+    frame["diverged"] = [row.diverged for row in rows]
+    frame = frame.sort_values([*run, "epoch"], kind="stable", ignore_index=True)
+    frame = frame.drop_duplicates([*run, "epoch"], ignore_index=True)
+    runs = frame.groupby(run, sort=False)
     if broken := int((runs["epoch"].max() > runs.size()).sum()):
         warnings.warn(
             f"{workdir}: rows of earlier epochs are missing (runs: {broken}); the same sweep trains them again", stacklevel=2
@@ -198,13 +281,24 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     finished = runs["epoch"].transform("max") >= experiment.epochs
     frame["status"] = np.where(runs["diverged"].transform("any"), "diverged", np.where(finished, "finished", "running"))
     frame["experiment"], frame["bn_statistics"] = experiment.name, experiment.model.bn_statistics
-    return frame[list(COLUMNS)]
+    others = [name for name in frame if name not in COLUMNS and name != "diverged"]
+    return frame[[*COLUMNS[:-2], *others, *COLUMNS[-2:]]]
 
 
-def _readable_rows(path: Path) -> list[Row]:
+def rows_frame(rows: Sequence[Row]) -> "pd.DataFrame":
+    """Returns rows as a DataFrame, with the ten fixed columns even without rows, numbers in 64 bits."""
+    import pandas as pd
+
+    others = list(dict.fromkeys(name for row in rows for name, _ in (*row.scalars, *row.metrics)))
+    values = [(*row[: len(_FIXED)], *map((dict(row.scalars) | dict(row.metrics)).get, others)) for row in rows]
+    frame = pd.DataFrame(values, columns=[*_FIXED, *others])
+    return frame.astype(_DTYPES | dict.fromkeys(others, "float64"))
+
+
+def _readable_rows(path: Path, further: Sequence[str]) -> list[Row]:
     """The rows of a file; a warning says what was left out."""
     try:
-        rows, damaged = read_table(path, Row)
+        rows, damaged = read_rows(path, further)
     except OSError as error:
         warnings.warn(f"{path} left out: {error.strerror}", stacklevel=3)
         return []

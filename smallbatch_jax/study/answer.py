@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from smallbatch_jax.config import catalog
-from smallbatch_jax.config.text import format_base_lr, percent
-from smallbatch_jax.study.analysis import best_first
+from smallbatch_jax.config.metric import ACCURACY, Metric
+from smallbatch_jax.config.text import axis_title, format_base_lr
+from smallbatch_jax.study.analysis import axes, best_first, cell_columns, known_cells
 from smallbatch_jax.study.study import Study
 
 RULE = (
@@ -35,10 +36,12 @@ def answer(study: Study) -> Answer:
     so_far = f"So far ({ended:,} of {runs:,} runs ended): " if ended < runs else ""
     if not study.cells["finished"].any():
         return Answer(f"{so_far}{'none of them has finished.' if so_far else 'Every run diverged.'}", (), None)
-    best = best_first(study.cells).iloc[0]
-    if best["test_accuracy"] <= study.chance:
-        return Answer(f"{so_far}No run is better than chance, {percent(study.chance)}.", (), best)
-    sentence = f"{so_far}{'best' if so_far else 'Best'} at {setting(best)}: {accuracy(best)}"
+    metric = study.metric
+    best = best_first(study.cells, metric).iloc[0]
+    if metric.gain(best[metric.column], study.chance) <= 0:
+        return Answer(f"{so_far}No run is better than chance, {metric.show(study.chance)}.", (), best)
+    named = "" if metric == ACCURACY else f"{metric.title} "
+    sentence = f"{so_far}{'best' if so_far else 'Best'} at {setting(best)}: {named}{score(best, metric)}"
     rest = _rest(study, best)
     return Answer(f"{sentence}{'; ' * bool(rest)}{rest}.", tuple(_caveats(study, best)), best)
 
@@ -46,26 +49,28 @@ def answer(study: Study) -> Answer:
 def setting(cell: Mapping[Any, Any] | pd.Series) -> str:
     """A cell as "m = 4, η̃ = 2^-7", with its BN batch size where that is not m."""
     m, b = int(cell["batch_size"]), int(cell["bn_batch_size"])
-    return f"m = {m}, " + (f"BN batch size {b}, " if b != m else "") + f"η̃ = {format_base_lr(cell['base_lr'])}"
+    others = "".join(f", {axis_title(name)} {cell[name]:g}" for name in axes(cell))
+    return f"m = {m}, " + (f"BN batch size {b}, " if b != m else "") + f"η̃ = {format_base_lr(cell['base_lr'])}{others}"
 
 
-def accuracy(cell: Mapping[Any, Any] | pd.Series) -> str:
-    """The test accuracy of a cell as "91.2 ± 0.2 %"; without a deviation where one seed finished."""
-    return percent(cell["test_accuracy"], cell["test_accuracy_std"])
+def score(cell: Mapping[Any, Any] | pd.Series, metric: Metric = ACCURACY) -> str:
+    """The metric of a cell as "91.2 ± 0.2 %" or "0.31 ± 0.02"; without a deviation where one seed finished."""
+    return metric.show(cell[metric.column], cell[f"{metric.column}_std"])
 
 
-def _variance(cell: pd.Series, examples: int | None) -> float:
-    """Returns the variance of a cell's mean accuracy; with one or two seeds at least that of drawing the test set."""
-    seeds = cell["test_accuracy_std"] ** 2 / cell["finished"] if cell["finished"] > 1 else 0.0
-    drawn = cell["test_accuracy"] * (1 - cell["test_accuracy"]) / examples if examples else 0.0
+def _variance(cell: pd.Series, metric: Metric, examples: int | None) -> float:
+    """Returns the variance of a cell's mean; with one or two seeds, of a fraction at least that of drawing the test set."""
+    value, std = cell[metric.column], cell[f"{metric.column}_std"]
+    seeds = std**2 / cell["finished"] if cell["finished"] > 1 else 0.0
+    drawn = value * (1 - value) / examples if examples and metric.fraction else 0.0
     return seeds if cell["finished"] > 2 else max(seeds, drawn)
 
 
 def _reaches(study: Study, cell: pd.Series, best: pd.Series) -> bool:
     """Returns whether a cell has finished and is within the noise of the best, by `RULE`."""
     examples = study.examples[1] if study.examples else None
-    error = math.sqrt(_variance(cell, examples) + _variance(best, examples))
-    return best["test_accuracy"] - cell["test_accuracy"] <= 2 * error
+    error = math.sqrt(_variance(cell, study.metric, examples) + _variance(best, study.metric, examples))
+    return study.metric.gain(best[study.metric.column], cell[study.metric.column]) <= 2 * error
 
 
 def _rest(study: Study, best: pd.Series) -> str:
@@ -73,7 +78,7 @@ def _rest(study: Study, best: pd.Series) -> str:
     sizes = sorted(set(study.cells["batch_size"].tolist()))
     others = study.cells[study.cells["batch_size"] != best["batch_size"]]
     ended = others[others.groupby("batch_size")["pending"].transform("sum") == 0]
-    tops = best_first(ended).drop_duplicates("batch_size").sort_values("batch_size")
+    tops = best_first(ended, study.metric).drop_duplicates("batch_size").sort_values("batch_size")
     never = [int(top["batch_size"]) for _, top in tops.iterrows() if not _reaches(study, top, best)]
     all_ended = len(tops) == len(sizes) - 1
     if tops.empty:
@@ -93,13 +98,30 @@ def _rest(study: Study, best: pd.Series) -> str:
 def _in_words(study: Study, best: pd.Series) -> str:
     """The best cell as a user of another framework would set it."""
     schedule, optimizer, m = study.experiment.schedule, study.experiment.optimizer, int(best["batch_size"])
-    scalars = "".join(f", {name} {value:.6g}" for name, value in optimizer.scalars(m).items())
-    title = f"{catalog.OPTIMIZERS[optimizer.name].title}{scalars}"
+    scalars = "".join(f", {name} {value:.6g}" for name, value in optimizer.scalars(m, _axes_of(best)).items())
+    title = f"{optimizer.title}{scalars}"
     rate = f"η = {catalog.RULES[optimizer.rule][0]} = {optimizer.learning_rate(best['base_lr'], m):.6g}"
     drops = " and ".join(f"{100 * boundary:.3g} %" for boundary in schedule.boundaries)
     then = f", times {schedule.factor:g} after {drops} of the training" if drops else ""
     warm_up = f", after a warm-up over {100 * schedule.warmup_fraction:g} %" if schedule.warmup_fraction else ""
     return f"As most write it: learning rate {rate} on the mean gradient, {title}{then}{warm_up}."
+
+
+def _axes_of(cell: pd.Series) -> dict[str, float]:
+    """Returns a cell's values on the grid's further axes."""
+    return {name: cell[name] for name in axes(cell)}
+
+
+def _confirmed(study: Study, best: pd.Series) -> list[str]:
+    """Returns what the test set says about a cell that a validation split chose."""
+    metric = study.metric
+    if not metric.column.startswith("validation_"):
+        return []
+    confirming = Metric(metric.column.replace("validation_", "test_"), metric.best)
+    tested = known_cells(study.rows, confirming)
+    key = cell_columns(tested)
+    row = tested[(tested[key] == best[key]).all(axis=1)].iloc[0]
+    return [f"The validation split chose it; its {confirming.title} is {score(row, confirming)}."]
 
 
 def _edge(value: float, tried: Sequence[float]) -> tuple[str, str] | None:
@@ -113,7 +135,7 @@ def _edge(value: float, tried: Sequence[float]) -> tuple[str, str] | None:
 def _caveats(study: Study, best: pd.Series) -> list[str]:
     cells, m = study.cells, int(best["batch_size"])
     same = cells[(cells["batch_size"] == m) & (cells["bn_batch_size"] == best["bn_batch_size"])]
-    found = [_in_words(study, best)]
+    found = [_in_words(study, best), *_confirmed(study, best)]
     if edge := _edge(best["base_lr"], same["base_lr"].tolist()):
         end, beyond = edge
         found.append(f"{format_base_lr(best['base_lr'])} is the {end} η̃ tried at m = {m}: a {beyond} one may be better still.")
@@ -130,14 +152,14 @@ def _caveats(study: Study, best: pd.Series) -> list[str]:
     if near:
         are, sizes = "cell is" if len(near) == 1 else "cells are", ", ".join(map(str, sorted(set(near))))
         found.append(f"{len(near)} other {are} within the noise of it, at m = {sizes}.")
-    return found + _edges_of_others(cells, m)
+    return found + _edges_of_others(cells, m, study.metric)
 
 
-def _edges_of_others(cells: pd.DataFrame, best: int) -> list[str]:
+def _edges_of_others(cells: pd.DataFrame, best: int, metric: Metric) -> list[str]:
     """The other batch sizes that are best at an end of their base learning rates, so that a wider grid may do them justice."""
     ends: dict[tuple[str, str], list[str]] = {("smallest", "smaller"): [], ("largest", "larger"): []}
     for m, rows in cells[cells["batch_size"] != best].groupby("batch_size"):
-        edge = _edge(best_first(rows)["base_lr"].iloc[0], rows["base_lr"].tolist())
+        edge = _edge(best_first(rows, metric)["base_lr"].iloc[0], rows["base_lr"].tolist())
         if edge and rows["finished"].any():
             ends[edge].append(str(m))
     found = []

@@ -11,7 +11,8 @@ that trained it. The time to compile is left out.
 
 import pandas as pd
 
-from smallbatch_jax.study.analysis import CELL, RUN, SETUP
+from smallbatch_jax.config.metric import ACCURACY, Metric
+from smallbatch_jax.study.analysis import CELL, SETUP, cell_columns
 
 PROGRAM = ["batch_size", "bn_batch_size"]
 TARGET = 0.9  # of the way from chance to the best
@@ -58,15 +59,16 @@ def with_time(rows: pd.DataFrame, timings: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(seconds=rows["step"] * rows["batch_size"] * rate.to_numpy(float))
 
 
-def target_accuracy(cells: pd.DataFrame, chance: float, fraction: float = TARGET) -> float:
+def target_accuracy(cells: pd.DataFrame, chance: float, fraction: float = TARGET, metric: Metric = ACCURACY) -> float:
     """The accuracy at `fraction` of the way from chance to the best of the cells; NaN before a run has finished.
 
     Starting from chance matters: 90 % of a best accuracy of 12 % would be within reach of a guess.
     """
-    return float(chance + fraction * (cells["test_accuracy"].max() - chance))
+    best = cells[metric.column].agg(metric.best)
+    return float(chance + fraction * (best - chance))
 
 
-def time_to_accuracy(rows: pd.DataFrame, timings: pd.DataFrame, accuracy: float) -> pd.DataFrame:
+def time_to_accuracy(rows: pd.DataFrame, timings: pd.DataFrame, accuracy: float, metric: Metric = ACCURACY) -> pd.DataFrame:
     """The time in which each batch size reaches a test accuracy, at the base_lr that reaches it first.
 
     A run reaches it in the first epoch whose test accuracy is at least that, even if it falls again. A base_lr reaches it if
@@ -75,7 +77,8 @@ def time_to_accuracy(rows: pd.DataFrame, timings: pd.DataFrame, accuracy: float)
     Args:
       rows: from `results.load`.
       timings: from `results.load_timings`.
-      accuracy: a fraction, such as `target_accuracy`.
+      accuracy: a fraction, such as `target_accuracy`, or a value of another metric.
+      metric: the column that counts.
     Returns:
       One row per `SETUP` that has any row, sorted, with the columns
         base_lr: the one that needs the fewest epochs; of equals, the smallest.
@@ -85,10 +88,11 @@ def time_to_accuracy(rows: pd.DataFrame, timings: pd.DataFrame, accuracy: float)
       NaN, and 0 seeds, where no base_lr reaches it.
     """
     finished = rows[rows["status"] == "finished"]
-    there = with_time(finished[finished["test_accuracy"] >= accuracy], timings)
-    cells = there.sort_values("epoch").drop_duplicates(RUN).groupby(CELL, observed=True)
+    cell = cell_columns(rows)
+    there = with_time(finished[metric.gain(finished[metric.column], accuracy) >= 0], timings)
+    cells = there.sort_values("epoch").drop_duplicates([*cell, "seed"]).groupby(cell, observed=True)
     found = cells[["seconds", "epoch"]].mean().rename(columns={"epoch": "epochs"}).assign(seeds=cells.size())
-    seeds = finished.drop_duplicates(RUN).groupby(CELL, observed=True).size()
+    seeds = finished.drop_duplicates([*cell, "seed"]).groupby(cell, observed=True).size()
     whole = found[found["seeds"] == seeds.reindex(found.index)].reset_index()
     soonest = whole.sort_values(["epochs", "base_lr"]).drop_duplicates(SETUP)
     setups = rows[SETUP].drop_duplicates().sort_values(SETUP, ignore_index=True)
@@ -96,8 +100,11 @@ def time_to_accuracy(rows: pd.DataFrame, timings: pd.DataFrame, accuracy: float)
     return table.assign(seeds=table["seeds"].fillna(0).astype(int))[[*SETUP, "base_lr", "seconds", "epochs", "seeds"]]
 
 
-def planned_times(cells: pd.DataFrame, rows: pd.DataFrame, timings: pd.DataFrame, accuracy: float) -> pd.DataFrame:
+def planned_times(
+    cells: pd.DataFrame, rows: pd.DataFrame, timings: pd.DataFrame, accuracy: float, metric: Metric = ACCURACY
+) -> pd.DataFrame:
     """`time_to_accuracy` of every planned setup, with its `pending` seeds, and those that `diverged` at the base_lr found."""
     table = cells.groupby(SETUP, observed=True)["pending"].sum().reset_index()
-    table = table.merge(time_to_accuracy(rows, timings, accuracy), how="left", on=SETUP)
-    return table.merge(cells[[*CELL, "diverged"]], how="left", on=CELL).sort_values("batch_size")
+    table = table.merge(time_to_accuracy(rows, timings, accuracy, metric), how="left", on=SETUP)
+    diverged = cells.groupby(CELL, observed=True)["diverged"].sum().reset_index()
+    return table.merge(diverged, how="left", on=CELL).sort_values("batch_size")

@@ -1,8 +1,9 @@
 """A study is one workdir, read whole: to be drawn, judged, or asked for the base learning rates of another grid."""
 
 import dataclasses
+import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pandas as pd
 
 from smallbatch_jax.config.experiment import OWN, Experiment, InputError
 from smallbatch_jax.config.fields import expanded_path
-from smallbatch_jax.config.text import format_base_lr, plural
+from smallbatch_jax.config.metric import Metric
+from smallbatch_jax.config.text import axis_title, format_base_lr, plural
 from smallbatch_jax.store import results
 from smallbatch_jax.store.timings import timing_frame
 from smallbatch_jax.store.workdir import read_workdir
@@ -27,18 +29,20 @@ class Study:
       experiment: the config; its name says which figure it is.
       rows: `results.load`, one row per run and epoch.
       cells: `analysis.planned_cells`, one row per cell, trained or not.
-      num_classes: number of classes of the data.
+      num_classes: number of classes of the data, or of different tokens; None for a regression.
       examples: numbers of training and test examples; None if unknown.
       timings: `results.load_timings`; may have no rows.
+      guess: the loss of the best constant guess, where it is known.
     """
 
     workdir: Path
     experiment: Experiment
     rows: pd.DataFrame
     cells: pd.DataFrame
-    num_classes: int
+    num_classes: int | None
     examples: tuple[int, int] | None
     timings: pd.DataFrame = field(default_factory=timing_frame)
+    guess: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -46,8 +50,15 @@ class Study:
 
     @property
     def chance(self) -> float:
-        """Accuracy of a guess, where the test classes are balanced."""
-        return 1 / self.num_classes
+        """The metric of a guess: its accuracy where the test classes are balanced, or its loss; NaN if it is not known."""
+        if self.metric.name == "accuracy" and self.num_classes:
+            return 1 / self.num_classes
+        return self.guess.get(self.metric.name, 0.0 if self.metric.fraction else math.nan)
+
+    @property
+    def metric(self) -> Metric:
+        """The metric that says which run is best."""
+        return self.experiment.metric
 
     @property
     def runs(self) -> tuple[int, int]:
@@ -64,12 +75,12 @@ def load(workdir: str | Path) -> Study:
     """
     path = Path(expanded_path("workdir", workdir))
     (experiment, facts), rows = read_workdir(path), results.load(path)
-    cells = analysis.planned_cells(rows, experiment.runs(), experiment.name)
+    cells = analysis.planned_cells(rows, experiment.runs(), experiment.name, experiment.metric)
     num_classes, examples = facts.get("num_classes"), facts.get("examples")
-    if not isinstance(num_classes, int) or num_classes < 1:
+    if experiment.task == "classification" and (not isinstance(num_classes, int) or num_classes < 1):
         raise InputError(f"--workdir: {path}/experiment.json is damaged: its facts do not say num_classes.")
     numbers = (examples[0], examples[1]) if examples else None
-    return Study(path, experiment, rows, cells, num_classes, numbers, results.load_timings(path))
+    return Study(path, experiment, rows, cells, num_classes, numbers, results.load_timings(path), facts.get("guess", {}))
 
 
 def load_all(workdirs: Iterable[str | Path]) -> dict[str, Study]:
@@ -90,6 +101,16 @@ def load_all(workdirs: Iterable[str | Path]) -> dict[str, Study]:
     return studies
 
 
+def summaries(studies: Sequence[Study]) -> str:
+    """`analysis.summary` of each study as text, one block for each, the convergence rule underneath."""
+    blocks = [
+        analysis.format_summary(analysis.summary(study.rows, study.chance, study.cells, study.metric), study.metric)
+        for study in studies
+    ]
+    tables, rules = zip(*(block.rsplit("\n\n", 1) for block in blocks), strict=True)
+    return "\n\n".join([*tables, *dict.fromkeys(rules)])
+
+
 def describe(study: Study) -> str:
     """One line: what was trained, on what, and how much of it has ended."""
     e, cells = study.experiment, study.cells
@@ -103,6 +124,7 @@ def describe(study: Study) -> str:
     facts += [f"warm-up {100 * e.schedule.warmup_fraction:g} %"] * (e.schedule.warmup_fraction > 0)
     facts += [f"m = {_span(cells['batch_size'])}"]
     facts += [f"BN batch {_span(cells['bn_batch_size'])}"] * (not cells["bn_batch_size"].equals(cells["batch_size"]))
+    facts += [f"{axis_title(name)} {_span(cells[name], format_base_lr)}" for name in analysis.axes(cells)]
     facts += [f"base_lr {_span(cells['base_lr'], format_base_lr)}", plural(len(e.grid.seeds), "seed")]
     ended, planned = study.runs
     return f"{', '.join(facts)}: {ended:,} of {planned:,} runs ended"
@@ -157,4 +179,4 @@ def _best_base_lr(batch_size: int, sources: list[Study]) -> float:
         raise InputError(f"grid.base_lrs_from: {lack}; the same sweep.py command goes on there.")
     if not cells["finished"].any():
         raise InputError(f"grid.base_lrs_from: every run of batch size {batch_size} diverged in {named}.")
-    return float(analysis.best_first(cells)["base_lr"].iloc[0])
+    return float(analysis.best_first(cells, sources[0].metric)["base_lr"].iloc[0])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from smallbatch_jax.config.experiment import Experiment
 
-FINAL_ACCURACY, DIVERGED = "final/test_accuracy", "final/diverged"  # how a run ended
+DIVERGED = "final/diverged"  # 1 if a run ended so
 
 
 class TensorBoardRun:
@@ -30,7 +30,7 @@ class TensorBoardRun:
             os.truncate(earlier, 0)  # an open TensorBoard reads no further if it is gone
         self._writer = event_file_writer.EventsWriter(str(folder / "events"))
         self._write(session_log={"status": "START"})
-        columns, row, self._success = summary.hparams(hparams, dict.fromkeys((FINAL_ACCURACY, DIVERGED)))
+        columns, row, self._success = summary.hparams(hparams, dict.fromkeys((f"final/{experiment.metric.column}", DIVERGED)))
         self._write(summary=columns)
         self._write(summary=row)
 

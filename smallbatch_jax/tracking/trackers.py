@@ -4,7 +4,6 @@ The results store is the truth and is written first. A tracker is opened with wh
 is lost or shown twice whenever a process was killed, and a tracker that is turned on later shows what was trained before.
 """
 
-import dataclasses
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,8 +13,8 @@ from pathlib import Path
 from smallbatch_jax.config import extras
 from smallbatch_jax.config.experiment import Experiment, InputError, Run
 from smallbatch_jax.store.files import append_line
-from smallbatch_jax.store.results import ProgramResults, Row
-from smallbatch_jax.tracking.tensorboard import DIVERGED, FINAL_ACCURACY, TensorBoardRun
+from smallbatch_jax.store.results import SPLITS, ProgramResults, Row
+from smallbatch_jax.tracking.tensorboard import DIVERGED, TensorBoardRun
 from smallbatch_jax.tracking.wandb import WandbRun
 
 # One run in a tracker: a class with the methods of TensorBoardRun, which keeps its files in WORKDIR/NAME. NAME is the
@@ -90,13 +89,16 @@ def name_of(run: Run) -> str:
     mantissa, exponent = math.frexp(run.base_lr)
     base_lr = f"2^{exponent - 1}" if mantissa == 0.5 else repr(run.base_lr)
     bn = f"_b{run.bn_batch_size:05d}" if run.bn_batch_size != run.batch_size else ""
-    return f"m{run.batch_size:05d}{bn}_lr{base_lr}_seed{run.seed}"
+    scalars = "".join(f"_{name}{value!r}" for name, value in run.scalars)
+    return f"m{run.batch_size:05d}{bn}_lr{base_lr}{scalars}_seed{run.seed}"
 
 
 def hparams(experiment: Experiment, run: Run) -> dict[str, object]:
     """The hyperparameters of a run, for tables that compare runs."""
     return {
-        **dataclasses.asdict(run),
+        "weight_decay": experiment.weight_decay,
+        "warmup_fraction": experiment.schedule.warmup_fraction,
+        **run.to_dict(),
         "log2_base_lr": math.log2(run.base_lr),
         "learning_rate": run.base_lr * run.batch_size,  # η, of the mean gradient (Eq. 6)
         "experiment": experiment.name,
@@ -106,29 +108,22 @@ def hparams(experiment: Experiment, run: Run) -> dict[str, object]:
         "norm": experiment.model.norm,
         "bn_statistics": experiment.model.bn_statistics,
         "epochs": experiment.epochs,
-        "weight_decay": experiment.weight_decay,
-        "warmup_fraction": experiment.schedule.warmup_fraction,
         "precision": experiment.precision,
     }
 
 
 def scalars(row: Row) -> dict[str, float]:
-    """The points of a run's curves at one epoch: losses, accuracies as fractions, updates taken.
+    """The points of a run's curves at one epoch: losses, accuracies as fractions, other metrics, updates taken.
 
     Values that are not finite are left out: one infinite loss would spoil the axes of the runs beside it.
     """
-    values = {
-        "train/loss": row.train_loss,
-        "train/accuracy": row.train_accuracy,
-        "test/loss": row.test_loss,
-        "test/accuracy": row.test_accuracy,
-        "updates": row.step,
-    }
-    return {name: value for name, value in values.items() if math.isfinite(value)}
+    columns = {name: value for name, value in row.to_dict().items() if name.startswith(SPLITS)}
+    values = {name.replace("_", "/", 1): value for name, value in columns.items()} | {"updates": row.step}
+    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
 def outcome(stored: ProgramResults, run: Run, epochs: int) -> dict[str, float]:
-    """How a run ended: 1 if it diverged, else 0 and its final accuracy (§3.1); empty while it goes on."""
+    """How a run ended: 1 if it diverged, else 0 and its final accuracy or other metric (§3.1); empty while it goes on."""
     if stored.diverged(run):
         return {DIVERGED: 1.0}
-    return {DIVERGED: 0.0, FINAL_ACCURACY: stored.final_accuracy(run)} if stored.complete(run, epochs) else {}
+    return {DIVERGED: 0.0, f"final/{stored.format.metric.column}": stored.final(run)} if stored.complete(run, epochs) else {}

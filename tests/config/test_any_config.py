@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_dict
 
-from smallbatch_jax.config import catalog, experiment, fields, overrides
+from smallbatch_jax.config import catalog, experiment, fields, grid, overrides
 from smallbatch_jax.config.experiment import Experiment, InputError, default_config, from_config, single_run
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 WORDS = [
     *(*experiment.DATASETS, *catalog.MODELS, *catalog.NORMS, *experiment.BN_STATISTICS, *experiment.PRECISIONS),
-    *(*experiment.BROKEN_IMAGES, *catalog.OPTIMIZERS, *catalog.RULES, *experiment.BETA_RULES),
+    *(*experiment.BROKEN_IMAGES, *catalog.OPTIMIZERS, *catalog.RULES, *experiment.BETA_RULES, *catalog.TASKS, *catalog.METRICS),
     experiment.OWN,
 ]
 
@@ -48,13 +48,39 @@ def nested(levels, wrap):
     return value
 
 
-PLAUSIBLE = [None, True, 0, 1, 8, 0.5, (2, 8), (0.25, 0.5), (), ("runs/a",), ((2, 0.1), (8, 0.1), (32, 0.1)), "été 🚀", *WORDS]
+PLAUSIBLE = [
+    None,
+    True,
+    0,
+    1,
+    8,
+    0.5,
+    (2, 8),
+    (0.25, 0.5),
+    (),
+    ("runs/a",),
+    ((2, 0.1), (8, 0.1), (32, 0.1)),
+    ("test_loss", "min"),
+    *WORDS,
+]
 NUMBERS = [-1, 2**31 - 1, 2**31, 2**62, 10**15, 10**400, -(10**400), 10**5000, -0.0, 5e-324, 1e-46, 3.5e38, math.inf, math.nan]
 TEXTS = ["", " ", "a\nb", "\0", "\x1b[31m", "a\u2028b", "\ud800", "\u202e", "$x$", "../a", ".", "x" * 10**5, "é" * 200]
 OBJECTS = [
     *(np.float32(0.5), np.float64(0.5), np.int64(4), np.bool_(True), np.str_("none"), np.zeros(3), np.zeros((40, 40))),
     *(b"x", bytearray(b"x"), 1j, decimal.Decimal("0.5"), fractions.Fraction(1, 2), datetime.date(2018, 4, 20), range(3), ...),
-    *({2, 8}, frozenset({2}), iter((2, 8)), print, Experiment, Experiment(), object(), Unprintable(), Lines(), Unprintable),
+    *(
+        {"gamma": (0.5, 0.9)},
+        {2, 8},
+        frozenset({2}),
+        iter((2, 8)),
+        print,
+        Experiment,
+        Experiment(),
+        object(),
+        Unprintable(),
+        Lines(),
+        Unprintable,
+    ),
     *(ConfigDict({"name": "alexnet"}), config_dict.placeholder(int), {}, {"norm": "batch"}, {2: 0.1, 8: 0.1, 32: 0.1}),
     *(nested(5000, lambda v: [v]), nested(5000, lambda v: {"name": v}), nested(5000, lambda v: (v, v))),
 ]
@@ -130,7 +156,7 @@ def judged(make, config, places):
     assert fields.parse(Experiment, json.loads(stored), "") == found
     assert hash(found) is not None
     if not found.grid.base_lrs_from:
-        assert len(found.runs()) <= experiment.MOST_RUNS
+        assert len(found.runs()) <= grid.MOST_RUNS
     return "accepted"
 
 
@@ -272,7 +298,7 @@ def test_as_many_runs_as_there_may_be_are_listed_at_once():
         grid__seeds=tuple(range(100)), grid__batch_sizes=THOUSAND, grid__base_lr_by_batch_size=dict.fromkeys(THOUSAND, 1.0)
     )
     began = time.process_time()
-    assert len(from_config(config).runs()) == experiment.MOST_RUNS
+    assert len(from_config(config).runs()) == grid.MOST_RUNS
     assert time.process_time() - began < 3
 
 

@@ -177,10 +177,11 @@ def test_what_is_of_another_experiment_or_model_is_refused_with_what_differs(fol
     assert steps(folder) == ["1", "2"]
 
 
-def test_another_format_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
-    with pytest.raises(InputError, match="has format 1, this version reads 2"):
-        restored(folder)
+def test_another_format_is_put_aside_and_its_runs_begin_again(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 3)
+    found, said = restored(folder)
+    assert found is None
+    assert "it has format 2, this version reads 3; its runs begin again" in said[0]
 
 
 def test_a_grid_that_grew_takes_its_checkpoints(folder):

@@ -104,8 +104,8 @@ def test_the_final_accuracy_of_a_run_is_the_median_of_its_last_five_epochs(store
     with ProgramResults(store, 4, 4) as program:
         program.append(row(epoch, test_accuracy=value) for epoch, value in enumerate(accuracies, 1))
         program.append([row(1, seed=1, test_accuracy=NAN)])
-        assert program.final_accuracy(row(1).run) == 0.3
-        assert math.isnan(program.final_accuracy(row(1, seed=1).run))
+        assert program.final(row(1).run) == 0.3
+        assert math.isnan(program.final(row(1, seed=1).run))
 
 
 def test_who_reads_is_told_of_rows_that_are_lost(store):

@@ -146,6 +146,11 @@ class Photographs:
         return as_received(self.image_shape, np.uint8)
 
     @property
+    def target(self) -> "jax.ShapeDtypeStruct":
+        """Shape and dtype of one label."""
+        return as_received((), np.int32)
+
+    @property
     def num_train(self) -> int:
         return len(self.train)
 

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from smallbatch_jax.config.metric import ACCURACY
 from smallbatch_jax.study.claims.checks import Finding, NotEnoughData
 from smallbatch_jax.study.claims.paper import CLAIMS, Check, Claim
 from smallbatch_jax.study.study import Study, describe
@@ -61,6 +62,8 @@ def _lack(name: str, study: Study | None) -> str:
     ended, planned = study.runs
     if ended < planned:
         return f"{name}: {planned - ended:,} of {planned:,} runs have not ended"
+    if study.metric != ACCURACY:
+        return f"{name} goes by {study.metric.title}, the paper by accuracy"
     return "" if study.cells["finished"].any() else f"no run of {name} finished"
 
 

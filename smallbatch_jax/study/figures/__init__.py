@@ -14,13 +14,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from smallbatch_jax.config.fields import InputError, folder_name
+from smallbatch_jax.config.metric import ACCURACY, Metric
 from smallbatch_jax.study.analysis import known_cells
 from smallbatch_jax.study.figures import style
 from smallbatch_jax.study.figures.grid import accuracy_against_base_lr as accuracy_against_base_lr
 from smallbatch_jax.study.figures.grid import accuracy_against_batch_size as accuracy_against_batch_size
 from smallbatch_jax.study.figures.grid import accuracy_against_bn_batch_size as accuracy_against_bn_batch_size
 from smallbatch_jax.study.figures.grid import heat_map as heat_map
-from smallbatch_jax.study.figures.labels import metric_name
+from smallbatch_jax.study.figures.labels import named_metric
 from smallbatch_jax.study.figures.points import one_bn_batch_size, own_base_lrs
 from smallbatch_jax.study.figures.runs import accuracy_against_memory as accuracy_against_memory
 from smallbatch_jax.study.figures.runs import accuracy_against_time as accuracy_against_time
@@ -76,7 +77,7 @@ def draw_studies(studies: Iterable[Study], out_dir: PathLike | None = None) -> l
     folders = homes if out_dir is None else _folders(list(homes), Path(out_dir))
     paths = []
     for study in studies:
-        figures = _own_figures(study.rows, study.cells, metric_name(study.experiment), study)
+        figures = _own_figures(study.rows, study.cells, named_metric(study.experiment), study)
         paths += _write_all(figures, folders[study.name])
     if len(studies) > 1:
         paths += draw_summaries(studies, homes[studies[0].name] if out_dir is None else out_dir)
@@ -91,7 +92,7 @@ def draw_summaries(studies: Sequence[Study], out_dir: PathLike) -> list[Path]:
 
 
 def _own_figures(
-    rows: pd.DataFrame, cells: pd.DataFrame, metric: str = style.TEST_ACCURACY, study: Study | None = None
+    rows: pd.DataFrame, cells: pd.DataFrame, metric: Metric = ACCURACY, study: Study | None = None
 ) -> Iterator[tuple[str, Figure]]:
     """The figures that an experiment's grid and stored results give rise to, by file name; those of cost need its study."""
     rates, bn_varies = own_base_lrs(cells), (cells["bn_batch_size"] != cells["batch_size"]).any()
@@ -105,7 +106,7 @@ def _own_figures(
         yield "accuracy_vs_bn_batch_size", accuracy_against_bn_batch_size(cells, metric)
     yield "convergence", convergence(rows, cells=cells, metric=metric)
     if study:
-        costs = program_costs(study, one_bn_batch_size(cells)[0])
+        costs = program_costs(study, one_bn_batch_size(cells, metric)[0])
         if costs["images_per_second"].notna().any():
             yield "accuracy_vs_time", accuracy_against_time(study)
             yield "time_to_accuracy", time_to_accuracy(study)

@@ -8,37 +8,38 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
+from smallbatch_jax.config.metric import ACCURACY, Metric
 from smallbatch_jax.study.figures import points, style
 
 ROW = 0.13  # inches, the height of one row of marks
 
 
 @style.styled()
-def accuracy_against_batch_size(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
+def accuracy_against_batch_size(cells: pd.DataFrame, metric: Metric = ACCURACY) -> Figure:
     """Test accuracy over m, one curve per η̃, and a note of how much is missing. Arguments as for `heat_map`."""
     return _curves(cells, "base_lr", "batch_size", metric)
 
 
 @style.styled()
-def accuracy_against_base_lr(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
+def accuracy_against_base_lr(cells: pd.DataFrame, metric: Metric = ACCURACY) -> Figure:
     """Test accuracy over η̃, one curve per m: where each batch size stops converging. Arguments as for `heat_map`."""
     return _curves(cells, "batch_size", "base_lr", metric)
 
 
-def _curves(cells: pd.DataFrame, rows: str, x: str, metric: str) -> Figure:
-    cells, title = points.titled(cells)
-    cells = points.marked(cells)
+def _curves(cells: pd.DataFrame, rows: str, x: str, metric: Metric) -> Figure:
+    cells, title = points.titled(cells, metric)
+    cells = points.marked(cells, metric)
     figure, axes = style.new_axes(title)
     labels = [style.COLUMNS[rows].text(value) for value in sorted(set(cells[rows].tolist()))]
     points.plot_rows(axes, cells, rows, x, labels, style.COLUMNS[rows].symbol)
-    axes.set_ylabel(f"{metric} (%)")
+    axes.set_ylabel(metric.label)
     style.grid_axis(axes, "x", x, cells[x])
     style.foot(figure, points.mark_entries(cells), points.count_note(cells, "cells"))
     return figure
 
 
 @style.styled()
-def accuracy_against_bn_batch_size(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
+def accuracy_against_bn_batch_size(cells: pd.DataFrame, metric: Metric = ACCURACY) -> Figure:
     """Test accuracy over the BN batch size, one curve per SGD batch size m (Figs. 13 and 14).
 
     Args:
@@ -49,13 +50,13 @@ def accuracy_against_bn_batch_size(cells: pd.DataFrame, metric: str = style.TEST
       if it has not finished, as a × if all its runs diverged.
     """
     cells = points.with_pending(cells)
-    pairs = points.marked(points.best_of_each(cells))
+    pairs = points.marked(points.best_of_each(cells, metric), metric)
     missing = sorted(set(pairs.loc[pairs["y"].isna(), "batch_size"].tolist()))
     figure = style.new_figure(3.3 + ROW * len(missing))
     below = [ROW * (len(missing) + 0.5)] if missing else []
     panels = figure.subplots(1 + len(below), sharex=True, squeeze=False, height_ratios=[2.5, *below])[:, 0]
     choice = "" if points.own_base_lrs(cells).notna().all() else r", best $\tilde{\eta}$ of each"
-    panels[0].set(title=style.plain(str(cells["experiment"].iloc[0])) + choice, ylabel=f"{metric} (%)")
+    panels[0].set(title=style.plain(str(cells["experiment"].iloc[0])) + choice, ylabel=metric.label)
     points.plot_rows(panels[0], pairs, "batch_size", "bn_batch_size", *points.setting_labels(cells))
     marks = _mark_missing(panels[1], pairs, missing) if missing else {}
     style.grid_axis(panels[-1], "x", "bn_batch_size", pairs["bn_batch_size"])
@@ -77,47 +78,57 @@ def _mark_missing(axes: Axes, pairs: pd.DataFrame, missing: list[int]) -> dict[s
 
 
 @style.styled()
-def heat_map(cells: pd.DataFrame, metric: str = style.TEST_ACCURACY) -> Figure:
+def heat_map(cells: pd.DataFrame, metric: Metric = ACCURACY) -> Figure:
     """Test accuracy of every cell, m upwards and η̃ to the right.
 
     Args:
       cells: one experiment's rows of `analysis.planned_cells`, or of `analysis.final_accuracy`, which has no cell before its
         first epoch. Where BN batch sizes vary, only those equal to m are drawn, or the largest of each m if none is, and the
         title says so.
-      metric: the name of the accuracy; it ends with "accuracy".
+      metric: the column that is shown.
     Returns:
       A figure in which a cell is coloured (some seed finished), crossed on grey (none finished, some diverged), dotted
       on white (planned, and no seed has ended), or blank (not planned). A small × in a corner marks a coloured cell
       some of whose seeds diverged, a small ring one with seeds pending.
     """
-    cells, title = points.titled(cells)
-    cells = points.marked(cells)
+    cells, title = points.titled(cells, metric)
+    cells = points.marked(cells, metric)
     grids = cells.pivot(index="batch_size", columns="base_lr", values=["y", "lost"])
-    accuracy = np.ma.masked_invalid(grids["y"].to_numpy(float))
+    values = np.ma.masked_invalid(grids["y"].to_numpy(float))
     grey = np.ma.masked_not_equal(grids["lost"].to_numpy(float), 1)
-    rows, columns = accuracy.shape
+    rows, columns = values.shape
     figure, axes = style.new_axes(title, height=max(2.2, 1.2 + 0.22 * rows))
     axes.grid(False)
-    norm = Normalize(accuracy.min(), accuracy.max()) if accuracy.count() else Normalize(0, 100)
+    norm = Normalize(values.min(), values.max()) if values.count() else Normalize(0, 100)
     edges = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
+    colors = style.COLORS if metric.best == "max" else f"{style.COLORS}_r"  # light is good
     # A mesh, not an image: PDF viewers blur small images.
-    mesh = axes.pcolormesh(*edges, accuracy, cmap=style.COLORS, norm=norm, edgecolor="white", linewidth=0.5)
+    mesh = axes.pcolormesh(*edges, values, cmap=colors, norm=norm, edgecolor="white", linewidth=0.5)
     axes.pcolormesh(*edges, grey, cmap=ListedColormap(["0.85"]), edgecolor="white", linewidth=0.5)
     # places of a pivot are sorted by value, as dense ranks are
-    places = cells.assign(x=cells["base_lr"].rank(method="dense") - 1, row=cells["batch_size"].rank(method="dense") - 1)
-    style.foot(figure, _mark_cells(axes, places))
-    for x, row, value in zip(places["x"], places["row"], places["y"], strict=True):
+    ranked = cells.assign(x=cells["base_lr"].rank(method="dense") - 1, row=cells["batch_size"].rank(method="dense") - 1)
+    style.foot(figure, _mark_cells(axes, ranked))
+    for x, row, value in zip(ranked["x"], ranked["row"], ranked["y"], strict=True):
         if columns <= style.MOST_TICKS and not np.isnan(value):
-            color = "white" if norm(value) < 0.6 else "black"  # viridis is dark at its lower end and light at its upper one
-            text = axes.text(x, row, f"{value:.1f}", ha="center", va="center", color=color, fontsize=6.5)
+            light = norm(value) if metric.best == "max" else 1 - norm(value)  # viridis is dark at its lower end
+            color = "white" if light < 0.6 else "black"
+            text = axes.text(
+                x,
+                row,
+                f"{value:.1f}" if metric.fraction else f"{value:.2g}",
+                ha="center",
+                va="center",
+                color=color,
+                fontsize=6.5,
+            )
             text.set_in_layout(False)  # it lies inside its cell; measuring it would take most of the drawing time
-    for which, column, values in (("x", "base_lr", grids["y"].columns), ("y", "batch_size", grids.index)):
-        step, names = style.tick_step(len(values)), style.COLUMNS[column]
-        getattr(axes, f"set_{which}ticks")(range(0, len(values), step), list(map(names.text, values[::step])))
+    for which, column, places in (("x", "base_lr", grids["y"].columns), ("y", "batch_size", grids.index)):
+        step, names = style.tick_step(len(places)), style.COLUMNS[column]
+        getattr(axes, f"set_{which}ticks")(range(0, len(places), step), list(map(names.text, places[::step])))
         axes.set(**{f"{which}label": names.label})
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    figure.colorbar(mesh, ax=axes, label=f"{metric} (%)", pad=0.02).outline.set_visible(False)
+    figure.colorbar(mesh, ax=axes, label=metric.label, pad=0.02).outline.set_visible(False)
     return figure
 
 

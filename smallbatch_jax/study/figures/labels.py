@@ -5,7 +5,8 @@ from pathlib import Path
 
 from smallbatch_jax.config.catalog import MODELS, NORMS
 from smallbatch_jax.config.datasets import DATASETS
-from smallbatch_jax.config.experiment import OWN, Experiment
+from smallbatch_jax.config.experiment import OWN, Experiment, InputError
+from smallbatch_jax.config.metric import ACCURACY, Metric
 from smallbatch_jax.study.figures import style
 from smallbatch_jax.study.study import Study
 
@@ -39,8 +40,16 @@ def dataset_name(experiment: Experiment) -> str:
     return DATASETS[name].title if name in DATASETS else style.plain(name.removeprefix(OWN))
 
 
-def metric_name(*experiments: Experiment) -> str:
-    """The paper's name of the accuracy on the images that the experiments test on."""
-    datasets = [DATASETS.get(experiment.dataset.name) for experiment in experiments]
-    names = {(dataset and dataset.test_metric) or style.TEST_ACCURACY for dataset in datasets}
-    return names.pop() if len(names) == 1 else style.TEST_ACCURACY
+def named_metric(*experiments: Experiment) -> Metric:
+    """The metric that says which run of the experiments is best, under the paper's name for the images that they test on.
+
+    Raises:
+      InputError: if they do not agree on it.
+    """
+    metrics = {experiment.metric for experiment in experiments}
+    if len(metrics) > 1:
+        columns = " and ".join(sorted(metric.column for metric in metrics))
+        raise InputError(f"select: experiments that go by {columns} cannot be compared; resume them with the same select.")
+    metric, datasets = metrics.pop(), [DATASETS.get(experiment.dataset.name) for experiment in experiments]
+    names = {dataset and dataset.test_metric for dataset in datasets}
+    return metric._replace(called=names.pop() or "") if metric == ACCURACY and len(names) == 1 else metric

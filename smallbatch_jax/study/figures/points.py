@@ -7,7 +7,9 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
-from smallbatch_jax.study.analysis import SETUP, best_first
+from smallbatch_jax.config.metric import ACCURACY, Metric
+from smallbatch_jax.config.text import axis_title
+from smallbatch_jax.study.analysis import SETUP, axes, best_first, best_over_axes
 from smallbatch_jax.study.figures import style
 
 DIVERGED, PENDING = "some seeds diverged", "some seeds pending"
@@ -24,23 +26,25 @@ def with_pending(cells: pd.DataFrame) -> pd.DataFrame:
     return cells.assign(pending=((cells["finished"] == 0) & (cells["diverged"] == 0)).astype(int))
 
 
-def one_bn_batch_size(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+def one_bn_batch_size(cells: pd.DataFrame, metric: Metric = ACCURACY) -> tuple[pd.DataFrame, str]:
     """One cell per (m, η̃), and a note for the title if that leaves cells out or none is ordinary BN."""
+    best = f" (best {', '.join(map(axis_title, axes(cells)))} of each)" if axes(cells) else ""
+    cells = best_over_axes(cells, metric)
     b = cells["bn_batch_size"]
     ordinary = b == cells["batch_size"]
     if ordinary.any():
-        return cells[ordinary], "" if ordinary.all() else " (BN batch size = $m$)"
+        return cells[ordinary], best + ("" if ordinary.all() else " (BN batch size = $m$)")
     cells = cells[b == cells.groupby("batch_size")["bn_batch_size"].transform("max")]
-    return cells, f" (BN batch size {', '.join(map(str, sorted(set(cells['bn_batch_size'].tolist()))))})"
+    return cells, f"{best} (BN batch size {', '.join(map(str, sorted(set(cells['bn_batch_size'].tolist()))))})"
 
 
-def titled(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+def titled(cells: pd.DataFrame, metric: Metric = ACCURACY) -> tuple[pd.DataFrame, str]:
     """The cells of one experiment, one per (m, η̃), and the title of their figure."""
-    cells, bn_note = one_bn_batch_size(with_pending(cells))
+    cells, bn_note = one_bn_batch_size(with_pending(cells), metric)
     return cells, style.plain(str(cells["experiment"].iloc[0])) + bn_note
 
 
-def best_of_each(cells: pd.DataFrame) -> pd.DataFrame:
+def best_of_each(cells: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
     """The best cell of each (experiment, batch size, BN batch size), sorted.
 
     `pending` and, where nothing finished, `diverged` are sums over its base_lrs: a run that has not ended may yet be
@@ -48,19 +52,21 @@ def best_of_each(cells: pd.DataFrame) -> pd.DataFrame:
     """
     sums = cells.groupby(SETUP, observed=True)[["pending", "diverged"]].transform("sum")
     diverged = cells["diverged"].where(cells["finished"] > 0, sums["diverged"].where(sums["pending"] == 0, 0))
-    return best_first(cells.assign(pending=sums["pending"], diverged=diverged)).drop_duplicates(SETUP).sort_values(SETUP)
+    return (
+        best_first(cells.assign(pending=sums["pending"], diverged=diverged), metric).drop_duplicates(SETUP).sort_values(SETUP)
+    )
 
 
-def marked(cells: pd.DataFrame) -> pd.DataFrame:
-    """Adds `y` and `std` in percent, and the masks by which cells are marked.
+def marked(cells: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
+    """Adds `y` and `std` of the metric, a fraction in percent, and the masks by which cells are marked.
 
     crossed: some seeds diverged and others finished; lost: some diverged, none finished; unknown: no seed has ended;
     provisional: some seeds ended and others have not.
     """
     finished, diverged, pending = (cells[name] > 0 for name in ("finished", "diverged", "pending"))
     masks = {"crossed": finished & diverged, "lost": diverged & ~finished, "unknown": ~finished & ~diverged}
-    percents = {"y": 100 * cells["test_accuracy"], "std": 100 * cells["test_accuracy_std"]}
-    return cells.assign(**percents, **masks, provisional=pending & (finished | diverged))
+    shown = {"y": metric.scale * cells[metric.column], "std": metric.scale * cells[f"{metric.column}_std"]}
+    return cells.assign(**shown, **masks, provisional=pending & (finished | diverged))
 
 
 def own_base_lrs(cells: pd.DataFrame) -> pd.Series:

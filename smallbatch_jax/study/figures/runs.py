@@ -13,11 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
+from smallbatch_jax.config.metric import ACCURACY, Metric
 from smallbatch_jax.config.text import format_base_lr
 from smallbatch_jax.study import cost
-from smallbatch_jax.study.analysis import CELL, known_cells
+from smallbatch_jax.study.analysis import cell_columns, known_cells
 from smallbatch_jax.study.figures import points, style
-from smallbatch_jax.study.figures.labels import metric_name
+from smallbatch_jax.study.figures.labels import named_metric
 from smallbatch_jax.study.study import Study
 
 TITLE_WIDTH = 64  # characters
@@ -29,9 +30,9 @@ def convergence(
     rows: pd.DataFrame,
     base_lr: float | None = None,
     cells: pd.DataFrame | None = None,
-    metric: str = style.TEST_ACCURACY,
+    metric: Metric = ACCURACY,
 ) -> Figure:
-    """Training and test accuracy by epoch, one curve per m at one η̃ (Fig. 4).
+    """Training and test accuracy, or another metric, by epoch, one curve per m at one η̃ (Fig. 4).
 
     Args:
       rows: one experiment's results, one row per run and epoch.
@@ -46,29 +47,30 @@ def convergence(
     Raises:
       ValueError: the cells are of several experiments, or none is at `base_lr`.
     """
-    chosen, title = _choose_cells(rows, base_lr, known_cells(rows) if cells is None else cells)
+    chosen, title = _choose_cells(rows, base_lr, known_cells(rows, metric) if cells is None else cells, metric)
     figure = style.new_figure(3.1)
-    titles = {"train_accuracy": "training", "test_accuracy": metric.removesuffix(" accuracy")}
+    training = f"train_{metric.name}"
+    titles = {training: "training", metric.column: metric.title.removesuffix(f" {metric.noun}")}
     panels = dict(zip(titles, figure.subplots(1, 2, sharey=True), strict=True))
-    without = _plot_cells(panels, rows, chosen)
+    without = _plot_cells(panels, rows, chosen, metric.scale)
     for column, axes in panels.items():
         axes.set(title=titles[column], xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
         if len(without) == len(chosen):
             style.say_nothing_finished(axes, "no epoch has ended")
-    panels["train_accuracy"].set_ylabel("accuracy (%)")
+    panels[training].set_ylabel(metric.noun + " (%)" * metric.fraction)
     figure.suptitle(title)
     style.foot(figure, {}, style.note(points.run_note(chosen, diverged=True), style.named("no epoch yet", without)))
     return figure
 
 
-def _choose_cells(rows: pd.DataFrame, base_lr: float | None, cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+def _choose_cells(rows: pd.DataFrame, base_lr: float | None, cells: pd.DataFrame, metric: Metric) -> tuple[pd.DataFrame, str]:
     """One cell per batch size, ascending, and the figure's title."""
-    cells, title = points.titled(cells)
+    cells, title = points.titled(cells, metric)
     if base_lr is None and points.own_base_lrs(cells).notna().all():
         chosen = cells
     else:
-        wanted = float(_best_first(cells, rows)["base_lr"].iloc[0]) if base_lr is None else base_lr
+        wanted = float(_best_first(cells, rows, metric)["base_lr"].iloc[0]) if base_lr is None else base_lr
         chosen = cells[np.isclose(cells["base_lr"], wanted, rtol=1e-6, atol=0)]
         if chosen.empty:
             there = ", ".join(map(format_base_lr, sorted(set(cells["base_lr"].tolist()))))
@@ -79,11 +81,12 @@ def _choose_cells(rows: pd.DataFrame, base_lr: float | None, cells: pd.DataFrame
     return chosen.sort_values("batch_size"), f"{title}, {shown}"
 
 
-def _best_first(cells: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Sorts cells by falling accuracy; those that have not finished come last, the one with most epochs first."""
-    epochs = rows.groupby(CELL, observed=True).size().rename("epochs").reset_index()
-    order = {"test_accuracy": False, "epochs": False, "base_lr": True}
-    return cells.merge(epochs, how="left", on=CELL).sort_values(list(order), ascending=list(order.values()))
+def _best_first(cells: pd.DataFrame, rows: pd.DataFrame, metric: Metric) -> pd.DataFrame:
+    """Sorts cells, the best first; those that have not finished come last, the one with most epochs first."""
+    cell = cell_columns(cells)
+    epochs = rows.groupby(cell, observed=True).size().rename("epochs").reset_index()
+    order = {metric.column: metric.best == "min", "epochs": False, "base_lr": True}
+    return cells.merge(epochs, how="left", on=cell).sort_values(list(order), ascending=list(order.values()))
 
 
 @style.styled()
@@ -94,12 +97,13 @@ def accuracy_against_time(study: Study) -> Figure:
       A figure in which a curve is drawn as in `convergence`. While no run of an m has finished, its curve shows the η̃
       that has trained longest. Batch sizes without a known time or epoch are named below the panel.
     """
-    cells, title = points.titled(study.cells)
-    chosen = _best_first(cells, study.rows).drop_duplicates("batch_size").sort_values("batch_size")
+    metric = named_metric(study.experiment)
+    cells, title = points.titled(study.cells, metric)
+    chosen = _best_first(cells, study.rows, metric).drop_duplicates("batch_size").sort_values("batch_size")
     rows = cost.with_time(study.rows, study.timings).dropna(subset="seconds")
     figure, axes = style.new_axes(title + r", best $\tilde{\eta}$ of each $m$")
-    without = _plot_cells({"test_accuracy": axes}, rows, chosen, x="seconds")
-    axes.set(xlabel="time of a run", ylabel=f"{metric_name(study.experiment)} (%)")
+    without = _plot_cells({metric.column: axes}, rows, chosen, metric.scale, x="seconds")
+    axes.set(xlabel="time of a run", ylabel=metric.label)
     if axes.has_data():
         style.unit_axis(axes, "x", axes.dataLim.intervalx, style.SECONDS)
     else:
@@ -109,12 +113,12 @@ def accuracy_against_time(study: Study) -> Figure:
     return figure
 
 
-def _plot_cells(panels: dict[str, Axes], rows: pd.DataFrame, chosen: pd.DataFrame, x: str = "epoch") -> list[int]:
+def _plot_cells(panels: dict[str, Axes], rows: pd.DataFrame, chosen: pd.DataFrame, scale: float, x: str = "epoch") -> list[int]:
     """Draws the runs of every chosen cell into all panels, with a legend beside the last; returns the batch sizes without rows.
 
-    Panels are given by the column that they show, over column `x`, which is the same for all seeds after as many epochs.
+    Panels are given by the column that they show, times `scale`, over column `x`, the same for all seeds after as many epochs.
     """
-    entries, without, key = {}, [], ["batch_size", "bn_batch_size", "base_lr"]
+    entries, without, key = {}, [], cell_columns(chosen)[1:]
     labels, legend_title = points.setting_labels(chosen)
     looks, lost = style.ordered_looks(len(chosen)), False
     for i, (label, look, values) in enumerate(zip(labels, looks, chosen[key].itertuples(index=False), strict=True)):
@@ -124,7 +128,12 @@ def _plot_cells(panels: dict[str, Axes], rows: pd.DataFrame, chosen: pd.DataFram
             continue
         step = max(1, int(runs["epoch"].max()) // 8)
         for column, axes in panels.items():
-            _plot_runs(axes, runs.dropna(subset=[column]), x, column, {**look, "markersize": 3, "markevery": (i % step, step)})
+            _plot_runs(
+                axes,
+                runs.dropna(subset=[column]).assign(shown=scale * runs[column]),
+                x,
+                {**look, "markersize": 3, "markevery": (i % step, step)},
+            )
         finite = runs[list(panels)].notna().any(axis=None)
         entries[label] = style.mark(**({**look, "markersize": 3} if finite else {**style.CROSS, "color": look["color"]}))
         lost = lost or (runs["status"] == "diverged").any()
@@ -134,19 +143,18 @@ def _plot_cells(panels: dict[str, Axes], rows: pd.DataFrame, chosen: pd.DataFram
     return without
 
 
-def _plot_runs(axes: Axes, runs: pd.DataFrame, x: str, column: str, look: dict[str, Any]) -> None:
-    """Draws the finite epochs of one cell: the mean over seeds in a band of their deviation, and each diverged run."""
-    percent = runs.assign(percent=100 * runs[column])
-    lost = percent["status"] == "diverged"
-    together = percent[~lost].groupby(x)["percent"].agg(["mean", "std"])
+def _plot_runs(axes: Axes, runs: pd.DataFrame, x: str, look: dict[str, Any]) -> None:
+    """Draws `shown` in the finite epochs of a cell: the mean over seeds in a band of their deviation, and each diverged run."""
+    lost = runs["status"] == "diverged"
+    together = runs[~lost].groupby(x)["shown"].agg(["mean", "std"])
     if len(together):
         axes.plot(together.index, together["mean"], **look)
     if together["std"].notna().any():
         low, high = together["mean"] - together["std"], together["mean"] + together["std"]
         axes.fill_between(together.index, low, high, color=look["color"], alpha=0.2, linewidth=0)
-    for _, run in percent[lost].groupby("seed"):
-        axes.plot(run[x], run["percent"], **look)
-        axes.plot(run[x].iloc[-1:], run["percent"].iloc[-1:], **{**style.CROSS, "color": look["color"]}, path_effects=HALO)
+    for _, run in runs[lost].groupby("seed"):
+        axes.plot(run[x], run["shown"], **look)
+        axes.plot(run[x].iloc[-1:], run["shown"].iloc[-1:], **{**style.CROSS, "color": look["color"]}, path_effects=HALO)
 
 
 @style.styled()
@@ -155,18 +163,24 @@ def time_to_accuracy(study: Study, accuracy: float | None = None) -> Figure:
 
     Args:
       study: as the module says.
-      accuracy: the target, a fraction; by default `cost.target_accuracy`, 90 % of the way from chance to the best.
+      accuracy: the target, a fraction, or a value of the study's metric; by default `cost.target_accuracy`, 90 % of the way
+        from chance to the best.
     Returns:
       A figure in which a point is hollow where other runs of its m have not ended and may be faster, and crossed where seeds
       of its η̃ diverged. At the top stands a × where no η̃ of an m gets there, a grey dot where none has yet.
     """
-    cells, title = points.titled(study.cells)
-    target = cost.target_accuracy(cells, study.chance) if accuracy is None else accuracy
-    table = cost.planned_times(cells, study.rows, study.timings, target)
+    metric = named_metric(study.experiment)
+    cells, title = points.titled(study.cells, metric)
+    target = cost.target_accuracy(cells, study.chance, metric=metric) if accuracy is None else accuracy
+    table = cost.planned_times(cells, study.rows, study.timings, target, metric)
     seconds, pending, never = table["seconds"].astype(float), table["pending"] > 0, table["epochs"].isna()
     crossed = seconds.notna() & (table["diverged"] > 0)
     times = table.assign(y=seconds, std=np.nan, crossed=crossed, provisional=seconds.notna() & pending)
-    goal = "no run has finished" if np.isnan(target) else f"time to {100 * target:.4g} % {metric_name(study.experiment)}"
+    goal = (
+        "no run has finished"
+        if np.isnan(target)
+        else f"time to {metric.scale * target:.4g}{' %' * metric.fraction} {metric.title}"
+    )
     figure, axes = style.new_axes(title + (", " if len(title + goal) < TITLE_WIDTH else ",\n") + goal)
     style.unit_axis(axes, "y", seconds.dropna().tolist() or (1, 10), style.SECONDS)
     low, high = axes.get_ylim()
@@ -178,7 +192,7 @@ def time_to_accuracy(study: Study, accuracy: float | None = None) -> Figure:
     marks = points.mark_entries(times, pending=points.PROVISIONAL) | points.plot_absent(axes, absent)
     axes.set_ylabel("time of a run")
     style.grid_axis(axes, "x", "batch_size", table["batch_size"])
-    rule = f"accuracy: {100 * cost.TARGET:.0f} % of the way from chance to the best" if accuracy is None else ""
+    rule = f"{metric.name}: {100 * cost.TARGET:.0f} % of the way from chance to the best" if accuracy is None else ""
     untimed = style.named("not timed", table.loc[seconds.isna() & ~never, "batch_size"])
     style.foot(figure, marks, style.note(rule, points.run_note(cells), untimed, end=_time_note(study, cells)))
     return figure
@@ -192,11 +206,14 @@ def accuracy_against_memory(study: Study) -> Figure:
       A figure with a point per m, hollow and crossed as in `best_accuracy`. The memory is that of all lanes of the program,
       whose number stands in the legend, on all devices of a process, without the dataset.
     """
-    cells, title = points.titled(study.cells)
-    best = points.marked(points.best_of_each(cells)).merge(program_costs(study, cells), how="left", on=cost.PROGRAM)
+    metric = named_metric(study.experiment)
+    cells, title = points.titled(study.cells, metric)
+    best = points.marked(points.best_of_each(cells, metric), metric).merge(
+        program_costs(study, cells), how="left", on=cost.PROGRAM
+    )
     here = best["y"].notna() & best["peak_bytes"].notna()
     figure, axes = style.new_axes(title)
-    axes.set(xlabel="peak memory of the program", ylabel=f"best {metric_name(study.experiment)} (%)")
+    axes.set(xlabel="peak memory of the program", ylabel=f"best {metric.label}")
     labels = [f"{m} ({lanes:g})" for m, lanes in zip(best["batch_size"], best["lanes"], strict=True)]
     known = best.assign(y=best["y"].where(here))
     points.plot_rows(axes, known, "batch_size", "peak_bytes", labels, "$m$ (lanes)", linestyle="")

@@ -42,7 +42,6 @@ CATEGORIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", 
 MARKERS = "osD^v"  # a second cue, since the colours of neighbouring curves are close
 WIDTH, HEIGHT = 5.4, 3.3  # inches; still legible when shrunk to one column of a two-column page
 QUIET = "0.4"  # the grey of notes and of marks in a legend
-TEST_ACCURACY = "test accuracy"
 NOTEBOOK_DPI = 120
 MOST_TICKS = 14  # more labels than this would touch
 NOTE_WIDTH = 110  # characters

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from smallbatch_jax.study.analysis import CONVERGENCE_RULE, convergent, convergent_range
+from smallbatch_jax.study.analysis import convergence_rule, convergent, convergent_range
 from smallbatch_jax.study.figures import points, style
-from smallbatch_jax.study.figures.labels import dataset_name, metric_name, paper_labels
+from smallbatch_jax.study.figures.labels import dataset_name, named_metric, paper_labels
 from smallbatch_jax.study.study import Study
 
 WIDEST_OF_TWO = 36  # characters of a legend entry, of which two stand side by side
@@ -33,19 +33,19 @@ def best_accuracy(studies: Sequence[Study]) -> Figure:
       its m, at whatever η̃, have not ended) and a line breaks where an m has no finished run.
     """
     experiments = [study.experiment for study in studies]
-    metric, datasets = metric_name(*experiments), set(map(dataset_name, experiments))
-    figure, axes = style.new_axes(f"{datasets.pop()}: best {metric}" if len(datasets) == 1 else f"best {metric}")
+    metric, datasets = named_metric(*experiments), set(map(dataset_name, experiments))
+    figure, axes = style.new_axes(f"{datasets.pop()}: best {metric.title}" if len(datasets) == 1 else f"best {metric.title}")
     entries: dict[str, Any] = {}
     drawn, colors, markers = [], style.CATEGORIES, style.MARKERS  # no two of 35 studies share colour and marker
     for i, (label, study) in enumerate(zip(paper_labels(studies), studies, strict=True)):
-        cells, bn_note = points.one_bn_batch_size(study.cells)
-        best = points.marked(points.best_of_each(cells))
+        cells, bn_note = points.one_bn_batch_size(study.cells, metric)
+        best = points.marked(points.best_of_each(cells, metric), metric)
         look = {"color": colors[i % len(colors)], "marker": markers[i % len(markers)]}
         look["linestyle"] = "-" if i < len(colors) else "--"
         line = points.plot_curve(axes, best, "batch_size", label, **look)
         entries[label + bn_note + ("" if line else " (none yet)")] = line or style.mark(**{**look, "linestyle": ""})
         drawn.append(best[["batch_size", "y", "crossed", "provisional"]])
-    axes.set_ylabel(f"{metric} (%)")
+    axes.set_ylabel(metric.label)
     if not axes.get_lines():
         style.say_nothing_finished(axes)
     everything = pd.concat(drawn)
@@ -75,8 +75,8 @@ def convergent_base_lrs(studies: Sequence[Study]) -> Figure:
     floor = everything["base_lr"].min() / 2
     entries: dict[str, Any] = {}
     for axes, label, study in zip(panels.flat, paper_labels(studies), studies, strict=False):
-        cells, bn_note = points.one_bn_batch_size(study.cells)
-        entries |= _draw_ranges(axes, cells, study.chance, floor)
+        cells, bn_note = points.one_bn_batch_size(study.cells, study.metric)
+        entries |= _draw_ranges(axes, cells, study, floor)
         title = label + bn_note
         axes.set_title(title if len(title) <= width else title.replace(", ", ",\n", 1), fontsize=size)
     style.grid_axis(panels[0, 0], "x", "batch_size", everything["batch_size"], 12 // columns)
@@ -88,18 +88,20 @@ def convergent_base_lrs(studies: Sequence[Study]) -> Figure:
         axes.tick_params(labelbottom=i + columns >= len(studies))
         axes.set_xlabel(style.COLUMNS["batch_size"].label if i >= columns * (rows - 1) else "")
     entries["limits of the grid"] = Line2D([], [], **LIMIT)
-    text = style.note(CONVERGENCE_RULE, end=points.run_note(*(study.cells for study in studies)))
+    text = style.note(convergence_rule(studies[0].metric), end=points.run_note(*(study.cells for study in studies)))
     style.foot(figure, entries, text, columns=3)
     return figure
 
 
-def _draw_ranges(axes: Axes, cells: pd.DataFrame, chance: float, floor: float) -> dict[str, Any]:
+def _draw_ranges(axes: Axes, cells: pd.DataFrame, study: Study, floor: float) -> dict[str, Any]:
     """Draws one study's ranges, or marks at `floor` where nothing converges; returns the legend's entries."""
-    ranges = convergent_range(cells, chance).set_index("batch_size")
+    ranges = convergent_range(cells, study.chance, study.metric).set_index("batch_size")
     by_size = cells.groupby("batch_size")
     pending, limits = by_size["pending"].sum() > 0, by_size["base_lr"].agg(["min", "max"])
     found = ranges["convergent"] > 0
-    rates = cells.loc[convergent(cells, chance), ["batch_size", "base_lr"]].set_index("batch_size")["base_lr"]
+    rates = cells.loc[convergent(cells, study.chance, study.metric), ["batch_size", "base_lr"]].set_index("batch_size")[
+        "base_lr"
+    ]
     entries: dict[str, Any] = {}
     for where, label, bar, dots in (
         (found & ~pending, "converging", BAR, RATE),

@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -10,11 +10,12 @@ import plotly.express as px
 import plotly.graph_objects as go
 from matplotlib.colors import to_hex
 
-from smallbatch_jax.config.text import format_base_lr, percent, plural
+from smallbatch_jax.config.metric import Metric
+from smallbatch_jax.config.text import axis_title, format_base_lr, plural
 from smallbatch_jax.study import cost
-from smallbatch_jax.study.analysis import CELL, RUN, best_first
-from smallbatch_jax.study.answer import accuracy, setting
-from smallbatch_jax.study.figures.labels import metric_name
+from smallbatch_jax.study.analysis import axes, best_first, cell_columns
+from smallbatch_jax.study.answer import score, setting
+from smallbatch_jax.study.figures.labels import named_metric
 from smallbatch_jax.study.figures.points import best_of_each, marked, one_bn_batch_size, own_base_lrs
 from smallbatch_jax.study.figures.style import CATEGORIES, COLORS, SECONDS, ordered_colors, unit_ticks
 from smallbatch_jax.study.report.sections import LABELS, short_duration
@@ -51,8 +52,19 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # title of a legend, t
 
 
 def maps_of(study: Study) -> list[CellMap]:
-    """The heat maps that together hold every cell of a study."""
-    cells = study.cells
+    """The heat maps that together hold every cell of a study, some for each point on its further axes."""
+    further = axes(study.cells)
+    if not further:
+        return _maps_of(study.cells)
+    found = []
+    for values, cells in study.cells.groupby(further):
+        point = ", ".join(f"{axis_title(name)} {value:g}" for name, value in zip(further, values, strict=True))
+        found += [shown._replace(label=", ".join(filter(None, (point, shown.label)))) for shown in _maps_of(cells)]
+    return found
+
+
+def _maps_of(cells: pd.DataFrame) -> list[CellMap]:
+    """The heat maps of cells without further axes."""
     ordinary = cells["bn_batch_size"] == cells["batch_size"]
     if ordinary.all():
         return [CellMap("", cells, "base_lr")]
@@ -68,7 +80,8 @@ def heat_map(study: Study, shown: CellMap, labels: Sequence[str]) -> go.Figure:
 
     `labels` are by the position of the cell in `study.cells`; `customdata` of a point is that position.
     """
-    cells = marked(shown.cells)
+    metric = named_metric(study.experiment)
+    cells = marked(shown.cells, metric)
     position = pd.Series(study.cells.index.get_indexer(cells.index), cells.index)
 
     def grid(values: pd.Series, empty: Any = None) -> list[list[Any]]:
@@ -87,10 +100,11 @@ def heat_map(study: Study, shown: CellMap, labels: Sequence[str]) -> go.Figure:
         "ygap": 1,
         "texttemplate": "%{text}",
     }
-    bar = {"title": {"text": f"{metric_name(study.experiment)} (%)", "side": "right"}, "thickness": 12}
-    written = cells["y"].map("{:.1f}".format, na_action="ignore")
+    bar = {"title": {"text": metric.label, "side": "right"}, "thickness": 12}
+    written = cells["y"].map(("{:.1f}" if metric.fraction else "{:.3g}").format, na_action="ignore")
     figure = go.Figure(layout={**LAYOUT, "height": 96 + 34 * len(shared["y"])})
-    figure.add_heatmap(z=grid(cells["y"].round(2)), text=grid(written, ""), colorscale=COLORS, colorbar=bar, **shared)
+    colours = COLORS if metric.best == "max" else f"{COLORS}_r"  # light is good
+    figure.add_heatmap(z=grid(cells["y"].round(4)), text=grid(written, ""), colorscale=colours, colorbar=bar, **shared)
     for mask, colour, sign in (("lost", "#d9d9d9", "×"), ("unknown", "#f7f7f7", "·")):
         if cells[mask].any():
             flat = {"colorscale": [[0, colour], [1, colour]], "showscale": False}
@@ -104,14 +118,15 @@ def heat_map(study: Study, shown: CellMap, labels: Sequence[str]) -> go.Figure:
 
 def cell_labels(study: Study) -> list[str]:
     """The label of each cell, in the order of `study.cells`: its setting, accuracy, and the state of each seed."""
-    last = study.rows.drop_duplicates(RUN, keep="last")  # rows are sorted by epoch
-    last = last.assign(state=[_state(run, study.experiment.epochs) for run in last.itertuples()])
-    seeds = last.groupby(CELL, observed=True)["state"].agg(list).to_dict()
+    key, metric = cell_columns(study.cells), named_metric(study.experiment)
+    last = study.rows.drop_duplicates([*key, "seed"], keep="last")  # rows are sorted by epoch
+    last = last.assign(state=[_state(run, study.experiment.epochs, metric) for run in last.to_dict("records")])
+    seeds = last.groupby(key, observed=True)["state"].agg(list).to_dict()
     labels = []
     for cell in study.cells.to_dict("records"):
         lines = [f"<b>{setting(cell)}</b>", f"η = η̃·m = {cell['base_lr'] * cell['batch_size']:.6g}"]
-        lines += [f"{metric_name(study.experiment)} {accuracy(cell)}"] * bool(cell["finished"])
-        states = seeds.get(tuple(cell[name] for name in CELL), [])
+        lines += [f"{metric.title} {score(cell, metric)}"] * bool(cell["finished"])
+        states = seeds.get(tuple(cell[name] for name in key), [])
         lines += states[:MOST_SEEDS] + [f"and {len(states) - MOST_SEEDS} more seeds"] * (len(states) > MOST_SEEDS)
         untouched = cell["finished"] + cell["diverged"] + cell["pending"] - len(states)
         lines += [f"{plural(untouched, 'seed')} not begun"] * (untouched > 0)
@@ -119,27 +134,29 @@ def cell_labels(study: Study) -> list[str]:
     return labels
 
 
-def _state(run: Any, epochs: int) -> str:
+def _state(run: Mapping[Any, Any], epochs: int, metric: Metric) -> str:
     """The state of a run, by its last row."""
-    if run.status == "diverged":
-        return f"seed {run.seed}: diverged in epoch {run.epoch}"
-    went = f"finished, {epochs} epochs" if run.status == "finished" else f"running, {run.epoch} of {epochs} epochs"
-    return f"seed {run.seed}: {went}, {100 * run.test_accuracy:.1f} % after the last"
+    if run["status"] == "diverged":
+        return f"seed {run['seed']}: diverged in epoch {run['epoch']}"
+    finished = run["status"] == "finished"
+    went = f"finished, {epochs} epochs" if finished else f"running, {run['epoch']} of {epochs} epochs"
+    return f"seed {run['seed']}: {went}, {metric.show(run[metric.column])} after the last"
 
 
 def learning_curves(study: Study) -> list[dict[str, Any]]:
     """By cell, in the order of `study.cells`: a title, and the traces of accuracy and loss by epoch of every run."""
     by_cell: dict[Any, list[pd.DataFrame]] = {}
-    for key, run in study.rows.groupby(RUN, sort=True, observed=True):
+    cell_key = cell_columns(study.cells)
+    for key, run in study.rows.groupby([*cell_key, "seed"], sort=True, observed=True):
         by_cell.setdefault(key[:-1], []).append(run)
     found = []
     for cell in study.cells.to_dict("records"):
-        runs = by_cell.get(tuple(cell[name] for name in CELL), [])
+        runs = by_cell.get(tuple(cell[name] for name in cell_key), [])
         traces = {
             what: [_trace(run, i, part, what) for i, run in enumerate(runs) for part in ("test", "train")]
             for what in ("accuracy", "loss")
         }
-        drawn = any(y is not None for trace in traces["accuracy"] for y in trace["y"])
+        drawn = any(y is not None for curves in traces.values() for trace in curves for y in trace["y"])
         nothing = ": diverged before the end of an epoch" if runs else ": no epoch has ended yet"
         found.append({"title": setting(cell) + ("" if drawn else nothing), **traces})
     return found
@@ -171,7 +188,7 @@ def curves_layout(study: Study, what: str) -> go.Figure:
     if what == "accuracy":
         figure.update_yaxes(title="accuracy (%)", range=[0, 100])
     else:
-        figure.update_yaxes(title="cross-entropy", type="log", exponentformat="power")
+        figure.update_yaxes(title="loss", type="log", exponentformat="power")
     return figure.update_layout(showlegend=True)
 
 
@@ -179,25 +196,26 @@ def best_by_batch_size(studies: dict[str, Study]) -> go.Figure:
     """The best test accuracy of each m over all its η̃ (Fig. 15), a curve for each study by its label."""
     tables = []
     for label, study in studies.items():
-        best = best_first(study.cells).drop_duplicates("batch_size").sort_values("batch_size")
+        best = best_first(study.cells, study.metric).drop_duplicates("batch_size").sort_values("batch_size")
         tables.append(best.assign(curve=html.escape(label, quote=False)))
-    metric = metric_name(*(study.experiment for study in studies.values()))
-    return _chart_by_batch_size(pd.concat(tables), f"best {metric} (%)", CATEGORIES)
+    metric = named_metric(*(study.experiment for study in studies.values()))
+    return _chart_by_batch_size(pd.concat(tables), metric, f"best {metric.label}", CATEGORIES)
 
 
 def accuracy_by_batch_size(study: Study, shown: CellMap) -> go.Figure:
     """Test accuracy over m, one curve per η̃: the paper's form (Figs. 1–3, 5–12)."""
     title, text = COLUMNS[shown.column]
     cells = shown.cells.sort_values([shown.column, "batch_size"])
-    figure = _chart_by_batch_size(cells.assign(curve=cells[shown.column].map(text)), f"{metric_name(study.experiment)} (%)")
+    metric = named_metric(study.experiment)
+    figure = _chart_by_batch_size(cells.assign(curve=cells[shown.column].map(text)), metric, metric.label)
     return figure.update_layout(legend_title_text=title)
 
 
-def _chart_by_batch_size(cells: pd.DataFrame, title: str, colors: Sequence[str] | None = None) -> go.Figure:
-    """Accuracies over m with their deviations over seeds; curves of which no cell has finished are left out."""
-    table = marked(cells[cells.groupby("curve")["finished"].transform("any")])
+def _chart_by_batch_size(cells: pd.DataFrame, metric: Metric, title: str, colors: Sequence[str] | None = None) -> go.Figure:
+    """A metric over m with its deviation over seeds; curves of which no cell has finished are left out."""
+    table = marked(cells[cells.groupby("curve")["finished"].transform("any")], metric)
     hover = [
-        f"<b>{setting(cell)}</b><br>{accuracy(cell)}" if cell["finished"] else "none has finished"
+        f"<b>{setting(cell)}</b><br>{score(cell, metric)}" if cell["finished"] else "none has finished"
         for cell in table.to_dict("records")
     ]
     return _scale_batch_sizes(_line_chart(table.assign(hover=hover), "batch_size", "y", title, colors), cells)
@@ -212,30 +230,32 @@ def cost_charts(study: Study) -> dict[str, go.Figure]:
 
 def accuracy_by_time(study: Study) -> go.Figure:
     """Test accuracy over a run's own time, the mean over seeds, for each m at its best η̃."""
-    best = best_of_each(one_bn_batch_size(study.cells)[0])
+    metric = named_metric(study.experiment)
+    best = best_of_each(one_bn_batch_size(study.cells, metric)[0], metric)
+    key = cell_columns(best)
     rows = cost.with_time(study.rows, study.timings).dropna(subset=["seconds"])
-    rows = rows[rows["status"] == "finished"].merge(best[CELL], on=CELL)
-    mean = rows.groupby([*CELL, "epoch"], observed=True)[["seconds", "test_accuracy"]].mean().reset_index()
+    rows = rows[rows["status"] == "finished"].merge(best[key], on=key)
+    mean = rows.groupby([*key, "epoch"], observed=True)[["seconds", metric.column]].mean().reset_index()
     hover = [
-        f"<b>{setting(row)}</b><br>epoch {row['epoch']}, {short_duration(row['seconds'])}: {percent(row['test_accuracy'])}"
+        f"<b>{setting(row)}</b><br>epoch {row['epoch']}, {short_duration(row['seconds'])}: {metric.show(row[metric.column])}"
         for row in mean.to_dict("records")
     ]
-    table = mean.assign(y=100 * mean["test_accuracy"], hover=hover, curve="m = " + mean["batch_size"].astype(str))
-    figure = _line_chart(table, "seconds", "y", f"{metric_name(study.experiment)} (%)")
+    table = mean.assign(y=metric.scale * mean[metric.column], hover=hover, curve="m = " + mean["batch_size"].astype(str))
+    figure = _line_chart(table, "seconds", "y", metric.label)
     return figure.update_xaxes(title="time of a run", **_time_axis(table["seconds"]))
 
 
 def time_to_accuracy(study: Study) -> go.Figure:
     """A run's own time until it reaches `cost.target_accuracy`, for each m at the η̃ that is there first."""
-    cells, _ = one_bn_batch_size(study.cells)
-    target = cost.target_accuracy(cells, study.chance)
-    times = cost.planned_times(cells, study.rows, study.timings, target)
+    cells, _ = one_bn_batch_size(study.cells, study.metric)
+    target = cost.target_accuracy(cells, study.chance, metric=study.metric)
+    times = cost.planned_times(cells, study.rows, study.timings, target, study.metric)
     found, never = times.dropna(subset=["seconds"]), times["epochs"].isna() & (times["pending"] == 0)
     hover = [
         f"<b>{setting(row)}</b><br>{short_duration(row['seconds'])}, {row['epochs']:.3g} epochs"
         for row in found.to_dict("records")
     ]
-    shown = "" if math.isnan(target) else f" to {100 * target:.1f} %"
+    shown = "" if math.isnan(target) else f" to {study.metric.show(target)}"
     figure = _line_chart(found.assign(curve="", hover=hover), "batch_size", "seconds", f"time of a run{shown}", CATEGORIES)
     for m in times.loc[never, "batch_size"]:
         text = {"text": "×", "hovertext": f"m = {m}: no η̃ gets there", "showarrow": False}

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from smallbatch_jax.config.text import duration, format_base_lr, plural
+from smallbatch_jax.config import catalog
+from smallbatch_jax.config.text import axis_title, duration, format_base_lr, plural
 from smallbatch_jax.store.workdir import read_provenance
 from smallbatch_jax.study import claims, cost
+from smallbatch_jax.study.analysis import axes
 from smallbatch_jax.study.figures.points import marked, one_bn_batch_size
 from smallbatch_jax.study.study import Study
 
@@ -40,6 +42,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "eta": ("η = η̃·m", "{:.6g}".format),
     "y": ("accuracy %", "{:.2f}".format),
     "std": ("± %", "{:.2f}".format),
+    **{name: (axis_title(name), "{:g}".format) for name in catalog.AXES},
     "finished": ("finished", str),
     "diverged": ("diverged", str),
     "pending": ("pending", str),
@@ -53,7 +56,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 def cell_table(study: Study) -> SortableTable:
     """A row for each cell, in the order of `study.cells`."""
-    return _table(study, marked(study.cells).assign(eta=study.cells["batch_size"] * study.cells["base_lr"]))
+    table = marked(study.cells, study.metric).assign(eta=study.cells["batch_size"] * study.cells["base_lr"])
+    return _table(study, table)
 
 
 def program_table(study: Study) -> SortableTable | None:
@@ -64,13 +68,17 @@ def program_table(study: Study) -> SortableTable | None:
 
 def _table(study: Study, frame: pd.DataFrame) -> SortableTable:
     """Writes the `COLUMNS` that a frame has; without BN batch sizes if all are m."""
-    names = [name for name in COLUMNS if name in frame and (name != "bn_batch_size" or _bn_varies(study.cells))]
+    own = {name: (axis_title(name), "{:g}".format) for name in axes(frame) if name not in COLUMNS}
+    columns = COLUMNS | own
+    if not study.metric.fraction:
+        columns |= {"y": (study.metric.title, "{:.4g}".format), "std": ("±", "{:.2g}".format)}
+    names = [name for name in columns if name in frame and (name != "bn_batch_size" or _bn_varies(study.cells))]
 
     def write(name: str, value: Any) -> Value:
-        return Value("", "–") if value != value else Value(value, COLUMNS[name][1](value))
+        return Value("", "–") if value != value else Value(value, columns[name][1](value))
 
     rows = [[write(name, row[name]) for name in names] for row in frame.to_dict("records")]
-    return SortableTable([COLUMNS[name][0] for name in names], rows)
+    return SortableTable([columns[name][0] for name in names], rows)
 
 
 def _bn_varies(cells: pd.DataFrame) -> bool:
@@ -98,11 +106,12 @@ def cost_sentence(study: Study) -> str:
 
 def cost_caption(study: Study) -> str:
     """The caption of the chart of times."""
-    target = cost.target_accuracy(one_bn_batch_size(study.cells)[0], study.chance)
+    target = cost.target_accuracy(one_bn_batch_size(study.cells, study.metric)[0], study.chance, metric=study.metric)
     if math.isnan(target):
         return ""
     share = f"{100 * cost.TARGET:.0f} % of the way from chance to the best"
-    return f"Right: the time of a run until it reaches {100 * target:.1f} %, {share}; × marks a batch size that never does."
+    reached = study.metric.show(target)
+    return f"Right: the time of a run until it reaches {reached}, {share}; × marks a batch size that never does."
 
 
 def claims_of(studies: dict[str, Study]) -> dict[str, Any] | None:

@@ -1,0 +1,107 @@
+"""The section `grid` of a config, and the runs that it stands for, by program."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from smallbatch_jax.config import catalog, fields
+from smallbatch_jax.config.fields import InputError, config_field
+
+MOST_RUNS = 100_000  # in a grid: far beyond any study, and still listed at once
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`grid`: every batch size × BN batch size × base learning rate × seed is one run, and every value of the other axes."""
+
+    batch_sizes: tuple[int, ...] = config_field((2, 8, 32), fields.distinct(fields.integer(1), least=1))
+    base_lrs: tuple[float, ...] = config_field((2**-8,), fields.distinct(fields.positive(), least=1))
+    # Either replaces base_lrs: workdirs in whose results each batch size finds its best base_lr (Fig. 13), or that base_lr.
+    base_lrs_from: tuple[str, ...] = config_field((), fields.distinct(fields.text))
+    base_lr_by_batch_size: tuple[tuple[int, float], ...] = config_field((), fields.by_batch_size(fields.positive()))
+    bn_batch_sizes: tuple[int, ...] | None = config_field(None, fields.distinct(fields.integer(1), least=1))
+    seeds: tuple[int, ...] = config_field((0,), fields.distinct(fields.integer(0), least=1))
+    # Further axes, none by default: values of `weight_decay`, `schedule.warmup_fraction` and of the optimizer's scalars.
+    weight_decays: tuple[float, ...] = config_field((), fields.distinct(fields.number(0, 1e6)))
+    warmup_fractions: tuple[float, ...] = config_field((), fields.distinct(fields.number(0, 1)))
+    momenta: tuple[float, ...] = config_field((), fields.distinct(fields.decay))
+    beta1s: tuple[float, ...] = config_field((), fields.distinct(fields.decay))
+    beta2s: tuple[float, ...] = config_field((), fields.distinct(fields.decay))
+    beta1_half_lives: tuple[float, ...] = config_field((), fields.distinct(fields.positive()))  # in examples
+    beta2_half_lives: tuple[float, ...] = config_field((), fields.distinct(fields.positive()))  # in examples
+    epsilons: tuple[float, ...] = config_field((), fields.distinct(fields.positive(1)))
+    scalars: tuple[tuple[str, tuple[float, ...]], ...] = config_field((), fields.by_name(fields.number(-3e38, 3e38)))
+
+    def __post_init__(self) -> None:
+        rates = 1 if self.base_lr_by_batch_size or self.base_lrs_from else len(self.base_lrs)
+        most = len(self.batch_sizes) * len(self.bn_batch_sizes or (None,)) * rates * len(self.seeds)
+        most *= math.prod(map(len, self.axes().values()))
+        if most > MOST_RUNS:
+            raise InputError(f"grid: got {most} combinations of its values, accepts at most {MOST_RUNS} runs in all.")
+
+    def axes(self) -> dict[str, tuple[float, ...]]:
+        """The further axes in use: values by the name of the scalar, which is a column of the results."""
+        found = {name: getattr(self, field) for name, field in catalog.AXES.items()}
+        own = {f"{catalog.OWN_SCALAR}{name}": values for name, values in self.scalars}
+        return {name: values for name, values in found.items() if values} | own
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """Every (batch size, BN batch size): a batch size is crossed with the BN batch sizes up to it, which must divide it."""
+        pairs = [(m, b) for m in self.batch_sizes for b in self.bn_batch_sizes or (m,) if b <= m]
+        for m, b in pairs:
+            require_divisor(b, m, "grid.bn_batch_sizes")
+        if not pairs:
+            raise InputError(
+                f"grid.bn_batch_sizes: {fields.shown(self.bn_batch_sizes)} leaves no run, every one is larger than "
+                f"every batch size in {fields.shown(self.batch_sizes)}. Use some that divide the batch sizes."
+            )
+        return pairs
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """One training, from initialisation to the last epoch."""
+
+    batch_size: int
+    bn_batch_size: int
+    base_lr: float
+    seed: int
+    scalars: tuple[tuple[str, float], ...] = ()  # values on the grid's further axes, in the order of `Grid.axes`
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its values by column of the results."""
+        return {name: getattr(self, name) for name in RUN_COLUMNS} | dict(self.scalars)
+
+
+RUN_COLUMNS = ("batch_size", "bn_batch_size", "base_lr", "seed")
+
+
+def programs(runs: Iterable[Run]) -> dict[tuple[int, int], list[Run]]:
+    """Groups runs by (batch size, BN batch size), the shape of one program, lowest base_lr first.
+
+    High rates tend to diverge, that is to end early: started last, they fill the lanes that the others leave.
+    """
+    by_shape: dict[tuple[int, int], list[Run]] = {}
+    for run in runs:
+        by_shape.setdefault((run.batch_size, run.bn_batch_size), []).append(run)
+    return {shape: sorted(members, key=lambda run: (run.base_lr, run.seed, run.scalars)) for shape, members in by_shape.items()}
+
+
+def require_divisor(bn_batch_size: int, batch_size: int, field: str) -> None:
+    """Refuses a BN batch size that does not split the SGD batch into equal parts (§3.6)."""
+    if batch_size % bn_batch_size:
+        small = [b for b in range(1, math.isqrt(batch_size) + 1) if batch_size % b == 0]
+        choices = listed(sorted({*small, *(batch_size // b for b in small)}))
+        raise InputError(
+            f"{field}: {bn_batch_size} does not divide batch size {batch_size}; each SGD batch is split into equal BN "
+            f"sub-batches. Use {choices}."
+        )
+
+
+def listed(choices: Sequence[int]) -> str:
+    """1, 2 or 4; the middle of a long list is left out."""
+    named = [str(choice) for choice in choices]
+    if len(named) > 12:
+        named = [*named[:6], "…", *named[-5:]]
+    return " or ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named)

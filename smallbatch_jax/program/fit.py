@@ -1,0 +1,78 @@
+"""Refuses models, losses and metrics that do not fit the data, from shapes alone."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from smallbatch_jax.config.experiment import InputError
+from smallbatch_jax.config.fields import cut
+from smallbatch_jax.program.tasks import Batch, Score, Task, cross_entropy, next_token_cross_entropy, squared_error
+from smallbatch_jax.program.train import Model, Program, Setting, TrainState, init_state, make_train_step
+
+
+def require_model(model: Model, task: Task, data: Any, batch_size: int = 2) -> None:
+    """Refuses a model or a task's functions that do not fit a dataset's examples and labels; runs nothing.
+
+    Args:
+      model: to be trained.
+      task: its loss and metrics.
+      data: a Dataset or Photographs, of which shapes and dtypes matter.
+      batch_size: m, of the trace.
+    """
+    images, labels = (jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype) for x in (data.example, data.target))
+    batch = Batch(images, labels)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    setting = Setting(scalar, jax.ShapeDtypeStruct((), jnp.int32), scalar, scalar)
+
+    def predict(state: TrainState, images: jax.Array) -> Any:
+        return model.apply({"params": state.params, "batch_stats": state.batch_stats}, images, train=False)
+
+    try:
+        state = jax.eval_shape(lambda images: init_state(model, images, jnp.int32(0)), images)
+        outputs = jax.eval_shape(predict, state, images)
+    except InputError:
+        raise
+    except Exception as error:  # of any type: a model may raise anything for a shape that it does not expect
+        raise InputError(f"model: cannot take images of shape {images.shape[1:]}: {error}") from error
+    _require_outputs(outputs, task, batch, data.num_classes)
+    for name, score in {"loss": task.loss, **task.metrics}.items():
+        _require_score(name, score, outputs, batch)
+    trained, _ = jax.eval_shape(make_train_step(model, Program(batch_size, 1, task=task)), state, setting, batch)
+    if jax.tree.structure(trained) != jax.tree.structure(state):
+        raise InputError("model: training makes other variables than init did; make them whatever `train` is.")
+
+
+def _require_outputs(outputs: Any, task: Task, batch: Batch, num_classes: int | None) -> None:
+    """Refuses outputs of a model that this package's own losses do not take; a caller's own loss takes anything."""
+    accepted = {
+        cross_entropy: (len(batch.labels), num_classes),
+        next_token_cross_entropy: (*batch.labels.shape, num_classes),
+        squared_error: batch.labels.shape,
+    }.get(task.loss)
+    if accepted is None:
+        return
+    array = isinstance(outputs, jax.ShapeDtypeStruct)
+    same = outputs.size == batch.labels.size if array and task.loss is squared_error else array and outputs.shape == accepted
+    if not same:
+        shape = outputs.shape[1:] if array else f"a {type(outputs).__name__} in place of"
+        if task.loss is cross_entropy:
+            raise InputError(f"model: gives {shape} logits per image, the dataset has {num_classes} classes.")
+        raise InputError(f"model: gives {shape} outputs per example, the dataset needs {accepted[1:]}.")
+    if not jnp.issubdtype(outputs.dtype, jnp.floating):
+        raise InputError(f"model: gives logits of {outputs.dtype}, accepts floating point.")
+
+
+def _require_score(name: str, score: Score, outputs: Any, batch: Batch) -> None:
+    """Refuses a loss or metric that fails, or that does not give one number for each example."""
+    field = name if name == "loss" else f"metrics: {name}"
+    try:
+        found = jax.eval_shape(score, outputs, batch)
+    except Exception as error:  # of any type: it may be the caller's own
+        reason = cut(" ".join(str(error).split()), 200)
+        raise InputError(f"{field}: raised {type(error).__name__}: {reason} (called with the outputs and a batch)") from error
+    kinds = (jnp.floating,) if name == "loss" else (jnp.floating, jnp.bool_, jnp.integer)
+    if getattr(found, "shape", None) != (len(batch.labels),) or not any(jnp.issubdtype(found.dtype, k) for k in kinds):
+        got = f"{found.dtype}{list(found.shape)}" if hasattr(found, "shape") else type(found).__name__
+        n = len(batch.labels)
+        raise InputError(f"{field}: got {got} for a batch of {n} examples, accepts one number for each, float32[{n}].")
