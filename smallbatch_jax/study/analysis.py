@@ -208,7 +208,8 @@ def _format_block(table: pd.DataFrame, metric: Metric) -> str:
     values = zip(table[metric.column], table[f"{metric.column}_std"], strict=True)
     text[f" best {metric.title}"] = [metric.show(mean, std, digits=2) for mean, std in values]
     for name in ("base_lr", *axes(table)):
-        text[f" at {name}"] = ["-" if math.isnan(value) else format_base_lr(value) for value in table[name]]
+        heading = f" at {name.removeprefix(catalog.OWN_SCALAR)}"
+        text[heading] = ["-" if math.isnan(value) else format_base_lr(value) for value in table[name]]
     ranges = zip(table["lowest_base_lr"], table["highest_base_lr"], table["convergent"], strict=True)
     text[" converging base_lr"] = [_format_range(*row) for row in ranges]
     for name in ("diverged", "finished", *(["running"] if table["running"].any() else [])):
