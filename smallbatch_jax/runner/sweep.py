@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from smallbatch_jax import data
 from smallbatch_jax.config import experiment, fields
 from smallbatch_jax.config.experiment import OWN, Experiment, InputError, from_config
 from smallbatch_jax.data import Dataset, Photographs
+from smallbatch_jax.models.adapters import adapted
 from smallbatch_jax.models.own import OwnModel
 from smallbatch_jax.program import devices, jax_flags, processes
 from smallbatch_jax.runner.grid import train_grid
@@ -32,7 +33,7 @@ _ARGUMENTS |= {"batch_sizes", "base_lrs", "base_lrs_from", "base_lr_by_batch_siz
 
 
 def sweep(
-    model: str | nn.Module,
+    model: str | nn.Module | Callable[..., Any] | tuple[Callable[..., Any], Callable[..., Any]],
     dataset: str | Dataset | Photographs,
     batch_sizes: Sequence[int],
     base_lrs: Sequence[float] | Mapping[int, float],
@@ -76,7 +77,8 @@ def sweep(
     """
     workdir = None if workdir is None else fields.expanded_path("workdir", workdir)
     sections = _sections(options)
-    own = None if isinstance(model, str) else OwnModel(model)
+    devices.use_all_cores()
+    own = None if isinstance(model, str) else adapted(model)
     _require_usable(options, own, workdir)
     place = [sections["dataset"].pop(name, None) for name in ("data_dir", "image_size")]
     images = data.load(dataset, *place) if isinstance(dataset, str) else dataset
@@ -96,7 +98,6 @@ def sweep(
 def _train(
     chosen: Experiment, images: Dataset | Photographs, own: OwnModel | None, workdir: str | None, progress: Progress
 ) -> "pd.DataFrame":
-    devices.use_all_cores()
     jax_flags.require_devices()
     with ExitStack() as stack:
         stack.enter_context(jax_flags.held())
