@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen, nnx
+from jax.core import Tracer
+from jax.extend.core import jaxpr_as_fun
 
 from smallbatch_jax.config import extras
 from smallbatch_jax.config.experiment import InputError
@@ -89,8 +91,6 @@ class FactoryModel(OwnModel):
     "params" and "batch_stats" are dicts of the arrays by their place in the module. Random keys are kept as uint32 data.
     """
 
-    _KEPT: str  # what the arrays of such a module are
-
     def __init__(self, make: Callable[[jax.Array], Any]):
         made: list[Any] = []
 
@@ -145,14 +145,8 @@ class FactoryModel(OwnModel):
 
             return jax.make_jaxpr(changes)(states, params, x, abstract_key()).jaxpr
 
-        try:
-            with self._errors_explained(x):
-                trained, evaluated = step(True), step(False)
-        except InputError as error:
-            if isinstance(error.__cause__, jax.errors.UnexpectedTracerError):
-                line = f"model: {self.label} keeps an array where {self._KEPT} are not found; make it one of them."
-                raise InputError(line) from error
-            raise
+        with self._errors_explained(x):
+            trained, evaluated = step(True), step(False)
         leaves, count = jax.tree.leaves(states), len(jax.tree.leaves(states[0]))
         moved, moved_later = (
             [new is not old for new, old in zip(jaxpr.outvars[: len(leaves)], jaxpr.invars, strict=False)]
@@ -168,12 +162,17 @@ class FactoryModel(OwnModel):
 class NnxModel(FactoryModel):
     """A `flax.nnx.Module`: every nnx.Param is a parameter; nnx.BatchStat, random streams and other variables are state."""
 
-    _KEPT = "variables"
     _KINDS = nnx.Param, nnx.BatchStat, nnx.Intermediate, ...  # what a module sows is not kept
 
     def _split(self, key: jax.Array) -> tuple[Any, Arrays, Any]:
         module = self._make(key)
         graph, params, statistics, _, others = nnx.split(module, *self._KINDS)
+        found = set(map(id, jax.tree.leaves((params, statistics, others))))
+        for path, submodule in nnx.iter_modules(module):
+            for name, value in vars(submodule).items():
+                if isinstance(value, Tracer) and id(value) not in found:
+                    place = ".".join(map(str, (type(module).__name__, *path, name)))
+                    raise InputError(f"model: {place} is an array outside nnx's variables; make it an nnx.Variable.")
         return module, (params, statistics, others), graph
 
     def _call(self, arrays: Arrays, x: jax.Array, train: bool, key: jax.Array | None) -> tuple[Any, PyTree, PyTree]:
@@ -187,8 +186,6 @@ class NnxModel(FactoryModel):
 class EquinoxModel(FactoryModel):
     """An `equinox.Module` of one example, with or without an `equinox.nn.State`: its floating-point arrays are parameters."""
 
-    _KEPT = "leaves"
-
     def _split(self, key: jax.Array) -> tuple[Any, Arrays, Any]:
         import equinox as eqx
 
@@ -200,6 +197,16 @@ class EquinoxModel(FactoryModel):
         return module, (params, statistics, others), static
 
     def _call(self, arrays: Arrays, x: jax.Array, train: bool, key: jax.Array | None) -> tuple[Any, PyTree, PyTree]:
+        # Within a mesh an array's type has a sharding, and a constant's has none; Equinox refuses one for the other in a State.
+        types = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (arrays, x, key))
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            jaxpr, made = jax.make_jaxpr(partial(self._called, train), return_shape=True)(*types)
+        results, structure = jaxpr_as_fun(jaxpr)(*jax.tree.leaves((arrays, x, key))), jax.tree.structure(made)
+        return jax.tree.map(  # a constant comes as a Python scalar
+            lambda x, like: x if isinstance(x, jax.Array) else jnp.asarray(x, like.dtype), structure.unflatten(results), made
+        )
+
+    def _called(self, train: bool, arrays: Arrays, x: jax.Array, key: jax.Array | None) -> tuple[Any, PyTree, PyTree]:
         import equinox as eqx
 
         params, statistics, others = arrays
