@@ -173,28 +173,29 @@ def test_side_by_side_as_one_after_the_other(library, monkeypatch):
 
 
 class Killed(NoProgress):
-    """Ends the work after so many segments, as a SIGKILL would: nothing more is saved."""
+    """Ends the work a segment after the second checkpoint, as a SIGKILL would: nothing more is saved."""
 
-    def __init__(self, after):
-        self.left = after
+    def __init__(self, saved):
+        self.saved = saved
 
     def show(self, *_):
-        self.left -= 1
-        if not self.left:
+        if len(self.saved) > 1:
             raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("library", ["nnx", "functions", pytest.param("equinox", marks=pytest.mark.slow)])
 def test_killed_and_resumed_a_run_draws_the_next_random_numbers(library, tmp_path, monkeypatch):
+    expected = undisturbed(library)
     monkeypatch.setattr(scheduler, "CHECKPOINT_SHARE", 1e9)
     monkeypatch.setattr(scheduler.Pace, "FIRST_IMAGES", 8)
-    restored, restore = [], scheduler.Checkpoints.restore
+    saved, restored, save, restore = [], [], scheduler.Checkpoints.save, scheduler.Checkpoints.restore
+    monkeypatch.setattr(scheduler.Checkpoints, "save", lambda *a: saved.append(save(*a)))
     monkeypatch.setattr(scheduler.Checkpoints, "restore", lambda *a: restored.append(restore(*a)) or restored[-1])
     options = {"workdir": tmp_path / "w", "segment_seconds": 1e-9, "checkpoint_seconds": 0}
     with pytest.raises(KeyboardInterrupt):
-        sweep(NOISY[library], Killed(7), **options)
-    pd.testing.assert_frame_equal(sweep(NOISY[library], **options), undisturbed(library), check_exact=True)
-    assert 0 < restored[-1][0].train.step.max() < 38
+        sweep(NOISY[library], Killed(saved), **options)
+    pd.testing.assert_frame_equal(sweep(NOISY[library], **options), expected, check_exact=True)
+    assert 0 < restored[-1][0].train.step.max() < 38, "not from a checkpoint in the midst of a run"
 
 
 def test_random_streams_are_raw_state_that_follows_from_the_seed_and_advances():
