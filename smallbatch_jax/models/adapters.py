@@ -42,7 +42,9 @@ def adapted(model: Any) -> OwnModel:
     if isinstance(first, nnx.Module) or _is_of_equinox(first):
         kind, argument = type(first).__name__, "rngs" if isinstance(first, nnx.Module) else "key"
         example = f"lambda {argument}: {kind}(…, {argument}={argument})"
-        raise InputError(f"model: got a {kind}, whose parameters would ignore the seed; give what makes it, e.g. {example}.")
+        raise InputError(
+            f"model: got an instance of {kind}, whose parameters would ignore the seed; give what makes it, e.g. {example}."
+        )
     if isinstance(model, tuple) and len(model) == 2 and all(map(callable, model)):
         return FunctionsModel(*model)
     if not callable(model):

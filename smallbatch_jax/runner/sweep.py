@@ -47,9 +47,10 @@ def sweep(
     """Trains the grid batch_sizes × base_lrs × seeds on your own model and data; lanes, store and resume as in the commands.
 
     Args:
-      model: a name of `create_model`, with the option `norm`; or your own linen module: `init(key, images)`, and
-        `apply(variables, images)` to logits float[n, num_classes], called with `train=…` or a mode of another usual name
-        (`models.own.MODES`) if it takes one; with or without "batch_stats" and dropout.
+      model: a name of `create_model`, with the option `norm`; or your own, which gives logits float[n, num_classes]: a linen
+        module; `make(rngs)` of a `flax.nnx.Module`; `make(key)` of an `equinox.Module` of one example, or of the pair that
+        `equinox.nn.make_with_state` gives; or a pair of functions, `init(key, x)` of parameters and `apply(params, x)`. It is
+        told `train=…` or a mode of another usual name (`models.own.MODES`) if it takes one.
       dataset: a name of `data.load`, with the options `data_dir` and `image_size`; or a `data.Dataset` of your own arrays, of
         any shape [n, …].
       batch_sizes: m, each at most the number of training examples.
