@@ -12,6 +12,7 @@ EXTRAS = {
     "cluster": ("ray",),
     "prepare": ("tensorflow",),
     "peer": ("torch",),
+    "equinox": ("equinox",),
     "target-gpu": ("jax_cuda12_plugin",),
     "target-tpu": ("libtpu",),
 }

@@ -1,9 +1,10 @@
-"""The user's own linen module, adapted to the calling convention of this package and checked before anything runs."""
+"""The user's own model: what every adapter has in common, and the adapter of linen modules; checked before anything runs."""
 
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,9 +27,78 @@ MODES = {
 RECOGNISED = f"Arguments of __call__ that are recognised: {', '.join(MODES)}."
 _MOST_CHARACTERS = 300  # of a module's error message
 _TRACED_EXAMPLES = 2
+_MUST_NOT_TRAIN = "at evaluation, where it must not train"
 
 
-class OwnModel:
+class OwnModel(ABC):
+    """A model of the user's behind the calling convention of this package; `adapters.adapted` chooses the subclass."""
+
+    def __init__(self, label: str, modes: Sequence[str]):
+        """`label` names the model in messages and results; `modes` are the arguments in MODES that it takes."""
+        self.label, self._modes = label, tuple(modes)
+        self.name = f"{OWN}{label}"
+
+    @abstractmethod
+    def init(self, key: jax.Array, x: jax.Array) -> Any:
+        """Returns the variables: "params", and as "batch_stats" all else that changes in training."""
+
+    @abstractmethod
+    def apply(self, variables: Any, x: jax.Array, train: bool = False, **options: Any) -> Any:
+        """Returns the outputs for a batch [n, …]; with the option `mutable`, (outputs, {"batch_stats": …}).
+
+        The option `rngs` has the key of the step as "dropout".
+        """
+
+    @abstractmethod
+    def _traced(self, x: Any) -> "Trace":
+        """Traces a training step and an evaluation; refuses a model that fails, or that trains at evaluation."""
+
+    def with_bn_batch_size(self, bn_batch_size: int | None, /, axis_name: str | None = None) -> "OwnModel":
+        """Returns the model unchanged for None, and refuses a number; its batches are never sharded."""
+        del axis_name
+        if bn_batch_size is not None:
+            raise InputError(f"bn_batch_sizes: {self.label} has no field bn_batch_size to set; give None.")
+        return self
+
+    def fingerprint(self, example: jax.ShapeDtypeStruct) -> dict[str, Any]:
+        """Returns a summary of what the model computes, by which a workdir recognises it (`identity.fingerprint`)."""
+        return identity.fingerprint(self, example, identity.EXAMPLES)
+
+    def settled(self, example: jax.ShapeDtypeStruct) -> "OwnModel":
+        """Returns the model as it will be trained; traces it and runs nothing.
+
+        Raises:
+          InputError: if it cannot take the example, if training changes nothing in it, or if it trains at evaluation.
+        """
+        self._require_sound(self._traced(batch_of(example, _TRACED_EXAMPLES)))
+        return self
+
+    def require_batch(self, example: jax.ShapeDtypeStruct, batch_size: int) -> None:
+        """Refuses a model that cannot be trained on batches of this size; runs nothing."""
+        self._traced(batch_of(example, batch_size))
+
+    def _mode(self, train: bool) -> dict[str, bool]:
+        return {name: MODES[name] == train for name in self._modes}
+
+    def _require_sound(self, trace: "Trace") -> None:
+        if trace.fault:
+            raise InputError(f"model: {self.label} {trace.fault}. {RECOGNISED}")
+        for remark in trace.remarks:
+            print(f"warning: model: {self.label} {remark}", file=sys.stderr, flush=True)
+
+    def _refuse_at_evaluation(self, draws: bool) -> InputError:
+        does = "draws random numbers, as dropout does," if draws else "changes its batch_stats"
+        return InputError(f"model: {self.label} {does} {_MUST_NOT_TRAIN}. {RECOGNISED}")
+
+    @contextmanager
+    def _errors_explained(self, x: Any) -> Iterator[None]:
+        """Turns any error of the model into an InputError of one line."""
+        called = ", ".join([f"{x.dtype}{list(x.shape)}", *(f"{name}=…" for name in self._modes)])
+        with errors_explained(self.label, called):
+            yield
+
+
+class LinenModel(OwnModel):
     """A linen module behind `apply(…, train=…)`, whatever the name of its own mode argument.
 
     Batch norm and dropout work as everywhere in Flax: running statistics are in the collection "batch_stats", dropout
@@ -37,55 +107,38 @@ class OwnModel:
 
     def __init__(self, module: Any, modes: Sequence[str] | None = None):
         """`modes` are the arguments in MODES that the module takes; None reads them from its signature."""
-        if not isinstance(module, nn.Module):
-            raise InputError(f"model: got {type(module).__name__}, accepts a model's name or a flax.linen.Module.")
+        super().__init__(type(module).__name__, modes_among(_parameters(module)) if modes is None else modes)
         self.module = module
-        self.label = type(module).__name__
-        self.name = f"{OWN}{self.label}"
-        if modes is None:
-            modes = [p.name for p in _parameters(module) if p.name in MODES and p.default in (p.empty, None, True, False)]
-        self._modes = tuple(modes)
 
-    def init(self, key: jax.Array, images: jax.Array) -> Any:
-        variables: Any = self.module.init(key, images, **self._mode(False))  # pyright: ignore[reportArgumentType]
+    def init(self, key: jax.Array, x: jax.Array) -> Any:
+        variables: Any = self.module.init(key, x, **self._mode(False))  # pyright: ignore[reportArgumentType]
         others = sorted(set(variables) - {"params", "batch_stats"})
         if others or "params" not in variables:
             raise InputError(f"model: {self.label} has the collections {sorted(variables)}, accepts params and batch_stats.")
         return variables
 
-    def apply(self, variables: Any, images: jax.Array, train: bool = False, **options: Any) -> Any:
-        return self.module.apply(variables, images, **self._mode(train), **options)
-
-    def _mode(self, train: bool) -> dict[str, bool]:
-        return {name: MODES[name] == train for name in self._modes}
+    def apply(self, variables: Any, x: jax.Array, train: bool = False, **options: Any) -> Any:
+        return self.module.apply(variables, x, **self._mode(train), **options)
 
     def with_bn_batch_size(self, bn_batch_size: int | None, /, axis_name: str | None = None) -> "OwnModel":
         """Returns the model with its field `bn_batch_size` set, or unchanged for None; its batches are never sharded."""
-        del axis_name
-        if bn_batch_size is None:
-            return self
-        if not hasattr(self.module, "bn_batch_size"):
-            raise InputError(f"bn_batch_sizes: {self.label} has no field bn_batch_size to set; give None.")
-        return OwnModel(self.module.clone(bn_batch_size=bn_batch_size), self._modes)
+        if bn_batch_size is None or not hasattr(self.module, "bn_batch_size"):
+            return super().with_bn_batch_size(bn_batch_size, axis_name)
+        return LinenModel(self.module.clone(bn_batch_size=bn_batch_size), self._modes)
 
     def fingerprint(self, example: jax.ShapeDtypeStruct) -> dict[str, Any]:
-        """Returns a summary of what the module computes, by which a workdir recognises it (`identity.fingerprint`)."""
         return identity.fingerprint(self, example, self._whole_bn_batches(identity.EXAMPLES))
 
-    def settled(self, example: jax.ShapeDtypeStruct) -> "OwnModel":
-        """Returns the model with the mode arguments that it takes; traces it and runs nothing.
-
-        Raises:
-          InputError: if it cannot take the images, if training changes nothing in it, or if it trains at evaluation.
-        """
+    def settled(self, example: jax.ShapeDtypeStruct) -> "LinenModel":
+        """Returns the model with the mode arguments that it takes, as `OwnModel.settled`."""
         candidates = [self._modes]
         if not self._modes and any(p.kind is p.VAR_KEYWORD for p in _parameters(self.module)):
             # Perhaps for a submodule: tries each mode.
             candidates = [*((name,) for name in MODES), ()]
-        images = _batch(example, self._whole_bn_batches(_TRACED_EXAMPLES))
-        found: list[tuple[OwnModel, _Trace]] = []
+        images = batch_of(example, self._whole_bn_batches(_TRACED_EXAMPLES))
+        found: list[tuple[LinenModel, Trace]] = []
         for modes in candidates:
-            model = OwnModel(self.module, modes)
+            model = LinenModel(self.module, modes)
             try:
                 found.append((model, model._traced(images)))
             except InputError:
@@ -97,15 +150,8 @@ class OwnModel:
         hidden = None if trace.trains or model._modes else model._hidden_mode(images)
         if hidden:
             raise InputError(f"model: {self.label} is trained by its argument {hidden}, which is not recognised. {RECOGNISED}")
-        if trace.fault:
-            raise InputError(f"model: {self.label} {trace.fault}. {RECOGNISED}")
-        for remark in trace.remarks:
-            print(f"warning: model: {self.label} {remark}", file=sys.stderr, flush=True)
+        self._require_sound(trace)
         return model
-
-    def require_batch(self, example: jax.ShapeDtypeStruct, batch_size: int) -> None:
-        """Refuses a module that cannot be trained on batches of this size; runs nothing."""
-        self._traced(_batch(example, batch_size))
 
     def _whole_bn_batches(self, examples: int) -> int:
         """Returns about `examples`, rounded to whole BN batches if the module has a field for their size."""
@@ -123,64 +169,87 @@ class OwnModel:
                     continue
         return None
 
-    def _traced(self, images: Any, **arguments: bool) -> "_Trace":
-        """Traces a training step and an evaluation; refuses a module that fails, or that trains at evaluation."""
+    def _traced(self, x: Any, **arguments: bool) -> "Trace":
         dropouts: dict[str, bool | None] = {}  # by path, whether it drops anything; None is not known
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        with self._errors_explained(images):
-            variables = jax.eval_shape(self.init, key, images)
+        key = abstract_key()
+        with self._errors_explained(x):
+            variables = jax.eval_shape(self.init, key, x)
             params, stats = ({k: v for k, v in variables.items() if (k == "batch_stats") == moves} for moves in (False, True))
             count = len(jax.tree.leaves(stats))
 
-            def train(key: jax.Array, stats: Any, params: Any, images: jax.Array) -> Any:
+            def train(key: jax.Array, stats: Any, params: Any, x: jax.Array) -> Any:
                 options: Any = {"mutable": ["batch_stats"], "rngs": {"dropout": key}, **arguments}
                 with nn.intercept_methods(partial(_watch, self.label, dropouts)):
-                    logits, changed = self.apply({**params, **stats}, images, train=True, **options)
+                    logits, changed = self.apply({**params, **stats}, x, train=True, **options)
                 return changed.get("batch_stats", stats), logits
 
-            jaxpr = jax.make_jaxpr(train)(key, stats, params, images).jaxpr
-            key_used = _used_inputs(jaxpr)[0]
+            jaxpr = jax.make_jaxpr(train)(key, stats, params, x).jaxpr
+            key_used = used_inputs(jaxpr)[0]
             moved = [new is not old for new, old in zip(jaxpr.outvars[:count], jaxpr.invars[1:], strict=False)]
             try:
-                evaluate = jax.make_jaxpr(lambda stats, params, images: self.apply({**params, **stats}, images))
-                read = _used_inputs(evaluate(stats, params, images).jaxpr)[:count]
+                evaluate = jax.make_jaxpr(lambda stats, params, x: self.apply({**params, **stats}, x))
+                read = used_inputs(evaluate(stats, params, x).jaxpr)[:count]
             except (flax_errors.InvalidRngError, flax_errors.ModifyScopeVariableError) as error:
-                draws = isinstance(error, flax_errors.InvalidRngError)
-                does = "draws random numbers, as dropout does," if draws else "changes its batch_stats"
-                raise InputError(f"model: {self.label} {does} at evaluation, where it must not train. {RECOGNISED}") from error
+                raise self._refuse_at_evaluation(isinstance(error, flax_errors.InvalidRngError)) from error
         unused = [path for path, drops in dropouts.items() if not (key_used if drops is None else drops)]
-        fault, remarks, still = None, [], moved.count(False)
-        if moved and not any(moved):
-            fault = "has batch_stats that training never changes: its batch norm is left at mean 0 and variance 1"
-        elif moved and not any(read):
-            fault = "has batch_stats that evaluation does not use: its batch norm takes the statistics of the test images"
-        elif unused and len(unused) == len(dropouts):
-            fault = f"has dropout ({unused[0]}) that training never uses"
+        trace = Trace.of(key_used or any(moved), moved, read)
         if unused:
-            remarks.append(f"has {len(unused)} dropout layer(s) of {len(dropouts)} that training never uses: {unused[0]}.")
-        if still:
-            remarks.append(f"has {still} of {len(moved)} arrays in batch_stats that training never changes.")
-        return _Trace(key_used or any(moved), fault, remarks)
-
-    @contextmanager
-    def _errors_explained(self, images: Any) -> Iterator[None]:
-        """Turns any error of the module into an InputError of one line."""
-        try:
-            yield
-        except InputError:
-            raise
-        except Exception as error:
-            said = cut(" ".join(str(error).split("\n\n")[0].split()), _MOST_CHARACTERS)
-            called = ", ".join([f"{images.dtype}{list(images.shape)}", *(f"{name}=…" for name in self._modes)])
-            raise InputError(f"model: {self.label} raised {type(error).__name__}: {said} (called with {called})") from error
+            layers = f"has {len(unused)} dropout layer(s) of {len(dropouts)} that training never uses: {unused[0]}."
+            trace.remarks.insert(0, layers)
+            if len(unused) == len(dropouts) and not trace.fault:
+                trace = trace._replace(fault=f"has dropout ({unused[0]}) that training never uses")
+        return trace
 
 
-class _Trace(NamedTuple):
-    """What a module does in one training step and one evaluation."""
+class Trace(NamedTuple):
+    """What a model does in one training step and one evaluation."""
 
     trains: bool
     fault: str | None  # what cannot have been meant
     remarks: list[str]  # of layers that stay in evaluation mode while others train, which may have been meant
+
+    @classmethod
+    def of(cls, trains: bool, moved: list[bool], read: list[bool]) -> "Trace":
+        """Judges running statistics: for each array, whether training changes it and whether evaluation uses it."""
+        fault, still = None, moved.count(False)
+        if moved and not any(moved):
+            fault = "has batch_stats that training never changes: its batch norm is left at mean 0 and variance 1"
+        elif moved and not any(read):
+            fault = "has batch_stats that evaluation does not use: its batch norm takes the statistics of the test images"
+        remark = f"has {still} of {len(moved)} arrays in batch_stats that training never changes."
+        return cls(trains, fault, [remark] if still else [])
+
+
+@contextmanager
+def errors_explained(label: str, called: str) -> Iterator[None]:
+    """Turns any error of the user's code into an InputError of one line; `called` are the arguments that it got."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        said = cut(" ".join(str(error).split("\n\n")[0].split()), _MOST_CHARACTERS)
+        raise InputError(f"model: {label} raised {type(error).__name__}: {said} (called with {called})") from error
+
+
+def modes_among(parameters: Iterable[inspect.Parameter]) -> list[str]:
+    """Returns the names in MODES among the parameters of a call."""
+    return [p.name for p in parameters if p.name in MODES and p.default in (p.empty, None, True, False)]
+
+
+def abstract_key() -> Any:
+    """Returns shape and dtype of a random key."""
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def batch_of(example: jax.ShapeDtypeStruct, size: int) -> jax.ShapeDtypeStruct:
+    """Returns shape and dtype of a batch of examples."""
+    return jax.ShapeDtypeStruct((size, *example.shape), example.dtype)
+
+
+def used_inputs(jaxpr: Any, first: int = 0) -> list[bool]:
+    """Returns for each input whether any output depends on it, from output number `first` on."""
+    return dce_jaxpr(jaxpr, [place >= first for place in range(len(jaxpr.outvars))])[1]
 
 
 def _watch(label: str, dropouts: dict[str, bool | None], call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -201,11 +270,6 @@ def _watch(label: str, dropouts: dict[str, bool | None], call: Callable[..., Any
         if "drop" in name and isinstance(rate, float) and 0 < rate < 1:
             dropouts[f"{path}.{name}={rate:g}"] = None
     return result
-
-
-def _used_inputs(jaxpr: Any) -> list[bool]:
-    """Returns for each input whether any output depends on it."""
-    return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1]
 
 
 def _require_several_values(module: nn.Module, path: str, x: Any, args: Any, kwargs: Any) -> None:
@@ -235,10 +299,6 @@ def _require_several_values(module: nn.Module, path: str, x: Any, args: Any, kwa
 
 def _axes(given: int | Sequence[int], x: Any) -> set[int]:
     return {axis % x.ndim for axis in ((given,) if isinstance(given, int) else given)}
-
-
-def _batch(example: jax.ShapeDtypeStruct, size: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((size, *example.shape), example.dtype)
 
 
 def _parameters(module: nn.Module) -> list[inspect.Parameter]:

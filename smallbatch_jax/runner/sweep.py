@@ -15,6 +15,7 @@ from smallbatch_jax import data
 from smallbatch_jax.config import experiment, fields
 from smallbatch_jax.config.experiment import OWN, Experiment, InputError, from_config
 from smallbatch_jax.data import Dataset, Photographs
+from smallbatch_jax.models.adapters import adapted
 from smallbatch_jax.models.own import OwnModel
 from smallbatch_jax.program import devices, jax_flags, processes
 from smallbatch_jax.program.tasks import Score
@@ -34,7 +35,7 @@ _ARGUMENTS |= {"batch_sizes", "base_lrs", "base_lrs_from", "base_lr_by_batch_siz
 
 
 def sweep(
-    model: str | nn.Module,
+    model: str | nn.Module | Callable[..., Any] | tuple[Callable[..., Any], Callable[..., Any]],
     dataset: str | Dataset | Photographs,
     batch_sizes: Sequence[int],
     base_lrs: Sequence[float] | Mapping[int, float],
@@ -51,9 +52,10 @@ def sweep(
     """Trains the grid batch_sizes × base_lrs × seeds on your own model and data; lanes, store and resume as in the commands.
 
     Args:
-      model: a name of `create_model`, with the option `norm`; or your own linen module: `init(key, images)`, and
-        `apply(variables, images)` to logits float[n, num_classes], called with `train=…` or a mode of another usual name
-        (`models.own.MODES`) if it takes one; with or without "batch_stats" and dropout.
+      model: a name of `create_model`, with the option `norm`; or your own, which gives logits float[n, num_classes]: a linen
+        module; `make(rngs)` of a `flax.nnx.Module`; `make(key)` of an `equinox.Module` of one example, or of the pair that
+        `equinox.nn.make_with_state` gives; or a pair of functions, `init(key, x)` of parameters and `apply(params, x)`. It is
+        told `train=…` or a mode of another usual name (`models.own.MODES`) if it takes one.
       dataset: a name of `data.load`, with the options `data_dir` and `image_size`; or a `data.Dataset` of your own arrays, of
         any shape [n, …].
       batch_sizes: m, each at most the number of training examples.
@@ -90,7 +92,8 @@ def sweep(
     """
     workdir = None if workdir is None else fields.expanded_path("workdir", workdir)
     sections = _sections(options)
-    own = None if isinstance(model, str) else OwnModel(model)
+    devices.use_all_cores()
+    own = None if isinstance(model, str) else adapted(model)
     _require_usable(options, own, workdir)
     place = [sections["dataset"].pop(name, None) for name in ("data_dir", "image_size")]
     images = data.load(dataset, *place) if isinstance(dataset, str) else dataset
@@ -144,7 +147,6 @@ def _train(
     workdir: str | None,
     progress: Progress,
 ) -> "pd.DataFrame":
-    devices.use_all_cores()
     jax_flags.require_devices()
     with ExitStack() as stack:
         stack.enter_context(jax_flags.held())

@@ -19,14 +19,14 @@ from flax.nnx import bridge
 from pictures import error_line
 
 from smallbatch_jax.models import identity, norm
-from smallbatch_jax.models.own import MODES, OwnModel
+from smallbatch_jax.models.own import MODES, LinenModel
 from smallbatch_jax.store import workdir
 
 ROWS = jax.ShapeDtypeStruct((5,), jnp.float32)
 
 
 def settled(module, shape=ROWS):
-    return OwnModel(module).settled(shape)
+    return LinenModel(module).settled(shape)
 
 
 def called(argument, default="", inverted=False, body="nn.Dropout(0.5)(nn.BatchNorm()(x, use_running_average=off), off)"):
@@ -193,9 +193,9 @@ def test_a_norm_over_a_single_value_is_refused(layer, shape, batch_size, refused
             return nn.Dense(3)(y.reshape(len(x), -1))
 
     if refused:
-        assert "mean and variance over a single value" in error_line(OwnModel(Normed()).require_batch, example, batch_size)
+        assert "mean and variance over a single value" in error_line(LinenModel(Normed()).require_batch, example, batch_size)
     else:
-        OwnModel(Normed()).require_batch(example, batch_size)
+        LinenModel(Normed()).require_batch(example, batch_size)
 
 
 class Scale:
@@ -237,7 +237,7 @@ DIFFERENT = [
 
 
 def test_fields_that_change_what_is_computed_change_the_fingerprint():
-    found = [OwnModel(Made(layer)).fingerprint(ROWS) for layer in DIFFERENT]
+    found = [LinenModel(Made(layer)).fingerprint(ROWS) for layer in DIFFERENT]
     for i, one in enumerate(found):
         assert [workdir._model_difference(one, other) is None for other in found] == [i == j for j in range(len(found))]
 
@@ -247,18 +247,18 @@ def test_a_fingerprint_is_the_same_in_another_process():
     code = """
         import json
         from test_own import *
-        print(json.dumps([OwnModel(Made(layer)).fingerprint(ROWS) for layer in DIFFERENT[::5]]))
+        print(json.dumps([LinenModel(Made(layer)).fingerprint(ROWS) for layer in DIFFERENT[::5]]))
     """
     env = os.environ | {
         "PYTHONHASHSEED": "7",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
     }
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=env)
-    assert json.loads(done.stdout) == [OwnModel(Made(layer)).fingerprint(ROWS) for layer in DIFFERENT[::5]], done.stderr
+    assert json.loads(done.stdout) == [LinenModel(Made(layer)).fingerprint(ROWS) for layer in DIFFERENT[::5]], done.stderr
 
 
 def test_a_fingerprint_of_an_earlier_version_is_compared_without_the_updated_statistics():
-    found = OwnModel(Made(nn.BatchNorm())).fingerprint(ROWS)
+    found = LinenModel(Made(nn.BatchNorm())).fingerprint(ROWS)
     earlier = {name: pair for name, pair in found["values"].items() if not name.startswith("updated")}
     assert len(earlier) < len(found["values"])
     assert workdir._model_difference(found | {"values": earlier}, found) is None
@@ -269,7 +269,7 @@ def written(text):
     scope: dict[str, Any] = {"nn": nn, "jnp": jnp}
     lines = ["class Own(nn.Module):", "    @nn.compact", "    def __call__(self, x, train=False):", *text]
     exec(compile("\n".join(lines), "<string>", "exec"), scope)
-    return OwnModel(scope["Own"]())
+    return LinenModel(scope["Own"]())
 
 
 def body(line, output="nn.Dense(3)(x)"):
