@@ -5,6 +5,7 @@ or changed code is noticed if it changes that result by more than the tolerance.
 that these activations never reach, code that runs for large batches only.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -39,35 +40,48 @@ def fingerprint(model: Any, example: jax.ShapeDtypeStruct, examples: int) -> dic
 
         def loss(params: Any) -> Any:
             options: Any = {"mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(1)}}
-            logits, changed = model.apply({"params": params, **variables}, images, train=True, **options)
-            logits = logits.astype(jnp.float32)
-            labels = jnp.arange(examples) % logits.shape[-1]
-            picked = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)
-            return -picked.mean(), (logits, changed)
+            outputs, changed = model.apply({"params": params, **variables}, images, train=True, **options)
+            return _loss(outputs), (outputs, changed)
 
         (_, (trained, changed)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
         evaluated = model.apply({"params": params, **variables}, images, train=False)
-        found = {"evaluation": _summary(evaluated), "training": _summary(trained)}
-        trees = {"initial": {"params": params, **variables}, "gradient": gradient, "updated": dict(changed)}
+        trees = {"evaluation": evaluated, "training": trained}
+        trees |= {"initial": {"params": params, **variables}, "gradient": gradient, "updated": dict(changed)}
+        found = {}
         for kind, tree in trees.items():
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-                name = f"{kind} {jax.tree_util.keystr(path, simple=True, separator='/')}"
-                found[f"{name} {'x'.join(map(str, leaf.shape))}".rstrip()] = _summary(leaf)
+                place = jax.tree_util.keystr(path, simple=True, separator="/")
+                shape = "x".join(map(str, leaf.shape)) if place else ""  # the one array of outputs has only its kind as name
+                found[" ".join(filter(None, (kind, place, shape)))] = summary(leaf)
         return found
 
+    return compiled_summaries(compute, images)
+
+
+def _loss(outputs: Any) -> jax.Array:
+    """Returns the cross-entropy of logits [n, classes] with arbitrary labels; of other outputs a mean of squares."""
+    leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(outputs)]
+    if len(leaves) != 1 or leaves[0].ndim != 2:
+        return sum((jnp.square(leaf).mean() for leaf in leaves), jnp.float32(0))
+    labels = jnp.arange(len(leaves[0])) % leaves[0].shape[-1]
+    return -jnp.take_along_axis(jax.nn.log_softmax(leaves[0]), labels[:, None], 1).mean()
+
+
+def compiled_summaries(compute: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Runs a function that returns summaries by name, on CPU; returns what `fingerprint` does."""
     try:
         device = jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:  # JAX_PLATFORMS excludes the CPU
         device = nullcontext()
     with device:
-        traced = jax.jit(compute, compiler_options={"xla_backend_optimization_level": 0}).trace(images)
-        values = traced.lower().compile()(images)
+        traced = jax.jit(compute, compiler_options={"xla_backend_optimization_level": 0}).trace(*arguments)
+        values = traced.lower().compile()(*arguments)
     few_bits = any(dtype in str(traced.jaxpr) for dtype in ("bf16[", "f16["))
     tolerance = TOLERANCE_16_BITS if few_bits else TOLERANCE
     return {"tolerance": tolerance, "values": {name: np.asarray(v).tolist() for name, v in values.items()}}
 
 
-def _summary(array: Any) -> jax.Array:
+def summary(array: Any) -> jax.Array:
     """Returns norm and sum / √size; the latter is at most the norm, so one tolerance fits both."""
     flat = jnp.ravel(array).astype(jnp.float32)
     return jnp.stack([jnp.linalg.norm(flat), flat.sum() / max(1, flat.size) ** 0.5])

@@ -1,12 +1,15 @@
-"""Refuses models, losses and metrics that do not fit the data, from shapes alone."""
+"""Whether models, losses and metrics fit the data, from shapes alone, and by what a workdir recognises the caller's own."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.config.fields import cut
+from smallbatch_jax.models import identity
+from smallbatch_jax.optim import Optimizer
 from smallbatch_jax.program.tasks import Batch, Score, Task, cross_entropy, next_token_cross_entropy, squared_error
 from smallbatch_jax.program.train import Model, Program, Setting, TrainState, init_state, make_train_step
 
@@ -76,3 +79,27 @@ def _require_score(name: str, score: Score, outputs: Any, batch: Batch) -> None:
         got = f"{found.dtype}{list(found.shape)}" if hasattr(found, "shape") else type(found).__name__
         n = len(batch.labels)
         raise InputError(f"{field}: got {got} for a batch of {n} examples, accepts one number for each, float32[{n}].")
+
+
+def fingerprint(model: Model, task: Task, data: Any, optimizer: Optimizer, examples: int = 4) -> dict[str, Any]:
+    """Summarises a task's functions and an optimizer on fixed inputs, as `models.identity.fingerprint` does a model."""
+    rng = np.random.RandomState(0)
+
+    def drawn(like: Any) -> np.ndarray:
+        values = rng.standard_normal(like.shape)
+        return (np.abs(values) > 1 if jnp.issubdtype(like.dtype, jnp.integer) else values).astype(like.dtype)
+
+    batch = Batch(*(drawn(jax.ShapeDtypeStruct((examples, *x.shape), x.dtype)) for x in (data.example, data.target)))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), batch.images[:1]))
+    outputs = jax.tree.map(drawn, jax.eval_shape(lambda v: model.apply(v, batch.images, train=False), variables))
+
+    def compute(outputs: Any, batch: Batch, params: jax.Array) -> dict[str, Any]:
+        transform = optimizer.make(0.5, 0.25, **dict.fromkeys(optimizer.scalars, 0.5))
+        state, updates = transform.init(params), []
+        for gradient in (params, -2 * params, params):
+            update, state = transform.update(gradient, state, params)
+            updates.append(update)
+        scores = {name: score(outputs, batch) for name, score in {"loss": task.loss, **task.metrics}.items()}
+        return jax.tree.map(identity.summary, {**scores, "optimizer": jnp.stack(updates)})
+
+    return identity.compiled_summaries(compute, outputs, batch, drawn(jax.ShapeDtypeStruct((8,), jnp.float32)))

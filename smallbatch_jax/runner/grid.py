@@ -72,7 +72,10 @@ def train_grid(
         processes.require_same(experiment.to_dict(), "config")
         processes.require_same(dataset.digest(), "dataset")
     with ExitStack() as stack:
-        known = facts(experiment, dataset) | ({"model": fingerprint()} if fingerprint and processes.is_first() else {})
+        known = facts(experiment, dataset)
+        if processes.is_first():
+            known |= {"model": fingerprint()} if fingerprint else {}
+            known |= {"own": setup.own_fingerprint()} if own != NOTHING_OWN else {}
         folder = processes.on_first(lambda: stack.enter_context(open_workdir(workdir, experiment, known)))
         stop = stack.enter_context(noted_signals())
         status = _train(setup, folder, list(setup.programs), progress, stop)

@@ -16,7 +16,7 @@ from smallbatch_jax.config.experiment import OWN, Experiment, InputError, Run, p
 from smallbatch_jax.data import Dataset, Photographs, order
 from smallbatch_jax.models import create_model, micro_batch_size
 from smallbatch_jax.optim import Optimizer
-from smallbatch_jax.program import devices, processes
+from smallbatch_jax.program import devices, fit, processes
 from smallbatch_jax.program import lanes as lane_programs
 from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
 from smallbatch_jax.program.lanes import COMPUTE_DTYPE, LaneProgram
@@ -118,6 +118,10 @@ class Setup:
     def initialiser(self) -> Callable[[int], TrainState]:
         """Returns seed → the state before the first update."""
         return lane_programs.initialiser(self.model_of(None), self.dataset.example, self.optimizer(1))
+
+    def own_fingerprint(self) -> dict[str, Any]:
+        """Returns a summary of what the caller's own functions compute, by which a workdir recognises them."""
+        return fit.fingerprint(self.model_of(None), self.task, self.dataset, self.optimizer(1))
 
     def optimizer(self, batch_size: int) -> Optimizer:
         """Returns the optimizer of a program; its learning rate alone depends on the batch size."""

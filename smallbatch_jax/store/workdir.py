@@ -102,6 +102,10 @@ def _differing_facts(known: Mapping[str, Any], facts: Mapping[str, Any]) -> list
         place = _model_difference(known["model"], facts["model"])
         if place:
             found.append(f"model is another one of the same name, with other fields or code ({place} differs)")
+    if "own" in known and "own" in facts:
+        place = _model_difference(known["own"], facts["own"])
+        if place:
+            found.append(f"{place} is another function of the same name")
     return found
 
 

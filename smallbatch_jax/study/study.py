@@ -124,7 +124,7 @@ def describe(study: Study) -> str:
     facts += [f"warm-up {100 * e.schedule.warmup_fraction:g} %"] * (e.schedule.warmup_fraction > 0)
     facts += [f"m = {_span(cells['batch_size'])}"]
     facts += [f"BN batch {_span(cells['bn_batch_size'])}"] * (not cells["bn_batch_size"].equals(cells["batch_size"]))
-    facts += [f"{axis_title(name)} {_span(cells[name], "{:g}".format)}" for name in analysis.axes(cells)]
+    facts += [f"{axis_title(name)} {_span(cells[name], '{:g}'.format)}" for name in analysis.axes(cells)]
     facts += [f"base_lr {_span(cells['base_lr'], format_base_lr)}", plural(len(e.grid.seeds), "seed")]
     ended, planned = study.runs
     return f"{', '.join(facts)}: {ended:,} of {planned:,} runs ended"
