@@ -50,7 +50,7 @@ def load(name: str, data_dir: str | os.PathLike | None = None, image_size: int |
 
 
 def num_train_examples(name: str, data_dir: str | os.PathLike | None = None, image_size: int | None = None) -> int:
-    """Returns the size of a training set, without reading it where the table knows it."""
+    """Returns the number of training examples, from DATASETS if known there; arguments as for `load`."""
     size = DATASETS[name].size
     return size.train if size else load(name, data_dir, image_size).num_train
 
@@ -58,7 +58,7 @@ def num_train_examples(name: str, data_dir: str | os.PathLike | None = None, ima
 def random(name: str, data_dir: str | os.PathLike | None = None, image_size: int | None = None) -> Dataset | Photographs:
     """Returns random images and labels in the sizes of a dataset, to measure speed where the data are not.
 
-    A folder is loaded, since its files alone tell its sizes. Streamed photographs are synthetic JPEGs.
+    Arguments as for `load`. A folder is loaded, since its files alone tell its sizes. Streamed photographs are synthetic JPEGs.
     """
     size = DATASETS[name].size
     if size is None:
