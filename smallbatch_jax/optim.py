@@ -1,7 +1,11 @@
-r"""SGD on the sum of the per-example gradients, the other optimizers, and the unitless schedules of the base learning rate.
+"""SGD on the sum of the per-example gradients, the other optimizers, and the unitless schedules of the base learning rate.
 
 Masters & Luschi (2018) write the update with the *sum* of the gradients over a batch (Eq. 5), so that one number, the base
-learning rate :math:`\tilde\eta = \eta/m` (Eq. 6), is the step length per example whatever the batch size m.
+learning rate η̃ = η/m (Eq. 6), is the step length per example whatever the batch size m.
+
+The optimizers that `config.catalog` names are functions of the learning rate η, weight decay λ and their own scalars, each of
+which may be traced; they take *mean* gradients ḡ. λ belongs to the loss (§3.1), so that λθ is part of the gradient, except
+where it is decoupled: in AdamW and Lion the update has -ηλθ.
 """
 
 import math
@@ -16,6 +20,8 @@ import optax
 
 
 class SummedSgdState(NamedTuple):
+    """State of `summed_sgd`."""
+
     count: jax.Array  # int32[], updates taken
 
 
@@ -25,13 +31,13 @@ def summed_sgd(
     schedule: optax.Schedule | None = None,
     weight_decay: Any = 0.0,
 ) -> optax.GradientTransformation:
-    r"""SGD on the sum of the per-example gradients (Masters & Luschi 2018, Eq. 5).
+    """SGD on the sum of the per-example gradients (Masters & Luschi 2018, Eq. 5).
 
-    .. math:: \theta_{k+1} = \theta_k - s(k)\,\tilde\eta\, m\,(\bar g_k + \lambda\theta_k)
+        θ ← θ - s(k) η̃ m (ḡ + λθ)
 
-    The sum over the batch is m times the mean, so this is Eq. 2-3 with :math:`\eta = \tilde\eta m` (Eq. 6). The penalty
-    belongs to the loss of every example, so the summed update contains :math:`m\lambda\theta`. Every leaf decays: kernels,
-    biases and normalisation parameters alike; wrap the transform in ``optax.masked`` to decay fewer.
+    The sum over the batch is m times the mean, so this is Eq. 2-3 with η = η̃·m (Eq. 6). The penalty belongs to the loss of
+    every example, so the summed update contains m·λ·θ. Every leaf decays: kernels, biases and normalisation parameters alike;
+    wrap the transform in ``optax.masked`` to decay fewer.
 
     Args:
       base_lr: η̃, step length per example; scalar, may be traced.
@@ -71,19 +77,15 @@ def summed_sgd(
 
 
 class Optimizer(NamedTuple):
-    """What a program makes its updates by; the scalars of a run stay arguments, so that other values need no compilation."""
+    """An optimizer of a program. The scalars of a run are arguments of `make`, so that other values need no compilation."""
 
     make: Callable[..., optax.GradientTransformation]  # (learning_rate, weight_decay, **scalars)
-    scalars: tuple[str, ...] = ()  # names
+    scalars: tuple[str, ...] = ()  # names of the arguments of `make` beyond the first two
     rule: float | None = None  # ratio of the learning rate to η̃; None: the batch size (Eq. 6)
 
     def init(self, params: optax.Params) -> optax.OptState:
         """Returns the state before the first update, which depends on no scalar."""
         return self.make(1.0, 0.0, **dict.fromkeys(self.scalars, 0.5)).init(params)
-
-
-# The optimizers that `config.catalog` names. They take mean gradients; every scalar may be traced. Weight decay λ belongs to
-# the loss (§3.1), so that λθ is part of the gradient, except where it is decoupled: in AdamW and Lion the update has -ηλθ.
 
 
 def sgd(learning_rate: Any, weight_decay: Any) -> optax.GradientTransformation:
@@ -130,7 +132,7 @@ def step_schedule(
     warmup_fraction: Any = 0.0,
     warmup_start: Any = 1 / 32,
 ) -> optax.Schedule:
-    r"""Unitless multiplier of η̃: reductions at fractions of training, after an optional linear warm-up (§3.1, §3.4).
+    """Unitless multiplier of η̃: reductions at fractions of training, after an optional linear warm-up (§3.1, §3.4).
 
     With T = total_steps, update k (from 0) is multiplied by ``factor`` once for every boundary with k ≥ boundary·T. During
     the first warmup_fraction·T updates it is also multiplied by a line from warmup_start (at k = 0) to 1 (Goyal et al.

@@ -37,8 +37,8 @@ MAY_CHANGE = (
 class Dataset:
     """`dataset`: where the images come from."""
 
-    name: str = config_field("digits", fields.choice(DATASETS, "dataset", OWN))
-    data_dir: str | None = config_field(None, fields.text)
+    name: str = config_field("digits", fields.choice(DATASETS, "dataset", OWN))  # an entry of `config.datasets.DATASETS`
+    data_dir: str | None = config_field(None, fields.text)  # folder of the data; None for a dataset that needs none
     # Pad 4, random crop, random flip (§3.1); for streamed images a random crop at a random scale, random flip (§3.5).
     augment: bool = config_field(False, fields.boolean)
     image_size: int | None = config_field(None, fields.integer(1))  # in pixels; only for streamed images
@@ -53,31 +53,33 @@ class Dataset:
 class Model:
     """`model`: the network and its normalisation."""
 
-    name: str = config_field("alexnet", fields.choice(catalog.MODELS, "model", OWN))
-    norm: str = config_field("none", fields.choice(catalog.NORMS, "norm"))
-    bn_decay: float = config_field(0.99, fields.decay)  # of batch norm's running averages
-    bn_statistics: str = config_field("running", fields.choice(BN_STATISTICS, "kind of statistics"))  # at evaluation
+    name: str = config_field("alexnet", fields.choice(catalog.MODELS, "model", OWN))  # an entry of `config.catalog.MODELS`
+    norm: str = config_field("none", fields.choice(catalog.NORMS, "norm"))  # an entry of `config.catalog.NORMS`
+    bn_decay: float = config_field(0.99, fields.decay)  # weight of the old running average of batch norm at each step
+    # At evaluation: "running" averages, or "precise" statistics recomputed over training images.
+    bn_statistics: str = config_field("running", fields.choice(BN_STATISTICS, "kind of statistics"))
 
 
 @dataclass(frozen=True)
 class Schedule:
     """`schedule`: unitless multipliers of the base learning rate; see `optim.step_schedule`."""
 
+    # Fractions of training, at each of which the learning rate is multiplied by `factor`.
     boundaries: tuple[float, ...] = config_field((0.5, 0.75), fields.distinct(fields.number(0, 1), most=100))
     factor: float = config_field(0.1, fields.positive(1))
-    warmup_fraction: float = config_field(0.0, fields.number(0, 1))
+    warmup_fraction: float = config_field(0.0, fields.number(0, 1))  # fraction of training; 0: none
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that decides the results of a workdir, and a few fields that only decide how fast they come."""
+    """The fields of a config. They decide the results of a workdir; a few decide only how fast the results come."""
 
-    name: str = config_field("experiment", fields.folder_name)
+    name: str = config_field("experiment", fields.folder_name)  # in results, tables and figures, such as "fig08"
     drawn_from: tuple[str, ...] = config_field((), fields.distinct(fields.text))  # workdirs of a figure that trains nothing
     dataset: Dataset = Dataset()
     model: Model = Model()
-    epochs: int = config_field(8, fields.integer(1, 100_000))
-    weight_decay: float = config_field(0.0, fields.number(0, 1e6))
+    epochs: int = config_field(8, fields.integer(1, 100_000))  # E, of every run whatever m
+    weight_decay: float = config_field(0.0, fields.number(0, 1e6))  # λ of the penalty (λ/2)‖θ‖² in the loss
     task: str = config_field("classification", fields.choice(catalog.TASKS, "task", OWN))  # the loss
     label_smoothing: float = config_field(0.0, fields.decay)  # in training; evaluation takes the plain loss
     metrics: tuple[str, ...] = config_field((), fields.distinct(fields.choice(catalog.METRICS, "metric", OWN)))  # more columns
@@ -86,10 +88,12 @@ class Experiment:
     schedule: Schedule = Schedule()
     optimizer: Optimizer = Optimizer()
     grid: Grid = Grid()
+    # Of matrix products and convolutions; parameters and statistics are float32.
     precision: str = config_field("float32", fields.choice(PRECISIONS, "precision"))
-    lanes: int | None = config_field(None, fields.integer(1, 4096))  # None: chosen by the runner
-    data_devices: int | None = config_field(None, fields.integer(1, 65536))  # number of devices that share each batch
-    micro_batch_size: int | None = config_field(None, fields.integer(1))  # at most, per device
+    lanes: int | None = config_field(None, fields.integer(1, 4096))  # runs trained side by side; None: chosen by the runner
+    # Number of devices that share each batch; None: one, or CPU cores that would be idle.
+    data_devices: int | None = config_field(None, fields.integer(1, 65536))
+    micro_batch_size: int | None = config_field(None, fields.integer(1))  # most examples of a shard at a time; None: chosen
     segment_seconds: float = config_field(2.0, fields.positive(3600))  # work between two visits to the host
     checkpoint_seconds: float = config_field(30.0, fields.number(0, 1e6))  # least time between two checkpoints
     tensorboard: bool = config_field(False, fields.boolean)  # whether WORKDIR/tensorboard shows the runs while they train
@@ -112,7 +116,7 @@ class Experiment:
             self.runs()
 
     def runs(self) -> list[Run]:
-        """Every run of the grid: batch sizes in the order given, then BN batch sizes, base learning rates, seeds.
+        """Returns every run of the grid: batch sizes in the order given, then BN batch sizes, base learning rates, seeds.
 
         Raises:
           InputError: if base learning rates are still to be read from other workdirs (`study.choose_base_lrs`).
@@ -172,7 +176,7 @@ class Experiment:
         return self.grid.base_lrs
 
     def require_examples(self, num_examples: int) -> None:
-        """Refuses a batch size larger than the training set."""
+        """Raises InputError for a batch size larger than the training set."""
         for m in self.grid.batch_sizes:
             if m > num_examples:
                 raise InputError(
@@ -181,7 +185,7 @@ class Experiment:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested values, as stored in a workdir."""
+        """Returns plain nested values, as stored in a workdir."""
         return dataclasses.asdict(self)
 
     def can_share(self, batch_size: int, bn_batch_size: int, devices: int) -> bool:
@@ -193,7 +197,7 @@ class Experiment:
         return not grouped or share % bn_batch_size == 0 or bn_batch_size % share == 0
 
     def require_shares(self) -> None:
-        """Refuses `data_devices` that cannot share a batch of the grid."""
+        """Raises InputError if `data_devices` cannot share every batch of the grid."""
         devices = self.data_devices or 1
         for m, b in self.grid.shapes():
             if not self.can_share(m, b, devices):
@@ -209,7 +213,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Config(Experiment):
-    """All fields of a config: those of the experiment, and those that choose the one run of `train.py`."""
+    """The fields of a config for `train.py`: those of the experiment, and those that choose its one run."""
 
     batch_size: int | None = config_field(None, fields.integer(1))
     base_lr: float | None = config_field(None, fields.positive())
@@ -253,7 +257,11 @@ def from_config(config: ConfigDict | Mapping[str, Any]) -> Experiment:
 
 
 def single_run(config: ConfigDict | Mapping[str, Any]) -> Experiment:
-    """Returns the checked experiment of a config, its grid narrowed to the one run that the config's own fields choose."""
+    """Returns the checked experiment of a config, its grid narrowed to the one run of `batch_size`, `base_lr` and `seed`.
+
+    Raises:
+      InputError: as `from_config`; or if batch_size or base_lr is not given, or bn_batch_size does not divide batch_size.
+    """
     found = fields.parse(Config, config)
     if found.batch_size is None or found.base_lr is None:
         missing = "batch_size" if found.batch_size is None else "base_lr"

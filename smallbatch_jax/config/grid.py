@@ -15,13 +15,15 @@ MOST_RUNS = 100_000  # in a grid: far beyond any study, and still listed at once
 class Grid:
     """`grid`: every batch size × BN batch size × base learning rate × seed is one run, and every value of the other axes."""
 
-    batch_sizes: tuple[int, ...] = config_field((2, 8, 32), fields.distinct(fields.integer(1), least=1))
-    base_lrs: tuple[float, ...] = config_field((2**-8,), fields.distinct(fields.positive(), least=1))
-    # Either replaces base_lrs: workdirs in whose results each batch size finds its best base_lr (Fig. 13), or that base_lr.
+    batch_sizes: tuple[int, ...] = config_field((2, 8, 32), fields.distinct(fields.integer(1), least=1))  # m
+    base_lrs: tuple[float, ...] = config_field((2**-8,), fields.distinct(fields.positive(), least=1))  # η̃ = η/m
+    # Replaces base_lrs: workdirs in whose results each batch size finds its best base_lr (Fig. 13).
     base_lrs_from: tuple[str, ...] = config_field((), fields.distinct(fields.text))
+    # Replaces base_lrs: pairs of a batch size and its base_lr, one for each batch size.
     base_lr_by_batch_size: tuple[tuple[int, float], ...] = config_field((), fields.by_batch_size(fields.positive()))
+    # b, each with every batch size that it does not exceed, which it must divide; None: b = m.
     bn_batch_sizes: tuple[int, ...] | None = config_field(None, fields.distinct(fields.integer(1), least=1))
-    seeds: tuple[int, ...] = config_field((0,), fields.distinct(fields.integer(0), least=1))
+    seeds: tuple[int, ...] = config_field((0,), fields.distinct(fields.integer(0), least=1))  # of initialisation and order
     # Further axes, none by default: values of `weight_decay`, `schedule.warmup_fraction` and of the optimizer's scalars.
     weight_decays: tuple[float, ...] = config_field((), fields.distinct(fields.number(0, 1e6)))
     warmup_fractions: tuple[float, ...] = config_field((), fields.distinct(fields.number(0, 1)))
@@ -47,7 +49,11 @@ class Grid:
         return {name: values for name, values in found.items() if values} | own
 
     def shapes(self) -> list[tuple[int, int]]:
-        """Every (batch size, BN batch size): a batch size is crossed with the BN batch sizes up to it, which must divide it."""
+        """Returns every (batch size, BN batch size): a batch size with each BN batch size up to it, which must divide it.
+
+        Raises:
+          InputError: if one does not, or none is left.
+        """
         pairs = [(m, b) for m in self.batch_sizes for b in self.bn_batch_sizes or (m,) if b <= m]
         for m, b in pairs:
             require_divisor(b, m, "grid.bn_batch_sizes")
@@ -63,9 +69,9 @@ class Grid:
 class Run:
     """One training, from initialisation to the last epoch."""
 
-    batch_size: int
-    bn_batch_size: int
-    base_lr: float
+    batch_size: int  # m
+    bn_batch_size: int  # b; m where none was given
+    base_lr: float  # η̃
     seed: int
     scalars: tuple[tuple[str, float], ...] = ()  # values on the grid's further axes, in the order of `Grid.axes`
 

@@ -14,14 +14,13 @@ BETA_RULES = ("constant", "half_life", "sde")
 class Optimizer:
     """`optimizer`: what makes an update of the mean gradient, and how its scalars depend on the batch size m."""
 
-    name: str = config_field("sgd", fields.choice(catalog.OPTIMIZERS, "optimizer", OWN))
+    name: str = config_field("sgd", fields.choice(catalog.OPTIMIZERS, "optimizer", OWN))  # in `config.catalog.OPTIMIZERS`
     rule: str = config_field("linear", fields.choice(catalog.RULES, "rule"))  # the learning rate at m: η̃·m, η̃·√m or η̃
-    # Scalars of the optimizer; None takes its default, and those that it does not have must be None.
-    momentum: float | None = config_field(None, fields.decay)
-    beta1: float | None = config_field(None, fields.decay)
-    beta2: float | None = config_field(None, fields.decay)
-    epsilon: float | None = config_field(None, fields.positive(1))
-    beta_rule: str = config_field("constant", fields.choice(BETA_RULES, "rule"))  # of momentum, beta1 and beta2
+    momentum: float | None = config_field(None, fields.decay)  # None: the optimizer's default, or it has no momentum
+    beta1: float | None = config_field(None, fields.decay)  # None: as momentum
+    beta2: float | None = config_field(None, fields.decay)  # None: as momentum
+    epsilon: float | None = config_field(None, fields.positive(1))  # None: as momentum
+    beta_rule: str = config_field("constant", fields.choice(BETA_RULES, "rule"))  # how momentum and betas depend on m
     beta_batch_size: int | None = config_field(None, fields.integer(1))  # m′, at which they have the values given
 
     def __post_init__(self) -> None:

@@ -61,7 +61,7 @@ def load_section(chosen: experiment.Dataset, loader: Callable[..., Dataset | Pho
 
 
 def num_train_examples(chosen: experiment.Dataset) -> int:
-    """Returns the size of the training set of the section `dataset`, without reading it where the table knows it."""
+    """Returns the number of training examples of the section `dataset`, from DATASETS if known there."""
     size = DATASETS[chosen.name].size
     if size is None:
         return load_section(chosen).num_train
@@ -71,7 +71,7 @@ def num_train_examples(chosen: experiment.Dataset) -> int:
 def random(name: str, data_dir: str | os.PathLike | None = None, image_size: int | None = None) -> Dataset | Photographs:
     """Returns random images and labels in the sizes of a dataset, to measure speed where the data are not.
 
-    A folder is loaded, since its files alone tell its sizes. Streamed photographs are synthetic JPEGs.
+    Arguments as for `load`. A folder is loaded, since its files alone tell its sizes. Streamed photographs are synthetic JPEGs.
     """
     size = DATASETS[name].size
     if size is None:

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 class Timing(NamedTuple):
     """A row of timings.csv; 0 where a column does not apply."""
 
-    phase: str
+    phase: str  # import, data, compile, segment, checkpoint or draw
     batch_size: int
     bn_batch_size: int
     lanes: int
     seconds: float
-    steps: int
-    images: int
-    peak_bytes: int
+    steps: int  # summed over the lanes
+    images: int  # summed over the lanes
+    peak_bytes: int  # `LaneProgram.peak_bytes`
 
 
 TIMING_COLUMNS = Timing._fields
@@ -56,10 +56,12 @@ class Timings:
 
 
 def load_timings(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
-    """Returns the stored timings: one row per measurement, columns as in `Timings.add`.
+    """Returns the stored timings, one row per measurement; no rows if there are none.
 
-    0 means not applicable or not known: batch_size outside programs, peak_bytes outside the phase "compile". Damaged lines are
-    left out, and so is a file that cannot be read, with a warning.
+    Columns: phase (import, data, compile, segment, checkpoint or draw); batch_size m, bn_batch_size and lanes of the program;
+    seconds of wall time; steps and images, summed over the lanes; peak_bytes, the memory that the program needs on the devices
+    of one process, without a resident dataset. 0 means not applicable or not known: batch_size outside programs, peak_bytes
+    outside the phase "compile". Damaged lines are left out, and so is a file that cannot be read, with a warning.
     """
     path, rows = Path(expanded_path("workdir", workdir)) / "timings.csv", []
     try:

@@ -22,8 +22,8 @@ from smallbatch_jax.config.protocol import LAST_EPOCHS
 from smallbatch_jax.config.text import format_base_lr
 
 SETUP = ["experiment", "batch_size", "bn_batch_size"]
-CELL = [*SETUP, "base_lr"]
-RUN = [*CELL, "seed"]
+CELL = [*SETUP, "base_lr"]  # the columns that tell cells apart
+RUN = [*CELL, "seed"]  # the columns that tell runs apart
 
 CONVERGENCE_RULE = (
     "Converging: no seed diverged, one or more finished, and their test accuracy is above chance "
@@ -58,10 +58,11 @@ def final_accuracy(df: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
       metric: the column that counts.
     Returns:
       One row per cell that has any row in `df`, sorted by `cell_columns(df)`, with these columns and
-        test_accuracy, or metric.column: mean over the finished seeds of the median of the run's last min(5, E) epochs; NaN if
-          none.
-        test_accuracy_std: standard deviation over the finished seeds (n − 1); NaN for fewer than two.
-        finished, diverged: numbers of seeds. A seed still running is in neither.
+
+      - test_accuracy, or metric.column: mean over the finished seeds of the median of the run's last min(5, E) epochs; NaN if
+        none.
+      - test_accuracy_std: standard deviation over the finished seeds (n − 1); NaN for fewer than two.
+      - finished, diverged: numbers of seeds. A seed still running is in neither.
     """
     return known_cells(df, metric).drop(columns="pending")
 

@@ -21,13 +21,13 @@ RULE = (
 class Answer(NamedTuple):
     """The answer of a study, in plain text."""
 
-    sentence: str  # one, with its full stop
+    sentence: str  # one sentence, with its full stop
     caveats: tuple[str, ...]  # the learning rate as other frameworks take it, and the questions of a careful reader
     best: pd.Series | None  # the best row of `study.cells`; None until a run has finished
 
 
 def answer(study: Study) -> Answer:
-    """The most accurate cell of a study, by `analysis.final_accuracy`, and the batch sizes that never reach it.
+    """Returns the most accurate cell of a study, by `analysis.final_accuracy`, and the batch sizes that never reach it.
 
     Ties go to the smallest batch size, BN batch size and base learning rate. A batch size counts as not reaching the
     best by `RULE`, and only once all its runs have ended.

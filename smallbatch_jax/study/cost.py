@@ -15,7 +15,7 @@ from smallbatch_jax.config.metric import ACCURACY, Metric
 from smallbatch_jax.study.analysis import CELL, SETUP, cell_columns
 
 PROGRAM = ["batch_size", "bn_batch_size"]
-TARGET = 0.9  # of the way from chance to the best
+TARGET = 0.9  # fraction of the way from chance to the best accuracy
 
 
 def program_costs(timings: pd.DataFrame) -> pd.DataFrame:
@@ -25,11 +25,12 @@ def program_costs(timings: pd.DataFrame) -> pd.DataFrame:
       timings: from `results.load_timings`.
     Returns:
       One row per (batch size, BN batch size) that was compiled or trained, sorted, with the columns
-        lanes: the number that trained most images; memory may have run out with more, and the last runs need fewer.
-        compile_seconds, segment_seconds: wall time, summed; a program compiles while another trains.
-        images: images trained in all lanes; those trained twice after a kill are included twice, and so are their seconds.
-        images_per_second: rate of all lanes together; NaN before the first segment.
-        peak_bytes: `LaneProgram.peak_bytes` with so many lanes, on all its devices, without the dataset; NaN if not known.
+
+      - lanes: the number that trained most images; memory may have run out with more, and the last runs need fewer.
+      - compile_seconds, segment_seconds: wall time, summed; a program compiles while another trains.
+      - images: images trained in all lanes; those trained twice after a kill are included twice, and so are their seconds.
+      - images_per_second: rate of all lanes together; NaN before the first segment.
+      - peak_bytes: `LaneProgram.peak_bytes` with so many lanes, on all its devices, without the dataset; NaN if not known.
     """
     parts = timings[timings["phase"].isin(["compile", "segment"]) & (timings["batch_size"] > 0)]
     of_phase = {f"{name}_seconds": parts["seconds"].where(parts["phase"] == name, 0.0) for name in ("compile", "segment")}
@@ -81,11 +82,13 @@ def time_to_accuracy(rows: pd.DataFrame, timings: pd.DataFrame, accuracy: float,
       metric: the column that counts.
     Returns:
       One row per `SETUP` that has any row, sorted, with the columns
-        base_lr: the one that needs the fewest epochs; of equals, the smallest.
-        seconds: a run's own time until then, as in `with_time`; NaN also where no time is known.
-        epochs: number of epochs until then, mean over seeds.
-        seeds: number of finished seeds.
-      NaN, and 0 seeds, where no base_lr reaches it.
+
+      - base_lr: the one that needs the fewest epochs; of equals, the smallest.
+      - seconds: a run's own time until then, as in `with_time`; NaN also where no time is known.
+      - epochs: number of epochs until then, mean over seeds.
+      - seeds: number of finished seeds.
+
+      The columns are NaN, and seeds 0, where no base_lr reaches it.
     """
     finished = rows[rows["status"] == "finished"]
     cell = cell_columns(rows)

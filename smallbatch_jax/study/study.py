@@ -68,10 +68,10 @@ class Study:
 
 
 def load(workdir: str | Path) -> Study:
-    """The study that a workdir holds; reads only.
+    """Returns the study that a workdir holds, finished or not; writes nothing.
 
     Raises:
-      InputError: if the folder is no workdir.
+      InputError: if the folder is no workdir, or its experiment.json is damaged.
     """
     path = Path(expanded_path("workdir", workdir))
     (experiment, facts), rows = read_workdir(path), results.load(path)
@@ -84,7 +84,7 @@ def load(workdir: str | Path) -> Study:
 
 
 def load_all(workdirs: Iterable[str | Path]) -> dict[str, Study]:
-    """The studies of several workdirs by name, in the order given.
+    """Returns the studies of several workdirs by name, in the order given.
 
     Raises:
       InputError: if a folder is no workdir, or two hold an experiment of one name.
@@ -112,7 +112,7 @@ def summaries(studies: Sequence[Study]) -> str:
 
 
 def describe(study: Study) -> str:
-    """One line: what was trained, on what, and how much of it has ended."""
+    """Returns one line: what was trained, on what data, over which grid, and how many of its runs have ended."""
     e, cells = study.experiment, study.cells
     images = " ({:,} + {:,} images)".format(*study.examples) if study.examples else ""
     facts = [e.model.name.removeprefix(OWN), f"norm {e.model.norm}"]

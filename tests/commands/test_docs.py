@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import smallbatch_jax
 from smallbatch_jax.config import overrides
 
 ROOT = Path(__file__).parents[2]
@@ -147,3 +148,15 @@ def test_contributing_names_files_that_are_there():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     for name in re.findall(r"`((?:\w+/)*\w+\.py|(?:\w+/)+)`", text):
         assert any((base / name).exists() for base in (ROOT, ROOT / "smallbatch_jax")) or name == "__init__.py", name
+
+
+def test_every_public_name_has_a_page_of_its_module_in_the_api_reference():
+    pages = {path.stem: path.read_text() for path in (ROOT / "docs/api").glob("*.md")}
+    modules = smallbatch_jax._PUBLIC | {"sweep": "runner.sweep"}
+    assert [name for name in modules if f"::: smallbatch_jax.{modules[name]}\n" not in pages.get(name, "")] == []
+
+
+def test_the_site_lists_every_page_once():
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    pages = [str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(re.findall(r"[\w/]+\.md\b", nav)) == sorted(["index.md", *pages])

@@ -130,7 +130,7 @@ class Photographs:
 
     train: Source
     test: Source
-    image_size: int  # S
+    image_size: int  # S, in pixels
     num_classes: int
     class_names: tuple[str, ...]
     statistics: tuple[np.ndarray, np.ndarray] | None = None  # mean and deviation of the channels in 0 … 255, if known

@@ -32,12 +32,12 @@ class Verdict(NamedTuple):
 
 
 def judge(studies: Studies) -> list[Verdict]:
-    """Every claim, judged on the studies given by name."""
+    """Judges every entry of CLAIMS on the studies, which have their names as keys, such as "fig08" (`study.load_all`)."""
     return [judge_one(claim, studies) for claim in CLAIMS]
 
 
 def judge_one(claim: Claim, studies: Studies) -> Verdict:
-    """One claim, judged on the studies given by name."""
+    """Judges one claim on the studies, as `judge` does; an absent or unfinished study gives a finding that holds None."""
     checks = [check for check in claim.checks if not claim.one_of or check.figures[0] in studies]
     found = [finding for check in checks for finding in _examine(check, studies)]
     missing = [group for group in claim.one_of if not any(name in studies for name in group)]

@@ -24,9 +24,9 @@ class Claim(NamedTuple):
     If `one_of` names groups of figures, one figure of each group is enough; checks of absent figures are skipped.
     """
 
-    id: str
-    where: str
-    sentence: str
+    id: str  # "C1"
+    where: str  # section and figures of the paper
+    sentence: str  # quoted from there
     checks: tuple[Check, ...]
     one_of: tuple[tuple[str, ...], ...] = ()
 

@@ -162,7 +162,7 @@ def time_to_accuracy(study: Study, accuracy: float | None = None) -> Figure:
     """A run's own time until it reaches a test accuracy, for each m at the η̃ that is there first.
 
     Args:
-      study: as the module says.
+      study: one with `timings`; where its BN batch sizes vary, they are chosen as in `heat_map`.
       accuracy: the target, a fraction, or a value of the study's metric; by default `cost.target_accuracy`, 90 % of the way
         from chance to the best.
     Returns:
