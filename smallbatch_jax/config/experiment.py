@@ -21,6 +21,7 @@ __all__ = ["BETA_RULES", "Experiment", "InputError", "Optimizer", "Run", "defaul
 BROKEN_IMAGES = ("fail", "skip")
 OWN = "own:"  # begins the name of a model or dataset that a Python caller brought; no command can make one
 BN_STATISTICS = ("running", "precise")  # running averages, or recomputed over training images at each evaluation
+WEIGHT_DECAY_MASKS = ("all", "kernels")  # which parameters decay; kernels are arrays of two or more dimensions
 PRECISIONS = ("float32", "tf32", "bfloat16")
 MOST_RUNS = 100_000  # in a grid: far beyond any study, and still listed at once
 
@@ -116,6 +117,7 @@ class Experiment:
     model: Model = Model()
     epochs: int = config_field(8, fields.integer(1, 100_000))
     weight_decay: float = config_field(0.0, fields.number(0, 1e6))
+    weight_decay_mask: str = config_field("all", fields.choice(WEIGHT_DECAY_MASKS, "mask"))
     schedule: Schedule = Schedule()
     optimizer: Optimizer = Optimizer()
     grid: Grid = Grid()

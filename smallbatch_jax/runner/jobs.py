@@ -3,7 +3,7 @@
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from smallbatch_jax.config import catalog
 from smallbatch_jax.config.experiment import OWN, Experiment, InputError, Run, programs
 from smallbatch_jax.data import Dataset, Photographs, order
 from smallbatch_jax.models import create_model, micro_batch_size
-from smallbatch_jax.optim import Optimizer
+from smallbatch_jax.optim import Optimizer, is_kernel
 from smallbatch_jax.program import devices, processes
 from smallbatch_jax.program import lanes as lane_programs
 from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
@@ -96,6 +96,8 @@ class Setup:
         """Returns the optimizer of a program; its learning rate alone depends on the batch size."""
         chosen = self.experiment.optimizer
         make = pkgutil.resolve_name(catalog.OPTIMIZERS[chosen.name].make)
+        if self.experiment.weight_decay_mask == "kernels":
+            make = partial(make, mask=is_kernel)
         return Optimizer(make, tuple(chosen.scalars(batch_size)), chosen.learning_rate(1.0, batch_size))
 
 

@@ -65,8 +65,9 @@ def sweep(
         - of the dataset `augment`, `data_dir`, `image_size`, `color_jitter`, `broken_images`, `workers`;
         - of a named model `norm`, `bn_decay`, `bn_statistics`;
         - of the grid `bn_batch_sizes`, for which your own module must have a field `bn_batch_size`;
-        - `weight_decay`, `precision`, `lanes`, `data_devices`, `micro_batch_size`, `segment_seconds`, `checkpoint_seconds`,
-          `tensorboard`, `wandb`, and the `name` of the experiment.
+        - `weight_decay`, `weight_decay_mask` ("kernels": biases and normalisation do not decay), `precision`, `lanes`,
+          `data_devices`, `micro_batch_size`, `segment_seconds`, `checkpoint_seconds`, `tensorboard`, `wandb`, and the
+          `name` of the experiment.
 
     Returns:
       The rows of `results.load(workdir)`.

@@ -107,6 +107,7 @@ def hparams(experiment: Experiment, run: Run) -> dict[str, object]:
         "bn_statistics": experiment.model.bn_statistics,
         "epochs": experiment.epochs,
         "weight_decay": experiment.weight_decay,
+        "weight_decay_mask": experiment.weight_decay_mask,
         "warmup_fraction": experiment.schedule.warmup_fraction,
         "precision": experiment.precision,
     }

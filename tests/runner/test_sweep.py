@@ -135,7 +135,7 @@ def test_each_batch_size_may_have_its_own_rate():
         ({"bn_statistics": "precise"}, "norm, bn_decay, bn_statistics: belong to the named models"),
         ({"norm": "batch"}, "norm, bn_decay, bn_statistics: belong to the named models"),
         ({"dataset": "digts"}, "dataset.name: unknown dataset 'digts'"),
-        ({"boundary": (0.5,)}, "boundary: unknown field; did you mean 'boundaries'? Known: name, weight_decay, schedule, "),
+        ({"boundary": (0.5,)}, "boundary: unknown field; did you mean 'boundaries'? Known: name, weight_decay, "),
         ({"drawn_from": ("w",)}, "drawn_from: unknown field"),
         ({"factor": 0.0}, "schedule.factor: got 0.0"),
     ],
