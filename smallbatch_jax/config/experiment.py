@@ -23,12 +23,13 @@ OWN = "own:"  # begins the name of a model or dataset that a Python caller broug
 BN_STATISTICS = ("running", "precise")  # running averages, or recomputed over training images at each evaluation
 WEIGHT_DECAY_MASKS = ("all", "kernels")  # which parameters decay; kernels are arrays of two or more dimensions
 PRECISIONS = ("float32", "tf32", "bfloat16")
+KEEP_PARAMETERS = ("best", "all")  # of the finished runs: the best of each batch size, or every one
 MOST_RUNS = 100_000  # in a grid: far beyond any study, and still listed at once
 
 # Fields outside the grid that may differ when a workdir is resumed: place of the data, layout of the work, trackers.
 MAY_CHANGE = (
     *("dataset.data_dir", "dataset.workers", "lanes", "data_devices", "micro_batch_size"),
-    *("segment_seconds", "checkpoint_seconds", "tensorboard", "wandb"),
+    *("segment_seconds", "checkpoint_seconds", "tensorboard", "wandb", "keep_parameters", "keep_gib"),
 )
 
 
@@ -129,6 +130,9 @@ class Experiment:
     checkpoint_seconds: float = config_field(30.0, fields.number(0, 1e6))  # least time between two checkpoints
     tensorboard: bool = config_field(False, fields.boolean)  # whether WORKDIR/tensorboard shows the runs while they train
     wandb: str | None = config_field(None, fields.text)  # W&B project
+    # Which final parameters WORKDIR/parameters keeps of the runs that finish from now on, and how much disk they may take.
+    keep_parameters: str | None = config_field(None, fields.choice(KEEP_PARAMETERS, "choice"))
+    keep_gib: float = config_field(4.0, fields.positive(1e6))
 
     def __post_init__(self) -> None:
         catalog.require_norm(self.model.name, self.model.norm)

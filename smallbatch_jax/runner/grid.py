@@ -26,6 +26,7 @@ from smallbatch_jax.runner.progress import NoProgress, Progress, Status
 from smallbatch_jax.runner.scheduler import Scheduler
 from smallbatch_jax.runner.signals import Interrupted, Stop, noted_signals
 from smallbatch_jax.store.checkpoint import Checkpoints
+from smallbatch_jax.store.parameters import Parameters
 from smallbatch_jax.store.results import ProgramResults
 from smallbatch_jax.store.skipped import SkippedImages
 from smallbatch_jax.store.timings import Timings
@@ -125,6 +126,7 @@ def _checked_setup(experiment: Experiment, dataset: Dataset | Photographs, model
             model.require_batch(dataset.example, m)
         if place == 0:  # with the smallest b, which alone may be too small for a named model
             lane_programs.require_model(model, dataset.example, dataset.num_classes, m)
+            checks.require_disk(experiment, model, dataset.example)
     return setup
 
 
@@ -152,7 +154,8 @@ def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: 
         stack.callback(progress.close, status)
         forecast = Forecast(progress, jobs)
         timings = Timings(folder if first else None)
-        session = Session(pipeline, setup.initialiser(), status, forecast.show, timings, stop, shown)
+        kept = Parameters(folder if first else None, setup.experiment.keep_parameters)
+        session = Session(pipeline, setup.initialiser(), status, forecast.show, timings, stop, shown, kept)
         pending = [job for job in jobs if job.pending()]
         if pending:
             progress.show(status, f"compiling {pending[0].title}, program 1 of {len(pending)}")

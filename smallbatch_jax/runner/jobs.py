@@ -23,6 +23,7 @@ from smallbatch_jax.program.train import Model, Program, Setting, TrainState
 from smallbatch_jax.runner.input import InputPipeline
 from smallbatch_jax.runner.progress import Status, title
 from smallbatch_jax.runner.signals import Stop
+from smallbatch_jax.store.parameters import Parameters
 from smallbatch_jax.store.results import ProgramResults
 from smallbatch_jax.store.timings import Timings
 from smallbatch_jax.tracking.trackers import Trackers
@@ -112,6 +113,7 @@ class Session:
     timings: Timings
     stop: Stop
     trackers: Trackers
+    parameters: Parameters
 
 
 class Layout(NamedTuple):

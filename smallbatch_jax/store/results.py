@@ -145,9 +145,10 @@ class ProgramResults:
     def diverged(self, run: Run) -> bool:
         return run in self._last_rows and self._last_rows[run][-1].diverged
 
-    def final_accuracy(self, run: Run) -> float:
-        """The median test accuracy of a run's last epochs (§3.1); NaN if it diverged."""
-        return math.nan if self.diverged(run) else statistics.median(row.test_accuracy for row in self._last_rows[run])
+    def final_accuracy(self, run: Run, *new: Row) -> float:
+        """The median test accuracy of a run's last epochs (§3.1), with rows not stored yet; NaN if it diverged."""
+        last = [*self._last_rows.get(run, ()), *new][-LAST_EPOCHS:]
+        return math.nan if self.diverged(run) else statistics.median(row.test_accuracy for row in last)
 
     def __enter__(self) -> "ProgramResults":
         return self

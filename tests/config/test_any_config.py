@@ -26,7 +26,14 @@ ROOT = Path(__file__).parents[2]
 
 WORDS = [
     *(*experiment.DATASETS, *catalog.MODELS, *catalog.NORMS, *experiment.BN_STATISTICS, *experiment.PRECISIONS),
-    *(*experiment.WEIGHT_DECAY_MASKS, *experiment.BROKEN_IMAGES, *catalog.OPTIMIZERS, *catalog.RULES, *experiment.BETA_RULES),
+    *(
+        *experiment.WEIGHT_DECAY_MASKS,
+        *experiment.KEEP_PARAMETERS,
+        *experiment.BROKEN_IMAGES,
+        *catalog.OPTIMIZERS,
+        *catalog.RULES,
+        *experiment.BETA_RULES,
+    ),
     experiment.OWN,
 ]
 
