@@ -8,11 +8,11 @@ import tiny
 
 import smallbatch_jax as sbj
 from smallbatch_jax.cluster import worker
-from smallbatch_jax.config.experiment import InputError
+from smallbatch_jax.config.experiment import InputError, Run
 from smallbatch_jax.runner.grid import train_grid
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.runner.signals import Stop
-from smallbatch_jax.store import results
+from smallbatch_jax.store import parameters, results
 from smallbatch_jax.store.results import ProgramResults
 
 # Two lanes for three runs and more: lanes are refilled while the parameters of runs that ended are on their way.
@@ -58,6 +58,8 @@ def test_kept_parameters_have_the_stored_test_accuracy_and_loss(every):
     last, data = last_rows(frame), tiny.dataset()
     assert set(frame.status) == {"finished", "diverged"}
     assert len(names(workdir)) == len(last) > 4
+    stored = {kept.run: kept.accuracy for kept in parameters._stored(workdir / "parameters")}
+    assert stored == {Run(*row[:4]): row.final for row in last[[*results.RUN_COLUMNS, "final"]].itertuples(index=False)}
     mean, std = data.train_images.mean((0, 1, 2)), data.train_images.std((0, 1, 2))
     for row in last.itertuples():
         logits = tiny.TinyModel().apply(loaded(workdir, row), ((data.test_images - mean) / std).astype(np.float32))
@@ -103,6 +105,13 @@ def test_a_sweep_that_is_resumed_keeps_the_runs_that_finish_from_then_on(tmp_pat
     train(tmp_path / "w", None, **alone, base_lrs=(2**-9,))
     assert not (tmp_path / "w/parameters").exists()
     train(tmp_path / "w", "all", **alone, base_lrs=(2**-9, 2**-6))
+    assert names(tmp_path / "w") == ["m00004_lr2^-6_seed0"]
+
+
+def test_a_run_that_diverges_in_its_last_epoch_keeps_nothing(tmp_path):
+    alone = {"batch_sizes": (4,), "bn_batch_sizes": None, "seeds": (0,), "epochs": 1}
+    frame = train(tmp_path / "w", "all", **alone, base_lrs=(2**-6, 1e30))
+    assert list(frame.status) == ["finished", "diverged"]
     assert names(tmp_path / "w") == ["m00004_lr2^-6_seed0"]
 
 
