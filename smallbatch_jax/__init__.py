@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from smallbatch_jax.runner import grid
     from smallbatch_jax.runner.sweep import sweep as sweep
     from smallbatch_jax.store import results as results
+    from smallbatch_jax.store.parameters import load_parameters as load_parameters
     from smallbatch_jax.study import analysis as analysis
     from smallbatch_jax.study import claims as claims
     from smallbatch_jax.study import cost as cost
@@ -42,15 +43,16 @@ _PUBLIC = {
     "study": "study",
     "train": "program.train",
 }
+_FUNCTIONS = {"load_parameters": "store.parameters", "sweep": "runner.sweep"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return importlib.import_module(f"smallbatch_jax.{_PUBLIC[name]}")
-    if name == "sweep":
-        return importlib.import_module("smallbatch_jax.runner.sweep").sweep
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"smallbatch_jax.{_FUNCTIONS[name]}"), name)
     raise AttributeError(f"module 'smallbatch_jax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC, "sweep"])
+    return sorted([*globals(), *_PUBLIC, *_FUNCTIONS])

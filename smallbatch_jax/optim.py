@@ -79,7 +79,7 @@ def summed_sgd(
 class Optimizer(NamedTuple):
     """An optimizer of a program. The scalars of a run are arguments of `make`, so that other values need no compilation."""
 
-    make: Callable[..., optax.GradientTransformation]  # (learning_rate, weight_decay, **scalars)
+    make: Callable[..., optax.GradientTransformation]  # (learning_rate, weight_decay, **scalars, mask=None)
     scalars: tuple[str, ...] = ()  # names of the arguments of `make` beyond the first two
     rule: float | None = None  # ratio of the learning rate to η̃; None: the batch size (Eq. 6)
 
@@ -88,41 +88,57 @@ class Optimizer(NamedTuple):
         return self.make(1.0, 0.0, **dict.fromkeys(self.scalars, 0.5)).init(params)
 
 
-def sgd(learning_rate: Any, weight_decay: Any) -> optax.GradientTransformation:
+def is_kernel(params: optax.Params) -> Any:
+    """A `mask` of weight decay: True for arrays of two or more dimensions, so that biases and normalisation do not decay.
+
+    It is the same where the lanes of a program train side by side, whose vectors are packed into one
+    (`program.side_by_side.Packing`): that array has one dimension, and kernels stay as they are.
+    """
+    return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+
+
+def sgd(learning_rate: Any, weight_decay: Any, mask: Any = None) -> optax.GradientTransformation:
     """SGD without momentum, θ ← θ - η (ḡ + λθ): `summed_sgd` with η = η̃·m."""
-    return summed_sgd(learning_rate, 1, weight_decay=weight_decay)
+    if mask is None:
+        return summed_sgd(learning_rate, 1, weight_decay=weight_decay)
+    return optax.chain(optax.add_decayed_weights(weight_decay, mask), summed_sgd(learning_rate, 1))
 
 
 SGD = Optimizer(sgd)
 
 
-def heavy_ball(learning_rate: Any, weight_decay: Any, momentum: Any) -> optax.GradientTransformation:
+def heavy_ball(learning_rate: Any, weight_decay: Any, momentum: Any, mask: Any = None) -> optax.GradientTransformation:
     """SGD with momentum: v ← μv + ḡ + λθ, θ ← θ - ηv."""
-    return optax.chain(optax.add_decayed_weights(weight_decay), optax.trace(momentum), optax.scale(-learning_rate))
+    decayed = optax.add_decayed_weights(weight_decay, mask)
+    return optax.chain(decayed, optax.trace(momentum), optax.scale(-learning_rate))
 
 
-def nesterov(learning_rate: Any, weight_decay: Any, momentum: Any) -> optax.GradientTransformation:
+def nesterov(learning_rate: Any, weight_decay: Any, momentum: Any, mask: Any = None) -> optax.GradientTransformation:
     """SGD with Nesterov's momentum: v ← μv + ḡ + λθ, θ ← θ - η (ḡ + λθ + μv)."""
-    decayed = optax.add_decayed_weights(weight_decay)
+    decayed = optax.add_decayed_weights(weight_decay, mask)
     return optax.chain(decayed, optax.trace(momentum, nesterov=True), optax.scale(-learning_rate))
 
 
-def adam(learning_rate: Any, weight_decay: Any, beta1: Any, beta2: Any, epsilon: Any) -> optax.GradientTransformation:
+def adam(
+    learning_rate: Any, weight_decay: Any, beta1: Any, beta2: Any, epsilon: Any, mask: Any = None
+) -> optax.GradientTransformation:
     """Adam (Kingma & Ba 2015); the penalty is part of the gradient."""
     scaled = optax.scale_by_adam(beta1, beta2, epsilon)
-    return optax.chain(optax.add_decayed_weights(weight_decay), scaled, optax.scale(-learning_rate))
+    return optax.chain(optax.add_decayed_weights(weight_decay, mask), scaled, optax.scale(-learning_rate))
 
 
-def adamw(learning_rate: Any, weight_decay: Any, beta1: Any, beta2: Any, epsilon: Any) -> optax.GradientTransformation:
+def adamw(
+    learning_rate: Any, weight_decay: Any, beta1: Any, beta2: Any, epsilon: Any, mask: Any = None
+) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
     scaled = optax.scale_by_adam(beta1, beta2, epsilon)
-    return optax.chain(scaled, optax.add_decayed_weights(weight_decay), optax.scale(-learning_rate))
+    return optax.chain(scaled, optax.add_decayed_weights(weight_decay, mask), optax.scale(-learning_rate))
 
 
-def lion(learning_rate: Any, weight_decay: Any, beta1: Any, beta2: Any) -> optax.GradientTransformation:
+def lion(learning_rate: Any, weight_decay: Any, beta1: Any, beta2: Any, mask: Any = None) -> optax.GradientTransformation:
     """Lion (Chen et al. 2023), with decoupled weight decay."""
     scaled = optax.scale_by_lion(beta1, beta2)
-    return optax.chain(scaled, optax.add_decayed_weights(weight_decay), optax.scale(-learning_rate))
+    return optax.chain(scaled, optax.add_decayed_weights(weight_decay, mask), optax.scale(-learning_rate))
 
 
 def step_schedule(

@@ -63,6 +63,9 @@ def train(task: ProgramTask, cpu_devices: int | None, stop: Stop, report: Report
     reached = lock.exists() and lock.read_text() == task.owner
     with tempfile.TemporaryDirectory() as scratch:
         if not reached:
+            if experiment.keep_parameters:
+                needs = "use a workdir that every machine reaches, or None"
+                return Outcome(None, f"keep_parameters: {task.workdir}, which keeps them, is not reached from here; {needs}.")
             folder = Path(scratch)
             experiment = dataclasses.replace(experiment, **dict.fromkeys(TRACKERS))  # the launcher's workdir has the trackers
             with ProgramResults(folder, *task.shape, format=Format.of(experiment)) as stored:

@@ -23,13 +23,15 @@ __all__ += ["default_config", "from_config", "programs", "single_run"]
 
 BROKEN_IMAGES = ("fail", "skip")
 BN_STATISTICS = ("running", "precise")  # running averages, or recomputed over training images at each evaluation
+WEIGHT_DECAY_MASKS = ("all", "kernels")  # which parameters decay; kernels are arrays of two or more dimensions
 PRECISIONS = ("float32", "tf32", "bfloat16")
+KEEP_PARAMETERS = ("best", "all")  # of the finished runs: the best of each batch size, or every one
 
 # Fields outside the grid that may differ when a workdir is resumed: how it is read, place of the data, layout, trackers.
 MAY_CHANGE = (
     "select",
     *("dataset.data_dir", "dataset.workers", "lanes", "data_devices", "micro_batch_size"),
-    *("segment_seconds", "checkpoint_seconds", "tensorboard", "wandb"),
+    *("segment_seconds", "checkpoint_seconds", "tensorboard", "wandb", "keep_parameters", "keep_gib"),
 )
 
 
@@ -80,6 +82,7 @@ class Experiment:
     model: Model = Model()
     epochs: int = config_field(8, fields.integer(1, 100_000))  # E, of every run whatever m
     weight_decay: float = config_field(0.0, fields.number(0, 1e6))  # λ of the penalty (λ/2)‖θ‖² in the loss
+    weight_decay_mask: str = config_field("all", fields.choice(WEIGHT_DECAY_MASKS, "mask"))
     task: str = config_field("classification", fields.choice(catalog.TASKS, "task", OWN))  # the loss
     label_smoothing: float = config_field(0.0, fields.decay)  # in training; evaluation takes the plain loss
     metrics: tuple[str, ...] = config_field((), fields.distinct(fields.choice(catalog.METRICS, "metric", OWN)))  # more columns
@@ -98,6 +101,9 @@ class Experiment:
     checkpoint_seconds: float = config_field(30.0, fields.number(0, 1e6))  # least time between two checkpoints
     tensorboard: bool = config_field(False, fields.boolean)  # whether WORKDIR/tensorboard shows the runs while they train
     wandb: str | None = config_field(None, fields.text)  # W&B project
+    # Which final parameters WORKDIR/parameters keeps of the runs that finish from now on, and how much disk they may take.
+    keep_parameters: str | None = config_field(None, fields.choice(KEEP_PARAMETERS, "choice"))
+    keep_gib: float = config_field(4.0, fields.positive(1e6))
 
     def __post_init__(self) -> None:
         catalog.require_norm(self.model.name, self.model.norm)

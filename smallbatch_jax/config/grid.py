@@ -1,7 +1,7 @@
 """The section `grid` of a config, and the runs that it stands for, by program."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,11 @@ class Run:
     base_lr: float  # η̃
     seed: int
     scalars: tuple[tuple[str, float], ...] = ()  # values on the grid's further axes, in the order of `Grid.axes`
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "Run":
+        """Returns the run of a `dataclasses.asdict` from JSON, in which tuples are lists; earlier versions had no scalars."""
+        return cls(**{**stored, "scalars": tuple((name, value) for name, value in stored.get("scalars", ()))})
 
     def to_dict(self) -> dict[str, Any]:
         """Its values by column of the results."""

@@ -1,12 +1,16 @@
 """Checks that an experiment fits its data, and warnings about the user's own arrays."""
 
+import math
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from smallbatch_jax.config.experiment import OWN, Experiment, InputError
 from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.data.doubts import doubts
+from smallbatch_jax.program.train import Model, init_state
 
 MOST_CHANNELS = 4  # of a picture: grey, RGB, RGBA
 
@@ -29,6 +33,23 @@ def require_fitting(experiment: Experiment, dataset: Dataset | Photographs) -> N
         _require_pictures(f"model.name: {experiment.model.name} takes images [N, H, W, C]", dataset.image_shape)
     if experiment.dataset.augment:
         _require_pictures("dataset.augment: crops and flips images [H, W, C] (use False for others)", dataset.image_shape)
+
+
+def require_disk(experiment: Experiment, model: Model, example: jax.ShapeDtypeStruct) -> None:
+    """Refuses parameters to keep that would take more disk than `keep_gib`; runs nothing."""
+    if experiment.keep_parameters is None:
+        return
+    state = jax.eval_shape(lambda: init_state(model, jnp.zeros((1, *example.shape), example.dtype), jnp.int32(0)))
+    sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.params, state.batch_stats))]
+    runs = experiment.runs()
+    kept = len(runs) if experiment.keep_parameters == "all" else len({run.batch_size for run in runs})
+    needed = kept * sum(sizes) / 2**30
+    if needed > experiment.keep_gib:
+        fewer = ", or keep_parameters='best'" if experiment.keep_parameters == "all" else ""
+        raise InputError(
+            f"keep_gib: got {experiment.keep_gib:g}, the parameters of {kept} runs, {sum(sizes):,} bytes each, take "
+            f"{needed:.3g} GiB; use at least that{fewer}."
+        )
 
 
 def _require_pictures(reason: str, image_shape: Sequence[int]) -> None:

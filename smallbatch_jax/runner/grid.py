@@ -28,6 +28,7 @@ from smallbatch_jax.runner.progress import NoProgress, Progress, Status
 from smallbatch_jax.runner.scheduler import Scheduler
 from smallbatch_jax.runner.signals import Interrupted, Stop, noted_signals
 from smallbatch_jax.store.checkpoint import Checkpoints
+from smallbatch_jax.store.parameters import Parameters
 from smallbatch_jax.store.results import Format, ProgramResults
 from smallbatch_jax.store.skipped import SkippedImages
 from smallbatch_jax.store.timings import Timings
@@ -140,6 +141,7 @@ def _checked_setup(
             model.require_batch(dataset.example, m)
         if place == 0:  # with the smallest b, which alone may be too small for a named model
             fit.require_model(model, setup.task, dataset, m)
+            checks.require_disk(experiment, model, dataset.example)
     return setup
 
 
@@ -167,7 +169,8 @@ def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: 
         stack.callback(progress.close, status)
         forecast = Forecast(progress, jobs)
         timings = Timings(folder if first else None)
-        session = Session(pipeline, setup.initialiser(), status, forecast.show, timings, stop, shown)
+        kept = Parameters(folder if first else None, setup.experiment.keep_parameters, setup.experiment.metric)
+        session = Session(pipeline, setup.initialiser(), status, forecast.show, timings, stop, shown, kept)
         pending = [job for job in jobs if job.pending()]
         if pending:
             progress.show(status, f"compiling {pending[0].title}, program 1 of {len(pending)}")

@@ -3,7 +3,7 @@
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from smallbatch_jax.config import catalog
 from smallbatch_jax.config.experiment import OWN, Experiment, InputError, Run, programs
 from smallbatch_jax.data import Dataset, Photographs, order
 from smallbatch_jax.models import create_model, micro_batch_size
-from smallbatch_jax.optim import Optimizer
+from smallbatch_jax.optim import Optimizer, is_kernel
 from smallbatch_jax.program import devices, fit, processes
 from smallbatch_jax.program import lanes as lane_programs
 from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
@@ -25,6 +25,7 @@ from smallbatch_jax.program.train import Model, Program, Setting, TrainState
 from smallbatch_jax.runner.input import InputPipeline
 from smallbatch_jax.runner.progress import Status, title
 from smallbatch_jax.runner.signals import Stop
+from smallbatch_jax.store.parameters import Parameters
 from smallbatch_jax.store.results import ProgramResults
 from smallbatch_jax.store.timings import Timings
 from smallbatch_jax.tracking.trackers import Trackers
@@ -127,6 +128,8 @@ class Setup:
         """Returns the optimizer of a program; its learning rate alone depends on the batch size."""
         chosen = self.experiment.optimizer
         make = own_optimizer(self._own.optimizer) if self._own.optimizer else named_optimizer(chosen.name)
+        if self.experiment.weight_decay_mask == "kernels":
+            make = partial(make, mask=is_kernel)
         scalars = chosen.scalars(batch_size, dict(self.experiment.runs()[0].scalars))
         return Optimizer(make, tuple(scalars), chosen.learning_rate(1.0, batch_size))
 
@@ -142,6 +145,7 @@ class Session:
     timings: Timings
     stop: Stop
     trackers: Trackers
+    parameters: Parameters
 
 
 class Layout(NamedTuple):

@@ -29,6 +29,7 @@ from smallbatch_jax.runner.segments import InFlight, Lanes
 from smallbatch_jax.runner.signals import Interrupted
 from smallbatch_jax.store.checkpoint import Checkpoints
 from smallbatch_jax.store.results import Row
+from smallbatch_jax.tracking.trackers import name_of
 
 CHECKPOINT_SHARE = 0.02  # of the training time, at most
 FIRST_SAVE_SECONDS = 0.3  # assumed cost of a checkpoint before one was made
@@ -136,6 +137,9 @@ class Scheduler:
             row = _row(job, lane, jax.tree.map(lambda values, i=i: values[i], report))
             if row is not None:
                 rows.append(row)
+                if i in flight.final and not row.diverged:  # stored before its last row: a kill in between trains it again
+                    value = job.results.final(row.run, row)
+                    session.parameters.save(name_of(row.run), row.run, value, flight.final[i])
                 if row.diverged:
                     self.lanes.free(i, lane.run)
                     status.spare((job.total_steps - row.step) * job.batch_size)

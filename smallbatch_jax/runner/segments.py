@@ -15,7 +15,7 @@ from smallbatch_jax.config.experiment import Run
 from smallbatch_jax.data import order
 from smallbatch_jax.program import processes
 from smallbatch_jax.program.lanes import LaneProgram, LaneState, Report
-from smallbatch_jax.program.train import TrainState
+from smallbatch_jax.program.train import PyTree, TrainState
 from smallbatch_jax.runner.input import InputPipeline, LaneSteps
 from smallbatch_jax.runner.jobs import Job
 
@@ -25,6 +25,7 @@ class InFlight(NamedTuple):
 
     lanes: list[LaneSteps | None]
     report: Report
+    final: dict[int, PyTree]  # params and batch_stats of the runs that end, by lane; empty unless parameters are kept
     proposals: Any = None  # int32[hosts, 3], a `Proposal` of every host
 
     def fetch(self) -> Report:
@@ -100,14 +101,22 @@ class Lanes:
         if not any(lanes):
             return None
         load = self._pipeline.prepare(self.program, self.job.batch_size, lanes)
-        settings = self.job.settings(self.runs)
+        settings, ended = self.job.settings(self.runs), []
         for i, lane in enumerate(lanes):
             if lane is not None:
                 self.steps[i] += lane.steps
                 if self.steps[i] == self.job.total_steps:
                     self.runs[i] = None
+                    ended.append(i)
         self.state, report = self.program.run(self.state, settings, load.segment, load.pool, load.test)
-        return InFlight(lanes, processes.readable(report, self.program.mesh))
+        final = {i: self._variables(i) for i in ended} if self.job.experiment.keep_parameters and evaluate else {}
+        return InFlight(lanes, processes.readable(report, self.program.mesh), final)
+
+    def _variables(self, lane: int) -> PyTree:
+        """Returns a copy of a lane's parameters and running averages, which outlives the state."""
+        train = self.state.train
+        copied = _take_lane({"params": train.params, "batch_stats": train.batch_stats}, np.int32(lane))
+        return processes.readable(copied, self.program.mesh)
 
     def _free_lanes(self) -> Iterator[int]:
         """Yields free lanes, each in the row with the fewest runs; the caller fills it before it asks for another."""
@@ -127,3 +136,8 @@ class Lanes:
             lane._replace(steps=steps, evaluate=evaluate and steps == lane.steps) if lane and steps else None
             for lane, steps in zip(wanted, taken, strict=True)
         ]
+
+
+@jax.jit
+def _take_lane(stacked: PyTree, lane: jax.Array) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[lane], stacked)

@@ -81,8 +81,11 @@ def sweep(
         - of the dataset `augment`, `validation_fraction`, `data_dir`, `image_size`, `color_jitter`, `broken_images`, `workers`;
         - of a named model `norm`, `bn_decay`, `bn_statistics`;
         - of the grid `bn_batch_sizes`, for which your own module must have a field `bn_batch_size`;
-        - `weight_decay`, `precision`, `lanes`, `data_devices`, `micro_batch_size`, `segment_seconds`, `checkpoint_seconds`,
-          `tensorboard`, `wandb`, and the `name` of the experiment.
+        - `weight_decay`, `weight_decay_mask` ("kernels": biases and normalisation do not decay), `precision`, `lanes`,
+          `data_devices`, `micro_batch_size`, `segment_seconds`, `checkpoint_seconds`, `tensorboard`, `wandb`, and the
+          `name` of the experiment;
+        - `keep_parameters`: "best" keeps the final parameters of the best finished run of each batch size in the workdir, "all"
+          those of every one, for `load_parameters`; refused if they would take more than `keep_gib` of disk.
 
     Returns:
       The rows of `results.load(workdir)`.
@@ -188,6 +191,8 @@ def _require_usable(options: Mapping[str, Any], own: OwnModel | None, workdir: s
     """Refuses options that the model or the workdir leaves without a meaning."""
     if options.get("tensorboard") and workdir is None:
         raise InputError("tensorboard: shows what a workdir keeps, and there is none; give one, or leave tensorboard out.")
+    if options.get("keep_parameters") and workdir is None:
+        raise InputError("keep_parameters: are kept in a workdir, and there is none; give one, or leave keep_parameters out.")
     named = experiment.Model()
     for_named = ("norm", "bn_decay", "bn_statistics")
     if own is not None and any(options.get(name, getattr(named, name)) != getattr(named, name) for name in for_named):

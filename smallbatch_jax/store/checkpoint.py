@@ -47,15 +47,12 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            alone = {jax.process_index()} if jax.process_count() > 1 else None
             options: Any = ocp.CheckpointManagerOptions(
                 create=False,
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=False,
                 max_to_keep=KEEP,
-                multiprocessing_options=ocp.options.MultiprocessingOptions(
-                    primary_host=jax.process_index(), active_processes=alone, barrier_sync_key_prefix="checkpoints"
-                ),
+                multiprocessing_options=this_process_alone("checkpoints"),
             )
             self._manager = ocp.CheckpointManager(self._folder.resolve(), options=options)
         return self._manager
@@ -72,17 +69,17 @@ class Checkpoints:
             "experiment": self._experiment.to_dict(),
             "runs": [None if run is None else dataclasses.asdict(run) for run in runs],
             "arrays": _arrays(lanes),
-            "checksum": _crc32(jax.tree.leaves(lanes)),
+            "checksum": crc32(jax.tree.leaves(lanes)),
         }
         description["seal"] = _seal(description)
         try:
-            with _quietly():
+            with quietly():
                 manager, content = self._open(), ocp.args.StandardSave(lanes)  # pyright: ignore[reportCallIssue]
                 latest = manager.latest_step()
                 manager.save(0 if latest is None else latest + 1, args=content, custom_metadata=description, force=True)
         except Exception as error:  # Orbax passes on whatever its storage raises
             self.close()
-            raise WriteError(self._folder, _reason(error)) from error
+            raise WriteError(self._folder, reason(error)) from error
 
     def restore(self, template: PyTree) -> tuple[PyTree, list[Run | None]] | None:
         """The lanes saved last, as NumPy arrays stacked by lane, and the run in each; None if nothing was saved.
@@ -95,14 +92,14 @@ class Checkpoints:
         """
         if not self._folder.is_dir():
             return None
-        with _quietly():
+        with quietly():
             for step in sorted(self._open().all_steps(), reverse=True):
                 try:
                     return self._load(step, template)
                 except InputError:
                     raise
                 except Exception as error:  # whatever reading a damaged file raises
-                    warnings.warn(f"damaged checkpoint put aside in {self._put_aside(step)}: {_reason(error)}", stacklevel=2)
+                    warnings.warn(f"damaged checkpoint put aside in {self._put_aside(step)}: {reason(error)}", stacklevel=2)
                     gc.collect()
         return None
 
@@ -112,12 +109,12 @@ class Checkpoints:
         if _seal(description) != description["seal"]:
             raise ValueError("its description does not match its checksum")
         self._require_same(description, template)
-        runs = [None if run is None else _run(dict(run)) for run in description["runs"]]
+        runs = [None if run is None else Run.from_json(run) for run in description["runs"]]
         here = SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(runs), *x.shape[1:]), x.dtype, sharding=here), template)
         content = ocp.args.StandardRestore(abstract)  # pyright: ignore[reportCallIssue]
         lanes = jax.tree.map(np.asarray, manager.restore(step, args=content))
-        if _crc32(jax.tree.leaves(lanes)) != description["checksum"]:
+        if crc32(jax.tree.leaves(lanes)) != description["checksum"]:
             raise ValueError("its arrays do not match their checksum")
         return lanes, runs
 
@@ -149,15 +146,9 @@ class Checkpoints:
 
     def close(self) -> None:
         if self._manager is not None:
-            with _quietly(), suppress(Exception):  # raises the error of a failed save once more
+            with quietly(), suppress(Exception):  # raises the error of a failed save once more
                 self._manager.close()
             self._manager = None
-
-
-def _run(stored: dict[str, Any]) -> Run:
-    """Returns a run from its JSON, in which tuples became lists; earlier versions had no scalars."""
-    scalars = tuple((name, value) for name, value in stored.pop("scalars", ()))
-    return Run(**stored, scalars=scalars)
 
 
 def _arrays(lanes: PyTree) -> dict[str, str]:
@@ -169,18 +160,27 @@ def _arrays(lanes: PyTree) -> dict[str, str]:
 def _seal(description: dict[str, Any]) -> int:
     """Returns the checksum of a description; it covers the arrays' checksum too, which is one of its fields."""
     unsealed = {name: value for name, value in description.items() if name != "seal"}
-    return _crc32([np.frombuffer(json.dumps(unsealed, sort_keys=True).encode(), np.uint8)])
+    return crc32([np.frombuffer(json.dumps(unsealed, sort_keys=True).encode(), np.uint8)])
 
 
-def _crc32(arrays: Iterable[np.ndarray]) -> int:
+def this_process_alone(prefix: str) -> ocp.options.MultiprocessingOptions:
+    """Returns options by which Orbax waits for no other process; `prefix` tells its barriers from those of other uses."""
+    alone = {jax.process_index()} if jax.process_count() > 1 else None
+    return ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes=alone, barrier_sync_key_prefix=prefix
+    )
+
+
+def crc32(arrays: Iterable[np.ndarray]) -> int:
+    """Returns the checksum of the arrays' bytes, one after the other."""
     checksum = 0
     for array in arrays:
-        checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, checksum)
     return checksum
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Silences Orbax's threads and tasks, each of which reports a failure at length; we report it in one line."""
     before = sys.excepthook, sys.unraisablehook, threading.excepthook
     sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
@@ -196,7 +196,7 @@ def _quietly() -> Iterator[None]:
         sys.excepthook, sys.unraisablehook, threading.excepthook = before
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The system's error message if Orbax's message names its code, or else the start of Orbax's message."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(code.group(1))) if code else (str(error).strip() or type(error).__name__).split("\n")[0][:200]

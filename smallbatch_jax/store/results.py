@@ -190,9 +190,10 @@ class ProgramResults:
     def diverged(self, run: Run) -> bool:
         return run in self._last_rows and self._last_rows[run][-1].diverged
 
-    def final(self, run: Run) -> float:
-        """The median of a run's metric, its test accuracy as a rule, over its last epochs (§3.1); NaN if it diverged."""
-        values = [row.to_dict()[self.format.metric.column] for row in self._last_rows[run]]
+    def final(self, run: Run, *new: Row) -> float:
+        """The median of a run's metric over its last epochs (§3.1), with rows not stored yet; NaN if it diverged."""
+        last = [*self._last_rows.get(run, ()), *new][-LAST_EPOCHS:]
+        values = [row.to_dict()[self.format.metric.column] for row in last]
         return math.nan if self.diverged(run) else statistics.median(values)  # pyright: ignore[reportArgumentType]
 
     def __enter__(self) -> "ProgramResults":

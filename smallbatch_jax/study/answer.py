@@ -97,14 +97,18 @@ def _rest(study: Study, best: pd.Series) -> str:
 
 def _in_words(study: Study, best: pd.Series) -> str:
     """The best cell as a user of another framework would set it."""
-    schedule, optimizer, m = study.experiment.schedule, study.experiment.optimizer, int(best["batch_size"])
+    experiment, m = study.experiment, int(best["batch_size"])
+    schedule, optimizer = experiment.schedule, experiment.optimizer
     scalars = "".join(f", {name} {value:.6g}" for name, value in optimizer.scalars(m, _axes_of(best)).items())
     title = f"{optimizer.title}{scalars}"
     rate = f"η = {catalog.RULES[optimizer.rule][0]} = {optimizer.learning_rate(best['base_lr'], m):.6g}"
     drops = " and ".join(f"{100 * boundary:.3g} %" for boundary in schedule.boundaries)
     then = f", times {schedule.factor:g} after {drops} of the training" if drops else ""
     warm_up = f", after a warm-up over {100 * schedule.warmup_fraction:g} %" if schedule.warmup_fraction else ""
-    return f"As most write it: learning rate {rate} on the mean gradient, {title}{then}{warm_up}."
+    weight_decay = _axes_of(best).get("weight_decay", experiment.weight_decay)
+    decay = f", weight decay {weight_decay:g}" if weight_decay else ""
+    decay += " of kernels alone" if decay and experiment.weight_decay_mask == "kernels" else ""
+    return f"As most write it: learning rate {rate} on the mean gradient, {title}{decay}{then}{warm_up}."
 
 
 def _axes_of(cell: pd.Series) -> dict[str, float]:

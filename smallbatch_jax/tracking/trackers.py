@@ -97,6 +97,7 @@ def hparams(experiment: Experiment, run: Run) -> dict[str, object]:
     """The hyperparameters of a run, for tables that compare runs."""
     return {
         "weight_decay": experiment.weight_decay,
+        "weight_decay_mask": experiment.weight_decay_mask,
         "warmup_fraction": experiment.schedule.warmup_fraction,
         **run.to_dict(),
         "log2_base_lr": math.log2(run.base_lr),

@@ -55,6 +55,9 @@ NO_TUPLES = [8, 0.5, "8", "(2, 8)", {2: 8}, {2, 8}, np.array(8), np.zeros((2, 2)
         *(("dataset.image_size", value) for value in BAD_INTEGERS if value is not None),
         *(("epochs", value) for value in [*BAD_INTEGERS, 100_001]),
         *(("weight_decay", value) for value in [-1e-4, math.nan, math.inf, True, "0", None]),
+        *(("keep_parameters", value) for value in ["worst", True, 1, ("best",)]),
+        *(("keep_gib", value) for value in [0, -1, math.inf, math.nan, "4", None]),
+        *(("weight_decay_mask", value) for value in ["kernel", True, None, ("all",)]),
         *(
             ("schedule.boundaries", value)
             for value in [(-0.1,), (0.5, 1.1), (0.5, 0.5), (math.nan,), (None,), 0.5, None, "0.5"]

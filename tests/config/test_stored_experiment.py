@@ -13,6 +13,7 @@ from smallbatch_jax.config.experiment import (
     differences,
     from_config,
 )
+from smallbatch_jax.store.workdir import parse_stored
 
 FULL = {
     "name": "fig",
@@ -45,6 +46,7 @@ def test_an_experiment_survives_being_stored_as_json(values):
         ("model.norm", "batch"),
         ("epochs", 9),
         ("weight_decay", 0.1),
+        ("weight_decay_mask", "kernels"),
         ("schedule.boundaries", (0.5,)),
         ("schedule.factor", 0.5),
         ("schedule.warmup_fraction", 0.05),
@@ -68,10 +70,16 @@ def test_place_of_the_data_and_layout_of_the_work_may_change():
     assert differences(experiment(), other) == []
 
 
-def test_where_it_is_watched_may_change_and_was_not_stored_by_older_versions():
-    watched = experiment(tensorboard=True, wandb="project")
+def test_a_workdir_of_an_older_version_decays_every_parameter():
     stored = experiment().to_dict()
-    del stored["tensorboard"], stored["wandb"]
+    del stored["weight_decay_mask"]
+    assert parse_stored(stored) == experiment(weight_decay_mask="all")
+
+
+def test_where_it_is_watched_and_what_is_kept_may_change_and_was_not_stored_by_older_versions():
+    watched = experiment(tensorboard=True, wandb="project", keep_parameters="best", keep_gib=1.0)
+    stored = experiment().to_dict()
+    del stored["tensorboard"], stored["wandb"], stored["keep_parameters"], stored["keep_gib"]
     before = fields.parse(Experiment, stored, "")
     assert before == experiment()
     assert differences(before, watched) == differences(watched, before) == []

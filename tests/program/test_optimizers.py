@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import signal
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,19 +25,21 @@ BATCH_SIZE, STEPS, LANES, DECAY = 4, 50, 5, 1e-2
 BASE_LRS = np.array([2.0**-k for k in range(7, 7 + LANES)], np.float32)
 SCALARS = {"momentum": 0.8, "beta1": 0.85, "beta2": 0.97, "epsilon": 1e-4}  # none is a default
 PLAIN = {  # by the formulas of the papers, from optax's own optimizers
-    "sgd": lambda lr: optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(lr)),
-    "momentum": lambda lr: optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(lr, 0.8)),
-    "nesterov": lambda lr: optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(lr, 0.8, nesterov=True)),
-    "adam": lambda lr: optax.chain(optax.add_decayed_weights(DECAY), optax.adam(lr, 0.85, 0.97, 1e-4)),
-    "adamw": lambda lr: optax.adamw(lr, 0.85, 0.97, 1e-4, weight_decay=DECAY),
-    "lion": lambda lr: optax.lion(lr, 0.85, 0.97, weight_decay=DECAY),
+    "sgd": lambda lr, mask: optax.chain(optax.add_decayed_weights(DECAY, mask), optax.sgd(lr)),
+    "momentum": lambda lr, mask: optax.chain(optax.add_decayed_weights(DECAY, mask), optax.sgd(lr, 0.8)),
+    "nesterov": lambda lr, mask: optax.chain(optax.add_decayed_weights(DECAY, mask), optax.sgd(lr, 0.8, nesterov=True)),
+    "adam": lambda lr, mask: optax.chain(optax.add_decayed_weights(DECAY, mask), optax.adam(lr, 0.85, 0.97, 1e-4)),
+    "adamw": lambda lr, mask: optax.adamw(lr, 0.85, 0.97, 1e-4, weight_decay=DECAY, mask=mask),
+    "lion": lambda lr, mask: optax.lion(lr, 0.85, 0.97, weight_decay=DECAY, mask=mask),
 }
+MASKS = {"all": None, "kernels": partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key == "kernel")}
 RATES = {"linear": BATCH_SIZE, "sqrt": math.sqrt(BATCH_SIZE), "constant": 1}
 
 
-def chosen(name, rule="linear", **fields):
+def chosen(name, rule="linear", mask="all"):
     known = {scalar: SCALARS[scalar] for scalar in catalog.OPTIMIZERS[name].scalars}
-    return tiny.grid(optimizer={"name": name, "rule": rule, **known, **fields}, weight_decay=DECAY, epochs=4)
+    optimizer = {"name": name, "rule": rule, **known}
+    return tiny.grid(optimizer=optimizer, weight_decay=DECAY, weight_decay_mask=mask, epochs=4)
 
 
 @functools.cache
@@ -44,9 +47,9 @@ def dataset():
     return tiny.dataset()
 
 
-def trained(name, rule, mapping, values=None):
+def trained(name, rule, mapping, values=None, mask="all"):
     """The parameters of every lane after 50 steps, and the compiled program."""
-    setup = Setup(chosen(name, rule), dataset(), lambda b: tiny.PlainModel())
+    setup = Setup(chosen(name, rule, mask), dataset(), lambda b: tiny.PlainModel())
     optimizer = setup.optimizer(BATCH_SIZE)
     mesh = lanes.lane_mesh(jax.devices()[:1])
     program = train.Program(BATCH_SIZE, STEPS, optimizer=optimizer)
@@ -63,7 +66,7 @@ def trained(name, rule, mapping, values=None):
     return jax.tree.map(np.asarray, state.train.params), fresh, indices[0]
 
 
-def plain_loop(name, rule, fresh, indices, base_lr):
+def plain_loop(name, rule, fresh, indices, base_lr, mask):
     """One run by Optax alone, the schedule as a function of its own count."""
     model, stored, labelled = tiny.PlainModel(), dataset().train_images, jnp.asarray(dataset().train_labels)
     images = jnp.asarray((stored - stored.mean((0, 1, 2))) / stored.std((0, 1, 2)), jnp.float32)
@@ -72,7 +75,7 @@ def plain_loop(name, rule, fresh, indices, base_lr):
         warm = jnp.where(count < 5, 1 / 32 + (1 - 1 / 32) * count / 5, 1.0)
         return base_lr * RATES[rule] * warm * 0.1 ** ((count >= 25).astype(int) + (count >= 38).astype(int))
 
-    transform = PLAIN[name](schedule)
+    transform = PLAIN[name](schedule, MASKS[mask])
 
     def loss(params, batch, labels):
         logits = model.apply({"params": params}, batch, train=True)
@@ -88,14 +91,21 @@ def plain_loop(name, rule, fresh, indices, base_lr):
     return jax.jit(lambda start: jax.lax.scan(step, start, indices)[0][0])(start)
 
 
+LOOPS = [
+    ("map", "all"),
+    ("vmap", "kernels"),
+    *(pytest.param(*both, marks=pytest.mark.slow) for both in (("vmap", "all"), ("map", "kernels"))),
+]
+
+
 @pytest.mark.parametrize("name", PLAIN)
-@pytest.mark.parametrize("mapping", ["map", pytest.param("vmap", marks=pytest.mark.slow)])
-def test_a_lane_trains_as_a_plain_optax_loop(name, mapping):
+@pytest.mark.parametrize(("mapping", "mask"), LOOPS)
+def test_a_lane_trains_as_a_plain_optax_loop(name, mapping, mask):
     """50 steps with warm-up, two reductions and weight decay; the rules take turns."""
     rule = list(RATES)[(list(PLAIN).index(name) + (mapping == "vmap")) % 3]
-    found, fresh, indices = trained(name, rule, mapping)
+    found, fresh, indices = trained(name, rule, mapping, mask=mask)
     for lane in (0, LANES - 1):
-        expected = plain_loop(name, rule, fresh, indices, float(BASE_LRS[lane]))
+        expected = plain_loop(name, rule, fresh, indices, float(BASE_LRS[lane]), mask)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             assert np.abs(a[lane] - b).max() <= 1e-5 * max(1.0, np.abs(b).max())
 

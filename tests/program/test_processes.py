@@ -7,12 +7,16 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import compiled
+import jax
+import numpy as np
 import pandas as pd
 import pytest
 
+import smallbatch_jax as sbj
 from smallbatch_jax.store import results
 
 ROOT = Path(__file__).parents[2]
@@ -65,17 +69,23 @@ def files(folder):
 
 @pytest.mark.slow
 def test_a_sweep_of_two_processes_is_that_of_one(tmp_path):
-    """The same files and rows; the first process alone says how it went, and native code says nothing.
+    """The same files, rows and parameters; the first process alone says how it went, and native code says nothing.
 
     The rows agree to rounding: XLA:CPU cuts some sums by how many devices there are in all.
     """
-    flags = compiled.QUICKLY
-    alone = ended([start("sweep.py", *SMALL, RATES, f"--workdir={tmp_path / 'alone'}", flags=flags)])[0]
-    first, second = ended(start_two("sweep.py", *SMALL, RATES, f"--workdir={tmp_path / 'two'}", flags=flags))
+    flags, asked = compiled.QUICKLY, (*SMALL, RATES, "--config.keep_parameters=all")
+    alone = ended([start("sweep.py", *asked, f"--workdir={tmp_path / 'alone'}", flags=flags)])[0]
+    first, second = ended(start_two("sweep.py", *asked, f"--workdir={tmp_path / 'two'}", flags=flags))
     assert (alone[0], first[0], second) == (0, 0, (0, "", "")), first[2]
     assert first[1] == alone[1].replace("/alone", "/two")
     assert "Gloo" not in first[2]
     pd.testing.assert_frame_equal(*(results.load(tmp_path / name) for name in ("alone", "two")), rtol=1e-4)
+    kept = [sbj.load_parameters(tmp_path / name, base_lr=0.0005) for name in ("alone", "two")]
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), *kept)
+    for name in ("alone", "two"):  # Orbax names some files at random
+        for folder in (tmp_path / name / "parameters").glob("m*"):
+            shutil.rmtree(folder)
+            folder.touch()
     assert files(tmp_path / "alone") == files(tmp_path / "two")
 
 

@@ -137,7 +137,7 @@ def test_each_batch_size_may_have_its_own_rate():
         ({"dataset": "digts"}, "dataset.name: unknown dataset 'digts'"),
         (
             {"boundary": (0.5,)},
-            "boundary: unknown field; did you mean 'boundaries'? Known: name, weight_decay, task, ",
+            "boundary: unknown field; did you mean 'boundaries'? Known: name, weight_decay, ",
         ),
         ({"drawn_from": ("w",)}, "drawn_from: unknown field"),
         ({"factor": 0.0}, "schedule.factor: got 0.0"),

@@ -112,6 +112,21 @@ def test_the_optimizer_and_its_rule_are_named_as_others_write_them():
     assert ", AdamW, sqrt rule, " in describe(found)
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "SGD without momentum, times 0.1"),
+        ({"weight_decay_mask": "kernels"}, "SGD without momentum, times 0.1"),
+        ({"weight_decay": 5e-4}, "SGD without momentum, weight decay 0.0005, times 0.1"),
+        ({"weight_decay": 0.01, "weight_decay_mask": "kernels"}, "momentum, weight decay 0.01 of kernels alone, times 0.1"),
+    ],
+)
+def test_weight_decay_is_told_where_there_is_any(fields, said):
+    found = study("fig08", {4: 0.9})
+    found = dataclasses.replace(found, experiment=dataclasses.replace(found.experiment, **{"weight_decay": 0.0} | fields))
+    assert said in answer(found).caveats[0]
+
+
 def test_a_best_inside_the_grid_that_stands_alone_needs_no_caveat_but_its_seed():
     lost = [0.2, 0.3, 0.2]
     first, *caveats = answer(study("fig08", {2: lost, 4: [0.5, 0.9, 0.4], 8: lost})).caveats
@@ -129,7 +144,7 @@ def test_the_learning_rate_is_told_with_its_schedule():
             dataclasses.replace(found, experiment=dataclasses.replace(found.experiment, schedule=Schedule(**schedule)))
         ).caveats[0]
 
-    start = "As most write it: learning rate η = η̃·m = 0.0078125 on the mean gradient, SGD without momentum"
+    start = "As most write it: learning rate η = η̃·m = 0.0078125 on the mean gradient, SGD without momentum, weight decay 0.001"
     assert told(boundaries=()) == f"{start}."
     assert told(boundaries=(1 / 3, 0.5), factor=0.2, warmup_fraction=0.05) == (
         f"{start}, times 0.2 after 33.3 % and 50 % of the training, after a warm-up over 5 %."

@@ -76,6 +76,7 @@ def test_the_table_of_hyperparameters_says_what_a_run_was_and_how_it_ended(watch
         "bn_statistics": "running",
         "epochs": 3,
         "weight_decay": 1e-3,
+        "weight_decay_mask": "all",
         "warmup_fraction": 0.0,
         "precision": "float32",
     }

@@ -1,0 +1,190 @@
+"""Final parameters of finished runs, kept on request: WORKDIR/parameters/RUN, a folder that Orbax writes whole or not at all.
+
+Processes that train programs of one workdir take turns, by a lock on WORKDIR/parameters/lock.
+"""
+
+import dataclasses
+import fcntl
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from orbax import checkpoint as ocp
+
+from smallbatch_jax.config.experiment import InputError, Run
+from smallbatch_jax.config.fields import cut, expanded_path
+from smallbatch_jax.config.metric import ACCURACY, Metric
+from smallbatch_jax.store.checkpoint import crc32, quietly, reason, this_process_alone
+from smallbatch_jax.store.files import WriteError, writing
+from smallbatch_jax.store.workdir import read_workdir
+
+MOST_CHARACTERS = 1000  # of the names of stored runs in an error
+PyTree = Any
+
+
+class Kept(NamedTuple):
+    """A run whose parameters are stored."""
+
+    folder: Path
+    run: Run
+    value: float  # the median of the selected metric over its last epochs (§3.1), its test accuracy as a rule
+    checksum: int
+
+
+def best_first(kept: Iterable[Kept], metric: Metric) -> list[Kept]:
+    """Sorts by the metric; of equals the smallest batch size, BN batch size, base learning rate and seed comes first."""
+    return sorted(kept, key=lambda one: (metric.gain(0.0, one.value), one.run))
+
+
+class Parameters:
+    """Writes WORKDIR/parameters, as `keep_parameters` asks; a workdir of None stores nothing."""
+
+    def __init__(self, workdir: Path | None, keep: str | None, metric: Metric = ACCURACY):
+        self._folder, self._keep, self._metric = workdir and workdir / "parameters", keep, metric
+
+    def save(self, name: str, run: Run, value: float, variables: PyTree) -> None:
+        """Stores a finished run as parameters/`name`, unless the best alone is kept and this is not the best of its batch size.
+
+        Args:
+          name: of the run, unique in its grid.
+          run: a run that did not diverge; what an earlier start stored of it is replaced.
+          value: the median of the metric over its last epochs.
+          variables: {"params": …, "batch_stats": …}.
+
+        Raises:
+          WriteError, InputError: if they cannot be written; those of other runs are unharmed.
+        """
+        if self._folder is None or self._keep is None:
+            return
+        variables = jax.tree.map(np.asarray, variables)
+        new = Kept(self._folder / name, run, value, _checksum(variables))
+        with writing(self._folder), quietly():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with _locked(self._folder, "a"):
+                for abandoned in (*self._folder.glob(".*"), *self._folder.glob("*.orbax-checkpoint-tmp*")):
+                    shutil.rmtree(abandoned, ignore_errors=True)
+                rivals = []
+                if self._keep == "best":
+                    rivals = [
+                        kept for kept in _stored(self._folder) if kept.run.batch_size == run.batch_size and kept.run != run
+                    ]
+                first, *others = best_first([new, *rivals], self._metric)
+                if new.folder.exists():
+                    _remove(new.folder)
+                if first is new:
+                    self._write(new, variables)
+                for kept in others:
+                    if kept is not new:
+                        _remove(kept.folder)
+
+    def _write(self, new: Kept, variables: PyTree) -> None:
+        described = {"run": dataclasses.asdict(new.run), "value": new.value, "checksum": new.checksum}
+        content = ocp.args.StandardSave(variables)  # pyright: ignore[reportCallIssue]
+        try:
+            with _checkpointer() as orbax:
+                orbax.save(new.folder.resolve(), args=content, custom_metadata=described)
+        except Exception as error:  # Orbax passes on whatever its storage raises
+            raise WriteError(new.folder, reason(error)) from error
+
+
+def load_parameters(
+    workdir: str | os.PathLike[str],
+    batch_size: int | None = None,
+    base_lr: float | None = None,
+    bn_batch_size: int | None = None,
+    seed: int | None = None,
+    **scalars: float,
+) -> dict[str, PyTree]:
+    """Returns the final parameters of the best run that `keep_parameters` kept in a workdir.
+
+    Args:
+      workdir: of a sweep with `keep_parameters`.
+      batch_size, base_lr, bn_batch_size, seed: narrow the runs; None takes any.
+      **scalars: narrow them by columns of the grid's further axes, such as weight_decay.
+
+    Returns:
+      {"params": …, "batch_stats": …}, as `model.apply` takes them, of NumPy arrays in nested dicts (and lists, where the model
+      has sequences): other trees come back as dicts too, and need a template of the model to be rebuilt. batch_stats are the
+      running averages, also where a run was evaluated by precise statistics; {} without batch norm.
+
+    Raises:
+      InputError: if the folder is no workdir, or holds no such run; the line says which it holds.
+    """
+    path = Path(expanded_path("workdir", workdir))
+    experiment, _ = read_workdir(path)
+    folder = path / "parameters"
+    given = {"batch_size": batch_size, "base_lr": base_lr, "bn_batch_size": bn_batch_size, "seed": seed} | scalars
+    asked = {name: value for name, value in given.items() if value is not None}
+    with ExitStack() as stack:
+        stack.enter_context(quietly())
+        with suppress(OSError):  # of a copy that nobody writes to
+            stack.enter_context(_locked(folder, "r"))
+        stored = _stored(folder)
+        for kept in best_first((kept for kept in stored if asked.items() <= kept.run.to_dict().items()), experiment.metric):
+            try:
+                return _read(kept)
+            except Exception as error:  # whatever reading a damaged file raises
+                _warn(kept.folder, error)
+    if not stored:
+        raise InputError(f"workdir: {folder} holds no parameters; a sweep with keep_parameters='best' or 'all' keeps some.")
+    wanted = ", ".join(f"{name} {value}" for name, value in asked.items()) or "parameters that are whole"
+    names = cut(", ".join(sorted(kept.folder.name for kept in stored)), MOST_CHARACTERS)
+    raise InputError(f"workdir: {folder} holds no run with {wanted}; it holds {names}.")
+
+
+def _read(kept: Kept) -> dict[str, PyTree]:
+    with _checkpointer() as orbax:
+        content = ocp.args.StandardRestore()  # pyright: ignore[reportCallIssue]
+        variables = jax.tree.map(np.asarray, orbax.restore(kept.folder.resolve(), args=content))
+    if _checksum(variables) != kept.checksum:
+        raise ValueError("its arrays do not match their checksum")
+    return variables
+
+
+def _stored(folder: Path) -> list[Kept]:
+    """Returns the runs whose parameters are stored; a warning names a folder that is damaged."""
+    found = []
+    for path in sorted(folder.glob("m*")):
+        if ".orbax-checkpoint-tmp" not in path.name:  # which Orbax was writing when it was killed
+            try:
+                with _checkpointer() as orbax:
+                    described: Any = orbax.metadata(path.resolve()).custom_metadata
+                found.append(Kept(path, Run.from_json(described["run"]), float(described["value"]), described["checksum"]))
+            except Exception as error:  # whatever reading a damaged file raises
+                _warn(path, error)
+    return found
+
+
+def _warn(path: Path, error: Exception) -> None:
+    warnings.warn(f"{path} left out, it is damaged: {reason(error)}", stacklevel=4)
+
+
+def _remove(folder: Path) -> None:
+    """Removes parameters so that a kill leaves nothing which looks like them."""
+    hidden = folder.rename(folder.with_name(f".{folder.name}"))
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    options = this_process_alone("parameters")
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
+
+
+@contextmanager
+def _locked(folder: Path, mode: Literal["a", "r"]) -> Iterator[None]:
+    """Holds the lock of the folder, alone to write ("a") or with other readers ("r")."""
+    with open(folder / "lock", mode) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if mode == "a" else fcntl.LOCK_SH)
+        yield
+
+
+def _checksum(variables: PyTree) -> int:
+    """Returns the sum of the arrays' checksums: Orbax gives back dicts for some other trees, which changes the order."""
+    return sum(crc32([leaf]) for leaf in jax.tree.leaves(variables))
