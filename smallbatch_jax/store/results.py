@@ -291,7 +291,10 @@ def rows_frame(rows: Sequence[Row]) -> "pd.DataFrame":
     import pandas as pd
 
     others = list(dict.fromkeys(name for row in rows for name, _ in (*row.scalars, *row.metrics)))
-    values = [(*row[: len(_FIXED)], *map((dict(row.scalars) | dict(row.metrics)).get, others)) for row in rows]
+    values: list[Any] = [row[: len(_FIXED)] for row in rows]
+    if others:
+        further = (map((dict(row.scalars) | dict(row.metrics)).get, others) for row in rows)
+        values = [(*fixed, *more) for fixed, more in zip(values, further, strict=True)]
     frame = pd.DataFrame(values, columns=[*_FIXED, *others])
     return frame.astype(_DTYPES | dict.fromkeys(others, "float64"))
 

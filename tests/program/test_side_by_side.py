@@ -48,7 +48,7 @@ def train(platform, mapping, bn_batch_size=None, **options):
     """The states after one segment and the reports; the last lane trains two steps fewer."""
     args = arguments(platform, mapping, bn_batch_size, **options)
     program = lanes.compile_lanes(*args)
-    init = lanes.initialiser(args[0], (8, 8, 3))
+    init = lanes.initialiser(args[0], jax.ShapeDtypeStruct((8, 8, 3), np.float32))
     state = program.start(program.empty(), {lane: init(lane) for lane in range(LANES)})
     indices = np.stack([order.batch_indices(lane, 0, STEPS, BATCH_SIZE, EXAMPLES) for lane in range(LANES)])
     segments = lanes.Segment(indices, np.array([STEPS, STEPS, STEPS - 2], np.int32), np.ones(LANES, bool))
