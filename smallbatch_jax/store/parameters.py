@@ -105,8 +105,11 @@ def load_parameters(
 
     Args:
       workdir: of a sweep with `keep_parameters`.
-      batch_size, base_lr, bn_batch_size, seed: narrow the runs; None takes any.
-      **scalars: narrow them by columns of the grid's further axes, such as weight_decay.
+      batch_size: m of the run; None takes any, as for the next three, and of several runs the best.
+      base_lr: its η̃.
+      bn_batch_size: its BN batch size.
+      seed: its seed.
+      **scalars: its values on the grid's further axes, such as weight_decay.
 
     Returns:
       {"params": …, "batch_stats": …}, as `model.apply` takes them, of NumPy arrays in nested dicts (and lists, where the model

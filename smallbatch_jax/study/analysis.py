@@ -138,7 +138,8 @@ def convergent_range(cells: pd.DataFrame, chance: float, metric: Metric = ACCURA
 
     Args:
       cells: from `final_accuracy`.
-      chance, metric: see `convergent`.
+      chance: see `convergent`.
+      metric: the column that counts.
     Returns:
       One row per `SETUP`, sorted: `lowest_base_lr` and `highest_base_lr` that converge (NaN if none does) and
       `convergent`, the number of cells that do; fewer than the range holds when it has gaps.
