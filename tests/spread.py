@@ -93,7 +93,7 @@ def trained(
     if save and processes.is_first():
         Checkpoints(Path(save), chosen).save(state, [run, *others])
     variables = jax.tree.map(lambda x: x[0], (state.train.params, state.train.batch_stats))
-    return variables, report.loss_sum[0], report.test_correct[0]
+    return variables, report.loss_sum[0], report.tested["test"].sums["accuracy"][0]
 
 
 if __name__ == "__main__":

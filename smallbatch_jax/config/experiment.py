@@ -114,6 +114,9 @@ class Experiment:
             )
         self._require_task()
         self.optimizer.require_axes(self.grid.axes())
+        for name, plain in (("weight_decay", 0.0), ("weight_decay_mask", "all")):
+            if self.optimizer.name.startswith(OWN) and getattr(self, name) != plain:
+                raise InputError(f"{name}: an own optimizer decays weights by itself, if at all; use {plain!r}.")
         for m in self.grid.batch_sizes:
             self.optimizer.scalars(m)
         if self.grid.base_lrs_from:

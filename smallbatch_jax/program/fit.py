@@ -81,6 +81,24 @@ def _require_score(name: str, score: Score, outputs: Any, batch: Batch) -> None:
         raise InputError(f"{field}: got {got} for a batch of {n} examples, accepts one number for each, float32[{n}].")
 
 
+def require_optimizer(optimizer: Optimizer, name: str) -> None:
+    """Refuses an optimizer that cannot make an update with its scalars; `name` is for the message, and nothing runs."""
+    params = {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32), "bias": jax.ShapeDtypeStruct((2,), jnp.float32)}
+    scalars = dict.fromkeys(("learning_rate", "weight_decay", *optimizer.scalars), jax.ShapeDtypeStruct((), jnp.float32))
+
+    def update(params: Any, scalars: dict[str, jax.Array]) -> Any:
+        transform = optimizer.make(**scalars)
+        return transform.update(params, transform.init(params), params)[0]
+
+    try:
+        found = jax.eval_shape(update, params, scalars)
+    except Exception as error:  # of any type: it may be the caller's own
+        reason = cut(" ".join(str(error).split("\n\n")[0].split()), 200)
+        raise InputError(f"optimizer: {name} raised {type(error).__name__}: {reason}") from error
+    if jax.tree.structure(found) != jax.tree.structure(params):
+        raise InputError(f"optimizer: the updates of {name} are no tree like the parameters.")
+
+
 def fingerprint(model: Model, task: Task, data: Any, optimizer: Optimizer, examples: int = 4) -> dict[str, Any]:
     """Summarises a task's functions and an optimizer on fixed inputs, as `models.identity.fingerprint` does a model."""
     rng = np.random.RandomState(0)

@@ -19,6 +19,11 @@ def require_fitting(experiment: Experiment, dataset: Dataset | Photographs) -> N
     """Refuses options of an experiment that its dataset does not support."""
     experiment.require_examples(dataset.num_train)
     streamed = isinstance(dataset, Photographs)
+    suits = "classification" if streamed else dataset.task
+    if experiment.task != suits and not experiment.task.startswith(OWN):
+        raise InputError(
+            f"task: {experiment.task!r} does not go with the dataset's labels; use {suits!r}, or a loss of your own."
+        )
     if experiment.dataset.color_jitter and not (streamed and experiment.dataset.augment):
         raise InputError(
             "dataset.color_jitter: is a part of the augmentation of streamed images; use it with dataset.image_size and "

@@ -141,6 +141,7 @@ def _checked_setup(
             model.require_batch(dataset.example, m)
         if place == 0:  # with the smallest b, which alone may be too small for a named model
             fit.require_model(model, setup.task, dataset, m)
+            fit.require_optimizer(setup.optimizer(m), experiment.optimizer.title)
             checks.require_disk(experiment, model, dataset.example)
     return setup
 

@@ -187,4 +187,4 @@ def test_plan_says_what_a_summary_is_drawn_from():
 
 
 def test_the_sizes_that_plans_count_on_are_those_of_the_data():
-    assert data.num_train_examples("digits") == len(data.load("digits").train_labels)
+    assert data.num_train_examples(experiment.Dataset("digits")) == len(data.load("digits").train_labels)

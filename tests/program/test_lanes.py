@@ -87,7 +87,7 @@ def test_a_diverged_lane_takes_no_more_steps_and_reports_the_step_of_its_first_l
     assert report.step[0] in (1, 2)  # the first loss is taken before any update
     assert not np.isfinite(report.loss_sum[0])
     assert np.isfinite(first_loss)
-    assert np.isnan(report.test_loss[0]) or mapping == "vmap"
+    assert report.tested["test"].examples[0] == 0 or mapping == "vmap"
     again, later = train(program, [1e30, 2**-8, 2**-8, 2**-8], segments=[segment([0] * 4, [STEPS] * 4)] * 2)
     assert later.step[0] == report.step[0]
     assert not again.alive[0]
@@ -114,15 +114,17 @@ def test_an_evaluation_covers_the_whole_test_set_once():
     params = jax.tree.map(lambda x: x[0], state.train.params)
     logits = tiny.PlainModel().apply({"params": params}, (data.test_images - mean) / deviation)
     expected = -np.asarray(jax.nn.log_softmax(logits))[np.arange(20), data.test_labels].mean()  # pyright: ignore
-    np.testing.assert_allclose(report.test_loss[0], expected, rtol=1e-5)
-    assert report.test_correct[0] == (np.argmax(logits, -1) == data.test_labels).sum()  # pyright: ignore
+    tested = report.tested["test"]
+    assert tested.examples[0] == 20
+    np.testing.assert_allclose(tested.sums["loss"][0] / 20, expected, rtol=1e-5)
+    assert tested.sums["accuracy"][0] == (np.argmax(logits, -1) == data.test_labels).sum()  # pyright: ignore
 
 
 def test_a_test_set_that_no_batch_divides_is_padded_with_images_that_do_not_count(monkeypatch):
     monkeypatch.setattr(on_device, "LARGEST_EVAL_BATCH", 7)
     data = on_device.to_device(tiny.dataset(num_test=20), lanes.lane_mesh())
-    assert data.test_labels.shape == (3, 7)
-    assert int(data.test_counts.sum()) == 20
+    assert data.splits["test"].labels.shape == (3, 7)
+    assert int(data.splits["test"].counts.sum()) == 20
 
 
 def test_no_rate_seed_decay_or_warmup_compiles_anything():

@@ -1,6 +1,7 @@
 """Momentum, Adam and the others in lanes: each trains as a plain Optax loop does, whatever the rule of its learning rate."""
 
 import functools
+import itertools
 import math
 import os
 import signal
@@ -103,6 +104,16 @@ LOOPS = [
 def test_a_lane_trains_as_a_plain_optax_loop(name, mapping, mask):
     """50 steps with warm-up, two reductions and weight decay; the rules take turns."""
     rule = list(RATES)[(list(PLAIN).index(name) + (mapping == "vmap")) % 3]
+    require_the_plain_loop(name, rule, mapping, mask)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rule"), itertools.product(PLAIN, RATES))
+def test_each_optimizer_trains_as_a_plain_optax_loop_by_each_rule(name, rule):
+    require_the_plain_loop(name, rule, "map")
+
+
+def require_the_plain_loop(name, rule, mapping, mask="all"):
     found, fresh, indices = trained(name, rule, mapping, mask=mask)
     for lane in (0, LANES - 1):
         expected = plain_loop(name, rule, fresh, indices, float(BASE_LRS[lane]), mask)

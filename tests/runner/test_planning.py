@@ -10,6 +10,7 @@ from flax import linen as nn
 from shell import QUICKSTART, refused, run
 
 from smallbatch_jax import data
+from smallbatch_jax.config import experiment
 from smallbatch_jax.models import create_model
 from smallbatch_jax.runner import flops, planning
 
@@ -109,7 +110,7 @@ def test_the_matrix_rate_is_that_of_numpy_within_reason():
 @pytest.mark.parametrize("name", ["digits", "cifar10", "cifar100"])
 def test_random_images_have_the_shapes_of_the_dataset(name):
     drawn = data.random(name)
-    assert len(drawn.train_labels) == data.num_train_examples(name)
+    assert len(drawn.train_labels) == data.num_train_examples(experiment.Dataset(name))
     assert drawn.train_labels.max() == drawn.num_classes - 1
     if name == "digits":
         real = data.load(name)

@@ -1,0 +1,219 @@
+"""`sbj.sweep` beyond classification: other tasks, own losses, metrics and optimizers, further axes, validation splits."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pandas as pd
+import pytest
+from flax import linen as nn
+from pictures import error_line
+
+import smallbatch_jax as sbj
+from smallbatch_jax.runner.progress import NoProgress
+from smallbatch_jax.study import answer, study
+
+
+class Linear(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(x)
+
+
+class NextToken(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        return nn.Dense(4)(nn.Embed(4, 8)(tokens))
+
+
+@functools.cache
+def table():
+    """Targets are a line through the features and noise of variance 0.01."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(140, 3)).astype(np.float32)
+    y = x @ [1.0, -2.0, 0.5] + 0.1 * rng.normal(size=140)
+    return sbj.data.Dataset(x[:100], y[:100], x[100:], y[100:])
+
+
+def quiet(*args, **kwargs):
+    return sbj.sweep(*args, progress=NoProgress(), **kwargs)
+
+
+def last(frame, column):
+    return frame[frame["epoch"] == frame["epoch"].max()][column].to_numpy()
+
+
+@functools.cache
+def regression(folder):
+    axes = {"weight_decays": (0.0, 0.1), "validation_fraction": 0.2, "metrics": ("absolute_error",)}
+    return quiet(Linear(), table(), (4,), (2**-9, 2**-6, 2**3), epochs=3, seeds=(0, 1), workdir=folder, **axes)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep") / "regression"
+    regression(folder)
+    return folder
+
+
+def test_a_regression_is_chosen_by_the_validation_split_and_confirmed_by_the_test_set(workdir):
+    found = study.load(workdir)
+    assert found.metric.column == "validation_loss"
+    assert found.examples == (80, 40)
+    answered = answer.answer(found)
+    assert answered.sentence.startswith("Best at m = 4, η̃ = 2^-6, weight decay 0: validation loss 0.03")
+    assert "The validation split chose it; its test loss is 0.0" in " ".join(answered.caveats)
+    assert "weight decay 0 … 0.1" in study.describe(found)
+
+
+def test_a_run_that_diverged_has_no_losses_and_no_metrics(workdir):
+    lost = sbj.results.load(workdir).query("status == 'diverged'")
+    assert set(lost["base_lr"]) == {8.0}
+    columns = ["test_loss", "validation_loss", "test_absolute_error", "train_absolute_error", "test_accuracy"]
+    assert lost[columns].isna().all(axis=None)
+
+
+def test_a_table_names_the_metric_the_axis_and_the_guess_that_is_to_be_beaten(workdir):
+    text = study.summaries([study.load(workdir)])
+    assert " best validation loss  at base_lr  at weight_decay" in text
+    assert "validation loss is below that of a constant guess" in text
+    assert study.load(workdir).chance == pytest.approx(5.2, abs=1.5)  # the variance of the targets, 1 + 4 + 1/4
+
+
+def test_figures_and_a_page_are_made_of_it(workdir, tmp_path):
+    drawn = {path.stem for path in sbj.figures.draw_studies([study.load(workdir)], tmp_path)}
+    assert {"accuracy_vs_base_lr", "heat_map", "convergence"} <= drawn
+    sbj.report.write([study.load(workdir)], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "validation loss" in page
+    assert "weight decay 0.1" in page
+
+
+def test_a_workdir_is_resumed_with_another_selection_and_refused_with_other_axes(workdir):
+    axes = {"weight_decays": (0.0, 0.1), "validation_fraction": 0.2, "metrics": ("absolute_error",)}
+    args = Linear(), table(), (4,), (2**-9, 2**-6, 2**3)
+    again = quiet(*args, epochs=3, seeds=(0, 1), workdir=workdir, select=("test_absolute_error", "min"), **axes)
+    pd.testing.assert_frame_equal(again, regression(workdir))
+    line = error_line(quiet, *args, epochs=3, seeds=(0, 1), workdir=workdir, **axes | {"weight_decays": (0.0,)})
+    assert "grid lacks 6 run(s) there" in line
+
+
+def test_each_value_of_an_axis_trains_as_if_it_were_the_fields(workdir):
+    fields = {"weight_decay": 0.1, "validation_fraction": 0.2, "metrics": ("absolute_error",)}
+    alone = quiet(Linear(), table(), (4,), (2**-6,), epochs=3, seeds=(1,), **fields)
+    rows = regression(workdir).query("base_lr == 2**-6 and weight_decay == 0.1 and seed == 1")
+    pd.testing.assert_frame_equal(rows.drop(columns="weight_decay").reset_index(drop=True), alone)
+
+
+def test_one_program_trains_all_values_of_all_axes(tmp_path):
+    axes = {
+        "weight_decays": (0.0, 0.1),
+        "warmup_fractions": (0.0, 0.5),
+        "beta1s": (0.5, 0.9),
+        "beta2_half_lives": (64.0, 512.0),
+    }
+    frame = quiet(Linear(), table(), (4,), (2**-6,), 1, workdir=tmp_path, optimizer="adamw", rule="constant", **axes)
+    assert len(frame) == 16
+    assert frame["test_loss"].nunique() == 16
+    assert (sbj.results.load_timings(tmp_path)["phase"] == "compile").sum() == 1
+
+
+def huber(outputs, batch):
+    return optax.huber_loss(outputs[:, 0], batch.labels)
+
+
+def bias(outputs, batch):
+    return outputs[:, 0] - batch.labels
+
+
+def heavy_ball(learning_rate, momentum):
+    return optax.sgd(learning_rate, momentum)
+
+
+def own(momentum, workdir=None, **options):
+    options = {"loss": huber, "metrics": {"bias": bias}, "optimizer": heavy_ball, **options}
+    return quiet(Linear(), table(), (4,), (2**-7,), 2, workdir=workdir, scalars={"momentum": momentum}, **options)
+
+
+def test_own_losses_metrics_and_optimizers_train_as_those_of_this_package():
+    ours = quiet(Linear(), table(), (4,), (2**-7,), 2, optimizer="momentum", momentum=0.8, loss=huber, metrics={"bias": bias})
+    theirs = own(0.8)
+    columns = ["train_loss", "test_loss", "train_bias", "test_bias"]
+    np.testing.assert_allclose(ours[columns], theirs[columns], rtol=1e-6)
+    assert theirs["scalar_momentum"].tolist() == [0.8, 0.8]
+
+
+def test_scalars_of_an_own_optimizer_are_an_axis():
+    both = own((0.5, 0.8))
+    np.testing.assert_array_equal(both.query("scalar_momentum == 0.8")["test_loss"], own(0.8)["test_loss"])
+    assert both["test_loss"].nunique() == 4
+
+
+def test_a_workdir_recognises_own_functions_by_what_they_compute(tmp_path):
+    own(0.8, tmp_path)
+
+    def other(outputs, batch):
+        return 2 * optax.huber_loss(outputs[:, 0], batch.labels)
+
+    other.__name__ = "huber"
+    assert "loss is another function of the same name" in error_line(own, 0.8, tmp_path, loss=other)
+
+    def make(learning_rate, momentum):
+        return optax.sgd(learning_rate, momentum, nesterov=True)
+
+    make.__name__ = "heavy_ball"
+    assert "optimizer is another function of the same name" in error_line(own, 0.8, tmp_path, optimizer=make)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"loss": 3}, "loss: got a int, accepts a function (outputs, batch) → [n]."),
+        ({"metrics": {"bias": "x"}}, "metrics: bias: got a str, accepts a function (outputs, batch) → [n]."),
+        ({"optimizer": "adma"}, "optimizer.name: unknown optimizer 'adma'; did you mean 'adam'?"),
+        ({"momenta": (0.9,)}, "grid.momenta: sgd has no momentum, it has no scalars."),
+        (
+            {"optimizer": "momentum", "momentum": 0.9, "momenta": (0.8,)},
+            "grid.momenta: optimizer.momentum or another",
+        ),
+        (
+            {"optimizer": "adam", "beta2s": (0.9,), "beta2_half_lives": (9.0,)},
+            "grid.beta2_half_lives: optimizer.beta2",
+        ),
+        ({"optimizer": heavy_ball, "momenta": (0.9,)}, "grid.momenta: an own optimizer has scalars of its own"),
+        ({"optimizer": heavy_ball, "scalars": {"momentum": "high"}}, "grid.scalars.momentum: got 'high', accepts a number"),
+        ({"optimizer": heavy_ball}, "optimizer: heavy_ball raised TypeError: "),
+        ({"scalars": {"gamma": 0.5}}, "grid.scalars: sgd takes no scalars of a caller"),
+        ({"optimizer": heavy_ball, "scalars": {"momentum": 0.5}, "weight_decay": 0.1}, "weight_decay: an own optimizer decays"),
+        ({"validation_fraction": 0.001}, "dataset.validation_fraction: 0.001 of 100 examples leaves a split empty"),
+        ({"task": "classification"}, "task: 'classification' does not go with the dataset's labels"),
+        ({"task": "next_token"}, "task: 'next_token' does not go with the dataset's labels"),
+    ],
+)
+def test_a_mistake_is_named_in_one_line(options, says, tmp_path):
+    folder = tmp_path / "w"
+    assert error_line(quiet, Linear(), table(), (4,), (2**-7,), 1, workdir=folder, **options).startswith(says)
+    assert not folder.exists()
+
+
+def test_sequences_predict_their_next_token_with_adamw(tmp_path):
+    """Each token follows from the one before, so the loss goes to zero; the second of two equal tokens is a guess."""
+    rng = np.random.default_rng(0)
+    tokens = (rng.integers(0, 4, (120, 1)) + np.arange(6)) % 4
+    data = sbj.data.Dataset(tokens[:100], None, tokens[100:], None, 4)
+    assert data.task == "next_token"
+    options = {"optimizer": "adamw", "rule": "constant", "beta2_half_lives": (50.0, 500.0), "label_smoothing": 0.05}
+    frame = quiet(NextToken(), data, (2, 8), (2**-4,), 4, workdir=tmp_path, **options)
+    assert (last(frame, "test_loss") < 0.2).all()
+    assert (last(frame, "test_accuracy") == 1).all()
+    found = study.load(tmp_path)
+    assert (found.metric.column, found.chance) == ("test_loss", pytest.approx(np.log(4)))
+
+
+def test_a_validation_split_may_be_given_whole():
+    x, y = table().train_images, table().train_labels
+    split = sbj.data.Dataset(x[:60], y[:60], x[80:], y[80:], validation_images=x[60:80], validation_labels=y[60:80])
+    frame = quiet(Linear(), split, (4,), (2**-6,), epochs=1)
+    assert jnp.isfinite(frame["validation_loss"].iloc[0])
+    assert error_line(split.with_validation, 0.1).startswith("dataset.validation_fraction: the dataset has a validation split")
