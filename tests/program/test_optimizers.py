@@ -108,7 +108,7 @@ def test_a_lane_trains_as_a_plain_optax_loop(name, mapping, mask):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "rule"), itertools.product(PLAIN, RATES))
+@pytest.mark.parametrize(("name", "rule"), list(itertools.product(PLAIN, RATES)))
 def test_each_optimizer_trains_as_a_plain_optax_loop_by_each_rule(name, rule):
     require_the_plain_loop(name, rule, "map")
 

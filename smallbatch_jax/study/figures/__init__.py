@@ -78,7 +78,8 @@ def draw_studies(studies: Iterable[Study], out_dir: PathLike | None = None) -> l
     paths = []
     for study in studies:
         figures = _own_figures(study.rows, study.cells, named_metric(study.experiment), study)
-        paths += _write_all(figures, folders[study.name])
+        rule = study.experiment.optimizer.rule
+        paths += _write_all(((name, style.with_rule(figure, rule)) for name, figure in figures), folders[study.name])
     if len(studies) > 1:
         paths += draw_summaries(studies, homes[studies[0].name] if out_dir is None else out_dir)
     return paths

@@ -103,11 +103,22 @@ class Column(NamedTuple):
     text: Callable[[Any], str]
 
 
+RULE_TEXTS = {"sqrt": r"$\tilde{\eta}\sqrt{m}$", "constant": r"$\tilde{\eta}$"}  # of `config.catalog.RULES`
 COLUMNS = {
     "batch_size": Column("$m$", "batch size $m$", str),
     "base_lr": Column(r"$\tilde{\eta}$", r"base learning rate $\tilde{\eta}$", math_base_lr),
     "bn_batch_size": Column("$b$", "BN batch size", str),
 }
+
+
+def with_rule(figure: Figure, rule: str) -> Figure:
+    """Says on an axis of base learning rates what the learning rate is, where it is not the paper's η̃·m; returns the figure."""
+    label = COLUMNS["base_lr"].label
+    for axes in figure.axes if rule != "linear" else ():
+        for which in ("x", "y"):
+            if getattr(axes, f"get_{which}label")() == label:
+                axes.set(**{f"{which}label": rf"{label} ($\eta$ = {RULE_TEXTS[rule]})"})
+    return figure
 
 
 def grid_axis(axes: Axes, which: str, column: str, values: Iterable[float], most_ticks: int = MOST_TICKS) -> None:

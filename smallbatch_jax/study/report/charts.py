@@ -10,6 +10,7 @@ import plotly.express as px
 import plotly.graph_objects as go
 from matplotlib.colors import to_hex
 
+from smallbatch_jax.config.catalog import RULES
 from smallbatch_jax.config.metric import Metric
 from smallbatch_jax.config.text import axis_title, format_base_lr, plural
 from smallbatch_jax.study import cost
@@ -18,7 +19,7 @@ from smallbatch_jax.study.answer import score, setting
 from smallbatch_jax.study.figures.labels import named_metric
 from smallbatch_jax.study.figures.points import best_of_each, marked, one_bn_batch_size, own_base_lrs
 from smallbatch_jax.study.figures.style import CATEGORIES, COLORS, SECONDS, ordered_colors, unit_ticks
-from smallbatch_jax.study.report.sections import LABELS, short_duration
+from smallbatch_jax.study.report.sections import LABELS, axis_label, short_duration
 from smallbatch_jax.study.study import Study
 
 MOST_SEEDS = 8  # listed one by one in a label
@@ -111,7 +112,7 @@ def heat_map(study: Study, shown: CellMap, labels: Sequence[str]) -> go.Figure:
             z, text = cells[mask].map({True: 0}), cells[mask].map({True: sign})
             figure.add_heatmap(z=grid(z), text=grid(text, ""), **flat, **shared)
     figure.update_layout(dragmode=False)  # a click chooses a cell
-    figure.update_xaxes(type="category", title=LABELS[shown.column], showgrid=False)
+    figure.update_xaxes(type="category", title=axis_label(study, shown.column), showgrid=False)
     figure.update_yaxes(type="category", title=LABELS["batch_size"], showgrid=False)
     return figure
 
@@ -122,9 +123,10 @@ def cell_labels(study: Study) -> list[str]:
     last = study.rows.drop_duplicates([*key, "seed"], keep="last")  # rows are sorted by epoch
     last = last.assign(state=[_state(run, study.experiment.epochs, metric) for run in last.to_dict("records")])
     seeds = last.groupby(key, observed=True)["state"].agg(list).to_dict()
-    labels = []
+    optimizer, labels = study.experiment.optimizer, []
+    rate = RULES[optimizer.rule][0]
     for cell in study.cells.to_dict("records"):
-        lines = [f"<b>{setting(cell)}</b>", f"η = η̃·m = {cell['base_lr'] * cell['batch_size']:.6g}"]
+        lines = [f"<b>{setting(cell)}</b>", f"η = {rate} = {optimizer.learning_rate(cell['base_lr'], cell['batch_size']):.6g}"]
         lines += [f"{metric.title} {score(cell, metric)}"] * bool(cell["finished"])
         states = seeds.get(tuple(cell[name] for name in key), [])
         lines += states[:MOST_SEEDS] + [f"and {len(states) - MOST_SEEDS} more seeds"] * (len(states) > MOST_SEEDS)

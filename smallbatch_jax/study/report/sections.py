@@ -39,7 +39,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "batch_size": ("m", str),
     "bn_batch_size": ("BN batch", str),
     "base_lr": ("η̃", format_base_lr),
-    "eta": ("η = η̃·m", "{:.6g}".format),
+    "eta": ("η", "{:.6g}".format),
     "y": ("accuracy %", "{:.2f}".format),
     "std": ("± %", "{:.2f}".format),
     **{name: (axis_title(name), "{:g}".format) for name in catalog.AXES},
@@ -54,9 +54,18 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 }
 
 
+def axis_label(study: Study, column: str) -> str:
+    """The title of a column's axis; that of η̃ says what the learning rate is, where it is not the paper's η̃·m."""
+    rule = study.experiment.optimizer.rule
+    said = f" (η = {catalog.RULES[rule][0]})" if column == "base_lr" and rule != "linear" else ""
+    return LABELS[column] + said
+
+
 def cell_table(study: Study) -> SortableTable:
     """A row for each cell, in the order of `study.cells`."""
-    table = marked(study.cells, study.metric).assign(eta=study.cells["batch_size"] * study.cells["base_lr"])
+    rate = study.experiment.optimizer.learning_rate
+    rates = [rate(*cell) for cell in study.cells[["base_lr", "batch_size"]].itertuples(index=False)]
+    table = marked(study.cells, study.metric).assign(eta=rates)
     return _table(study, table)
 
 
@@ -70,6 +79,7 @@ def _table(study: Study, frame: pd.DataFrame) -> SortableTable:
     """Writes the `COLUMNS` that a frame has; without BN batch sizes if all are m."""
     own = {name: (axis_title(name), "{:g}".format) for name in axes(frame) if name not in COLUMNS}
     columns = COLUMNS | own
+    columns["eta"] = (f"η = {catalog.RULES[study.experiment.optimizer.rule][0]}", COLUMNS["eta"][1])
     if not study.metric.fraction:
         columns |= {"y": (study.metric.title, "{:.4g}".format), "std": ("±", "{:.2g}".format)}
     names = [name for name in columns if name in frame and (name != "bn_batch_size" or _bn_varies(study.cells))]
