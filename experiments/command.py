@@ -58,7 +58,7 @@ def load_data(chosen: Dataset, random: bool = False) -> Any:
     """Returns the data of a config, or random images of the same shape."""
     from smallbatch_jax import data
 
-    return data.load_section(chosen, data.random if random else data.load)
+    return data.load_section(chosen, random)
 
 
 def run(main: Callable[[], int]) -> None:

@@ -50,9 +50,9 @@ def load(name: str, data_dir: str | os.PathLike | None = None, image_size: int |
     return resolve_name(entry.stream)(data_dir, image_size)
 
 
-def load_section(chosen: experiment.Dataset, loader: Callable[..., Dataset | Photographs] = load) -> Dataset | Photographs:
-    """Returns the data that the section `dataset` of a config names, with its validation split; `loader` may be `random`."""
-    found = loader(chosen.name, chosen.data_dir, chosen.image_size)
+def load_section(chosen: experiment.Dataset, random_images: bool = False) -> Dataset | Photographs:
+    """Returns the data of the section `dataset` of a config, with its validation split; or random images of its shapes."""
+    found = (random if random_images else load)(chosen.name, chosen.data_dir, chosen.image_size)
     if isinstance(found, Dataset):
         return found.with_validation(chosen.validation_fraction)
     if chosen.validation_fraction:

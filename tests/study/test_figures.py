@@ -9,6 +9,7 @@ import pytest
 from drawn import bars, cell, curves, foot, missing, placed, table, tick_texts
 from matplotlib.colors import same_color
 
+from smallbatch_jax.config.metric import Metric
 from smallbatch_jax.study import figures
 
 
@@ -201,3 +202,14 @@ def test_results_without_a_finished_run_can_be_drawn(cells):
     early_map = figures.heat_map(early)
     assert marks(early_map) == {"diverged": {(1, 0)}, "not finished": {(0, 1), (1, 1)}}
     assert early_map.axes[1].get_ylim() == (0, 100)
+
+
+def test_a_loss_is_shown_as_it_is_on_a_log_axis_where_it_spreads_and_small_is_light(cells):
+    loss = Metric("test_loss", "min")
+    losses = cells.assign(test_loss=1 / cells["test_accuracy"] ** 4, test_loss_std=math.nan)
+    near, far = (figures.accuracy_against_base_lr(frame, loss) for frame in (losses[losses["test_loss"] < 10], losses))
+    assert [figure.axes[0].get_ylabel() for figure in (near, far)] == ["test loss", "test loss"]
+    assert [figure.axes[0].get_yscale() for figure in (near, far)] == ["linear", "log"]
+    np.testing.assert_allclose(curves(far)["2"][1], 1 / np.array([0.6, 0.7, 0.8]) ** 4)
+    mesh = figures.heat_map(losses, loss).axes[0].collections[0]
+    assert mesh.get_cmap().name == "viridis_r"

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from smallbatch_jax.config.metric import ACCURACY, Metric
@@ -33,6 +33,8 @@ def _curves(cells: pd.DataFrame, rows: str, x: str, metric: Metric) -> Figure:
     labels = [style.COLUMNS[rows].text(value) for value in sorted(set(cells[rows].tolist()))]
     points.plot_rows(axes, cells, rows, x, labels, style.COLUMNS[rows].symbol)
     axes.set_ylabel(metric.label)
+    if style.spreads(cells["y"], metric):
+        axes.set_yscale("log")
     style.grid_axis(axes, "x", x, cells[x])
     style.foot(figure, points.mark_entries(cells), points.count_note(cells, "cells"))
     return figure
@@ -99,7 +101,9 @@ def heat_map(cells: pd.DataFrame, metric: Metric = ACCURACY) -> Figure:
     rows, columns = values.shape
     figure, axes = style.new_axes(title, height=max(2.2, 1.2 + 0.22 * rows))
     axes.grid(False)
-    norm = Normalize(values.min(), values.max()) if values.count() else Normalize(0, 100)
+    norm = Normalize(0, 100)
+    if values.count():
+        norm = (LogNorm if style.spreads(values.compressed(), metric) else Normalize)(values.min(), values.max())
     edges = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
     colors = style.COLORS if metric.best == "max" else f"{style.COLORS}_r"  # light is good
     # A mesh, not an image: PDF viewers blur small images.

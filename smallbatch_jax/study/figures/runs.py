@@ -58,6 +58,9 @@ def convergence(
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
         if len(without) == len(chosen):
             style.say_nothing_finished(axes, "no epoch has ended")
+    drawn = [line.get_ydata() for axes in panels.values() for line in axes.lines]
+    if style.spreads(np.concatenate([*drawn, []]), metric):
+        panels[training].set_yscale("log")
     panels[training].set_ylabel(metric.noun + " (%)" * metric.fraction)
     figure.suptitle(title)
     style.foot(figure, {}, style.note(points.run_note(chosen, diverged=True), style.named("no epoch yet", without)))

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 
+from smallbatch_jax.config.metric import Metric
 from smallbatch_jax.config.text import format_base_lr
 from smallbatch_jax.store.files import write_atomically
 
@@ -43,6 +44,7 @@ MARKERS = "osD^v"  # a second cue, since the colours of neighbouring curves are 
 WIDTH, HEIGHT = 5.4, 3.3  # inches; still legible when shrunk to one column of a two-column page
 QUIET = "0.4"  # the grey of notes and of marks in a legend
 NOTEBOOK_DPI = 120
+MOST_SPREAD = 20  # of losses on a linear axis, largest to smallest
 MOST_TICKS = 14  # more labels than this would touch
 NOTE_WIDTH = 110  # characters
 
@@ -109,6 +111,12 @@ COLUMNS = {
     "base_lr": Column(r"$\tilde{\eta}$", r"base learning rate $\tilde{\eta}$", math_base_lr),
     "bn_batch_size": Column("$b$", "BN batch size", str),
 }
+
+
+def spreads(values: Any, metric: Metric) -> bool:
+    """Returns whether values of a metric need a log axis: losses that are far apart, as where some runs nearly diverged."""
+    finite = np.asarray(values, float)[np.isfinite(np.asarray(values, float))]
+    return not metric.fraction and finite.size > 0 and finite.min() > 0 and finite.max() > MOST_SPREAD * finite.min()
 
 
 def with_rule(figure: Figure, rule: str) -> Figure:
