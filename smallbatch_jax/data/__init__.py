@@ -4,7 +4,6 @@ DATASETS (`config/datasets.py`) names the loader of each dataset. The package ma
 """
 
 import os
-from collections.abc import Callable
 from pkgutil import resolve_name
 
 import numpy as np

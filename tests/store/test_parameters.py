@@ -5,7 +5,7 @@ import threading
 import warnings
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -21,7 +21,7 @@ def variables(value):
     """Arrays of several dtypes and shapes, in dicts whose order is not sorted, and no batch_stats."""
     kernel = np.random.default_rng(value).normal(size=(4, 3)).astype(np.float32)
     return {
-        "params": {"b": {"kernel": kernel}, "a": np.full(3, value, ml_dtypes.bfloat16), "c": np.int32(value)},
+        "params": {"b": {"kernel": kernel}, "a": np.full(3, value, jnp.bfloat16), "c": np.int32(value)},
         "batch_stats": {},
     }
 
