@@ -271,7 +271,8 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     rows = [row for path in found for row in _readable_rows(path, further)]
     frame = rows_frame(rows)
     run = [*RUN_COLUMNS, *experiment.grid.axes()]
-    frame["diverged"] = [row.diverged for row in rows]
+    has_accuracy = "accuracy" in experiment.metric_names()
+    frame["diverged"] = frame["test_accuracy"].isna() if has_accuracy else ~np.isfinite(frame["test_loss"])
     frame = frame.sort_values([*run, "epoch"], kind="stable", ignore_index=True)
     frame = frame.drop_duplicates([*run, "epoch"], ignore_index=True)
     runs = frame.groupby(run, sort=False)
@@ -290,7 +291,7 @@ def rows_frame(rows: Sequence[Row]) -> "pd.DataFrame":
     """Returns rows as a DataFrame, with the ten fixed columns even without rows, numbers in 64 bits."""
     import pandas as pd
 
-    others = list(dict.fromkeys(name for row in rows for name, _ in (*row.scalars, *row.metrics)))
+    others = list(dict.fromkeys(name for row in rows if row.scalars or row.metrics for name, _ in row.scalars + row.metrics))
     values: list[Any] = [row[: len(_FIXED)] for row in rows]
     if others:
         further = (map((dict(row.scalars) | dict(row.metrics)).get, others) for row in rows)

@@ -37,7 +37,7 @@ def dataset_name(experiment: Experiment) -> str:
     name = experiment.dataset.name
     if name == "folder" and experiment.dataset.data_dir:
         return style.plain(Path(experiment.dataset.data_dir).name or name)
-    return DATASETS[name].title if name in DATASETS else style.plain(name.removeprefix(OWN))
+    return DATASETS[name].title if name in DATASETS else "own data"
 
 
 def named_metric(*experiments: Experiment) -> Metric:
