@@ -164,6 +164,9 @@ class Experiment:
         """Refuses metrics, label smoothing or a selection that the task does not have."""
         entry = catalog.TASKS.get(self.task)
         for name in self.metrics:
+            own = name.removeprefix(OWN)
+            if own != name and (not own.isidentifier() or self.metric_names().count(own) > 1 or own == "loss"):
+                raise InputError(f"metrics: {fields.shown(own)} cannot name a metric of your own; use another identifier.")
             of_tasks = {} if name.startswith(OWN) else catalog.METRICS[name].functions
             if not name.startswith(OWN) and (self.task not in of_tasks or name in entry.metrics):  # pyright: ignore[reportOptionalMemberAccess]
                 known = [n for n, m in catalog.METRICS.items() if self.task in m.functions and n not in entry.metrics]  # pyright: ignore[reportOptionalMemberAccess]

@@ -52,11 +52,16 @@ def load(name: str, data_dir: str | os.PathLike | None = None, image_size: int |
 def load_section(chosen: experiment.Dataset, random_images: bool = False) -> Dataset | Photographs:
     """Returns the data of the section `dataset` of a config, with its validation split; or random images of its shapes."""
     found = (random if random_images else load)(chosen.name, chosen.data_dir, chosen.image_size)
-    if isinstance(found, Dataset):
-        return found.with_validation(chosen.validation_fraction)
-    if chosen.validation_fraction:
+    return with_validation(found, chosen.validation_fraction)
+
+
+def with_validation(dataset: Dataset | Photographs, fraction: float) -> Dataset | Photographs:
+    """Returns `Dataset.with_validation`; refuses a fraction of streamed images."""
+    if isinstance(dataset, Dataset):
+        return dataset.with_validation(fraction)
+    if fraction:
         raise InputError("dataset.validation_fraction: streamed images have no validation split; use 0.")
-    return found
+    return dataset
 
 
 def num_train_examples(chosen: experiment.Dataset) -> int:

@@ -102,8 +102,9 @@ def sweep(
     images = data.load(dataset, *place) if isinstance(dataset, str) else dataset
     if not isinstance(images, (Dataset, Photographs)):
         raise InputError(f"dataset: got a {type(images).__name__}; accepts a name, or a data.Dataset of your own arrays.")
+    asked = fields.plain(sections["dataset"].get("validation_fraction", 0.0))
+    images = data.with_validation(images, fields.number(0, 0.9)("dataset.validation_fraction", asked))
     if isinstance(images, Dataset):
-        images = images.with_validation(sections["dataset"].get("validation_fraction", 0.0))
         held = images.splits().get("validation", ((), ()))[1]
         sections["dataset"]["validation_fraction"] = len(held) / (images.num_train + len(held))
         sections.setdefault("task", images.task)

@@ -171,6 +171,11 @@ def test_a_workdir_recognises_own_functions_by_what_they_compute(tmp_path):
     [
         ({"loss": 3}, "loss: got a int, accepts a function (outputs, batch) → [n]."),
         ({"metrics": {"bias": "x"}}, "metrics: bias: got a str, accepts a function (outputs, batch) → [n]."),
+        ({"metrics": {"loss": bias}}, "metrics: 'loss' cannot name a metric of your own"),
+        ({"metrics": {"a,b": bias}}, "metrics: 'a,b' cannot name a metric of your own"),
+        ({"metrics": 3}, "metrics: got 3, accepts a tuple of values"),
+        ({"validation_fraction": "half"}, "dataset.validation_fraction: got 'half', accepts a number from 0 to 0.9."),
+        ({"select": "test_loss"}, "select: got 'test_loss', accepts a column and"),
         ({"optimizer": "adma"}, "optimizer.name: unknown optimizer 'adma'; did you mean 'adam'?"),
         ({"momenta": (0.9,)}, "grid.momenta: sgd has no momentum, it has no scalars."),
         (
