@@ -157,7 +157,7 @@ def undisturbed(library):
     return sweep(NOISY[library])
 
 
-@pytest.mark.parametrize("library", ["nnx", "equinox"])
+@pytest.mark.parametrize("library", ["nnx", pytest.param("equinox", marks=pytest.mark.slow)])
 def test_a_lane_of_several_equals_the_run_alone_bit_for_bit(library):
     frame = undisturbed(library)
     of_several = frame[frame.base_lr == RATES[-1]].reset_index(drop=True)
@@ -183,7 +183,7 @@ class Killed(NoProgress):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("library", ["nnx", "functions", pytest.param("equinox", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("library", ["nnx", *(pytest.param(name, marks=pytest.mark.slow) for name in ("functions", "equinox"))])
 def test_killed_and_resumed_a_run_draws_the_next_random_numbers(library, tmp_path, monkeypatch):
     expected = undisturbed(library)
     monkeypatch.setattr(scheduler, "CHECKPOINT_SHARE", 1e9)

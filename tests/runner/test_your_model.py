@@ -37,6 +37,7 @@ def test_any_other_language_has_a_larger_loss():
     assert true_losses(other, tokens).mean() > entropy(LANGUAGE, LENGTH) + 0.5
 
 
+@pytest.mark.slow  # the notebook `language_model` asserts it too
 def test_the_transformer_comes_within_a_twentieth_of_a_nat_of_the_entropy_and_not_below_it():
     tokens, test = draw(LANGUAGE, 2000, LENGTH, seed=1), draw(LANGUAGE, 1000, LENGTH, seed=2)
     data = sbj.data.Dataset(tokens, None, test, None, num_classes=8)
