@@ -118,7 +118,8 @@ class Experiment:
             if self.optimizer.name.startswith(OWN) and getattr(self, name) != plain:
                 raise InputError(f"{name}: an own optimizer decays weights by itself, if at all; use {plain!r}.")
         for m in self.grid.batch_sizes:
-            self.optimizer.scalars(m)
+            for given in ({}, *({name: value} for name, values in self.grid.axes().items() for value in values)):
+                self.optimizer.scalars(m, given)
         if self.grid.base_lrs_from:
             self.grid.shapes()
         else:
@@ -163,14 +164,14 @@ class Experiment:
     def _require_task(self) -> None:
         """Refuses metrics, label smoothing or a selection that the task does not have."""
         entry = catalog.TASKS.get(self.task)
+        always = entry.metrics if entry else ()
+        known = [name for name, metric in catalog.METRICS.items() if self.task in metric.functions and name not in always]
         for name in self.metrics:
             own = name.removeprefix(OWN)
+            if own == name and name not in known:
+                raise InputError(f"metrics: {name!r} is no further metric of the task {self.task!r}; it has {known or 'none'}.")
             if own != name and (not own.isidentifier() or self.metric_names().count(own) > 1 or own == "loss"):
                 raise InputError(f"metrics: {fields.shown(own)} cannot name a metric of your own; use another identifier.")
-            of_tasks = {} if name.startswith(OWN) else catalog.METRICS[name].functions
-            if not name.startswith(OWN) and (self.task not in of_tasks or name in entry.metrics):  # pyright: ignore[reportOptionalMemberAccess]
-                known = [n for n, m in catalog.METRICS.items() if self.task in m.functions and n not in entry.metrics]  # pyright: ignore[reportOptionalMemberAccess]
-                raise InputError(f"metrics: {name!r} is no further metric of the task {self.task!r}; it has {known or 'none'}.")
         if self.label_smoothing and not (entry and entry.smoothing):
             raise InputError(f"label_smoothing: {self.label_smoothing:g} needs a task with classes, not {self.task!r}; use 0.")
         if self.select is not None:

@@ -220,31 +220,31 @@ def by_batch_size(element: Check) -> Check:
     """Accepts pairs (batch size, value) or a mapping, each batch size once; returns a tuple of pairs."""
 
     def check(name: str, value: Any) -> tuple:
-        given = tuple(_entries(value, f"{name}.").items()) if isinstance(value, MAPPINGS) else value
-        pairs: list[Any] = [plain(pair) for pair in given] if isinstance(given, (tuple, list)) else [None]
-        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
-            accepts = "accepts pairs of batch size and value such as ((2, 0.01), (8, 0.002))."
-            raise InputError(f"{name}: got {shown(value)}, {accepts}")
-        sizes = distinct(integer(1))(name, [pair[0] for pair in pairs])
-        return tuple((size, element(name, plain(pair[1]))) for size, pair in zip(sizes, pairs, strict=True))
+        given, values = _pairs(name, value, "pairs of batch size and value such as ((2, 0.01), (8, 0.002))")
+        sizes = distinct(integer(1))(name, given)
+        return tuple((size, element(name, value)) for size, value in zip(sizes, values, strict=True))
 
     return check
 
 
 def by_name(element: Check) -> Check:
     """Accepts pairs (name, values) or a mapping, each name once; returns a tuple of pairs (name, tuple of values)."""
+    identifier = where(lambda value: isinstance(value, str) and value.isidentifier(), "a name of a scalar")
 
     def check(name: str, value: Any) -> tuple:
-        given = tuple(_entries(value, f"{name}.").items()) if isinstance(value, MAPPINGS) else value
-        pairs: list[Any] = [plain(pair) for pair in given] if isinstance(given, (tuple, list)) else [None]
-        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
-            raise InputError(f'{name}: got {shown(value)}, accepts names and values such as {{"momentum": (0.8, 0.9)}}.')
-        names = distinct(where(lambda x: isinstance(x, str) and x.isidentifier(), "a name of a scalar"))(
-            name, [pair[0] for pair in pairs]
-        )
-        values = [plain(pair[1]) for pair in pairs]
+        given, values = _pairs(name, value, 'names and values such as {"momentum": (0.8, 0.9)}')
         several = [value if isinstance(value, (tuple, list)) else (value,) for value in values]
         checked = distinct(element, least=1)
+        names = distinct(identifier)(name, given)
         return tuple((n, checked(f"{name}.{n}", values)) for n, values in zip(names, several, strict=True))
 
     return check
+
+
+def _pairs(name: str, value: Any, accepts: str) -> tuple[list[Any], list[Any]]:
+    """Returns the first and the second values of pairs, or the keys and values of a mapping."""
+    given = tuple(_entries(value, f"{name}.").items()) if isinstance(value, MAPPINGS) else value
+    pairs: list[Any] = [plain(pair) for pair in given] if isinstance(given, (tuple, list)) else [None]
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+        raise InputError(f"{name}: got {shown(value)}, accepts {accepts}.")
+    return [pair[0] for pair in pairs], [plain(pair[1]) for pair in pairs]

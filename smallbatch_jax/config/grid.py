@@ -88,6 +88,15 @@ class Run:
 RUN_COLUMNS = ("batch_size", "bn_batch_size", "base_lr", "seed")
 
 
+def name_of(run: Run) -> str:
+    """The name of a run, unique in its grid: m00008_b00004_lr2^-7_seed0, without b where that is m."""
+    mantissa, exponent = math.frexp(run.base_lr)
+    base_lr = f"2^{exponent - 1}" if mantissa == 0.5 else repr(run.base_lr)
+    bn = f"_b{run.bn_batch_size:05d}" if run.bn_batch_size != run.batch_size else ""
+    scalars = "".join(f"_{name}{value!r}" for name, value in run.scalars)
+    return f"m{run.batch_size:05d}{bn}_lr{base_lr}{scalars}_seed{run.seed}"
+
+
 def programs(runs: Iterable[Run]) -> dict[tuple[int, int], list[Run]]:
     """Groups runs by (batch size, BN batch size), the shape of one program, lowest base_lr first.
 

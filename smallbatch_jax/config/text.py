@@ -2,6 +2,8 @@
 
 import math
 
+from smallbatch_jax.config.catalog import OWN_SCALAR
+
 
 def duration(seconds: float) -> str:
     """12 s, 3 min 05 s, 2 h 07 min; ? if not known."""
@@ -31,7 +33,7 @@ def percent(fraction: float, std: float = math.nan, digits: int = 1) -> str:
 
 def axis_title(column: str) -> str:
     """The name of a further axis of a grid, "weight decay" for its column weight_decay; of an own scalar its own."""
-    return column.removeprefix("scalar_").replace("_", " ")
+    return column.removeprefix(OWN_SCALAR).replace("_", " ")
 
 
 def plural(number: int, noun: str) -> str:

@@ -5,7 +5,7 @@ or changed code is noticed if it changes that result by more than the tolerance.
 that these activations never reach, code that runs for large batches only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,8 +31,7 @@ def fingerprint(model: Any, example: jax.ShapeDtypeStruct, examples: int) -> dic
       JSON values: "tolerance", relative, and "values", a dict of pairs (norm, sum / √size) of the initial variables, their
       gradients, the updated batch statistics and the logits.
     """
-    drawn = np.random.RandomState(0).standard_normal((examples, *example.shape))
-    images = (np.abs(drawn) > 1 if jnp.issubdtype(example.dtype, jnp.integer) else drawn).astype(example.dtype)
+    images = drawn(np.random.RandomState(0), (examples, *example.shape), example.dtype)
 
     def compute(images: jax.Array) -> dict[str, Any]:
         variables = dict(model.init(jax.random.key(0), images[:1]))
@@ -56,6 +55,12 @@ def fingerprint(model: Any, example: jax.ShapeDtypeStruct, examples: int) -> dic
         return found
 
     return compiled_summaries(compute, images)
+
+
+def drawn(rng: np.random.RandomState, shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """Returns a fixed input: normal numbers, or zeros and ones where a dtype is of integers."""
+    values = rng.standard_normal(tuple(shape))
+    return (np.abs(values) > 1 if jnp.issubdtype(dtype, jnp.integer) else values).astype(dtype)
 
 
 def _loss(outputs: Any) -> jax.Array:

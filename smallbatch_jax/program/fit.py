@@ -1,5 +1,6 @@
 """Whether models, losses and metrics fit the data, from shapes alone, and by what a workdir recognises the caller's own."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -101,15 +102,12 @@ def require_optimizer(optimizer: Optimizer, name: str) -> None:
 
 def fingerprint(model: Model, task: Task, data: Any, optimizer: Optimizer, examples: int = 4) -> dict[str, Any]:
     """Summarises a task's functions and an optimizer on fixed inputs, as `models.identity.fingerprint` does a model."""
-    rng = np.random.RandomState(0)
-
-    def drawn(like: Any) -> np.ndarray:
-        values = rng.standard_normal(like.shape)
-        return (np.abs(values) > 1 if jnp.issubdtype(like.dtype, jnp.integer) else values).astype(like.dtype)
-
-    batch = Batch(*(drawn(jax.ShapeDtypeStruct((examples, *x.shape), x.dtype)) for x in (data.example, data.target)))
+    draw = partial(identity.drawn, np.random.RandomState(0))
+    batch = Batch(*(draw((examples, *x.shape), x.dtype) for x in (data.example, data.target)))
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), batch.images[:1]))
-    outputs = jax.tree.map(drawn, jax.eval_shape(lambda v: model.apply(v, batch.images, train=False), variables))
+    outputs = jax.tree.map(
+        lambda x: draw(x.shape, x.dtype), jax.eval_shape(lambda v: model.apply(v, batch.images, train=False), variables)
+    )
 
     def compute(outputs: Any, batch: Batch, params: jax.Array) -> dict[str, Any]:
         transform = optimizer.make(0.5, 0.25, **dict.fromkeys(optimizer.scalars, 0.5))
@@ -120,4 +118,4 @@ def fingerprint(model: Model, task: Task, data: Any, optimizer: Optimizer, examp
         scores = {name: score(outputs, batch) for name, score in {"loss": task.loss, **task.metrics}.items()}
         return jax.tree.map(identity.summary, {**scores, "optimizer": jnp.stack(updates)})
 
-    return identity.compiled_summaries(compute, outputs, batch, drawn(jax.ShapeDtypeStruct((8,), jnp.float32)))
+    return identity.compiled_summaries(compute, outputs, batch, draw((8,), np.float32))

@@ -51,14 +51,17 @@ def cross_entropy(outputs: Any, batch: Batch, smoothing: float = 0.0) -> jax.Arr
 
 def squared_error(outputs: Any, batch: Batch) -> jax.Array:
     """Returns the squared error of each example, float32[n], the mean over the components of its target."""
-    difference = outputs.astype(jnp.float32).reshape(batch.labels.shape) - batch.labels
-    return jnp.square(difference).reshape(len(batch.labels), -1).mean(-1)
+    return jnp.square(_errors(outputs, batch)).mean(-1)
 
 
 def absolute_error(outputs: Any, batch: Batch) -> jax.Array:
     """Returns the absolute error of each example, float32[n], the mean over the components of its target."""
-    difference = outputs.astype(jnp.float32).reshape(batch.labels.shape) - batch.labels
-    return jnp.abs(difference).reshape(len(batch.labels), -1).mean(-1)
+    return jnp.abs(_errors(outputs, batch)).mean(-1)
+
+
+def _errors(outputs: Any, batch: Batch) -> jax.Array:
+    """Returns outputs minus targets, float32[n, components]; outputs [n, 1] go with targets [n]."""
+    return (outputs.astype(jnp.float32).reshape(batch.labels.shape) - batch.labels).reshape(len(batch.labels), -1)
 
 
 def next_token_cross_entropy(outputs: Any, batch: Batch, smoothing: float = 0.0) -> jax.Array:

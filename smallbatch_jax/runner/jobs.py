@@ -130,7 +130,8 @@ class Setup:
         make = own_optimizer(self._own.optimizer) if self._own.optimizer else named_optimizer(chosen.name)
         if self.experiment.weight_decay_mask == "kernels":
             make = partial(make, mask=is_kernel)
-        scalars = chosen.scalars(batch_size, dict(self.experiment.runs()[0].scalars))
+        first = {name: values[0] for name, values in self.experiment.grid.axes().items()}
+        scalars = chosen.scalars(batch_size, first)
         return Optimizer(make, tuple(scalars), chosen.learning_rate(1.0, batch_size))
 
 

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from smallbatch_jax.config.experiment import InputError, Run
+from smallbatch_jax.config.grid import name_of
 from smallbatch_jax.data import order
 from smallbatch_jax.data.streaming.prefetch import WorkerDied
 from smallbatch_jax.program import processes
@@ -29,7 +30,6 @@ from smallbatch_jax.runner.segments import InFlight, Lanes
 from smallbatch_jax.runner.signals import Interrupted
 from smallbatch_jax.store.checkpoint import Checkpoints
 from smallbatch_jax.store.results import Row
-from smallbatch_jax.tracking.trackers import name_of
 
 CHECKPOINT_SHARE = 0.02  # of the training time, at most
 FIRST_SAVE_SECONDS = 0.3  # assumed cost of a checkpoint before one was made

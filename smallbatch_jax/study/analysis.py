@@ -25,19 +25,17 @@ SETUP = ["experiment", "batch_size", "bn_batch_size"]
 CELL = [*SETUP, "base_lr"]  # the columns that tell cells apart
 RUN = [*CELL, "seed"]  # the columns that tell runs apart
 
-CONVERGENCE_RULE = (
-    "Converging: no seed diverged, one or more finished, and their test accuracy is above chance "
-    "and at least half way from chance to the experiment's best."
-)
-
 
 def convergence_rule(metric: Metric = ACCURACY) -> str:
-    """`CONVERGENCE_RULE` for a metric."""
-    if metric.fraction:
-        return CONVERGENCE_RULE.replace("test accuracy", metric.title)
-    return CONVERGENCE_RULE.replace(
-        "test accuracy is above chance", f"{metric.title} is below that of a constant guess"
-    ).replace("from chance", "from there")
+    """Returns the sentence that says which cells `convergent` marks."""
+    better, start = "above" if metric.best == "max" else "below", "chance" if metric.fraction else "that of a constant guess"
+    return (
+        f"Converging: no seed diverged, one or more finished, and their {metric.title} is {better} {start} "
+        f"and at least half way from {'chance' if metric.fraction else 'there'} to the experiment's best."
+    )
+
+
+CONVERGENCE_RULE = convergence_rule()
 
 
 def axes(frame: pd.DataFrame | Mapping[Any, Any] | pd.Series) -> list[str]:

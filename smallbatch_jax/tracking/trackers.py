@@ -12,6 +12,7 @@ from pathlib import Path
 
 from smallbatch_jax.config import extras
 from smallbatch_jax.config.experiment import Experiment, InputError, Run
+from smallbatch_jax.config.grid import name_of
 from smallbatch_jax.store.files import append_line
 from smallbatch_jax.store.results import SPLITS, ProgramResults, Row
 from smallbatch_jax.tracking.tensorboard import DIVERGED, TensorBoardRun
@@ -82,15 +83,6 @@ class Trackers(AbstractContextManager):
             with self._warning(name):
                 for tracked in runs.values():
                     tracked.close({})
-
-
-def name_of(run: Run) -> str:
-    """The name of a run, unique in its grid: m00008_b00004_lr2^-7_seed0, without b where that is m."""
-    mantissa, exponent = math.frexp(run.base_lr)
-    base_lr = f"2^{exponent - 1}" if mantissa == 0.5 else repr(run.base_lr)
-    bn = f"_b{run.bn_batch_size:05d}" if run.bn_batch_size != run.batch_size else ""
-    scalars = "".join(f"_{name}{value!r}" for name, value in run.scalars)
-    return f"m{run.batch_size:05d}{bn}_lr{base_lr}{scalars}_seed{run.seed}"
 
 
 def hparams(experiment: Experiment, run: Run) -> dict[str, object]:

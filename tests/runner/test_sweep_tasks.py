@@ -186,6 +186,10 @@ def test_a_workdir_recognises_own_functions_by_what_they_compute(tmp_path):
             {"optimizer": "adam", "beta2s": (0.9,), "beta2_half_lives": (9.0,)},
             "grid.beta2_half_lives: optimizer.beta2",
         ),
+        (
+            {"optimizer": "adam", "beta_rule": "sde", "beta_batch_size": 1, "beta1s": (0.5,)},
+            "optimizer.beta_rule: 'sde' makes beta1 -1 at batch size 4",
+        ),
         ({"optimizer": heavy_ball, "momenta": (0.9,)}, "grid.momenta: an own optimizer has scalars of its own"),
         ({"optimizer": heavy_ball, "scalars": {"momentum": "high"}}, "grid.scalars.momentum: got 'high', accepts a number"),
         ({"optimizer": heavy_ball}, "optimizer: heavy_ball raised TypeError: "),
