@@ -110,7 +110,7 @@ def _programs(experiment: Experiment, workdir: Path, num_examples: int) -> list[
     for (m, b), runs in programs(experiment.runs()).items():
         with ProgramResults(workdir, m, b, OWNER_SECONDS, Format.of(experiment)) as stored:
             status = Status()
-            status.add_program(runs, stored, epochs, num_examples)
+            status.add_program(dict.fromkeys(runs, epochs), stored, num_examples)
             pending = status.runs - status.done
             if not pending:  # no worker will open the trackers
                 with Trackers(experiment, workdir, [stored]):

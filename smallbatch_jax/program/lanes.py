@@ -70,13 +70,14 @@ class LaneProgram:
         """Returns lanes without runs, as NumPy arrays."""
         return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.template)
 
-    def start(self, state: LaneState, fresh: Mapping[int, TrainState]) -> LaneState:
-        """Puts a new run into each lane in `fresh`, which maps lanes to states before the first update; keeps the others."""
+    def start(self, state: LaneState, entering: Mapping[int, TrainState | LaneState]) -> LaneState:
+        """Puts a run into each lane in `entering`, by its state before the first update or the lane that it left before."""
         mask = np.zeros(self.lanes, bool)
         new = self.zeros()
-        for lane, train in fresh.items():
+        for lane, run in entering.items():
             mask[lane] = new.alive[lane] = True
-            jax.tree.map(lambda stacked, leaf, at=lane: stacked.__setitem__(at, leaf), new.train, train)
+            place = new if isinstance(run, LaneState) else new.train
+            jax.tree.map(lambda stacked, leaf, at=lane: stacked.__setitem__(at, leaf), place, run)
         return _replace_lanes(state, self.put(mask), self.put(new))
 
     def run(

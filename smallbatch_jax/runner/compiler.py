@@ -1,7 +1,8 @@
 """Compiles programs in background threads while another one trains."""
 
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -15,30 +16,40 @@ SLOW_SECONDS = 30  # after which a compilation is announced
 class Compiler:
     """The compilations of a grid's programs."""
 
-    def __init__(self, session: Session):
+    def __init__(self, session: Session, jobs: Sequence[Job]):
+        """`jobs` are in the order in which they will probably be trained."""
         self._session = session
         self._executor = ThreadPoolExecutor(2)
+        self._programs: dict[Job, Future[LaneProgram]] = {}
+        self._following = dict(itertools.pairwise(jobs))
 
     def submit(self, job: Job, layout: Layout | None = None) -> Future[LaneProgram]:
         """Starts to compile the job's program; see `Job.compile`."""
         return self._executor.submit(self._compile, job, layout)
 
-    def in_turn(self, jobs: list[Job]) -> Iterator[tuple[Job, LaneProgram]]:
-        """Yields each job with its program; while the caller trains one, the next compiles.
+    def program(self, job: Job) -> LaneProgram:
+        """Returns a job's program; while the caller trains it, the next job's compiles.
 
         Raises:
           Interrupted: if asked to stop while there is nothing to do but to compile.
         """
-        try:
-            compiling = [self.submit(job) for job in jobs[:1]]
-            if jobs:  # the initialiser, which all programs share, compiles beside the first one
-                self._result(jobs[0], self._executor.submit(self._session.initial, jobs[0].runs[0].seed))
-            for place, job in enumerate(jobs, 1):
-                program = self._result(job, compiling.pop())
-                compiling += [self.submit(following) for following in jobs[place : place + 1]]
-                yield job, program
-        finally:
-            self._executor.shutdown(wait=False, cancel_futures=True)
+        first = not self._programs
+        compiling = self._begun(job)
+        if first:  # the initialiser, which all programs share, compiles beside the first one
+            self._result(job, self._executor.submit(self._session.initial, job.runs[0].seed))
+        program = self._result(job, compiling)
+        if job in self._following:
+            self._begun(self._following[job])
+        return program
+
+    def _begun(self, job: Job) -> Future[LaneProgram]:
+        if job not in self._programs:
+            self._programs[job] = self.submit(job)
+        return self._programs[job]
+
+    def close(self) -> None:
+        """Ends without waiting for what still compiles."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, job: Job, layout: Layout | None) -> LaneProgram:
         began, shape = time.monotonic(), (job.batch_size, job.bn_batch_size)

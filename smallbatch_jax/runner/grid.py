@@ -1,10 +1,11 @@
 """Trains a grid into a workdir, its programs one after the other; skips the runs that the workdir holds."""
 
 import dataclasses
+import itertools
 import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,7 @@ def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: 
         jobs = [Job(setup, *shape, rows, memory) for shape, rows in zip(shapes, stored, strict=True)]
         status = Status()
         for job in jobs:
-            status.add_program(job.runs, job.results, job.experiment.epochs, job.num_examples)
+            status.add_program(job.goals, job.results, job.num_examples)
         progress = progress if first else NoProgress()
         stack.callback(progress.close, status)
         forecast = Forecast(progress, jobs)
@@ -175,27 +176,35 @@ def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: 
         pending = [job for job in jobs if job.pending()]
         if pending:
             progress.show(status, f"compiling {pending[0].title}, program 1 of {len(pending)}")
-        compiler = Compiler(session)
-        for place, (job, program) in enumerate(compiler.in_turn(pending), 1):
-            forecast.begin(job, pending[place:])
+        compiler = Compiler(session, pending)
+        stack.callback(compiler.close)
+        for job, rounds in itertools.groupby(pending):
+            forecast.begin(job, pending[pending.index(job) + 1 :])
             checkpoints = Checkpoints(folder / "checkpoints" / job.name, setup.experiment)
-            _train_job(job, program, checkpoints, session, compiler)
+            _train_job(job, rounds, checkpoints, session, compiler)
             if first:
                 checkpoints.delete()
     return status
 
 
-def _train_job(job: Job, program: LaneProgram, checkpoints: Checkpoints, session: Session, compiler: Compiler) -> None:
-    """Trains the pending runs of a job; where memory runs out, again from the last checkpoint in a smaller layout."""
+def _train_job(job: Job, rounds: Iterable[object], checkpoints: Checkpoints, session: Session, compiler: Compiler) -> None:
+    """Trains a job to the goals of each round; where memory runs out, again from the last checkpoint in a smaller layout."""
     alone = not processes.several()  # several hosts would not agree on when to change the program
-    while True:
+
+    def begun(program: LaneProgram) -> Scheduler:
         scheduler = Scheduler(job, program, checkpoints, session, compiler if alone else None)
-        try:
-            return scheduler.train()
-        except jax.errors.JaxRuntimeError as error:
-            if not alone or "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            program = compiler.submit(job, job.smaller(scheduler.lanes.program)).result()
+        scheduler.restore()
+        return scheduler
+
+    scheduler = begun(compiler.program(job))
+    for _ in rounds:
+        while job.pending():
+            try:
+                scheduler.train()
+            except jax.errors.JaxRuntimeError as error:
+                if not alone or "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                scheduler = begun(compiler.submit(job, job.smaller(scheduler.lanes.program)).result())
 
 
 def _open_results(folder: Path, shapes: list[tuple[int, int]], format: Format, stack: ExitStack) -> list[ProgramResults]:

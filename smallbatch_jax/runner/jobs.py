@@ -171,6 +171,7 @@ class Job:
         self.runs = setup.programs[batch_size, bn_batch_size]  # lowest base_lr first
         self.num_examples = setup.dataset.num_train
         self.total_steps = order.total_steps(experiment.epochs, self.num_examples, batch_size)
+        self.goals = dict.fromkeys(self.runs, experiment.epochs)  # epochs that each run trains to
         self.data_devices = mesh.shape[DATA]  # that share each batch
         self._memory_bytes = memory_bytes or devices.memory_bytes(mesh)
         lanes, rows = min(len(self.runs), experiment.lanes or MOST_LANES), mesh.shape[LANE]
@@ -178,7 +179,12 @@ class Job:
         self.layout = Layout(even, self._micro_batch_size(experiment.micro_batch_size))  # of the program compiled last
 
     def pending(self) -> list[Run]:
-        return [run for run in self.runs if not self.results.complete(run, self.experiment.epochs)]
+        """Returns the runs that have not reached their goal."""
+        return [run for run, epochs in self.goals.items() if not self.results.complete(run, epochs)]
+
+    def goal(self, run: Run) -> int:
+        """Returns the number of updates that a run trains to."""
+        return order.epoch_end(self.goals[run], self.num_examples, self.batch_size)
 
     def settings(self, runs: list[Run | None]) -> Setting:
         """The scalars of the run in each lane, stacked; any valid ones for a lane without a run."""

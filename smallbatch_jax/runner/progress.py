@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TextIO
 
@@ -47,9 +47,9 @@ class RunCounts:
         if metric.gain(value, self.best) > 0 or math.isnan(self.best):
             self.best, self.metric = value, metric
 
-    def add_program(self, runs: Iterable[Run], stored: ProgramResults, epochs: int, num_examples: int) -> None:
-        """Adds the runs of a program, some of which may be complete already."""
-        for run in runs:
+    def add_program(self, goals: Mapping[Run, int], stored: ProgramResults, num_examples: int) -> None:
+        """Adds the runs of a program, each with the epochs it trains to; some may be complete already."""
+        for run, epochs in goals.items():
             self.runs += 1
             if stored.complete(run, epochs):
                 self.add_run(stored.diverged(run), stored.final(run), stored.format.metric)

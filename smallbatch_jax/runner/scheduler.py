@@ -60,13 +60,16 @@ class Scheduler:
         self._compiling: Future[LaneProgram] | None = None
 
     def train(self) -> None:
-        """Trains until all runs are complete.
+        """Trains until all runs have reached the job's goals; those that may go on from there are parked.
 
         Raises:
           Interrupted: on a signal, after the segment in flight ended and all lanes were saved.
         """
-        self._restore()
-        self._begin()
+        pending, parked = self._job.pending(), self.lanes.parked
+        for run in [run for run in parked if run not in pending and not self._waits(run)]:
+            del parked[run]
+        self._queue = deque(sorted(pending, key=lambda run: run not in parked))  # those that have begun come first
+        self._begin(pending)
         self._pace.restart()
         while True:
             self.lanes.refill(self._queue)
@@ -86,24 +89,27 @@ class Scheduler:
                     raise Interrupted(self._agreed.signum)
                 self._agreed = self._agreed._replace(save=0)
 
-    def _restore(self) -> None:
-        """Puts the runs of the last checkpoint back into lanes, and queues the other pending runs."""
-        pending, lanes = self._job.pending(), self.lanes
-        restored = processes.on_first(lambda: self._checkpoints.restore(lanes.program.template))
+    def restore(self) -> None:
+        """Parks the runs of the last checkpoint, to go on from there."""
+        restored = processes.on_first(lambda: self._checkpoints.restore(self.lanes.program.template))
         if restored is not None:
             state, runs = restored
-            steps = np.asarray(state.train.step)
-            kept = [run if run in pending and self._follows(run, step) else None for run, step in zip(runs, steps, strict=True)]
-            lanes.move(lanes.program, state, kept)
-        self._queue = deque(run for run in pending if run not in lanes.runs)
+            for i, run in enumerate(runs):
+                if run is not None and self._follows(run, state.train.step[i]):
+                    self.lanes.parked[run] = jax.tree.map(lambda leaf, i=i: leaf[i], state)
 
-    def _begin(self) -> None:
-        """Shows what is left to do, less what restored lanes have done already."""
-        job, status = self._job, self._session.status
+    def _begin(self, pending: list[Run]) -> None:
+        """Shows what is left to do, less what parked runs have done already."""
+        job, status, parked = self._job, self._session.status, self.lanes.parked
         program = ProgramStatus(lanes=self.lanes.program.lanes)
-        program.add_program(job.runs, job.results, job.experiment.epochs, job.num_examples)
+        program.add_program(job.goals, job.results, job.num_examples)
         status.begin(program)
-        status.spare(sum(self.lanes.steps) * job.batch_size)
+        status.spare(sum(int(parked[run].train.step) for run in pending if run in parked) * job.batch_size)
+
+    def _waits(self, run: Run) -> bool:
+        """Returns whether a run has reached its goal and may go on from there later."""
+        goals, results = self._job.goals, self._job.results
+        return run in goals and not results.complete(run, self._job.experiment.epochs)
 
     def _follows(self, run: Run, step: int) -> bool:
         """Returns whether the rows of all epochs before this step are stored: a copied workdir may lack some."""
@@ -142,7 +148,9 @@ class Scheduler:
                     session.parameters.save(name_of(row.run), row.run, value, flight.final[i])
                 if row.diverged:
                     self.lanes.free(i, lane.run)
-                    status.spare((job.total_steps - row.step) * job.batch_size)
+                    status.spare((job.goal(row.run) - row.step) * job.batch_size)
+            if i in flight.parked and not (row and row.diverged):
+                self.lanes.parked[lane.run] = jax.tree.map(np.asarray, flight.parked[i])
         session.trackers.add(job.results, job.results.append(rows))
         for row in rows:
             if row.diverged or row.epoch == job.experiment.epochs:
@@ -204,10 +212,10 @@ class Scheduler:
     def _save(self) -> None:
         """Saves all lanes, after the rows of the steps behind them."""
         began = time.monotonic()
-        state = self.lanes.read()
+        state, runs = self.lanes.read_all()
         if processes.is_first():
             self._job.results.sync()
-            self._checkpoints.save(state, self.lanes.runs)
+            self._checkpoints.save(state, runs)
         seconds = time.monotonic() - began
         self._budget.spend(seconds)
         self._time("checkpoint", seconds)

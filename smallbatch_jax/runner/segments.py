@@ -26,6 +26,7 @@ class InFlight(NamedTuple):
     lanes: list[LaneSteps | None]
     report: Report
     final: dict[int, PyTree]  # params and batch_stats of the runs that end, by lane; empty unless parameters are kept
+    parked: dict[int, LaneState]  # the lanes of the runs that reach a goal before their end
     proposals: Any = None  # int32[hosts, 3], a `Proposal` of every host
 
     def fetch(self) -> Report:
@@ -41,6 +42,7 @@ class Lanes:
         self.job, self._pipeline, self._initial = job, pipeline, initial
         self._use(program)
         self.state: LaneState = program.empty()
+        self.parked: dict[Run, LaneState] = {}  # runs that have left their lane and may go on later, as NumPy arrays
 
     def _use(self, program: LaneProgram) -> None:
         """Switches to a program, with all lanes free."""
@@ -56,16 +58,17 @@ class Lanes:
         return load
 
     def refill(self, queue: deque[Run]) -> None:
-        """Starts queued runs in the free lanes."""
-        fresh: dict[int, TrainState] = {}
+        """Starts queued runs in the free lanes, or goes on with them where they were parked."""
+        entering: dict[int, TrainState | LaneState] = {}
         for lane in self._free_lanes():
             if not queue:
                 break
             run = queue.popleft()
-            self.runs[lane], self.steps[lane] = run, 0
-            fresh[lane] = self._initial(run.seed)
-        if fresh:
-            self.state = self.program.start(self.state, fresh)
+            parked = self.parked.pop(run, None)
+            self.runs[lane], self.steps[lane] = run, 0 if parked is None else int(parked.train.step)
+            entering[lane] = self._initial(run.seed) if parked is None else parked
+        if entering:
+            self.state = self.program.start(self.state, entering)
 
     def free(self, lane: int, run: Run) -> None:
         """Frees a lane if the run is still in it."""
@@ -75,6 +78,12 @@ class Lanes:
     def read(self) -> LaneState:
         """Returns the state of all lanes as NumPy arrays."""
         return jax.tree.map(np.asarray, processes.readable(self.state, self.program.mesh))
+
+    def read_all(self) -> tuple[LaneState, list[Run | None]]:
+        """Returns the state of all lanes and parked runs, stacked as NumPy arrays, and the run of each."""
+        state, parked = self.read(), list(self.parked.values())
+        stacked = jax.tree.map(lambda lanes, *others: np.concatenate([lanes, *(x[None] for x in others)]), state, *parked)
+        return stacked, [*self.runs, *self.parked]
 
     def move(self, program: LaneProgram, state: LaneState, runs: list[Run | None]) -> None:
         """Moves the runs of `state`, NumPy arrays by lane, into lanes of `program`, evenly over its rows of devices."""
@@ -101,22 +110,25 @@ class Lanes:
         if not any(lanes):
             return None
         load = self._pipeline.prepare(self.program, self.job.batch_size, lanes)
-        settings, ended = self.job.settings(self.runs), []
+        settings, final, parked = self.job.settings(self.runs), {}, {}
         for i, lane in enumerate(lanes):
             if lane is not None:
                 self.steps[i] += lane.steps
-                if self.steps[i] == self.job.total_steps:
+                if self.steps[i] == self.job.goal(lane.run):
                     self.runs[i] = None
-                    ended.append(i)
         self.state, report = self.program.run(self.state, settings, load.segment, load.pool, load.test)
-        final = {i: self._variables(i) for i in ended} if self.job.experiment.keep_parameters and evaluate else {}
-        return InFlight(lanes, processes.readable(report, self.program.mesh), final)
-
-    def _variables(self, lane: int) -> PyTree:
-        """Returns a copy of a lane's parameters and running averages, which outlives the state."""
         train = self.state.train
-        copied = _take_lane({"params": train.params, "batch_stats": train.batch_stats}, np.int32(lane))
-        return processes.readable(copied, self.program.mesh)
+        for i, lane in enumerate(lanes):
+            if lane is not None and self.steps[i] == self.job.goal(lane.run):
+                if self.steps[i] < self.job.total_steps:
+                    parked[i] = self._copy(self.state, i)
+                elif self.job.experiment.keep_parameters and evaluate:
+                    final[i] = self._copy({"params": train.params, "batch_stats": train.batch_stats}, i)
+        return InFlight(lanes, processes.readable(report, self.program.mesh), final, parked)
+
+    def _copy(self, stacked: PyTree, lane: int) -> PyTree:
+        """Returns a copy of a lane's part, which outlives the state."""
+        return processes.readable(_take_lane(stacked, np.int32(lane)), self.program.mesh)
 
     def _free_lanes(self) -> Iterator[int]:
         """Yields free lanes, each in the row with the fewest runs; the caller fills it before it asks for another."""
@@ -129,7 +141,7 @@ class Lanes:
         m, n, wanted = self.job.batch_size, self.job.num_examples, []
         for run, step in zip(self.runs, self.steps, strict=True):
             epoch = order.epoch_of_step(step, n, m)
-            end = order.epoch_end(epoch, n, m) if evaluate else self.job.total_steps
+            end = order.epoch_end(epoch, n, m) if evaluate or run is None else self.job.goal(run)
             wanted.append(run and LaneSteps(run, epoch, step, end - step, evaluate))
         taken = self._pipeline.steps(self.program, m, wanted, pace)
         return [
