@@ -1,0 +1,281 @@
+"""The policy of a search: which runs train next and how far, decided by the curves of its own rounds and nothing else.
+
+At each batch size, learning rates are bracketed by short runs, and the promising ones go on in successive halving (Jamieson &
+Talwalkar 2016). Its rungs are epochs: examples seen, the same at every batch size. Batch sizes are compared by full runs alone.
+
+At a short rung the best rate lies up to three powers of two below the final best (CIFAR-10 and digits, `notebooks/results`):
+high rates gain most when the schedule reduces them. So each rate is judged together with the next lower one, and half of the
+survivors run to the middle of the schedule, where the order is settled to within the noise.
+"""
+
+import math
+import statistics
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from smallbatch_jax.config.grid import Run
+from smallbatch_jax.config.metric import ACCURACY, Metric
+from smallbatch_jax.config.protocol import LAST_EPOCHS
+
+Shape = tuple[int, int]  # (batch size, BN batch size)
+Cell = tuple[Shape, float]  # shape and base_lr; seeds are its replicates
+Curves = Mapping[Run, Sequence[float]]  # the metric after epochs 1, 2, …; NaN in the last place if the run diverged
+
+FIRST_RUNG = 16  # the part of a run's epochs that a rate is first tried for is one over this
+FULL_RUNS = 2  # the least budget of a shape, in full runs; where there is less, fewer shapes are searched
+
+
+class Round(NamedTuple):
+    """Runs of one program that train on together."""
+
+    shape: Shape
+    goals: dict[Run, int]  # epochs that each run shall have reached; runs of this shape that are not named are given up
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a search chooses from, and what it may spend."""
+
+    shapes: tuple[Shape, ...]  # in the order of search, neighbours beside each other
+    base_lrs: tuple[float, ...]  # rising: the lattice on which rates are sought
+    epochs: int  # of a full run
+    seeds: tuple[int, ...]  # the first finds rates, the others are replicates of the leaders
+    budget: float  # epochs of training data, over all runs
+    confirm: int = 0  # fresh seeds of the recommended cell, trained at the end
+    metric: Metric = ACCURACY
+
+
+def search(space: Space) -> Generator[Round, Curves, None]:
+    """Yields the rounds of a search, and takes the curves of each round before the next.
+
+    The rounds of a shape follow each other until its halving ends; its later rounds start new runs only. A run that a round of
+    its shape leaves out is never named again with a higher goal. The same curves give the same rounds.
+
+    The epochs trained, a diverged run's last one as a whole, do not exceed the budget, except to complete the first run that
+    finishes: by less than `space.epochs`.
+    """
+    state = _Search(space, space.budget - min(space.confirm, space.budget // (4 * space.epochs)) * space.epochs)
+    yield from state.find()
+    yield from state.replicate()
+    yield from state.use_up()
+    state.budget = space.budget
+    yield from state.confirm()
+
+
+def final_values(space: Space, curves: Curves) -> dict[Cell, list[float]]:
+    """Returns the final metric of each cell's runs: the median of the last min(5, E) epochs, negated if a low one is best.
+
+    Runs that were given up are left out; a diverged one has −inf.
+    """
+    found: dict[Cell, list[float]] = {}
+    for run, curve in curves.items():
+        if curve and (len(curve) == space.epochs or math.isnan(curve[-1])):
+            cell = (run.batch_size, run.bn_batch_size), run.base_lr
+            value = space.metric.gain(statistics.median(curve[-LAST_EPOCHS:]), 0.0)
+            found.setdefault(cell, []).append(-math.inf if math.isnan(curve[-1]) else value)
+    return found
+
+
+def best_cells(space: Space, curves: Curves) -> dict[Shape, tuple[float, float]]:
+    """Returns (base_lr, mean of `final_values`) of the best cell of each shape that has a finished one, best shape first.
+
+    A cell with a diverged seed is not a candidate. Ties go to the smallest batch size, BN batch size and base learning rate.
+    """
+    means = {cell: statistics.fmean(values) for cell, values in final_values(space, curves).items()}
+    best: dict[Shape, tuple[float, float]] = {}
+    for (shape, base_lr), mean in sorted(means.items(), key=lambda item: (-item[1], item[0])):
+        if mean > -math.inf:
+            best.setdefault(shape, (base_lr, mean))
+    return best
+
+
+@dataclass
+class _Search:
+    """The curves so far, and what may still be spent."""
+
+    space: Space
+    budget: float
+    curves: dict[Run, Sequence[float]] = field(default_factory=dict)
+
+    @property
+    def left(self) -> float:
+        return self.budget - sum(map(len, self.curves.values()))
+
+    @property
+    def rungs(self) -> list[int]:
+        """Epochs at which runs of a shape are compared."""
+        epochs = self.space.epochs
+        return sorted({max(1, epochs // FIRST_RUNG), (epochs + 1) // 2, epochs})
+
+    def run(self, shape: Shape, index: int, seed: int | None = None) -> Run:
+        return Run(*shape, self.space.base_lrs[index], self.space.seeds[0] if seed is None else seed)
+
+    def live(self, run: Run) -> bool:
+        return not math.isnan(self.curves.get(run, (math.nan,))[-1])
+
+    def best(self, shape: Shape) -> int | None:
+        """The index of the best rate of a shape by whole runs; None until one has finished."""
+        best = best_cells(self.space, self.curves)
+        return self.space.base_lrs.index(best[shape][0]) if shape in best else None
+
+    def train(self, shape: Shape, runs: Iterable[Run], goal: int) -> Generator[Round, Curves, None]:
+        """Trains runs, the most promising first, as far as the budget goes; while none has finished, one in any case."""
+        left, goals, alone = self.left, {}, not best_cells(self.space, self.curves)
+        for run in runs:
+            reached = len(self.curves.get(run, ()))
+            if goal - reached <= left or (alone and not goals and (left > 0 or reached)):
+                goals[run] = goal
+                left -= goal - reached
+        if any(goal > len(self.curves.get(run, ())) for run in goals):
+            curves = yield Round(shape, goals)
+            self.curves |= {run: curves[run] for run in goals}
+
+    def find(self) -> Generator[Round, Curves, None]:
+        """Searches the shapes in their order; a short budget goes to every n-th of them, then to those nearest to the best."""
+        shapes, least = self.space.shapes, FULL_RUNS * self.space.epochs
+        all_shapes = least * len(shapes)
+        replicates = max(0.0, min(self.budget / 2, self.budget - all_shapes)) if len(self.space.seeds) > 1 else 0.0
+        stride = math.ceil(len(shapes) / max(1, self.budget // least))
+        order = list(shapes[(len(shapes) - 1) % stride // 2 :: stride])
+        rest = [shape for shape in shapes if shape not in order]
+        while order and (self.left >= self.space.epochs or not best_cells(self.space, self.curves)):
+            shape = order.pop(0)
+            yield from self.halve(shape, (self.left - replicates) / (len(order) + 1))
+            if not order and rest and self.left - replicates >= least:
+                top = next(iter(best_cells(self.space, self.curves)), shape)
+                order = [min(rest, key=lambda shape: abs(shapes.index(shape) - shapes.index(top)))]
+                rest.remove(order[0])
+
+    def halve(self, shape: Shape, allowance: float) -> Generator[Round, Curves, None]:
+        """Brackets the rates of a shape, halves them rung by rung, and then trains untried neighbours of the best."""
+        floor, epochs = self.left - allowance, self.space.epochs
+        live = yield from self.bracket(shape, floor)
+        for k in range(1, len(self.rungs)):
+            promise = self.promise(shape, live)
+            keep = sorted(live, key=lambda i: (-promise[i], i))[: self.affordable(k, self.left - floor)]
+            yield from self.train(shape, [self.run(shape, i) for i in keep], self.rungs[k])
+            live = [i for i in keep if self.live(self.run(shape, i)) and len(self.curves[self.run(shape, i)]) == self.rungs[k]]
+        while self.left - floor >= epochs and (new := self.beside(shape)):
+            yield from self.train(shape, new[: int((self.left - floor) // epochs)], epochs)
+
+    def beside(self, shape: Shape) -> list[Run]:
+        """Returns the runs beside the best one of a shape that were not tried; if all diverged, the one below the lowest."""
+        best, indices = self.best(shape), range(len(self.space.base_lrs))
+        lowest = min((i for i in indices if self.run(shape, i) in self.curves), default=0)
+        beside = [lowest - 1] if best is None else [best + 1, best - 1]
+        return [run for i in beside if i in indices and (run := self.run(shape, i)) not in self.curves]
+
+    def bracket(self, shape: Shape, floor: float) -> Generator[Round, Curves, list[int]]:
+        """Tries rates at the first rung, a comb and then ever finer around the best; returns the indices of the live ones."""
+        low, high = self.expected(shape)
+        most, stride = self.affordable(0, self.left - floor), 1
+        while (high - low) // stride > most // 2:
+            stride *= 2
+        tried: list[int] = []
+        new = list(range(low + (high - low) % stride // 2, high + 1, stride))
+        live: list[int] = []
+        while new:
+            yield from self.train(shape, [self.run(shape, i) for i in live + new], self.rungs[0])
+            trained = [i for i in new if self.run(shape, i) in self.curves]
+            if not trained:
+                break
+            tried += trained
+            live = [i for i in tried if self.live(self.run(shape, i))]
+            room = self.affordable(0, self.left - floor + len(live) * self.rungs[0]) - len(live)
+            new, stride = self.further(shape, tried, live, stride)
+            new = new[: max(0, room)]
+        return live
+
+    def further(self, shape: Shape, tried: list[int], live: list[int], stride: int) -> tuple[list[int], int]:
+        """Returns the rates to try next at the first rung, and their stride; none once the best one has both neighbours."""
+        if not live:  # all diverged
+            return [max(0, min(tried) - stride)] if min(tried) else [], 2 * stride
+        promise = self.promise(shape, live)
+        best = max(promise, key=lambda i: (promise[i], -i))
+        while True:
+            beside = [best + stride, best - stride]
+            new = [i for i in beside if 0 <= i < len(self.space.base_lrs) and i not in tried]
+            if new or stride == 1:
+                return new, stride
+            stride //= 2
+
+    def expected(self, shape: Shape) -> tuple[int, int]:
+        """Returns the lowest and the highest index between which the best rate of a shape is expected.
+
+        From the nearest batch size that is known, the best rate keeps η̃, or η = η̃·m, or lies between. One more rate is included
+        above, as the first rung prefers low rates.
+        """
+        base_lrs, best = self.space.base_lrs, best_cells(self.space, self.curves)
+        if not best:
+            return 0, len(base_lrs) - 1
+        near = min(best, key=lambda other: (abs(math.log(other[0] / shape[0])), other))
+        ends = sorted((best[near][0], best[near][0] * near[0] / shape[0]))
+        low, high = (min(range(len(base_lrs)), key=lambda i: abs(math.log(base_lrs[i] / end))) for end in ends)
+        return low, min(high + 1, len(base_lrs) - 1)
+
+    def promise(self, shape: Shape, live: Iterable[int]) -> dict[int, float]:
+        """Returns for each rate the mean of its best value so far and that of the next lower live rate."""
+        sign = self.space.metric.gain(1.0, 0.0)
+        order = sorted(live)
+        best = {i: max(sign * value for value in self.curves[self.run(shape, i)]) for i in order}
+        return {i: (best[i] + best[lower]) / 2 for lower, i in zip(order[:1] + order, order, strict=False)}
+
+    def affordable(self, rung: int, epochs: float) -> int:
+        """Returns how many runs can go on to a rung, half of them to the next, and so on; at least one."""
+        steps = [end - start for start, end in zip([0, *self.rungs], self.rungs, strict=False)][rung:]
+        counts = range(1, len(self.space.base_lrs) + 1)
+        fit = [n for n in counts if sum(max(1, n >> k) * step for k, step in enumerate(steps)) <= epochs]
+        return max(fit, default=1)
+
+    def replicate(self) -> Generator[Round, Curves, None]:
+        """Trains further seeds of the leaders.
+
+        They are the best cells of the shapes within two standard errors of the best one; the r-th gets about 1/r of its seeds.
+        """
+        while self.left >= self.space.epochs:
+            values = final_values(self.space, self.curves)
+            variance, leader, waiting = _pooled_variance(values.values()), [], []
+            for rank, (shape, (base_lr, mean)) in enumerate(best_cells(self.space, self.curves).items(), 1):
+                own = values[shape, base_lr]
+                leader = leader or own
+                error = math.sqrt(variance * (1 / len(own) + 1 / len(leader)))
+                new = [run for seed in self.space.seeds if (run := Run(*shape, base_lr, seed)) not in self.curves]
+                if new and statistics.fmean(leader) - mean <= 2 * error:
+                    waiting.append((len(own) * rank, rank, shape, new[: len(own)]))
+            if not waiting:
+                return
+            _, _, shape, new = min(waiting)
+            yield from self.train(shape, new, self.space.epochs)
+
+    def use_up(self) -> Generator[Round, Curves, None]:
+        """Trains the grid's other runs while the budget lasts, those with rates next to the best of their shape first."""
+        while self.left >= self.space.epochs:
+            best = best_cells(self.space, self.curves)
+            ranks = list(dict.fromkeys([*best, *self.space.shapes]))
+            waiting: dict[tuple[int, int], list[Run]] = {}
+            for rank, shape in enumerate(ranks):
+                centre = self.best(shape) or 0
+                for i in range(len(self.space.base_lrs)):
+                    runs = [self.run(shape, i, seed) for seed in self.space.seeds]
+                    waiting.setdefault((abs(i - centre), rank), []).extend(run for run in runs if run not in self.curves)
+            key = min((key for key, runs in waiting.items() if runs), default=None)
+            if key is None:
+                return
+            yield from self.train(ranks[key[1]], waiting[key], self.space.epochs)
+
+    def confirm(self) -> Generator[Round, Curves, None]:
+        """Trains fresh seeds of the best cell."""
+        best = best_cells(self.space, self.curves)
+        if best:
+            shape, (base_lr, _) = next(iter(best.items()))
+            first = max(self.space.seeds) + 1
+            fresh = [Run(*shape, base_lr, seed) for seed in range(first, first + self.space.confirm)]
+            yield from self.train(shape, fresh, self.space.epochs)
+
+
+def _pooled_variance(values: Iterable[Sequence[float]]) -> float:
+    """Returns the variance of a value about the mean of its cell, over all cells; inf if no cell has two."""
+    several = [cell for cell in values if len(cell) > 1 and min(cell) > -math.inf]
+    freedom = sum(len(cell) - 1 for cell in several)
+    return sum(statistics.variance(cell) * (len(cell) - 1) for cell in several) / freedom if several else math.inf
