@@ -29,6 +29,9 @@ ALSO = flags.DEFINE_multi_string("also", [], "CONFIG.py:WORKDIR, another config 
 def main() -> int:
     asked = [(experiment.from_config(command.given_config(CONFIG)), command.given(WORKDIR, "runs/quickstart"))]
     asked += [_also(value) for value in ALSO.value]
+    for config, _ in asked:
+        if config.search.active:
+            raise InputError(f"search: {config.name} is a search, whose programs follow from one another; use search.py.")
     folders = [Path(workdir).resolve() for _, workdir in asked]
     for workdir in folders:
         if folders.count(workdir) > 1:

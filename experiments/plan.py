@@ -93,6 +93,8 @@ def main() -> int:
         steps = order.total_steps(chosen.epochs, num_examples, m)
         columns = listed.columns(m, len(runs), steps * m)
         print(f"{m:>6}{b:>10}{len(runs):>6}{steps:>15,}{steps * m * len(runs):>16,}{columns}")
+    if chosen.search.budget:
+        print(f"its search trains on at most {chosen.search.budget:,.0f} of these images, and one run more")
     if TARGET.value:
         compile_for(TARGET.value, chosen)
     elif SECONDS.value:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from smallbatch_jax.program import train as train
     from smallbatch_jax.runner import grid
     from smallbatch_jax.runner.sweep import sweep as sweep
+    from smallbatch_jax.search_grid import search as search
     from smallbatch_jax.store import results as results
     from smallbatch_jax.store.parameters import load_parameters as load_parameters
     from smallbatch_jax.study import analysis as analysis
@@ -43,7 +44,7 @@ _PUBLIC = {
     "study": "study",
     "train": "program.train",
 }
-_FUNCTIONS = {"load_parameters": "store.parameters", "sweep": "runner.sweep"}
+_FUNCTIONS = {"load_parameters": "store.parameters", "search": "search_grid", "sweep": "runner.sweep"}
 
 
 def __getattr__(name: str) -> Any:

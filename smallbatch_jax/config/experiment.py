@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from smallbatch_jax.config import catalog, fields
 from smallbatch_jax.config.datasets import DATASETS
 from smallbatch_jax.config.fields import OWN, InputError, config_field
-from smallbatch_jax.config.grid import Grid, Run, listed, programs, require_divisor
+from smallbatch_jax.config.grid import Grid, Run, Search, listed, programs, require_divisor
 from smallbatch_jax.config.metric import Metric
 from smallbatch_jax.config.optimizer import BETA_RULES, Optimizer
 
@@ -29,7 +29,7 @@ KEEP_PARAMETERS = ("best", "all")  # of the finished runs: the best of each batc
 
 # Fields outside the grid that may differ when a workdir is resumed: how it is read, place of the data, layout, trackers.
 MAY_CHANGE = (
-    "select",
+    *("select", "search.budget", "search.seconds", "search.confirm"),
     *("dataset.data_dir", "dataset.workers", "lanes", "data_devices", "micro_batch_size"),
     *("segment_seconds", "checkpoint_seconds", "tensorboard", "wandb", "keep_parameters", "keep_gib"),
 )
@@ -91,6 +91,7 @@ class Experiment:
     schedule: Schedule = Schedule()
     optimizer: Optimizer = Optimizer()
     grid: Grid = Grid()
+    search: Search = Search()
     # Of matrix products and convolutions; parameters and statistics are float32.
     precision: str = config_field("float32", fields.choice(PRECISIONS, "precision"))
     lanes: int | None = config_field(None, fields.integer(1, 4096))  # runs trained side by side; None: chosen by the runner
@@ -114,6 +115,7 @@ class Experiment:
             )
         self._require_task()
         self.optimizer.require_axes(self.grid.axes())
+        self.search.require_grid(self.grid)
         for name, plain in (("weight_decay", 0.0), ("weight_decay_mask", "all")):
             if self.optimizer.name.startswith(OWN) and getattr(self, name) != plain:
                 raise InputError(f"{name}: an own optimizer decays weights by itself, if at all; use {plain!r}.")
@@ -128,6 +130,8 @@ class Experiment:
     def runs(self) -> list[Run]:
         """Returns every run of the grid: batch sizes in the order given, then BN batch sizes, base learning rates, seeds.
 
+        Those are all that a search may train, the confirming seeds included.
+
         Raises:
           InputError: if base learning rates are still to be read from other workdirs (`study.choose_base_lrs`).
         """
@@ -141,7 +145,7 @@ class Experiment:
             for m, b in self.grid.shapes()
             for lr in base_lrs[m]
             for scalars in points
-            for seed in self.grid.seeds
+            for seed in (*self.grid.seeds, *self.search.fresh_seeds(self.grid.seeds))
         ]
 
     def metric_names(self) -> tuple[str, ...]:
@@ -284,7 +288,7 @@ def single_run(config: ConfigDict | Mapping[str, Any]) -> Experiment:
         require_divisor(b, found.batch_size, "bn_batch_size")
     bn_batch_sizes = None if b is None else (b,)
     return found.experiment(
-        grid=Grid((found.batch_size,), (found.base_lr,), bn_batch_sizes=bn_batch_sizes, seeds=(found.seed,))
+        grid=Grid((found.batch_size,), (found.base_lr,), bn_batch_sizes=bn_batch_sizes, seeds=(found.seed,)), search=Search()
     )
 
 

@@ -65,6 +65,43 @@ class Grid:
         return pairs
 
 
+@dataclass(frozen=True)
+class Search:
+    """`search`: a budget within which the best cells of the grid are sought, in place of training all (`runner.policy`)."""
+
+    budget: float | None = config_field(None, fields.positive(1e18))  # examples to train on, summed over all runs
+    seconds: float | None = config_field(None, fields.positive(1e9))  # a budget in time, from which that is measured once
+    confirm: int = config_field(2, fields.integer(0, 1000))  # fresh seeds of the recommended cell, trained last
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a budget; without one the whole grid is trained."""
+        return self.budget is not None or self.seconds is not None
+
+    @staticmethod
+    def default_budget(grid: Grid, epochs: int, num_examples: int) -> float:
+        """Returns the training examples of three whole runs for each batch size and BN batch size."""
+        return 3.0 * len(grid.shapes()) * epochs * num_examples
+
+    def fresh_seeds(self, seeds: Sequence[int]) -> tuple[int, ...]:
+        """Returns the seeds that confirm what `seeds`, those of the grid, have chosen; none without a budget."""
+        first = max(seeds) + 1
+        return tuple(range(first, first + self.confirm)) if self.active else ()
+
+    def require_grid(self, grid: Grid) -> None:
+        """Refuses a grid in which there is more to choose than batch sizes, base learning rates and seeds."""
+        if not self.active:
+            return
+        for name in ("base_lrs_from", "base_lr_by_batch_size"):
+            if getattr(grid, name):
+                raise InputError(f"grid.{name}: a search chooses the base learning rates itself; give grid.base_lrs.")
+        for name, values in grid.axes().items():
+            if len(values) > 1:
+                raise InputError(f"search: tries one value of {name}, got {fields.shown(values)}; give one of them.")
+        if max(grid.seeds) + self.confirm >= 2**31:
+            raise InputError(f"search.confirm: {self.confirm} seeds above {max(grid.seeds)} are too large; use smaller seeds.")
+
+
 @dataclass(frozen=True, order=True)
 class Run:
     """One training, from initialisation to the last epoch."""

@@ -26,6 +26,7 @@ from smallbatch_jax.runner.input import input_pipeline
 from smallbatch_jax.runner.jobs import NOTHING_OWN, Job, ModelOf, Own, Session, Setup
 from smallbatch_jax.runner.planning import Forecast
 from smallbatch_jax.runner.progress import NoProgress, Progress, Status
+from smallbatch_jax.runner.rounds import search_rounds, with_budget
 from smallbatch_jax.runner.scheduler import Scheduler
 from smallbatch_jax.runner.signals import Interrupted, Stop, noted_signals
 from smallbatch_jax.store.checkpoint import Checkpoints
@@ -67,6 +68,7 @@ def train_grid(
       Interrupted: on a signal of `signals`, after the segment in flight ended and all lanes were saved.
     """
     setup = _checked_setup(experiment, dataset, model_of, own)
+    experiment = setup.experiment = with_budget(experiment, workdir, dataset, model_of, own)
     if processes.is_first():
         for warning in checks.data_warnings(experiment, dataset):
             print(f"warning: dataset: {warning}", file=sys.stderr, flush=True)
@@ -164,8 +166,8 @@ def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: 
         tracked = setup.experiment if first else dataclasses.replace(setup.experiment, **dict.fromkeys(TRACKERS))
         shown = stack.enter_context(Trackers(tracked, folder, stored))
         jobs = [Job(setup, *shape, rows, memory) for shape, rows in zip(shapes, stored, strict=True)]
-        status = Status()
-        for job in jobs:
+        status, searching = Status(), setup.experiment.search.active
+        for job in [] if searching else jobs:
             status.add_program(job.goals, job.results, job.num_examples)
         progress = progress if first else NoProgress()
         stack.callback(progress.close, status)
@@ -178,8 +180,8 @@ def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: 
             progress.show(status, f"compiling {pending[0].title}, program 1 of {len(pending)}")
         compiler = Compiler(session, pending)
         stack.callback(compiler.close)
-        for job, rounds in itertools.groupby(pending):
-            forecast.begin(job, pending[pending.index(job) + 1 :])
+        for job, rounds in itertools.groupby(search_rounds(jobs, status) if searching else pending):
+            forecast.begin(job, [] if searching else pending[pending.index(job) + 1 :])
             checkpoints = Checkpoints(folder / "checkpoints" / job.name, setup.experiment)
             _train_job(job, rounds, checkpoints, session, compiler)
             if first:

@@ -31,6 +31,7 @@ from smallbatch_jax.store.timings import Timings
 from smallbatch_jax.tracking.trackers import Trackers
 
 MOST_LANES = 16
+SEARCH_LANES = 8  # a round of a search has few runs
 SHARED_FROM = 64  # smallest batch size that idle cores share unasked
 GIB = 2**30
 # Makes the model for a BN batch size (None: the whole batch) and, as `axis_name`, the mesh axis that shards a batch, if any.
@@ -174,7 +175,8 @@ class Job:
         self.goals = dict.fromkeys(self.runs, experiment.epochs)  # epochs that each run trains to
         self.data_devices = mesh.shape[DATA]  # that share each batch
         self._memory_bytes = memory_bytes or devices.memory_bytes(mesh)
-        lanes, rows = min(len(self.runs), experiment.lanes or MOST_LANES), mesh.shape[LANE]
+        most = experiment.lanes or (SEARCH_LANES if experiment.search.active else MOST_LANES)
+        lanes, rows = min(len(self.runs), most), mesh.shape[LANE]
         even = -(-lanes // rows) * rows  # every row of devices has the same number
         self.layout = Layout(even, self._micro_batch_size(experiment.micro_batch_size))  # of the program compiled last
 

@@ -7,12 +7,13 @@ rates diverge at once, and leaves out the time that their runs will not need; on
 import bisect
 import itertools
 import math
+import statistics
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.program.lanes import LaneProgram
 from smallbatch_jax.program.train import TrainState
 from smallbatch_jax.runner.input import InputPipeline, input_pipeline
-from smallbatch_jax.runner.jobs import Job, ModelOf, Setup
+from smallbatch_jax.runner.jobs import NOTHING_OWN, Job, ModelOf, Own, Setup
 from smallbatch_jax.runner.progress import Progress, Status
 from smallbatch_jax.runner.segments import Lanes
 from smallbatch_jax.store.results import Format, ProgramResults
 
 WARM_UP_IMAGES = 512  # per lane, of the first segment, which is not timed
+PROBE_SECONDS = 1.0  # of training at each end, to see what fits into a time
 EVALUATED_BATCHES = 4  # of a streamed test set
 COMPILING_BESIDE = {"cpu": 1.75}  # slow-down of a compilation by training beside it, measured on 2 cores; elsewhere none
 
@@ -104,15 +106,18 @@ class Trial:
         return trained * self.job.batch_size, seconds
 
 
-def measure(experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None = None) -> Iterator[Trial]:
+def measure(
+    experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None = None, own: Own = NOTHING_OWN
+) -> Iterator[Trial]:
     """Compiles every program of an experiment, one after the other; keeps nothing on the disk.
 
     Args:
       experiment: gives the programs.
       dataset: its data, or any of the same shape.
       model_of: makes the model for a BN batch size; None takes the experiment's own.
+      own: the caller's own parts, as for `train_grid`.
     """
-    setup = Setup(experiment, dataset, model_of)
+    setup = Setup(experiment, dataset, model_of, own)
     initial = setup.initialiser()
     with tempfile.TemporaryDirectory() as folder, closing(input_pipeline(dataset, experiment)) as pipeline:
         for m, b in setup.programs:
@@ -170,6 +175,23 @@ def total_seconds(plans: Sequence[ProgramPlan]) -> float:
     return sum(compiling[:1]) + sum(max(plan.seconds, following) for plan, following in hidden)
 
 
+def examples_in(
+    seconds: float, experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None, own: Own
+) -> float:
+    """Returns the examples that a search can train on in so many seconds, as many at each batch size of the grid.
+
+    Measured at the smallest and the largest batch size, and interpolated; the time to compile comes on top.
+    """
+    sizes = experiment.grid.batch_sizes
+    ends = replace(experiment, grid=replace(experiment.grid, batch_sizes=tuple(sorted({min(sizes), max(sizes)}))))
+    rates = []
+    for trial in measure(ends, dataset, model_of, own):
+        plan = plan_program(trial, 0.0, PROBE_SECONDS)
+        each = 1 / plan.images_per_second + plan.evaluation_seconds / dataset.num_train
+        rates.append({"batch_size": trial.job.batch_size, "images_per_second": 1 / each})
+    return seconds / statistics.mean(elsewhere(m, 1, 1, rates) for m in sizes)
+
+
 def elsewhere(batch_size: int, runs: int, images: int, stored: Sequence[Mapping[str, Any]], devices: int = 1) -> float:
     """Seconds that the training of a program's runs would take at rates stored for another device.
 
@@ -219,4 +241,7 @@ class Forecast:
             lowest = min((base_lr for m, base_lr in diverged if m <= job.batch_size), default=math.inf)
             runs = bisect.bisect_left(base_lrs, lowest)
             status.later_seconds += elsewhere(job.batch_size, runs, job.experiment.epochs * job.num_examples, stored)
+        if not self._later and status.program is not None and status.images_per_second:  # what a search has left
+            now = status.program.images - status.program.trained
+            status.later_seconds = max(0, status.images - status.trained - now) / status.images_per_second
         self._progress.show(status, doing)

@@ -100,8 +100,7 @@ def sweep(
     _require_usable(options, own, workdir)
     place = [sections["dataset"].pop(name, None) for name in ("data_dir", "image_size")]
     images = data.load(dataset, *place) if isinstance(dataset, str) else dataset
-    if not isinstance(images, (Dataset, Photographs)):
-        raise InputError(f"dataset: got a {type(images).__name__}; accepts a name, or a data.Dataset of your own arrays.")
+    require_dataset(images)
     asked = fields.plain(sections["dataset"].get("validation_fraction", 0.0))
     images = data.with_validation(images, fields.number(0, 0.9)("dataset.validation_fraction", asked))
     if isinstance(images, Dataset):
@@ -118,6 +117,12 @@ def sweep(
     sections["grid"] |= {"batch_sizes": batch_sizes, rates: base_lrs, "seeds": seeds}
     chosen = from_config(sections | {"epochs": epochs})
     return _train(chosen, images, own, own_parts, workdir, progress or for_stream())
+
+
+def require_dataset(images: Any) -> None:
+    """Refuses what is no dataset."""
+    if not isinstance(images, (Dataset, Photographs)):
+        raise InputError(f"dataset: got a {type(images).__name__}; accepts a name, or a data.Dataset of your own arrays.")
 
 
 def _own_parts(sections: dict[str, Any], loss: Any, metrics: Any, optimizer: Any) -> Own:

@@ -11,6 +11,7 @@ import os
 import statistics
 import time
 import warnings
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from smallbatch_jax.config.protocol import LAST_EPOCHS
 from smallbatch_jax.store.files import AppendOnly, whole_lines, write_atomically
 from smallbatch_jax.store.timings import Timings as Timings
 from smallbatch_jax.store.timings import load_timings as load_timings
-from smallbatch_jax.store.workdir import read_workdir
+from smallbatch_jax.store.workdir import is_finished, read_workdir
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,6 +123,7 @@ class ProgramResults:
         self.path = path_of(workdir, batch_size, bn_batch_size)
         self._deadline = time.monotonic() + wait_seconds
         self._last_rows: dict[Run, deque[Row]] = {}  # the LAST_EPOCHS of each run
+        self._curves: dict[Run, array[float]] = {}  # the metric of each run by epoch
         self._file: AppendOnly | None = self._opened()
         try:
             if not self.path.stat().st_size:
@@ -156,6 +158,8 @@ class ProgramResults:
 
     def _note(self, row: Row) -> None:
         self._last_rows.setdefault(row.run, deque(maxlen=LAST_EPOCHS)).append(row)
+        value = math.nan if row.diverged else row.to_dict()[self.format.metric.column]
+        self._curves.setdefault(row.run, array("d")).append(value)
 
     def rows(self) -> list[Row]:
         """All stored rows, those of a run in the order of its epochs; for the process that writes them."""
@@ -182,6 +186,10 @@ class ProgramResults:
     def epochs(self, run: Run) -> int:
         """Number of epochs of a run that are stored."""
         return self._last_rows[run][-1].epoch if run in self._last_rows else 0
+
+    def curve(self, run: Run, epochs: int) -> list[float]:
+        """Returns a run's metric after each of its first epochs; NaN after the one in which it diverged."""
+        return list(self._curves.get(run, ())[:epochs])
 
     def complete(self, run: Run, epochs: int) -> bool:
         """Returns whether a run needs no more training: it diverged, or its last epoch is stored."""
@@ -246,7 +254,8 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
 
     Columns: experiment (its name); batch_size m; base_lr η̃; bn_batch_size (m where none was given); seed; epoch 1…E; step,
     updates taken; train_loss and train_accuracy, means over the epoch's batches as seen; test_loss and test_accuracy over
-    the whole test set (accuracies are fractions); status of the run: running, finished or diverged. A diverged run ends
+    the whole test set (accuracies are fractions); status of the run: running, finished, diverged, or stopped if a search gave
+    it up. A diverged run ends
     with the epoch it died in, the step of the first loss that was not finite, and accuracies NaN. bn_statistics: what batch
     norm was evaluated with, running averages or precise statistics (`model.bn_statistics`).
 
@@ -281,7 +290,8 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
             f"{workdir}: rows of earlier epochs are missing (runs: {broken}); the same sweep trains them again", stacklevel=2
         )
     finished = runs["epoch"].transform("max") >= experiment.epochs
-    frame["status"] = np.where(runs["diverged"].transform("any"), "diverged", np.where(finished, "finished", "running"))
+    unfinished = "stopped" if experiment.search.active and is_finished(workdir) else "running"
+    frame["status"] = np.where(runs["diverged"].transform("any"), "diverged", np.where(finished, "finished", unfinished))
     frame["experiment"], frame["bn_statistics"] = experiment.name, experiment.model.bn_statistics
     others = [name for name in frame if name not in COLUMNS and name != "diverged"]
     return frame[[*COLUMNS[:-2], *others, *COLUMNS[-2:]]]

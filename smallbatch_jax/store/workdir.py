@@ -173,6 +173,11 @@ def read_provenance(path: Path) -> list[dict[str, Any]]:
     return [line for line in found if isinstance(line, dict)]
 
 
+def is_finished(path: Path) -> bool:
+    """Returns whether the last command that trained into a workdir came to its end."""
+    return [line.get("event") for line in read_provenance(path)][-1:] == ["finish"]
+
+
 def surroundings() -> dict[str, Any]:
     """Versions, machine and commit of this process."""
     packages = ("smallbatch_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

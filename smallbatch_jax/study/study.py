@@ -75,7 +75,10 @@ def load(workdir: str | Path) -> Study:
     """
     path = Path(expanded_path("workdir", workdir))
     (experiment, facts), rows = read_workdir(path), results.load(path)
-    cells = analysis.planned_cells(rows, experiment.runs(), experiment.name, experiment.metric)
+    if experiment.search.active:  # it plans no run before it begins it
+        cells = analysis.known_cells(rows, experiment.metric)
+    else:
+        cells = analysis.planned_cells(rows, experiment.runs(), experiment.name, experiment.metric)
     num_classes, examples = facts.get("num_classes"), facts.get("examples")
     if experiment.task == "classification" and (not isinstance(num_classes, int) or num_classes < 1):
         raise InputError(f"--workdir: {path}/experiment.json is damaged: its facts do not say num_classes.")
@@ -127,6 +130,10 @@ def describe(study: Study) -> str:
     facts += [f"{axis_title(name)} {_span(cells[name], '{:g}'.format)}" for name in analysis.axes(cells)]
     facts += [f"base_lr {_span(cells['base_lr'], format_base_lr)}", plural(len(e.grid.seeds), "seed")]
     ended, planned = study.runs
+    if e.search.active:
+        begun = len(study.rows.drop_duplicates([*analysis.cell_columns(study.rows), "seed"]))
+        budget = f"a search within {e.search.budget:,.0f} training images"
+        return f"{', '.join(facts)}: {budget}, {begun:,} runs begun, {ended:,} ended"
     return f"{', '.join(facts)}: {ended:,} of {planned:,} runs ended"
 
 

@@ -1,0 +1,82 @@
+"""The rounds of a search: runs of one program that train on together, chosen by `policy` from the stored rows alone.
+
+The policy starts anew in every process, so that a search that was killed goes on as if it had not been.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from smallbatch_jax.config.experiment import Experiment, InputError
+from smallbatch_jax.data import Dataset, Photographs
+from smallbatch_jax.program import processes
+from smallbatch_jax.runner import planning, policy
+from smallbatch_jax.runner.jobs import Job, ModelOf, Own
+from smallbatch_jax.runner.progress import Status
+from smallbatch_jax.store.workdir import read_workdir
+
+
+def search_rounds(jobs: Sequence[Job], status: Status) -> Iterator[Job]:
+    """Yields a job for every round that is left to train, with the goals of that round.
+
+    Args:
+      jobs: one for each program of the grid.
+      status: shows the runs that have begun and what is left of the budget.
+    """
+    by_shape = {(job.batch_size, job.bn_batch_size): job for job in jobs}
+    experiment, num_examples = jobs[0].experiment, jobs[0].num_examples
+    scalars = jobs[0].runs[0].scalars  # the same in all runs
+    for job in jobs:
+        ended = [run for run in job.runs if job.results.complete(run, experiment.epochs)]
+        status.add_program(dict.fromkeys(ended, experiment.epochs), job.results, num_examples)
+    asking, curves = policy.search(space_of(experiment, num_examples)), None
+    while True:
+        try:
+            shape, goals = next(asking) if curves is None else asking.send(curves)
+        except StopIteration:
+            return
+        job, runs = by_shape[shape], {run: replace(run, scalars=scalars) for run in goals}
+        job.goals = {runs[run]: epochs for run, epochs in goals.items()}
+        if job.pending():
+            stored = [job.results.epochs(run) for job in jobs for run in job.runs]
+            status.runs = sum(map(bool, stored)) + sum(not job.results.epochs(run) for run in job.goals)
+            going_on = sum(job.results.epochs(run) for run in job.pending())  # the scheduler subtracts these itself
+            left = (experiment.search.budget or 0.0) - (sum(stored) - going_on) * num_examples
+            status.images = status.trained + max(0, round(left))
+            yield job
+        curves = {run: job.results.curve(runs[run], epochs) for run, epochs in goals.items()}
+
+
+def with_budget(
+    experiment: Experiment, workdir: Path, dataset: Dataset | Photographs, model_of: ModelOf | None, own: Own
+) -> Experiment:
+    """Returns an experiment whose budget in seconds, if it has one, is given in examples: those that its workdir began with.
+
+    Raises:
+      InputError: with several processes, which would not measure the same.
+    """
+    search = experiment.search
+    if search.seconds is None or search.budget is not None:
+        return experiment
+    if processes.several():
+        raise InputError("search.seconds: is measured by one process alone; give search.budget in examples.")
+    if (workdir / "experiment.json").exists():
+        stored = read_workdir(workdir)[0].search
+        if stored.seconds == search.seconds:
+            return replace(experiment, search=replace(search, budget=stored.budget))
+    budget = planning.examples_in(search.seconds, experiment, dataset, model_of, own)
+    return replace(experiment, search=replace(search, budget=budget))
+
+
+def space_of(experiment: Experiment, num_examples: int) -> policy.Space:
+    """Returns what the search of an experiment may choose from and spend."""
+    grid, search = experiment.grid, experiment.search
+    return policy.Space(
+        shapes=tuple(grid.shapes()),
+        base_lrs=tuple(sorted(grid.base_lrs)),
+        epochs=experiment.epochs,
+        seeds=grid.seeds,
+        budget=(search.budget or 0.0) / num_examples,
+        confirm=search.confirm,
+        metric=experiment.metric,
+    )

@@ -1,0 +1,94 @@
+"""The public function `search`: within a budget, the batch size and learning rate to train with."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+from smallbatch_jax import data
+from smallbatch_jax.config import fields
+from smallbatch_jax.config.experiment import InputError
+from smallbatch_jax.config.grid import Grid, Search
+from smallbatch_jax.data import Dataset, Photographs
+from smallbatch_jax.runner.sweep import require_dataset, sweep
+from smallbatch_jax.study import study
+from smallbatch_jax.study.answer import Answer, answer
+from smallbatch_jax.study.recommendation import Recommendation, recommend
+from smallbatch_jax.study.study import Study
+
+BATCH_SIZES = tuple(2**k for k in range(1, 12, 2))  # 2, 8, … 2048
+BASE_LRS = tuple(2.0**k for k in range(-20, 3))  # the lattice: what is far from the best costs a search little
+LEAST_UPDATES = 4  # of an epoch at the largest batch size tried unasked
+VALIDATION_FRACTION = 0.1
+
+
+class Found(NamedTuple):
+    """The result of a search; printed, it is the answer in plain English."""
+
+    recommendation: Recommendation
+    answer: Answer
+    study: Study
+
+    def __str__(self) -> str:
+        said = (self.answer.sentence, *(f"- {sentence}" for sentence in self.answer.caveats))
+        return "\n".join(said)
+
+
+def search(
+    model: Any,
+    dataset: str | Dataset | Photographs,
+    epochs: int,
+    *,
+    budget: float | None = None,
+    seconds: float | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    base_lrs: Sequence[float] = BASE_LRS,
+    seeds: Sequence[int] = (0, 1, 2),
+    workdir: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Found:
+    """Finds the batch size m and base learning rate η̃ to train with, by runs that are given up where they lose.
+
+    At each m learning rates are bracketed and then halved in rungs of examples seen (`runner.policy`); further seeds go to the
+    leaders, and fresh ones confirm the recommended cell on the test set. The workdir is an ordinary one: the same call resumes
+    it, and `results.load`, figures and the report read it.
+
+    Args:
+      model: as for `sweep`.
+      dataset: as for `sweep`. A tenth of its training examples is held out to choose by, unless `validation_fraction` or
+        `select` says otherwise, or the data have a validation split of their own or are streamed.
+      epochs: E, of a whole run; those that are given up train for fewer.
+      budget: training examples over all runs, the sum of all epochs times the number of examples; None takes three whole runs
+        for each batch size.
+      seconds: the budget in time instead, turned into examples by a measurement before the first run.
+      batch_sizes: the candidates; None takes 2, 8, 32, … that make four updates an epoch or more.
+      base_lrs: the lattice of η̃ on which rates are sought; a finer one costs little more.
+      seeds: the first finds rates, the others are replicates of the leaders.
+      workdir: where the results are kept and resumed; None keeps nothing.
+      **options: those of `sweep`, such as `optimizer`, `norm`, `loss` and `confirm`, the number of fresh seeds.
+
+    Returns:
+      The recommendation, the answer, and the study behind them.
+
+    Raises:
+      InputError: in one line that names what cannot be used.
+    """
+    if budget is not None and seconds is not None:
+        raise InputError("seconds: a search has one budget; give seconds or budget, not both.")
+    epochs = fields.integer(1, 100_000)("epochs", fields.plain(epochs))
+    images = data.load(dataset, options.get("data_dir"), options.get("image_size")) if isinstance(dataset, str) else dataset
+    require_dataset(images)
+    if "select" not in options and isinstance(images, Dataset) and "validation" not in images.splits():
+        options = {"validation_fraction": VALIDATION_FRACTION} | options
+    if batch_sizes is None:
+        batch_sizes = [m for m in BATCH_SIZES if m * LEAST_UPDATES <= images.num_train] or [1]
+    if budget is None and seconds is None:
+        sections = {"batch_sizes": batch_sizes, "bn_batch_sizes": options.get("bn_batch_sizes")}
+        budget = Search.default_budget(fields.parse(Grid, sections, "grid"), epochs, images.num_train)
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory()) if workdir is None else workdir
+        options = {"name": "search"} | options | {"budget": budget, "seconds": seconds}
+        sweep(model, dataset, batch_sizes, base_lrs, epochs, seeds, folder, **options)
+        found = study.load(os.fspath(folder))
+    return Found(recommend(found), answer(found), found)
