@@ -20,9 +20,10 @@ from markupsafe import Markup
 
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.store.files import write_atomically
-from smallbatch_jax.study.answer import RULE, answer
+from smallbatch_jax.study.answer import answer
 from smallbatch_jax.study.claims import VERDICTS
 from smallbatch_jax.study.figures.labels import paper_labels
+from smallbatch_jax.study.noise import RULE
 from smallbatch_jax.study.report import charts, sections
 from smallbatch_jax.study.study import Study, describe
 

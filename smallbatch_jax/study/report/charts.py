@@ -14,8 +14,7 @@ from smallbatch_jax.config.catalog import RULES
 from smallbatch_jax.config.metric import Metric
 from smallbatch_jax.config.text import axis_title, format_base_lr, plural
 from smallbatch_jax.study import cost
-from smallbatch_jax.study.analysis import axes, best_first, cell_columns
-from smallbatch_jax.study.answer import score, setting
+from smallbatch_jax.study.analysis import axes, best_first, cell_columns, score, setting
 from smallbatch_jax.study.figures.labels import named_metric
 from smallbatch_jax.study.figures.points import best_of_each, marked, one_bn_batch_size, own_base_lrs
 from smallbatch_jax.study.figures.style import CATEGORIES, COLORS, SECONDS, ordered_colors, unit_ticks
