@@ -45,7 +45,7 @@ def show(folder: Path, out: Path | None = None) -> None:
     stored = study.load(folder)
     print(study.summaries([stored]))
     found = answer(stored)
-    details = [f"- {line}" for line in (*found.findings, *found.caveats)]
+    details = [f"- {line}" for line in (*found.recommendation.sentences, *found.caveats)]
     print("\n".join(["", found.sentence, *details, f"({RULE})", ""]), flush=True)
     if left_out := len(skipped.load(folder)):
         print(f"skipped images, which could not be decoded: {left_out}, listed in {folder}/skipped.csv")

@@ -10,7 +10,7 @@ from smallbatch_jax.config.metric import ACCURACY, Metric
 from smallbatch_jax.config.text import format_base_lr
 from smallbatch_jax.study.analysis import axes, best_first, cell_columns, final_accuracy, score, setting
 from smallbatch_jax.study.noise import Noise, noise_of
-from smallbatch_jax.study.recommendation import recommend, tested
+from smallbatch_jax.study.recommendation import Recommendation, recommend, tested
 from smallbatch_jax.study.study import Study
 
 
@@ -20,7 +20,7 @@ class Answer(NamedTuple):
     sentence: str  # one sentence, with its full stop
     caveats: tuple[str, ...]  # the learning rate as other frameworks take it, and the questions of a careful reader
     best: pd.Series | None  # the best row of `study.cells`; None until a run has finished
-    findings: tuple[str, ...] = ()  # of `recommendation`: its interval, the largest batch size as good, rules, equal time
+    recommendation: Recommendation  # how sure that is, the cells as good, and what theory says
 
 
 def answer(study: Study) -> Answer:
@@ -33,15 +33,15 @@ def answer(study: Study) -> Answer:
     so_far = f"So far ({ended:,} of {runs:,} runs ended): " if ended < runs else ""
     found = recommend(study)
     if (best := found.best) is None:
-        return Answer(f"{so_far}{'none of them has finished.' if so_far else 'Every run diverged.'}", (), None)
+        return Answer(f"{so_far}{'none of them has finished.' if so_far else 'Every run diverged.'}", (), None, found)
     metric = study.metric
     if metric.gain(best[metric.column], study.chance) <= 0:
-        return Answer(f"{so_far}No run is better than chance, {metric.show(study.chance)}.", (), best)
+        return Answer(f"{so_far}No run is better than chance, {metric.show(study.chance)}.", (), best, found)
     named = "" if metric == ACCURACY else f"{metric.title} "
     sentence = f"{so_far}{'best' if so_far else 'Best'} at {setting(best)}: {named}{score(best, metric)}"
     noise = noise_of(study)
     rest = _rest(study, best, noise)
-    return Answer(f"{sentence}{'; ' * bool(rest)}{rest}.", tuple(_caveats(study, best, noise)), best, found.sentences)
+    return Answer(f"{sentence}{'; ' * bool(rest)}{rest}.", tuple(_caveats(study, best, noise)), best, found)
 
 
 def _rest(study: Study, best: pd.Series, noise: Noise) -> str:

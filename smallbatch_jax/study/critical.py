@@ -65,14 +65,13 @@ class CriticalBatchSize(NamedTuple):
         if not len(self.table) or math.isnan(self.size):
             return "Critical batch size: cannot tell; fewer than three batch sizes reached a target."
         ends = f"m = {self.table['batch_size'].min()} and {self.table['batch_size'].max()}"
+        low, high = two_digits(self.low), two_digits(self.high)
         if self.known:
             return (
-                f"Critical batch size: m_crit = {two_digits(self.size)} (90 %: {two_digits(self.low)} … "
-                f"{two_digits(self.high)}) for the examples to {self.target}; m = {two_digits(self.costly)} needs {100 * MORE:.0f} % more of them than the smallest batches."
+                f"Critical batch size: m_crit = {two_digits(self.size)} (90 %: {low} … {high}) for the examples to "
+                f"{self.target}; m = {two_digits(self.costly)} needs {100 * MORE:.0f} % more of them than the smallest batches."
             )
-        bounds = [f"above {two_digits(self.low)}"] * (self.low > 0) + [f"below {two_digits(self.high)}"] * (
-            self.high < math.inf
-        )
+        bounds = [f"above {low}"] * (self.low > 0) + [f"below {high}"] * (self.high < math.inf)
         bound = f"; m_crit is {' and '.join(bounds)} (90 %)" if bounds else ""
         return f"Critical batch size: cannot tell; the examples to {self.target} have no certain turn between {ends}{bound}."
 

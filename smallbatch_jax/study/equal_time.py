@@ -64,6 +64,8 @@ def sentence(studies: Sequence[Study]) -> str:
         return f"{setting(best.cell)}{after} ({metric.show(best.cell[metric.column])})"
 
     lengths = [f"{f'{best.epochs} epochs: ' * several}{told(best, False)}" for best in by_length(studies)]
+    if not lengths:
+        return ""
     epochs = f"At equal epochs the best is {', '.join(lengths)}"
     if not (times := by_time(studies)):
         return f"{epochs}; at equal time it is not known, since no run was timed."

@@ -92,5 +92,6 @@ def _scatter(study: Study) -> float:
         third = np.abs(np.diff(values, 3)) / math.sqrt(20)  # of a parabola it is zero
         rates += third[max(0, place - 3) : place + 1].tolist()
     rates = [value for value in rates if math.isfinite(value)]
-    found = [float(np.sqrt(np.mean(np.square(epochs))))] * bool(epochs) + [1.48 * float(np.median(rates))] * bool(rates)
+    found = [math.sqrt(np.mean(np.square(epochs)))] if epochs else []
+    found += [1.48 * float(np.median(rates))] if rates else []  # of normal deviates this is their standard deviation
     return max(found, default=math.nan)

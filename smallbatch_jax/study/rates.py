@@ -23,8 +23,12 @@ DRAWS = 1000
 APART = 4.0  # of χ² plus the number of further parameters: the other rules are e² times less likely
 MISFIT = 0.01  # probability of so large a χ², below which a rule is not supported
 Z = float(ndtri((1 + LEVEL) / 2))
-RULES = {"linear": "η ∝ m", "square-root": "η ∝ √m", "saturating": "η ∝ m up to a turn, then constant"}
-NAMES = {**dict(zip(RULES, RULES, strict=True)), "power": "another power of m"}
+RULES = {
+    "linear": "η ∝ m",
+    "square-root": "η ∝ √m",
+    "saturating": "η ∝ m up to a turn, then constant",
+    "another power": "η ∝ m^p",
+}
 
 
 class RateRule(NamedTuple):
@@ -33,7 +37,7 @@ class RateRule(NamedTuple):
     Attributes:
       table: from `best_rates`.
       exponent, low, high: of η* ∝ m^exponent with its 90 % interval; NaN with fewer than three batch sizes to fit.
-      likely: names in `NAMES` that the data do not tell from the best, the best first; none where nothing fits.
+      likely: names in `RULES` that the data do not tell from the best, the best first; none where nothing fits.
       turn: batch size at which the saturating rule turns.
       offsets: log2 η* at m = 1 by rule.
     """
@@ -49,11 +53,11 @@ class RateRule(NamedTuple):
     @property
     def supported(self) -> str | None:
         """The one rule that the data support."""
-        return self.likely[0] if len(self.likely) == 1 and self.likely[0] in RULES else None
+        return self.likely[0] if len(self.likely) == 1 else None
 
     def rate(self, rule: str, batch_size: Any) -> Any:
         """Returns η* at batch sizes by a rule."""
-        return 2 ** (self.offsets[rule] + shapes(self.turn)[rule](np.log2(batch_size)))
+        return 2 ** (self.offsets[rule] + shapes(self.turn, self.exponent)[rule](np.log2(batch_size)))
 
     def sentence(self) -> str:
         """Which rule the best rates follow, with the exponent."""
@@ -68,14 +72,18 @@ class RateRule(NamedTuple):
         if rule := self.supported:
             turn = f", the turn at m ≈ {two_digits(self.turn)}" if rule == "saturating" else ""
             return f"The best learning rate follows the {rule} rule, {RULES[rule]}{turn}; {exponent} over {fitted} batch sizes."
-        known = [NAMES[name] for name in self.likely]
-        among = f" between {and_list(known)}" if known else f", none of {', '.join(RULES)} fits"
+        among = f" between {and_list(self.likely)}" if self.likely else f", as none of {and_list(list(RULES)[:3])} fits"
         return f"Rule of the best learning rate η*(m): cannot tell{among}; {exponent} over {fitted} batch sizes."
 
 
-def shapes(turn: float) -> dict[str, Callable[[Any], Any]]:
+def shapes(turn: float, exponent: float) -> dict[str, Callable[[Any], Any]]:
     """Returns log2 η* of each rule but its offset, as a function of log2 m."""
-    return {"linear": lambda x: x, "square-root": lambda x: x / 2, "saturating": lambda x: np.minimum(x, math.log2(turn))}
+    return {
+        "linear": lambda x: x,
+        "square-root": lambda x: x / 2,
+        "saturating": lambda x: np.minimum(x, math.log2(turn)),
+        "another power": lambda x: exponent * x,
+    }
 
 
 def best_rates(study: Study, noise: Noise | None = None) -> pd.DataFrame:
@@ -135,19 +143,16 @@ def fit_rule(table: pd.DataFrame) -> RateRule:
         offset = np.average(y - shape(x), weights=weights)
         return float((weights * (y - shape(x) - offset) ** 2).sum()), float(offset)
 
-    turns: list[float] = (
-        2 ** np.linspace(x[0], x[-1] - 1, 100)
-    ).tolist()  # a turn at the last batch sizes would be the linear rule
-    turn = float(min(turns, key=lambda turn: fit(shapes(turn)["saturating"])[0]))
-    fits = {name: fit(shape) for name, shape in shapes(turn).items()}
-    scores = {name: chi2 + (name == "saturating") for name, (chi2, _) in fits.items()}
-    if (
-        min(scores, key=lambda name: scores[name]) == "saturating"
-    ):  # a turn must show, not only an exponent that is neither 1 nor 1/2
-        scores["power"] = float((weights * left**2).sum()) + 1
+    turns: list[float] = (2 ** np.linspace(x[0], x[-1] - 1, 100)).tolist()  # a turn at the last would be the linear rule
+    turn = min(turns, key=lambda turn: fit(shapes(turn, exponent)["saturating"])[0])
+    fits = {name: fit(shape) for name, shape in shapes(turn, exponent).items()}
+    further = {name: int(name in ("saturating", "another power")) for name in RULES}  # parameters beside the offset
+    scores = {name: fits[name][0] + further[name] for name in RULES}
+    power = scores.pop("another power")
+    if min(scores, key=lambda name: scores[name]) == "saturating":  # a turn must show, not only an exponent between the others
+        scores["another power"] = power
     order = sorted(scores, key=lambda name: scores[name])
-    freedom = len(x) - 1 - (order[0] in ("saturating", "power"))
-    fitting = chdtrc(freedom, scores[order[0]] - (len(x) - 1 - freedom)) > MISFIT
+    fitting = chdtrc(len(x) - 1 - further[order[0]], fits[order[0]][0]) > MISFIT
     likely = tuple(name for name in order if scores[name] < scores[order[0]] + APART) if fitting else ()
     offsets = {name: offset for name, (_, offset) in fits.items()}
     return RateRule(table, exponent, exponent - error, exponent + error, likely, turn, offsets)
