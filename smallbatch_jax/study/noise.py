@@ -36,8 +36,9 @@ class Noise:
 
     def error(self, cells: pd.Series | pd.DataFrame) -> Any:
         """Returns the standard error of a cell's mean, or of each; NaN where the noise of one or two seeds is not known."""
-        value, seeds = cells[self.metric.column], cells["finished"]
-        of_seeds = np.where(seeds > 1, cells[f"{self.metric.column}_std"] / np.sqrt(np.maximum(seeds, 1)), 0.0)
+        column = self.metric.column
+        value, deviation, seeds = (np.asarray(cells[name], float) for name in (column, f"{column}_std", "finished"))
+        of_seeds = np.where(seeds > 1, deviation / np.sqrt(np.maximum(seeds, 1)), 0.0)
         least = self.scatter / np.sqrt(np.maximum(seeds, 1))
         if self.metric.fraction and self.examples:
             least = np.sqrt(np.maximum(value * (1 - value), 0) / self.examples)
@@ -71,8 +72,8 @@ def noise_of(study: Study) -> Noise:
 
 def rates_of(cells: pd.DataFrame, top: pd.Series) -> pd.DataFrame:
     """Returns the cells that differ from `top` in their base learning rate alone, by rising rate."""
-    others = ["batch_size", "bn_batch_size", *axes(cells)]
-    return cells[(cells[others] == top[others]).all(axis=1)].sort_values("base_lr")
+    same = [cells[name].to_numpy() == top[name] for name in ("batch_size", "bn_batch_size", *axes(cells))]
+    return cells[np.logical_and.reduce(same)].sort_values("base_lr")
 
 
 def _scatter(study: Study) -> float:

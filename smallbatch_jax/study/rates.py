@@ -19,7 +19,7 @@ from smallbatch_jax.study.analysis import best_first
 from smallbatch_jax.study.noise import LEVEL, Noise, noise_of, rates_of
 from smallbatch_jax.study.study import Study
 
-DRAWS = 1000
+DRAWS = 500
 APART = 4.0  # of χ² plus the number of further parameters: the other rules are e² times less likely
 MISFIT = 0.01  # probability of so large a χ², below which a rule is not supported
 Z = float(ndtri((1 + LEVEL) / 2))
@@ -69,6 +69,8 @@ class RateRule(NamedTuple):
                 else "; the noise of a single seed is not known."
             )
         exponent = f"η* ∝ m^{self.exponent:.2f} (90 %: {self.low:.2f} … {self.high:.2f})"
+        if self.supported == "another power":
+            return f"The best learning rate follows neither the linear nor the √ rule: {exponent} over {fitted} batch sizes."
         if rule := self.supported:
             turn = f", the turn at m ≈ {two_digits(self.turn)}" if rule == "saturating" else ""
             return f"The best learning rate follows the {rule} rule, {RULES[rule]}{turn}; {exponent} over {fitted} batch sizes."
