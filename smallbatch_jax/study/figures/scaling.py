@@ -54,7 +54,7 @@ def examples_to_target(study: Study) -> Figure:
         if fit.known:
             panels[1].axhspan(fit.low, fit.high, **BAND)
             entries["$m_{crit}$ of the hyperbola"] = panels[1].axhline(fit.size, **HYPERBOLA, linestyle=DASHED)
-    style.grid_axis(panels[-1], "x", "batch_size", table["batch_size"])
+    style.grid_axis(panels[-1], "x", "batch_size", study.cells["batch_size"])
     style.foot(figure, entries, style.note(fit.sentence()))
     return figure
 
@@ -84,7 +84,8 @@ def best_learning_rates(study: Study) -> Figure:
     rule = fit_rule(best_rates(study))
     table, entries = rule.table, {}
     figure, axes = style.new_axes(f"{style.plain(study.name)}: best learning rate of each $m$")
-    axes.set_yscale("log", base=2)
+    if len(table):
+        axes.set_yscale("log", base=2)
     known = table[table["low"].notna()]
     axes.vlines(known["batch_size"], known["low"], known["high"], color=POINT["color"], linewidth=0.8)
     for mask, label, look in (
