@@ -71,11 +71,14 @@ def compare(chosen: experiment.Experiment, out: Path | None) -> None:
 
 def tell(studies: "Sequence[Study]", drawn: Sequence[Path]) -> None:
     """Prints one table of all studies, the answer of each, and the folders of the figures."""
+    from smallbatch_jax.study import equal_time
     from smallbatch_jax.study.answer import answer
     from smallbatch_jax.study.study import summaries
 
     print(summaries(studies))
     print("\n".join(["", *(f"{study.name}: {answer(study).sentence}" for study in studies), ""]))
+    if len({study.experiment.epochs for study in studies}) > 1:
+        print(equal_time.sentence(studies))
     for folder in dict.fromkeys(path.parent for path in drawn):
         stems = dict.fromkeys(path.stem for path in drawn if path.parent == folder)
         print(f"figures: {', '.join(stems)}, as PNG and PDF in {folder}")

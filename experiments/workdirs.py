@@ -39,12 +39,14 @@ def show(folder: Path, out: Path | None = None) -> None:
     """Draws the figures of a workdir and prints its table and the answer."""
     from smallbatch_jax.store import skipped
     from smallbatch_jax.study import figures, study
-    from smallbatch_jax.study.answer import RULE, answer
+    from smallbatch_jax.study.answer import answer
+    from smallbatch_jax.study.noise import RULE
 
     stored = study.load(folder)
     print(study.summaries([stored]))
     found = answer(stored)
-    print("\n".join(["", found.sentence, *(f"- {caveat}" for caveat in found.caveats), f"({RULE})", ""]), flush=True)
+    details = [f"- {line}" for line in (*found.recommendation.sentences, *found.caveats)]
+    print("\n".join(["", found.sentence, *details, f"({RULE})", ""]), flush=True)
     if left_out := len(skipped.load(folder)):
         print(f"skipped images, which could not be decoded: {left_out}, listed in {folder}/skipped.csv")
     drawn = figures.draw_studies([stored], out)

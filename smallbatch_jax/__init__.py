@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from smallbatch_jax.study import claims as claims
     from smallbatch_jax.study import cost as cost
     from smallbatch_jax.study import figures as figures
+    from smallbatch_jax.study import recommendation as recommendation
     from smallbatch_jax.study import report as report
 
     driver = grid
@@ -39,6 +40,7 @@ _PUBLIC = {
     "lanes": "program.lanes",
     "models": "models",
     "optim": "optim",
+    "recommendation": "study.recommendation",
     "report": "study.report",
     "results": "store.results",
     "study": "study",

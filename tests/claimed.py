@@ -11,7 +11,7 @@ from smallbatch_jax.study.study import Study
 
 LOST = math.nan  # a run that diverged
 LRS = (2**-9, 2**-8, 2**-7)
-COLUMNS = [*analysis.RUN, "epoch", "train_accuracy", "test_accuracy", "train_loss", "test_loss", "status"]
+COLUMNS = [*analysis.RUN, "epoch", "step", "train_accuracy", "test_accuracy", "train_loss", "test_loss", "status"]
 CLAIMS = {claim.id: claim for claim in claims.CLAIMS}
 
 
@@ -50,7 +50,7 @@ def rows_of(name, run, value, epochs):
     values = [LOST] if lost else list(value) if isinstance(value, tuple) else [value] * epochs
     keys = (name, run.batch_size, run.bn_batch_size, run.base_lr, run.seed)
     status = "diverged" if lost else "finished"
-    return [(*keys, e, a, a, 1 - a, 1 - a, status) for e, a in enumerate(values, 1)]
+    return [(*keys, e, round(e * 5000 / run.batch_size), a, a, 1 - a, 1 - a, status) for e, a in enumerate(values, 1)]
 
 
 def studies(tables):

@@ -1,6 +1,7 @@
 """Formats numbers for people."""
 
 import math
+from collections.abc import Sequence
 
 from smallbatch_jax.config.catalog import OWN_SCALAR
 
@@ -15,6 +16,21 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def short_duration(seconds: float) -> str:
+    """`duration`, with two digits below ten seconds."""
+    return duration(seconds) if seconds >= 10 else f"{seconds:.2g} s"
+
+
+def two_digits(value: float) -> str:
+    """A number of two significant digits without an exponent, such as 1,400 or 5.5."""
+    return f"{float(f'{value:.2g}'):,g}"
+
+
+def and_list(names: Sequence[str]) -> str:
+    """Names as "a, b and c"."""
+    return " and ".join([*filter(None, [", ".join(names[:-1])]), *names[-1:]])
 
 
 def format_base_lr(base_lr: float) -> str:

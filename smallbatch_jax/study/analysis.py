@@ -19,7 +19,7 @@ from smallbatch_jax.config.experiment import Run
 from smallbatch_jax.config.grid import RUN_COLUMNS
 from smallbatch_jax.config.metric import ACCURACY, Metric
 from smallbatch_jax.config.protocol import LAST_EPOCHS
-from smallbatch_jax.config.text import format_base_lr
+from smallbatch_jax.config.text import axis_title, format_base_lr
 
 SETUP = ["experiment", "batch_size", "bn_batch_size"]
 CELL = [*SETUP, "base_lr"]  # the columns that tell cells apart
@@ -91,7 +91,8 @@ def planned_cells(df: pd.DataFrame, runs: Iterable[Run], experiment: str, metric
       metric: as for `final_accuracy`.
     Returns:
       The columns of `final_accuracy`, and `pending`: the number of planned seeds that have not ended. A cell with no
-      rows yet has accuracy NaN and counts 0.
+      rows yet has accuracy NaN and counts 0. Where runs were given up (status "stopped"), a search decides what begins:
+      then only seeds that have begun are pending.
     """
     runs = list(runs)
     columns = list(runs[0].to_dict()) if runs else RUN_COLUMNS
@@ -101,7 +102,8 @@ def planned_cells(df: pd.DataFrame, runs: Iterable[Run], experiment: str, metric
     cells = seeds.merge(known_cells(df, metric), how="outer", on=cell)
     counts = ["planned", "finished", "diverged", "pending"]
     cells[counts] = cells[counts].fillna(0).astype(int)
-    cells["pending"] = (cells["planned"] - cells["finished"] - cells["diverged"]).clip(lower=0)
+    if not (df["status"] == "stopped").any():
+        cells["pending"] = (cells["planned"] - cells["finished"] - cells["diverged"]).clip(lower=0)
     return cells[[*cell, metric.column, f"{metric.column}_std", "finished", "diverged", "pending"]]
 
 
@@ -220,3 +222,15 @@ def _format_block(table: pd.DataFrame, metric: Metric) -> str:
 def _format_range(lowest: float, highest: float, count: int) -> str:
     ends = " … ".join(dict.fromkeys(map(format_base_lr, (lowest, highest))))
     return f"{ends} ({count})" if count else "none"
+
+
+def setting(cell: Mapping[Any, Any] | pd.Series) -> str:
+    """A cell as "m = 4, η̃ = 2^-7", with its BN batch size where that is not m."""
+    m, b = int(cell["batch_size"]), int(cell["bn_batch_size"])
+    others = "".join(f", {axis_title(name)} {cell[name]:g}" for name in axes(cell))
+    return f"m = {m}, " + (f"BN batch size {b}, " if b != m else "") + f"η̃ = {format_base_lr(cell['base_lr'])}{others}"
+
+
+def score(cell: Mapping[Any, Any] | pd.Series, metric: Metric = ACCURACY) -> str:
+    """The metric of a cell as "91.2 ± 0.2 %" or "0.31 ± 0.02"; without a deviation where one seed finished."""
+    return metric.show(cell[metric.column], cell[f"{metric.column}_std"])

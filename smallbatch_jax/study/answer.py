@@ -1,21 +1,17 @@
 """The answer of a study in one sentence: the best batch size and base learning rate, and the sizes that never reach it."""
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import pandas as pd
 
 from smallbatch_jax.config import catalog
 from smallbatch_jax.config.metric import ACCURACY, Metric
-from smallbatch_jax.config.text import axis_title, format_base_lr
-from smallbatch_jax.study.analysis import axes, best_first, cell_columns, known_cells
+from smallbatch_jax.config.text import format_base_lr
+from smallbatch_jax.study.analysis import axes, best_first, cell_columns, final_accuracy, score, setting
+from smallbatch_jax.study.noise import Noise, noise_of
+from smallbatch_jax.study.recommendation import Recommendation, recommend, tested
 from smallbatch_jax.study.study import Study
-
-RULE = (
-    "A batch size reaches the best if its own best is within the noise: less than two standard errors away, those of the "
-    "seeds, and with fewer than three seeds at least those of a test set of that size."
-)
 
 
 class Answer(NamedTuple):
@@ -24,65 +20,45 @@ class Answer(NamedTuple):
     sentence: str  # one sentence, with its full stop
     caveats: tuple[str, ...]  # the learning rate as other frameworks take it, and the questions of a careful reader
     best: pd.Series | None  # the best row of `study.cells`; None until a run has finished
+    recommendation: Recommendation  # how sure that is, the cells as good, and what theory says
 
 
 def answer(study: Study) -> Answer:
-    """Returns the most accurate cell of a study, by `analysis.final_accuracy`, and the batch sizes that never reach it.
+    """Returns the most accurate whole cell of a study, by `analysis.final_accuracy`, and the batch sizes that never reach it.
 
     Ties go to the smallest batch size, BN batch size and base learning rate. A batch size counts as not reaching the
-    best by `RULE`, and only once all its runs have ended.
+    best by `noise.RULE`, and only once all its runs have ended.
     """
     ended, runs = study.runs
     so_far = f"So far ({ended:,} of {runs:,} runs ended): " if ended < runs else ""
-    if not study.cells["finished"].any():
-        return Answer(f"{so_far}{'none of them has finished.' if so_far else 'Every run diverged.'}", (), None)
+    found = recommend(study)
+    if (best := found.best) is None:
+        return Answer(f"{so_far}{'none of them has finished.' if so_far else 'Every run diverged.'}", (), None, found)
     metric = study.metric
-    best = best_first(study.cells, metric).iloc[0]
     if metric.gain(best[metric.column], study.chance) <= 0:
-        return Answer(f"{so_far}No run is better than chance, {metric.show(study.chance)}.", (), best)
+        return Answer(f"{so_far}No run is better than chance, {metric.show(study.chance)}.", (), best, found)
     named = "" if metric == ACCURACY else f"{metric.title} "
     sentence = f"{so_far}{'best' if so_far else 'Best'} at {setting(best)}: {named}{score(best, metric)}"
-    rest = _rest(study, best)
-    return Answer(f"{sentence}{'; ' * bool(rest)}{rest}.", tuple(_caveats(study, best)), best)
+    noise = noise_of(study)
+    rest = _rest(study, best, noise)
+    return Answer(f"{sentence}{'; ' * bool(rest)}{rest}.", tuple(_caveats(study, best, noise)), best, found)
 
 
-def setting(cell: Mapping[Any, Any] | pd.Series) -> str:
-    """A cell as "m = 4, η̃ = 2^-7", with its BN batch size where that is not m."""
-    m, b = int(cell["batch_size"]), int(cell["bn_batch_size"])
-    others = "".join(f", {axis_title(name)} {cell[name]:g}" for name in axes(cell))
-    return f"m = {m}, " + (f"BN batch size {b}, " if b != m else "") + f"η̃ = {format_base_lr(cell['base_lr'])}{others}"
-
-
-def score(cell: Mapping[Any, Any] | pd.Series, metric: Metric = ACCURACY) -> str:
-    """The metric of a cell as "91.2 ± 0.2 %" or "0.31 ± 0.02"; without a deviation where one seed finished."""
-    return metric.show(cell[metric.column], cell[f"{metric.column}_std"])
-
-
-def _variance(cell: pd.Series, metric: Metric, examples: int | None) -> float:
-    """Returns the variance of a cell's mean; with one or two seeds, of a fraction at least that of drawing the test set."""
-    value, std = cell[metric.column], cell[f"{metric.column}_std"]
-    seeds = std**2 / cell["finished"] if cell["finished"] > 1 else 0.0
-    drawn = value * (1 - value) / examples if examples and metric.fraction else 0.0
-    return seeds if cell["finished"] > 2 else max(seeds, drawn)
-
-
-def _reaches(study: Study, cell: pd.Series, best: pd.Series) -> bool:
-    """Returns whether a cell has finished and is within the noise of the best, by `RULE`."""
-    examples = study.examples[1] if study.examples else None
-    error = math.sqrt(_variance(cell, study.metric, examples) + _variance(best, study.metric, examples))
-    return study.metric.gain(best[study.metric.column], cell[study.metric.column]) <= 2 * error
-
-
-def _rest(study: Study, best: pd.Series) -> str:
+def _rest(study: Study, best: pd.Series, noise: Noise) -> str:
     """Compares the other batch sizes whose runs have ended to the best."""
     sizes = sorted(set(study.cells["batch_size"].tolist()))
     others = study.cells[study.cells["batch_size"] != best["batch_size"]]
     ended = others[others.groupby("batch_size")["pending"].transform("sum") == 0]
     tops = best_first(ended, study.metric).drop_duplicates("batch_size").sort_values("batch_size")
-    never = [int(top["batch_size"]) for _, top in tops.iterrows() if not _reaches(study, top, best)]
+    reached = {int(top["batch_size"]): noise.reaches(top, best) for _, top in tops.iterrows()}
+    never = [m for m, reaches in reached.items() if reaches is False]
     all_ended = len(tops) == len(sizes) - 1
     if tops.empty:
         return ""
+    if None in reached.values():
+        unknown = ", ".join(str(m) for m, reaches in reached.items() if reaches is None)
+        worse = f"m = {', '.join(map(str, never))} never reach{'es' * (len(never) == 1)} it; " if never else ""
+        return f"{worse}whether m = {unknown} reach{'es' * (unknown.count(',') == 0)} it cannot be told from single seeds"
     if not never:
         return ("every other batch size" if all_ended else "every other whose runs have ended") + " is within the noise of it"
     if len(never) == len(sizes) - 1 > 1:
@@ -121,10 +97,10 @@ def _confirmed(study: Study, best: pd.Series) -> list[str]:
     metric = study.metric
     if not metric.column.startswith("validation_"):
         return []
-    confirming = Metric(metric.column.replace("validation_", "test_"), metric.best)
-    tested = known_cells(study.rows, confirming)
-    key = cell_columns(tested)
-    row = tested[(tested[key] == best[key]).all(axis=1)].iloc[0]
+    confirming = tested(metric)
+    cells = final_accuracy(study.choosing, confirming)
+    key = cell_columns(cells)
+    row = cells[(cells[key] == best[key]).all(axis=1)].iloc[0]
     return [f"The validation split chose it; its {confirming.title} is {score(row, confirming)}."]
 
 
@@ -136,7 +112,7 @@ def _edge(value: float, tried: Sequence[float]) -> tuple[str, str] | None:
     return ("smallest", "smaller") if value == low else ("largest", "larger")
 
 
-def _caveats(study: Study, best: pd.Series) -> list[str]:
+def _caveats(study: Study, best: pd.Series, noise: Noise) -> list[str]:
     cells, m = study.cells, int(best["batch_size"])
     same = cells[(cells["batch_size"] == m) & (cells["bn_batch_size"] == best["bn_batch_size"])]
     found = [_in_words(study, best), *_confirmed(study, best)]
@@ -152,7 +128,7 @@ def _caveats(study: Study, best: pd.Series) -> list[str]:
     if best["finished"] == 1:
         found.append("One seed: how much chance there is in it is not known.")
     others = cells.drop(index=best.name)
-    near = [int(cell["batch_size"]) for _, cell in others.iterrows() if _reaches(study, cell, best)]
+    near = [int(cell["batch_size"]) for _, cell in others.iterrows() if noise.reaches(cell, best)]
     if near:
         are, sizes = "cell is" if len(near) == 1 else "cells are", ", ".join(map(str, sorted(set(near))))
         found.append(f"{len(near)} other {are} within the noise of it, at m = {sizes}.")

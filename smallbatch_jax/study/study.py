@@ -61,6 +61,16 @@ class Study:
         return self.experiment.metric
 
     @property
+    def choosing(self) -> pd.DataFrame:
+        """The rows of the seeds of the grid, by which cells are compared."""
+        return self.rows[self.rows["seed"].isin(self.experiment.grid.seeds)]
+
+    @property
+    def fresh(self) -> pd.DataFrame:
+        """The rows of other seeds, which only confirm what was chosen."""
+        return self.rows[~self.rows["seed"].isin(self.experiment.grid.seeds)]
+
+    @property
     def runs(self) -> tuple[int, int]:
         """Numbers of runs that have ended and of all planned runs."""
         ended = int(self.cells["finished"].sum() + self.cells["diverged"].sum())
@@ -75,10 +85,11 @@ def load(workdir: str | Path) -> Study:
     """
     path = Path(expanded_path("workdir", workdir))
     (experiment, facts), rows = read_workdir(path), results.load(path)
+    choosing = rows[rows["seed"].isin(experiment.grid.seeds)]
     if experiment.search.active:  # it plans no run before it begins it
-        cells = analysis.known_cells(rows, experiment.metric)
+        cells = analysis.known_cells(choosing, experiment.metric)
     else:
-        cells = analysis.planned_cells(rows, experiment.runs(), experiment.name, experiment.metric)
+        cells = analysis.planned_cells(choosing, experiment.runs(), experiment.name, experiment.metric)
     num_classes, examples = facts.get("num_classes"), facts.get("examples")
     if experiment.task == "classification" and (not isinstance(num_classes, int) or num_classes < 1):
         raise InputError(f"--workdir: {path}/experiment.json is damaged: its facts do not say num_classes.")

@@ -200,7 +200,7 @@ def drawn(monkeypatch):
 )
 def test_a_study_is_drawn_with_what_is_known_of_its_cost(drawn, given, expected):
     figures.draw_studies([study(THREE, given)], "out")
-    assert drawn == ["accuracy_vs_batch_size", "convergence", *expected]
+    assert drawn == ["accuracy_vs_batch_size", "convergence", "examples_to_target", *expected]
 
 
 @pytest.mark.parametrize("rows", [[], [run([0.3], "running")], [run([], "diverged")]])

@@ -103,7 +103,9 @@ def test_every_chart_is_one_that_plotly_accepts_and_has_its_place():
     parts = parts_of_stored()
     data = data_of(parts)
     places = {attrs["data-chart"] for _, attrs in parts.elements if "data-chart" in attrs}
-    assert places == {f"study0-{name}" for name in ("map", "sizes", "accuracy", "loss")}
+    assert places == {f"study0-{name}" for name in ("map", "sizes", "accuracy", "loss", "examples", "rates")}
+    for chart in data["scaling"].values():
+        go.Figure(chart)
     for map_ in data["maps"]:
         go.Figure(map_["chart"])
         go.Figure(map_["sizes"])

@@ -28,6 +28,9 @@ from smallbatch_jax.study.figures.runs import accuracy_against_time as accuracy_
 from smallbatch_jax.study.figures.runs import convergence as convergence
 from smallbatch_jax.study.figures.runs import program_costs
 from smallbatch_jax.study.figures.runs import time_to_accuracy as time_to_accuracy
+from smallbatch_jax.study.figures.scaling import LEAST_SIZES
+from smallbatch_jax.study.figures.scaling import best_learning_rates as best_learning_rates
+from smallbatch_jax.study.figures.scaling import examples_to_target as examples_to_target
 from smallbatch_jax.study.figures.summary import best_accuracy as best_accuracy
 from smallbatch_jax.study.figures.summary import convergent_base_lrs as convergent_base_lrs
 from smallbatch_jax.study.study import Study
@@ -106,6 +109,10 @@ def _own_figures(
     if bn_varies:
         yield "accuracy_vs_bn_batch_size", accuracy_against_bn_batch_size(cells, metric)
     yield "convergence", convergence(rows, cells=cells, metric=metric)
+    if study and cells["batch_size"].nunique() >= LEAST_SIZES:
+        yield "examples_to_target", examples_to_target(study)
+        if not own:
+            yield "best_learning_rates", best_learning_rates(study)
     if study:
         costs = program_costs(study, one_bn_batch_size(cells, metric)[0])
         if costs["images_per_second"].notna().any():

@@ -20,10 +20,13 @@ from markupsafe import Markup
 
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.store.files import write_atomically
-from smallbatch_jax.study.answer import RULE, answer
+from smallbatch_jax.study import equal_time
+from smallbatch_jax.study.answer import answer
 from smallbatch_jax.study.claims import VERDICTS
 from smallbatch_jax.study.figures.labels import paper_labels
+from smallbatch_jax.study.noise import RULE
 from smallbatch_jax.study.report import charts, sections
+from smallbatch_jax.study.report.scaling import scaling_charts
 from smallbatch_jax.study.study import Study, describe
 
 __all__ = ["page", "write"]
@@ -59,6 +62,7 @@ def page(studies: Iterable[Study], refresh_seconds: int | None = None) -> str:
     return environment.get_template("page.html").render(
         title=f"{', '.join(study.name for study in studies)}: batch size and learning rate",
         studies=[_section(f"study{i}", study, label) for i, (label, study) in enumerate(labelled.items())],
+        lengths=equal_time.sentence(studies) if len(studies) > 1 else "",
         comparison=_chart(charts.best_by_batch_size(labelled)) if len(studies) > 1 else None,
         claims=sections.claims_of({study.name: study for study in studies}),
         RULE=RULE,
@@ -80,6 +84,7 @@ def _section(identity: str, study: Study, label: str) -> dict[str, Any]:
     """The values of page.html for one study."""
     found, curves = answer(study), charts.learning_curves(study)
     hover, maps, costs = charts.cell_labels(study), charts.maps_of(study), charts.cost_charts(study)
+    scaling = scaling_charts(study, found.recommendation)
     best = 0 if found.best is None else study.cells.index.tolist().index(found.best.name)
     return {
         "id": identity,
@@ -101,6 +106,7 @@ def _section(identity: str, study: Study, label: str) -> dict[str, Any]:
             "cells": study.cells[list(sections.LABELS)].astype(str).to_dict("records"),
             "maps": [_map(study, shown, hover) for shown in maps],
             "best": best,
+            "scaling": {name: _chart(figure) for name, figure in scaling.items()},
             "costs": {name: _chart(figure) for name, figure in costs.items()},
             **{what: _chart(charts.curves_layout(study, what)) for what in ("accuracy", "loss")},
         },

@@ -14,8 +14,7 @@ from smallbatch_jax.config.catalog import RULES
 from smallbatch_jax.config.metric import Metric
 from smallbatch_jax.config.text import axis_title, format_base_lr, plural
 from smallbatch_jax.study import cost
-from smallbatch_jax.study.analysis import axes, best_first, cell_columns
-from smallbatch_jax.study.answer import score, setting
+from smallbatch_jax.study.analysis import axes, best_first, cell_columns, score, setting
 from smallbatch_jax.study.figures.labels import named_metric
 from smallbatch_jax.study.figures.points import best_of_each, marked, one_bn_batch_size, own_base_lrs
 from smallbatch_jax.study.figures.style import CATEGORIES, COLORS, SECONDS, ordered_colors, unit_ticks
@@ -220,7 +219,7 @@ def _chart_by_batch_size(cells: pd.DataFrame, metric: Metric, title: str, colors
         f"<b>{setting(cell)}</b><br>{score(cell, metric)}" if cell["finished"] else "none has finished"
         for cell in table.to_dict("records")
     ]
-    return _scale_batch_sizes(_line_chart(table.assign(hover=hover), "batch_size", "y", title, colors), cells)
+    return scale_batch_sizes(_line_chart(table.assign(hover=hover), "batch_size", "y", title, colors), cells)
 
 
 def cost_charts(study: Study) -> dict[str, go.Figure]:
@@ -263,7 +262,7 @@ def time_to_accuracy(study: Study) -> go.Figure:
         text = {"text": "×", "hovertext": f"m = {m}: no η̃ gets there", "showarrow": False}
         figure.add_annotation(x=math.log10(m), y=1, yref="paper", **text)
     figure.update_yaxes(**_time_axis(found["seconds"]))
-    return _scale_batch_sizes(figure, cells).update_layout(showlegend=False)
+    return scale_batch_sizes(figure, cells).update_layout(showlegend=False)
 
 
 def _line_chart(table: pd.DataFrame, x: str, y: str, title: str, colors: Sequence[str] | None = None) -> go.Figure:
@@ -291,7 +290,7 @@ def _line_chart(table: pd.DataFrame, x: str, y: str, title: str, colors: Sequenc
     return figure
 
 
-def _scale_batch_sizes(figure: go.Figure, cells: pd.DataFrame) -> go.Figure:
+def scale_batch_sizes(figure: go.Figure, cells: pd.DataFrame) -> go.Figure:
     """Gives a figure the log axis of the batch sizes of cells."""
     values = sorted(set(cells["batch_size"].tolist()))
     limits = [math.log10(values[0] / 1.4), math.log10(values[-1] * 1.4)]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from smallbatch_jax.config import catalog
-from smallbatch_jax.config.text import axis_title, duration, format_base_lr, plural
+from smallbatch_jax.config.text import axis_title, duration, format_base_lr, plural, short_duration
 from smallbatch_jax.store.workdir import read_provenance
 from smallbatch_jax.study import claims, cost
 from smallbatch_jax.study.analysis import axes
@@ -26,11 +26,6 @@ class Value(NamedTuple):
 class SortableTable(NamedTuple):
     heads: list[str]
     rows: list[list[Value]]
-
-
-def short_duration(seconds: float) -> str:
-    """`duration`, with two digits below ten seconds."""
-    return duration(seconds) if seconds >= 10 else f"{seconds:.2g} s"
 
 
 LABELS = {"batch_size": "batch size m", "bn_batch_size": "BN batch size", "base_lr": "base learning rate η̃"}

@@ -1,0 +1,73 @@
+"""The best cell at equal epochs, and at equal wall-clock time: one study, or several of different lengths (Figs. 17 and 18)."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pandas as pd
+
+from smallbatch_jax.config.text import plural, short_duration
+from smallbatch_jax.study import cost
+from smallbatch_jax.study.analysis import best_first, cell_columns, known_cells, setting
+from smallbatch_jax.study.study import Study
+
+
+class Best(NamedTuple):
+    """The best cell under a limit of time or epochs."""
+
+    epochs: int  # of its study
+    cell: pd.Series  # with the study's metric after as much training
+    seconds: float  # the limit; NaN if it is one of epochs
+
+
+def by_length(studies: Sequence[Study]) -> list[Best]:
+    """Returns the best cell of each study that has one, by rising number of epochs."""
+    finished = [study for study in studies if study.cells["finished"].any()]
+    bests = [Best(study.experiment.epochs, best_first(study.cells, study.metric).iloc[0], math.nan) for study in finished]
+    return sorted(bests, key=lambda best: best.epochs)
+
+
+def by_time(studies: Sequence[Study]) -> list[Best]:
+    """Returns the best cell at the time in which the fastest batch size trains its epochs, and at that of the slowest.
+
+    A run that needs longer counts by its epochs within that time, so before its schedule has ended: as always by the median of
+    the last five. The list is empty where no time is known.
+    """
+    timed = [_timed(study) for study in studies]
+    ends = pd.concat([rows.groupby(cell_columns(rows), observed=True)["seconds"].max() for rows in timed])
+    if ends.empty:
+        return []
+    metric, found = studies[0].metric, []
+    for limit in (ends.min(), ends.max()):
+        cells = [known_cells(rows[rows["seconds"] <= limit], study.metric) for rows, study in zip(timed, studies, strict=True)]
+        bests = [
+            Best(study.experiment.epochs, best_first(some, metric).iloc[0], float(limit))
+            for some, study in zip(cells, studies, strict=True)
+            if len(some)
+        ]
+        found.append(max(bests, key=lambda best: metric.gain(best.cell[metric.column], 0.0)))
+    return found
+
+
+def _timed(study: Study) -> pd.DataFrame:
+    """Returns the rows of finished runs whose time is known, with it."""
+    finished = study.choosing[study.choosing["status"] == "finished"]
+    return cost.with_time(finished, study.timings).dropna(subset="seconds")
+
+
+def sentence(studies: Sequence[Study]) -> str:
+    """Returns the best at equal epochs, of each length if there are several, and at equal time."""
+    metric, several = studies[0].metric, len({study.experiment.epochs for study in studies}) > 1
+
+    def told(best: Best, length: bool = several) -> str:
+        after = f" of {plural(best.epochs, 'epoch')}" * length
+        return f"{setting(best.cell)}{after} ({metric.show(best.cell[metric.column])})"
+
+    lengths = [f"{f'{best.epochs} epochs: ' * several}{told(best, False)}" for best in by_length(studies)]
+    if not lengths:
+        return ""
+    epochs = f"At equal epochs the best is {', '.join(lengths)}"
+    if not (times := by_time(studies)):
+        return f"{epochs}; at equal time it is not known, since no run was timed."
+    fast, slow = (f"{told(best)} in {short_duration(best.seconds)}" for best in times)
+    return f"{epochs}; at equal time {fast}, the time of the fastest batch size, and {slow}, that of the slowest."

@@ -1,0 +1,160 @@
+"""The best learning rate of each batch size, η*(m), and the rule that it follows: linear, square-root or saturating.
+
+The best rate is known up to the spacing Δ of the rates that were tried, and up to the noise where the top is flat. Values are
+drawn again with their noise z, and log2 η*(m) is the mean place of the best over the draws: a smoothed bootstrap, with variance
+Σ cov(place, z_i)² (Efron 2014), to which the spacing adds Δ²/12, less the more rates share the draws. Rules are compared by χ²
+of log2 η*(m) with these variances.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.special import chdtrc, ndtri
+
+from smallbatch_jax.config.text import and_list, two_digits
+from smallbatch_jax.study.analysis import best_first
+from smallbatch_jax.study.noise import LEVEL, Noise, noise_of, rates_of
+from smallbatch_jax.study.study import Study
+
+DRAWS = 500
+APART = 4.0  # of χ² plus the number of further parameters: the other rules are e² times less likely
+MISFIT = 0.01  # probability of so large a χ², below which a rule is not supported
+Z = float(ndtri((1 + LEVEL) / 2))
+RULES = {
+    "linear": "η ∝ m",
+    "square-root": "η ∝ √m",
+    "saturating": "η ∝ m up to a turn, then constant",
+    "another power": "η ∝ m^p",
+}
+
+
+class RateRule(NamedTuple):
+    """The fit of η*(m).
+
+    Attributes:
+      table: from `best_rates`.
+      exponent, low, high: of η* ∝ m^exponent with its 90 % interval; NaN with fewer than three batch sizes to fit.
+      likely: names in `RULES` that the data do not tell from the best, the best first; none where nothing fits.
+      turn: batch size at which the saturating rule turns.
+      offsets: log2 η* at m = 1 by rule.
+    """
+
+    table: pd.DataFrame
+    exponent: float
+    low: float
+    high: float
+    likely: tuple[str, ...]
+    turn: float
+    offsets: dict[str, float]
+
+    @property
+    def supported(self) -> str | None:
+        """The one rule that the data support."""
+        return self.likely[0] if len(self.likely) == 1 else None
+
+    def rate(self, rule: str, batch_size: Any) -> Any:
+        """Returns η* at batch sizes by a rule."""
+        return 2 ** (self.offsets[rule] + shapes(self.turn, self.exponent)[rule](np.log2(batch_size)))
+
+    def sentence(self) -> str:
+        """Which rule the best rates follow, with the exponent."""
+        fitted = int((~self.table["edge"]).sum()) if len(self.table) else 0
+        if math.isnan(self.exponent):
+            return "Rule of the best learning rate η*(m): cannot tell" + (
+                f"; {fitted} batch sizes have their best inside the rates tried, and three are needed."
+                if self.table["std"].notna().all()
+                else "; the noise of a single seed is not known."
+            )
+        exponent = f"η* ∝ m^{self.exponent:.2f} (90 %: {self.low:.2f} … {self.high:.2f})"
+        if self.supported == "another power":
+            return f"The best learning rate follows neither the linear nor the √ rule: {exponent} over {fitted} batch sizes."
+        if rule := self.supported:
+            turn = f", the turn at m ≈ {two_digits(self.turn)}" if rule == "saturating" else ""
+            return f"The best learning rate follows the {rule} rule, {RULES[rule]}{turn}; {exponent} over {fitted} batch sizes."
+        among = f" between {and_list(self.likely)}" if self.likely else f", as none of {and_list(list(RULES)[:3])} fits"
+        return f"Rule of the best learning rate η*(m): cannot tell{among}; {exponent} over {fitted} batch sizes."
+
+
+def shapes(turn: float, exponent: float) -> dict[str, Callable[[Any], Any]]:
+    """Returns log2 η* of each rule but its offset, as a function of log2 m."""
+    return {
+        "linear": lambda x: x,
+        "square-root": lambda x: x / 2,
+        "saturating": lambda x: np.minimum(x, math.log2(turn)),
+        "another power": lambda x: exponent * x,
+    }
+
+
+def best_rates(study: Study, noise: Noise | None = None) -> pd.DataFrame:
+    """The best learning rate of each batch size that has finished runs at several rates.
+
+    Returns:
+      One row per batch size, sorted: `base_lr` of the best cell; `rate`, η* on the mean gradient, the centre of what it may be;
+      `std` of log2 of it, NaN if the noise is not known; `low`, `high`, its 90 % interval; `edge`, whether the best is at the
+      end of the rates tried, so that η* may lie beyond.
+    """
+    noise, rows = noise or noise_of(study), []
+    cells = study.cells[study.cells["pending"] == 0]
+    for _, top in best_first(cells[cells["finished"] > 0], noise.metric).drop_duplicates("batch_size").iterrows():
+        same = rates_of(cells, top)
+        if len(same) < 2:
+            continue
+        rates = np.log2(same["base_lr"].to_numpy(float))
+        values = (1 if noise.metric.best == "max" else -1) * same[noise.metric.column].to_numpy(float)
+        centre, std, low, high = _place(rates, values, noise.error(same))
+        scale = study.experiment.optimizer.learning_rate(1.0, int(top["batch_size"]))
+        edge = math.log2(top["base_lr"]) in (rates[0], rates[-1])
+        rows.append((top["batch_size"], top["base_lr"], *(scale * 2**x for x in (centre, low, high)), std, edge))
+    table = pd.DataFrame(rows, columns=["batch_size", "base_lr", "rate", "low", "high", "std", "edge"])
+    return table.astype({"edge": bool}).sort_values("batch_size", ignore_index=True)
+
+
+def _place(rates: np.ndarray, values: np.ndarray, errors: np.ndarray) -> tuple[float, float, float, float]:
+    """Returns the centre, deviation and 90 % interval of the place of the highest value; NaN values are of no use."""
+    finite = np.isfinite(values)
+    z = np.random.default_rng(0).normal(size=(DRAWS, len(rates)))
+    chosen = np.where(finite, values + np.where(finite, errors, 0) * z, -np.inf).argmax(1)
+    if np.isnan(errors[finite]).any():
+        return rates[np.nanargmax(values)], math.nan, math.nan, math.nan
+    gaps, places = np.diff(rates), rates[chosen]
+    widths = (np.r_[gaps[:1], gaps] + np.r_[gaps, gaps[-1:]]) / 2
+    shares = np.bincount(chosen, minlength=len(rates)) / DRAWS
+    smooth = (((places - places.mean()) @ z / DRAWS) ** 2).sum()
+    std = math.sqrt(smooth + (shares**2 * widths**2).sum() / 12)
+    return places.mean(), std, places.mean() - Z * std, places.mean() + Z * std
+
+
+def fit_rule(table: pd.DataFrame) -> RateRule:
+    """Fits η*(m) of `best_rates`, batch sizes with their best at an edge left out."""
+    inside = table[~table["edge"]]
+    x, y = (np.log2(inside[name].to_numpy(float)) for name in ("batch_size", "rate"))
+    weights = 1 / inside["std"].to_numpy(float) ** 2
+    if len(inside) < 3 or not np.isfinite(weights).all():
+        return RateRule(table, math.nan, math.nan, math.nan, (), math.nan, {})
+    middle = np.average(x, weights=weights)
+    spread = (weights * (x - middle) ** 2).sum()
+    exponent = float((weights * (x - middle) * y).sum() / spread)
+    left = y - np.average(y, weights=weights) - exponent * (x - middle)
+    error = Z * math.sqrt(max(1.0, (weights * left**2).sum() / (len(x) - 2)) / spread)
+
+    def fit(shape: Callable[[Any], Any]) -> tuple[float, float]:
+        """Returns χ² and the offset of a rule."""
+        offset = np.average(y - shape(x), weights=weights)
+        return float((weights * (y - shape(x) - offset) ** 2).sum()), float(offset)
+
+    turns: list[float] = (2 ** np.linspace(x[0], x[-1] - 1, 100)).tolist()  # a turn at the last would be the linear rule
+    turn = min(turns, key=lambda turn: fit(shapes(turn, exponent)["saturating"])[0])
+    fits = {name: fit(shape) for name, shape in shapes(turn, exponent).items()}
+    further = {name: int(name in ("saturating", "another power")) for name in RULES}  # parameters beside the offset
+    scores = {name: fits[name][0] + further[name] for name in RULES}
+    power = scores.pop("another power")
+    if min(scores, key=lambda name: scores[name]) == "saturating":  # a turn must show, not only an exponent between the others
+        scores["another power"] = power
+    order = sorted(scores, key=lambda name: scores[name])
+    fitting = chdtrc(len(x) - 1 - further[order[0]], fits[order[0]][0]) > MISFIT
+    likely = tuple(name for name in order if scores[name] < scores[order[0]] + APART) if fitting else ()
+    offsets = {name: offset for name, (_, offset) in fits.items()}
+    return RateRule(table, exponent, exponent - error, exponent + error, likely, turn, offsets)

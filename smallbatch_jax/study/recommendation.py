@@ -1,0 +1,156 @@
+"""The recommendation of a study: the best cell with its uncertainty, the cells as good, and what theory says.
+
+Seeds of the grid choose; any other seed is fresh, and only confirms the choice. All intervals are of 90 %.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.special import stdtrit
+
+from smallbatch_jax.config.metric import Metric
+from smallbatch_jax.study import equal_time
+from smallbatch_jax.study.analysis import best_first, cell_columns, final_accuracy, score, setting
+from smallbatch_jax.study.critical import CriticalBatchSize, critical_batch_size
+from smallbatch_jax.study.noise import LEVEL, SEEDS, Noise, noise_of
+from smallbatch_jax.study.rates import RateRule, Z, best_rates, fit_rule
+from smallbatch_jax.study.study import Study
+
+DRAWS = 1000
+
+
+class Recommendation(NamedTuple):
+    """What to train with, and how sure that is.
+
+    Attributes:
+      best: the best row of `study.cells` among whole cells; None until a run has finished.
+      low, high: interval of its metric: Student's with three seeds or more, else of the noise of its split; NaN if not known.
+      optimism: by how much the choice of the largest of many noisy values makes it look better than it is, at most.
+      as_good: the cells within the noise of the best and the best itself, those with diverged seeds left out.
+      largest: the largest batch size among them; None if there is none.
+      fresh: one row, the test metric of the best cell by fresh seeds (`finished`, `diverged`); None without such seeds.
+      rule: the fit of η*(m); None with fewer than three batch sizes.
+      critical: the critical batch size; None with fewer than three.
+      sentences: all of that in plain English.
+    """
+
+    best: pd.Series | None
+    low: float = math.nan
+    high: float = math.nan
+    optimism: float = 0.0
+    as_good: pd.DataFrame = pd.DataFrame()
+    largest: int | None = None
+    fresh: pd.Series | None = None
+    rule: RateRule | None = None
+    critical: CriticalBatchSize | None = None
+    sentences: tuple[str, ...] = ()
+
+
+def recommend(study: Study) -> Recommendation:
+    """Returns the recommendation of a study, finished or not."""
+    metric, best = study.metric, best_cell(study)
+    if best is None or metric.gain(best[metric.column], study.chance) <= 0:
+        return Recommendation(best)
+    noise = noise_of(study)
+    reaching = [noise.reaches(cell, best) is True for _, cell in study.cells.iterrows()]
+    as_good = study.cells[reaching]
+    as_good = as_good[(as_good["pending"] == 0) & (as_good["diverged"] == 0)]
+    found = Recommendation(
+        best,
+        *interval(best, noise),
+        optimism=_optimism(study, noise) if metric.column.startswith("test_") else 0.0,
+        as_good=as_good,
+        largest=int(as_good["batch_size"].max()) if len(as_good) else None,
+        fresh=confirmation(study, best),
+    )
+    if study.cells["batch_size"].nunique() >= 3:
+        found = found._replace(critical=critical_batch_size(study))
+        if study.cells.groupby("batch_size")["base_lr"].nunique().max() > 1:
+            found = found._replace(rule=fit_rule(best_rates(study, noise)))
+    return found._replace(sentences=tuple(_sentences(study, found, noise)))
+
+
+def best_cell(study: Study) -> pd.Series | None:
+    """Returns the best whole cell: no seed of it is pending, and no such cell has more; where none is whole, any may be."""
+    cells = study.cells[study.cells["finished"] > 0]
+    whole = cells[cells["pending"] == 0]
+    cells = cells if whole.empty else whole
+    seeds = cells["finished"] + cells["diverged"]
+    return None if cells.empty else best_first(cells[seeds == seeds.max()], study.metric).iloc[0]
+
+
+def interval(cell: pd.Series, noise: Noise) -> tuple[float, float]:
+    """Returns the ends of the 90 % interval of a cell's metric.
+
+    A percentile bootstrap of three seeds holds the mean in two cases of three, Student's interval in nine of ten.
+    """
+    seeds, value = cell["finished"], cell[noise.metric.column]
+    half = noise.error(cell) * (stdtrit(seeds - 1, (1 + LEVEL) / 2) if seeds >= SEEDS else Z)
+    return value - half, value + half
+
+
+def confirmation(study: Study, best: pd.Series) -> pd.Series | None:
+    """Returns the row of a cell in `analysis.final_accuracy` of the fresh seeds' test metric; None without such seeds."""
+    fresh, key = study.fresh, cell_columns(study.cells)
+    fresh = fresh[(fresh[key] == best[key]).all(axis=1)]
+    cells = final_accuracy(fresh, tested(study.metric))
+    return cells.iloc[0] if len(cells) and cells[["finished", "diverged"]].to_numpy().any() else None
+
+
+def tested(metric: Metric) -> Metric:
+    """Returns a metric of the validation split as that of the test set."""
+    return metric._replace(column=metric.column.replace("validation_", "test_"))
+
+
+def _optimism(study: Study, noise: Noise) -> float:
+    """Returns the mean over draws of the noise by which the best of the noisy cells is better than its own value."""
+    cells = study.cells[study.cells["finished"] > 0]
+    errors = noise.error(cells) * np.random.default_rng(0).normal(size=(DRAWS, len(cells)))
+    drawn = study.metric.gain(cells[study.metric.column].to_numpy(float) + errors, 0.0)
+    gained = np.take_along_axis(study.metric.gain(errors, 0.0), drawn.argmax(1)[:, None], 1).mean()
+    return 0.0 if math.isnan(gained) else max(0.0, float(gained))
+
+
+def _sentences(study: Study, found: Recommendation, noise: Noise) -> list[str]:
+    """Returns the recommendation in words."""
+    best, metric = found.best, study.metric
+    assert best is not None
+    said = [f"How good it is cannot be told: the noise of a single seed's {metric.noun} is not known."]
+    if not math.isnan(found.low):
+        said = [f"Its {metric.title} is {_range(found, metric)} (90 %, by {noise.source(best)})."]
+    if found.fresh is None and round(metric.scale * found.optimism, 1 if metric.fraction else 3):
+        many = int((study.cells["finished"] > 0).sum())
+        said.append(f"The test set chose it among {many} cells, so it looks better than it is, by up to {_gap(found, metric)}.")
+    said += _confirmed(found, tested(metric))
+    if found.largest is not None:
+        m, rates = found.largest, found.as_good[found.as_good["batch_size"] == found.largest]
+        top = best_first(rates, metric).iloc[0]
+        larger = f"m = {m} is the largest batch size within the noise of the best"
+        said.append(f"{larger}{f', at {setting(top)}: {score(top, metric)}' if m != best['batch_size'] else ', which it is'}.")
+    said += [part.sentence() for part in (found.rule, found.critical) if part is not None]
+    return [*said, equal_time.sentence([study])]
+
+
+def _range(found: Recommendation, metric: Metric) -> str:
+    low, high = (max(0.0, found.low), min(1.0, found.high)) if metric.fraction else (found.low, found.high)
+    return f"{metric.show(low).removesuffix(' %')} … {metric.show(high)}"
+
+
+def _gap(found: Recommendation, metric: Metric) -> str:
+    return f"{100 * found.optimism:.1f} points" if metric.fraction else f"{found.optimism:.2g}"
+
+
+def _confirmed(found: Recommendation, metric: Metric) -> list[str]:
+    """Returns what fresh seeds say."""
+    if (fresh := found.fresh) is None:
+        return []
+    seeds, lost = int(fresh["finished"]), int(fresh["diverged"])
+    if not seeds:
+        return [f"Fresh seeds do not confirm it: all {lost} diverged."]
+    error = fresh[f"{metric.column}_std"] / math.sqrt(seeds)
+    diverged = f"; {lost} more diverged" * bool(lost)
+    spread = ", mean ± standard error" if seeds > 1 else ""
+    shown = metric.show(fresh[metric.column], error)
+    return [f"{seeds} fresh seed{'s' * (seeds > 1)}, of no part in the choice: {metric.title} {shown}{spread}{diverged}."]

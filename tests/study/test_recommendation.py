@@ -1,0 +1,192 @@
+"""The recommendation: which cell, how sure, confirmed by which seeds, and what is said at equal epochs and time."""
+
+import dataclasses
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+from claimed import LOST, LRS, rows_of, study
+from rows import results, run, segment, timings
+
+from smallbatch_jax.config.experiment import Run
+from smallbatch_jax.config.metric import Metric
+from smallbatch_jax.store.results import ProgramResults, Row
+from smallbatch_jax.store.workdir import open_workdir
+from smallbatch_jax.study import analysis, equal_time
+from smallbatch_jax.study.answer import answer
+from smallbatch_jax.study.noise import Noise, noise_of
+from smallbatch_jax.study.recommendation import interval, recommend
+from smallbatch_jax.study.study import Study, load
+
+STORED = Path(__file__).parents[2] / "notebooks/results"
+
+
+def said(found, **options):
+    made = found if isinstance(found, Study) else study("fig08", found, **options)
+    return " ".join(recommend(made).sentences)
+
+
+def of_losses(table, **options):
+    """The study whose test loss is what `table` says, and chooses."""
+    made = study("fig08", table, **options)
+    experiment = dataclasses.replace(made.experiment, select=("test_loss", "min"))
+    rows = made.rows.assign(test_loss=made.rows["test_accuracy"])
+    cells = analysis.planned_cells(rows, experiment.runs(), "fig08", experiment.metric)
+    return dataclasses.replace(made, experiment=experiment, rows=rows, cells=cells, guess={"loss": 2.3})
+
+
+def test_a_cell_of_which_only_some_seeds_have_ended_is_not_named():
+    """The mean of one lucky seed of m = 4 is best, but its other seed still trains."""
+    made = study("fig08", {4: [[0.95, None]], 8: [[0.9, 0.9]], 16: [[0.8, 0.8]]}, lrs=LRS[:1], seeds=(0, 1))
+    assert recommend(made).best["batch_size"] == 8
+    assert answer(made).sentence.startswith("So far (5 of 6 runs ended): best at m = 8, η̃ = 2^-9: 90.0 ± 0.0 %")
+    assert recommend(made).as_good["batch_size"].tolist() == [8]
+    none = study("fig08", {4: [[0.95, None]], 8: [[0.9, None]]}, lrs=LRS[:1], seeds=(0, 1))
+    assert recommend(none).best["batch_size"] == 4
+
+
+def test_where_a_search_gave_runs_up_cells_with_all_its_seeds_are_named():
+    """The single run of m = 8 is better than the mean of three of m = 4, and chosen by luck; nothing is pending."""
+    finished = [run([0.9], seed=seed) for seed in (0, 1, 2)] + [run([0.92], batch_size=8)]
+    rows = results(*finished, run([0.5], "stopped", batch_size=16))
+    plan = [Run(m, m, 0.5, seed) for m in (4, 8, 16, 32) for seed in (0, 1, 2)]
+    cells = analysis.planned_cells(rows, plan, "exp")
+    assert cells["pending"].tolist() == [0, 0, 0, 0]
+    made = Study(Path("exp"), tiny.grid(name="exp", seeds=(0, 1, 2)), rows, cells, 10, (40, 1000))
+    assert recommend(made).best["batch_size"] == 4
+    assert made.runs == (4, 4)
+
+
+def with_fresh(values, seeds=(0,), table=None):
+    """A study with fresh seeds 7, 8, … of its best cell, m = 8."""
+    made = study("fig08", table or {4: 0.8, 8: 0.9, 16: 0.7}, lrs=LRS[:1], seeds=seeds)
+    if not values:
+        return made
+    fresh = [row for i, value in enumerate(values) for row in rows_of("fig08", Run(8, 8, LRS[0], 7 + i), value, 1)]
+    return dataclasses.replace(made, rows=pd.concat([made.rows, pd.DataFrame(fresh, columns=made.rows.columns)]))
+
+
+def test_only_fresh_seeds_confirm():
+    made = with_fresh([0.86, 0.88, 0.87])
+    found = recommend(made)
+    assert found.fresh["test_accuracy"] == pytest.approx(0.87)
+    assert found.fresh["finished"] == 3
+    assert "3 fresh seeds, of no part in the choice: test accuracy 87.0 ± 0.6 %, mean ± standard error." in said(made)
+    assert "looks better than it is" not in said(made)
+    assert "1 fresh seed, of no part in the choice: test accuracy 86.0 %." in said(with_fresh([0.86]))
+    assert "Fresh seeds do not confirm it: all 1 diverged." in said(with_fresh([LOST]))
+    assert "fresh" not in said(with_fresh([]))
+
+
+def test_fresh_seeds_of_a_workdir_are_in_no_cell(tmp_path):
+    experiment = tiny.grid(name="exp", epochs=1)
+    facts = {"num_classes": 3, "examples": [50, 20]}
+    with open_workdir(tmp_path, experiment, facts), ProgramResults(tmp_path, 4, 4) as program:
+        for lr, seed, accuracy in ((2**-9, 0, 0.8), (2**-7, 0, 0.7), (2**-5, 0, 0.6), (2**-9, 5, 0.5), (2**-7, 6, 0.99)):
+            program.append([Row(4, 4, lr, seed, 1, 10, 1.0, accuracy, 1.0, accuracy)])
+    found = load(tmp_path)
+    assert found.cells["test_accuracy"].tolist() == [0.8, 0.7, 0.6]
+    assert found.cells["finished"].tolist() == [1, 1, 1]
+    assert (found.choosing["seed"].unique().tolist(), found.fresh["seed"].unique().tolist()) == ([0], [5, 6])
+    assert recommend(found).fresh["test_accuracy"] == 0.5
+
+
+def test_the_interval_covers_by_seeds_and_by_the_test_set():
+    draw, hits = np.random.default_rng(0), []
+    noise = Noise(Metric(), 1000, math.nan)
+    for _ in range(400):
+        seeds = 0.9 + 0.01 * draw.normal(size=3)
+        cell = pd.Series({"test_accuracy": seeds.mean(), "test_accuracy_std": seeds.std(ddof=1), "finished": 3})
+        low, high = interval(cell, noise)
+        hits.append(low <= 0.9 <= high)
+    assert 0.86 <= np.mean(hits) <= 0.94
+    assert "Its test accuracy is 88.4 … 91.6 % (90 %, by 1,000 test examples)." in said({4: 0.9})
+    three = said({4: [[0.9, 0.89, 0.91]]}, lrs=LRS[:1], seeds=(0, 1, 2))
+    assert "Its test accuracy is 88.3 … 91.7 % (90 %, by 3 seeds)." in three
+
+
+def test_a_validation_split_has_its_own_size():
+    made = study("fig08", {4: 0.9})
+    split = dataclasses.replace(made.experiment.dataset, validation_fraction=0.2)
+    experiment = dataclasses.replace(made.experiment, dataset=split)
+    assert noise_of(dataclasses.replace(made, experiment=experiment)).examples == 1250  # of 6,250, of which 5,000 train
+
+
+def test_the_best_of_many_noisy_cells_looks_better_than_it_is():
+    many = dict.fromkeys((2, 4, 8, 16, 32, 64), 0.9)
+    found = recommend(study("fig08", many))
+    assert found.optimism == pytest.approx(1.267 * math.sqrt(0.9 * 0.1 / 1000), rel=0.1)  # the largest of six normal deviates
+    assert "The test set chose it among 6 cells, so it looks better than it is, by up to 1.2 points." in found.sentences
+    assert "looks better" not in said({4: 0.9, 8: 0.5})
+
+
+def test_the_largest_batch_size_as_good_has_no_diverged_seed():
+    table = {4: [[0.9, 0.9]], 8: [[0.895, 0.9]], 16: [[0.9, LOST]], 32: [[0.5, 0.5]]}
+    found = recommend(study("fig08", table, lrs=LRS[:1], seeds=(0, 1)))
+    assert found.largest == 8
+    assert "m = 8 is the largest batch size within the noise of the best, at m = 8, η̃ = 2^-9: 89.8 ± 0.4 %." in found.sentences
+
+
+def test_a_single_loss_of_unknown_noise_tells_nothing_of_other_batch_sizes():
+    made = of_losses({4: 0.30, 8: 0.31, 16: LOST})
+    assert answer(made).sentence.endswith(
+        ": test loss 0.3; m = 16 never reaches it; whether m = 8 reaches it cannot be told from single seeds."
+    )
+    assert said(made).startswith("How good it is cannot be told: the noise of a single seed's loss is not known.")
+
+
+def test_the_noise_of_a_loss_comes_from_late_epochs_or_neighbouring_rates():
+    wavy = tuple(0.3 + d for d in (0.3, 0.2, 0.01, -0.01, 0.01, -0.01, 0.01))
+    made = of_losses({4: wavy, 8: tuple(v + 0.02 for v in wavy), 16: tuple(v + 0.2 for v in wavy)}, epochs=7)
+    assert noise_of(made).scatter == pytest.approx(0.0126, rel=0.01)
+    assert answer(made).sentence.endswith("m = 16 never reaches it.")
+    assert "by the scatter of epochs and neighbouring rates" in said(made)
+    rates = tuple(2.0**k for k in range(-12, -3))
+    bowl = [0.3 + 0.02 * (k - 4) ** 2 for k in range(9)]
+    assert noise_of(of_losses({4: bowl}, lrs=rates)).scatter == pytest.approx(0, abs=1e-12)
+    rough = [v + d for v, d in zip(bowl, np.random.default_rng(0).normal(0, 0.01, 9), strict=True)]
+    assert noise_of(of_losses({4: rough}, lrs=rates)).scatter == pytest.approx(0.01, rel=0.6)
+
+
+def timed(epochs=4, name="exp", best=0.9):
+    """m = 2 is best and takes 4 s an epoch of 40 examples, m = 8 takes 1 s and is ahead after 4 s."""
+    slow, fast = [0.3, 0.5, best, best], [0.6, 0.7, 0.7, 0.7]
+    frame = results(run(slow[-epochs:], batch_size=2, experiment=name), run(fast[-epochs:], batch_size=8, experiment=name))
+    frame["step"] = 40 * frame["epoch"] // frame["batch_size"]
+    made = Study(Path(name), tiny.grid(name=name, epochs=epochs), frame, analysis.known_cells(frame), 10, (40, 10))
+    return dataclasses.replace(made, timings=timings(segment(2, 4, 40), segment(8, 1, 40)))
+
+
+def test_the_best_at_equal_epochs_and_at_equal_time():
+    fast, slow = equal_time.by_time([timed()])
+    assert (fast.seconds, fast.cell["batch_size"], fast.cell["test_accuracy"]) == (4, 8, pytest.approx(0.7))
+    assert (slow.seconds, slow.cell["batch_size"], slow.cell["test_accuracy"]) == (16, 2, pytest.approx(0.7))
+    assert equal_time.sentence([timed()]) == (
+        "At equal epochs the best is m = 2, η̃ = 2^-1 (70.0 %); at equal time m = 8, η̃ = 2^-1 (70.0 %) in 4 s, the time of the "
+        "fastest batch size, and m = 2, η̃ = 2^-1 (70.0 %) in 16 s, that of the slowest."
+    )
+    untimed = dataclasses.replace(timed(), timings=timings())
+    assert equal_time.sentence([untimed]).endswith("; at equal time it is not known, since no run was timed.")
+
+
+def test_studies_of_several_lengths_are_each_named():
+    told = equal_time.sentence([timed(), timed(2, "short", best=0.8)])
+    assert told.startswith(
+        "At equal epochs the best is 2 epochs: m = 2, η̃ = 2^-1 (80.0 %), 4 epochs: m = 2, η̃ = 2^-1 (70.0 %);"
+    )
+    assert "m = 8, η̃ = 2^-1 of 2 epochs (70.0 %) in 2 s" in told
+
+
+@pytest.mark.parametrize("name", ["cifar10/fig08", "cifar10_subset/fig01", "cifar10_subset/fig13_cifar10", "digits/fig18"])
+def test_stored_studies_have_a_recommendation(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = recommend(load(STORED / name))
+    assert found.low < found.best["test_accuracy"] < found.high
+    assert found.largest >= found.best["batch_size"]
+    assert not any(word in line for line in found.sentences for word in ("nan", "None", "e+"))
+    assert len(found.sentences) >= 4
