@@ -151,10 +151,10 @@ def test_a_batch_size_at_which_all_diverge_is_searched_down_to_the_lowest_rate_a
 
 def test_where_all_survivors_diverge_late_lower_rates_follow():
     def curve(run):
-        return [0.8] * 9 + [math.nan] if run.base_lr > 2.0**-9 else [0.3] * 16
+        return [0.8] * 4 + [math.nan] if run.base_lr > 2.0**-9 else [0.3] * 16
 
-    _, seen, _ = drive(space(800), curve)
-    best = best_cells(space(800), seen)
+    _, seen, _ = drive(space(160), curve)
+    best = best_cells(space(160), seen)
     assert {m for m, _ in best} == set(SIZES)
     assert all(base_lr <= 2.0**-9 for base_lr, _ in best.values())
 
