@@ -1,5 +1,6 @@
 """What a search trains next: on stored grids, on surfaces whose best is known, and on curves of any kind."""
 
+import dataclasses
 import itertools
 import math
 import random
@@ -148,6 +149,16 @@ def test_a_batch_size_at_which_all_diverge_is_searched_down_to_the_lowest_rate_a
     assert spent > 200 - 16, "its part of the budget goes to the others"
 
 
+def test_where_all_survivors_diverge_late_lower_rates_follow():
+    def curve(run):
+        return [0.8] * 4 + [math.nan] if run.base_lr > 2.0**-9 else [0.3] * 16
+
+    _, seen, _ = drive(space(160), curve)
+    best = best_cells(space(160), seen)
+    assert {m for m, _ in best} == set(SIZES)
+    assert all(base_lr <= 2.0**-9 for base_lr, _ in best.values())
+
+
 def test_nothing_is_found_where_every_run_diverges():
     _, seen, _ = drive(space(200), surface(dead=SIZES))
     assert best_cells(space(200), seen) == {}
@@ -168,6 +179,14 @@ def test_the_budget_is_spread_evenly_over_the_batch_sizes():
     _, seen, _ = drive(space(200), surface(follows=0, top=dict.fromkeys(SIZES, 0.9)))
     spent = {m: sum(len(values) for run, values in seen.items() if run.batch_size == m) for m in SIZES}
     assert max(spent.values()) - min(spent.values()) <= 16
+
+
+@pytest.mark.parametrize(("dead", "searched"), [((), {2, 16, 128}), ((16, 128), {1, 2, 4, 16, 128})])
+def test_a_short_budget_goes_to_every_third_batch_size_and_what_is_left_to_those_beside_the_best(dead, searched):
+    chosen = space(4 * 32, tuple(2**k for k in range(9)))
+    _, seen, _ = drive(chosen, surface(follows=0, dead=dead))
+    assert {run.batch_size for run in seen} == searched
+    assert {m for m, _ in best_cells(chosen, seen)} == searched - set(dead)
 
 
 @pytest.mark.parametrize("budget", [2, 5, 16, 20, 40])
@@ -215,6 +234,13 @@ def test_leaders_get_further_seeds_and_shapes_out_of_reach_do_not():
     assert seeds[128] == seeds[512] == 1
 
 
+def test_the_runner_up_gets_about_half_as_many_seeds_as_the_leader():
+    chosen = space(2 * 32 + 12 * 16, SIZES[:2], seeds=tuple(range(16)))
+    _, seen, _ = drive(chosen, surface(top={2: 0.9, 8: 0.9}, noise=0.02))
+    seeds = sorted(len({run.seed for run in seen if run.batch_size == m}) for m in SIZES[:2])
+    assert 0.25 <= seeds[0] / seeds[1] <= 0.75
+
+
 def test_the_last_round_trains_fresh_seeds_of_the_recommended_cell():
     chosen = space(300, seeds=(0, 3), confirm=2)
     rounds, seen, spent = drive(chosen, surface())
@@ -231,6 +257,7 @@ def test_a_loss_is_searched_as_the_accuracy_that_it_mirrors():
     assert drive(high, surface())[0] == drive(low, surface(sign=-1))[0]
     grid = Stored({run: surface(sign=-1)(run) for run in runs_of(low)}, dict.fromkeys(runs_of(low), 16.0))
     assert 0 <= replay(low, grid).regret < 0.02
+    assert replay(dataclasses.replace(low, budget=20), grid).regret > 0
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
