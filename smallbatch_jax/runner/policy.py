@@ -43,7 +43,7 @@ class Space:
     epochs: int  # of a full run
     seeds: tuple[int, ...]  # the first finds rates, the others are replicates of the leaders
     budget: float  # epochs of training data, over all runs
-    confirm: int = 0  # fresh seeds of the recommended cell, trained at the end
+    fresh: tuple[int, ...] = ()  # further seeds of the recommended cell, trained at the end
     metric: Metric = ACCURACY
 
 
@@ -56,7 +56,7 @@ def search(space: Space) -> Generator[Round, Curves, None]:
     The epochs trained, a diverged run's last one as a whole, do not exceed the budget, except to complete the first run that
     finishes: by less than `space.epochs`.
     """
-    state = _Search(space, space.budget - min(space.confirm, space.budget // (4 * space.epochs)) * space.epochs)
+    state = _Search(space, space.budget - min(len(space.fresh), space.budget // (4 * space.epochs)) * space.epochs)
     yield from state.find()
     yield from state.replicate()
     yield from state.use_up()
@@ -89,6 +89,14 @@ def best_cells(space: Space, curves: Curves) -> dict[Shape, tuple[float, float]]
         if mean > -math.inf:
             best.setdefault(shape, (base_lr, mean))
     return best
+
+
+def recommended(space: Space, curves: Curves) -> Cell | None:
+    """Returns the best cell among those with the most seeds, as `study.recommendation` does; None until one has finished."""
+    values = {cell: found for cell, found in final_values(space, curves).items() if min(found) > -math.inf}
+    most = max(map(len, values.values()), default=0)
+    means = {cell: statistics.fmean(found) for cell, found in values.items() if len(found) == most}
+    return min(means, key=lambda cell: (-means[cell], cell), default=None)
 
 
 @dataclass
@@ -262,13 +270,11 @@ class _Search:
             yield from self.train(ranks[key[1]], waiting[key], self.space.epochs)
 
     def confirm(self) -> Generator[Round, Curves, None]:
-        """Trains fresh seeds of the best cell."""
-        best = best_cells(self.space, self.curves)
-        if best:
-            shape, (base_lr, _) = next(iter(best.items()))
-            first = max(self.space.seeds) + 1
-            fresh = [Run(*shape, base_lr, seed) for seed in range(first, first + self.space.confirm)]
-            yield from self.train(shape, fresh, self.space.epochs)
+        """Trains the fresh seeds of the recommended cell."""
+        cell = recommended(self.space, self.curves)
+        if cell is not None:
+            shape, base_lr = cell
+            yield from self.train(shape, [Run(*shape, base_lr, seed) for seed in self.space.fresh], self.space.epochs)
 
 
 def _pooled_variance(values: Iterable[Sequence[float]]) -> float:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from smallbatch_jax.config.grid import RUN_COLUMNS, Run
-from smallbatch_jax.runner.policy import Cell, Curves, Round, Space, best_cells, final_values, search
+from smallbatch_jax.runner.policy import Cell, Curves, Round, Space, final_values, recommended, search
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +54,7 @@ def replay(space: Space, grid: Stored, rounds: Rounds | None = None) -> Replay:
     """Sends the curves of a grid to a policy, cut to its goals.
 
     Args:
-      space: what the grid covers, with the budget of the search; `space.confirm` is 0, since a grid has no fresh seeds.
+      space: what the grid covers, with the budget of the search; `space.fresh` is empty, since a grid has no such seeds.
       grid: has every run of the space.
       rounds: of another policy for comparison; None: `policy.search`.
     """
@@ -75,10 +75,9 @@ def replay(space: Space, grid: Stored, rounds: Rounds | None = None) -> Replay:
 
 
 def _top(space: Space, curves: Curves) -> tuple[Cell | None, float]:
-    """Returns the best cell by its mean over seeds."""
-    for shape, (base_lr, mean) in best_cells(space, curves).items():
-        return (shape, base_lr), _value(space, mean)
-    return None, math.nan
+    """Returns the recommended cell, and its mean over seeds."""
+    cell = recommended(space, curves)
+    return cell, math.nan if cell is None else _value(space, statistics.fmean(final_values(space, curves)[cell]))
 
 
 def _value(space: Space, final: float) -> float:

@@ -77,6 +77,6 @@ def space_of(experiment: Experiment, num_examples: int) -> policy.Space:
         epochs=experiment.epochs,
         seeds=grid.seeds,
         budget=(search.budget or 0.0) / num_examples,
-        confirm=search.confirm,
+        fresh=search.fresh_seeds(grid.seeds),
         metric=experiment.metric,
     )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from smallbatch_jax.config.grid import Run
 from smallbatch_jax.config.metric import Metric
-from smallbatch_jax.runner.policy import Space, best_cells, final_values, search
+from smallbatch_jax.runner.policy import Space, best_cells, final_values, recommended, search
 from smallbatch_jax.runner.replay import Stored, replay
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -214,7 +214,7 @@ def test_a_run_goes_on_from_its_rung():
 
 
 def test_rounds_of_a_shape_follow_each_other_until_its_halving_ends():
-    chosen = space(600, seeds=(0, 1), confirm=2)
+    chosen = space(600, seeds=(0, 1), fresh=(2, 3))
     rounds, *_ = drive(chosen, surface())
     shapes = [shape for shape, _ in itertools.groupby(rounds, key=lambda asked: asked.shape)]
     assert shapes[: len(SIZES)] == [(m, m) for m in SIZES]
@@ -242,11 +242,11 @@ def test_the_runner_up_gets_about_half_as_many_seeds_as_the_leader():
 
 
 def test_the_last_round_trains_fresh_seeds_of_the_recommended_cell():
-    chosen = space(300, seeds=(0, 3), confirm=2)
+    chosen = space(300, seeds=(0, 3), fresh=(4, 5))
     rounds, seen, spent = drive(chosen, surface())
     last = rounds[-1]
     before = {run: values for run, values in seen.items() if run not in last.goals}
-    shape, (base_lr, _) = next(iter(best_cells(chosen, before).items()))
+    shape, base_lr = recommended(chosen, before)
     assert last == (shape, {Run(*shape, base_lr, seed): 16 for seed in (4, 5)})
     assert {run.seed for run in before} == {0, 3}
     assert spent <= 300
@@ -262,7 +262,7 @@ def test_a_loss_is_searched_as_the_accuracy_that_it_mirrors():
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
 def test_the_same_curves_give_the_same_rounds(seeds):
-    chosen = space(300, seeds=seeds, confirm=1)
+    chosen = space(300, seeds=seeds, fresh=(9,))
     assert drive(chosen, surface())[0] == drive(chosen, surface(), shuffled=True)[0]
 
 
@@ -273,6 +273,12 @@ def test_a_run_given_up_is_left_out_and_one_that_diverged_rules_its_cell_out():
     values = {((8, 8), 0.5): [pytest.approx(0.85), -math.inf], ((8, 8), 0.25): [pytest.approx(0.3)]}
     assert final_values(chosen, curves) == values
     assert best_cells(chosen, curves) == {(8, 8): (0.25, pytest.approx(0.3))}
+
+
+def test_a_lucky_single_seed_is_not_recommended_over_a_cell_of_two():
+    chosen = space(0, (8,), (0.5, 0.25), epochs=1, seeds=(0, 1))
+    curves = {Run(8, 8, 0.5, 0): [0.9], Run(8, 8, 0.25, 0): [0.8], Run(8, 8, 0.25, 1): [0.7]}
+    assert recommended(chosen, curves) == ((8, 8), 0.25)
 
 
 def test_the_replay_counts_what_diverged_runs_trained_in_the_grid_and_in_the_search():
@@ -289,7 +295,7 @@ def test_any_curves_keep_the_budget_and_the_contract(data):
     sizes = SIZES[: data.draw(st.integers(1, 5))]
     rates = BASE_LRS[: data.draw(st.integers(1, 13))]
     budget = data.draw(st.floats(0.5, 1.2 * epochs * len(sizes) * len(rates) * len(seeds)))
-    chosen = space(budget, sizes, rates, epochs, seeds, confirm=data.draw(st.integers(0, 3)))
+    chosen = space(budget, sizes, rates, epochs, seeds, fresh=tuple(range(7, 7 + data.draw(st.integers(0, 3)))))
     seed, share = data.draw(st.integers(0, 9)), data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
 
     def curve(run):
