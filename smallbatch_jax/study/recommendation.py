@@ -25,7 +25,7 @@ class Recommendation(NamedTuple):
     """What to train with, and how sure that is.
 
     Attributes:
-      best: the best row of `study.cells` among whole cells; None until a run has finished.
+      best: the best row of `study.cells` by `best_cell`; None until a run has finished.
       low, high: interval of its metric: Student's with three seeds or more, else of the noise of its split; NaN if not known.
       optimism: by how much the choice of the largest of many noisy values makes it look better than it is, at most.
       as_good: the cells within the noise of the best and the best itself, those with diverged seeds left out.
@@ -73,10 +73,8 @@ def recommend(study: Study) -> Recommendation:
 
 
 def best_cell(study: Study) -> pd.Series | None:
-    """Returns the best whole cell: no seed of it is pending, and no such cell has more; where none is whole, any may be."""
+    """Returns the best of the cells of which most seeds have ended: all their seeds, as soon as one cell is whole."""
     cells = study.cells[study.cells["finished"] > 0]
-    whole = cells[cells["pending"] == 0]
-    cells = cells if whole.empty else whole
     seeds = cells["finished"] + cells["diverged"]
     return None if cells.empty else best_first(cells[seeds == seeds.max()], study.metric).iloc[0]
 

@@ -91,4 +91,6 @@ def test_a_flat_top_leaves_the_rate_uncertain():
 def test_without_known_noise_nothing_is_fitted():
     study = surface(RULES["linear"], np.random.default_rng(0), 10_000)
     table = best_rates(study).assign(std=np.nan)
+    assert fit_rule(table).likely == ()
+    assert fit_rule(table).offsets == {}
     assert fit_rule(table).sentence().endswith("cannot tell; the noise of a single seed is not known.")

@@ -140,7 +140,7 @@ def test_a_single_loss_of_unknown_noise_tells_nothing_of_other_batch_sizes():
 
 
 def test_the_noise_of_a_loss_comes_from_late_epochs_or_neighbouring_rates():
-    wavy = tuple(0.3 + d for d in (0.3, 0.2, 0.01, -0.01, 0.01, -0.01, 0.01))
+    wavy = tuple(0.3 + d - 0.03 * e for e, d in enumerate((0.3, 0.2, 0.01, -0.01, 0.01, -0.01, 0.01)))
     made = of_losses({4: wavy, 8: tuple(v + 0.02 for v in wavy), 16: tuple(v + 0.2 for v in wavy)}, epochs=7)
     assert noise_of(made).scatter == pytest.approx(0.0126, rel=0.01)
     assert answer(made).sentence.endswith("m = 16 never reaches it.")
