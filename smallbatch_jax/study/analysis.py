@@ -91,8 +91,7 @@ def planned_cells(df: pd.DataFrame, runs: Iterable[Run], experiment: str, metric
       metric: as for `final_accuracy`.
     Returns:
       The columns of `final_accuracy`, and `pending`: the number of planned seeds that have not ended. A cell with no
-      rows yet has accuracy NaN and counts 0. Where runs were given up (status "stopped"), a search decides what begins:
-      then only seeds that have begun are pending.
+      rows yet has accuracy NaN and counts 0.
     """
     runs = list(runs)
     columns = list(runs[0].to_dict()) if runs else RUN_COLUMNS
@@ -102,8 +101,7 @@ def planned_cells(df: pd.DataFrame, runs: Iterable[Run], experiment: str, metric
     cells = seeds.merge(known_cells(df, metric), how="outer", on=cell)
     counts = ["planned", "finished", "diverged", "pending"]
     cells[counts] = cells[counts].fillna(0).astype(int)
-    if not (df["status"] == "stopped").any():
-        cells["pending"] = (cells["planned"] - cells["finished"] - cells["diverged"]).clip(lower=0)
+    cells["pending"] = (cells["planned"] - cells["finished"] - cells["diverged"]).clip(lower=0)
     return cells[[*cell, metric.column, f"{metric.column}_std", "finished", "diverged", "pending"]]
 
 
