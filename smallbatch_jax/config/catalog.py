@@ -100,7 +100,7 @@ METRICS = {
 class DiagnosticEntry:
     """A value of `diagnostics`, computed at each evaluation from sub-batches of a sample of the training examples."""
 
-    compute: str  # "module:attribute" of (gradient, params, sub_batches, size, axis_name) → float[] for each column
+    compute: str  # "module:attribute" of (derivatives, params, sub_batches, size, axis_name) → float[] for each column
     columns: tuple[str, ...]  # of the results
     share: int  # its sample is one of so many training examples,
     examples: int  # but at least so many,
@@ -112,12 +112,12 @@ DIAGNOSTICS = {
     "noise_scale": DiagnosticEntry(
         "smallbatch_jax.program.noise_scale:noise_scale",
         ("train_noise_scale", "train_noise_scale_error"),
-        *(64, 0, 32, 4),
+        *(48, 0, 32, 4),
     ),
     "sharpness": DiagnosticEntry(
         "smallbatch_jax.program.sharpness:sharpness",
         ("train_sharpness",),
-        *(200, 64, 1, 1),
+        *(128, 128, 1, 1),
     ),
 }
 

@@ -29,37 +29,58 @@ class SubBatch(NamedTuple):
     number: Array  # int32[], its place in the sample, from which its dropout is drawn
 
 
-Gradient = Callable[[Any, SubBatch], jax.Array]  # (parameters float[P], sub-batch) → of its mean loss, float[P]
+class Derivatives(NamedTuple):
+    """Derivatives of the mean loss of a sub-batch by the parameters, float[P]."""
+
+    gradient: Callable[[jax.Array, Any], jax.Array]  # (params, sub-batch) → float[P]
+    product: Callable[[jax.Array, jax.Array, Any], jax.Array]  # (params, vector, sub-batch) → Hessian times vector, float[P]
+
+
+def hessian_product(loss_fn: Callable[..., Any]) -> Callable[..., PyTree]:
+    """Returns (params, vector, *others) → the Hessian by params times the vector, trees like params; the loss has an aux."""
+
+    def product(params: PyTree, vector: PyTree, *others: Any) -> PyTree:
+        return jax.jvp(lambda params: jax.grad(loss_fn, has_aux=True)(params, *others)[0], (params,), (vector,))[1]
+
+    return product
 
 
 def make_diagnose(
-    model: Model, program: Program, value_and_grad: Callable[..., Callable[..., Any]] = jax.value_and_grad
+    model: Model,
+    program: Program,
+    value_and_grad: Callable[..., Callable[..., Any]] = jax.value_and_grad,
+    hessian_product: Callable[..., Callable[..., Any]] = hessian_product,
 ) -> Callable[[TrainState, DeviceData], dict[str, jax.Array]]:
     """Returns (state, data) → the columns of `program.diagnostics`, float32[] each, by name.
 
+    `value_and_grad` and `hessian_product` differentiate the loss; `side_by_side` has those for lanes that are vmapped.
     Along `program.axis_name` each device computes its share of the sub-batches, with batch norm over its own examples.
     """
     if not program.diagnostics:
         return lambda state, data: {}
     if program.axis_name is not None:
         model = model.clone(axis_name=None)
-    grad_fn = value_and_grad(make_loss(model, program.task), has_aux=True)
+    loss_fn = make_loss(model, program.task)
+    grad_fn, product_fn = value_and_grad(loss_fn, has_aux=True), hessian_product(loss_fn)
 
     def diagnose(state: TrainState, data: DeviceData) -> dict[str, jax.Array]:
         params, unravel = ravel_pytree(state.params)
 
-        def gradient(params: jax.Array, sub_batch: SubBatch) -> jax.Array:
+        def of(sub_batch: SubBatch) -> tuple[PyTree, Batch, jax.Array]:
             images, labels = data.train_images[sub_batch.indices], data.train_labels[sub_batch.indices]
             dropout = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), state.step), sub_batch.number)
-            _, grads = grad_fn(unravel(params), state.batch_stats, Batch(data.normalise(images), labels), dropout)
-            return ravel_pytree(grads)[0]
+            return state.batch_stats, Batch(data.normalise(images), labels), dropout
 
+        derivatives = Derivatives(
+            lambda params, one: ravel_pytree(grad_fn(unravel(params), *of(one))[1])[0],
+            lambda params, vector, one: ravel_pytree(product_fn(unravel(params), unravel(vector), *of(one)))[0],
+        )
         found = {}
         for name in program.diagnostics:
             entry, compute = DIAGNOSTICS[name], pkgutil.resolve_name(DIAGNOSTICS[name].compute)
             count, size = sample_shape(entry, model, program, state.batch_stats, data)
             sub_batches = _sub_batches(count, size, data, program.axis_name)
-            found |= zip(entry.columns, compute(gradient, params, sub_batches, size, program.axis_name), strict=True)
+            found |= zip(entry.columns, compute(derivatives, params, sub_batches, size, program.axis_name), strict=True)
         return {name: value.astype(jnp.float32) for name, value in found.items()}
 
     return diagnose

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from smallbatch_jax.program.diagnostics import Gradient, mean_over
+from smallbatch_jax.program.diagnostics import Derivatives, mean_over
 
 
 def noise_scale(
-    gradient: Gradient, params: jax.Array, sub_batches: Any, size: int, axis_name: str | None = None
+    derivatives: Derivatives, params: jax.Array, sub_batches: Any, size: int, axis_name: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
     r"""Returns the simple noise scale in examples, and its standard error.
 
@@ -24,7 +24,7 @@ def noise_scale(
     told from zero; from 4 sub-batches in 18. Where it cannot, B is huge, or negative where even the estimate of |G|² is.
 
     Args:
-      gradient: (params, sub-batch) → mean gradient, float[P].
+      derivatives: of the mean loss of a sub-batch.
       params: float[P].
       sub_batches: stacked along a leading axis; those of this device.
       size: b.
@@ -36,10 +36,10 @@ def noise_scale(
     k = len(jax.tree.leaves(sub_batches)[0]) * (1 if axis_name is None else lax.axis_size(axis_name))
     if k < 3:
         return jnp.float32(jnp.nan), jnp.float32(jnp.nan)
-    mean = mean_over(lambda one: gradient(params, one), params, sub_batches, axis_name)
+    mean = mean_over(lambda one: derivatives.gradient(params, one), params, sub_batches, axis_name)
 
     def deviation(one: Any) -> tuple[jax.Array, jax.Array]:
-        difference = gradient(params, one) - mean
+        difference = derivatives.gradient(params, one) - mean
         return jnp.square(difference).sum(), (difference * mean).sum()
 
     squares, products = lax.map(deviation, sub_batches)  # |gᵢ - ḡ|² and (gᵢ - ḡ)·ḡ, float[k]

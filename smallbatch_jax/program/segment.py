@@ -22,7 +22,7 @@ from smallbatch_jax.program.device_data import DeviceData, TestImages, normalise
 from smallbatch_jax.program.devices import DATA, LANE
 from smallbatch_jax.program.diagnostics import make_diagnose
 from smallbatch_jax.program.evaluation import Tested, make_evaluate, make_test, with_precise_statistics
-from smallbatch_jax.program.side_by_side import PackedModel, summed_value_and_grad
+from smallbatch_jax.program.side_by_side import PackedModel, summed_hessian_product, summed_value_and_grad
 from smallbatch_jax.program.tasks import Array, Batch
 from smallbatch_jax.program.train import Model, Program, Setting, TrainState, make_train_step
 
@@ -79,7 +79,8 @@ def make_segment(
     evaluate = make_evaluate(model, program.task, program.axis_name)
     if statistics_model is not None:
         evaluate = with_precise_statistics(evaluate, statistics_model)
-    diagnose = make_diagnose(model, program, jax.value_and_grad if mapping == "map" else summed_value_and_grad)
+    summed = () if mapping == "map" else (summed_value_and_grad, summed_hessian_product)
+    diagnose = make_diagnose(model, program, *summed)
 
     def evaluate_all(state: TrainState, data: DeviceData) -> Evaluated:
         return evaluate(state, data), diagnose(state, data)

@@ -5,13 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from smallbatch_jax.program.diagnostics import Gradient, mean_over
+from smallbatch_jax.program.diagnostics import Derivatives, mean_over
 
-ITERATIONS = 10
+ITERATIONS = 8  # within 1e-5 of 50 on ResNet-8 with batch norm, trained on digits for 8 epochs (2026-11-26); 6 within 1e-3
 
 
 def sharpness(
-    gradient: Gradient, params: jax.Array, sub_batches: Any, size: int, axis_name: str | None = None
+    derivatives: Derivatives, params: jax.Array, sub_batches: Any, size: int, axis_name: str | None = None
 ) -> tuple[jax.Array]:
     """Returns the largest algebraic eigenvalue of the Hessian of the mean loss, by ITERATIONS steps of Lanczos's method.
 
@@ -20,7 +20,7 @@ def sharpness(
     approaches the eigenvalue from below.
 
     Args:
-      gradient: (params, sub-batch) → mean gradient, float[P]; differentiable, forward, by params.
+      derivatives: of the mean loss of a sub-batch.
       params: float[P].
       sub_batches: stacked along a leading axis; those of this device.
       size: examples in each.
@@ -33,15 +33,9 @@ def sharpness(
     if not len(jax.tree.leaves(sub_batches)[0]):
         return (jnp.float32(jnp.nan),)
 
-    def product(vector: jax.Array) -> jax.Array:
-        def of_one(one: Any) -> jax.Array:
-            return jax.jvp(lambda params: gradient(params, one), (params,), (vector,))[1]
-
-        return mean_over(of_one, params, sub_batches, axis_name)
-
     def step(carry: Any, _: None) -> tuple[Any, tuple[jax.Array, jax.Array]]:
         before, vector, beta = carry
-        image = product(vector)
+        image = mean_over(lambda one: derivatives.product(params, vector, one), params, sub_batches, axis_name)
         alpha = (image * vector).sum()
         rest = image - alpha * vector - beta * before
         length = jnp.linalg.norm(rest)
