@@ -95,13 +95,13 @@ def sample_shape(
     BN groups of one example.
     """
     examples = len(data.shuffled)
-    wanted = max(entry.examples, examples // entry.share)
+    wanted = min(max(entry.examples, examples // entry.share), examples)
+    devices = 1 if program.axis_name is None else lax.axis_size(program.axis_name)
     group, several = 1, True
     if jax.tree.leaves(batch_stats):
         given = getattr(model, "bn_batch_size", None)
         group, several = given or program.batch_size, given is not None
-    size = group * max(1, several * min(EXAMPLES_AT_ONCE, wanted // entry.sub_batches) // group)
-    devices = 1 if program.axis_name is None else lax.axis_size(program.axis_name)
+    size = group * max(1, several * wanted // max(entry.sub_batches, -(-wanted // EXAMPLES_AT_ONCE), devices) // group)
     count = min(max(entry.least, wanted // size), examples // size)
     return min(-(-count // devices), examples // size // devices) * devices, size
 

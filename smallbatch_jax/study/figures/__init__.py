@@ -26,7 +26,9 @@ from smallbatch_jax.study.figures.points import one_bn_batch_size, own_base_lrs
 from smallbatch_jax.study.figures.runs import accuracy_against_memory as accuracy_against_memory
 from smallbatch_jax.study.figures.runs import accuracy_against_time as accuracy_against_time
 from smallbatch_jax.study.figures.runs import convergence as convergence
+from smallbatch_jax.study.figures.runs import noise_scale as noise_scale
 from smallbatch_jax.study.figures.runs import program_costs
+from smallbatch_jax.study.figures.runs import sharpness as sharpness
 from smallbatch_jax.study.figures.runs import time_to_accuracy as time_to_accuracy
 from smallbatch_jax.study.figures.summary import best_accuracy as best_accuracy
 from smallbatch_jax.study.figures.summary import convergent_base_lrs as convergent_base_lrs
@@ -106,6 +108,9 @@ def _own_figures(
     if bn_varies:
         yield "accuracy_vs_bn_batch_size", accuracy_against_bn_batch_size(cells, metric)
     yield "convergence", convergence(rows, cells=cells, metric=metric)
+    for diagnostic, figure in {"noise_scale": noise_scale, "sharpness": sharpness}.items():
+        if study and diagnostic in study.experiment.diagnostics:
+            yield diagnostic, figure(study)
     if study:
         costs = program_costs(study, one_bn_batch_size(cells, metric)[0])
         if costs["images_per_second"].notna().any():
