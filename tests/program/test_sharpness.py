@@ -1,5 +1,6 @@
 """The sharpness is the largest eigenvalue of the Hessian of the training loss."""
 
+import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,8 +41,10 @@ def test_it_is_the_largest_eigenvalue_of_the_whole_hessian(model):
     state = init_state(model, jnp.zeros((1, 2, 2, 1)), jnp.int32(0))
     params, unravel = ravel_pytree(state.params)
     batch = Batch(data.normalise(data.train_images[data.shuffled]), data.train_labels[data.shuffled])
-    hessian = jax.jit(jax.hessian(lambda params: cross_entropy(plain(unravel(params), batch.images), batch).mean()))(params)
-    found = jax.jit(diagnostics.make_diagnose(model, PROGRAM))(state, data)
+    hessian = compiled.quickly(jax.hessian(lambda params: cross_entropy(plain(unravel(params), batch.images), batch).mean()))(
+        params
+    )
+    found = compiled.quickly(diagnostics.make_diagnose(model, PROGRAM))(state, data)
     assert found["train_sharpness"] == pytest.approx(np.linalg.eigvalsh(hessian)[-1], rel=1e-3)
 
 
