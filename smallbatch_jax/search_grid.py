@@ -14,7 +14,7 @@ from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.runner.sweep import require_dataset, sweep
 from smallbatch_jax.study import study
 from smallbatch_jax.study.answer import Answer, answer
-from smallbatch_jax.study.recommendation import Recommendation, recommend
+from smallbatch_jax.study.recommendation import Recommendation
 from smallbatch_jax.study.study import Study
 
 BATCH_SIZES = tuple(2**k for k in range(1, 12, 2))  # 2, 8, … 2048
@@ -26,13 +26,17 @@ VALIDATION_FRACTION = 0.1
 class Found(NamedTuple):
     """The result of a search; printed, it is the answer in plain English."""
 
-    recommendation: Recommendation
     answer: Answer
     study: Study
 
+    @property
+    def recommendation(self) -> Recommendation:
+        """The recommended cell, and how sure it is."""
+        return self.answer.recommendation
+
     def __str__(self) -> str:
-        said = (self.answer.sentence, *(f"- {sentence}" for sentence in self.answer.caveats))
-        return "\n".join(said)
+        details = (*self.recommendation.sentences, *self.answer.caveats)
+        return "\n".join([self.answer.sentence, *(f"- {line}" for line in details)])
 
 
 def search(
@@ -69,7 +73,7 @@ def search(
       **options: those of `sweep`, such as `optimizer`, `norm`, `loss` and `confirm`, the number of fresh seeds.
 
     Returns:
-      The recommendation, the answer, and the study behind them.
+      The answer with its recommendation, and the study behind them.
 
     Raises:
       InputError: in one line that names what cannot be used.
@@ -91,4 +95,4 @@ def search(
         options = {"name": "search"} | options | {"budget": budget, "seconds": seconds}
         sweep(model, dataset, batch_sizes, base_lrs, epochs, seeds, folder, **options)
         found = study.load(os.fspath(folder))
-    return Found(recommend(found), answer(found), found)
+    return Found(answer(found), found)

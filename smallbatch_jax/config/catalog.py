@@ -1,11 +1,11 @@
-"""Models, norms, tasks, metrics and optimizers: one entry for each, with what the config, programs and figures know about it.
+"""Models, norms, tasks, metrics, diagnostics and optimizers: an entry for each, with what config, programs and figures know.
 
 A new norm is a module and an entry in NORMS; a new model is a module and an entry in MODELS; a new optimizer is a function in
 `optim.py` and an entry in OPTIMIZERS. They are named, not imported: `pkgutil.resolve_name` loads "module:attribute".
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,6 +94,37 @@ METRICS = {
     "top5_accuracy": MetricEntry("top-5 accuracy", {"classification": "smallbatch_jax.program.tasks:in_top5"}, fraction=True),
     "absolute_error": MetricEntry("absolute error", {"regression": "smallbatch_jax.program.tasks:absolute_error"}),
 }
+
+
+@dataclass(frozen=True)
+class DiagnosticEntry:
+    """A value of `diagnostics`, computed at each evaluation from sub-batches of a sample of the training examples."""
+
+    compute: str  # "module:attribute" of (derivatives, params, sub_batches, size, axis_name) → float[] for each column
+    columns: tuple[str, ...]  # of the results
+    share: int  # its sample is one of so many training examples,
+    examples: int  # but at least so many,
+    sub_batches: int  # in about so many sub-batches where no BN group asks for another size,
+    least: int  # and in at least so many sub-batches
+
+
+DIAGNOSTICS = {
+    "noise_scale": DiagnosticEntry(
+        "smallbatch_jax.program.noise_scale:noise_scale",
+        ("train_noise_scale", "train_noise_scale_error"),
+        *(48, 0, 32, 4),
+    ),
+    "sharpness": DiagnosticEntry(
+        "smallbatch_jax.program.sharpness:sharpness",
+        ("train_sharpness",),
+        *(128, 128, 1, 1),
+    ),
+}
+
+
+def diagnostic_columns(names: Iterable[str]) -> list[str]:
+    """Returns the columns of the results that these diagnostics have."""
+    return [column for name in names for column in DIAGNOSTICS[name].columns]
 
 
 @dataclass(frozen=True)

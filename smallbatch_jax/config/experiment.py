@@ -86,6 +86,8 @@ class Experiment:
     task: str = config_field("classification", fields.choice(catalog.TASKS, "task", OWN))  # the loss
     label_smoothing: float = config_field(0.0, fields.decay)  # in training; evaluation takes the plain loss
     metrics: tuple[str, ...] = config_field((), fields.distinct(fields.choice(catalog.METRICS, "metric", OWN)))  # more columns
+    # Further columns that say why training goes as it does: names in `config.catalog.DIAGNOSTICS`.
+    diagnostics: tuple[str, ...] = config_field((), fields.distinct(fields.choice(catalog.DIAGNOSTICS, "diagnostic")))
     # The column of the results that says which run is best, and "max" or "min"; None takes that of the task.
     select: tuple[str, str] | None = config_field(None, fields.selection)
     schedule: Schedule = Schedule()
@@ -174,7 +176,8 @@ class Experiment:
             own = name.removeprefix(OWN)
             if own == name and name not in known:
                 raise InputError(f"metrics: {name!r} is no further metric of the task {self.task!r}; it has {known or 'none'}.")
-            if own != name and (not own.isidentifier() or self.metric_names().count(own) > 1 or own == "loss"):
+            taken = own == "loss" or f"train_{own}" in catalog.diagnostic_columns(self.diagnostics)
+            if own != name and (not own.isidentifier() or self.metric_names().count(own) > 1 or taken):
                 raise InputError(f"metrics: {fields.shown(own)} cannot name a metric of your own; use another identifier.")
         if self.label_smoothing and not (entry and entry.smoothing):
             raise InputError(f"label_smoothing: {self.label_smoothing:g} needs a task with classes, not {self.task!r}; use 0.")

@@ -91,7 +91,7 @@ def _native_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) 
 
 
 def _native_forward(x, kernel, strides, pads):
-    return _native_conv(x, kernel, strides, pads), (x, kernel)
+    return native.correlate(_correlation(x, kernel, strides, pads), x, kernel), (x, kernel)
 
 
 def _native_backward(strides, pads, residuals, dy):

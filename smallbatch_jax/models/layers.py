@@ -22,7 +22,7 @@ def relu(x: jax.Array) -> jax.Array:
 
 
 def _relu_forward(x):
-    y = materialised(relu(x))
+    y = materialised(jnp.maximum(x, 0))
     return y, y
 
 

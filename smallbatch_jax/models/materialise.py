@@ -4,7 +4,7 @@ import jax
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 
 def materialised(x: jax.Array) -> jax.Array:
@@ -33,5 +33,6 @@ _materialise = Primitive("materialise")
 _materialise.def_impl(lambda x: x)
 _materialise.def_abstract_eval(lambda x: x)
 batching.defvectorized(_materialise)
+ad.deflinear2(_materialise, lambda dy, _: [dy])
 mlir.register_lowering(_materialise, lambda ctx, x: [x])
 mlir.register_lowering(_materialise, mlir.lower_fun(_stored, multiple_results=False), platform="cpu")

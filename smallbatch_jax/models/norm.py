@@ -215,6 +215,11 @@ def _of_group(over: Over, *values: jax.Array) -> list[jax.Array]:
     return list(jnp.unstack(of_groups[lax.axis_index(over.axis_name) // over.span], axis=1))
 
 
+def _means_of_group(over: Over, *values: jax.Array) -> list[jax.Array]:
+    """Returns the mean of each array over the devices that share this one's BN group."""
+    return list(values) if over.span == 1 else [v.mean(0) for v in _of_group(over, *values)]
+
+
 # Above so many values XLA:GPU sums in two stages, the second in a kernel of its own. If the sum is then that of dy·x̂ and not
 # of dy·(x - μ), dx needs no other kernel: ResNet-20's step of 13 lanes has 252 kernels instead of 271 at m = 128; below, at
 # m = 4, the other sum has 223 instead of 228 (compiled for an H100 by jax 0.10.2, 2026-11-26).
@@ -231,7 +236,8 @@ def _normalise(x: jax.Array, mean: jax.Array, rstd: jax.Array, scale: jax.Array,
 
 
 def _normalise_forward(x, mean, rstd, scale, bias, over):
-    return _normalise(x, mean, rstd, scale, bias, over), (x, mean, rstd, scale)
+    mean, rstd = _statistics_of(over, x, mean, rstd)
+    return (x - mean) * (rstd * scale) + bias, (x, mean, rstd, scale)
 
 
 def _normalise_backward(over, residuals, dy):
@@ -239,9 +245,23 @@ def _normalise_backward(over, residuals, dy):
     inner, outer = (rstd, 1.0) if over.platform == "gpu" and _size(x, over) > ONE_STAGE else (1.0, rstd)
     centred = (x - mean) * inner
     dbias, product = _two_sums(dy, dy * centred, over)
-    of_group = [dbias, product] if over.span == 1 else [v.mean(0) for v in _of_group(over, dbias, product)]
+    of_group = _means_of_group(over, dbias, product)
     dx = rstd * scale * (dy - (of_group[0] + centred * (outer * outer * of_group[1])) / _size(x, over))
     return dx, jnp.zeros_like(mean), jnp.zeros_like(rstd), outer * product, dbias
 
 
 _normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _statistics_of(over: Over, x: jax.Array, mean: jax.Array, rstd: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns mean and rstd as they are, and their derivatives by x, which a Hessian-vector product needs."""
+    del over, x
+    return mean, rstd
+
+
+@_statistics_of.defjvp
+def _(over, primals, tangents):
+    (x, mean, rstd), dx = primals, tangents[0]
+    dmean, product = (total / _size(x, over) for total in _means_of_group(over, *_two_sums(dx, dx * (x - mean), over)))
+    return (mean, rstd), (dmean, -(rstd**3) * product)

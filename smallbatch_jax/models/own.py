@@ -53,6 +53,11 @@ class OwnModel(ABC):
     def _traced(self, x: Any) -> "Trace":
         """Traces a training step and an evaluation; refuses a model that fails, or that trains at evaluation."""
 
+    @property
+    def bn_batch_size(self) -> int | None:
+        """b, where the model has a field for it."""
+        return None
+
     def with_bn_batch_size(self, bn_batch_size: int | None, /, axis_name: str | None = None) -> "OwnModel":
         """Returns the model unchanged for None, and refuses a number; its batches are never sharded."""
         del axis_name
@@ -120,6 +125,11 @@ class LinenModel(OwnModel):
     def apply(self, variables: Any, x: jax.Array, train: bool = False, **options: Any) -> Any:
         return self.module.apply(variables, x, **self._mode(train), **options)
 
+    @property
+    def bn_batch_size(self) -> int | None:
+        size = getattr(self.module, "bn_batch_size", None)
+        return size if isinstance(size, int) and size > 0 else None
+
     def with_bn_batch_size(self, bn_batch_size: int | None, /, axis_name: str | None = None) -> "OwnModel":
         """Returns the model with its field `bn_batch_size` set, or unchanged for None; its batches are never sharded."""
         if bn_batch_size is None or not hasattr(self.module, "bn_batch_size"):
@@ -155,8 +165,8 @@ class LinenModel(OwnModel):
 
     def _whole_bn_batches(self, examples: int) -> int:
         """Returns about `examples`, rounded to whole BN batches if the module has a field for their size."""
-        size = getattr(self.module, "bn_batch_size", None)
-        return max(size, examples - examples % size) if isinstance(size, int) and size > 0 else examples
+        size = self.bn_batch_size
+        return max(size, examples - examples % size) if size else examples
 
     def _hidden_mode(self, images: Any) -> str | None:
         """Returns an argument outside MODES, True or False by default, whose other value makes the module train."""

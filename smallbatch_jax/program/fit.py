@@ -11,6 +11,8 @@ from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.config.fields import cut
 from smallbatch_jax.models import identity
 from smallbatch_jax.optim import Optimizer
+from smallbatch_jax.program.device_data import DeviceData
+from smallbatch_jax.program.diagnostics import make_diagnose
 from smallbatch_jax.program.tasks import Batch, Score, Task, cross_entropy, next_token_cross_entropy, squared_error
 from smallbatch_jax.program.train import Model, Program, Setting, TrainState, init_state, make_train_step
 
@@ -45,6 +47,25 @@ def require_model(model: Model, task: Task, data: Any, batch_size: int = 2) -> N
     trained, _ = jax.eval_shape(make_train_step(model, Program(batch_size, 1, task=task)), state, setting, batch)
     if jax.tree.structure(trained) != jax.tree.structure(state):
         raise InputError("model: training makes other variables than init did; make them whatever `train` is.")
+
+
+def require_diagnostics(model: Model, program: Program, data: Any) -> None:
+    """Refuses a model that the diagnostics of a program cannot differentiate, such as twice for the sharpness; runs nothing."""
+    if not program.diagnostics:
+        return
+    example, channels = data.example, jax.ShapeDtypeStruct(data.image_shape[-1:], jnp.float32)
+    shuffled = jax.ShapeDtypeStruct((data.num_train,), jnp.int32)
+    stored = DeviceData(data.train_images, data.train_labels, None, None, None, shuffled, channels, channels)
+
+    def diagnose(data: DeviceData) -> Any:
+        state = init_state(model, jnp.zeros((1, *example.shape), example.dtype), jnp.int32(0))
+        return make_diagnose(model, program)(state, data)
+
+    try:
+        jax.jit(diagnose).lower(stored)  # a gradient without a derivative is only found out here
+    except Exception as error:  # of any type: the model may be the caller's own
+        reason = cut(" ".join(str(error).split()), 200)
+        raise InputError(f"diagnostics: {program.diagnostics} cannot be had of the model: {reason}") from error
 
 
 def _require_outputs(outputs: Any, task: Task, batch: Batch, num_classes: int | None) -> None:

@@ -16,15 +16,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from smallbatch_jax.config.catalog import diagnostic_columns
 from smallbatch_jax.data.augment import crop_and_flip, draw_crops, inside
 from smallbatch_jax.program.device_data import DeviceData, TestImages, normalised
 from smallbatch_jax.program.devices import DATA, LANE
+from smallbatch_jax.program.diagnostics import make_diagnose
 from smallbatch_jax.program.evaluation import Tested, make_evaluate, make_test, with_precise_statistics
-from smallbatch_jax.program.side_by_side import PackedModel, summed_value_and_grad
+from smallbatch_jax.program.side_by_side import PackedModel, summed_hessian_product, summed_value_and_grad
 from smallbatch_jax.program.tasks import Array, Batch
 from smallbatch_jax.program.train import Model, Program, Setting, TrainState, make_train_step
 
 LaneMapping = Literal["map", "vmap"]
+Evaluated = tuple[dict[str, Tested], dict[str, Array]]  # the last two fields of `Report`
 
 
 class LaneState(NamedTuple):
@@ -55,6 +58,7 @@ class Report(NamedTuple):
     loss_sum: Array  # float32[], of the epoch so far; includes a loss that is not finite
     sums: dict[str, Array]  # float32[] each, of the epoch so far
     tested: dict[str, Tested]  # by split; sums over no examples if not evaluated
+    diagnosed: dict[str, Array]  # float32[] each, columns of `Program.diagnostics`; NaN if not evaluated
 
 
 class Examples(NamedTuple):
@@ -75,10 +79,16 @@ def make_segment(
     evaluate = make_evaluate(model, program.task, program.axis_name)
     if statistics_model is not None:
         evaluate = with_precise_statistics(evaluate, statistics_model)
+    summed = () if mapping == "map" else (summed_value_and_grad, summed_hessian_product)
+    diagnose = make_diagnose(model, program, *summed)
+
+    def evaluate_all(state: TrainState, data: DeviceData) -> Evaluated:
+        return evaluate(state, data), diagnose(state, data)
+
     if mapping == "map":
-        run = _one_after_the_other(model, program, None if streamed else evaluate)
+        run = _one_after_the_other(model, program, None if streamed else evaluate_all)
     else:
-        run = _side_by_side(model, program, segment_steps, None if streamed else evaluate)
+        run = _side_by_side(model, program, segment_steps, None if streamed else evaluate_all)
     if not streamed:
         return run
     return lambda states, settings, segments, pool: run(states, settings, segments, pool.on_this_device())
@@ -97,10 +107,10 @@ def _one_after_the_other(model: Model, program: Program, evaluate: Callable[...,
             return i + 1, advance(state, setting, examples, data)
 
         _, state = lax.while_loop(unfinished, step, (jnp.int32(0), state))
-        tested = _untested(program, data)
+        evaluated = _not_evaluated(program, data)
         if evaluate is not None:
-            tested = lax.cond(segment.evaluate & state.alive, evaluate, lambda *_: tested, state.train, data)
-        return _report(state, segment, tested)
+            evaluated = lax.cond(segment.evaluate & state.alive, evaluate, lambda *_: evaluated, state.train, data)
+        return _report(state, segment, evaluated)
 
     def run(states: LaneState, settings: Setting, segments: Segment, data: DeviceData) -> tuple[LaneState, Report]:
         return lax.map(lambda lane: run_lane(lane[0], lane[1], lane[2], data), (states, settings, segments))
@@ -133,17 +143,18 @@ def _side_by_side(
             batches = jax.vmap(take, (0, 1))(steps, segments.indices)
             states, _ = lax.scan(lambda states, xs: (step(states, *xs), None), states, (steps, batches))
         states = states._replace(train=jax.vmap(packed.unpack)(states.train))
-        tested = jax.vmap(lambda _: _untested(program, data))(segments.steps)
+        evaluated = jax.vmap(lambda _: _not_evaluated(program, data))(segments.steps)
         if evaluate is not None:  # all lanes if any ends an epoch: under vmap a branch for each lane would always run
             evaluate_all = jax.vmap(evaluate, (0, None))
-            tested = lax.cond(jnp.any(segments.evaluate), lambda: evaluate_all(states.train, data), lambda: tested)
-        return jax.vmap(_report)(states, segments, tested)
+            evaluated = lax.cond(jnp.any(segments.evaluate), lambda: evaluate_all(states.train, data), lambda: evaluated)
+        return jax.vmap(_report)(states, segments, evaluated)
 
     return run
 
 
-def _untested(program: Program, data: DeviceData) -> dict[str, Tested]:
-    return {name: Tested.zeros(program.task) for name in data.splits or ("test",)}
+def _not_evaluated(program: Program, data: DeviceData) -> Evaluated:
+    tested = {name: Tested.zeros(program.task) for name in data.splits or ("test",)}
+    return tested, {name: jnp.float32(jnp.nan) for name in diagnostic_columns(program.diagnostics)}
 
 
 def make_test_lanes(model: Model, program: Program, mapping: LaneMapping) -> Callable[..., Tested]:
@@ -190,9 +201,9 @@ def _take(program: Program, seed: jax.Array, step: jax.Array, indices: jax.Array
     return Examples(crop_and_flip(images, crops), labels, crops)
 
 
-def _report(state: LaneState, segment: Segment, tested: dict[str, Tested]) -> tuple[LaneState, Report]:
+def _report(state: LaneState, segment: Segment, evaluated: Evaluated) -> tuple[LaneState, Report]:
     """Returns a lane, its sums cleared if the segment ended an epoch, and its report."""
-    report = Report(state.train.step, state.alive, state.loss_sum, state.sums, tested)
+    report = Report(state.train.step, state.alive, state.loss_sum, state.sums, *evaluated)
     loss_sum, sums = jax.tree.map(lambda x: jnp.where(segment.evaluate, 0.0, x), (state.loss_sum, state.sums))
     return state._replace(loss_sum=loss_sum, sums=sums), report
 

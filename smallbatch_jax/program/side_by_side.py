@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from smallbatch_jax.program.diagnostics import hessian_product
 from smallbatch_jax.program.train import Model, PyTree, TrainState
 
 
@@ -33,6 +34,30 @@ def summed_value_and_grad(loss_fn: Callable[..., Any], has_aux: bool) -> Callabl
 
         grads, outputs = jax.grad(total, has_aux=True)(params)
         return (outputs, grads), jax.tree.map(lambda _: True, (outputs, grads))
+
+    return function
+
+
+def summed_hessian_product(loss_fn: Callable[..., Any]) -> Callable[..., PyTree]:
+    """`diagnostics.hessian_product` for a function that is vmapped over lanes, as `summed_value_and_grad`."""
+
+    @custom_vmap
+    def function(*arguments: Any) -> PyTree:
+        return hessian_product(loss_fn)(*arguments)
+
+    @function.def_vmap
+    def side_by_side(lanes: int, batched: Any, *arguments: Any) -> Any:
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, tuple(batched[2:]))
+        params, vector = jax.tree.map(  # the first vector is the same in all lanes
+            lambda x, is_batched: x if is_batched else jnp.broadcast_to(x, (lanes, *x.shape)), arguments[:2], tuple(batched[:2])
+        )
+
+        def total(params: PyTree) -> tuple[jax.Array, Any]:
+            losses, aux = jax.vmap(loss_fn, (0, *axes), axis_size=lanes)(params, *arguments[2:])
+            return losses.sum(), aux
+
+        product = hessian_product(total)(params, vector)
+        return product, jax.tree.map(lambda _: True, product)
 
     return function
 

@@ -32,6 +32,7 @@ class Program:
     augment: bool = False  # whether training images are cropped and flipped at random (§3.1)
     optimizer: optim.Optimizer = optim.SGD
     task: Task = CLASSIFICATION
+    diagnostics: tuple[str, ...] = ()  # names in `config.catalog.DIAGNOSTICS`, computed at each evaluation
 
 
 class Setting(NamedTuple):
@@ -65,6 +66,21 @@ def init_state(model: Model, images: jax.Array, seed: jax.Array, optimizer: opti
     return TrainState(jnp.zeros([], jnp.int32), params, variables.pop("batch_stats", {}), optimizer.init(params))
 
 
+def make_loss(model: Model, task: Task) -> Callable[[PyTree, PyTree, Batch, jax.Array], tuple[jax.Array, Any]]:
+    """Returns (params, batch_stats, batch, dropout) → the mean loss in training, without the penalty, and what comes with it.
+
+    That is (sums of the metrics, new batch_stats); `dropout` is a random key.
+    """
+
+    def loss_fn(params: PyTree, batch_stats: PyTree, batch: Batch, dropout: jax.Array) -> tuple[jax.Array, Any]:
+        variables = {"params": params, "batch_stats": batch_stats}
+        outputs, updated = model.apply(variables, batch.images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout})
+        sums = summed({name: metric(outputs, batch) for name, metric in task.metrics.items()})
+        return (task.train_loss or task.loss)(outputs, batch).mean(), (sums, updated.get("batch_stats", batch_stats))
+
+    return loss_fn
+
+
 def make_train_step(
     model: Model, program: Program, value_and_grad: Callable[..., Callable[..., Any]] = jax.value_and_grad
 ) -> Callable[[TrainState, Setting, Batch], tuple[TrainState, Metrics]]:
@@ -75,16 +91,8 @@ def make_train_step(
     have the same axis_name. State and metrics are then equal on all devices. Under `shard_map` use ``check_vma=False``: with
     the check on, the gradient of replicated parameters is already summed over the axis.
     """
-    axis, optimizer, task = program.axis_name, program.optimizer, program.task
-
-    def loss_fn(params: PyTree, batch_stats: PyTree, batch: Batch, dropout: jax.Array) -> tuple[jax.Array, Any]:
-        """Returns the mean loss and aux = (sums of the metrics, new_batch_stats)."""
-        variables = {"params": params, "batch_stats": batch_stats}
-        outputs, updated = model.apply(variables, batch.images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout})
-        sums = summed({name: metric(outputs, batch) for name, metric in task.metrics.items()})
-        return (task.train_loss or task.loss)(outputs, batch).mean(), (sums, updated.get("batch_stats", batch_stats))
-
-    grad_fn = value_and_grad(loss_fn, has_aux=True)
+    axis, optimizer = program.axis_name, program.optimizer
+    grad_fn = value_and_grad(make_loss(model, program.task), has_aux=True)
 
     def means_and_sums(state: TrainState, batch: Batch, dropout: jax.Array) -> tuple[PyTree, dict[str, jax.Array]]:
         (loss, (sums, batch_stats)), grads = grad_fn(state.params, state.batch_stats, batch, dropout)

@@ -34,6 +34,11 @@ def require_fitting(experiment: Experiment, dataset: Dataset | Photographs) -> N
             "model.bn_statistics: 'precise' reads training images again at every evaluation, which dataset.image_size streams. "
             "Use 'running'."
         )
+    if streamed and experiment.diagnostics:
+        raise InputError(
+            f"diagnostics: {experiment.diagnostics} read training images again at every evaluation, which dataset.image_size "
+            "streams. Use ()."
+        )
     if not experiment.model.name.startswith(OWN):
         _require_pictures(f"model.name: {experiment.model.name} takes images [N, H, W, C]", dataset.image_shape)
     if experiment.dataset.augment:

@@ -20,6 +20,7 @@ from smallbatch_jax.models.own import OwnModel
 from smallbatch_jax.program import devices, fit, jax_flags, processes
 from smallbatch_jax.program.devices import DATA
 from smallbatch_jax.program.lanes import LaneProgram
+from smallbatch_jax.program.train import Program
 from smallbatch_jax.runner import checks
 from smallbatch_jax.runner.compiler import Compiler
 from smallbatch_jax.runner.input import input_pipeline
@@ -144,6 +145,7 @@ def _checked_setup(
             model.require_batch(dataset.example, m)
         if place == 0:  # with the smallest b, which alone may be too small for a named model
             fit.require_model(model, setup.task, dataset, m)
+            fit.require_diagnostics(model, Program(m, 1, task=setup.task, diagnostics=experiment.diagnostics), dataset)
             fit.require_optimizer(setup.optimizer(m), experiment.optimizer.title)
             checks.require_disk(experiment, model, dataset.example)
     return setup

@@ -264,6 +264,7 @@ class Job:
             augment=experiment.dataset.augment and isinstance(self.setup.dataset, Dataset),  # photographs come augmented
             optimizer=self.setup.optimizer(self.batch_size),
             task=self.setup.task,
+            diagnostics=experiment.diagnostics,
         )
         bn_batch_size = None if self.bn_batch_size == self.batch_size else self.bn_batch_size
         statistics_model_of = self.setup.statistics_model_of

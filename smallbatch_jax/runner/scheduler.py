@@ -235,6 +235,7 @@ def _row(job: Job, lane: LaneSteps, found: Report) -> Row | None:
         examples = np.float32(tested.examples) if tested.examples else np.float32("nan")
         values |= {f"{split}_{name}": float(total) / float(examples) for name, total in tested.sums.items()}
         values[f"{split}_loss"] = float(np.float32(tested.sums["loss"]) / examples)
+    values |= {name: float(value) for name, value in found.diagnosed.items()}
     has_accuracy = "test_accuracy" in values
     if not found.alive or any(not np.isfinite(values[f"{split}_loss"]) for split in found.tested):
         losses = {name for name in values if name.endswith("_loss")} if has_accuracy else {"train_loss"}

@@ -76,6 +76,7 @@ def sweep(
           `epsilon`, `beta_rule`, `beta_batch_size`;
         - further axes of the grid: `weight_decays`, `warmup_fractions`, `momenta`, `beta1s`, `beta2s`, `beta1_half_lives` and
           `beta2_half_lives` in examples, `epsilons`, and the `scalars` of an own optimizer;
+        - `diagnostics`, columns that say why training goes as it does: names in `config.catalog.DIAGNOSTICS`;
         - `label_smoothing`, and `select`, the column that says which run is best, as ("test_loss", "min");
         - `schedule`: an `experiment.Schedule`; or its `boundaries`, `factor`, `warmup_fraction`;
         - of the dataset `augment`, `validation_fraction`, `data_dir`, `image_size`, `color_jitter`, `broken_images`, `workers`;

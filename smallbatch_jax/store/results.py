@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from smallbatch_jax.config import catalog
 from smallbatch_jax.config.experiment import Experiment, InputError, Run, programs
 from smallbatch_jax.config.fields import expanded_path
 from smallbatch_jax.config.grid import RUN_COLUMNS
@@ -87,6 +88,7 @@ class Format(NamedTuple):
     def of(cls, experiment: Experiment) -> "Format":
         names = ("loss", *experiment.metric_names())
         columns = [f"{split}_{name}" for split in ("train", *experiment.splits()) for name in names]
+        columns += catalog.diagnostic_columns(experiment.diagnostics)
         further = (*experiment.grid.axes(), *(name for name in columns if name not in _FIXED))
         return cls(further, experiment.metric)
 
@@ -260,8 +262,8 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     norm was evaluated with, running averages or precise statistics (`model.bn_statistics`).
 
     Where they are used there are further columns: the grid's further axes (`grid.weight_decays` is weight_decay), further
-    metrics ("train_top5_accuracy", "test_top5_accuracy"), and "validation_loss" and others of a validation split. A task
-    without an accuracy, a regression, has NaN there.
+    metrics ("train_top5_accuracy", "test_top5_accuracy"), "validation_loss" and others of a validation split, and those of
+    `diagnostics` ("train_noise_scale"). A task without an accuracy, a regression, has NaN there.
 
     A warning, one line, names what could not be read: a file that is missing, lines that are damaged or lost.
 

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 WORDS = [
     *(*experiment.DATASETS, *catalog.MODELS, *catalog.NORMS, *experiment.BN_STATISTICS, *experiment.PRECISIONS),
+    *catalog.DIAGNOSTICS,
     *(*experiment.BROKEN_IMAGES, *catalog.OPTIMIZERS, *catalog.RULES, *experiment.BETA_RULES, *catalog.TASKS, *catalog.METRICS),
     *(*experiment.WEIGHT_DECAY_MASKS, *experiment.KEEP_PARAMETERS),
     experiment.OWN,

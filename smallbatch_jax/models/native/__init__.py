@@ -13,7 +13,8 @@ Against XLA's convolutions in their fastest layout, ResNet-8 with batch norm tra
 """
 
 import logging
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,11 +46,13 @@ def _processor() -> Processor | None:
         return None
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def correlate(shape: Correlation, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Returns float32[N, H', W', O], the correlation of x, float32[N, H, W, C], with kernel, float32[kh, kw, C, O]."""
     return _call("correlation", shape, (len(x), *shape.outputs, shape.features), x, kernel)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def kernel_gradient(shape: Correlation, x: jax.Array, dy: jax.Array) -> jax.Array:
     """Returns the gradient of Σ y·dy with respect to the kernel of a correlation without dilation.
 
@@ -62,6 +65,21 @@ def kernel_gradient(shape: Correlation, x: jax.Array, dy: jax.Array) -> jax.Arra
       float32[kh, kw, C, O].
     """
     return _call("kernel_gradient", shape, (*shape.window, shape.channels, shape.features), x, dy)
+
+
+def _linear_in_each(function: Any) -> Any:
+    """Returns the derivative, forward, of a function of (shape, a, b) that is linear in a and in b."""
+
+    def jvp(shape, primals, tangents):
+        (a, b), (da, db) = primals, tangents
+        return function(shape, a, b), function(shape, da, b) + function(shape, a, db)
+
+    return jvp
+
+
+# Forward only: `conv` says what the gradient is, and a Hessian-vector product is the forward derivative of that gradient.
+for _routine in (correlate, kernel_gradient):
+    _routine.defjvp(_linear_in_each(_routine))
 
 
 def _call(routine: str, shape: Correlation, result: tuple[int, ...], *arrays: jax.Array) -> jax.Array:

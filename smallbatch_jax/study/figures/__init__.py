@@ -26,7 +26,9 @@ from smallbatch_jax.study.figures.points import one_bn_batch_size, own_base_lrs
 from smallbatch_jax.study.figures.runs import accuracy_against_memory as accuracy_against_memory
 from smallbatch_jax.study.figures.runs import accuracy_against_time as accuracy_against_time
 from smallbatch_jax.study.figures.runs import convergence as convergence
+from smallbatch_jax.study.figures.runs import noise_scale as noise_scale
 from smallbatch_jax.study.figures.runs import program_costs
+from smallbatch_jax.study.figures.runs import sharpness as sharpness
 from smallbatch_jax.study.figures.runs import time_to_accuracy as time_to_accuracy
 from smallbatch_jax.study.figures.scaling import LEAST_SIZES
 from smallbatch_jax.study.figures.scaling import best_learning_rates as best_learning_rates
@@ -113,6 +115,9 @@ def _own_figures(
         yield "examples_to_target", examples_to_target(study)
         if not own:
             yield "best_learning_rates", best_learning_rates(study)
+    for diagnostic, figure in {"noise_scale": noise_scale, "sharpness": sharpness}.items():
+        if study and diagnostic in study.experiment.diagnostics:
+            yield diagnostic, figure(study)
     if study:
         costs = program_costs(study, one_bn_batch_size(cells, metric)[0])
         if costs["images_per_second"].notna().any():

@@ -1,4 +1,4 @@
-"""Runs of single cells: learning curves by epoch (Fig. 4) or time, the time to an accuracy, and accuracy against memory.
+"""Runs of single cells: learning curves by epoch (Fig. 4) or time, time to an accuracy, accuracy against memory, diagnostics.
 
 Times are those of the machine that trained (`study.cost`), so the figures of cost are not the same for the same results; their
 study must have timings. Where BN batch sizes vary, they are chosen as in `grid.heat_map`.
@@ -229,6 +229,72 @@ def accuracy_against_memory(study: Study) -> Figure:
     lost = style.named("diverged", best.loc[best["lost"], "batch_size"])
     note = style.note(points.run_note(cells), lost, unknown, end="memory of all lanes together, without the dataset")
     style.foot(figure, points.mark_entries(best[here], pending=points.PROVISIONAL), note)
+    return figure
+
+
+@style.styled()
+def noise_scale(study: Study) -> Figure:
+    """The gradient noise scale by epoch, one curve per m at its best η̃; the study's experiment has that diagnostic.
+
+    Returns:
+      A figure in which a curve is drawn as in `convergence`, of the evaluations whose noise scale is larger than its error.
+    """
+    metric = named_metric(study.experiment)
+    cells, title = points.titled(study.cells, metric)
+    chosen = _best_first(cells, study.rows, metric).drop_duplicates("batch_size").sort_values("batch_size")
+    value, error = study.rows["train_noise_scale"], study.rows["train_noise_scale_error"]
+    figure, axes = style.new_axes(title + r", best $\tilde{\eta}$ of each $m$")
+    known = study.rows.assign(train_noise_scale=value.where(error < value))
+    without = _plot_cells({"train_noise_scale": axes}, known, chosen, 1.0)
+    axes.set(xlabel="epoch", ylabel="gradient noise scale (examples)")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    if axes.has_data():
+        axes.set_yscale("log")
+    else:
+        style.say_nothing_finished(axes, "no noise scale is larger than its error")
+    note = style.note(
+        points.run_note(cells), style.named("no epoch yet", without), end="without values smaller than their error"
+    )
+    style.foot(figure, {}, note)
+    return figure
+
+
+@style.styled()
+def sharpness(study: Study) -> Figure:
+    """The sharpness of every run against 2/η by m, before the learning rate is reduced; the experiment has that diagnostic.
+
+    Gradient descent on a quadratic diverges where λ > 2/η, and full-batch training settles near λ = 2/η, the edge of stability
+    (Cohen et al. 2021, arXiv 2103.00065).
+
+    Returns:
+      A figure with a point for each run at its last evaluation before the first reduction, a × for a run that diverged later,
+      and for SGD without momentum the line λ = 2/η.
+    """
+    experiment = study.experiment
+    _, title = points.titled(study.cells, study.metric)
+    last = min(experiment.schedule.boundaries, default=1.0) * experiment.epochs
+    rows = study.rows[study.rows["epoch"] <= last].dropna(subset="train_sharpness")
+    runs = rows.sort_values("epoch").drop_duplicates([*cell_columns(rows), "seed"], keep="last")
+    figure, axes = style.new_axes(title)
+    sizes, entries = sorted(set(study.cells["batch_size"].tolist())), {}
+    for m, look in zip(sizes, style.ordered_looks(len(sizes)), strict=True):
+        of_size, entries[str(m)] = runs[runs["batch_size"] == m], style.mark(**look)
+        edges = 2 / of_size["base_lr"].map(lambda base_lr, m=m: experiment.optimizer.learning_rate(base_lr, m))
+        lost = of_size["status"] == "diverged"
+        for where, mark in ((~lost, {"linestyle": ""}), (lost, style.CROSS)):
+            axes.plot(edges[where], of_size["train_sharpness"][where], **{**look, **mark})
+    axes.set(xlabel=r"$2/\eta$", ylabel=r"sharpness $\lambda_{\mathrm{max}}$")
+    if runs.empty:
+        style.say_nothing_finished(axes, "no evaluation before the first reduction")
+    else:
+        axes.set(xscale="log", yscale="log")
+    if experiment.optimizer.name == "sgd" and len(runs):
+        (line,) = axes.plot(axes.get_xlim(), axes.get_xlim(), color=style.QUIET, linestyle="--", zorder=1, scaley=False)
+        entries[r"$\lambda = 2/\eta$"] = line
+    if (runs["status"] == "diverged").any():
+        entries["diverged later"] = style.mark(**style.CROSS)
+    style.side_legend(axes, entries, "$m$")
+    style.foot(figure, {}, "last evaluation of each run before the learning rate is first reduced")
     return figure
 
 

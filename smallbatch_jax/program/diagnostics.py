@@ -1,0 +1,122 @@
+"""Diagnostics of a run at its evaluations, such as its gradient noise scale; `config.catalog.DIAGNOSTICS` names them.
+
+They read a fixed sample of the training examples, the same for all runs and not augmented, in sub-batches. The loss is that of
+training, without the penalty: the model is in training mode, and a sub-batch holds whole BN groups, so that batch norm has the
+statistics that training sees.
+"""
+
+import pkgutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+from smallbatch_jax.config.catalog import DIAGNOSTICS, DiagnosticEntry
+from smallbatch_jax.program.device_data import DeviceData
+from smallbatch_jax.program.tasks import Array, Batch
+from smallbatch_jax.program.train import Model, Program, PyTree, TrainState, make_loss
+
+EXAMPLES_AT_ONCE = 32  # most examples of a sub-batch, unless a BN group has more
+
+
+class SubBatch(NamedTuple):
+    """The examples of a sub-batch; all sub-batches of a sample are stacked along a leading axis."""
+
+    indices: Array  # int32[b], of training examples
+    number: Array  # int32[], its place in the sample, from which its dropout is drawn
+
+
+class Derivatives(NamedTuple):
+    """Derivatives of the mean loss of a sub-batch by the parameters, float[P]."""
+
+    gradient: Callable[[jax.Array, Any], jax.Array]  # (params, sub-batch) → float[P]
+    product: Callable[[jax.Array, jax.Array, Any], jax.Array]  # (params, vector, sub-batch) → Hessian times vector, float[P]
+
+
+def hessian_product(loss_fn: Callable[..., Any]) -> Callable[..., PyTree]:
+    """Returns (params, vector, *others) → the Hessian by params times the vector, trees like params; the loss has an aux."""
+
+    def product(params: PyTree, vector: PyTree, *others: Any) -> PyTree:
+        return jax.jvp(lambda params: jax.grad(loss_fn, has_aux=True)(params, *others)[0], (params,), (vector,))[1]
+
+    return product
+
+
+def make_diagnose(
+    model: Model,
+    program: Program,
+    value_and_grad: Callable[..., Callable[..., Any]] = jax.value_and_grad,
+    hessian_product: Callable[..., Callable[..., Any]] = hessian_product,
+) -> Callable[[TrainState, DeviceData], dict[str, jax.Array]]:
+    """Returns (state, data) → the columns of `program.diagnostics`, float32[] each, by name.
+
+    `value_and_grad` and `hessian_product` differentiate the loss; `side_by_side` has those for lanes that are vmapped.
+    Along `program.axis_name` each device computes its share of the sub-batches, with batch norm over its own examples.
+    """
+    if not program.diagnostics:
+        return lambda state, data: {}
+    if program.axis_name is not None:
+        model = model.clone(axis_name=None)
+    loss_fn = make_loss(model, program.task)
+    grad_fn, product_fn = value_and_grad(loss_fn, has_aux=True), hessian_product(loss_fn)
+
+    def diagnose(state: TrainState, data: DeviceData) -> dict[str, jax.Array]:
+        params, unravel = ravel_pytree(state.params)
+
+        def of(sub_batch: SubBatch) -> tuple[PyTree, Batch, jax.Array]:
+            images, labels = data.train_images[sub_batch.indices], data.train_labels[sub_batch.indices]
+            dropout = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), state.step), sub_batch.number)
+            return state.batch_stats, Batch(data.normalise(images), labels), dropout
+
+        derivatives = Derivatives(
+            lambda params, one: ravel_pytree(grad_fn(unravel(params), *of(one))[1])[0],
+            lambda params, vector, one: ravel_pytree(product_fn(unravel(params), unravel(vector), *of(one)))[0],
+        )
+        found = {}
+        for name in program.diagnostics:
+            entry, compute = DIAGNOSTICS[name], pkgutil.resolve_name(DIAGNOSTICS[name].compute)
+            count, size = sample_shape(entry, model, program, state.batch_stats, data)
+            sub_batches = _sub_batches(count, size, data, program.axis_name)
+            found |= zip(entry.columns, compute(derivatives, params, sub_batches, size, program.axis_name), strict=True)
+        return {name: value.astype(jnp.float32) for name, value in found.items()}
+
+    return diagnose
+
+
+def sample_shape(
+    entry: DiagnosticEntry, model: Model, program: Program, batch_stats: PyTree, data: DeviceData
+) -> tuple[int, int]:
+    """Returns the number of sub-batches k and the size of each, b; whole BN groups, and 0 sub-batches where none fits.
+
+    Devices that share a batch get equal numbers of sub-batches. `batch_stats` are those of the state: a model without them has
+    BN groups of one example.
+    """
+    examples = len(data.shuffled)
+    wanted = min(max(entry.examples, examples // entry.share), examples)
+    devices = 1 if program.axis_name is None else lax.axis_size(program.axis_name)
+    group, several = 1, True
+    if jax.tree.leaves(batch_stats):
+        given = getattr(model, "bn_batch_size", None)
+        group, several = given or program.batch_size, given is not None
+    size = group * max(1, several * wanted // max(entry.sub_batches, -(-wanted // EXAMPLES_AT_ONCE), devices) // group)
+    count = min(max(entry.least, wanted // size), examples // size)
+    return min(-(-count // devices), examples // size // devices) * devices, size
+
+
+def _sub_batches(count: int, size: int, data: DeviceData, axis_name: str | None) -> SubBatch:
+    """Returns the sub-batches of this device, stacked."""
+    sample = SubBatch(data.shuffled[: count * size].reshape(count, size), jnp.arange(count))
+    if axis_name is None:
+        return sample
+    mine = count // lax.axis_size(axis_name)
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, lax.axis_index(axis_name) * mine, mine), sample)
+
+
+def mean_over(function: Callable[[Any], jax.Array], like: jax.Array, sub_batches: Any, axis_name: str | None) -> jax.Array:
+    """Returns the mean over all sub-batches of a function of one, float[P] as `like`, which is summed as it comes."""
+    total, _ = lax.scan(lambda total, one: (total + function(one), None), jnp.zeros_like(like), sub_batches)
+    mean = total / len(jax.tree.leaves(sub_batches)[0])
+    return mean if axis_name is None else lax.pmean(mean, axis_name)
