@@ -57,6 +57,16 @@ def test_a_sweep_trains_draws_and_prints_its_table(trained):
     assert frame.groupby("base_lr").status.unique().map(list).to_dict() == {0.001: ["finished"], 8.0: ["diverged"]}
 
 
+def test_a_search_ends_with_a_recommendation(tmp_path):
+    options = ("--config.epochs=2", "--config.grid.batch_sizes=(128,)", "--config.dataset.validation_fraction=0.2")
+    done = run("search.py", QUICKSTART, f"--workdir={tmp_path / 'w'}", *options)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^Best at m = 128, η̃ = 2\^-\d+: validation accuracy \d+\.\d %", done.stdout, re.M)
+    frame = results.load(tmp_path / "w")
+    assert frame.groupby(["base_lr", "seed"]).size().sum() <= 3 * 2
+    assert set(frame.status) <= {"finished", "stopped", "diverged"}
+
+
 @pytest.mark.slow
 def test_a_finished_sweep_is_redrawn_and_not_trained_again(trained):
     workdir, first = trained
@@ -158,6 +168,8 @@ def test_a_mistake_is_one_line_exit_status_2_and_nothing_written(tmp_path, argum
         ("train.py", [QUICKSTART, "--workdir=w"], "batch_size: not given"),
         ("train.py", [QUICKSTART, "--workdir=w", "--config.batch_size=8", "--config.base_lr=nan"], "base_lr: got nan"),
         ("figures.py", ["--workdir=configs"], "--workdir: configs is no workdir"),
+        ("search.py", [QUICKSTART, "--workdir=w", "--config.search.budget=0"], "search.budget: got 0"),
+        ("launch.py", [QUICKSTART, "--workdir=w", "--config.search.seconds=9"], "search: quickstart is a search"),
     ],
 )
 def test_a_mistake_in_what_to_do_is_one_line_and_exit_status_2(script, arguments, says):
