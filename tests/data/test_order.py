@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from smallbatch_jax.data.order import batch_indices, epoch_end, epoch_of_step, epoch_permutation, total_steps
+from smallbatch_jax.data.order import BatchSchedule, batch_indices, epoch_end, epoch_permutation, total_steps
 
 # (examples, batch size): dividing and not, halves exactly (7 / 2), whole training sets, and m = 1.
 SIZES = [(1, 1), (5, 1), (5, 5), (6, 3), (7, 2), (7, 3), (7, 5), (9, 6), (10, 4), (10, 7), (13, 13)]
@@ -37,7 +37,7 @@ def test_epoch_of_step_is_the_inverse_of_epoch_end(num_examples, batch_size):
     """Every step from the end of epoch e - 1 to before the end of e belongs to e, and to no other epoch."""
     ends = [epoch_end(e, num_examples, batch_size) for e in range(41)]
     expected = [e for e in range(1, 41) for _ in range(ends[e - 1], ends[e])]
-    assert [epoch_of_step(k, num_examples, batch_size) for k in range(ends[-1])] == expected
+    assert [BatchSchedule(num_examples, batch_size).epoch_of_step(k) for k in range(ends[-1])] == expected
 
 
 @pytest.mark.parametrize("segment", [1, 2, 3, 1000])
