@@ -64,10 +64,11 @@ def main() -> int:
 
 
 def _with_batch_sizes(chosen: Experiment) -> Experiment:
-    """Returns the experiment with the batch sizes asked for, ordinary batch norm, and learning rates that change nothing."""
+    """Returns the experiment with the batch sizes asked for, which stay, plain batch norm, and rates that change nothing."""
     sizes = BATCH_SIZES.value or chosen.grid.batch_sizes
     rates = tuple(2.0**-24 * (1 + i) for i in range(len(chosen.grid.base_lrs)))
-    return dataclasses.replace(chosen, drawn_from=(), grid=experiment.Grid(batch_sizes=sizes, base_lrs=rates))
+    grid, schedule = experiment.Grid(batch_sizes=sizes, base_lrs=rates), experiment.Schedule()
+    return dataclasses.replace(chosen, drawn_from=(), grid=grid, schedule=schedule)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 A program is compiled once and trains all runs of one batch size and BN batch size. "time" is training and evaluation, on this
 machine, of the runs that did not diverge within the probe. "memory" is that of the compiled program, without the dataset; the
 last line also has the memory of this whole command, which a sweep needs as well. "shared by" is the number of devices that
-share each batch; with more than one, a lane is a row of them (docs/scaling.md).
+share each batch; with more than one, a lane is a row of them (docs/scaling.md). Where batches grow, --probe_seconds=0 lists the
+steps and images, and nothing else is predicted.
 --elsewhere adds columns for another device, from the output of `benchmark.py --json` there for the same model;
 --elsewhere_devices=1,8 plans for one and for eight of them, which share out the runs of each program.
 --probe_seconds=0 measures nothing; those columns then assume that no run diverges.
@@ -75,13 +76,18 @@ def main() -> int:
         os.environ["JAX_PLATFORMS"] = "cpu"  # an installed compiler for TPUs would look for one
     command.import_jax()
     from smallbatch_jax import data
-    from smallbatch_jax.data import order
+    from smallbatch_jax.data.order import BatchSchedule
     from smallbatch_jax.study.study import choose_base_lrs
 
     chosen = choose_base_lrs(experiment.from_config(command.given_config(CONFIG)))
     if chosen.drawn_from:
         print(f"{chosen.name}: trains nothing, is drawn from {', '.join(chosen.drawn_from)}")
         return 0
+    if chosen.schedule.batch_growth > 1 and (SECONDS.value or TARGET.value or ELSEWHERE.value):
+        raise InputError(
+            f"schedule.batch_growth: got {chosen.schedule.batch_growth}, the time of batches that grow is not predicted; use 1 "
+            "or --probe_seconds=0 without --target and --elsewhere."
+        )
     there = Elsewhere(chosen, ELSEWHERE.value)
     listed = Elsewhere(chosen, None) if SECONDS.value else there  # the runs that diverge are known after the probe
     num_examples = data.num_train_examples(chosen.dataset)
@@ -90,9 +96,10 @@ def main() -> int:
     print(f"{chosen.name}: {len(chosen.runs())} runs of {chosen.epochs} epochs in {len(programs)} programs")
     print(f"{'m':>6}{'BN batch':>10}{'runs':>6}{'steps per run':>15}{'images':>16}{listed.heads()}")
     for (m, b), runs in programs.items():
-        steps = order.total_steps(chosen.epochs, num_examples, m)
-        columns = listed.columns(m, len(runs), steps * m)
-        print(f"{m:>6}{b:>10}{len(runs):>6}{steps:>15,}{steps * m * len(runs):>16,}{columns}")
+        batches = BatchSchedule.of(chosen, num_examples, m)
+        steps, images = batches.total_steps, batches.examples(batches.total_steps)
+        columns = listed.columns(m, len(runs), images)
+        print(f"{m:>6}{b:>10}{len(runs):>6}{steps:>15,}{images * len(runs):>16,}{columns}")
     if chosen.search.budget:
         print(f"its search trains on at most {chosen.search.budget:,.0f} of these images, and one run more")
     if TARGET.value:

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from smallbatch_jax.config.fields import exact_fraction
+
 
 class SummedSgdState(NamedTuple):
     """State of `summed_sgd`."""
@@ -143,7 +145,7 @@ def lion(learning_rate: Any, weight_decay: Any, beta1: Any, beta2: Any, mask: An
 
 def step_schedule(
     total_steps: Any,
-    boundaries: Sequence[float] = (0.5, 0.75),
+    boundaries: Sequence[float | Fraction] = (0.5, 0.75),
     factor: Any = 0.1,
     warmup_fraction: Any = 0.0,
     warmup_start: Any = 1 / 32,
@@ -156,7 +158,7 @@ def step_schedule(
 
     Args:
       total_steps: T, updates in the whole run; scalar, may be traced.
-      boundaries: fractions of T, each within [0, 1].
+      boundaries: fractions of T, each within [0, 1]; a `Fraction` is taken exactly if T is an int.
       factor: multiplier at each boundary; may be traced.
       warmup_fraction: fraction of T spent warming up; 0 means none; may be traced.
       warmup_start: multiplier at k = 0 when warming up; may be traced.
@@ -188,16 +190,11 @@ def step_schedule(
     return schedule
 
 
-def _first_step_from(fraction: float, total_steps: Any) -> Any:
-    """The first integer step k ≥ fraction·T, in exact integers.
-
-    0.55 is not exact in binary, and 0.55·100 would round up to 56. The fraction is therefore replaced by the nearest one with a
-    denominator of at most 10,000, where the two agree to within the rounding of a float.
-    """
-    near = Fraction(fraction).limit_denominator(10_000)
+def _first_step_from(fraction: float | Fraction, total_steps: Any) -> Any:
+    """The first integer step k ≥ fraction·T, in exact integers."""
     if isinstance(total_steps, (int, np.integer)):
-        exact = near if math.isclose(near, fraction, rel_tol=1e-12) else Fraction(fraction)
-        return math.ceil(exact * int(total_steps))
+        return math.ceil(exact_fraction(fraction) * int(total_steps))
+    near = Fraction(fraction).limit_denominator(10_000)
     # Quotient and remainder apart, so that no product exceeds int32.
     steps = jnp.asarray(total_steps, jnp.int32)
     p, q = near.numerator, near.denominator

@@ -85,8 +85,9 @@ def trained(
             state = program.put(zeros)
         others = [None] * (program.lanes - 1)
         while first < last:
-            steps = pipeline.steps(program, m, [LaneSteps(run, 1, first, last - first), *others], program.segment_steps)[0]
-            load = pipeline.prepare(program, m, [LaneSteps(run, 1, first, steps, first + steps == last), *others])
+            lane = LaneSteps(run, 1, first, first * m, last - first)
+            steps = pipeline.steps(program, m, [lane, *others], program.segment_steps)[0]
+            load = pipeline.prepare(program, m, [lane._replace(steps=steps, evaluate=first + steps == last), *others])
             state, report = program.run(state, job.settings([run, *others]), load.segment, load.pool, load.test)
             first += steps
         state, report = jax.tree.map(np.asarray, processes.readable((state, report), program.mesh))

@@ -100,7 +100,7 @@ def _facts(experiment: Experiment) -> dict[str, Any]:
 
 def _programs(experiment: Experiment, workdir: Path, num_examples: int) -> list[LaunchedProgram]:
     """The programs of a grid, and how far they have come; makes the results file of each."""
-    from smallbatch_jax.data import order
+    from smallbatch_jax.data.order import BatchSchedule
 
     sent, data_dir = experiment, experiment.dataset.data_dir
     if data_dir and not data_dir.startswith("~"):  # a worker may run in another folder
@@ -116,7 +116,7 @@ def _programs(experiment: Experiment, workdir: Path, num_examples: int) -> list[
                 with Trackers(experiment, workdir, [stored]):
                     pass
             task = ProgramTask(sent, workdir, (m, b), owner, stored.rows(), sys.argv)
-        name, steps = f"{experiment.name}, {title(m, b)}", order.total_steps(epochs, num_examples, m)
+        name, steps = f"{experiment.name}, {title(m, b)}", BatchSchedule.of(experiment, num_examples, m).total_steps
         found.append(LaunchedProgram(name, task, pending, steps, status))
     return found
 

@@ -17,8 +17,9 @@ from smallbatch_jax.config.fields import OWN, InputError, config_field
 from smallbatch_jax.config.grid import Grid, Run, Search, listed, programs, require_divisor
 from smallbatch_jax.config.metric import Metric
 from smallbatch_jax.config.optimizer import BETA_RULES, Optimizer
+from smallbatch_jax.config.schedule import Schedule
 
-__all__ = ["BETA_RULES", "OWN", "Experiment", "Grid", "InputError", "Optimizer", "Run"]
+__all__ = ["BETA_RULES", "OWN", "Experiment", "Grid", "InputError", "Optimizer", "Run", "Schedule"]
 __all__ += ["default_config", "from_config", "programs", "single_run"]
 
 BROKEN_IMAGES = ("fail", "skip")
@@ -60,16 +61,6 @@ class Model:
     bn_decay: float = config_field(0.99, fields.decay)  # weight of the old running average of batch norm at each step
     # At evaluation: "running" averages, or "precise" statistics recomputed over training images.
     bn_statistics: str = config_field("running", fields.choice(BN_STATISTICS, "kind of statistics"))
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """`schedule`: unitless multipliers of the base learning rate; see `optim.step_schedule`."""
-
-    # Fractions of training, at each of which the learning rate is multiplied by `factor`.
-    boundaries: tuple[float, ...] = config_field((0.5, 0.75), fields.distinct(fields.number(0, 1), most=100))
-    factor: float = config_field(0.1, fields.positive(1))
-    warmup_fraction: float = config_field(0.0, fields.number(0, 1))  # fraction of training; 0: none
 
 
 @dataclass(frozen=True)
@@ -121,7 +112,8 @@ class Experiment:
         for name, plain in (("weight_decay", 0.0), ("weight_decay_mask", "all")):
             if self.optimizer.name.startswith(OWN) and getattr(self, name) != plain:
                 raise InputError(f"{name}: an own optimizer decays weights by itself, if at all; use {plain!r}.")
-        for m in self.grid.batch_sizes:
+        self.schedule.require_growth(self.grid.batch_sizes, self.grid.warmup_fractions)
+        for m in (size for first in self.grid.batch_sizes for size in self.schedule.batch_sizes(first)):
             for given in ({}, *({name: value} for name, values in self.grid.axes().items() for value in values)):
                 self.optimizer.scalars(m, given)
         if self.grid.base_lrs_from:
@@ -196,25 +188,30 @@ class Experiment:
         return self.grid.base_lrs
 
     def require_examples(self, num_examples: int) -> None:
-        """Raises InputError for a batch size larger than the training set."""
+        """Raises InputError for a batch size that is, or grows, larger than the training set."""
         for m in self.grid.batch_sizes:
             if m > num_examples:
                 raise InputError(
                     f"grid.batch_sizes (batch_size for one run): {m} is larger than the training set of {num_examples} "
                     f"examples; use 1 to {num_examples}."
                 )
+            self.schedule.require_examples(m, num_examples)
+
+    def phase_shapes(self, batch_size: int, bn_batch_size: int) -> list[tuple[int, int]]:
+        """Returns every (batch size, BN batch size) that a run may come to; b = m stays the whole batch."""
+        return [(m, m if bn_batch_size == batch_size else bn_batch_size) for m in self.schedule.batch_sizes(batch_size)]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain nested values, as stored in a workdir."""
         return dataclasses.asdict(self)
 
     def can_share(self, batch_size: int, bn_batch_size: int, devices: int) -> bool:
-        """Returns whether a batch can be split evenly over this many devices, without splitting a BN group unevenly."""
-        if batch_size % devices:
-            return False
-        share = batch_size // devices
+        """Returns whether a batch, and all it grows to, splits evenly over devices, without splitting a BN group unevenly."""
         grouped = catalog.NORMS[self.model.norm].batch_statistics
-        return not grouped or share % bn_batch_size == 0 or bn_batch_size % share == 0
+        for m, b in self.phase_shapes(batch_size, bn_batch_size):
+            if m % devices or (grouped and m // devices % b and b % (m // devices)):
+                return False
+        return True
 
     def require_shares(self) -> None:
         """Raises InputError if `data_devices` cannot share every batch of the grid."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -83,6 +84,16 @@ def plain(value: Any) -> Any:
         with suppress(ValueError, OverflowError):  # a signalling NaN, a number that is too large
             return float(value)
     return value
+
+
+def exact_fraction(value: float | Fraction) -> Fraction:
+    """Returns the fraction that a float stands for.
+
+    0.55 is not exact in binary, and 0.55·100 would round up to 56. A float is therefore replaced by the nearest fraction with a
+    denominator of at most 10,000, where the two agree to within the rounding of a float.
+    """
+    near = Fraction(value).limit_denominator(10_000)
+    return near if isinstance(value, float) and math.isclose(near, value, rel_tol=1e-12) else Fraction(value)
 
 
 def refuse_unknown(values: Iterable[Any], known: Iterable[str], prefix: str) -> None:

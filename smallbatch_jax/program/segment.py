@@ -195,7 +195,9 @@ def _take(program: Program, seed: jax.Array, step: jax.Array, indices: jax.Array
     images, labels = data.train_images[indices], data.train_labels[indices]
     if not program.augment:
         return Examples(images, labels, None)
-    first = 0 if program.axis_name is None else lax.axis_index(program.axis_name) * len(indices)
+    first = program.position_of_step_0
+    if program.axis_name is not None:
+        first += lax.axis_index(program.axis_name) * len(indices)
     positions = step * program.batch_size + first + jnp.arange(len(indices))
     crops = draw_crops(seed, positions // len(data.train_labels), indices)
     return Examples(crop_and_flip(images, crops), labels, crops)

@@ -5,6 +5,7 @@ No I/O and no jit: callers choose `jit`, `scan`, `vmap`, `shard_map` or `pmap`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +25,8 @@ class Program:
     """Constants of one compiled program, shared by its runs; the model and the data come beside them."""
 
     batch_size: int  # m, over all devices
-    total_steps: int  # T, updates in a run
-    boundaries: tuple[float, ...] = (0.5, 0.75)
+    total_steps: int  # T of the learning rate's schedule, updates in a run (if batches grow, `BatchSchedule.schedule_steps`)
+    boundaries: tuple[float | Fraction, ...] = (0.5, 0.75)
     factor: float = 0.1
     axis_name: str | None = None  # mesh axis over which each batch is sharded; None if one device holds all of it
     micro_batch_size: int | None = None  # examples of a shard computed at a time, whole BN groups; None takes all at once
@@ -33,6 +34,7 @@ class Program:
     optimizer: optim.Optimizer = optim.SGD
     task: Task = CLASSIFICATION
     diagnostics: tuple[str, ...] = ()  # names in `config.catalog.DIAGNOSTICS`, computed at each evaluation
+    position_of_step_0: int = 0  # in the stream of examples: update k has those from this + k·m on
 
 
 class Setting(NamedTuple):

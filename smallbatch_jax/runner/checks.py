@@ -10,6 +10,7 @@ import numpy as np
 from smallbatch_jax.config.experiment import OWN, Experiment, InputError
 from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.data.doubts import doubts
+from smallbatch_jax.program import processes
 from smallbatch_jax.program.train import Model, init_state
 
 MOST_CHANNELS = 4  # of a picture: grey, RGB, RGBA
@@ -38,6 +39,11 @@ def require_fitting(experiment: Experiment, dataset: Dataset | Photographs) -> N
         raise InputError(
             f"diagnostics: {experiment.diagnostics} read training images again at every evaluation, which dataset.image_size "
             "streams. Use ()."
+        )
+    if streamed and experiment.schedule.batch_growth > 1 and processes.several():
+        raise InputError(
+            f"schedule.batch_growth: got {experiment.schedule.batch_growth}, accepts 1 where several hosts stream images, "
+            "whose shares are cut for one batch size."
         )
     if not experiment.model.name.startswith(OWN):
         _require_pictures(f"model.name: {experiment.model.name} takes images [N, H, W, C]", dataset.image_shape)

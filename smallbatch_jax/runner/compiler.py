@@ -52,10 +52,10 @@ class Compiler:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, job: Job, layout: Layout | None) -> LaneProgram:
-        began, shape = time.monotonic(), (job.batch_size, job.bn_batch_size)
+        began = time.monotonic()
         program = job.compile(self._session.pipeline, layout)
         seconds = time.monotonic() - began
-        self._session.timings.add("compile", seconds, *shape, program.lanes, peak_bytes=program.peak_bytes)
+        self._session.timings.add("compile", seconds, *job.shape, program.lanes, peak_bytes=program.peak_bytes)
         return program
 
     def _result(self, job: Job, future: Future[Any]) -> Any:

@@ -142,7 +142,8 @@ def _checked_setup(
     for place, (m, b) in enumerate(sorted(setup.programs)):
         model = setup.model_of(None if b == m else b)  # refuses a model that takes no BN batch size
         if isinstance(model, OwnModel):
-            model.require_batch(dataset.example, m)
+            for size in experiment.schedule.batch_sizes(m):
+                model.require_batch(dataset.example, size)
         if place == 0:  # with the smallest b, which alone may be too small for a named model
             fit.require_model(model, setup.task, dataset, m)
             fit.require_diagnostics(model, Program(m, 1, task=setup.task, diagnostics=experiment.diagnostics), dataset)
@@ -180,7 +181,7 @@ def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: 
         pending = [job for job in jobs if job.pending()]
         if pending:
             progress.show(status, f"compiling {pending[0].title}, program 1 of {len(pending)}")
-        compiler = Compiler(session, pending)
+        compiler = Compiler(session, [phase for job in pending for phase in job.phases])
         stack.callback(compiler.close)
         for job, rounds in itertools.groupby(search_rounds(jobs, status) if searching else pending):
             forecast.begin(job, [] if searching else pending[pending.index(job) + 1 :])
@@ -192,23 +193,37 @@ def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: 
 
 
 def _train_job(job: Job, rounds: Iterable[object], checkpoints: Checkpoints, session: Session, compiler: Compiler) -> None:
-    """Trains a job to the goals of each round; where memory runs out, again from the last checkpoint in a smaller layout."""
+    """Trains a job to the goals of each round, phase by phase.
+
+    Where memory runs out, the phase gets a smaller layout, and the job goes on from the last checkpoint.
+    """
     alone = not processes.several()  # several hosts would not agree on when to change the program
+    smaller: dict[Job, LaneProgram] = {}
 
-    def begun(program: LaneProgram) -> Scheduler:
-        scheduler = Scheduler(job, program, checkpoints, session, compiler if alone else None)
-        scheduler.restore()
-        return scheduler
+    def begun(phase: Job) -> Scheduler:
+        program = smaller.get(phase) or compiler.program(phase)
+        return Scheduler(phase, program, checkpoints, session, compiler if alone else None)
 
-    scheduler = begun(compiler.program(job))
+    scheduler = begun(job.phases[0])
+    scheduler.restore()
     for _ in rounds:
         while job.pending():
-            try:
-                scheduler.train()
-            except jax.errors.JaxRuntimeError as error:
-                if not alone or "RESOURCE_EXHAUSTED" not in str(error):
+            for phase in filter(Job.pending, job.phases):
+                try:
+                    scheduler = scheduler if scheduler.lanes.job is phase else begun(phase)
+                except Interrupted:  # while the program of a larger batch compiles
+                    if alone:
+                        scheduler.save()
+                        checkpoints.close()
                     raise
-                scheduler = begun(compiler.submit(job, job.smaller(scheduler.lanes.program)).result())
+                try:
+                    scheduler.train()
+                except jax.errors.JaxRuntimeError as error:
+                    if not alone or "RESOURCE_EXHAUSTED" not in str(error):
+                        raise
+                    smaller[phase] = compiler.submit(phase, phase.smaller(scheduler.lanes.program)).result()
+                    scheduler = begun(phase)
+                    scheduler.restore()
 
 
 def _open_results(folder: Path, shapes: list[tuple[int, int]], format: Format, stack: ExitStack) -> list[ProgramResults]:

@@ -38,6 +38,7 @@ class LaneSteps(NamedTuple):
     run: Run
     epoch: int  # of the first one
     first_step: int
+    position: int  # of its first example in the stream of the run's seed
     steps: int  # wanted or taken
     evaluate: bool = False  # whether an evaluation follows them
 
@@ -91,8 +92,8 @@ class Resident:
         segment = blank_segment(program, batch_size, lanes)
         for indices, lane in zip(segment.indices, lanes, strict=True):
             if lane is not None:
-                taken = order.batch_indices(lane.run.seed, lane.first_step, lane.steps, batch_size, self._num_train)
-                indices[: lane.steps] = taken
+                taken = order.stream(lane.run.seed, lane.position, lane.steps * batch_size, self._num_train)
+                indices[: lane.steps] = taken.reshape(-1, batch_size)
         return SegmentInput(segment)
 
     def close(self) -> None:
@@ -103,7 +104,7 @@ class Stream(NamedTuple):
     """Consecutive steps of a seed, whose images are decoded once."""
 
     seed: int
-    first_step: int
+    position: int  # of the first example
     steps: int
 
 
@@ -141,10 +142,10 @@ class Streamed:
     def steps(self, program: LaneProgram, batch_size: int, wanted: Sequence[LaneSteps | None], pace: int) -> list[int]:
         """Gives all lanes equal step counts, so that those that share a stream stay aligned; the furthest behind come first."""
         room = self._batches(program.mesh, batch_size)
-        streams = dict.fromkeys(sorted((lane.first_step, lane.run.seed) for lane in wanted if lane))
+        streams = dict.fromkeys(sorted((lane.position, lane.run.seed) for lane in wanted if lane))
         taking = list(streams)[:room]
         return [
-            min(lane.steps, pace, room // len(taking)) if lane and (lane.first_step, lane.run.seed) in taking else 0
+            min(lane.steps, pace, room // len(taking)) if lane and (lane.position, lane.run.seed) in taking else 0
             for lane in wanted
         ]
 
@@ -157,7 +158,7 @@ class Streamed:
         for i, lane in enumerate(lanes):
             if lane is None or program.row_of_lane(i) not in rows:
                 continue
-            stream = Stream(lane.run.seed, lane.first_step, lane.steps)
+            stream = Stream(lane.run.seed, lane.position, lane.steps)
             if stream not in begins:
                 begins[stream], used = used, used + lane.steps * shard
             within = np.arange(batch_size) % shard
@@ -168,7 +169,7 @@ class Streamed:
     def _pool(self, mesh: Mesh, batch_size: int, begins: Mapping[Stream, int]) -> Pool:
         shapes, columns = self.data(mesh, batch_size), len(_local_block(mesh)[1])
         images, labels = (np.zeros((columns, *x.shape[2:]), x.dtype) for x in (shapes.images, shapes.labels))
-        for stream, prefetcher in zip(begins, self._prefetchers_for(list(begins), batch_size), strict=True):
+        for stream, prefetcher in zip(begins, self._prefetchers_for(list(begins)), strict=True):
             first, count = begins[stream], stream.steps * batch_size // mesh.shape[DATA]
             found = self._take(prefetcher, stream, count * columns)
             for pool, taken in ((images, found.images), (labels, found.labels)):
@@ -180,9 +181,9 @@ class Streamed:
         )
         return Pool(*arrays, *processes.put(self._statistics, NamedSharding(mesh, P())))
 
-    def _prefetchers_for(self, streams: Sequence[Stream], batch_size: int) -> list[Prefetcher]:
+    def _prefetchers_for(self, streams: Sequence[Stream]) -> list[Prefetcher]:
         """Returns prefetchers that stand where the streams begin: those that do already, then idle ones, then new ones."""
-        numbers = [self._index.training(stream.seed, stream.first_step * batch_size) for stream in streams]
+        numbers = [self._index.training(stream.seed, stream.position) for stream in streams]
         standing = {prefetcher.number: prefetcher for prefetcher in self._prefetchers}
         idle = [prefetcher for prefetcher in self._prefetchers if prefetcher.number not in numbers]
         found = []

@@ -1,5 +1,6 @@
 """A grid's setup, and the job of each of its programs: which runs it trains, in what layout it is compiled."""
 
+import copy
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ from jax.sharding import Mesh
 
 from smallbatch_jax.config import catalog
 from smallbatch_jax.config.experiment import OWN, Experiment, InputError, Run, programs
-from smallbatch_jax.data import Dataset, Photographs, order
+from smallbatch_jax.data import Dataset, Photographs
+from smallbatch_jax.data.order import BatchSchedule, Phase
 from smallbatch_jax.models import create_model, micro_batch_size
 from smallbatch_jax.optim import Optimizer, is_kernel
 from smallbatch_jax.program import devices, fit, processes
 from smallbatch_jax.program import lanes as lane_programs
 from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
-from smallbatch_jax.program.lanes import COMPUTE_DTYPE, LaneProgram
+from smallbatch_jax.program.lanes import COMPUTE_DTYPE, LaneProgram, LaneState
 from smallbatch_jax.program.tasks import Score, task_of
 from smallbatch_jax.program.train import Model, Program, Setting, TrainState
 from smallbatch_jax.runner.input import InputPipeline
@@ -158,7 +160,7 @@ class Layout(NamedTuple):
 
 
 class Job:
-    """The runs of one (batch size, BN batch size), which one compiled program trains."""
+    """The runs of one (batch size, BN batch size), which one compiled program trains; or one phase of them, if batches grow."""
 
     def __init__(
         self, setup: Setup, batch_size: int, bn_batch_size: int, results: ProgramResults, memory_bytes: int | None = None
@@ -166,27 +168,59 @@ class Job:
         """`memory_bytes` are for the program; None stands for all that its devices have."""
         experiment, mesh = setup.experiment, setup.mesh
         self.setup, self.experiment, self.model_of = setup, experiment, setup.model_of
-        self.batch_size, self.bn_batch_size, self.results = batch_size, bn_batch_size, results
+        self.shape, self.results = (batch_size, bn_batch_size), results
+        self.batch_size, self.bn_batch_size = self.shape  # of the phase
         self.name = f"m{batch_size:05d}_b{bn_batch_size:05d}"
         self.title = title(batch_size, bn_batch_size)
         self.runs = setup.programs[batch_size, bn_batch_size]  # lowest base_lr first
         self.num_examples = setup.dataset.num_train
-        self.total_steps = order.total_steps(experiment.epochs, self.num_examples, batch_size)
+        self.batches = BatchSchedule.of(experiment, self.num_examples, batch_size)
+        self.total_steps = self.batches.total_steps
+        self.steps = range(self.total_steps)  # updates of a run that belong to the phase
+        self.parked: dict[Run, LaneState] = {}  # runs that have left their lane and may go on later, as NumPy arrays
         self.goals = dict.fromkeys(self.runs, experiment.epochs)  # epochs that each run trains to
         self.data_devices = mesh.shape[DATA]  # that share each batch
         self._memory_bytes = memory_bytes or devices.memory_bytes(mesh)
-        most = experiment.lanes or (SEARCH_LANES if experiment.search.active else MOST_LANES)
-        lanes, rows = min(len(self.runs), most), mesh.shape[LANE]
+        self.layout = self._first_layout()  # of the program compiled last
+
+    @cached_property
+    def phases(self) -> list["Job"]:
+        """A job for each batch size that the runs come to; this job alone if batches do not grow."""
+        found = self.batches.phases
+        if found == (Phase(0, 0, self.batch_size),):
+            return [self]
+        stops = [*(phase.step for phase in found[1:]), self.total_steps]
+        return [self._of_phase(phase, stop) for phase, stop in zip(found, stops, strict=True)]
+
+    def _of_phase(self, phase: Phase, stop: int) -> "Job":
+        """Returns a job of the same runs, goals and results for the updates of a phase."""
+        job, m = copy.copy(self), phase.batch_size
+        job.batch_size, job.bn_batch_size = m, m if self.bn_batch_size == self.batch_size else self.bn_batch_size
+        job.steps, job.layout = range(phase.step, stop), job._first_layout()
+        job.title += f", grown to {m}" if m > self.batch_size else ""
+        return job
+
+    def _first_layout(self) -> Layout:
+        most = self.experiment.lanes or (SEARCH_LANES if self.experiment.search.active else MOST_LANES)
+        lanes, rows = min(len(self.runs), most), self.setup.mesh.shape[LANE]
         even = -(-lanes // rows) * rows  # every row of devices has the same number
-        self.layout = Layout(even, self._micro_batch_size(experiment.micro_batch_size))  # of the program compiled last
+        return Layout(even, self._micro_batch_size(self.experiment.micro_batch_size))
 
     def pending(self) -> list[Run]:
-        """Returns the runs that have not reached their goal."""
-        return [run for run, epochs in self.goals.items() if not self.results.complete(run, epochs)]
+        """Returns the runs that have not reached their goal, and are in the phase."""
+        return [run for run, epochs in self.goals.items() if not self.results.complete(run, epochs) and self._has(run)]
+
+    def _has(self, run: Run) -> bool:
+        return (int(self.parked[run].train.step) if run in self.parked else 0) in self.steps
 
     def goal(self, run: Run) -> int:
-        """Returns the number of updates that a run trains to."""
-        return order.epoch_end(self.goals[run], self.num_examples, self.batch_size)
+        """Returns the number of updates that a run trains to in the phase."""
+        return min(self.batches.epoch_end(self.goals[run]), self.steps.stop)
+
+    def left(self, lane: LaneState) -> LaneState:
+        """Returns a lane that was parked; at the end of the phase its losses are counted in batches of the next."""
+        following = self.batches.phase_of_step(int(lane.train.step)).batch_size
+        return lane._replace(loss_sum=np.float32(lane.loss_sum * np.float32(self.batch_size / following)))
 
     def settings(self, runs: list[Run | None]) -> Setting:
         """The scalars of the run in each lane, stacked; any valid ones for a lane without a run."""
@@ -256,8 +290,8 @@ class Job:
         axis_name = DATA if self.data_devices > 1 else None
         program = Program(
             self.batch_size,
-            self.total_steps,
-            experiment.schedule.boundaries,
+            self.batches.schedule_steps,
+            self.batches.schedule_boundaries,
             experiment.schedule.factor,
             axis_name,
             layout.micro_batch_size,
@@ -265,6 +299,7 @@ class Job:
             optimizer=self.setup.optimizer(self.batch_size),
             task=self.setup.task,
             diagnostics=experiment.diagnostics,
+            position_of_step_0=self.batches.examples(self.steps.start) - self.steps.start * self.batch_size,
         )
         bn_batch_size = None if self.bn_batch_size == self.batch_size else self.bn_batch_size
         statistics_model_of = self.setup.statistics_model_of

@@ -36,7 +36,8 @@ def search_rounds(jobs: Sequence[Job], status: Status) -> Iterator[Job]:
         except StopIteration:
             return
         job, runs = by_shape[shape], {run: replace(run, scalars=scalars) for run in goals}
-        job.goals = {runs[run]: epochs for run, epochs in goals.items()}
+        job.goals.clear()  # the phases of a job share them
+        job.goals |= {runs[run]: epochs for run, epochs in goals.items()}
         if job.pending():
             stored = [job.results.epochs(run) for job in jobs for run in job.runs]
             status.runs = sum(map(bool, stored)) + sum(not job.results.epochs(run) for run in job.goals)

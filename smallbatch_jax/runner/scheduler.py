@@ -18,7 +18,6 @@ import numpy as np
 
 from smallbatch_jax.config.experiment import InputError, Run
 from smallbatch_jax.config.grid import name_of
-from smallbatch_jax.data import order
 from smallbatch_jax.data.streaming.prefetch import WorkerDied
 from smallbatch_jax.program import processes
 from smallbatch_jax.program.lanes import LaneProgram, Report
@@ -82,7 +81,7 @@ class Scheduler:
                 self._agreed = self._agree(before)
             if self._agreed.signum or self._agreed.save:
                 self._land()
-                self._save()
+                self.save()
                 if self._agreed.signum:
                     self._checkpoints.close()
                     processes.leave_together()
@@ -90,21 +89,23 @@ class Scheduler:
                 self._agreed = self._agreed._replace(save=0)
 
     def restore(self) -> None:
-        """Parks the runs of the last checkpoint, to go on from there."""
+        """Parks the runs of the last checkpoint, to go on from there, and no others."""
+        self.lanes.parked.clear()
         restored = processes.on_first(lambda: self._checkpoints.restore(self.lanes.program.template))
         if restored is not None:
             state, runs = restored
             for i, run in enumerate(runs):
                 if run is not None and self._follows(run, state.train.step[i]):
                     self.lanes.parked[run] = jax.tree.map(lambda leaf, i=i: leaf[i], state)
+                    self._session.status.images -= self._job.batches.examples(int(state.train.step[i]))
 
     def _begin(self, pending: list[Run]) -> None:
         """Shows what is left to do, less what parked runs have done already."""
         job, status, parked = self._job, self._session.status, self.lanes.parked
         program = ProgramStatus(lanes=self.lanes.program.lanes)
         program.add_program(job.goals, job.results, job.num_examples)
+        program.images -= sum(job.batches.examples(int(parked[run].train.step)) for run in pending if run in parked)
         status.begin(program)
-        status.spare(sum(int(parked[run].train.step) for run in pending if run in parked) * job.batch_size)
 
     def _waits(self, run: Run) -> bool:
         """Returns whether a run has reached its goal and may go on from there later."""
@@ -113,8 +114,7 @@ class Scheduler:
 
     def _follows(self, run: Run, step: int) -> bool:
         """Returns whether the rows of all epochs before this step are stored: a copied workdir may lack some."""
-        epochs = order.epoch_of_step(int(step), self._job.num_examples, self._job.batch_size) - 1
-        return self._job.results.epochs(run) >= epochs
+        return self._job.results.epochs(run) >= self._job.batches.epoch_of_step(int(step)) - 1
 
     def _send(self) -> InFlight | None:
         """Dispatches the next segment, with this host's proposal for what to do after it."""
@@ -125,7 +125,7 @@ class Scheduler:
             self._land()
             donated = any(leaf.is_deleted() for leaf in jax.tree.leaves(self.lanes.state))  # to a segment that did not return
             if not donated and not processes.several():  # the other hosts do not know of the failure
-                self._save()
+                self.save()
                 self._checkpoints.close()
             raise
         if flight is None:
@@ -148,9 +148,10 @@ class Scheduler:
                     session.parameters.save(name_of(row.run), row.run, value, flight.final[i])
                 if row.diverged:
                     self.lanes.free(i, lane.run)
-                    status.spare((job.goal(row.run) - row.step) * job.batch_size)
+                    whole = job.batches.epoch_end(job.goals[row.run])
+                    status.spare(job.batches.examples(whole) - job.batches.examples(row.step))
             if i in flight.parked and not (row and row.diverged):
-                self.lanes.parked[lane.run] = jax.tree.map(np.asarray, flight.parked[i])
+                self.lanes.parked[lane.run] = job.left(jax.tree.map(np.asarray, flight.parked[i]))
         session.trackers.add(job.results, job.results.append(rows))
         for row in rows:
             if row.diverged or row.epoch == job.experiment.epochs:
@@ -162,8 +163,7 @@ class Scheduler:
         session.show(status, job.title)
 
     def _time(self, phase: str, seconds: float, *trained: int) -> None:
-        shape = self._job.batch_size, self._job.bn_batch_size, self.lanes.program.lanes
-        self._session.timings.add(phase, seconds, *shape, *trained)
+        self._session.timings.add(phase, seconds, *self._job.shape, self.lanes.program.lanes, *trained)
 
     def _land(self) -> None:
         """Waits for the segment in flight, if any, and records it."""
@@ -203,13 +203,13 @@ class Scheduler:
             return compiled
         fewer = max(loads) * len(loads)
         steps = (step for step, run in zip(self.lanes.steps, self.lanes.runs, strict=True) if run)
-        seconds_left = (self._job.total_steps - min(steps)) * self._pace.seconds_per_step
+        seconds_left = (self._job.steps.stop - min(steps)) * self._pace.seconds_per_step
         saved = seconds_left * (1 - fewer / program.lanes)
         if self._compiler and fewer <= program.lanes // 2 and saved > 2 * program.compile_seconds:
             self._compiling = self._compiler.submit(self._job, self._job.layout._replace(lanes=fewer))
         return None
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Saves all lanes, after the rows of the steps behind them."""
         began = time.monotonic()
         state, runs = self.lanes.read_all()
@@ -226,11 +226,11 @@ def _row(job: Job, lane: LaneSteps, found: Report) -> Row | None:
     """Returns the row of an epoch that ended, well or by divergence; None while it goes on."""
     if found.alive and not lane.evaluate:
         return None
-    run, m, n, step = lane.run, job.batch_size, job.num_examples, int(found.step)
+    run, m, batches, step = lane.run, job.batch_size, job.batches, int(found.step)
     # A batch whose loss was not finite was seen, though it made no update.
-    batches = step - order.epoch_end(lane.epoch - 1, n, m) + (not found.alive)
-    values = {"train_loss": float(found.loss_sum) / batches}
-    values |= {f"train_{name}": float(total) / (batches * m) for name, total in found.sums.items()}
+    examples = batches.examples(step) - batches.examples(batches.epoch_end(lane.epoch - 1)) + m * (not found.alive)
+    values = {"train_loss": float(found.loss_sum) / (examples / m)}
+    values |= {f"train_{name}": float(total) / examples for name, total in found.sums.items()}
     for split, tested in found.tested.items():
         examples = np.float32(tested.examples) if tested.examples else np.float32("nan")
         values |= {f"{split}_{name}": float(total) / float(examples) for name, total in tested.sums.items()}

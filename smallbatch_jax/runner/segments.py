@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from smallbatch_jax.config.experiment import Run
-from smallbatch_jax.data import order
 from smallbatch_jax.program import processes
 from smallbatch_jax.program.lanes import LaneProgram, LaneState, Report
 from smallbatch_jax.program.train import PyTree, TrainState
@@ -26,7 +25,7 @@ class InFlight(NamedTuple):
     lanes: list[LaneSteps | None]
     report: Report
     final: dict[int, PyTree]  # params and batch_stats of the runs that end, by lane; empty unless parameters are kept
-    parked: dict[int, LaneState]  # the lanes of the runs that reach a goal before their end
+    parked: dict[int, LaneState]  # the lanes of the runs that reach a goal, or a larger batch, before their end
     proposals: Any = None  # int32[hosts, 3], a `Proposal` of every host
 
     def fetch(self) -> Report:
@@ -42,7 +41,7 @@ class Lanes:
         self.job, self._pipeline, self._initial = job, pipeline, initial
         self._use(program)
         self.state: LaneState = program.empty()
-        self.parked: dict[Run, LaneState] = {}  # runs that have left their lane and may go on later, as NumPy arrays
+        self.parked = job.parked
 
     def _use(self, program: LaneProgram) -> None:
         """Switches to a program, with all lanes free."""
@@ -138,14 +137,18 @@ class Lanes:
 
     def _next_steps(self, pace: int, evaluate: bool) -> list[LaneSteps | None]:
         """Returns what each lane does in the next segment: steps of one epoch, or of the whole run without evaluation."""
-        m, n, wanted = self.job.batch_size, self.job.num_examples, []
+        batches, wanted = self.job.batches, []
         for run, step in zip(self.runs, self.steps, strict=True):
-            epoch = order.epoch_of_step(step, n, m)
-            end = order.epoch_end(epoch, n, m) if evaluate or run is None else self.job.goal(run)
-            wanted.append(run and LaneSteps(run, epoch, step, end - step, evaluate))
-        taken = self._pipeline.steps(self.program, m, wanted, pace)
+            if run is None:
+                wanted.append(None)
+                continue
+            epoch, goal = batches.epoch_of_step(step), self.job.goal(run)
+            end = batches.epoch_end(epoch)
+            stop = min(end, goal) if evaluate else goal
+            wanted.append(LaneSteps(run, epoch, step, batches.examples(step), stop - step, evaluate and stop == end))
+        taken = self._pipeline.steps(self.program, self.job.batch_size, wanted, pace)
         return [
-            lane._replace(steps=steps, evaluate=evaluate and steps == lane.steps) if lane and steps else None
+            lane._replace(steps=steps, evaluate=lane.evaluate and steps == lane.steps) if lane and steps else None
             for lane, steps in zip(wanted, taken, strict=True)
         ]
 

@@ -78,7 +78,7 @@ def sweep(
           `beta2_half_lives` in examples, `epsilons`, and the `scalars` of an own optimizer;
         - `diagnostics`, columns that say why training goes as it does: names in `config.catalog.DIAGNOSTICS`;
         - `label_smoothing`, and `select`, the column that says which run is best, as ("test_loss", "min");
-        - `schedule`: an `experiment.Schedule`; or its `boundaries`, `factor`, `warmup_fraction`;
+        - `schedule`: an `experiment.Schedule`; or its `boundaries`, `factor`, `warmup_fraction`, `batch_growth`;
         - of the dataset `augment`, `validation_fraction`, `data_dir`, `image_size`, `color_jitter`, `broken_images`, `workers`;
         - of a named model `norm`, `bn_decay`, `bn_statistics`;
         - of the grid `bn_batch_sizes`, for which your own module must have a field `bn_batch_size`;

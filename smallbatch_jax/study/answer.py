@@ -79,7 +79,8 @@ def _in_words(study: Study, best: pd.Series) -> str:
     title = f"{optimizer.title}{scalars}"
     rate = f"η = {catalog.RULES[optimizer.rule][0]} = {optimizer.learning_rate(best['base_lr'], m):.6g}"
     drops = " and ".join(f"{100 * boundary:.3g} %" for boundary in schedule.boundaries)
-    then = f", times {schedule.factor:g} after {drops} of the training" if drops else ""
+    then = f", η̃ times {schedule.factor:g} and m times {schedule.batch_growth}" if schedule.batch_growth > 1 else ""
+    then = f"{then or f', times {schedule.factor:g}'} after {drops} of the training" if drops else ""
     warm_up = f", after a warm-up over {100 * schedule.warmup_fraction:g} %" if schedule.warmup_fraction else ""
     weight_decay = _axes_of(best).get("weight_decay", experiment.weight_decay)
     decay = f", weight decay {weight_decay:g}" if weight_decay else ""

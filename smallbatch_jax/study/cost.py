@@ -53,11 +53,12 @@ def with_time(rows: pd.DataFrame, timings: pd.DataFrame) -> pd.DataFrame:
     """Adds a column `seconds`: the run's own time up to the end of the epoch, its share of the program's wall time.
 
     Args:
-      rows: from `results.load`. A run has seen step · batch_size images.
+      rows: from `results.load`. A run has seen step · batch_size images; a column `examples` says how many where batches grow.
       timings: from `results.load_timings`. Without a segment of the row's program, seconds are NaN.
     """
     rate = seconds_per_image(timings).reindex(pd.MultiIndex.from_frame(rows[PROGRAM]))
-    return rows.assign(seconds=rows["step"] * rows["batch_size"] * rate.to_numpy(float))
+    images = rows["examples"] if "examples" in rows else rows["step"] * rows["batch_size"]
+    return rows.assign(seconds=images * rate.to_numpy(float))
 
 
 def target_accuracy(cells: pd.DataFrame, chance: float, fraction: float = TARGET, metric: Metric = ACCURACY) -> float:

@@ -14,6 +14,7 @@ from smallbatch_jax.config.experiment import OWN, Experiment, InputError
 from smallbatch_jax.config.fields import expanded_path
 from smallbatch_jax.config.metric import Metric
 from smallbatch_jax.config.text import axis_title, format_base_lr, plural
+from smallbatch_jax.data.order import BatchSchedule
 from smallbatch_jax.store import results
 from smallbatch_jax.store.timings import timing_frame
 from smallbatch_jax.store.workdir import read_workdir
@@ -27,7 +28,7 @@ class Study:
     Attributes:
       workdir: their folder.
       experiment: the config; its name says which figure it is.
-      rows: `results.load`, one row per run and epoch.
+      rows: `results.load`, one row per run and epoch; where batches grow with a column `examples`, trained on until then.
       cells: `analysis.planned_cells`, one row per cell, trained or not.
       num_classes: number of classes of the data, or of different tokens; None for a regression.
       examples: numbers of training and test examples; None if unknown.
@@ -94,6 +95,9 @@ def load(workdir: str | Path) -> Study:
     if experiment.task == "classification" and (not isinstance(num_classes, int) or num_classes < 1):
         raise InputError(f"--workdir: {path}/experiment.json is damaged: its facts do not say num_classes.")
     numbers = (examples[0], examples[1]) if examples else None
+    if numbers and experiment.schedule.batch_growth > 1:
+        of_size = {m: BatchSchedule.of(experiment, numbers[0], m) for m in experiment.grid.batch_sizes}
+        rows["examples"] = [of_size[m].examples(step) for m, step in zip(rows["batch_size"], rows["step"], strict=True)]
     return Study(path, experiment, rows, cells, num_classes, numbers, results.load_timings(path), facts.get("guess", {}))
 
 
@@ -137,6 +141,7 @@ def describe(study: Study) -> str:
     facts += [plural(e.epochs, "epoch")]
     facts += [f"warm-up {100 * e.schedule.warmup_fraction:g} %"] * (e.schedule.warmup_fraction > 0)
     facts += [f"m = {_span(cells['batch_size'])}"]
+    facts += [f"grown {e.schedule.batch_growth}-fold at each reduction"] * (e.schedule.batch_growth > 1)
     facts += [f"BN batch {_span(cells['bn_batch_size'])}"] * (not cells["bn_batch_size"].equals(cells["batch_size"]))
     facts += [f"{axis_title(name)} {_span(cells[name], '{:g}'.format)}" for name in analysis.axes(cells)]
     facts += [f"base_lr {_span(cells['base_lr'], format_base_lr)}", plural(len(e.grid.seeds), "seed")]

@@ -162,7 +162,7 @@ def test_a_config_opens_with_its_own_command_and_what_to_expect(name):
     assert (len(chosen.runs()), chosen.epochs) == tuple(map(int, expected.groups()))
 
 
-BEYOND = {"quickstart", "momentum_digits", "quickstart_adamw"}
+BEYOND = {"quickstart", "momentum_digits", "quickstart_adamw", "batch_growth_digits"}
 
 
 def test_every_other_config_is_of_the_paper():

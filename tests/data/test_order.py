@@ -6,8 +6,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from smallbatch_jax.data.order import batch_indices, epoch_end, epoch_of_step, epoch_permutation, total_steps
+from smallbatch_jax.data.order import BatchSchedule, batch_indices, epoch_end, epoch_permutation, total_steps
+from smallbatch_jax.optim import step_schedule
 
 # (examples, batch size): dividing and not, halves exactly (7 / 2), whole training sets, and m = 1.
 SIZES = [(1, 1), (5, 1), (5, 5), (6, 3), (7, 2), (7, 3), (7, 5), (9, 6), (10, 4), (10, 7), (13, 13)]
@@ -37,7 +40,7 @@ def test_epoch_of_step_is_the_inverse_of_epoch_end(num_examples, batch_size):
     """Every step from the end of epoch e - 1 to before the end of e belongs to e, and to no other epoch."""
     ends = [epoch_end(e, num_examples, batch_size) for e in range(41)]
     expected = [e for e in range(1, 41) for _ in range(ends[e - 1], ends[e])]
-    assert [epoch_of_step(k, num_examples, batch_size) for k in range(ends[-1])] == expected
+    assert [BatchSchedule(num_examples, batch_size).epoch_of_step(k) for k in range(ends[-1])] == expected
 
 
 @pytest.mark.parametrize("segment", [1, 2, 3, 1000])
@@ -100,3 +103,77 @@ def test_no_steps_are_an_empty_batch():
     """Shape [0, m], so that a segment without work needs no special case."""
     found = batch_indices(0, 5, 0, 4, 10)
     assert (found.shape, found.dtype) == ((0, 4), np.int32)
+
+
+@st.composite
+def growing(draw):
+    """Batches that grow, none beyond the training set."""
+    boundaries = tuple(draw(st.lists(st.sampled_from([0.0, 0.3, 1 / 3, 0.5, 0.55, 0.75, 0.99, 1.0]), max_size=3, unique=True)))
+    growth, n = draw(st.integers(1, 5)), draw(st.integers(1, 300))
+    most = n // growth ** len(boundaries)
+    return BatchSchedule(n, draw(st.integers(1, max(1, most))), draw(st.integers(1, 9)), boundaries, growth if most else 1)
+
+
+many = settings(max_examples=100, derandomize=True, deadline=None, database=None)
+
+
+@many
+@given(growing())
+def test_growing_batches_are_the_same_work_to_within_half_of_the_last_batch(batches):
+    total = batches.total_steps
+    last = batches.examples(total) - batches.examples(total - 1)
+    assert abs(batches.examples(total) - batches.epochs * batches.num_examples) <= last / 2
+    assert last == batches.phases[-1].batch_size
+
+
+@many
+@given(growing())
+def test_phases_follow_each_other_without_a_gap_in_steps_or_in_the_stream(batches):
+    first, *others = batches.phases
+    assert (first.step, first.position) == (0, 0)
+    for before, phase in zip(batches.phases, others, strict=False):
+        assert phase.step > before.step
+        assert phase.position - before.position == (phase.step - before.step) * before.batch_size
+        assert phase.batch_size % (before.batch_size * batches.growth) == 0
+    assert batches.phases[-1].step < batches.total_steps
+
+
+@many
+@given(growing())
+def test_epochs_of_growing_batches_end_at_the_nearest_update(batches):
+    seen = [batches.examples(step) for step in range(batches.total_steps + 1)]
+    ends = [batches.epoch_end(epoch) for epoch in range(batches.epochs + 1)]
+    for epoch, end in enumerate(ends):
+        distances = [abs(examples - epoch * batches.num_examples) for examples in seen]
+        assert end == max(step for step, distance in enumerate(distances) if distance == min(distances))
+    expected = [epoch for epoch in range(1, batches.epochs + 1) for _ in range(ends[epoch - 1], ends[epoch])]
+    assert [batches.epoch_of_step(step) for step in range(batches.total_steps)] == expected
+
+
+@many
+@given(growing())
+def test_batches_grow_where_the_learning_rate_is_reduced(batches):
+    """By the exact steps of the schedule, however many boundaries fall onto one."""
+    multiplier = step_schedule(batches.schedule_steps, batches.schedule_boundaries, 0.5)
+    for phase in batches.phases if batches.growth > 1 else ():
+        reductions = round(math.log2(1 / float(multiplier(phase.step))))
+        assert phase.batch_size == batches.batch_size * batches.growth**reductions
+
+
+@many
+@given(growing())
+def test_without_growth_everything_is_as_for_one_batch_size(batches):
+    n, m, epochs = batches.num_examples, batches.batch_size, batches.epochs
+    same = BatchSchedule(n, m, epochs, batches.boundaries)
+    assert same.phases == ((0, 0, m),)
+    assert same.total_steps == same.schedule_steps == total_steps(epochs, n, m)
+    assert [same.epoch_end(epoch) for epoch in range(20)] == [epoch_end(epoch, n, m) for epoch in range(20)]
+    assert [same.examples(step) for step in range(9)] == [step * m for step in range(9)]
+    assert same.schedule_boundaries is batches.boundaries
+
+
+def test_a_boundary_that_leaves_less_than_half_a_larger_batch_does_not_enlarge_it():
+    """10 examples, m = 2: at 80 % two are left, fewer than half of 6; at 60 % four are, which one batch of 6 takes."""
+    assert BatchSchedule(10, 2, 1, (0.8,), 3).phases == ((0, 0, 2),)
+    assert BatchSchedule(10, 2, 1, (0.6,), 3).phases == ((0, 0, 2), (3, 6, 6))
+    assert BatchSchedule(10, 2, 1, (0.6,), 3).total_steps == 4

@@ -14,7 +14,7 @@ from smallbatch_jax.runner import grid as driver
 from smallbatch_jax.runner import progress
 from smallbatch_jax.store import workdir
 from smallbatch_jax.store.results import ProgramResults, Row, Timings
-from smallbatch_jax.study import study
+from smallbatch_jax.study import cost, study
 
 ROOT = Path(__file__).parents[2]
 RATES = (2**-9, 2**-7, 2**-5)
@@ -54,6 +54,17 @@ def test_a_study_has_the_timings_of_its_workdir(tmp_path):
     assert study.load(path).timings.empty
     Timings(path).add("segment", 1.5, 2, 2, 1, 10, 20)
     assert study.load(path).timings[["seconds", "images"]].values.tolist() == [[1.5, 20]]
+
+
+def test_rows_of_growing_batches_say_how_many_examples_were_seen(tmp_path):
+    """4 updates of 4 and 8 of 8 examples before those of 16: 64 in 10 updates, 208 in 20; time is by example."""
+    schedule = {"boundaries": (0.1, 0.5), "batch_growth": 2}
+    path = store(tmp_path / "w", {(4, RATES[0]): 0.5}, schedule=schedule)
+    Timings(path).add("segment", 2.0, 4, 4, 1, 10, 64)
+    found = study.load(path)
+    assert list(found.rows.examples[:2]) == [64, 208]
+    assert list(cost.with_time(found.rows, found.timings).seconds[:2]) == [2.0, 6.5]
+    assert "m = 4, grown 2-fold at each reduction" in study.describe(found)
 
 
 def test_a_seed_that_still_runs_is_pending(tmp_path):
