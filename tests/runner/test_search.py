@@ -158,6 +158,16 @@ def _stored(tmp_path):
     return sum(max(0, path.read_bytes().count(b"\n") - 1) for path in tmp_path.glob("w/results/m*.csv"))
 
 
+def test_batches_may_grow_in_a_search(tmp_path):
+    fields = {"schedule": {"batch_growth": 2}, "base_lrs": (2**-9, 2**-7, 2**-5), "epochs": 4}
+    found = train(tmp_path / "w", **fields, search={"budget": 9 * 50.0, "confirm": 0})
+    whole = train(tmp_path / "grid", **fields)
+    assert {"finished", "stopped"} <= set(found.status)
+    on = [*RUN, "epoch", "step", "train_loss", "test_loss"]
+    assert len(found.merge(whole, on=on)) == len(found)
+    assert found.step.max() < 4 * 50 / 4
+
+
 def test_a_larger_budget_goes_on_with_what_is_there(undisturbed, tmp_path):
     train(tmp_path / "w", **SEARCH)
     more = train(tmp_path / "w", **{**SEARCH, "search": {"budget": 110 * 50.0}})
