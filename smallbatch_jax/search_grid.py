@@ -64,7 +64,7 @@ def search(
         `select` says otherwise, or the data have a validation split of their own or are streamed.
       epochs: E, of a whole run; those that are given up train for fewer.
       budget: training examples over all runs, the sum of all epochs times the number of examples; None takes three whole runs
-        for each batch size.
+        for each batch size (two if there is one seed), and the confirming ones.
       seconds: the budget in time instead, turned into examples by a measurement before the first run.
       batch_sizes: the candidates; None takes 2, 8, 32, … that make four updates an epoch or more.
       base_lrs: the lattice of η̃ on which rates are sought; a finer one costs little more.
@@ -88,8 +88,9 @@ def search(
     if batch_sizes is None:
         batch_sizes = [m for m in BATCH_SIZES if m * LEAST_UPDATES <= images.num_train] or [1]
     if budget is None and seconds is None:
-        sections = {"batch_sizes": batch_sizes, "bn_batch_sizes": options.get("bn_batch_sizes")}
-        budget = Search.default_budget(fields.parse(Grid, sections, "grid"), epochs, images.num_train)
+        sections = {"batch_sizes": batch_sizes, "bn_batch_sizes": options.get("bn_batch_sizes"), "seeds": seeds}
+        asked = fields.parse(Search, {"confirm": options.get("confirm", Search.confirm)}, "search")
+        budget = asked.default_budget(fields.parse(Grid, sections, "grid"), epochs, images.num_train)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if workdir is None else workdir
         options = {"name": "search"} | options | {"budget": budget, "seconds": seconds}

@@ -21,12 +21,12 @@ def found(tmp_path_factory):
 
 
 def test_what_is_not_said_is_chosen(found):
-    """A tenth of 60 examples is held out; m makes four updates an epoch or more; three whole runs for each m."""
+    """A tenth of 60 examples is held out; m makes four updates an epoch or more; three whole runs for each m, and one more."""
     experiment = found[1].study.experiment
     assert found[1].study.examples == (54, 20)
     assert experiment.metric.column == "validation_accuracy"
     assert experiment.grid.batch_sizes == (2, 8)
-    assert experiment.search.budget == 3 * 2 * 4 * 60
+    assert experiment.search.budget == (3 * 2 + 1) * 4 * 60
     epochs = found[1].study.rows.groupby(["batch_size", "base_lr", "seed"]).size()
     assert epochs.sum() * 54 <= experiment.search.budget
 

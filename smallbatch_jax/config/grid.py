@@ -78,10 +78,10 @@ class Search:
         """Whether there is a budget; without one the whole grid is trained."""
         return self.budget is not None or self.seconds is not None
 
-    @staticmethod
-    def default_budget(grid: Grid, epochs: int, num_examples: int) -> float:
-        """Returns the training examples of three whole runs for each batch size and BN batch size."""
-        return 3.0 * len(grid.shapes()) * epochs * num_examples
+    def default_budget(self, grid: Grid, epochs: int, num_examples: int) -> float:
+        """Returns the examples of two whole runs for each batch size (of several seeds: three), and of those that confirm."""
+        runs = (2 + (len(grid.seeds) > 1)) * len(grid.shapes()) + self.confirm
+        return float(runs * epochs * num_examples)
 
     def fresh_seeds(self, seeds: Sequence[int]) -> tuple[int, ...]:
         """Returns the seeds that confirm what `seeds`, those of the grid, have chosen; none without a budget."""

@@ -126,7 +126,7 @@ def _caveats(study: Study, best: pd.Series, noise: Noise) -> list[str]:
     if best["diverged"]:
         seeds = int(best["diverged"] + best["finished"] + best["pending"])
         found.append(f"{int(best['diverged'])} of its {seeds} seeds diverged.")
-    if best["finished"] == 1:
+    if best["finished"] == 1 and study.fresh.empty:
         found.append("One seed: how much chance there is in it is not known.")
     others = cells.drop(index=best.name)
     near = [int(cell["batch_size"]) for _, cell in others.iterrows() if noise.reaches(cell, best)]
