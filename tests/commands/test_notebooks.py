@@ -15,7 +15,7 @@ from smallbatch_jax.study import study
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 WITH_OUTPUTS = ("language_model", "your_model")
-TRAINS = ("tour", *WITH_OUTPUTS)
+TRAINS = ("tour", "search", *WITH_OUTPUTS)
 OF_FIGURES = [path for path in NOTEBOOKS if path.stem not in ("results", *TRAINS)]
 TABLES = sorted(path.parent for path in (FOLDER / "results").glob("*/*/experiment.json"))
 
