@@ -41,8 +41,7 @@ def search_rounds(jobs: Sequence[Job], status: Status) -> Iterator[Job]:
         if job.pending():
             stored = [job.results.epochs(run) for job in jobs for run in job.runs]
             status.runs = sum(map(bool, stored)) + sum(not job.results.epochs(run) for run in job.goals)
-            going_on = sum(job.results.epochs(run) for run in job.pending())  # the scheduler subtracts these itself
-            left = (experiment.search.budget or 0.0) - (sum(stored) - going_on) * num_examples
+            left = (experiment.search.budget or 0.0) - sum(stored) * num_examples
             status.images = status.trained + max(0, round(left))
             yield job
         curves = {run: job.results.curve(runs[run], epochs) for run, epochs in goals.items()}
