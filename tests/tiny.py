@@ -1,5 +1,6 @@
 """A model and data so small that a program of theirs compiles in a second; shared by the tests that train."""
 
+import signal
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from smallbatch_jax.config import experiment
 from smallbatch_jax.data import Dataset
 from smallbatch_jax.models.layers import Dense
 from smallbatch_jax.models.norm import BatchNorm
+from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results
 
 
@@ -62,3 +64,15 @@ def rows(workdir: Any, **where: Any) -> Any:
     for column, value in where.items():
         frame = frame[frame[column] == value]
     return frame.reset_index(drop=True)
+
+
+class StopAfter(NoProgress):
+    """Sends this process a signal after a number of segments, as a user would."""
+
+    def __init__(self, segments: int, signum: int = signal.SIGTERM):
+        self.left, self.signum = segments, signum
+
+    def show(self, status: Any, doing: str) -> None:
+        self.left -= 1
+        if self.left == 0:
+            signal.raise_signal(self.signum)

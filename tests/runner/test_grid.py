@@ -182,18 +182,6 @@ def test_provenance_says_with_what_the_results_were_made(tmp_path):
     assert (timings.peak_bytes > 0).equals(timings.phase == "compile")
 
 
-class StopAfter(NoProgress):
-    """Sends this process a signal after a number of segments, as a user would."""
-
-    def __init__(self, segments, signum):
-        self.left, self.signum = segments, signum
-
-    def show(self, status, doing):
-        self.left -= 1
-        if self.left == 0:
-            signal.raise_signal(self.signum)
-
-
 @pytest.mark.parametrize(
     ("segments", "signum"),
     [(2, signal.SIGINT), (7, signal.SIGUSR1), pytest.param(3, signal.SIGTERM, marks=pytest.mark.slow)],
@@ -203,7 +191,7 @@ def test_a_stopped_grid_goes_on_from_its_checkpoint_bit_for_bit(undisturbed, tmp
     fields = {**GRID, "segment_seconds": 1e-9}
     with pytest.raises(Interrupted) as caught:
         train_grid(
-            tiny.grid(**fields), tmp_path / "w", tiny.dataset(), StopAfter(segments, signum), lambda b: tiny.TinyModel(b)
+            tiny.grid(**fields), tmp_path / "w", tiny.dataset(), tiny.StopAfter(segments, signum), lambda b: tiny.TinyModel(b)
         )
     assert caught.value.signum == signum
     assert len(results.load(tmp_path / "w")) < len(undisturbed)
@@ -223,7 +211,7 @@ def test_rows_lost_behind_a_checkpoint_are_trained_again(undisturbed, tmp_path, 
     fields = {**GRID, "segment_seconds": 1e-9}
     with pytest.raises(Interrupted):
         train_grid(
-            tiny.grid(**fields), tmp_path / "w", tiny.dataset(), StopAfter(22, signal.SIGTERM), lambda b: tiny.TinyModel(b)
+            tiny.grid(**fields), tmp_path / "w", tiny.dataset(), tiny.StopAfter(22, signal.SIGTERM), lambda b: tiny.TinyModel(b)
         )
     file = tmp_path / "w/results/m00004_b00004.csv"
     lines = file.read_text().splitlines(keepends=True)

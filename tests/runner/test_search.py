@@ -2,7 +2,6 @@
 
 import json
 import random
-import signal
 import subprocess
 import sys
 import textwrap
@@ -25,18 +24,6 @@ from smallbatch_jax.study import study
 RUN = ["batch_size", "base_lr", "seed"]
 RATES = tuple(2.0**k for k in range(-13, 2))
 SEARCH = {"batch_sizes": (2, 4, 16), "base_lrs": RATES, "seeds": (0, 1), "epochs": 8, "search": {"budget": 72 * 50.0}}
-
-
-class StopAfter(NoProgress):
-    """Sends this process SIGTERM after a number of segments."""
-
-    def __init__(self, segments):
-        self.left = segments
-
-    def show(self, status, doing):
-        self.left -= 1
-        if self.left == 0:
-            signal.raise_signal(signal.SIGTERM)
 
 
 def train(workdir, progress=None, **fields):
@@ -112,7 +99,7 @@ def test_a_search_is_an_ordinary_study(undisturbed, tmp_path):
 def test_a_stopped_search_goes_on_from_its_checkpoint_bit_for_bit(undisturbed, tmp_path, monkeypatch, begun, segments):
     monkeypatch.setattr(scheduler.Pace, "FIRST_IMAGES", 8)
     with pytest.raises(Interrupted):
-        train(tmp_path / "w", StopAfter(segments), **SEARCH, segment_seconds=1e-9)
+        train(tmp_path / "w", tiny.StopAfter(segments), **SEARCH, segment_seconds=1e-9)
     assert "running" in set(results.load(tmp_path / "w").status)
     assert study.load(tmp_path / "w").runs[1] > study.load(tmp_path / "w").runs[0]
     pd.testing.assert_frame_equal(train(tmp_path / "w", **SEARCH), undisturbed, check_exact=True)

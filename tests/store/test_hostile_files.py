@@ -209,18 +209,6 @@ def test_a_pickle_in_the_cache_of_a_prepared_dataset_is_mended(prepared, cache_d
     assert repr(str(path)) in capsys.readouterr().err
 
 
-class StopAfter(NoProgress):
-    """Sends this process a signal after a number of segments, as a user would."""
-
-    def __init__(self, segments, signum):
-        self.left, self.signum = segments, signum
-
-    def show(self, status, doing):
-        self.left -= 1
-        if self.left == 0:
-            signal.raise_signal(self.signum)
-
-
 @pytest.fixture(scope="module")
 def restored_with():
     """The arguments with which the checkpoints of `stopped` are opened, after the folder, and restored."""
@@ -246,7 +234,7 @@ def stopped(tmp_path_factory, restored_with):
         patch.setattr(Checkpoints, "restore", noted_restore)
         patch.setattr(feeder.Pace, "FIRST_IMAGES", 8)
         with pytest.raises(driver.Interrupted):
-            train(workdir, StopAfter(14, signal.SIGINT))
+            train(workdir, tiny.StopAfter(14, signal.SIGINT))
     assert set(results.load(workdir).epoch) == {1}
     return workdir
 

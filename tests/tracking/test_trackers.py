@@ -4,7 +4,6 @@ import gc
 import math
 import resource
 import shutil
-import signal
 import sys
 import time
 
@@ -120,25 +119,13 @@ def test_tensorboard_sees_each_epoch_as_it_ends(tmp_path):
     assert len(set(looking.seen)) > 3
 
 
-class StopAfter(NoProgress):
-    """Sends this process a signal after a number of segments, as a user would."""
-
-    def __init__(self, segments):
-        self.left = segments
-
-    def show(self, status, doing):
-        self.left -= 1
-        if self.left == 0:
-            signal.raise_signal(signal.SIGTERM)
-
-
 @pytest.mark.parametrize("segments", [3, 6])
 @pytest.mark.parametrize("checkpoint", ["kept", "lost"])
 def test_a_stopped_grid_shows_each_row_once_when_it_goes_on(watched, tmp_path, monkeypatch, segments, checkpoint):
     """Even those that are trained once more, where the checkpoint is lost."""
     monkeypatch.setattr(feeder.Pace, "FIRST_IMAGES", 24)
     with pytest.raises(driver.Interrupted):
-        train(tmp_path / "w", StopAfter(segments), segment_seconds=1e-9)
+        train(tmp_path / "w", tiny.StopAfter(segments), segment_seconds=1e-9)
     assert_all_shown(tmp_path / "w")
     assert 0 < len(results.load(tmp_path / "w")) < len(watched[1])
     if checkpoint == "lost":
