@@ -57,6 +57,7 @@ def test_a_sweep_trains_draws_and_prints_its_table(trained):
     assert frame.groupby("base_lr").status.unique().map(list).to_dict() == {0.001: ["finished"], 8.0: ["diverged"]}
 
 
+@pytest.mark.slow
 def test_a_search_ends_with_a_recommendation(tmp_path):
     options = ("--config.epochs=2", "--config.grid.batch_sizes=(128,)", "--config.dataset.validation_fraction=0.2")
     done = run("search.py", QUICKSTART, f"--workdir={tmp_path / 'w'}", *options)
@@ -147,7 +148,11 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "says"), MISTAKES)
+# Every mistake is a process of its own; the checks themselves are tried in one process, in tests/config.
+SLOW = [pytest.param(*mistake, marks=pytest.mark.slow) for mistake in MISTAKES[3:-3]]
+
+
+@pytest.mark.parametrize(("arguments", "says"), [*MISTAKES[:3], *SLOW, *MISTAKES[-3:]])
 def test_a_mistake_is_one_line_exit_status_2_and_nothing_written(tmp_path, arguments, says):
     refused(run("sweep.py", QUICKSTART, f"--workdir={tmp_path / 'w'}", *arguments), says)
     assert not (tmp_path / "w").exists()

@@ -74,7 +74,7 @@ def test_a_program_without_them_is_made_of_the_same_operations_as_before(monkeyp
     assert ours == {mapping: text(mapping) for mapping in ours}
 
 
-@pytest.mark.parametrize("model", [tiny.PlainModel, tiny.TinyModel])
+@pytest.mark.parametrize("model", [pytest.param(tiny.PlainModel, marks=pytest.mark.slow), tiny.TinyModel])
 def test_lanes_in_turn_and_side_by_side_have_the_same(model):
     mesh = lanes.lane_mesh(jax.devices()[:1])
     data, program = device_data.to_device(tiny.dataset(), mesh), Program(4, 26, diagnostics=NAMES)
