@@ -36,7 +36,7 @@ def write(workdirs: list[str], out: Path, refresh_seconds: int | None = None) ->
     from smallbatch_jax.study.answer import answer
 
     studies = list(study.load_all(workdirs).values())
-    unfinished = any(ended < runs for ended, runs in (found.runs for found in studies))
+    unfinished = any(found.unfinished for found in studies)
     report.write(studies, out, refresh_seconds if unfinished else None)
     for found in studies:
         print(f"{found.name}: {answer(found).sentence}")

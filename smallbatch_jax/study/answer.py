@@ -30,7 +30,7 @@ def answer(study: Study) -> Answer:
     best by `noise.RULE`, and only once all its runs have ended.
     """
     ended, runs = study.runs
-    so_far = f"So far ({ended:,} of {runs:,} runs ended): " if ended < runs else ""
+    so_far = f"So far ({ended:,} of {runs:,} runs ended): " if study.unfinished else ""
     found = recommend(study)
     if (best := found.best) is None:
         return Answer(f"{so_far}{'none of them has finished.' if so_far else 'Every run diverged.'}", (), None, found)

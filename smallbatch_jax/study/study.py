@@ -17,7 +17,7 @@ from smallbatch_jax.config.text import axis_title, format_base_lr, plural
 from smallbatch_jax.data.order import BatchSchedule
 from smallbatch_jax.store import results
 from smallbatch_jax.store.timings import timing_frame
-from smallbatch_jax.store.workdir import read_workdir
+from smallbatch_jax.store.workdir import is_finished, read_workdir
 from smallbatch_jax.study import analysis
 
 
@@ -34,6 +34,7 @@ class Study:
       examples: numbers of training and test examples; None if unknown.
       timings: `results.load_timings`; may have no rows.
       guess: the loss of the best constant guess, where it is known.
+      finished: whether the last command that trained came to its end.
     """
 
     workdir: Path
@@ -44,6 +45,7 @@ class Study:
     examples: tuple[int, int] | None
     timings: pd.DataFrame = field(default_factory=timing_frame)
     guess: Mapping[str, float] = field(default_factory=dict)
+    finished: bool = True
 
     @property
     def name(self) -> str:
@@ -77,6 +79,12 @@ class Study:
         ended = int(self.cells["finished"].sum() + self.cells["diverged"].sum())
         return ended, ended + int(self.cells["pending"].sum())
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether runs have not ended, or a search may begin others."""
+        ended, runs = self.runs
+        return ended < runs or (self.experiment.search.active and not self.finished)
+
 
 def load(workdir: str | Path) -> Study:
     """Returns the study that a workdir holds, finished or not; writes nothing.
@@ -98,7 +106,8 @@ def load(workdir: str | Path) -> Study:
     if numbers and experiment.schedule.batch_growth > 1:
         of_size = {m: BatchSchedule.of(experiment, numbers[0], m) for m in experiment.grid.batch_sizes}
         rows["examples"] = [of_size[m].examples(step) for m, step in zip(rows["batch_size"], rows["step"], strict=True)]
-    return Study(path, experiment, rows, cells, num_classes, numbers, results.load_timings(path), facts.get("guess", {}))
+    found = path, experiment, rows, cells, num_classes, numbers
+    return Study(*found, results.load_timings(path), facts.get("guess", {}), is_finished(path))
 
 
 def load_all(workdirs: Iterable[str | Path]) -> dict[str, Study]:

@@ -19,7 +19,8 @@ from smallbatch_jax.runner.grid import Interrupted, train_grid
 from smallbatch_jax.runner.policy import Round
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results
-from smallbatch_jax.study import study
+from smallbatch_jax.study import claims, study
+from smallbatch_jax.study.answer import answer
 
 RUN = ["batch_size", "base_lr", "seed"]
 RATES = tuple(2.0**k for k in range(-13, 2))
@@ -91,6 +92,11 @@ def test_a_search_is_an_ordinary_study(undisturbed, tmp_path):
     train(tmp_path / "w", **SEARCH)
     found = study.load(tmp_path / "w")
     assert found.runs[0] == found.runs[1]  # none is pending
+    assert not found.unfinished
+    assert not answer(found).sentence.startswith("So far")
+    claimed = claims.judge({"fig08": found})
+    lacks = [finding.text for verdict in claimed for finding in verdict.findings if "fig08 is a search" in finding.text]
+    assert lacks
     runs = len(undisturbed.drop_duplicates(RUN))
     assert f"a search within 3,600 training images, {runs} runs begun" in study.describe(found)
 
@@ -101,7 +107,8 @@ def test_a_stopped_search_goes_on_from_its_checkpoint_bit_for_bit(undisturbed, t
     with pytest.raises(Interrupted):
         train(tmp_path / "w", tiny.StopAfter(segments), **SEARCH, segment_seconds=1e-9)
     assert "running" in set(results.load(tmp_path / "w").status)
-    assert study.load(tmp_path / "w").runs[1] > study.load(tmp_path / "w").runs[0]
+    assert study.load(tmp_path / "w").unfinished
+    assert answer(study.load(tmp_path / "w")).sentence.startswith("So far (")
     pd.testing.assert_frame_equal(train(tmp_path / "w", **SEARCH), undisturbed, check_exact=True)
     assert len(begun) == len(undisturbed.drop_duplicates(RUN))  # those that waited were saved too
 
