@@ -89,10 +89,12 @@ def test_a_worker_that_dies_has_a_successor_and_one_that_fails_keeps_nobody_from
     ("arguments", "says"),
     [
         (["--also=x"], "--also: got 'x', accepts CONFIG.py:WORKDIR"),
-        (["--also=configs/none.py:w"], "--also=configs/none.py:w: FileNotFoundError"),
-        (["--also=configs/quickstart.py:configs"], "--workdir: configs holds"),
+        pytest.param(["--also=configs/none.py:w"], "--also=configs/none.py:w: FileNotFoundError", marks=pytest.mark.slow),
+        pytest.param(["--also=configs/quickstart.py:configs"], "--workdir: configs holds", marks=pytest.mark.slow),
         (["--also=configs/quickstart.py:{w}/../w"], "is given twice"),
-        (["--also=configs/fig15_best.py:{w}2"], "drawn_from: fig15 is drawn from other results"),
+        pytest.param(
+            ["--also=configs/fig15_best.py:{w}2"], "drawn_from: fig15 is drawn from other results", marks=pytest.mark.slow
+        ),
         (["--config.grid.batch_sizes=(2,5000)"], "5000 is larger than the training set of 1437"),
     ],
 )

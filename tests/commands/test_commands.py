@@ -158,24 +158,27 @@ def test_a_mistake_is_one_line_exit_status_2_and_nothing_written(tmp_path, argum
     assert not (tmp_path / "w").exists()
 
 
+WHAT_TO_DO = [
+    ("sweep.py", [QUICKSTART], "--workdir: not given"),
+    ("sweep.py", ["--workdir=w"], "--config: not given"),
+    ("sweep.py", ["--workdir=w", "--config.epochs=2"], "--config: not given, of which --config.epochs is a field"),
+    ("claims.py", ["--workdir=~nobody_here/w"], "--workdir: got '~nobody_here/w', there is no such user"),
+    ("figures.py", ["--workdir=w", "--out="], "--out: empty"),
+    ("sweep.py", ["--config=configs/none.py", "--workdir=w"], "--config=configs/none.py"),
+    ("sweep.py", ["--config=README.md", "--workdir=w"], "--config=README.md"),
+    ("sweep.py", [QUICKSTART, "--workdir=configs"], "but no experiment; give a new or empty folder"),
+    ("sweep.py", [QUICKSTART, "--workdir=README.md"], "--workdir: README.md is a file"),
+    ("train.py", [QUICKSTART, "--workdir=w"], "batch_size: not given"),
+    ("train.py", [QUICKSTART, "--workdir=w", "--config.batch_size=8", "--config.base_lr=nan"], "base_lr: got nan"),
+    ("figures.py", ["--workdir=configs"], "--workdir: configs is no workdir"),
+    ("launch.py", [QUICKSTART, "--workdir=w", "--config.search.seconds=9"], "search: quickstart is a search"),
+    ("search.py", [QUICKSTART, "--workdir=w", "--config.search.budget=0"], "search.budget: got 0"),
+]
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "says"),
-    [
-        ("sweep.py", [QUICKSTART], "--workdir: not given"),
-        ("sweep.py", ["--workdir=w"], "--config: not given"),
-        ("sweep.py", ["--workdir=w", "--config.epochs=2"], "--config: not given, of which --config.epochs is a field"),
-        ("claims.py", ["--workdir=~nobody_here/w"], "--workdir: got '~nobody_here/w', there is no such user"),
-        ("figures.py", ["--workdir=w", "--out="], "--out: empty"),
-        ("sweep.py", ["--config=configs/none.py", "--workdir=w"], "--config=configs/none.py"),
-        ("sweep.py", ["--config=README.md", "--workdir=w"], "--config=README.md"),
-        ("sweep.py", [QUICKSTART, "--workdir=configs"], "but no experiment; give a new or empty folder"),
-        ("sweep.py", [QUICKSTART, "--workdir=README.md"], "--workdir: README.md is a file"),
-        ("train.py", [QUICKSTART, "--workdir=w"], "batch_size: not given"),
-        ("train.py", [QUICKSTART, "--workdir=w", "--config.batch_size=8", "--config.base_lr=nan"], "base_lr: got nan"),
-        ("figures.py", ["--workdir=configs"], "--workdir: configs is no workdir"),
-        ("search.py", [QUICKSTART, "--workdir=w", "--config.search.budget=0"], "search.budget: got 0"),
-        ("launch.py", [QUICKSTART, "--workdir=w", "--config.search.seconds=9"], "search: quickstart is a search"),
-    ],
+    [*WHAT_TO_DO[::2], *(pytest.param(*mistake, marks=pytest.mark.slow) for mistake in WHAT_TO_DO[1::2])],
 )
 def test_a_mistake_in_what_to_do_is_one_line_and_exit_status_2(script, arguments, says):
     refused(run(script, *arguments), says)
