@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from smallbatch_jax import data
 from smallbatch_jax.config import fields
-from smallbatch_jax.config.experiment import InputError
+from smallbatch_jax.config.experiment import Experiment, InputError
 from smallbatch_jax.config.grid import Grid, Search
 from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.runner.sweep import require_dataset, sweep
@@ -42,7 +42,7 @@ class Found(NamedTuple):
 def search(
     model: Any,
     dataset: str | Dataset | Photographs,
-    epochs: int,
+    epochs: int | None = None,
     *,
     budget: float | None = None,
     seconds: float | None = None,
@@ -62,7 +62,8 @@ def search(
       model: as for `sweep`.
       dataset: as for `sweep`. A tenth of its training examples is held out to choose by, unless `validation_fraction` or
         `select` says otherwise, or the data have a validation split of their own or are streamed.
-      epochs: E, of a whole run; those that are given up train for fewer.
+      epochs: E, of a whole run; those that are given up train for fewer. None takes as many as make the budget in examples
+        that of `budget=None`, or without one those of a config, 8.
       budget: training examples over all runs, the sum of all epochs times the number of examples; None takes three whole runs
         for each batch size (two if there is one seed), and the confirming ones.
       seconds: the budget in time instead, turned into examples by a measurement before the first run.
@@ -80,20 +81,23 @@ def search(
     """
     if budget is not None and seconds is not None:
         raise InputError("seconds: a search has one budget; give seconds or budget, not both.")
-    epochs = fields.integer(1, 100_000)("epochs", fields.plain(epochs))
     images = data.load(dataset, options.get("data_dir"), options.get("image_size")) if isinstance(dataset, str) else dataset
     require_dataset(images)
     if "select" not in options and isinstance(images, Dataset) and "validation" not in images.splits():
         options = {"validation_fraction": VALIDATION_FRACTION} | options
     if batch_sizes is None:
         batch_sizes = [m for m in BATCH_SIZES if m * LEAST_UPDATES <= images.num_train] or [1]
+    sections = {"batch_sizes": batch_sizes, "bn_batch_sizes": options.get("bn_batch_sizes"), "seeds": seeds}
+    asked = fields.parse(Search, {"confirm": options.get("confirm", Search.confirm), "budget": budget}, "search")
+    per_epoch = asked.default_budget(fields.parse(Grid, sections, "grid"), 1, images.num_train)
+    if epochs is None:
+        epochs = Experiment.epochs if asked.budget is None else max(1, int(asked.budget // per_epoch))
+    length: int = fields.integer(1, 100_000)("epochs", fields.plain(epochs))
     if budget is None and seconds is None:
-        sections = {"batch_sizes": batch_sizes, "bn_batch_sizes": options.get("bn_batch_sizes"), "seeds": seeds}
-        asked = fields.parse(Search, {"confirm": options.get("confirm", Search.confirm)}, "search")
-        budget = asked.default_budget(fields.parse(Grid, sections, "grid"), epochs, images.num_train)
+        budget = length * per_epoch
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if workdir is None else workdir
         options = {"name": "search"} | options | {"budget": budget, "seconds": seconds}
-        sweep(model, dataset, batch_sizes, base_lrs, epochs, seeds, folder, **options)
+        sweep(model, dataset, batch_sizes, base_lrs, length, seeds, folder, **options)
         found = study.load(os.fspath(folder))
     return Found(answer(found), found)
