@@ -10,7 +10,6 @@ import pytest
 from arrays import normal
 from jax import lax
 
-from smallbatch_jax.models import native
 from smallbatch_jax.models.conv import conv
 from smallbatch_jax.models.layers import _product_of_few, relu
 from smallbatch_jax.models.norm import BatchNorm
@@ -67,8 +66,6 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_hessian_vector_product_is_that_of_the_plain_formula(case):
     function, plain, shapes = CASES[case]
-    if case == "native convolution" and not native.possible(16):
-        pytest.skip("no vector unit")
     primals = [normal(*shape, seed=i) for i, shape in enumerate(shapes)]
     ours, theirs = hessian_vector_product(function, *primals), hessian_vector_product(plain, *primals)
     for a, b in zip(ours, theirs, strict=True):
