@@ -7,7 +7,7 @@ import numpy as np
 from flax import linen as nn
 
 from smallbatch_jax.config import experiment
-from smallbatch_jax.data import Dataset
+from smallbatch_jax.data import Dataset, order
 from smallbatch_jax.models.layers import Dense
 from smallbatch_jax.models.norm import BatchNorm
 from smallbatch_jax.runner.progress import NoProgress
@@ -56,6 +56,12 @@ def grid(**fields: Any) -> experiment.Experiment:
         section = config.grid if name in config.grid else config
         section[name] = value
     return experiment.from_config(config)
+
+
+def batch_indices(seed: int, first_step: int, num_steps: int, batch_size: int, num_examples: int) -> np.ndarray:
+    """The examples of updates first_step … first_step+num_steps-1 at one batch size: int32[num_steps, m]."""
+    found = order.stream(seed, first_step * batch_size, num_steps * batch_size, num_examples)
+    return found.reshape(num_steps, batch_size)
 
 
 def rows(workdir: Any, **where: Any) -> Any:

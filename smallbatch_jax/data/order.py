@@ -49,12 +49,6 @@ def stream(seed: int, position: int, count: int, num_examples: int) -> np.ndarra
     return np.concatenate(orders)[skipped : skipped + count]
 
 
-def batch_indices(seed: int, first_step: int, num_steps: int, batch_size: int, num_examples: int) -> np.ndarray:
-    """Returns the examples of updates first_step … first_step+num_steps-1: int32[num_steps, m]."""
-    found = stream(seed, first_step * batch_size, num_steps * batch_size, num_examples)
-    return found.reshape(num_steps, batch_size)
-
-
 class Phase(NamedTuple):
     """Consecutive updates of a run with one batch size."""
 

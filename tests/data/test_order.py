@@ -6,10 +6,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smallbatch_jax.data.order import BatchSchedule, batch_indices, epoch_end, epoch_permutation, total_steps
+from smallbatch_jax.data.order import BatchSchedule, epoch_end, epoch_permutation, total_steps
 from smallbatch_jax.optim import step_schedule
 
 # (examples, batch size): dividing and not, halves exactly (7 / 2), whole training sets, and m = 1.
@@ -17,7 +18,7 @@ SIZES = [(1, 1), (5, 1), (5, 5), (6, 3), (7, 2), (7, 3), (7, 5), (9, 6), (10, 4)
 
 
 def all_batches(num_examples, batch_size, epochs, seed=0):
-    return batch_indices(seed, 0, total_steps(epochs, num_examples, batch_size), batch_size, num_examples)
+    return tiny.batch_indices(seed, 0, total_steps(epochs, num_examples, batch_size), batch_size, num_examples)
 
 
 def test_epoch_ends_at_the_rounded_number_of_steps():
@@ -49,7 +50,8 @@ def test_batches_are_the_permutations_end_to_end_however_segments_cut_them(num_e
     """Step k takes positions k·m … k·m+m-1 of permutation 0, permutation 1, …; a batch may straddle two."""
     steps = total_steps(4, num_examples, batch_size)
     segments = [
-        batch_indices(3, first, min(segment, steps - first), batch_size, num_examples) for first in range(0, steps, segment)
+        tiny.batch_indices(3, first, min(segment, steps - first), batch_size, num_examples)
+        for first in range(0, steps, segment)
     ]
     stream = np.concatenate([epoch_permutation(3, e, num_examples) for e in range(6)])
     np.testing.assert_array_equal(np.concatenate(segments), stream[: steps * batch_size].reshape(steps, batch_size))
@@ -82,26 +84,26 @@ def test_order_depends_on_nothing_else():
     """Neither base_lr nor any other setting of a run is an argument."""
     assert list(inspect.signature(epoch_permutation).parameters) == ["seed", "epoch", "num_examples"]
     names = ["seed", "first_step", "num_steps", "batch_size", "num_examples"]
-    assert list(inspect.signature(batch_indices).parameters) == names
+    assert list(inspect.signature(tiny.batch_indices).parameters) == names
 
 
 def test_order_is_pinned():
     """Stored results are reproduced by later versions: this stream never changes."""
-    found = batch_indices(seed=3, first_step=1, num_steps=3, batch_size=4, num_examples=5)
+    found = tiny.batch_indices(seed=3, first_step=1, num_steps=3, batch_size=4, num_examples=5)
     np.testing.assert_array_equal(found, [[3, 0, 1, 3], [2, 4, 4, 1], [0, 3, 2, 3]])
 
 
 def test_a_batch_may_be_written_to_without_changing_the_order():
     """What is handed out is the caller's own; the cached permutation is read-only."""
-    before = batch_indices(0, 0, 1, 4, 4).copy()
-    batch_indices(0, 0, 1, 4, 4)[:] = 0
-    np.testing.assert_array_equal(batch_indices(0, 0, 1, 4, 4), before)
+    before = tiny.batch_indices(0, 0, 1, 4, 4).copy()
+    tiny.batch_indices(0, 0, 1, 4, 4)[:] = 0
+    np.testing.assert_array_equal(tiny.batch_indices(0, 0, 1, 4, 4), before)
     assert not epoch_permutation(0, 0, 4).flags.writeable
 
 
 def test_no_steps_are_an_empty_batch():
     """Shape [0, m], so that a segment without work needs no special case."""
-    found = batch_indices(0, 5, 0, 4, 10)
+    found = tiny.batch_indices(0, 5, 0, 4, 10)
     assert (found.shape, found.dtype) == ((0, 4), np.int32)
 
 

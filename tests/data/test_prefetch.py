@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import photos
 import pytest
+import tiny
 from pictures import error_line
 from PIL import Image
 
 from smallbatch_jax import data
 from smallbatch_jax.config.experiment import Dataset as DatasetConfig
-from smallbatch_jax.data import order
 from smallbatch_jax.data.streaming import prefetch
 from smallbatch_jax.data.streaming.prefetch import Prefetcher, WorkerDied
 from smallbatch_jax.data.streaming.sample_index import BatchSlice, Decoded, SampleIndex
@@ -75,7 +75,7 @@ def test_a_seeds_numbers_are_the_stream_of_its_epochs(root):
     images = sample_index(root)
     for seed in SEEDS:
         found = [int(images[images.training(seed, position)].examples) for position in range(110)]
-        np.testing.assert_array_equal(found, order.batch_indices(seed, 0, 11, 10, 50).reshape(-1))
+        np.testing.assert_array_equal(found, tiny.batch_indices(seed, 0, 11, 10, 50).reshape(-1))
     assert [int(images[images.testing(i)].examples) for i in range(20)] == list(range(20))
 
 

@@ -3,8 +3,9 @@
 import jax
 import numpy as np
 import pytest
+import tiny
 
-from smallbatch_jax.data import order, random
+from smallbatch_jax.data import random
 from smallbatch_jax.models import conv, create_model
 from smallbatch_jax.program.device_data import to_device
 from smallbatch_jax.program.lanes import Segment, compile_lanes, initialiser, lane_mesh
@@ -25,7 +26,7 @@ def first_losses(platform, base_lrs, precision="float32"):
     fresh = initialiser(create_model("resnet8", 10, "batch", platform="gpu"), dataset.example)(0)
     state = compiled.start(compiled.empty(), dict.fromkeys(range(lanes), fresh))
     constants = [np.zeros(lanes, dtype) for dtype in (np.int32, np.float32, np.float32)]
-    indices = order.batch_indices(0, 0, STEPS, BATCH_SIZE, dataset.num_train)
+    indices = tiny.batch_indices(0, 0, STEPS, BATCH_SIZE, dataset.num_train)
     steps = np.full(lanes, STEPS, np.int32)
     segment = Segment(np.repeat(indices[None], lanes, 0), steps, np.zeros(lanes, bool))
     _, report = compiled.run(state, Setting(np.array(base_lrs, np.float32), *constants), segment)

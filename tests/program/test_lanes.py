@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import tiny
 
-from smallbatch_jax.data import order
 from smallbatch_jax.program import device_data as on_device
 from smallbatch_jax.program import lanes
 from smallbatch_jax.program import segment as on_lanes
@@ -43,7 +42,7 @@ def segment(seeds, steps, first=0, evaluate=True):
     """Every lane takes its own number of steps of an epoch."""
     indices = np.zeros((len(seeds), STEPS, BATCH_SIZE), np.int32)
     for lane, (seed, count) in enumerate(zip(seeds, steps, strict=True)):
-        indices[lane, :count] = order.batch_indices(seed, first, count, BATCH_SIZE, 50)
+        indices[lane, :count] = tiny.batch_indices(seed, first, count, BATCH_SIZE, 50)
     return lanes.Segment(indices, np.array(steps, np.int32), np.full(len(seeds), evaluate))
 
 

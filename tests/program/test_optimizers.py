@@ -15,7 +15,6 @@ import pytest
 import tiny
 
 from smallbatch_jax.config import catalog, experiment
-from smallbatch_jax.data import order
 from smallbatch_jax.program import device_data, lanes, train
 from smallbatch_jax.runner.grid import Interrupted, train_grid
 from smallbatch_jax.runner.jobs import Setup
@@ -58,7 +57,7 @@ def trained(name, rule, mapping, values=None, mask="all"):
     compiled = lanes.compile_lanes(tiny.PlainModel(), program, data, mesh, LANES, STEPS, mapping=mapping)
     fresh = lanes.initialiser(tiny.PlainModel(), dataset().example, optimizer)(0)
     state = compiled.start(compiled.empty(), dict.fromkeys(range(LANES), fresh))
-    indices = np.repeat(order.batch_indices(0, 0, STEPS, BATCH_SIZE, 50)[None], LANES, 0)
+    indices = np.repeat(tiny.batch_indices(0, 0, STEPS, BATCH_SIZE, 50)[None], LANES, 0)
     segment = lanes.Segment(indices, np.full(LANES, STEPS, np.int32), np.zeros(LANES, bool))
     full = [np.full(LANES, v, d) for v, d in ((0, np.int32), (DECAY, np.float32), (0.1, np.float32))]
     scalars = values or setup.experiment.optimizer.scalars(BATCH_SIZE)

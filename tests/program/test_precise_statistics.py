@@ -36,7 +36,7 @@ def trained(b, precise):
     segment = lanes.Segment(
         *(np.zeros((mesh.size, *shape), dtype) for shape, dtype in (((STEPS, M), "i4"), ((), "i4"), ((), "?")))
     )
-    segment.indices[0], segment.steps[0], segment.evaluate[0] = order.batch_indices(0, 0, STEPS, M, 50), STEPS, True
+    segment.indices[0], segment.steps[0], segment.evaluate[0] = tiny.batch_indices(0, 0, STEPS, M, 50), STEPS, True
     settings = Setting(*(np.full(mesh.size, v, d) for v, d in ((2**-7, "f4"), (0, "i4"), (0, "f4"), (0, "f4"))))
     return jax.tree.map(lambda x: np.asarray(x)[0], compiled.run(state, settings, segment))
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from smallbatch_jax.data import Dataset, order
+from smallbatch_jax.data import Dataset
 from smallbatch_jax.data.augment import crop_and_flip
 from smallbatch_jax.models import create_model
 from smallbatch_jax.program import device_data, lanes, segment
@@ -50,7 +51,7 @@ def train(platform, mapping, bn_batch_size=None, **options):
     program = lanes.compile_lanes(*args)
     init = lanes.initialiser(args[0], jax.ShapeDtypeStruct((8, 8, 3), np.float32))
     state = program.start(program.empty(), {lane: init(lane) for lane in range(LANES)})
-    indices = np.stack([order.batch_indices(lane, 0, STEPS, BATCH_SIZE, EXAMPLES) for lane in range(LANES)])
+    indices = np.stack([tiny.batch_indices(lane, 0, STEPS, BATCH_SIZE, EXAMPLES) for lane in range(LANES)])
     segments = lanes.Segment(indices, np.array([STEPS, STEPS, STEPS - 2], np.int32), np.ones(LANES, bool))
     rates = np.array([2**-9, 2**-7, 2**-8], np.float32)
     setting = Setting(rates, np.arange(LANES, dtype=np.int32), np.full(LANES, 1e-3, np.float32), np.zeros(LANES, np.float32))

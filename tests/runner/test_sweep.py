@@ -11,7 +11,6 @@ from flax import linen as nn
 
 import smallbatch_jax as sbj
 from smallbatch_jax.config.experiment import InputError
-from smallbatch_jax.data import order
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store.workdir import open_workdir
 
@@ -68,7 +67,7 @@ def test_a_users_mlp_trains_as_a_plain_optax_loop_does():
         updates, state = transform.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    for indices in order.batch_indices(seed, 0, 50, m, 200):
+    for indices in tiny.batch_indices(seed, 0, 50, m, 200):
         params, state, value = step(params, state, data.train_images[indices], data.train_labels[indices])
         losses.append(float(value))
     np.testing.assert_allclose(frame.train_loss, [np.mean(losses[:25]), np.mean(losses[25:])], rtol=1e-5)
