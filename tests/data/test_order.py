@@ -10,7 +10,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smallbatch_jax.data.order import BatchSchedule, epoch_end, epoch_permutation, total_steps
+from smallbatch_jax.data.order import BatchSchedule, epoch_end, epoch_permutation, stream, total_steps
 from smallbatch_jax.optim import step_schedule
 
 # (examples, batch size): dividing and not, halves exactly (7 / 2), whole training sets, and m = 1.
@@ -53,8 +53,8 @@ def test_batches_are_the_permutations_end_to_end_however_segments_cut_them(num_e
         tiny.batch_indices(3, first, min(segment, steps - first), batch_size, num_examples)
         for first in range(0, steps, segment)
     ]
-    stream = np.concatenate([epoch_permutation(3, e, num_examples) for e in range(6)])
-    np.testing.assert_array_equal(np.concatenate(segments), stream[: steps * batch_size].reshape(steps, batch_size))
+    joined = np.concatenate([epoch_permutation(3, e, num_examples) for e in range(6)])
+    np.testing.assert_array_equal(np.concatenate(segments), joined[: steps * batch_size].reshape(steps, batch_size))
 
 
 @pytest.mark.parametrize(("num_examples", "batch_size"), SIZES)
@@ -83,8 +83,7 @@ def test_order_depends_on_seed_and_on_epoch():
 def test_order_depends_on_nothing_else():
     """Neither base_lr nor any other setting of a run is an argument."""
     assert list(inspect.signature(epoch_permutation).parameters) == ["seed", "epoch", "num_examples"]
-    names = ["seed", "first_step", "num_steps", "batch_size", "num_examples"]
-    assert list(inspect.signature(tiny.batch_indices).parameters) == names
+    assert list(inspect.signature(stream).parameters) == ["seed", "position", "count", "num_examples"]
 
 
 def test_order_is_pinned():
