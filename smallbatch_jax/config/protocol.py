@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from smallbatch_jax.config.catalog import MODELS
+from smallbatch_jax.config.catalog import MODELS, NORMS
 from smallbatch_jax.config.experiment import default_config
 
 BATCH_SIZES = tuple(2**k for k in range(1, 12))  # 2 … 2048
@@ -10,6 +10,10 @@ BASE_LRS = tuple(2.0**k for k in range(-12, 1))  # 2^-12 … 2^0
 EPOCHS = {"cifar10": 82, "cifar100": 164, "imagenet2012": 90}
 REDUCED_EPOCHS = 8  # in place of 82
 REDUCED_BASE_LR = 2.0**-4  # the highest kept: few models train above it
+SUBSET = 5_000  # training images of a reduced figure for CPUs
+SUBSET_EPOCHS = 5  # in place of 82
+SUBSET_BATCH_SIZES = (2, 8, 32, 128, 512)  # larger ones would make fewer than 50 updates
+SUBSET_BASE_LRS = tuple(2.0**k for k in range(-11, -2, 2))  # 2^-11, 2^-9, … 2^-3
 LAST_EPOCHS = 5  # of a run, whose median test accuracy is reported
 
 
@@ -65,4 +69,29 @@ def reduced(config: Any, model: str | None = None) -> Any:
     grid.base_lrs = tuple(base_lr for base_lr in grid.base_lrs if base_lr <= REDUCED_BASE_LR)
     if grid.bn_batch_sizes is not None:
         grid.bn_batch_sizes = grid.bn_batch_sizes[::2]
+    return config
+
+
+def reduced_subset(config: Any, model: str | None = None) -> Any:
+    """Returns a CIFAR-10 figure's config for an hour or less of two CPU cores: 5,000 images, a sixteenth of the epochs.
+
+    Args:
+      config: of the figure.
+      model: a shallower network in its place; None keeps the figure's.
+
+    Returns:
+      The config with m = 2, 8, … 512 and every second η̃. Batch norm is evaluated by precise statistics, since running
+      averages lag far behind after so few updates. Evaluations cover the whole test set, as ever.
+    """
+    config.model.name = model or config.model.name
+    config.dataset.subset = SUBSET
+    config.epochs = round(config.epochs * SUBSET_EPOCHS / EPOCHS["cifar10"])
+    if NORMS[config.model.norm].batch_statistics:
+        config.model.bn_statistics = "precise"
+    grid = config.grid
+    grid.batch_sizes = tuple(m for m in SUBSET_BATCH_SIZES if m in grid.batch_sizes)
+    if len(grid.base_lrs) > 1:
+        grid.base_lrs = SUBSET_BASE_LRS
+    if grid.bn_batch_sizes is not None:
+        grid.bn_batch_sizes = tuple(b for b in SUBSET_BATCH_SIZES if b in grid.bn_batch_sizes)
     return config

@@ -50,16 +50,18 @@ def load(name: str, data_dir: str | os.PathLike | None = None, image_size: int |
 
 
 def load_section(chosen: experiment.Dataset, random_images: bool = False) -> Dataset | Photographs:
-    """Returns the data of the section `dataset` of a config, with its validation split; or random images of its shapes."""
+    """Returns the data of the section `dataset` of a config, its subset and split; or random images of its shapes."""
     found = (random if random_images else load)(chosen.name, chosen.data_dir, chosen.image_size)
-    return with_validation(found, chosen.validation_fraction)
+    return divided(found, chosen.subset, chosen.validation_fraction)
 
 
-def with_validation(dataset: Dataset | Photographs, fraction: float) -> Dataset | Photographs:
-    """Returns `Dataset.with_validation`; refuses a fraction of streamed images."""
+def divided(dataset: Dataset | Photographs, subset: int | None, validation_fraction: float) -> Dataset | Photographs:
+    """Returns a subset of the training examples, a share of them as validation split; refuses either of streamed images."""
     if isinstance(dataset, Dataset):
-        return dataset.with_validation(fraction)
-    if fraction:
+        return dataset.with_subset(subset).with_validation(validation_fraction)
+    if subset is not None:
+        raise InputError("dataset.subset: streamed images are used whole; use None.")
+    if validation_fraction:
         raise InputError("dataset.validation_fraction: streamed images have no validation split; use 0.")
     return dataset
 
@@ -69,7 +71,8 @@ def num_train_examples(chosen: experiment.Dataset) -> int:
     size = DATASETS[chosen.name].size
     if size is None:
         return load_section(chosen).num_train
-    return size.train - round(chosen.validation_fraction * size.train)
+    count = size.train if chosen.subset is None else chosen.subset
+    return count - round(chosen.validation_fraction * count)
 
 
 def random(name: str, data_dir: str | os.PathLike | None = None, image_size: int | None = None) -> Dataset | Photographs:

@@ -80,6 +80,21 @@ class Dataset:
         names = ["test"] + ["validation"] * (self.validation_images is not None)
         return {name: (getattr(self, f"{name}_images"), getattr(self, f"{name}_labels")) for name in names}
 
+    def with_subset(self, count: int | None) -> "Dataset":
+        """Returns the dataset with `count` training examples: the first of every class, equally many where there are enough."""
+        if count is None:
+            return self
+        if count > self.num_train:
+            raise InputError(f"dataset.subset: got {count}, but there are only {self.num_train} training examples.")
+        labels = self.train_labels
+        classes = labels if self.task == "classification" else np.zeros(self.num_train, int)
+        grouped = np.argsort(classes, kind="stable")
+        starts = np.searchsorted(classes[grouped], classes[grouped])
+        rank = np.empty(self.num_train, int)  # of an example in its class
+        rank[grouped] = np.arange(self.num_train) - starts
+        kept = np.sort(np.argsort(rank, kind="stable")[:count])
+        return replace(self, train_images=self.train_images[kept], train_labels=labels[kept])
+
     def with_validation(self, fraction: float) -> "Dataset":
         """Returns the dataset with a random share of its training examples, the same on every call, as validation split."""
         if not fraction:

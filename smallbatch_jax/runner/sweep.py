@@ -79,7 +79,8 @@ def sweep(
         - `diagnostics`, columns that say why training goes as it does: names in `config.catalog.DIAGNOSTICS`;
         - `label_smoothing`, and `select`, the column that says which run is best, as ("test_loss", "min");
         - `schedule`: an `experiment.Schedule`; or its `boundaries`, `factor`, `warmup_fraction`, `batch_growth`;
-        - of the dataset `augment`, `validation_fraction`, `data_dir`, `image_size`, `color_jitter`, `broken_images`, `workers`;
+        - of the dataset `augment`, `subset`, `validation_fraction`, `data_dir`, `image_size`, `color_jitter`, `broken_images`,
+          `workers`;
         - of a named model `norm`, `bn_decay`, `bn_statistics`;
         - of the grid `bn_batch_sizes`, for which your own module must have a field `bn_batch_size`;
         - `weight_decay`, `weight_decay_mask` ("kernels": biases and normalisation do not decay), `precision`, `lanes`,
@@ -102,8 +103,9 @@ def sweep(
     place = [sections["dataset"].pop(name, None) for name in ("data_dir", "image_size")]
     images = data.load(dataset, *place) if isinstance(dataset, str) else dataset
     require_dataset(images)
-    asked = fields.plain(sections["dataset"].get("validation_fraction", 0.0))
-    images = data.with_validation(images, fields.number(0, 0.9)("dataset.validation_fraction", asked))
+    division = {name: sections["dataset"][name] for name in ("subset", "validation_fraction") if name in sections["dataset"]}
+    asked = fields.parse(experiment.Dataset, division, "dataset")
+    images = data.divided(images, asked.subset, asked.validation_fraction)
     if isinstance(images, Dataset):
         held = images.splits().get("validation", ((), ()))[1]
         sections["dataset"]["validation_fraction"] = len(held) / (images.num_train + len(held))

@@ -65,6 +65,26 @@ def test_a_reduced_figure_differs_in_depth_length_and_coarseness_alone():
     assert {(run.batch_size, run.base_lr) for run in chosen.runs()} == expected
 
 
+SUBSETS = sorted(path.stem for path in (ROOT / "configs/reduced").glob("*_5000.py"))
+
+
+@pytest.mark.parametrize("name", SUBSETS)
+def test_a_figure_of_5000_images_differs_from_the_whole_in_size_alone(name):
+    figures = {load(figure)[1].name: load(figure)[1] for figure in CONFIGS}
+    _, chosen = load(f"reduced/{name}")
+    full = figures[chosen.name]
+    assert (chosen.dataset.subset, chosen.epochs) == (5_000, round(5 * full.epochs / 82))
+    statistics = "running" if full.model.norm == "none" else "precise"
+    assert (chosen.model.norm, chosen.model.bn_statistics) == (full.model.norm, statistics)
+    assert name.startswith(chosen.name.removesuffix("_cifar10"))
+    assert chosen.model.name in name or "alexnet" in name or chosen.name == "resnet32_nobn"
+    same = {"model": full.model, "epochs": full.epochs, "grid": full.grid, "dataset": full.dataset}
+    assert dataclasses.replace(chosen, **same) == full
+    assert dataclasses.replace(chosen.dataset, subset=None) == full.dataset
+    assert set(chosen.grid.batch_sizes) < set(full.grid.batch_sizes)
+    assert set(chosen.grid.base_lrs) <= set(full.grid.base_lrs)
+
+
 @pytest.mark.parametrize(("name", "epochs"), [("fig17_41_epochs", 4), ("fig18_164_epochs", 16), ("fig13_cifar10", 8)])
 def test_reduced_figures_keep_their_proportions(name, epochs):
     module, full = load(name)

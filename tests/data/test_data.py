@@ -8,6 +8,7 @@ import pytest
 from pictures import error_line
 
 from smallbatch_jax import data
+from smallbatch_jax.config import experiment
 from smallbatch_jax.data.doubts import doubts
 
 
@@ -208,6 +209,29 @@ def test_photographs_without_a_listing_are_known_by_their_content():
     ]
     assert names[0] == names[1]
     assert len(set(names)) == 3
+
+
+def test_a_subset_is_the_first_examples_of_every_class():
+    """Where a class has too few, the others make up for it."""
+    labels = np.array([2, 2, 2, 0, 0, 1, 2, 0])
+    images = np.arange(8, dtype=np.uint8).reshape(8, 1)
+    whole = data.Dataset(images, labels, images, labels, 3)
+    kept = {count: whole.with_subset(count).train_images[:, 0].tolist() for count in (3, 5, 7, 8)}
+    assert kept == {3: [0, 3, 5], 5: [0, 1, 3, 4, 5], 7: [0, 1, 2, 3, 4, 5, 7], 8: list(range(8))}
+    part = whole.with_subset(3)
+    assert part.train_labels.tolist() == [2, 0, 1]
+    assert len(part.test_labels) == 8
+    targets = data.Dataset(np.ones((4, 2)), np.arange(4.0), np.ones((4, 2)), np.arange(4.0))
+    assert targets.with_subset(2).train_labels.tolist() == [0, 1]
+    assert error_line(whole.with_subset, 9) == "dataset.subset: got 9, but there are only 8 training examples."
+
+
+def test_a_subset_is_cut_before_the_validation_split():
+    chosen = experiment.Dataset("digits", subset=1000, validation_fraction=0.1)
+    found = data.load_section(chosen)
+    assert (found.num_train, data.num_train_examples(chosen)) == (900, 900)
+    counts = np.bincount(np.concatenate([found.train_labels, found.validation_labels]))
+    assert (counts == 100).all()
 
 
 def test_digest_is_that_of_values_types_and_classes():

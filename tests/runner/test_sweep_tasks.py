@@ -196,6 +196,8 @@ def test_a_workdir_recognises_own_functions_by_what_they_compute(tmp_path):
         ({"scalars": {"gamma": 0.5}}, "grid.scalars: sgd takes no scalars of a caller"),
         ({"optimizer": heavy_ball, "scalars": {"momentum": 0.5}, "weight_decay": 0.1}, "weight_decay: an own optimizer decays"),
         ({"validation_fraction": 0.001}, "dataset.validation_fraction: 0.001 of 100 examples leaves a split empty"),
+        ({"subset": 101}, "dataset.subset: got 101, but there are only 100 training examples."),
+        ({"subset": 0}, "dataset.subset: got 0, accepts an integer from 1"),
         ({"task": "classification"}, "task: 'classification' does not go with the dataset's labels"),
         ({"task": "next_token"}, "task: 'next_token' does not go with the dataset's labels"),
     ],

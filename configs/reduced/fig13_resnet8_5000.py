@@ -1,0 +1,15 @@
+"""Fig. 13, 5,000 images: BN batch sizes up to m, ResNet-8 for ResNet-32, each m at its best η̃ of Fig. 8.
+
+Run:    python experiments/sweep.py --config=configs/reduced/fig13_resnet8_5000.py --workdir=runs/5000/fig13_cifar10
+        after configs/reduced/fig08_resnet8_5000.py
+Expect: 15 runs of 5 epochs on a copy of CIFAR-10 in JPEG, not yet run
+"""
+
+from smallbatch_jax.config.protocol import full_grid, reduced_subset
+
+
+def get_config():
+    config = full_grid("fig13_cifar10", "resnet32", "batch", augment=True)
+    config.grid.bn_batch_sizes = config.grid.batch_sizes
+    config.grid.base_lrs_from = ("runs/5000/fig08",)
+    return reduced_subset(config, "resnet8")
