@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from smallbatch_jax.config.metric import ACCURACY
+from smallbatch_jax.config.text import and_list
 from smallbatch_jax.study.claims.margins import FAILS, HOLDS, LACKS, OPEN, VERDICTS, Finding
 from smallbatch_jax.study.claims.paper import CLAIMS, Check, Claim
 from smallbatch_jax.study.claims.tables import NotEnoughData
@@ -61,7 +62,8 @@ def judge_one(claim: Claim, studies: Studies) -> Verdict:
     if claim.one_of:
         lacks = any(all(set(group).isdisjoint(figures) for figures in known) for group in claim.one_of)
     findings = [finding for _, finding in found]
-    findings += [Finding(LACKS, f"not among the workdirs: {', '.join(absent)}")] * bool(absent)
+    if absent:
+        findings.append(Finding(LACKS, f"{and_list([*absent])} {'are' if len(absent) > 1 else 'is'} not among the workdirs"))
     verdicts = {finding.verdict for finding in findings}
     answer = FAILS if FAILS in verdicts else LACKS if lacks else OPEN if OPEN in verdicts else HOLDS
     return Verdict(claim, answer, tuple(dict.fromkeys(findings)))  # checks that lack the same say so once

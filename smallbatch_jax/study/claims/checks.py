@@ -4,8 +4,7 @@ A smaller grid or data set is judged like the paper's own.
 """
 
 # Without pandas-stubs, pyright reads pandas' own loose annotations, where every value may be a frame or a scalar.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportOperatorIssue=false, reportReturnType=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 import math
 
@@ -15,25 +14,9 @@ import pandas as pd
 from smallbatch_jax.config.metric import Metric
 from smallbatch_jax.config.text import format_base_lr
 from smallbatch_jax.study import analysis
+from smallbatch_jax.study.claims import tables
 from smallbatch_jax.study.claims.margins import OPEN, TELLS, Finding, Side, alike, at_share, compared, counted, measured, ratio
-from smallbatch_jax.study.claims.tables import (
-    ALL,
-    NotEnoughData,
-    Sizes,
-    best_by_size,
-    best_of,
-    both_finished,
-    by_size,
-    edges,
-    listed,
-    margins_of,
-    ordinary,
-    pick,
-    points,
-    shared,
-    show,
-    side,
-)
+from smallbatch_jax.study.claims.tables import ALL, NotEnoughData, Sizes, by_size, listed, points, show
 from smallbatch_jax.study.noise import Noise, noise_of
 from smallbatch_jax.study.study import Study
 
@@ -48,7 +31,7 @@ TREND = 3  # batch sizes; with fewer nothing rises or falls
 
 def best_is_at(study: Study, sizes: Sizes, than: Sizes | None = None, tolerance: float = 0.0) -> Finding:
     """The best at some batch sizes is above that at others (all others by default), or below it by no more than a tolerance."""
-    inside, outside = side(study, sizes), side(study, ~sizes if than is None else than)
+    inside, outside = tables.side(study, sizes), tables.side(study, ~sizes if than is None else than)
     tried = study.cells["batch_size"].unique()
     others = "the others" if than is None else f"m {than.tried(tried)}"
     allowed = f" ({100 * tolerance:g} points allowed)" if tolerance else ""
@@ -59,7 +42,7 @@ def best_is_at(study: Study, sizes: Sizes, than: Sizes | None = None, tolerance:
 def falls_off_more(steep: Study, flat: Study, batch_size: int) -> Finding:
     """At one batch size, one study is further below the best of its others than another."""
     at = Sizes(batch_size, batch_size)
-    (own, best), (flat_own, flat_best) = ((side(study, at), side(study, ~at)) for study in (steep, flat))
+    (own, best), (flat_own, flat_best) = ((tables.side(study, at), tables.side(study, ~at)) for study in (steep, flat))
     loss, flat_loss = best.accuracy - own.accuracy, flat_best.accuracy - flat_own.accuracy
     margin = ratio(loss - flat_loss, math.hypot(own.error, best.error, flat_own.error, flat_best.error))
     text = f"{steep.name} {points(-loss)}, {flat.name} {points(-flat_loss)}, at m = {batch_size} from the best of the others"
@@ -70,29 +53,29 @@ def has_accuracy(study: Study, accuracy: float, tolerance: float, images: int, e
     """The best accuracy is the paper's, within a tolerance, after training of no fewer images and epochs."""
     if (study.examples or (images,))[0] < images or study.experiment.epochs < epochs:
         raise NotEnoughData(f"{study.name}: the paper's {100 * accuracy:g} % is of {images:,} images and {epochs} epochs")
-    found = side(study)
+    found = tables.side(study)
     text = f"{study.name}: best {found.text}, the paper's {100 * accuracy:g} % ({100 * tolerance:g} points allowed)"
     return alike(text, found, Side(accuracy, 0.0), tolerance)
 
 
 def are_similar(study: Study, other: Study) -> Finding:
     """The best accuracies of two studies are close."""
-    one, two = side(study), side(other)
+    one, two = tables.side(study), tables.side(other)
     return alike(f"{study.name}: {one.text}; {other.name}: {two.text} ({100 * SIMILAR:g} points allowed)", one, two, SIMILAR)
 
 
 def is_better(study: Study, than: Study) -> Finding:
     """One study is better than another at most batch sizes."""
-    own, other = shared(study, than, least=2)
+    own, other = tables.shared(study, than, least=2)
     better = int((own["accuracy"] > other["accuracy"]).sum())
     text = f"{study.name} is better than {than.name} at {better} of {len(own)} batch sizes"
-    return measured(text + edges(own, other), at_share(margins_of(own, other), MOST))
+    return measured(text + tables.edges(own, other), at_share(tables.margins_of(own, other), MOST))
 
 
 def improves_on(study: Study, before: Study) -> Finding:
     """One study is better than another on average over the batch sizes at which both finished."""
-    gain, error, edges, text = _gain(study, before, ALL)
-    return measured(f"{study.name} over {before.name}: {text}", ratio(gain, error), *edges)
+    gain, error, ends, text = _gain(study, before, ALL)
+    return measured(f"{study.name} over {before.name}: {text}", ratio(gain, error), *ends)
 
 
 def gains_more(long: Study, short: Study, sizes: Sizes, than: Sizes) -> Finding:
@@ -107,10 +90,10 @@ def gains_more(long: Study, short: Study, sizes: Sizes, than: Sizes) -> Finding:
 
 def _gain(study: Study, before: Study, sizes: Sizes) -> tuple[float, float, tuple[bool, bool], str]:
     """The mean gain over the batch sizes at which both finished, its error, whose accuracies are lower bounds, and words."""
-    own, other = shared(study, before, sizes=sizes, finished=True)
+    own, other = tables.shared(study, before, sizes=sizes, finished=True)
     gain = float((own["accuracy"] - other["accuracy"]).mean())
     error = math.sqrt((own["error"] ** 2 + other["error"] ** 2).sum()) / len(own)
-    text = f"{points(gain, error)} on average at m = {listed(own.index)}{edges(own, other)}"
+    text = f"{points(gain, error)} on average at m = {listed(own.index)}{tables.edges(own, other)}"
     return gain, error, (any(own["end"]), any(other["end"])), text
 
 
@@ -120,16 +103,16 @@ def best_base_lr_is_out_of_reach(study: Study, sizes: Sizes) -> Finding:
     That this base_lr is itself uncertain is ignored.
     """
     _need_base_lrs(study)
-    top, best = side(study), best_by_size(study)
+    top, best = tables.side(study), tables.best_by_size(study)
     m = best["accuracy"].idxmax()
     rate = best["base_lr"][m]
-    cells = ordinary(study.cells)
-    below, reached = (best_of(study, cells[of], sizes) for of in (cells["base_lr"] < rate, cells["base_lr"] >= rate))
-    both = both_finished(below, reached)
+    cells = tables.ordinary(study.cells)
+    below, reached = (tables.best_of(study, cells[of], sizes) for of in (cells["base_lr"] < rate, cells["base_lr"] >= rate))
+    margins = tables.margins_of(below, reached)
     who = f"{study.name} has base_lrs on both sides of {format_base_lr(rate)} that finished at"
-    rates = pick(best["base_lr"][both], who, sizes).map(format_base_lr)
-    margin = at_share(margins_of(below.loc[both], reached.loc[both]))
-    return measured(f"{study.name}: best {top.text}; best base_lr {by_size(rates)}", margin, *[bool(best["end"][m])] * 2)
+    rates = tables.pick(best["base_lr"][margins.index], who, sizes).map(format_base_lr)
+    text = f"{study.name}: best {top.text}; best base_lr {by_size(rates)}"
+    return measured(text, at_share(margins), *[bool(best["end"][m])] * 2)
 
 
 def _need_base_lrs(study: Study) -> None:
@@ -139,20 +122,20 @@ def _need_base_lrs(study: Study) -> None:
 
 def none_converges(study: Study, sizes: Sizes) -> Finding:
     """No base_lr converges at any of the batch sizes."""
-    counts, text = _converging(study, sizes)
+    counts, _, text = _converging(study, sizes)
     return counted(not counts.any(), text)
 
 
 def each_converges(study: Study, sizes: Sizes) -> Finding:
     """Some base_lr converges at each of the batch sizes."""
-    counts, text = _converging(study, sizes)
+    counts, _, text = _converging(study, sizes)
     return counted(bool(counts.all()), text)
 
 
 def every_base_lr_converges(study: Study, sizes: Sizes) -> Finding:
     """Each of the batch sizes converges over the full range of base learning rates."""
     _need_base_lrs(study)
-    counts, text = _converging(study, sizes)
+    counts, _, text = _converging(study, sizes)
     asked = study.cells.groupby("batch_size")["base_lr"].nunique()[counts.index]
     return counted(bool((counts == asked).all()), f"{text}, of {listed(asked)}")
 
@@ -160,25 +143,24 @@ def every_base_lr_converges(study: Study, sizes: Sizes) -> Finding:
 def range_narrows(study: Study) -> Finding:
     """Fewer base learning rates converge as the batch size grows."""
     _need_base_lrs(study)
-    counts, text = _converging(study, least=TREND)
+    counts, highest, text = _converging(study, least=TREND)
     if not counts.any():
         raise NotEnoughData(f"{study.name}: no base_lr converges at any batch size")
     narrows = bool(counts.iloc[-1] < counts.iloc[0] and not (counts.diff() > WIDENS).any())
-    cells = ordinary(study.cells)
-    first = analysis.convergent_range(cells[cells["batch_size"] == counts.index[0]], study.chance)["highest_base_lr"].max()
-    if not narrows and first == cells["base_lr"].max():
+    if not narrows and highest.iloc[0] == study.cells["base_lr"].max():
         return Finding(OPEN, f"{text}; those of m = {counts.index[0]} reach the largest tried")
     return counted(narrows, text)
 
 
-def _converging(study: Study, sizes: Sizes = ALL, least: int = 1) -> tuple[pd.Series, str]:
-    """Numbers of converging base learning rates by batch size, also in words; an accuracy within noise of chance is a guess."""
-    cells = ordinary(study.cells)
+def _converging(study: Study, sizes: Sizes = ALL, least: int = 1) -> tuple[pd.Series, pd.Series, str]:
+    """By batch size how many base learning rates converge and the highest, also in words; within noise of chance none does."""
+    cells = tables.ordinary(study.cells)
     noise = TELLS * noise_of(study).error(cells)
     cells = cells.assign(test_accuracy=cells["test_accuracy"].where(cells["test_accuracy"] - noise > study.chance))
-    ranges = analysis.convergent_range(cells, study.chance)
-    counts = pick(ranges.groupby("batch_size")["convergent"].max(), f"{study.name} has", sizes, least)
-    return counts, f"{study.name}: converging base_lrs {by_size(counts)}"
+    ranges = analysis.convergent_range(cells, study.chance).groupby("batch_size")[["convergent", "highest_base_lr"]].max()
+    ranges = tables.pick(ranges, f"{study.name} has", sizes, least)
+    counts = ranges["convergent"]
+    return counts, ranges["highest_base_lr"], f"{study.name}: converging base_lrs {by_size(counts)}"
 
 
 def curves_are_similar(study: Study, base_lr: float, sizes: Sizes) -> Finding:
@@ -203,11 +185,11 @@ def _training_accuracy(study: Study, base_lr: float, sizes: Sizes, least: int = 
     rows = study.rows[study.rows["base_lr"] == base_lr]
     if not (rows["status"] == "finished").any():
         raise NotEnoughData(f"{study.name} has no finished run at base_lr {format_base_lr(base_lr)}")
-    rows = ordinary(rows)
+    rows = tables.ordinary(rows)
     accuracy = rows["train_accuracy"].where(rows["status"] == "finished", 0.0)
     runs = accuracy.groupby([rows["batch_size"], rows["seed"]]).mean().groupby("batch_size")
     table = pd.DataFrame({"train_accuracy": runs.mean(), "train_accuracy_std": runs.std(), "finished": runs.size()})
-    table = pick(table, f"{study.name} has", sizes, least)
+    table = tables.pick(table, f"{study.name} has", sizes, least)
     errors = Noise(Metric("train_accuracy"), study.examples[0] if study.examples else None, math.nan).error(table)
     shown = by_size(table["train_accuracy"].map(show))
     text = f"{study.name}, base_lr {format_base_lr(base_lr)}: training accuracy, mean over epochs, {shown}"
@@ -219,13 +201,13 @@ def best_bn_batch_is(study: Study, sizes: Sizes, share: float = 1.0, bn_sizes: S
     cells, b = study.cells, study.cells["bn_batch_size"]
     wanted = b.map(lambda size: size in bn_sizes) if bn_sizes else b < cells["batch_size"]
     which = str(bn_sizes or "below m")
-    inside, outside = (best_of(study, cells[kind], sizes) for kind in (wanted, ~wanted))
-    both = both_finished(inside, outside)
-    best = pick(best_of(study, cells)["bn_batch_size"][both], f"{study.name} has BN batches {which} and others at", sizes)
-    inside, outside = inside.loc[both], outside.loc[both]
-    found = f"{(inside['accuracy'] >= outside['accuracy']).sum()} of {len(both)}"
+    inside, outside = (tables.best_of(study, cells[kind], sizes) for kind in (wanted, ~wanted))
+    margins = tables.margins_of(inside, outside)
+    best = tables.best_of(study, cells)["bn_batch_size"][margins.index]
+    best = tables.pick(best, f"{study.name} has BN batches {which} and others at", sizes)
+    found = f"{(margins >= 0).sum()} of {len(best)}"
     text = f"{study.name}: the best BN batch is {which} at {found} batch sizes ({by_size(best)})"
-    return measured(text, at_share(margins_of(inside, outside), share))
+    return measured(text, at_share(margins, share))
 
 
 def accuracy_falls(study: Study, sizes: Sizes = ALL) -> Finding:
@@ -234,11 +216,11 @@ def accuracy_falls(study: Study, sizes: Sizes = ALL) -> Finding:
     The slope of a line over log2 m, with its error from those of the cells: steps between neighbours are smaller than the
     noise, and the line pools them. It has no weights, since errors hardly differ and m at both ends is to count.
     """
-    best = best_by_size(study, sizes, TREND, study.cells)
+    best = tables.best_by_size(study, sizes, TREND, study.cells)
     x = np.log2(best.index.to_numpy(float))
     leverage = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     slope, error = float(leverage @ best["accuracy"]), float(np.sqrt(leverage**2 @ best["error"] ** 2))
     small, large = (bool((best["end"] != "")[side].any()) for side in (leverage < 0, leverage > 0))
     shown = by_size(best["accuracy"].map(show))
-    text = f"{study.name}: {shown}, {points(slope, error)} a doubling{edges(best)}"
+    text = f"{study.name}: {shown}, {points(slope, error)} a doubling{tables.edges(best)}"
     return measured(text, ratio(-slope, error), small, large)

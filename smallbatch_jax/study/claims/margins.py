@@ -7,7 +7,7 @@ ignored: the optimism of both sides is similar.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -68,17 +68,16 @@ def alike(text: str, one: Side, other: Side, tolerance: float) -> Finding:
     return measured(text, ratio(tolerance - gap, math.hypot(one.error, other.error)), edge, edge)
 
 
-def at_share(margins: Sequence[float], share: float = 1.0) -> float:
+def at_share(margins: Iterable[float], share: float = 1.0) -> float:
     """Returns the margin of a statement that is made of this share of the batch sizes or more.
 
     With n sizes and k = ⌈share·n⌉ it is the k-th largest margin z, moved towards 0 for the number of ways in which chance alone
     brings it about: p = (n − k + 1)·Φ(−z), or k·Φ(z) if z < 0 (partial conjunction, Benjamini & Heller 2008, Eq. 4).
     """
-    if any(map(math.isnan, margins)):
-        return math.nan
-    k = max(1, math.ceil(share * len(margins)))
-    margin = sorted(margins, reverse=True)[k - 1]
-    chance = NormalDist().cdf(-abs(margin)) * (len(margins) - k + 1 if margin > 0 else k)
+    ordered = sorted(margins, reverse=True)
+    k = max(1, math.ceil(share * len(ordered)))
+    margin = math.nan if any(map(math.isnan, ordered)) else ordered[k - 1]
+    chance = NormalDist().cdf(-abs(margin)) * (len(ordered) - k + 1 if margin > 0 else k)
     if chance < 1e-300:
         return margin
     return 0.0 if chance >= 0.5 else math.copysign(NormalDist().inv_cdf(chance), margin)

@@ -23,8 +23,8 @@ class Check(NamedTuple):
 class Claim(NamedTuple):
     """A claim of the paper in its own words.
 
-    With `one_of`, groups of figures, the claim is judged as soon as a check about one figure of each group can be; without it, as
-    soon as all its checks can be.
+    With `one_of`, groups of figures, it is judged as soon as a check about a figure of each group can be; without, as soon as
+    all its checks can be.
     """
 
     id: str  # "C1"

@@ -1,7 +1,7 @@
-"""Tables that claims are checked on: the best cells by batch size, with their standard errors, and whether the grid ends there.
+"""What claims are checked on: the best cells by batch size, their standard errors, and whether the grid ends there.
 
-The accuracy of a batch size is that of its best cell, or that of a guess if every run diverged. Where its base_lr is the largest
-or smallest of those tried, it is only a lower bound.
+The accuracy of a batch size is that of its best cell, or that of a guess if every run diverged. Where its base_lr is the
+largest or smallest of those tried, it is only a lower bound.
 """
 
 # Without pandas-stubs, pyright reads pandas' own loose annotations, where every value may be a frame or a scalar.
@@ -152,13 +152,11 @@ def edges(*tables: pd.DataFrame) -> str:
     return f"; best base_lr at an edge: {', '.join(found)}" if found else ""
 
 
-def margins_of(wanted: pd.DataFrame, others: pd.DataFrame) -> list[float]:
-    """The margin of one table above another by batch size; 0 where the lower one is only a lower bound of the best."""
-    rows = zip(wanted.itertuples(), others.itertuples(), strict=True)
-    margins = [(ratio(a.accuracy - b.accuracy, math.hypot(a.error, b.error)), a.end, b.end) for a, b in rows]
-    return [0.0 if (loses if margin > 0 else wins) else margin for margin, wins, loses in margins]
-
-
-def both_finished(one: pd.DataFrame, other: pd.DataFrame) -> list[int]:
-    """The batch sizes that are in both tables and finished in either."""
-    return [m for m in one.index if m in other.index and one["finished"][m] + other["finished"][m]]
+def margins_of(wanted: pd.DataFrame, others: pd.DataFrame) -> pd.Series:
+    """The margins of one table above another where either finished, by batch size; 0 where the lower is only a lower bound."""
+    both = wanted.join(others, how="inner", rsuffix="_of_others")
+    margins = {}
+    for m, row in both[both["finished"] + both["finished_of_others"] > 0].iterrows():
+        margin = ratio(row["accuracy"] - row["accuracy_of_others"], math.hypot(row["error"], row["error_of_others"]))
+        margins[m] = 0.0 if row["end_of_others" if margin > 0 else "end"] else margin
+    return pd.Series(margins, dtype=float)
