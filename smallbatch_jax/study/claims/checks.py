@@ -6,6 +6,7 @@ A smaller grid or data set is judged like the paper's own.
 # Without pandas-stubs, pyright reads pandas' own loose annotations, where every value may be a frame or a scalar.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
+import itertools
 import math
 
 import numpy as np
@@ -168,13 +169,15 @@ def curves_are_similar(study: Study, base_lr: float, sizes: Sizes) -> Finding:
     curves, text = _training_accuracy(study, base_lr, sizes, least=2)
     if not min(curves).accuracy:
         return counted(False, text)
-    return alike(f"{text} ({100 * SIMILAR_CURVES:g} points allowed)", min(curves), max(curves), SIMILAR_CURVES)
+    margins = (alike("", one, other, SIMILAR_CURVES).margin for one, other in itertools.combinations(curves, 2))
+    return measured(f"{text} ({100 * SIMILAR_CURVES:g} points allowed)", at_share(margins))
 
 
 def curves_are_lower(study: Study, base_lr: float, sizes: Sizes, than: Sizes) -> Finding:
     """At one base_lr, the training accuracy of each of the batch sizes is below those of others."""
     (lower, text), (higher, _) = (_training_accuracy(study, base_lr, which) for which in (sizes, than))
-    return compared(f"{text}; lowest of m {than} {show(min(higher).accuracy)}", min(higher), max(lower))
+    margins = (compared("", high, low).margin for high, low in itertools.product(higher, lower))
+    return measured(f"{text}; lowest of m {than} {show(min(higher).accuracy)}", at_share(margins))
 
 
 def _training_accuracy(study: Study, base_lr: float, sizes: Sizes, least: int = 1) -> tuple[list[Side], str]:

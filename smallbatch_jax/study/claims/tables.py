@@ -95,7 +95,8 @@ def ordinary(frame: pd.DataFrame) -> pd.DataFrame:
 
 def best_of(study: Study, cells: pd.DataFrame, sizes: Sizes = ALL) -> pd.DataFrame:
     """The best of some cells by batch size, with its `accuracy` (of a guess if every run diverged) and standard `error`."""
-    cells = analysis.best_first(cells[[m in sizes for m in cells["batch_size"]]]).drop_duplicates("batch_size")
+    chosen = cells["batch_size"].map(sizes.__contains__).astype(bool)
+    cells = analysis.best_first(cells[chosen]).drop_duplicates("batch_size")
     accuracy = cells["test_accuracy"].fillna(study.chance)
     error = noise_of(study).error(cells.assign(test_accuracy=accuracy))
     return cells.assign(accuracy=accuracy, error=error, end="").set_index("batch_size").sort_index()
@@ -154,9 +155,10 @@ def edges(*tables: pd.DataFrame) -> str:
 
 def margins_of(wanted: pd.DataFrame, others: pd.DataFrame) -> pd.Series:
     """The margins of one table above another where either finished, by batch size; 0 where the lower is only a lower bound."""
-    both = wanted.join(others, how="inner", rsuffix="_of_others")
+    finished = wanted["finished"].add(others["finished"])  # NaN where one of them lacks the batch size
     margins = {}
-    for m, row in both[both["finished"] + both["finished_of_others"] > 0].iterrows():
-        margin = ratio(row["accuracy"] - row["accuracy_of_others"], math.hypot(row["error"], row["error_of_others"]))
-        margins[m] = 0.0 if row["end_of_others" if margin > 0 else "end"] else margin
+    for m in finished.index[finished > 0]:
+        a, b = wanted.loc[m], others.loc[m]
+        margin = ratio(a["accuracy"] - b["accuracy"], math.hypot(a["error"], b["error"]))
+        margins[m] = 0.0 if (b if margin > 0 else a)["end"] else margin
     return pd.Series(margins, dtype=float)
