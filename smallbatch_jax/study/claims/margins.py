@@ -46,8 +46,8 @@ class Side(NamedTuple):
 
 def ratio(gain: float, error: float) -> float:
     """Returns a gain over its error; rounding of means over seeds decides nothing where the error is 0."""
-    gain = round(gain, 9)
-    return gain / error if gain and error else math.copysign(math.inf, gain) if gain else 0.0
+    gain = round(float(gain), 9)
+    return gain / float(error) if gain and error else math.copysign(math.inf, gain) if gain else 0.0
 
 
 def measured(text: str, margin: float, wins: bool = False, loses: bool = False) -> Finding:
