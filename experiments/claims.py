@@ -15,7 +15,7 @@ def main() -> int:
     studies = study.load_all(workdirs)
     verdicts = claims.judge(studies)
     print(claims.format_report(studies, verdicts))
-    return int(any(verdict.holds is False for verdict in verdicts))
+    return int(any(verdict.answer == claims.FAILS for verdict in verdicts))
 
 
 if __name__ == "__main__":

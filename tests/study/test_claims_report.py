@@ -27,25 +27,25 @@ def test_the_report_names_the_studies_and_counts_the_verdicts():
     verdicts = claims.judge(given)
     lines = claims.format_report(given, verdicts).splitlines()
     assert lines[:5] == [
-        "fig01: alexnet, norm none, digits (5,000 + 1,000 images), 1 epoch, m = 2 … 16, base_lr 2^-9 … 2^-7, 1 seed: "
+        "fig01: alexnet, norm none, digits (50,000 + 1,000,000 images), 1 epoch, m = 2 … 16, base_lr 2^-9 … 2^-7, 1 seed: "
         "6 of 6 runs ended",
         "fig10: alexnet, norm batch, precise statistics, cifar10 (5,000 + 1,000 images), augmented, 2 epochs, warm-up 5 %, "
         "m = 4 … 128, base_lr 2^-9 … 2^-7, 1 seed: 6 of 6 runs ended",
         "mine: holds no figure that a claim is about",
-        "fig13_cifar10: alexnet, norm none, digits (5,000 + 1,000 images), 1 epoch, m = 16, BN batch 2 … 16, base_lr 2^-9, "
-        "1 seed: 4 of 4 runs ended",
+        "fig13_cifar10: alexnet, norm none, digits (50,000 + 1,000,000 images), 1 epoch, m = 16, BN batch 2 … 16, "
+        "base_lr 2^-9, 1 seed: 4 of 4 runs ended",
         "",
     ]
     assert lines[5:9] == [
-        "C1   does not hold   (§3.2, Fig. 1)",
+        "C1   does not hold, -142.8 standard errors   (§3.2, Fig. 1)",
         "  “… for the reduced AlexNet model, the best test accuracy is obtained for batch sizes m = 8 or smaller …”",
-        "  - fig01: m up to 8 reach 40.00 % at m = 2 (base_lr 2^-9); the others 50.00 % at m = 16 (base_lr 2^-9): "
-        "does not hold",
+        "  - fig01: m up to 8 (tried: 2) reach 40.00 % at m = 2 (base_lr 2^-8, m the smallest tried); "
+        "the others 50.00 % at m = 16 (base_lr 2^-8, m the largest tried): does not hold, -142.8 standard errors",
         "",
     ]
-    assert "C2   not enough data   (§3.2, Figs. 2–3)" in lines
-    assert "  - fig02 is not among the workdirs: not enough data" in lines
-    assert lines[-1] == "0 hold, 2 do not hold, 11 lack data"
+    assert "C2   lacks data   (§3.2, Figs. 2–3)" in lines
+    assert "  - fig02 and fig03 are not among the workdirs: lacks data" in lines
+    assert lines[-1] == "0 hold, 1 does not hold, 2 cannot be told, 10 lack data"
     assert max(map(len, (line for line in lines if line.startswith("  ") and not line.startswith("  - ")))) <= 120
 
 
@@ -58,12 +58,13 @@ def test_no_line_of_a_report_ends_within_an_equation():
 @pytest.mark.parametrize(
     ("answers", "words"),
     [
-        ((True, False, None), "1 holds, 1 does not hold, 1 lacks data"),
-        ((True, True, None, None), "2 hold, 0 do not hold, 2 lack data"),
+        ((0, 1, 2, 3), "1 holds, 1 does not hold, 1 cannot be told, 1 lacks data"),
+        ((0, 0, 3, 3), "2 hold, 0 do not hold, 0 cannot be told, 2 lack data"),
     ],
 )
 def test_the_last_line_counts_in_words(answers, words):
-    verdicts = [claims.Verdict(CLAIMS["C1"], (claims.Finding(answer, "found"),)) for answer in answers]
+    given = [claims.VERDICTS[answer] for answer in answers]
+    verdicts = [claims.Verdict(CLAIMS["C1"], answer, (claims.Finding(answer, "found"),)) for answer in given]
     assert claims.format_report({}, verdicts).splitlines()[-1] == words
 
 
@@ -73,15 +74,19 @@ def test_judging_needs_no_jax():
 
 
 def store(path, name, accuracies, ended=True):
-    """A workdir of two epochs as the writer leaves it; without `ended` its last run has one epoch to go."""
-    lrs = (2**-9, 2**-8)
+    """A workdir of two epochs as the writer leaves it; without `ended` its last run has one epoch to go.
+
+    `accuracies` are at the second of three base learning rates, those at the others a tenth.
+    """
+    lrs = (2**-9, 2**-8, 2**-7)
     experiment = tiny.grid(name=name, batch_sizes=tuple(accuracies), base_lrs=lrs, epochs=2)
     last = experiment.runs()[-1]
-    with workdir.open_workdir(path, experiment, {"num_classes": 10, "examples": [50, 20]}) as folder:
+    with workdir.open_workdir(path, experiment, {"num_classes": 10, "examples": [50, 10_000]}) as folder:
         for (m, accuracy), lr in itertools.product(accuracies.items(), lrs):
             epochs = (1, 2) if ended or (m, lr) != (last.batch_size, last.base_lr) else (1,)
+            reached = accuracy if lr == lrs[1] else accuracy / 10
             with ProgramResults(folder, m, m) as program:
-                program.append([Row(m, m, lr, 0, e, 10 * e, 1.0, accuracy, 1.1, accuracy) for e in epochs])
+                program.append([Row(m, m, lr, 0, e, 10 * e, 1.0, reached, 1.1, reached) for e in epochs])
     return path
 
 
@@ -91,23 +96,28 @@ def command(*arguments):
 
 
 def test_the_command_prints_the_verdicts_and_exits_0_unless_a_claim_fails(tmp_path):
-    good, open_ = store(tmp_path / "a", "fig01", {2: 0.5, 16: 0.4}), store(tmp_path / "b", "fig02", {2: 0.5, 8: 0.4}, False)
+    """So it does where a claim cannot be told, or lacks data."""
+    good = store(tmp_path / "a", "fig01", {2: 0.5, 2048: 0.4})
+    open_ = store(tmp_path / "b", "fig02", {2: 0.5, 8: 0.4}, False)
     done = command(f"--workdir={good}", f"--workdir={open_}")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[0].endswith("base_lr 2^-9 … 2^-8, 1 seed: 4 of 4 runs ended")
-    assert lines[1].endswith(": 3 of 4 runs ended")
-    assert "C1   holds   (§3.2, Fig. 1)" in lines
-    assert "  - fig02: 1 of 4 runs have not ended: not enough data" in lines
-    assert lines[-1] == "1 holds, 0 do not hold, 12 lack data"
+    assert lines[0].endswith("base_lr 2^-9 … 2^-7, 1 seed: 6 of 6 runs ended")
+    assert lines[1].endswith(": 5 of 6 runs ended")
+    assert "C1   holds, +14.2 standard errors   (§3.2, Fig. 1)" in lines
+    assert "  - fig02: 1 of 6 runs have not ended: lacks data" in lines
+    assert lines[-1] == "1 holds, 0 do not hold, 0 cannot be told, 12 lack data"
+    noisy = command(f"--workdir={store(tmp_path / 'c', 'fig01', {2: 0.5, 2048: 0.505})}")
+    assert noisy.returncode == 0
+    assert "C1   cannot tell, -0.7 standard errors   (§3.2, Fig. 1)" in noisy.stdout
 
 
 def test_the_command_exits_1_if_a_claim_does_not_hold(tmp_path):
     bad, good = store(tmp_path / "a", "fig01", {2: 0.4, 16: 0.5}), store(tmp_path / "b", "fig02", {2: 0.5, 8: 0.4})
     done = command(f"--workdir={bad}", f"--workdir={good}")
     assert (done.returncode, done.stderr) == (1, "")
-    assert "C1   does not hold   (§3.2, Fig. 1)" in done.stdout
-    assert "C2   not enough data   (§3.2, Figs. 2–3)" in done.stdout
+    assert "C1   does not hold, -14.2 standard errors   (§3.2, Fig. 1)" in done.stdout
+    assert "C2   lacks data   (§3.2, Figs. 2–3)" in done.stdout
 
 
 def test_the_command_refuses_what_it_cannot_judge_in_one_line(tmp_path):

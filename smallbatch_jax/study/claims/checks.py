@@ -1,235 +1,119 @@
 """Checks that claims are made of: each takes the studies that a claim is about and returns a Finding.
 
-A smaller grid or data set is judged like the paper's own. The accuracy of a batch size is that of its best cell, or −inf if
-every run diverged: it is below all others, not missing. Where batch sizes tie for the best, the claim has the benefit.
+A smaller grid or data set is judged like the paper's own.
 """
 
 # Without pandas-stubs, pyright reads pandas' own loose annotations, where every value may be a frame or a scalar.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportOperatorIssue=false, reportReturnType=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
-import functools
+import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
-from smallbatch_jax.config.text import format_base_lr, percent, plural
+from smallbatch_jax.config.metric import Metric
+from smallbatch_jax.config.text import format_base_lr
 from smallbatch_jax.study import analysis
+from smallbatch_jax.study.claims import tables
+from smallbatch_jax.study.claims.margins import OPEN, TELLS, Finding, Side, alike, at_share, compared, counted, measured, ratio
+from smallbatch_jax.study.claims.tables import ALL, NotEnoughData, Sizes, by_size, listed, points, show
+from smallbatch_jax.study.noise import Noise, noise_of
 from smallbatch_jax.study.study import Study
 
-# The paper says "similar", "good", "improves", never how much; these are our readings, in points (%) of accuracy unless
-# another unit is given. From 10,000 images and one seed, an accuracy of 75 % is itself uncertain by half a point.
-SIMILAR = 2.0  # §3.3 "similar generalization performance", §3.4 "quite good results"
-SIMILAR_CURVES = 5.0  # §3.3 "similar convergence": training accuracy, averaged over the epochs
-STILL_IMPROVES = 0.5  # §4 "continue to improve down to m = 2": below the best by no more than noise
-AS_STATED = 3.0  # §3.2 "76%", which another framework, initialisation and seed reached
-FALLS = -0.5  # §3.6 "a general performance improvement by reducing": rank correlation of accuracy with m
-MOST = 0.5  # §3.3 "a wide range of batch sizes", §3.4 "generally": fraction of the batch sizes
+# The paper says "similar", "good", "a wide range", never how much; these are our readings, in accuracy unless said otherwise.
+SIMILAR = 0.02  # §3.3 "similar generalization performance", §3.4 "quite good results"
+SIMILAR_CURVES = 0.05  # §3.3 "similar convergence": training accuracy, averaged over the epochs
+AS_STATED = 0.03  # §3.2 "76%", which another framework, initialisation and seed reached
+MOST = 0.5  # §3.3 "a wide range of batch sizes", §3.6 "appears to": fraction of the batch sizes
 WIDENS = 1  # §4 "progressively reduces the range": base learning rates, of which the grid has few
 TREND = 3  # batch sizes; with fewer nothing rises or falls
 
 
-class NotEnoughData(Exception):
-    """The stored results cannot decide a check; the message says what they lack."""
-
-
-class Finding(NamedTuple):
-    """The result of a check; `holds` is None where the stored results cannot decide it."""
-
-    holds: bool | None
-    text: str
-
-
-_percent = functools.partial(percent, digits=2)
-
-
-def _by_size(values: pd.Series) -> str:
-    """Values by batch size as "3, 1 at m = 2, 4"."""
-    return f"{', '.join(map(str, values))} at m = {', '.join(map(str, values.index))}"
-
-
-def _points(difference: Any) -> Any:
-    """Converts a difference of accuracies to points; float error no longer decides at the edge of a tolerance."""
-    return round(100 * difference, 6)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The batch sizes from `low` to `high`, or all others."""
-
-    low: int = 1
-    high: float = math.inf
-    others: bool = False
-
-    def __contains__(self, batch_size: int) -> bool:
-        return (self.low <= batch_size <= self.high) != self.others
-
-    def __invert__(self) -> "Sizes":
-        return Sizes(self.low, self.high, not self.others)
-
-    def __str__(self) -> str:
-        if self.high == math.inf:
-            return "" if self.low == 1 else f"from {self.low} on"
-        if self.low == 1:
-            return f"above {self.high}" if self.others else f"up to {self.high}"
-        return f"below {self.low} or above {self.high}" if self.others else f"from {self.low} to {self.high}"
-
-
-ALL = Sizes()
-
-
-def _pick(values: Any, who: str, sizes: Sizes = ALL, least: int = 1) -> Any:
-    """The values at those batch sizes; `who` ("fig01 has") begins the sentence if they are too few."""
-    found = values.loc[[m for m in values.index if m in sizes]]
-    if len(found) < least:
-        words = f"{who} {plural(len(found), 'batch size') if len(found) else 'no batch size'} {sizes}".rstrip()
-        raise NotEnoughData(f"{words}, {least} are needed" if least > 1 else words)
-    return found
-
-
-def _best(study: Study, sizes: Sizes = ALL, least: int = 1) -> pd.DataFrame:
-    """Accuracy and base_lr (NaN if every run diverged) of the best cell, by batch size."""
-    table = analysis.best_first(_comparable(_ordinary(study.cells))).drop_duplicates("batch_size")
-    if table["test_accuracy"].isna().all():
-        raise NotEnoughData(f"no run of {study.name} with BN over the whole batch finished")
-    return _pick(table.set_index("batch_size")[["accuracy", "base_lr"]].sort_index(), f"{study.name} has", sizes, least)
-
-
-def _ordinary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Cells or rows whose BN batch is the whole batch, at every batch size that has such."""
-    own = frame["bn_batch_size"] == frame["batch_size"]
-    return frame[own | ~own.groupby(frame["batch_size"]).transform("any")]
-
-
-def _comparable(cells: pd.DataFrame) -> pd.DataFrame:
-    """The best cells with their `accuracy`, without the rounding of a mean over seeds, which would decide between equals."""
-    best = analysis.best_cells(cells)
-    return best.assign(accuracy=best["test_accuracy"].round(9).fillna(-math.inf))
-
-
-def _top(best: pd.DataFrame) -> tuple[float, str]:
-    """The best accuracy, also in words; of equals, the one of the smallest batch size."""
-    m = best["accuracy"].idxmax()
-    accuracy, base_lr = best["accuracy"][m], best["base_lr"][m]
-    if accuracy == -math.inf:
-        return accuracy, f"nothing (every run at m = {m} diverged)"
-    return accuracy, f"{_percent(accuracy)} at m = {m} (base_lr {format_base_lr(base_lr)})"
-
-
-def _shared(*studies: Study, least: int = 1) -> pd.DataFrame:
-    """Returns the best accuracies at the batch sizes that all studies share, one column per study."""
-    best = pd.DataFrame({study.name: _best(study)["accuracy"] for study in studies}).dropna()
-    return _pick(best, f"{_names(*studies)} share", least=least)
-
-
-def _finished(*studies: Study, sizes: Sizes = ALL) -> pd.DataFrame:
-    """Returns `_shared` at those batch sizes at which every study finished a run."""
-    best = _shared(*studies)
-    return _pick(best[(best > -math.inf).all(axis=1)], f"{_names(*studies)} share finished runs at", sizes)
-
-
-def _names(*studies: Study) -> str:
-    return " and ".join(study.name for study in studies)
-
-
-def best_is_at(study: Study, sizes: Sizes) -> Finding:
-    """The best accuracy is at one of the batch sizes."""
-    (inside, reached), (outside, others) = _top(_best(study, sizes)), _top(_best(study, ~sizes))
-    return Finding(bool(inside >= outside), f"{study.name}: m {sizes} reach {reached}; the others {others}")
-
-
-def stays_behind(study: Study, sizes: Sizes, others: Sizes) -> Finding:
-    """The best of some batch sizes is below that of others."""
-    (behind, reached), (ahead, more) = _top(_best(study, sizes)), _top(_best(study, others))
-    return Finding(bool(behind < ahead), f"{study.name}: m {sizes} reach {reached}; m {others} {more}")
-
-
-def is_near_best(study: Study, batch_size: int, tolerance: float) -> Finding:
-    """One batch size is within `tolerance` points of the best."""
-    loss, words = _loss(study, batch_size)
-    _, best = _top(_best(study))
-    text = f"{study.name}: m = {batch_size} loses {words} ({tolerance:g} allowed) to the best, {best}"
-    return Finding(loss <= tolerance, text)
+def best_is_at(study: Study, sizes: Sizes, than: Sizes | None = None, tolerance: float = 0.0) -> Finding:
+    """The best at some batch sizes is above that at others (all others by default), or below it by no more than a tolerance."""
+    inside, outside = tables.side(study, sizes), tables.side(study, ~sizes if than is None else than)
+    tried = study.cells["batch_size"].unique()
+    others = "the others" if than is None else f"m {than.tried(tried)}"
+    allowed = f" ({100 * tolerance:g} points allowed)" if tolerance else ""
+    text = f"{study.name}: m {sizes.tried(tried)} reach {inside.text}; {others} {outside.text}{allowed}"
+    return compared(text, inside, outside, tolerance)
 
 
 def falls_off_more(steep: Study, flat: Study, batch_size: int) -> Finding:
-    """From the best to `batch_size`, one study loses more than the other."""
-    (loss, words), (flat_loss, flat_words) = _loss(steep, batch_size), _loss(flat, batch_size)
-    losses = f"{steep.name} loses {words}, {flat.name} {flat_words}"
-    return Finding(loss > flat_loss, f"from the best to m = {batch_size}, {losses}")
+    """At one batch size, one study is further below the best of its others than another."""
+    at = Sizes(batch_size, batch_size)
+    (own, best), (flat_own, flat_best) = ((tables.side(study, at), tables.side(study, ~at)) for study in (steep, flat))
+    loss, flat_loss = best.accuracy - own.accuracy, flat_best.accuracy - flat_own.accuracy
+    margin = ratio(loss - flat_loss, math.hypot(own.error, best.error, flat_own.error, flat_best.error))
+    text = f"{steep.name} {points(-loss)}, {flat.name} {points(-flat_loss)}, at m = {batch_size} from the best of the others"
+    return measured(text, margin, best.edge or flat_own.edge, own.edge or flat_best.edge)
 
 
-def _loss(study: Study, batch_size: int) -> tuple[float, str]:
-    """By how many points a batch size is below the best, also in words."""
-    best = _best(study, least=2)["accuracy"]
-    if batch_size not in best.index:
-        raise NotEnoughData(f"{study.name} has no batch size {batch_size}")
-    loss = _points(float(best.max() - best[batch_size]))
-    return loss, "everything" if loss == math.inf else f"{loss:.2f} points"
-
-
-def has_accuracy(study: Study, accuracy: float, tolerance: float) -> Finding:
-    """The best accuracy is the paper's, within `tolerance` points."""
-    found, best = _top(_best(study))
-    text = f"{study.name}: best {best}, the paper's {100 * accuracy:g} % ({tolerance:g} points allowed)"
-    return Finding(abs(_points(float(found - accuracy))) <= tolerance, text)
+def has_accuracy(study: Study, accuracy: float, tolerance: float, images: int, epochs: int) -> Finding:
+    """The best accuracy is the paper's, within a tolerance, after training of no fewer images and epochs."""
+    if (study.examples or (images,))[0] < images or study.experiment.epochs < epochs:
+        raise NotEnoughData(f"{study.name}: the paper's {100 * accuracy:g} % is of {images:,} images and {epochs} epochs")
+    found = tables.side(study)
+    text = f"{study.name}: best {found.text}, the paper's {100 * accuracy:g} % ({100 * tolerance:g} points allowed)"
+    return alike(text, found, Side(accuracy, 0.0), tolerance)
 
 
 def are_similar(study: Study, other: Study) -> Finding:
     """The best accuracies of two studies are close."""
-    (found, best), (other_found, other_best) = _top(_best(study)), _top(_best(other))
-    text = f"{study.name}: best {best}; {other.name}: best {other_best} ({SIMILAR:g} points allowed)"
-    return Finding(abs(_points(float(found - other_found))) <= SIMILAR, text)
+    one, two = tables.side(study), tables.side(other)
+    return alike(f"{study.name}: {one.text}; {other.name}: {two.text} ({100 * SIMILAR:g} points allowed)", one, two, SIMILAR)
 
 
 def is_better(study: Study, than: Study) -> Finding:
     """One study is better than another at most batch sizes."""
-    both = _shared(study, than, least=2)
-    better = int((both[study.name] > both[than.name]).sum())
-    text = f"{study.name} is better than {than.name} at {better} of {len(both)} batch sizes"
-    return Finding(better >= MOST * len(both), text)
+    own, other = tables.shared(study, than, least=2)
+    better = int((own["accuracy"] > other["accuracy"]).sum())
+    text = f"{study.name} is better than {than.name} at {better} of {len(own)} batch sizes"
+    return measured(text + tables.edges(own, other), at_share(tables.margins_of(own, other), MOST))
 
 
 def improves_on(study: Study, before: Study) -> Finding:
-    """One study is at least as good as another at most batch sizes, and better on average."""
-    both = _shared(study, before, least=2)
-    kept, gain = int((both[study.name] >= both[before.name]).sum()), _gain(study, before)
-    text = f"{study.name} is at least as good as {before.name} at {kept} of {len(both)} batch sizes"
-    holds = kept >= MOST * len(both) and bool(gain > 0)
-    return Finding(holds, f"{text}, {gain:+.2f} points on average where both finished")
-
-
-def _gain(study: Study, before: Study, sizes: Sizes = ALL) -> float:
-    """By how many points one study is above another, on average over the batch sizes at which both finished a run."""
-    both = _finished(study, before, sizes=sizes)
-    return _points((both[study.name] - both[before.name]).mean())
-
-
-def longer_is_better(short: Study, medium: Study, long: Study) -> Finding:
-    """The accuracy, averaged over the batch sizes, rises with the training length."""
-    means = _finished(short, medium, long).mean()
-    shown = ", ".join(f"{_percent(value)} ({name})" for name, value in means.items())
-    return Finding(bool((means.diff().iloc[1:] > 0).all()), f"mean over the batch sizes {shown}")
+    """One study is better than another on average over the batch sizes at which both finished."""
+    gain, error, ends, text = _gain(study, before, ALL)
+    return measured(f"{study.name} over {before.name}: {text}", ratio(gain, error), *ends)
 
 
 def gains_more(long: Study, short: Study, sizes: Sizes, than: Sizes) -> Finding:
     """Longer training gains more at some batch sizes than at others."""
-    large, small = (_gain(long, short, some) for some in (sizes, than))
-    text = f"from {short.name} to {long.name}, m {sizes} gain {large:+.2f} points on average, m {than} {small:+.2f}"
-    return Finding(bool(large > small), text)
+    (large, error, (over, under), text), (small, small_error, (small_over, small_under), small_text) = (
+        _gain(long, short, some) for some in (sizes, than)
+    )
+    margin = ratio(large - small, math.hypot(error, small_error))
+    words = f"from {short.name} to {long.name}, m {sizes} gain {text}; m {than} {small_text}"
+    return measured(words, margin, over or small_under, under or small_over)
+
+
+def _gain(study: Study, before: Study, sizes: Sizes) -> tuple[float, float, tuple[bool, bool], str]:
+    """The mean gain over the batch sizes at which both finished, its error, whose accuracies are lower bounds, and words."""
+    own, other = tables.shared(study, before, sizes=sizes, finished=True)
+    gain = float((own["accuracy"] - other["accuracy"]).mean())
+    error = math.sqrt((own["error"] ** 2 + other["error"] ** 2).sum()) / len(own)
+    text = f"{points(gain, error)} on average at m = {listed(own.index)}{tables.edges(own, other)}"
+    return gain, error, (any(own["end"]), any(other["end"])), text
 
 
 def best_base_lr_is_out_of_reach(study: Study, sizes: Sizes) -> Finding:
-    """The best base_lr of each of the batch sizes is below that of the study's best cell."""
+    """At each of the batch sizes, base learning rates below that of the study's best cell are better than it and those above.
+
+    That this base_lr is itself uncertain is ignored.
+    """
     _need_base_lrs(study)
-    best, rates = _best(study), _best(study, sizes)["base_lr"]
+    top, best = tables.side(study), tables.best_by_size(study)
     m = best["accuracy"].idxmax()
-    shown = rates.map(lambda rate: "none" if math.isnan(rate) else format_base_lr(rate))
-    text = f"{study.name}: best base_lr {format_base_lr(best['base_lr'][m])} (m = {m}); {_by_size(shown)}"
-    return Finding(not (rates >= best["base_lr"][m]).any(), text)
+    rate = best["base_lr"][m]
+    cells = tables.ordinary(study.cells)
+    below, reached = (tables.best_of(study, cells[of], sizes) for of in (cells["base_lr"] < rate, cells["base_lr"] >= rate))
+    margins = tables.margins_of(below, reached)
+    who = f"{study.name} has base_lrs on both sides of {format_base_lr(rate)} that finished at"
+    rates = tables.pick(best["base_lr"][margins.index], who, sizes).map(format_base_lr)
+    text = f"{study.name}: best {top.text}; best base_lr {by_size(rates)}"
+    return measured(text, at_share(margins), *[bool(best["end"][m])] * 2)
 
 
 def _need_base_lrs(study: Study) -> None:
@@ -239,97 +123,107 @@ def _need_base_lrs(study: Study) -> None:
 
 def none_converges(study: Study, sizes: Sizes) -> Finding:
     """No base_lr converges at any of the batch sizes."""
-    counts, text = _converging(study, sizes)
-    return Finding(not counts.any(), text)
+    counts, _, text = _converging(study, sizes)
+    return counted(not counts.any(), text)
 
 
 def each_converges(study: Study, sizes: Sizes) -> Finding:
     """Some base_lr converges at each of the batch sizes."""
-    counts, text = _converging(study, sizes)
-    return Finding(bool(counts.all()), text)
+    counts, _, text = _converging(study, sizes)
+    return counted(bool(counts.all()), text)
 
 
 def every_base_lr_converges(study: Study, sizes: Sizes) -> Finding:
     """Each of the batch sizes converges over the full range of base learning rates."""
     _need_base_lrs(study)
-    counts, text = _converging(study, sizes)
+    counts, _, text = _converging(study, sizes)
     asked = study.cells.groupby("batch_size")["base_lr"].nunique()[counts.index]
-    return Finding(bool((counts == asked).all()), f"{text}, of {', '.join(map(str, asked))}")
+    return counted(bool((counts == asked).all()), f"{text}, of {listed(asked)}")
 
 
 def range_narrows(study: Study) -> Finding:
     """Fewer base learning rates converge as the batch size grows."""
     _need_base_lrs(study)
-    counts, text = _converging(study, least=TREND)
+    counts, highest, text = _converging(study, least=TREND)
     if not counts.any():
         raise NotEnoughData(f"{study.name}: no base_lr converges at any batch size")
-    return Finding(bool(counts.iloc[-1] < counts.iloc[0] and not (counts.diff() > WIDENS).any()), text)
+    narrows = bool(counts.iloc[-1] < counts.iloc[0] and not (counts.diff() > WIDENS).any())
+    if not narrows and highest.iloc[0] == study.cells["base_lr"].max():
+        return Finding(OPEN, f"{text}; those of m = {counts.index[0]} reach the largest tried")
+    return counted(narrows, text)
 
 
-def _converging(study: Study, sizes: Sizes = ALL, least: int = 1) -> tuple[pd.Series, str]:
-    """Numbers of converging base learning rates by batch size, also in words."""
-    ranges = analysis.convergent_range(_ordinary(study.cells), study.chance)
-    counts = _pick(ranges.groupby("batch_size")["convergent"].max(), f"{study.name} has", sizes, least)
-    return counts, f"{study.name}: converging base_lrs {_by_size(counts)}"
+def _converging(study: Study, sizes: Sizes = ALL, least: int = 1) -> tuple[pd.Series, pd.Series, str]:
+    """By batch size how many base learning rates converge and the highest, also in words; within noise of chance none does."""
+    cells = tables.ordinary(study.cells)
+    noise = TELLS * noise_of(study).error(cells)
+    cells = cells.assign(test_accuracy=cells["test_accuracy"].where(cells["test_accuracy"] - noise > study.chance))
+    ranges = analysis.convergent_range(cells, study.chance).groupby("batch_size")[["convergent", "highest_base_lr"]].max()
+    ranges = tables.pick(ranges, f"{study.name} has", sizes, least)
+    counts = ranges["convergent"]
+    return counts, ranges["highest_base_lr"], f"{study.name}: converging base_lrs {by_size(counts)}"
 
 
 def curves_are_similar(study: Study, base_lr: float, sizes: Sizes) -> Finding:
     """At one base_lr, the training accuracies of the batch sizes lie close together."""
     curves, text = _training_accuracy(study, base_lr, sizes, least=2)
-    low, high = float(curves.min()), float(curves.max())
-    return Finding(low > 0 and _points(high - low) <= SIMILAR_CURVES, text)
+    if not min(curves).accuracy:
+        return counted(False, text)
+    margins = (alike("", one, other, SIMILAR_CURVES).margin for one, other in itertools.combinations(curves, 2))
+    return measured(f"{text} ({100 * SIMILAR_CURVES:g} points allowed)", at_share(margins))
 
 
 def curves_are_lower(study: Study, base_lr: float, sizes: Sizes, than: Sizes) -> Finding:
     """At one base_lr, the training accuracy of each of the batch sizes is below those of others."""
     (lower, text), (higher, _) = (_training_accuracy(study, base_lr, which) for which in (sizes, than))
-    return Finding(bool(lower.max() < higher.min()), f"{text}; lowest of m {than} {_percent(higher.min())}")
+    margins = (compared("", high, low).margin for high, low in itertools.product(higher, lower))
+    return measured(f"{text}; lowest of m {than} {show(min(higher).accuracy)}", at_share(margins))
 
 
-def _training_accuracy(study: Study, base_lr: float, sizes: Sizes, least: int = 1) -> tuple[pd.Series, str]:
-    """By batch size: the mean over the epochs of a run, 0 if it diverged, then over its seeds; also in words."""
+def _training_accuracy(study: Study, base_lr: float, sizes: Sizes, least: int = 1) -> tuple[list[Side], str]:
+    """By batch size: accuracy, mean over the epochs of a run (0 if it diverged), then over seeds, and its error; also in words.
+
+    The error of the mean over epochs is taken to be that of one epoch, as examples that are hard in one are hard in all.
+    """
     rows = study.rows[study.rows["base_lr"] == base_lr]
     if not (rows["status"] == "finished").any():
         raise NotEnoughData(f"{study.name} has no finished run at base_lr {format_base_lr(base_lr)}")
-    rows = _ordinary(rows)
+    rows = tables.ordinary(rows)
     accuracy = rows["train_accuracy"].where(rows["status"] == "finished", 0.0)
-    runs = accuracy.groupby([rows["batch_size"], rows["seed"]]).mean()
-    curves = _pick(runs.groupby("batch_size").mean().round(9), f"{study.name} has", sizes, least)
-    shown = _by_size(curves.map(_percent))
-    return curves, f"{study.name}, base_lr {format_base_lr(base_lr)}: training accuracy, mean over epochs, {shown}"
+    runs = accuracy.groupby([rows["batch_size"], rows["seed"]]).mean().groupby("batch_size")
+    table = pd.DataFrame({"train_accuracy": runs.mean(), "train_accuracy_std": runs.std(), "finished": runs.size()})
+    table = tables.pick(table, f"{study.name} has", sizes, least)
+    errors = Noise(Metric("train_accuracy"), study.examples[0] if study.examples else None, math.nan).error(table)
+    shown = by_size(table["train_accuracy"].map(show))
+    text = f"{study.name}, base_lr {format_base_lr(base_lr)}: training accuracy, mean over epochs, {shown}"
+    return list(map(Side, table["train_accuracy"], errors)), text
 
 
-def smaller_bn_batch_is_best(study: Study, sizes: Sizes) -> Finding:
-    """At each of the batch sizes, the best BN batch is smaller than the batch."""
-    share, text = _best_bn(study, sizes, "is below m", "BN batches of m and smaller ones", lambda m, b: b < m)
-    return Finding(share == 1, text)
+def best_bn_batch_is(study: Study, sizes: Sizes, share: float = 1.0, bn_sizes: Sizes | None = None) -> Finding:
+    """At this share of the batch sizes m or more, the best BN batch is one of `bn_sizes`, or (None) smaller than m."""
+    cells, b = study.cells, study.cells["bn_batch_size"]
+    wanted = b.map(lambda size: size in bn_sizes) if bn_sizes else b < cells["batch_size"]
+    which = str(bn_sizes or "below m")
+    inside, outside = (tables.best_of(study, cells[kind], sizes) for kind in (wanted, ~wanted))
+    margins = tables.margins_of(inside, outside)
+    best = tables.best_of(study, cells)["bn_batch_size"][margins.index]
+    best = tables.pick(best, f"{study.name} has BN batches {which} and others at", sizes)
+    found = f"{(margins >= 0).sum()} of {len(best)}"
+    text = f"{study.name}: the best BN batch is {which} at {found} batch sizes ({by_size(best)})"
+    return measured(text, at_share(margins, share))
 
 
-def best_bn_batch_is_at(study: Study, bn_sizes: Sizes, sizes: Sizes, share: float) -> Finding:
-    """At this share of the batch sizes or more, the best BN batch size is one of `bn_sizes`."""
-    kinds = f"BN batches {bn_sizes} and others"
-    found, text = _best_bn(study, sizes, f"is {bn_sizes}", kinds, lambda _, b: b in bn_sizes)
-    return Finding(found >= share, text)
+def accuracy_falls(study: Study, sizes: Sizes = ALL) -> Finding:
+    """The accuracy, best over the BN batch sizes, falls as the batch size grows.
 
-
-def _best_bn(study: Study, sizes: Sizes, asked: str, kinds: str, wanted: Callable[[int, int], bool]) -> tuple[float, str]:
-    """The share of the batch sizes, of those with BN batches of both kinds, at which the best is wanted; also in words."""
-    best = {}
-    for m, cells in _comparable(study.cells).groupby("batch_size"):
-        top = cells["accuracy"].max()
-        if top > -math.inf and len({wanted(m, b) for b in cells["bn_batch_size"]}) == 2:
-            best[m] = cells.loc[cells["accuracy"] == top, "bn_batch_size"].tolist()
-    best = _pick(pd.Series(best, dtype=object), f"{study.name} has {kinds} at", sizes)
-    answers = [any(wanted(m, b) for b in found) for m, found in best.items()]
-    shown = _by_size(best.map(lambda found: " or ".join(map(str, found))))
-    text = f"{study.name}: the best BN batch {asked} at {sum(answers)} of {len(answers)} batch sizes ({shown})"
-    return sum(answers) / len(answers), text
-
-
-def accuracy_falls(study: Study) -> Finding:
-    """The accuracy, best over the BN batch sizes, falls as the batch size grows."""
-    best = _pick(_comparable(study.cells).groupby("batch_size")["accuracy"].max(), f"{study.name} has", least=TREND)
-    ranks, order = best.rank(), pd.Series(range(len(best)), best.index)
-    trend = round(float(ranks.corr(order)), 9) if ranks.nunique() > 1 else 0.0
-    shown = _by_size(best.map(_percent))
-    return Finding(trend <= FALLS, f"{study.name}: {shown}, rank correlation {trend:+.2f} (at most {FALLS:+g})")
+    The slope of a line over log2 m, with its error from those of the cells: steps between neighbours are smaller than the
+    noise, and the line pools them. It has no weights, since errors hardly differ and m at both ends is to count.
+    """
+    best = tables.best_by_size(study, sizes, TREND, study.cells)
+    x = np.log2(best.index.to_numpy(float))
+    leverage = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+    slope, error = float(leverage @ best["accuracy"]), float(np.sqrt(leverage**2 @ best["error"] ** 2))
+    small, large = (bool((best["end"] != "")[side].any()) for side in (leverage < 0, leverage > 0))
+    shown = by_size(best["accuracy"].map(show))
+    text = f"{study.name}: {shown}, {points(slope, error)} a doubling{tables.edges(best)}"
+    return measured(text, ratio(-slope, error), small, large)

@@ -22,7 +22,7 @@ from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.store.files import write_atomically
 from smallbatch_jax.study import equal_time
 from smallbatch_jax.study.answer import answer
-from smallbatch_jax.study.claims import VERDICTS
+from smallbatch_jax.study.claims import FAILS, HOLDS
 from smallbatch_jax.study.figures.labels import paper_labels
 from smallbatch_jax.study.noise import RULE
 from smallbatch_jax.study.report import charts, sections
@@ -66,7 +66,8 @@ def page(studies: Iterable[Study], refresh_seconds: int | None = None) -> str:
         comparison=_chart(charts.best_by_batch_size(labelled)) if len(studies) > 1 else None,
         claims=sections.claims_of({study.name: study for study in studies}),
         RULE=RULE,
-        VERDICTS=VERDICTS,
+        HOLDS=HOLDS,
+        FAILS=FAILS,
         refresh_seconds=refresh_seconds,
         written=time.strftime("%Y-%m-%d %H:%M:%S"),
         version=importlib.metadata.version("smallbatch_jax"),

@@ -120,15 +120,15 @@ def cost_caption(study: Study) -> str:
 
 
 def claims_of(studies: dict[str, Study]) -> dict[str, Any] | None:
-    """The verdicts on the paper's claims about these studies, decided and open; None if there are none."""
+    """The verdicts on the paper's claims about these studies, judged and lacking data; None if there are none."""
     verdicts = claims.judge(studies)
     about = [v for v in verdicts if any(name in studies for check in v.claim.checks for name in check.figures)]
     if not about:
         return None
-    judged = [v for v in about if v.holds is not None]
-    hold = sum(v.holds is True for v in judged)
-    count = f"{plural(len(judged), 'claim')} can be judged here: holding {hold}, not holding {len(judged) - hold}."
-    return {"count": count, "judged": judged, "open": [v for v in about if v.holds is None]}
+    judged = [v for v in about if v.answer != claims.LACKS]
+    hold, fail, untold = (sum(v.answer == answer for v in judged) for answer in (claims.HOLDS, claims.FAILS, claims.OPEN))
+    count = f"{plural(len(judged), 'claim')} can be judged here: holding {hold}, not holding {fail}, within the noise {untold}."
+    return {"count": count, "judged": judged, "open": [v for v in about if v.answer == claims.LACKS]}
 
 
 def provenance(workdir: Path) -> list[tuple[str, str]]:
