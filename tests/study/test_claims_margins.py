@@ -187,6 +187,15 @@ def test_an_edge_of_the_grid_leaves_open_what_it_may_reverse(table, shown):
     assert ("an edge of the grid may reverse it" in found.shown) is (shown == "cannot tell")
 
 
+@pytest.mark.parametrize(("lowest", "shown"), [(2**-12, "holds"), (2**-11, "cannot tell")])
+def test_an_edge_where_the_papers_grid_ends_too_leaves_nothing_open(lowest, shown):
+    """The claims are about η̃ from 2^-12 to 2^0: at m = 16 the best is the smallest tried."""
+    table = {8: [0.3, 0.5, 0.4], 16: [0.4, 0.3, 0.2], 32: [0.3, 0.2, LOST]}
+    found = verdict("C1", {"fig01": exact("fig01", table, (lowest, 2**-9, 2**-8))})
+    assert found.answer == shown
+    assert "the smallest tried" in found.findings[0].text
+
+
 def test_the_edges_are_said():
     table = {8: [0.4, 0.4, 0.5], 16: [0.4, 0.3, 0.2], 32: [0.2, 0.3, 0.4], 64: [0.1, 0.2, 0.1]}
     assert verdict("C1", {"fig01": table}).findings[0].text == (

@@ -95,7 +95,7 @@ def _gain(study: Study, before: Study, sizes: Sizes) -> tuple[float, float, tupl
     gain = float((own["accuracy"] - other["accuracy"]).mean())
     error = math.sqrt((own["error"] ** 2 + other["error"] ** 2).sum()) / len(own)
     text = f"{points(gain, error)} on average at m = {listed(own.index)}{tables.edges(own, other)}"
-    return gain, error, (any(own["end"]), any(other["end"])), text
+    return gain, error, (any(own["bound"]), any(other["bound"])), text
 
 
 def best_base_lr_is_out_of_reach(study: Study, sizes: Sizes) -> Finding:
@@ -113,7 +113,7 @@ def best_base_lr_is_out_of_reach(study: Study, sizes: Sizes) -> Finding:
     who = f"{study.name} has base_lrs on both sides of {format_base_lr(rate)} that finished at"
     rates = tables.pick(best["base_lr"][margins.index], who, sizes).map(format_base_lr)
     text = f"{study.name}: best {top.text}; best base_lr {by_size(rates)}"
-    return measured(text, at_share(margins), *[bool(best["end"][m])] * 2)
+    return measured(text, at_share(margins), *[bool(best["bound"][m])] * 2)
 
 
 def _need_base_lrs(study: Study) -> None:
@@ -223,7 +223,7 @@ def accuracy_falls(study: Study, sizes: Sizes = ALL) -> Finding:
     x = np.log2(best.index.to_numpy(float))
     leverage = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     slope, error = float(leverage @ best["accuracy"]), float(np.sqrt(leverage**2 @ best["error"] ** 2))
-    small, large = (bool((best["end"] != "")[side].any()) for side in (leverage < 0, leverage > 0))
+    small, large = (bool(best["bound"][side].any()) for side in (leverage < 0, leverage > 0))
     shown = by_size(best["accuracy"].map(show))
     text = f"{study.name}: {shown}, {points(slope, error)} a doubling{tables.edges(best)}"
     return measured(text, ratio(-slope, error), small, large)

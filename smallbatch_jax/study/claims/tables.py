@@ -1,7 +1,7 @@
 """What claims are checked on: the best cells by batch size, their standard errors, and whether the grid ends there.
 
 The accuracy of a batch size is that of its best cell, or that of a guess if every run diverged. Where its base_lr is the
-largest or smallest of those tried, it is only a lower bound.
+largest or smallest of those tried, and the paper tried more beyond it, it is only a lower bound.
 """
 
 # Without pandas-stubs, pyright reads pandas' own loose annotations, where every value may be a frame or a scalar.
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from smallbatch_jax.config.protocol import BATCH_SIZES
+from smallbatch_jax.config.protocol import BASE_LRS, BATCH_SIZES
 from smallbatch_jax.config.text import format_base_lr, percent, plural
 from smallbatch_jax.study import analysis
 from smallbatch_jax.study.claims.margins import TELLS, Side, ratio
@@ -99,11 +99,14 @@ def best_of(study: Study, cells: pd.DataFrame, sizes: Sizes = ALL) -> pd.DataFra
     cells = analysis.best_first(cells[chosen]).drop_duplicates("batch_size")
     accuracy = cells["test_accuracy"].fillna(study.chance)
     error = noise_of(study).error(cells.assign(test_accuracy=accuracy))
-    return cells.assign(accuracy=accuracy, error=error, end="").set_index("batch_size").sort_index()
+    return cells.assign(accuracy=accuracy, error=error, end="", bound=False).set_index("batch_size").sort_index()
 
 
 def best_by_size(study: Study, sizes: Sizes = ALL, least: int = 1, cells: pd.DataFrame | None = None) -> pd.DataFrame:
-    """`best_of`, with `end`: "smallest", "largest" or "only" where the best base_lr is that of those tried, otherwise ""."""
+    """`best_of`, with `end`: "smallest", "largest" or "only" where the best base_lr is that of those tried, otherwise "".
+
+    `bound` says where the accuracy is a lower bound.
+    """
     cells = ordinary(study.cells) if cells is None else cells
     table = best_of(study, cells)
     if not table["finished"].any():
@@ -112,6 +115,8 @@ def best_by_size(study: Study, sizes: Sizes = ALL, least: int = 1, cells: pd.Dat
     if not study.experiment.grid.base_lr_by_batch_size:  # those are the best of other results (§3.6)
         rates, ends = table["base_lr"], ("", "only", "smallest", "largest")
         table["end"] = np.select([table["finished"] == 0, low == high, rates == low, rates == high], ends, "")
+        inside = {"smallest": low > BASE_LRS[0], "largest": high < BASE_LRS[-1], "only": True}
+        table["bound"] = np.select([table["end"] == end for end in inside], [*inside.values()], False)
     return pick(table, f"{study.name} has", sizes, least)
 
 
@@ -125,14 +130,14 @@ def side(study: Study, sizes: Sizes = ALL) -> Side:
     if not top["finished"]:
         return Side(top["accuracy"], top["error"], text=f"nothing (every run at m = {m} diverged)")
     near = top["accuracy"] - best["accuracy"] <= TELLS * np.hypot(best["error"], top["error"])
-    others = best.index[near & (best["end"] != "") & (best.index != m)]  # as good as the best, and only lower bounds
+    others = best.index[near & best["bound"] & (best.index != m)]  # as good as the best, and only lower bounds
     ends = [f"base_lr {format_base_lr(top['base_lr'])}", f"the {top['end']} tried" if top["end"] else ""]
     ends += [f"m the {end} tried" for end, edge in (("smallest", low), ("largest", high)) if m == edge and low < high]
     # Beyond 2 … 2048 the paper has nothing either.
     beyond = [new for new in BATCH_SIZES if new in sizes and (new < low if m == low else new > high if m == high else False)]
     text = f"{show(top['accuracy'])} at m = {m} ({', '.join(filter(None, ends))})"
     text += f", as good at an edge of the base_lrs at m = {listed(others)}" if len(others) else ""
-    return Side(top["accuracy"], top["error"], bool(top["end"] or len(others) or beyond), text)
+    return Side(top["accuracy"], top["error"], bool(top["bound"] or len(others) or beyond), text)
 
 
 def shared(one: Study, other: Study, least: int = 1, sizes: Sizes = ALL, finished: bool = False) -> list[pd.DataFrame]:
@@ -160,5 +165,5 @@ def margins_of(wanted: pd.DataFrame, others: pd.DataFrame) -> pd.Series:
     for m in finished.index[finished > 0]:
         a, b = wanted.loc[m], others.loc[m]
         margin = ratio(a["accuracy"] - b["accuracy"], math.hypot(a["error"], b["error"]))
-        margins[m] = 0.0 if (b if margin > 0 else a)["end"] else margin
+        margins[m] = 0.0 if (b if margin > 0 else a)["bound"] else margin
     return pd.Series(margins, dtype=float)
