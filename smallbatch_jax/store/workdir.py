@@ -21,7 +21,7 @@ import numpy as np
 
 from smallbatch_jax.config import fields
 from smallbatch_jax.config.experiment import OWN, Experiment, InputError, differences
-from smallbatch_jax.store.files import append_line, is_temporary, remove_abandoned, write_atomically
+from smallbatch_jax.store.files import append_line, remove_abandoned, write_atomically
 
 FORMAT = 1
 
@@ -76,7 +76,7 @@ def refuse_difference(path: Path, experiment: Experiment, facts: Mapping[str, An
     except OSError as error:
         raise InputError(f"--workdir: {path} cannot be read: {error.strerror}.") from None
     if "experiment.json" not in names:
-        foreign = sorted(name for name in names if name != "lock" and not is_temporary(name, of="experiment.json"))
+        foreign = sorted(name for name in names if name != "lock" and not name.startswith(".experiment.json."))
         if foreign:
             raise InputError(
                 f"--workdir: {path} holds {foreign[0]!r} but no experiment; give a new or empty folder, or a workdir."
