@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -53,13 +53,12 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # title of a legend, t
 
 def maps_of(study: Study) -> list[CellMap]:
     """The heat maps that together hold every cell of a study, some for each point on its further axes."""
-    further = axes(study.cells)
-    if not further:
+    if not (further := axes(study.cells)):
         return _maps_of(study.cells)
     found = []
     for values, cells in study.cells.groupby(further):
-        point = ", ".join(f"{axis_title(name)} {value:g}" for name, value in zip(further, values, strict=True))
-        found += [shown._replace(label=", ".join(filter(None, (point, shown.label)))) for shown in _maps_of(cells)]
+        point = [f"{axis_title(name)} {value:g}" for name, value in zip(further, values, strict=True)]
+        found += [shown._replace(label=", ".join(filter(None, (*point, shown.label)))) for shown in _maps_of(cells)]
     return found
 
 
@@ -148,14 +147,13 @@ def learning_curves(study: Study) -> list[dict[str, Any]]:
     """By cell, in the order of `study.cells`: a title, and the traces of accuracy and loss by epoch of every run."""
     by_cell: dict[Any, list[pd.DataFrame]] = {}
     cell_key = cell_columns(study.cells)
-    for key, run in study.rows.groupby([*cell_key, "seed"], sort=True, observed=True):
+    for key, run in study.rows.groupby([*cell_key, "seed"], observed=True):
         by_cell.setdefault(key[:-1], []).append(run)
     found = []
     for cell in study.cells.to_dict("records"):
         runs = by_cell.get(tuple(cell[name] for name in cell_key), [])
         traces = {
-            what: [_trace(run, i, part, what) for i, run in enumerate(runs) for part in ("test", "train")]
-            for what in ("accuracy", "loss")
+            what: [trace for i, run in enumerate(runs) for trace in _traces(run, i, what)] for what in ("accuracy", "loss")
         }
         drawn = any(y is not None for curves in traces.values() for trace in curves for y in trace["y"])
         nothing = ": diverged before the end of an epoch" if runs else ": no epoch has ended yet"
@@ -163,23 +161,23 @@ def learning_curves(study: Study) -> list[dict[str, Any]]:
     return found
 
 
-def _trace(run: pd.DataFrame, index: int, part: str, what: str) -> dict[str, Any]:
-    """A run's test or training curve; test is solid, training dotted."""
+def _traces(run: pd.DataFrame, index: int, what: str) -> Iterator[dict[str, Any]]:
+    """A run's test curve, solid, and its training curve, dotted."""
     lost = " (diverged)" * bool((run["status"] == "diverged").any())
-    name = f"{part}, seed {int(run['seed'].iloc[0])}{lost}"
-    values = run[f"{part}_{what}"].to_numpy()
-    shown = [round(100 * float(v), 2) if what == "accuracy" else float(f"{v:.3g}") for v in values]
     unit = ":.2f} %" if what == "accuracy" else ":.4g}"
-    return {
-        "type": "scatter",
-        "mode": "lines+markers" if len(values) < 3 else "lines",
-        "x0": int(run["epoch"].iloc[0]),
-        "dx": 1,
-        "y": [y if math.isfinite(y) else None for y in shown],
-        "name": name,
-        "line": {"color": CATEGORIES[index % len(CATEGORIES)], "dash": {"test": "solid", "train": "dot"}[part], "width": 1.5},
-        "hovertemplate": "epoch %{x}: %{y" + unit + f"<extra>{name}</extra>",
-    }
+    for part, dash in (("test", "solid"), ("train", "dot")):
+        name, values = f"{part}, seed {run['seed'].iloc[0]}{lost}", run[f"{part}_{what}"].tolist()
+        shown = [round(100 * v, 2) if what == "accuracy" else float(f"{v:.3g}") for v in values]
+        yield {
+            "type": "scatter",
+            "mode": "lines+markers" if len(values) < 3 else "lines",
+            "x0": int(run["epoch"].iloc[0]),
+            "dx": 1,
+            "y": [y if math.isfinite(y) else None for y in shown],
+            "name": name,
+            "line": {"color": CATEGORIES[index % len(CATEGORIES)], "dash": dash, "width": 1.5},
+            "hovertemplate": "epoch %{x}: %{y" + unit + f"<extra>{name}</extra>",
+        }
 
 
 def curves_layout(study: Study, what: str) -> go.Figure:
