@@ -64,12 +64,12 @@ def convergence(
 def _choose_cells(rows: pd.DataFrame, base_lr: float | None, cells: pd.DataFrame, metric: Metric) -> tuple[pd.DataFrame, str]:
     """One cell per batch size, ascending, and the figure's title."""
     cells, title = points.titled(cells, metric)
-    rates, chosen = sorted(set(cells["base_lr"].tolist())), cells
+    chosen = cells
     if base_lr is not None or points.own_base_lrs(cells).isna().any():
         wanted = float(_best_first(cells, rows, metric)["base_lr"].iloc[0]) if base_lr is None else base_lr
         chosen = cells[np.isclose(cells["base_lr"], wanted, rtol=1e-6, atol=0)]
         if chosen.empty:
-            there = ", ".join(map(format_base_lr, rates))
+            there = ", ".join(map(format_base_lr, sorted(set(cells["base_lr"].tolist()))))
             raise ValueError(f"base_lr: no run of {title} has {format_base_lr(wanted)}; it has {there}.")
     eta = style.math_base_lr(chosen["base_lr"].iloc[0]).strip("$")
     shown = rf"$\tilde{{\eta}} = {eta}$" if chosen["base_lr"].nunique() == 1 else r"each $m$ at its own $\tilde{\eta}$"
