@@ -7,22 +7,75 @@ standard errors of a difference, and the cost in % of the grid's images. Fig. 13
 """
 
 import math
+import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import command
 from absl import flags
 
+from smallbatch_jax.config.grid import RUN_COLUMNS, Run
 from smallbatch_jax.config.text import format_base_lr
-from smallbatch_jax.runner.policy import Cell, Space
-from smallbatch_jax.runner.replay import Replay, Stored, replay, stored
+from smallbatch_jax.runner.policy import Cell, Curves, Space, final_values, recommended, search
 from smallbatch_jax.study import study
+from smallbatch_jax.study.study import Study
 
 BUDGET = flags.DEFINE_float("budget", 0.25, "Budget of a search, as a fraction of the grid's images.", lower_bound=0.0)
 
 STORED = Path(__file__).parents[1] / "notebooks" / "results"
+
+
+class Stored(NamedTuple):
+    """The runs of a whole grid."""
+
+    curves: Curves
+    epochs: dict[Run, float]  # that each run trained; the last one in part where it diverged
+
+
+class Replay(NamedTuple):
+    """What a search found, beside the grid's best: cells with their final metric, None and NaN where all runs diverged."""
+
+    best: Cell | None  # of the grid
+    best_value: float
+    found: Cell | None  # by the search
+    found_value: float  # over all seeds of the grid
+    regret: float  # by how much the grid's best is better
+    cost: float  # images that the search trained on, as a fraction of the grid's
+
+
+def stored(loaded: Study, seeds: Sequence[int]) -> Stored:
+    """Returns the runs of some seeds of a study without further axes, all of which have ended."""
+    curves: dict[Run, list[float]] = {}
+    epochs: dict[Run, float] = {}
+    rows, examples = loaded.rows[loaded.rows["seed"].isin(seeds)], loaded.examples[0] if loaded.examples else math.nan
+    for *values, step, value in rows[[*RUN_COLUMNS, "step", loaded.metric.column]].itertuples(index=False):
+        run = Run(*values)
+        curves.setdefault(run, []).append(value)
+        epochs[run] = step * run.batch_size / examples if math.isnan(value) else len(curves[run])
+    return Stored(curves, epochs)
+
+
+def replay(space: Space, grid: Stored) -> Replay:
+    """Sends the curves of a grid, which has every run of the space, to the policy of a search, cut to its goals."""
+    seen: dict[Run, Sequence[float]] = {}
+    rounds, curves = search(space), None
+    with suppress(StopIteration):
+        while True:
+            asked = rounds.send(curves)  # pyright: ignore[reportArgumentType]
+            curves = {run: grid.curves[run][:goal] for run, goal in asked.goals.items()}
+            seen |= curves
+    spent = sum(grid.epochs[run] if math.isnan(curve[-1]) else len(curve) for run, curve in seen.items())
+    best, found = recommended(space, grid.curves), recommended(space, seen)
+    finals = final_values(space, grid.curves)
+    best_value, found_value = (
+        space.metric.gain(statistics.fmean(finals[cell]), 0.0) if cell else math.nan for cell in (best, found)
+    )
+    regret = space.metric.gain(best_value, found_value)
+    return Replay(best, best_value, found, found_value, regret, spent / sum(grid.epochs.values()))
 
 
 def grids(budget: float) -> Iterator[tuple[str, Space, Stored, int]]:
@@ -36,7 +89,7 @@ def grids(budget: float) -> Iterator[tuple[str, Space, Stored, int]]:
         if grid.base_lr_by_batch_size or grid.base_lrs_from or not examples:
             continue
         for seeds in dict.fromkeys([*((seed,) for seed in grid.seeds), grid.seeds]):
-            runs = stored(loaded.rows[loaded.rows["seed"].isin(seeds)], examples[0], loaded.metric.column)
+            runs = stored(loaded, seeds)
             epochs = budget * sum(runs.epochs.values())
             base_lrs = tuple(sorted(grid.base_lrs))
             space = Space(tuple(grid.shapes()), base_lrs, loaded.experiment.epochs, seeds, epochs, metric=loaded.metric)

@@ -136,8 +136,8 @@ class Checkpoints:
         self.close()
         aside = self._folder.with_name(f"{self._folder.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        return Path(shutil.move(self._folder / str(step), aside / str(step)))
+        aside.mkdir()
+        return (self._folder / str(step)).rename(aside / str(step))
 
     def delete(self) -> None:
         """Removes the checkpoints of a program that is done."""

@@ -5,18 +5,15 @@ import fcntl
 import io
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
 
 from smallbatch_jax.config.fields import InputError
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-T = TypeVar("T")
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+ABANDONED_SECONDS = 3600  # age of a temporary file that no process writes any more
 
 
 class WriteError(Exception):
@@ -56,41 +53,25 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.{os.getpid()}.", suffix=".tmp", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
+            try:
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary)
-            raise
-
-
-def is_temporary(name: str, of: str = "") -> bool:
-    """Whether a file of this name is a temporary file of `write_atomically`, for the file `of` if it is given."""
-    return name.startswith(f".{of}") and name.endswith(".tmp")
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(file.name)
+                raise
 
 
 def remove_abandoned(folder: Path) -> None:
     """Removes the temporary files of writers that were killed."""
     with suppress(OSError):
-        for path in folder.iterdir():
-            if is_temporary(path.name) and not _is_running(path.name.split(".")[-3:][0]):
+        for path in folder.glob(".*.tmp"):
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
                 path.unlink()
-
-
-def _is_running(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, OverflowError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 class AppendOnly(io.FileIO):
@@ -143,29 +124,3 @@ def whole_lines(path: Path) -> tuple[list[str], bool]:
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         *lines, torn = file.read().split("\n")
     return lines, bool(torn)
-
-
-def read_table(path: Path, kind: type[T]) -> tuple[list[T], bool]:
-    """Reads a CSV file whose columns are the fields of a NamedTuple.
-
-    Returns:
-      The whole rows, and whether there is anything else: damaged lines, or one that a kill left half written.
-    """
-    types = kind.__annotations__.values()
-    header = ",".join(kind.__annotations__)
-    lines, damaged = whole_lines(path)
-    rows, damaged = [], damaged or lines[:1] not in ([], [header])
-    for line in lines:
-        try:
-            rows.append(kind(*[parse(value) for parse, value in zip(types, line.split(","), strict=True)]))
-        except ValueError:
-            damaged |= line != header
-    return rows, damaged
-
-
-def table_frame(rows: Iterable[Any], kind: type) -> "pd.DataFrame":
-    """Rows as a DataFrame, which has the fields of their NamedTuple as columns even without rows, numbers in 64 bits."""
-    import pandas as pd
-
-    types = {name: f"{dtype.__name__}64" for name, dtype in kind.__annotations__.items() if dtype is not str}
-    return pd.DataFrame(list(rows), columns=list(kind.__annotations__)).astype(types)

@@ -69,28 +69,26 @@ class Parameters:
             with _locked(self._folder, "a"):
                 for abandoned in (*self._folder.glob(".*"), *self._folder.glob("*.orbax-checkpoint-tmp*")):
                     shutil.rmtree(abandoned, ignore_errors=True)
-                rivals = []
-                if self._keep == "best":
-                    rivals = [
-                        kept for kept in _stored(self._folder) if kept.run.batch_size == run.batch_size and kept.run != run
-                    ]
-                first, *others = best_first([new, *rivals], self._metric)
+                others = [kept for kept in _stored(self._folder) if kept.run != run] if self._keep == "best" else []
+                rivals = [kept for kept in others if kept.run.batch_size == run.batch_size]
+                first = best_first([new, *rivals], self._metric)[0]
                 if new.folder.exists():
                     _remove(new.folder)
                 if first is new:
-                    self._write(new, variables)
-                for kept in others:
-                    if kept is not new:
-                        _remove(kept.folder)
+                    _write(new, variables)
+                for rival in rivals:
+                    if rival is not first:
+                        _remove(rival.folder)
 
-    def _write(self, new: Kept, variables: PyTree) -> None:
-        described = {"run": dataclasses.asdict(new.run), "value": new.value, "checksum": new.checksum}
-        content = ocp.args.StandardSave(variables)  # pyright: ignore[reportCallIssue]
-        try:
-            with _checkpointer() as orbax:
-                orbax.save(new.folder.resolve(), args=content, custom_metadata=described)
-        except Exception as error:  # Orbax passes on whatever its storage raises
-            raise WriteError(new.folder, reason(error)) from error
+
+def _write(new: Kept, variables: PyTree) -> None:
+    described = {"run": dataclasses.asdict(new.run), "value": new.value, "checksum": new.checksum}
+    content = ocp.args.StandardSave(variables)  # pyright: ignore[reportCallIssue]
+    try:
+        with _checkpointer() as orbax:
+            orbax.save(new.folder.resolve(), args=content, custom_metadata=described)
+    except Exception as error:  # Orbax passes on whatever its storage raises
+        raise WriteError(new.folder, reason(error)) from error
 
 
 def load_parameters(
@@ -170,8 +168,7 @@ def _warn(path: Path, error: Exception) -> None:
 
 def _remove(folder: Path) -> None:
     """Removes parameters so that a kill leaves nothing which looks like them."""
-    hidden = folder.rename(folder.with_name(f".{folder.name}"))
-    shutil.rmtree(hidden, ignore_errors=True)
+    shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}")), ignore_errors=True)
 
 
 def _checkpointer() -> ocp.Checkpointer:

@@ -12,7 +12,6 @@ import statistics
 import time
 import warnings
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -124,8 +123,8 @@ class ProgramResults:
         self.format, self._header = format, ",".join([*_FIXED, *format.further]) + "\n"
         self.path = path_of(workdir, batch_size, bn_batch_size)
         self._deadline = time.monotonic() + wait_seconds
-        self._last_rows: dict[Run, deque[Row]] = {}  # the LAST_EPOCHS of each run
-        self._curves: dict[Run, array[float]] = {}  # the metric of each run by epoch
+        self._curves: dict[Run, array[float]] = {}  # the metric of each run by epoch; NaN in the last if it diverged
+        self._diverged: set[Run] = set()
         self._file: AppendOnly | None = self._opened()
         try:
             if not self.path.stat().st_size:
@@ -159,9 +158,12 @@ class ProgramResults:
         return follower
 
     def _note(self, row: Row) -> None:
-        self._last_rows.setdefault(row.run, deque(maxlen=LAST_EPOCHS)).append(row)
-        value = math.nan if row.diverged else row.to_dict()[self.format.metric.column]
-        self._curves.setdefault(row.run, array("d")).append(value)
+        self._curves.setdefault(row.run, array("d")).append(self._value(row))
+        if row.diverged:
+            self._diverged.add(row.run)
+
+    def _value(self, row: Row) -> float:
+        return math.nan if row.diverged else row.to_dict()[self.format.metric.column]
 
     def rows(self) -> list[Row]:
         """All stored rows, those of a run in the order of its epochs; for the process that writes them."""
@@ -187,7 +189,7 @@ class ProgramResults:
 
     def epochs(self, run: Run) -> int:
         """Number of epochs of a run that are stored."""
-        return self._last_rows[run][-1].epoch if run in self._last_rows else 0
+        return len(self._curves.get(run, ()))
 
     def curve(self, run: Run, epochs: int) -> list[float]:
         """Returns a run's metric after each of its first epochs; NaN after the one in which it diverged."""
@@ -198,13 +200,12 @@ class ProgramResults:
         return self.diverged(run) or self.epochs(run) >= epochs
 
     def diverged(self, run: Run) -> bool:
-        return run in self._last_rows and self._last_rows[run][-1].diverged
+        return run in self._diverged
 
     def final(self, run: Run, *new: Row) -> float:
         """The median of a run's metric over its last epochs (§3.1), with rows not stored yet; NaN if it diverged."""
-        last = [*self._last_rows.get(run, ()), *new][-LAST_EPOCHS:]
-        values = [row.to_dict()[self.format.metric.column] for row in last]
-        return math.nan if self.diverged(run) else statistics.median(values)  # pyright: ignore[reportArgumentType]
+        last = [*self._curves.get(run, ()), *map(self._value, new)][-LAST_EPOCHS:]
+        return math.nan if self.diverged(run) else statistics.median(last)
 
     def __enter__(self) -> "ProgramResults":
         return self
@@ -231,24 +232,18 @@ def read_rows(path: Path, after: Sequence[str] = ()) -> tuple[list[Row], bool]:
     columns = lines[0].split(",") if lines else []
     if columns[: len(_FIXED)] != list(_FIXED):
         columns, damaged = [*_FIXED, *after], damaged or bool(lines)
-    parsers, names = tuple(_FIXED.values()), columns[len(_FIXED) :]
+    names = columns[len(_FIXED) :]
+    scalars = sum(not name.startswith(SPLITS) for name in names)  # which come before the metrics
+    parsers = [*_FIXED.values(), *[float] * len(names)]
     rows = []
     for line in lines:
         try:
-            values = line.split(",")
-            row = Row(*[parse(value) for parse, value in zip(parsers, values[: len(parsers)], strict=True)])
-            further = names or len(values) > len(parsers)
-            rows.append(row._replace(**_further(names, values[len(parsers) :])) if further else row)
+            values = [parse(value) for parse, value in zip(parsers, line.split(","), strict=True)]
+            further = tuple(zip(names, values[len(_FIXED) :], strict=True))
+            rows.append(Row._make((*values[: len(_FIXED)], further[:scalars], further[scalars:])))
         except ValueError:
             damaged |= line != ",".join(columns)
     return rows, damaged
-
-
-def _further(names: Sequence[str], values: Sequence[str]) -> dict[str, Any]:
-    """Returns the fields `scalars` and `metrics` of a row."""
-    pairs = [(name, float(value)) for name, value in zip(names, values, strict=True)]
-    metrics = tuple(pair for pair in pairs if pair[0].startswith(SPLITS))
-    return {"scalars": tuple(pair for pair in pairs if not pair[0].startswith(SPLITS)), "metrics": metrics}
 
 
 def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
@@ -271,6 +266,7 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
       InputError: if the folder is no workdir.
     """
     import numpy as np
+    import pandas as pd
 
     workdir = Path(expanded_path("workdir", workdir))
     experiment, _ = read_workdir(workdir)
@@ -280,7 +276,9 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
         warnings.warn(f"{', '.join(map(str, missing))}: missing; the runs count as not trained", stacklevel=2)
     further = Format.of(experiment).further
     rows = [row for path in found for row in _readable_rows(path, further)]
-    frame = rows_frame(rows)
+    frame = pd.DataFrame([row[: len(_FIXED)] for row in rows], columns=list(_FIXED)).astype(_DTYPES)
+    if any(row.scalars or row.metrics for row in rows):
+        frame = frame.join(pd.DataFrame([dict(row.scalars + row.metrics) for row in rows]))
     run = [*RUN_COLUMNS, *experiment.grid.axes()]
     has_accuracy = "accuracy" in experiment.metric_names()
     frame["diverged"] = frame["test_accuracy"].isna() if has_accuracy else ~np.isfinite(frame["test_loss"])
@@ -297,19 +295,6 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     frame["experiment"], frame["bn_statistics"] = experiment.name, experiment.model.bn_statistics
     others = [name for name in frame if name not in COLUMNS and name != "diverged"]
     return frame[[*COLUMNS[:-2], *others, *COLUMNS[-2:]]]
-
-
-def rows_frame(rows: Sequence[Row]) -> "pd.DataFrame":
-    """Returns rows as a DataFrame, with the ten fixed columns even without rows, numbers in 64 bits."""
-    import pandas as pd
-
-    others = list(dict.fromkeys(name for row in rows if row.scalars or row.metrics for name, _ in row.scalars + row.metrics))
-    values: list[Any] = [row[: len(_FIXED)] for row in rows]
-    if others:
-        further = (map((dict(row.scalars) | dict(row.metrics)).get, others) for row in rows)
-        values = [(*fixed, *more) for fixed, more in zip(values, further, strict=True)]
-    frame = pd.DataFrame(values, columns=[*_FIXED, *others])
-    return frame.astype(_DTYPES | dict.fromkeys(others, "float64"))
 
 
 def _readable_rows(path: Path, further: Sequence[str]) -> list[Row]:

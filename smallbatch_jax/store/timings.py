@@ -3,30 +3,22 @@
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from smallbatch_jax.config.fields import expanded_path
-from smallbatch_jax.store.files import append_line, read_table, table_frame
+from smallbatch_jax.store.files import append_line, whole_lines
 
 if TYPE_CHECKING:
     import pandas as pd
 
-
-class Timing(NamedTuple):
-    """A row of timings.csv; 0 where a column does not apply."""
-
-    phase: str  # import, data, compile, segment, checkpoint or draw
-    batch_size: int
-    bn_batch_size: int
-    lanes: int
-    seconds: float
-    steps: int  # summed over the lanes
-    images: int  # summed over the lanes
-    peak_bytes: int  # `LaneProgram.peak_bytes`
-
-
-TIMING_COLUMNS = Timing._fields
+TIMING_COLUMNS: dict[str, type] = {
+    "phase": str,  # import, data, compile, segment, checkpoint or draw
+    **dict.fromkeys(("batch_size", "bn_batch_size", "lanes"), int),  # of the program
+    "seconds": float,
+    **dict.fromkeys(("steps", "images", "peak_bytes"), int),  # summed over the lanes; `LaneProgram.peak_bytes`
+}
 
 
 class Timings:
@@ -50,7 +42,7 @@ class Timings:
         peak_bytes: int = 0,
     ) -> None:
         """Adds a line; steps and images are summed over the lanes, peak_bytes is `LaneProgram.peak_bytes`."""
-        row = Timing(phase, batch_size, bn_batch_size, lanes, round(seconds, 6), steps, images, peak_bytes)
+        row = (phase, batch_size, bn_batch_size, lanes, round(seconds, 6), steps, images, peak_bytes)
         if self._path:
             append_line(self._path, ",".join(map(str, row)), header=",".join(TIMING_COLUMNS))
 
@@ -63,16 +55,22 @@ def load_timings(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     of one process, without a resident dataset. 0 means not applicable or not known: batch_size outside programs, peak_bytes
     outside the phase "compile". Damaged lines are left out, and so is a file that cannot be read, with a warning.
     """
-    path, rows = Path(expanded_path("workdir", workdir)) / "timings.csv", []
+    path, lines, rows = Path(expanded_path("workdir", workdir)) / "timings.csv", [], []
     try:
-        rows, _ = read_table(path, Timing)
+        lines, _ = whole_lines(path)
     except FileNotFoundError:
         pass
     except OSError as error:
         warnings.warn(f"{path} left out: {error.strerror}", stacklevel=2)
+    for line in lines:
+        with suppress(ValueError):
+            rows.append([parse(value) for parse, value in zip(TIMING_COLUMNS.values(), line.split(","), strict=True)])
     return timing_frame(rows)
 
 
 def timing_frame(rows: Iterable[Sequence[Any]] = ()) -> "pd.DataFrame":
     """Timings, each with a value for every column, as `load_timings` returns them."""
-    return table_frame(rows, Timing)
+    import pandas as pd
+
+    dtypes = {name: f"{kind.__name__}64" for name, kind in TIMING_COLUMNS.items() if kind is not str}
+    return pd.DataFrame(list(rows), columns=list(TIMING_COLUMNS)).astype(dtypes)

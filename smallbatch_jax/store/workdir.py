@@ -21,7 +21,7 @@ import numpy as np
 
 from smallbatch_jax.config import fields
 from smallbatch_jax.config.experiment import OWN, Experiment, InputError, differences
-from smallbatch_jax.store.files import append_line, is_temporary, remove_abandoned, write_atomically
+from smallbatch_jax.store.files import append_line, remove_abandoned, write_atomically
 
 FORMAT = 1
 
@@ -76,11 +76,10 @@ def refuse_difference(path: Path, experiment: Experiment, facts: Mapping[str, An
     except OSError as error:
         raise InputError(f"--workdir: {path} cannot be read: {error.strerror}.") from None
     if "experiment.json" not in names:
-        foreign = sorted(name for name in names if name != "lock" and not is_temporary(name, of="experiment.json"))
+        foreign = sorted(name for name in names if name != "lock" and not name.startswith(".experiment.json."))
         if foreign:
-            raise InputError(
-                f"--workdir: {path} holds {foreign[0]!r} but no experiment; give a new or empty folder, or a workdir."
-            )
+            lack = f"holds {foreign[0]!r} but no experiment"
+            raise InputError(f"--workdir: {path} {lack}; give a new or empty folder, or a workdir.")
         return
     stored, known = read_workdir(path)
     found = differences(stored, experiment)
@@ -98,14 +97,10 @@ def _differing_facts(known: Mapping[str, Any], facts: Mapping[str, Any]) -> list
         for name in ("num_classes", "examples")
         if name in known and name in facts and known[name] != facts[name]
     ]
-    if "model" in known and "model" in facts:
-        place = _model_difference(known["model"], facts["model"])
-        if place:
-            found.append(f"model is another one of the same name, with other fields or code ({place} differs)")
-    if "own" in known and "own" in facts:
-        place = _model_difference(known["own"], facts["own"])
-        if place:
-            found.append(f"{place} is another function of the same name")
+    another = "model is another one of the same name, with other fields or code ({} differs)"
+    for name, text in (("model", another), ("own", "{} is another function of the same name")):
+        if name in known and name in facts and (place := _model_difference(known[name], facts[name])):
+            found.append(text.format(place))
     return found
 
 
@@ -162,14 +157,11 @@ def record_provenance(path: Path, event: str, **facts: Any) -> None:
 
 def read_provenance(path: Path) -> list[dict[str, Any]]:
     """The undamaged lines of WORKDIR/provenance.jsonl, oldest first; empty if there is no such file."""
-    try:
-        lines = (path / "provenance.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
     found = []
-    for line in lines:
-        with suppress(ValueError):
-            found.append(json.loads(line))
+    with suppress(OSError):
+        for line in (path / "provenance.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
     return [line for line in found if isinstance(line, dict)]
 
 

@@ -73,36 +73,29 @@ def _rest(study: Study, best: pd.Series, noise: Noise) -> str:
 
 def _in_words(study: Study, best: pd.Series) -> str:
     """The best cell as a user of another framework would set it."""
-    experiment, m = study.experiment, int(best["batch_size"])
+    experiment, m, further = study.experiment, int(best["batch_size"]), {name: best[name] for name in axes(best)}
     schedule, optimizer = experiment.schedule, experiment.optimizer
-    scalars = "".join(f", {name} {value:.6g}" for name, value in optimizer.scalars(m, _axes_of(best)).items())
-    title = f"{optimizer.title}{scalars}"
+    scalars = "".join(f", {name} {value:.6g}" for name, value in optimizer.scalars(m, further).items())
     rate = f"η = {catalog.RULES[optimizer.rule][0]} = {optimizer.learning_rate(best['base_lr'], m):.6g}"
     drops = " and ".join(f"{100 * boundary:.3g} %" for boundary in schedule.boundaries)
     then = f", η̃ times {schedule.factor:g} and m times {schedule.batch_growth}" if schedule.batch_growth > 1 else ""
     then = f"{then or f', times {schedule.factor:g}'} after {drops} of the training" if drops else ""
     warm_up = f", after a warm-up over {100 * schedule.warmup_fraction:g} %" if schedule.warmup_fraction else ""
-    weight_decay = _axes_of(best).get("weight_decay", experiment.weight_decay)
+    weight_decay = further.get("weight_decay", experiment.weight_decay)
     decay = f", weight decay {weight_decay:g}" if weight_decay else ""
     decay += " of kernels alone" if decay and experiment.weight_decay_mask == "kernels" else ""
-    return f"As most write it: learning rate {rate} on the mean gradient, {title}{decay}{then}{warm_up}."
-
-
-def _axes_of(cell: pd.Series) -> dict[str, float]:
-    """Returns a cell's values on the grid's further axes."""
-    return {name: cell[name] for name in axes(cell)}
+    return f"As most write it: learning rate {rate} on the mean gradient, {optimizer.title}{scalars}{decay}{then}{warm_up}."
 
 
 def _confirmed(study: Study, best: pd.Series) -> list[str]:
     """Returns what the test set says about a cell that a validation split chose."""
-    metric = study.metric
-    if not metric.column.startswith("validation_"):
+    if not study.metric.column.startswith("validation_"):
         return []
-    confirming = tested(metric)
-    cells = final_accuracy(study.choosing, confirming)
+    test = tested(study.metric)
+    cells = final_accuracy(study.choosing, test)
     key = cell_columns(cells)
     row = cells[(cells[key] == best[key]).all(axis=1)].iloc[0]
-    return [f"The validation split chose it; its {confirming.title} is {score(row, confirming)}."]
+    return [f"The validation split chose it; its {test.title} is {score(row, test)}."]
 
 
 def _edge(value: float, tried: Sequence[float]) -> tuple[str, str] | None:
@@ -138,14 +131,13 @@ def _caveats(study: Study, best: pd.Series, noise: Noise) -> list[str]:
 
 def _edges_of_others(cells: pd.DataFrame, best: int, metric: Metric) -> list[str]:
     """The other batch sizes that are best at an end of their base learning rates, so that a wider grid may do them justice."""
-    ends: dict[tuple[str, str], list[str]] = {("smallest", "smaller"): [], ("largest", "larger"): []}
+    ends: dict[tuple[str, str], list[str]] = {}
     for m, rows in cells[cells["batch_size"] != best].groupby("batch_size"):
         edge = _edge(best_first(rows, metric)["base_lr"].iloc[0], rows["base_lr"].tolist())
         if edge and rows["finished"].any():
-            ends[edge].append(str(m))
+            ends.setdefault(edge, []).append(str(m))
     found = []
-    for (end, beyond), sizes in ends.items():
-        if sizes:
-            are, them = ("is", "it") if len(sizes) == 1 else ("are", "them")
-            found.append(f"m = {', '.join(sizes)} {are} best at the {end} η̃ tried: a {beyond} one may bring {them} closer.")
+    for (end, beyond), sizes in sorted(ends.items(), reverse=True):  # the smallest first
+        are, them = ("is", "it") if len(sizes) == 1 else ("are", "them")
+        found.append(f"m = {', '.join(sizes)} {are} best at the {end} η̃ tried: a {beyond} one may bring {them} closer.")
     return found

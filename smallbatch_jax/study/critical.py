@@ -110,16 +110,11 @@ def examples_to_target(study: Study, target: float) -> pd.DataFrame:
     there = there.drop_duplicates([*key, "seed"])
     part = ((target - there["earlier"]) / (there[metric.column] - there["earlier"])).clip(0, 1).fillna(1.0)
     logs = np.log(there["before"] + part * (there["seen"] - there["before"]))
-    found = there.assign(logs=logs).groupby(key, observed=True)["logs"].agg(["mean", "size"]).reset_index()
-    begun = rows.drop_duplicates([*key, "seed"]).groupby(key, observed=True).size().rename("begun").reset_index()
-    found = found.merge(begun, on=key)
-    first = found[found["size"] == found["begun"]].sort_values(["mean", "base_lr"]).drop_duplicates("batch_size")
-    table = (
-        rows.groupby("batch_size")["seen"]
-        .max()
-        .reset_index()
-        .merge(first[["batch_size", "base_lr", "mean"]], how="left", on="batch_size")
-    )
+    found = there.assign(logs=logs).groupby(key, observed=True)["logs"].agg(["mean", "size"])
+    begun = rows.drop_duplicates([*key, "seed"]).groupby(key, observed=True).size()
+    found = found[found["size"] == begun.reindex(found.index)].reset_index()
+    first = found.sort_values(["mean", "base_lr"]).drop_duplicates("batch_size").set_index("batch_size")
+    table = rows.groupby("batch_size")[["seen"]].max().join(first[["base_lr", "mean"]]).reset_index()
     reached = table["mean"].notna()
     table = table.assign(examples=np.where(reached, np.exp(table["mean"]), table["seen"]), reached=reached)
     return table[["batch_size", "base_lr", "examples", "reached"]]

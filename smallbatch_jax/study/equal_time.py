@@ -33,26 +33,17 @@ def by_time(studies: Sequence[Study]) -> list[Best]:
     A run that needs longer counts by its epochs within that time, so before its schedule has ended: as always by the median of
     the last five. The list is empty where no time is known.
     """
-    timed = [_timed(study) for study in studies]
-    ends = pd.concat([rows.groupby(cell_columns(rows), observed=True)["seconds"].max() for rows in timed])
-    if ends.empty:
-        return []
     metric, found = studies[0].metric, []
-    for limit in (ends.min(), ends.max()):
-        cells = [known_cells(rows[rows["seconds"] <= limit], study.metric) for rows, study in zip(timed, studies, strict=True)]
-        bests = [
-            Best(study.experiment.epochs, best_first(some, metric).iloc[0], float(limit))
-            for some, study in zip(cells, studies, strict=True)
-            if len(some)
-        ]
+    timed = [cost.with_time(study.choosing, study.timings).dropna(subset="seconds") for study in studies]
+    timed = [rows[rows["status"] == "finished"] for rows in timed]
+    ends = pd.concat([rows.groupby(cell_columns(rows), observed=True)["seconds"].max() for rows in timed])
+    for limit in (ends.min(), ends.max()) if len(ends) else ():
+        bests = []
+        for study, rows in zip(studies, timed, strict=True):
+            cells = best_first(known_cells(rows[rows["seconds"] <= limit], metric), metric)
+            bests += [Best(study.experiment.epochs, cell, float(limit)) for _, cell in cells[:1].iterrows()]
         found.append(max(bests, key=lambda best: metric.gain(best.cell[metric.column], 0.0)))
     return found
-
-
-def _timed(study: Study) -> pd.DataFrame:
-    """Returns the rows of finished runs whose time is known, with it."""
-    finished = study.choosing[study.choosing["status"] == "finished"]
-    return cost.with_time(finished, study.timings).dropna(subset="seconds")
 
 
 def sentence(studies: Sequence[Study]) -> str:

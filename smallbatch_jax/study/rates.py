@@ -134,11 +134,9 @@ def fit_rule(table: pd.DataFrame) -> RateRule:
     weights = 1 / inside["std"].to_numpy(float) ** 2
     if len(inside) < 3 or not np.isfinite(weights).all():
         return RateRule(table, math.nan, math.nan, math.nan, (), math.nan, {})
-    middle = np.average(x, weights=weights)
-    spread = (weights * (x - middle) ** 2).sum()
-    exponent = float((weights * (x - middle) * y).sum() / spread)
-    left = y - np.average(y, weights=weights) - exponent * (x - middle)
-    error = Z * math.sqrt(max(1.0, (weights * left**2).sum() / (len(x) - 2)) / spread)
+    (exponent, offset), covariance = np.polyfit(x, y, 1, w=np.sqrt(weights), cov="unscaled")
+    exponent, left = float(exponent), y - offset - exponent * x
+    error = Z * math.sqrt(max(1.0, (weights * left**2).sum() / (len(x) - 2)) * covariance[0, 0])
 
     def fit(shape: Callable[[Any], Any]) -> tuple[float, float]:
         """Returns χ² and the offset of a rule."""

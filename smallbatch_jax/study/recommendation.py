@@ -117,10 +117,13 @@ def _sentences(study: Study, found: Recommendation, noise: Noise) -> list[str]:
     assert best is not None
     said = [f"How good it is cannot be told: the noise of a single seed's {metric.noun} is not known."]
     if not math.isnan(found.low):
-        said = [f"Its {metric.title} is {_range(found, metric)} (90 %, by {noise.source(best)})."]
+        low, high = (max(0.0, found.low), min(1.0, found.high)) if metric.fraction else (found.low, found.high)
+        between = f"{metric.show(low).removesuffix(' %')} … {metric.show(high)}"
+        said = [f"Its {metric.title} is {between} (90 %, by {noise.source(best)})."]
     if found.fresh is None and round(metric.scale * found.optimism, 1 if metric.fraction else 3):
         many = int((study.cells["finished"] > 0).sum())
-        said.append(f"The test set chose it among {many} cells, so it looks better than it is, by up to {_gap(found, metric)}.")
+        gap = f"{100 * found.optimism:.1f} points" if metric.fraction else f"{found.optimism:.2g}"
+        said.append(f"The test set chose it among {many} cells, so it looks better than it is, by up to {gap}.")
     said += _confirmed(found, tested(metric))
     if found.largest is not None:
         m, rates = found.largest, found.as_good[found.as_good["batch_size"] == found.largest]
@@ -129,15 +132,6 @@ def _sentences(study: Study, found: Recommendation, noise: Noise) -> list[str]:
         said.append(f"{larger}{f', at {setting(top)}: {score(top, metric)}' if m != best['batch_size'] else ', which it is'}.")
     said += [part.sentence() for part in (found.rule, found.critical) if part is not None]
     return [*said, equal_time.sentence([study])]
-
-
-def _range(found: Recommendation, metric: Metric) -> str:
-    low, high = (max(0.0, found.low), min(1.0, found.high)) if metric.fraction else (found.low, found.high)
-    return f"{metric.show(low).removesuffix(' %')} … {metric.show(high)}"
-
-
-def _gap(found: Recommendation, metric: Metric) -> str:
-    return f"{100 * found.optimism:.1f} points" if metric.fraction else f"{found.optimism:.2g}"
 
 
 def _confirmed(found: Recommendation, metric: Metric) -> list[str]:

@@ -102,11 +102,10 @@ def load(workdir: str | Path) -> Study:
     num_classes, examples = facts.get("num_classes"), facts.get("examples")
     if experiment.task == "classification" and (not isinstance(num_classes, int) or num_classes < 1):
         raise InputError(f"--workdir: {path}/experiment.json is damaged: its facts do not say num_classes.")
-    numbers = (examples[0], examples[1]) if examples else None
-    if numbers and experiment.schedule.batch_growth > 1:
-        of_size = {m: BatchSchedule.of(experiment, numbers[0], m) for m in experiment.grid.batch_sizes}
+    if examples and experiment.schedule.batch_growth > 1:
+        of_size = {m: BatchSchedule.of(experiment, examples[0], m) for m in experiment.grid.batch_sizes}
         rows["examples"] = [of_size[m].examples(step) for m, step in zip(rows["batch_size"], rows["step"], strict=True)]
-    found = path, experiment, rows, cells, num_classes, numbers
+    found = path, experiment, rows, cells, num_classes, examples and tuple(examples)
     return Study(*found, results.load_timings(path), facts.get("guess", {}), is_finished(path))
 
 
@@ -120,22 +119,18 @@ def load_all(workdirs: Iterable[str | Path]) -> dict[str, Study]:
     for workdir in workdirs:
         study = load(workdir)
         if study.name in studies:
-            raise InputError(
-                f"--workdir: {studies[study.name].workdir} and {workdir} both hold {study.name!r}; "
-                "give one of them, or train one under another name."
-            )
+            both = f"{studies[study.name].workdir} and {workdir} both hold {study.name!r}"
+            raise InputError(f"--workdir: {both}; give one of them, or train one under another name.")
         studies[study.name] = study
     return studies
 
 
 def summaries(studies: Sequence[Study]) -> str:
     """`analysis.summary` of each study as text, one block for each, the convergence rule underneath."""
-    blocks = [
-        analysis.format_summary(analysis.summary(study.rows, study.chance, study.cells, study.metric), study.metric)
-        for study in studies
-    ]
-    tables, rules = zip(*(block.rsplit("\n\n", 1) for block in blocks), strict=True)
-    return "\n\n".join([*tables, *dict.fromkeys(rules)])
+    tables = [analysis.summary(study.rows, study.chance, study.cells, study.metric) for study in studies]
+    blocks = [analysis.format_summary(table, study.metric) for table, study in zip(tables, studies, strict=True)]
+    shown, rules = zip(*(block.rsplit("\n\n", 1) for block in blocks), strict=True)
+    return "\n\n".join([*shown, *dict.fromkeys(rules)])
 
 
 def describe(study: Study) -> str:
@@ -155,11 +150,11 @@ def describe(study: Study) -> str:
     facts += [f"{axis_title(name)} {_span(cells[name], '{:g}'.format)}" for name in analysis.axes(cells)]
     facts += [f"base_lr {_span(cells['base_lr'], format_base_lr)}", plural(len(e.grid.seeds), "seed")]
     ended, planned = study.runs
+    counts = f"{ended:,} of {planned:,} runs ended"
     if e.search.active:
         begun = len(study.rows.drop_duplicates([*analysis.cell_columns(study.rows), "seed"]))
-        budget = f"a search within {e.search.budget:,.0f} training images"
-        return f"{', '.join(facts)}: {budget}, {begun:,} runs begun, {ended:,} ended"
-    return f"{', '.join(facts)}: {ended:,} of {planned:,} runs ended"
+        counts = f"a search within {e.search.budget:,.0f} training images, {begun:,} runs begun, {ended:,} ended"
+    return f"{', '.join(facts)}: {counts}"
 
 
 def _span(values: Iterable[Any], shown: Callable[[Any], str] = str) -> str:
@@ -192,10 +187,8 @@ def choose_base_lrs(experiment: Experiment, workdir: str | Path | None = None) -
 
 def _source(path: str) -> Study:
     if not os.path.isfile(Path(path, "experiment.json")):
-        raise InputError(
-            f"grid.base_lrs_from: {path} holds no results yet; train it first: "
-            f"python experiments/sweep.py --config=… --workdir={path}"
-        )
+        command = f"python experiments/sweep.py --config=… --workdir={path}"
+        raise InputError(f"grid.base_lrs_from: {path} holds no results yet; train it first: {command}")
     return load(path)
 
 

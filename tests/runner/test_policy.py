@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from smallbatch_jax.config.grid import Run
 from smallbatch_jax.config.metric import Metric
 from smallbatch_jax.runner.policy import Space, best_cells, final_values, recommended, search
-from smallbatch_jax.runner.replay import Stored, replay
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-from replay import grids, noise
+from replay import Stored, grids, noise, replay
 
 SIZES = (2, 8, 32, 128, 512)
 BASE_LRS = tuple(2.0**k for k in range(-12, 1))

@@ -116,15 +116,8 @@ def heat_map(cells: pd.DataFrame, metric: Metric = ACCURACY) -> Figure:
         if columns <= style.MOST_TICKS and not np.isnan(value):
             light = norm(value) if metric.best == "max" else 1 - norm(value)  # viridis is dark at its lower end
             color = "white" if light < 0.6 else "black"
-            text = axes.text(
-                x,
-                row,
-                f"{value:.1f}" if metric.fraction else f"{value:.2g}",
-                ha="center",
-                va="center",
-                color=color,
-                fontsize=6.5,
-            )
+            shown = f"{value:.1f}" if metric.fraction else f"{value:.2g}"
+            text = axes.text(x, row, shown, ha="center", va="center", color=color, fontsize=6.5)
             text.set_in_layout(False)  # it lies inside its cell; measuring it would take most of the drawing time
     for which, column, places in (("x", "base_lr", grids["y"].columns), ("y", "batch_size", grids.index)):
         step, names = style.tick_step(len(places)), style.COLUMNS[column]

@@ -21,9 +21,8 @@ def with_pending(cells: pd.DataFrame) -> pd.DataFrame:
     names = cells["experiment"].unique()
     if len(names) != 1:
         raise ValueError(f"cells: a figure shows one experiment, got {len(names)} ({', '.join(map(str, names))}).")
-    if "pending" in cells:
-        return cells
-    return cells.assign(pending=((cells["finished"] == 0) & (cells["diverged"] == 0)).astype(int))
+    none_ended = (cells["finished"] == 0) & (cells["diverged"] == 0)
+    return cells if "pending" in cells else cells.assign(pending=none_ended.astype(int))
 
 
 def one_bn_batch_size(cells: pd.DataFrame, metric: Metric = ACCURACY) -> tuple[pd.DataFrame, str]:
@@ -52,9 +51,8 @@ def best_of_each(cells: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame
     """
     sums = cells.groupby(SETUP, observed=True)[["pending", "diverged"]].transform("sum")
     diverged = cells["diverged"].where(cells["finished"] > 0, sums["diverged"].where(sums["pending"] == 0, 0))
-    return (
-        best_first(cells.assign(pending=sums["pending"], diverged=diverged), metric).drop_duplicates(SETUP).sort_values(SETUP)
-    )
+    cells = cells.assign(pending=sums["pending"], diverged=diverged)
+    return best_first(cells, metric).drop_duplicates(SETUP).sort_values(SETUP)
 
 
 def marked(cells: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
@@ -102,14 +100,11 @@ def plot_curve(axes: Axes, curve: pd.DataFrame, x: str, label: str, **look: Any)
 
 def plot_rows(axes: Axes, cells: pd.DataFrame, rows: str, x: str, labels: list[str], legend_title: str, **look: Any) -> None:
     """Draws a curve for each value of column `rows` that has a point, and their legend, or says that none has."""
-    lines = {}
     curves = zip(cells.sort_values(x).groupby(rows), labels, style.ordered_looks(len(labels)), strict=True)
-    for (_, curve), label, ordered in curves:
-        if line := plot_curve(axes, curve, x, label, **ordered, **look):
-            lines[label] = line
-    if not lines:
+    lines = {label: plot_curve(axes, curve, x, label, **ordered, **look) for (_, curve), label, ordered in curves}
+    if not any(lines.values()):
         style.say_nothing_finished(axes)
-    style.side_legend(axes, lines, legend_title)
+    style.side_legend(axes, {label: line for label, line in lines.items() if line}, legend_title)
 
 
 def plot_absent(axes: Axes, kinds: dict[str, tuple[Any, Any, dict[str, Any]]]) -> dict[str, Any]:
@@ -122,8 +117,8 @@ def plot_absent(axes: Axes, kinds: dict[str, tuple[Any, Any, dict[str, Any]]]) -
 def mark_entries(cells: pd.DataFrame, diverged: str = DIVERGED, pending: str = PENDING) -> dict[str, Any]:
     """Legend entries for the marks of `plot_curve`; the strings are their labels."""
     hollow = style.mark(**style.HOLLOW)
-    entries: dict[str, Any] = {diverged: (hollow, style.mark(**style.CROSS))} if cells["crossed"].any() else {}
     plainly_hollow = cells["provisional"] & ~cells["crossed"] & cells["y"].notna()
+    entries: dict[str, Any] = {diverged: (hollow, style.mark(**style.CROSS))} if cells["crossed"].any() else {}
     return entries | ({pending: hollow} if plainly_hollow.any() else {})
 
 

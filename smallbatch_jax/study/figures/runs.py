@@ -27,10 +27,7 @@ HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps a × apart from 
 
 @style.styled()
 def convergence(
-    rows: pd.DataFrame,
-    base_lr: float | None = None,
-    cells: pd.DataFrame | None = None,
-    metric: Metric = ACCURACY,
+    rows: pd.DataFrame, base_lr: float | None = None, cells: pd.DataFrame | None = None, metric: Metric = ACCURACY
 ) -> Figure:
     """Training and test accuracy, or another metric, by epoch, one curve per m at one η̃ (Fig. 4).
 
@@ -49,19 +46,16 @@ def convergence(
     """
     chosen, title = _choose_cells(rows, base_lr, known_cells(rows, metric) if cells is None else cells, metric)
     figure = style.new_figure(3.1)
-    training = f"train_{metric.name}"
-    titles = {training: "training", metric.column: metric.title.removesuffix(f" {metric.noun}")}
-    panels = dict(zip(titles, figure.subplots(1, 2, sharey=True), strict=True))
-    without = _plot_cells(panels, rows, chosen, metric.scale)
-    for column, axes in panels.items():
-        axes.set(title=titles[column], xlabel="epoch")
+    left, right = figure.subplots(1, 2, sharey=True)
+    without = _plot_cells({f"train_{metric.name}": left, metric.column: right}, rows, chosen, metric.scale)
+    for axes, name in ((left, "training"), (right, metric.title.removesuffix(f" {metric.noun}"))):
+        axes.set(title=name, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
         if len(without) == len(chosen):
             style.say_nothing_finished(axes, "no epoch has ended")
-    drawn = [line.get_ydata() for axes in panels.values() for line in axes.lines]
-    if style.spreads(np.concatenate([*drawn, []]), metric):
-        panels[training].set_yscale("log")
-    panels[training].set_ylabel(metric.noun + " (%)" * metric.fraction)
+    if style.spreads(np.concatenate([*(line.get_ydata() for axes in (left, right) for line in axes.lines), []]), metric):
+        left.set_yscale("log")
+    left.set_ylabel(metric.noun + " (%)" * metric.fraction)
     figure.suptitle(title)
     style.foot(figure, {}, style.note(points.run_note(chosen, diverged=True), style.named("no epoch yet", without)))
     return figure
@@ -70,26 +64,31 @@ def convergence(
 def _choose_cells(rows: pd.DataFrame, base_lr: float | None, cells: pd.DataFrame, metric: Metric) -> tuple[pd.DataFrame, str]:
     """One cell per batch size, ascending, and the figure's title."""
     cells, title = points.titled(cells, metric)
-    if base_lr is None and points.own_base_lrs(cells).notna().all():
-        chosen = cells
-    else:
+    chosen = cells
+    if base_lr is not None or points.own_base_lrs(cells).isna().any():
         wanted = float(_best_first(cells, rows, metric)["base_lr"].iloc[0]) if base_lr is None else base_lr
         chosen = cells[np.isclose(cells["base_lr"], wanted, rtol=1e-6, atol=0)]
         if chosen.empty:
             there = ", ".join(map(format_base_lr, sorted(set(cells["base_lr"].tolist()))))
             raise ValueError(f"base_lr: no run of {title} has {format_base_lr(wanted)}; it has {there}.")
-    rates = sorted(set(chosen["base_lr"].tolist()))
-    eta = style.math_base_lr(rates[0]).strip("$")
-    shown = rf"$\tilde{{\eta}} = {eta}$" if len(rates) == 1 else r"each $m$ at its own $\tilde{\eta}$"
+    eta = style.math_base_lr(chosen["base_lr"].iloc[0]).strip("$")
+    shown = rf"$\tilde{{\eta}} = {eta}$" if chosen["base_lr"].nunique() == 1 else r"each $m$ at its own $\tilde{\eta}$"
     return chosen.sort_values("batch_size"), f"{title}, {shown}"
 
 
 def _best_first(cells: pd.DataFrame, rows: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     """Sorts cells, the best first; those that have not finished come last, the one with most epochs first."""
-    cell = cell_columns(cells)
-    epochs = rows.groupby(cell, observed=True).size().rename("epochs").reset_index()
+    epochs = rows.groupby(cell_columns(cells), observed=True).size().rename("epochs").reset_index()
     order = {metric.column: metric.best == "min", "epochs": False, "base_lr": True}
-    return cells.merge(epochs, how="left", on=cell).sort_values(list(order), ascending=list(order.values()))
+    return cells.merge(epochs, how="left").sort_values(list(order), ascending=list(order.values()))
+
+
+def _plot_best(study: Study, rows: pd.DataFrame, column: str, scale: float, x: str) -> tuple[Figure, Axes, list[int]]:
+    """Draws the cell of each m that is best, or has trained longest while none has finished; as `_plot_cells` otherwise."""
+    cells, title = points.titled(study.cells, study.metric)
+    chosen = _best_first(cells, study.rows, study.metric).drop_duplicates("batch_size").sort_values("batch_size")
+    figure, axes = style.new_axes(title + r", best $\tilde{\eta}$ of each $m$")
+    return figure, axes, _plot_cells({column: axes}, rows, chosen, scale, x)
 
 
 @style.styled()
@@ -101,11 +100,9 @@ def accuracy_against_time(study: Study) -> Figure:
       that has trained longest. Batch sizes without a known time or epoch are named below the panel.
     """
     metric = named_metric(study.experiment)
-    cells, title = points.titled(study.cells, metric)
-    chosen = _best_first(cells, study.rows, metric).drop_duplicates("batch_size").sort_values("batch_size")
+    cells, _ = points.one_bn_batch_size(study.cells, metric)
     rows = cost.with_time(study.rows, study.timings).dropna(subset="seconds")
-    figure, axes = style.new_axes(title + r", best $\tilde{\eta}$ of each $m$")
-    without = _plot_cells({metric.column: axes}, rows, chosen, metric.scale, x="seconds")
+    figure, axes, without = _plot_best(study, rows, metric.column, metric.scale, "seconds")
     axes.set(xlabel="time of a run", ylabel=metric.label)
     if axes.has_data():
         style.unit_axis(axes, "x", axes.dataLim.intervalx, style.SECONDS)
@@ -117,10 +114,7 @@ def accuracy_against_time(study: Study) -> Figure:
 
 
 def _plot_cells(panels: dict[str, Axes], rows: pd.DataFrame, chosen: pd.DataFrame, scale: float, x: str = "epoch") -> list[int]:
-    """Draws the runs of every chosen cell into all panels, with a legend beside the last; returns the batch sizes without rows.
-
-    Panels are given by the column that they show, times `scale`, over column `x`, the same for all seeds after as many epochs.
-    """
+    """Draws the runs of chosen cells into panels, by column, times `scale` over `x`; returns the batch sizes without rows."""
     entries, without, key = {}, [], cell_columns(chosen)[1:]
     labels, legend_title = points.setting_labels(chosen)
     looks, lost = style.ordered_looks(len(chosen)), False
@@ -130,15 +124,12 @@ def _plot_cells(panels: dict[str, Axes], rows: pd.DataFrame, chosen: pd.DataFram
             without.append(values.batch_size)
             continue
         step = max(1, int(runs["epoch"].max()) // 8)
+        look["markersize"] = 3
         for column, axes in panels.items():
-            _plot_runs(
-                axes,
-                runs.dropna(subset=[column]).assign(shown=scale * runs[column]),
-                x,
-                {**look, "markersize": 3, "markevery": (i % step, step)},
-            )
+            shown = runs.dropna(subset=[column]).assign(shown=scale * runs[column])
+            _plot_runs(axes, shown, x, {**look, "markevery": (i % step, step)})
         finite = runs[list(panels)].notna().any(axis=None)
-        entries[label] = style.mark(**({**look, "markersize": 3} if finite else {**style.CROSS, "color": look["color"]}))
+        entries[label] = style.mark(**(look if finite else {**style.CROSS, "color": look["color"]}))
         lost = lost or (runs["status"] == "diverged").any()
     if lost:
         entries["diverged"] = style.mark(**style.CROSS)
@@ -179,11 +170,8 @@ def time_to_accuracy(study: Study, accuracy: float | None = None) -> Figure:
     seconds, pending, never = table["seconds"].astype(float), table["pending"] > 0, table["epochs"].isna()
     crossed = seconds.notna() & (table["diverged"] > 0)
     times = table.assign(y=seconds, std=np.nan, crossed=crossed, provisional=seconds.notna() & pending)
-    goal = (
-        "no run has finished"
-        if np.isnan(target)
-        else f"time to {metric.scale * target:.4g}{' %' * metric.fraction} {metric.title}"
-    )
+    goal = f"time to {metric.scale * target:.4g}{' %' * metric.fraction} {metric.title}"
+    goal = "no run has finished" if np.isnan(target) else goal
     figure, axes = style.new_axes(title + (", " if len(title + goal) < TITLE_WIDTH else ",\n") + goal)
     style.unit_axis(axes, "y", seconds.dropna().tolist() or (1, 10), style.SECONDS)
     low, high = axes.get_ylim()
@@ -211,15 +199,15 @@ def accuracy_against_memory(study: Study) -> Figure:
     """
     metric = named_metric(study.experiment)
     cells, title = points.titled(study.cells, metric)
-    best = points.marked(points.best_of_each(cells, metric), metric).merge(
-        program_costs(study, cells), how="left", on=cost.PROGRAM
-    )
+    best = points.marked(points.best_of_each(cells, metric), metric)
+    best = best.merge(program_costs(study, cells), how="left", on=cost.PROGRAM)
     here = best["y"].notna() & best["peak_bytes"].notna()
     figure, axes = style.new_axes(title)
     axes.set(xlabel="peak memory of the program", ylabel=f"best {metric.label}")
     labels = [f"{m} ({lanes:g})" for m, lanes in zip(best["batch_size"], best["lanes"], strict=True)]
-    known = best.assign(y=best["y"].where(here))
-    points.plot_rows(axes, known, "batch_size", "peak_bytes", labels, "$m$ (lanes)", linestyle="")
+    points.plot_rows(
+        axes, best.assign(y=best["y"].where(here)), "batch_size", "peak_bytes", labels, "$m$ (lanes)", linestyle=""
+    )
     if here.any():
         style.unit_axis(axes, "x", best.loc[here, "peak_bytes"], style.BYTES)
         axes.margins(y=0.12)
@@ -239,23 +227,19 @@ def noise_scale(study: Study) -> Figure:
     Returns:
       A figure in which a curve is drawn as in `convergence`, of the evaluations whose noise scale is larger than its error.
     """
-    metric = named_metric(study.experiment)
-    cells, title = points.titled(study.cells, metric)
-    chosen = _best_first(cells, study.rows, metric).drop_duplicates("batch_size").sort_values("batch_size")
     value, error = study.rows["train_noise_scale"], study.rows["train_noise_scale_error"]
-    figure, axes = style.new_axes(title + r", best $\tilde{\eta}$ of each $m$")
     known = study.rows.assign(train_noise_scale=value.where(error < value))
-    without = _plot_cells({"train_noise_scale": axes}, known, chosen, 1.0)
+    figure, axes, without = _plot_best(study, known, "train_noise_scale", 1.0, "epoch")
     axes.set(xlabel="epoch", ylabel="gradient noise scale (examples)")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     if axes.has_data():
         axes.set_yscale("log")
     else:
         style.say_nothing_finished(axes, "no noise scale is larger than its error")
-    note = style.note(
-        points.run_note(cells), style.named("no epoch yet", without), end="without values smaller than their error"
+    runs = points.run_note(points.one_bn_batch_size(study.cells, study.metric)[0])
+    style.foot(
+        figure, {}, style.note(runs, style.named("no epoch yet", without), end="without values smaller than their error")
     )
-    style.foot(figure, {}, note)
     return figure
 
 
@@ -306,5 +290,5 @@ def program_costs(study: Study, cells: pd.DataFrame) -> pd.DataFrame:
 def _time_note(study: Study, cells: pd.DataFrame) -> str:
     """Returns the note that explains the time of a run."""
     lanes = program_costs(study, cells)["lanes"].tolist()
-    count = " to ".join(map(str, sorted({min(lanes, default=0), max(lanes, default=0)})))
+    count = " to ".join(dict.fromkeys(map(str, (min(lanes, default=0), max(lanes, default=0)))))
     return f"time: a run's share of the wall time of its program, of which {count} lane{'s' * (count != '1')} share the devices"

@@ -99,9 +99,7 @@ def _draw_ranges(axes: Axes, cells: pd.DataFrame, study: Study, floor: float) ->
     by_size = cells.groupby("batch_size")
     pending, limits = by_size["pending"].sum() > 0, by_size["base_lr"].agg(["min", "max"])
     found = ranges["convergent"] > 0
-    rates = cells.loc[convergent(cells, study.chance, study.metric), ["batch_size", "base_lr"]].set_index("batch_size")[
-        "base_lr"
-    ]
+    rates = cells[convergent(cells, study.chance, study.metric)].set_index("batch_size")["base_lr"]
     entries: dict[str, Any] = {}
     for where, label, bar, dots in (
         (found & ~pending, "converging", BAR, RATE),

@@ -58,10 +58,8 @@ def axis_label(study: Study, column: str) -> str:
 
 def cell_table(study: Study) -> SortableTable:
     """A row for each cell, in the order of `study.cells`."""
-    rate = study.experiment.optimizer.learning_rate
-    rates = [rate(*cell) for cell in study.cells[["base_lr", "batch_size"]].itertuples(index=False)]
-    table = marked(study.cells, study.metric).assign(eta=rates)
-    return _table(study, table)
+    rates = map(study.experiment.optimizer.learning_rate, study.cells["base_lr"], study.cells["batch_size"])
+    return _table(study, marked(study.cells, study.metric).assign(eta=list(rates)))
 
 
 def program_table(study: Study) -> SortableTable | None:
@@ -72,8 +70,7 @@ def program_table(study: Study) -> SortableTable | None:
 
 def _table(study: Study, frame: pd.DataFrame) -> SortableTable:
     """Writes the `COLUMNS` that a frame has; without BN batch sizes if all are m."""
-    own = {name: (axis_title(name), "{:g}".format) for name in axes(frame) if name not in COLUMNS}
-    columns = COLUMNS | own
+    columns = COLUMNS | {name: (axis_title(name), "{:g}".format) for name in axes(frame) if name not in COLUMNS}
     columns["eta"] = (f"η = {catalog.RULES[study.experiment.optimizer.rule][0]}", COLUMNS["eta"][1])
     if not study.metric.fraction:
         columns |= {"y": (study.metric.title, "{:.4g}".format), "std": ("±", "{:.2g}".format)}
@@ -104,9 +101,8 @@ def cost_sentence(study: Study) -> str:
     """The time in which the study trained and compiled, in all."""
     costs = cost.program_costs(study.timings)
     trained, compiled = duration(costs["segment_seconds"].sum()), duration(costs["compile_seconds"].sum())
-    images = f"{int(costs['images'].sum()):,} images"
-    beside = "most of it beside training. A run's own time is its share of its program's."
-    return f"{plural(len(costs), 'program')} trained {images} in {trained}; compiling took {compiled}, {beside}"
+    images = f"{plural(len(costs), 'program')} trained {costs['images'].sum():,} images in {trained}"
+    return f"{images}; compiling took {compiled}, most of it beside training. A run's own time is its share of its program's."
 
 
 def cost_caption(study: Study) -> str:
@@ -114,9 +110,8 @@ def cost_caption(study: Study) -> str:
     target = cost.target_accuracy(one_bn_batch_size(study.cells, study.metric)[0], study.chance, metric=study.metric)
     if math.isnan(target):
         return ""
-    share = f"{100 * cost.TARGET:.0f} % of the way from chance to the best"
-    reached = study.metric.show(target)
-    return f"Right: the time of a run until it reaches {reached}, {share}; × marks a batch size that never does."
+    reached = f"{study.metric.show(target)}, {100 * cost.TARGET:.0f} % of the way from chance to the best"
+    return f"Right: the time of a run until it reaches {reached}; × marks a batch size that never does."
 
 
 def claims_of(studies: dict[str, Study]) -> dict[str, Any] | None:
