@@ -43,7 +43,7 @@ CATEGORIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", 
 MARKERS = "osD^v"  # a second cue, since the colours of neighbouring curves are close
 WIDTH, HEIGHT = 5.4, 3.3  # inches; still legible when shrunk to one column of a two-column page
 QUIET = "0.4"  # the grey of notes and of marks in a legend
-SCREEN_DPI = 120  # in a notebook or on a page
+NOTEBOOK_DPI = 120
 MOST_SPREAD = 20  # of losses on a linear axis, largest to smallest
 MOST_TICKS = 14  # more labels than this would touch
 NOTE_WIDTH = 110  # characters
@@ -64,7 +64,10 @@ class NotebookFigure(Figure):
     """A figure that a notebook shows as the value of a cell, although pyplot did not make it."""
 
     def _repr_png_(self) -> bytes:
-        return rendered(self, dpi=SCREEN_DPI)
+        buffer = io.BytesIO()
+        with styled():
+            self.savefig(buffer, format="png", dpi=NOTEBOOK_DPI)
+        return buffer.getvalue()
 
 
 def new_figure(height: float = HEIGHT) -> Figure:
@@ -149,6 +152,15 @@ BYTES = {1024**n * 2**k: f"{2**k} {unit}" for n, unit in enumerate(("B", "KiB", 
 
 def unit_axis(axes: Axes, which: str, values: Iterable[float], units: Mapping[float, str]) -> None:
     """A log axis, "x" or "y", that holds `values`, with ticks at round values of `SECONDS` or `BYTES`; two at least."""
+    below, above, ticks = unit_ticks(values, units)
+    getattr(axes, f"set_{which}scale")("log")
+    getattr(axes, f"set_{which}ticks")(ticks, [units[tick] for tick in ticks])
+    axes.minorticks_off()
+    axes.set(**{f"{which}lim": (below, above)})
+
+
+def unit_ticks(values: Iterable[float], units: Mapping[float, str]) -> tuple[float, float, list[float]]:
+    """Returns the ends of an axis that holds `values`, and at least two ticks."""
     values = list(values)
     low, high = min(values), max(values)
     below, above = low / 1.25, high * 1.25
@@ -156,11 +168,7 @@ def unit_axis(axes: Axes, which: str, values: Iterable[float], units: Mapping[fl
         below = max((tick for tick in units if tick <= low), default=below) / 1.1
         above = min((tick for tick in units if tick >= high and tick > below * 1.2), default=above) * 1.1
     ticks = [tick for tick in sorted(units) if below <= tick <= above]
-    ticks = ticks[:: tick_step(max(1, len(ticks)), 7)]
-    getattr(axes, f"set_{which}scale")("log")
-    getattr(axes, f"set_{which}ticks")(ticks, [units[tick] for tick in ticks])
-    axes.minorticks_off()
-    axes.set(**{f"{which}lim": (below, above)})
+    return below, above, ticks[:: tick_step(max(1, len(ticks)), 7)]
 
 
 def tick_step(count: int, most: int = MOST_TICKS) -> int:
@@ -213,17 +221,13 @@ def note(*parts: str, end: str = "") -> str:
     return "\n".join(textwrap.fill(line, NOTE_WIDTH) for line in ("; ".join(filter(None, parts)), end) if line)
 
 
-def rendered(figure: Figure, kind: str = "png", **options: Any) -> bytes:
-    """The bytes of a figure as "png" or "pdf", without a date or version."""
-    buffer = io.BytesIO()
-    with styled():
-        figure.savefig(buffer, format=kind, metadata={{"png": "Software", "pdf": "CreationDate"}[kind]: None}, **options)
-    return buffer.getvalue()
-
-
 def write(figure: Figure, stem: Path) -> list[Path]:
-    """Writes STEM.png and STEM.pdf, each complete under a temporary name first."""
-    paths = [stem.with_suffix(f".{kind}") for kind in ("png", "pdf")]
-    for path in paths:
-        write_atomically(path, rendered(figure, path.suffix[1:]))
+    """Writes STEM.png and STEM.pdf, each complete under a temporary name first; no date or version goes in."""
+    paths = []
+    for kind, dated in (("png", "Software"), ("pdf", "CreationDate")):
+        buffer = io.BytesIO()
+        with styled():
+            figure.savefig(buffer, format=kind, metadata={dated: None})
+        paths.append(stem.with_suffix(f".{kind}"))
+        write_atomically(paths[-1], buffer.getvalue())
     return paths

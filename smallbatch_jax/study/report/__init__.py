@@ -1,7 +1,6 @@
 """One HTML page that explains a study: it opens from disk, needs no network, and holds everything it shows.
 
-Charts that answer the mouse are Plotly's, made in `charts`; what theory asks and what a run cost are the printed figures;
-`sections` makes the text and tables; page.html, page.css and page.js lay them out.
+The charts are Plotly's, made in `charts`; `sections` makes the text and tables; page.html, page.css and page.js lay them out.
 """
 
 import base64
@@ -18,18 +17,16 @@ from typing import Any
 import jinja2
 import plotly.offline
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.store.files import write_atomically
-from smallbatch_jax.study import cost, equal_time, figures
+from smallbatch_jax.study import equal_time
 from smallbatch_jax.study.answer import answer
 from smallbatch_jax.study.claims import FAILS, HOLDS
 from smallbatch_jax.study.figures.labels import paper_labels
-from smallbatch_jax.study.figures.style import SCREEN_DPI, rendered
 from smallbatch_jax.study.noise import RULE
-from smallbatch_jax.study.recommendation import Recommendation
 from smallbatch_jax.study.report import charts, sections
+from smallbatch_jax.study.report.scaling import scaling_charts
 from smallbatch_jax.study.study import Study, describe
 
 __all__ = ["page", "write"]
@@ -87,7 +84,8 @@ def _plotly() -> Markup:
 def _section(identity: str, study: Study, label: str) -> dict[str, Any]:
     """The values of page.html for one study."""
     found, curves = answer(study), charts.learning_curves(study)
-    hover, maps = charts.cell_labels(study), charts.maps_of(study)
+    hover, maps, costs = charts.cell_labels(study), charts.maps_of(study), charts.cost_charts(study)
+    scaling = scaling_charts(study, found.recommendation)
     best = 0 if found.best is None else study.cells.index.tolist().index(found.best.name)
     return {
         "id": identity,
@@ -99,8 +97,6 @@ def _section(identity: str, study: Study, label: str) -> dict[str, Any]:
         "maps": [shown.label for shown in maps],
         "choices": sections.choices(study.cells),
         "chosen": curves[best]["title"],
-        "theory": _theory(study, found.recommendation),
-        "cost_figures": _cost_figures(study),
         "table": sections.cell_table(study),
         "costs": sections.program_table(study),
         "cost_sentence": sections.cost_sentence(study),
@@ -111,29 +107,12 @@ def _section(identity: str, study: Study, label: str) -> dict[str, Any]:
             "cells": study.cells[list(sections.LABELS)].astype(str).to_dict("records"),
             "maps": [_map(study, shown, hover) for shown in maps],
             "best": best,
+            "scaling": {name: _chart(figure) for name, figure in scaling.items()},
+            "costs": {name: _chart(figure) for name, figure in costs.items()},
             **{what: _chart(charts.curves_layout(study, what)) for what in ("accuracy", "loss")},
         },
         "curves": _packed(json.dumps(curves, **JSON)),
     }
-
-
-def _theory(study: Study, found: Recommendation) -> dict[str, str]:
-    """The figures of what theory asks, by what they show; none with fewer than three batch sizes."""
-    drawn = {"the examples to the target by batch size": figures.examples_to_target(study)} if found.critical else {}
-    drawn |= {"the best learning rate by batch size": figures.best_learning_rates(study)} if found.rule else {}
-    return {shown: _image(figure) for shown, figure in drawn.items()}
-
-
-def _cost_figures(study: Study) -> dict[str, str]:
-    """The figures of cost, by what they show; none without timings."""
-    if not len(cost.seconds_per_image(study.timings)):
-        return {}
-    time, target = figures.accuracy_against_time(study), figures.time_to_accuracy(study)
-    return {"the test accuracy over the time of a run": _image(time), "the time of a run to the target": _image(target)}
-
-
-def _image(figure: Figure) -> str:
-    return base64.b64encode(rendered(figure, dpi=SCREEN_DPI)).decode()
 
 
 def _map(study: Study, shown: charts.CellMap, hover: Sequence[str]) -> dict[str, Any]:

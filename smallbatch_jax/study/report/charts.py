@@ -1,4 +1,4 @@
-"""The charts of a report that answer the mouse, by Plotly. The page swaps one for another and draws none itself."""
+"""The charts of a report, made by Plotly in Python. The page shows them and swaps one for another; it draws none itself."""
 
 import html
 import math
@@ -13,11 +13,12 @@ from matplotlib.colors import to_hex
 from smallbatch_jax.config.catalog import RULES
 from smallbatch_jax.config.metric import Metric
 from smallbatch_jax.config.text import axis_title, format_base_lr, plural
+from smallbatch_jax.study import cost
 from smallbatch_jax.study.analysis import axes, best_first, cell_columns, score, setting
 from smallbatch_jax.study.figures.labels import named_metric
-from smallbatch_jax.study.figures.points import marked, own_base_lrs
-from smallbatch_jax.study.figures.style import CATEGORIES, COLORS, ordered_colors
-from smallbatch_jax.study.report.sections import LABELS, axis_label
+from smallbatch_jax.study.figures.points import best_of_each, marked, one_bn_batch_size, own_base_lrs
+from smallbatch_jax.study.figures.style import CATEGORIES, COLORS, SECONDS, ordered_colors, unit_ticks
+from smallbatch_jax.study.report.sections import LABELS, axis_label, short_duration
 from smallbatch_jax.study.study import Study
 
 MOST_SEEDS = 8  # listed one by one in a label
@@ -210,17 +211,65 @@ def accuracy_by_batch_size(study: Study, shown: CellMap) -> go.Figure:
 
 
 def _chart_by_batch_size(cells: pd.DataFrame, metric: Metric, title: str, colors: Sequence[str] | None = None) -> go.Figure:
-    """A metric over m with its deviation over seeds; a `curve` of which no cell has finished is left out."""
+    """A metric over m with its deviation over seeds; curves of which no cell has finished are left out."""
     table = marked(cells[cells.groupby("curve")["finished"].transform("any")], metric)
     hover = [
         f"<b>{setting(cell)}</b><br>{score(cell, metric)}" if cell["finished"] else "none has finished"
         for cell in table.to_dict("records")
     ]
+    return scale_batch_sizes(_line_chart(table.assign(hover=hover), "batch_size", "y", title, colors), cells)
+
+
+def cost_charts(study: Study) -> dict[str, go.Figure]:
+    """The charts of cost by name; none without timings."""
+    if not len(cost.seconds_per_image(study.timings)):
+        return {}
+    return {"time": accuracy_by_time(study), "target": time_to_accuracy(study)}
+
+
+def accuracy_by_time(study: Study) -> go.Figure:
+    """Test accuracy over a run's own time, the mean over seeds, for each m at its best η̃."""
+    metric = named_metric(study.experiment)
+    best = best_of_each(one_bn_batch_size(study.cells, metric)[0], metric)
+    key = cell_columns(best)
+    rows = cost.with_time(study.rows, study.timings).dropna(subset=["seconds"])
+    rows = rows[rows["status"] == "finished"].merge(best[key], on=key)
+    mean = rows.groupby([*key, "epoch"], observed=True)[["seconds", metric.column]].mean().reset_index()
+    hover = [
+        f"<b>{setting(row)}</b><br>epoch {row['epoch']}, {short_duration(row['seconds'])}: {metric.show(row[metric.column])}"
+        for row in mean.to_dict("records")
+    ]
+    table = mean.assign(y=metric.scale * mean[metric.column], hover=hover, curve="m = " + mean["batch_size"].astype(str))
+    figure = _line_chart(table, "seconds", "y", metric.label)
+    return figure.update_xaxes(title="time of a run", **_time_axis(table["seconds"]))
+
+
+def time_to_accuracy(study: Study) -> go.Figure:
+    """A run's own time until it reaches `cost.target_accuracy`, for each m at the η̃ that is there first."""
+    cells, _ = one_bn_batch_size(study.cells, study.metric)
+    target = cost.target_accuracy(cells, study.chance, metric=study.metric)
+    times = cost.planned_times(cells, study.rows, study.timings, target, study.metric)
+    found, never = times.dropna(subset=["seconds"]), times["epochs"].isna() & (times["pending"] == 0)
+    hover = [
+        f"<b>{setting(row)}</b><br>{short_duration(row['seconds'])}, {row['epochs']:.3g} epochs"
+        for row in found.to_dict("records")
+    ]
+    shown = "" if math.isnan(target) else f" to {study.metric.show(target)}"
+    figure = _line_chart(found.assign(curve="", hover=hover), "batch_size", "seconds", f"time of a run{shown}", CATEGORIES)
+    for m in times.loc[never, "batch_size"]:
+        text = {"text": "×", "hovertext": f"m = {m}: no η̃ gets there", "showarrow": False}
+        figure.add_annotation(x=math.log10(m), y=1, yref="paper", **text)
+    figure.update_yaxes(**_time_axis(found["seconds"]))
+    return scale_batch_sizes(figure, cells).update_layout(showlegend=False)
+
+
+def _line_chart(table: pd.DataFrame, x: str, y: str, title: str, colors: Sequence[str] | None = None) -> go.Figure:
+    """A line for each `curve` of a table, its points labelled by `hover`, error bars of `std`; says so if there is none."""
     figure = px.line(
-        table.assign(hover=hover),
-        x="batch_size",
-        y="y",
-        error_y="std",
+        table,
+        x=x,
+        y=y,
+        error_y="std" if "std" in table else None,
         color="curve",
         symbol="curve",
         hover_name="hover",
@@ -236,7 +285,21 @@ def _chart_by_batch_size(cells: pd.DataFrame, metric: Metric, title: str, colors
     if table.empty:
         figure.add_annotation(text="no run has finished", x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False)
         figure.update_yaxes(showticklabels=False, showgrid=False)
-    sizes = sorted(set(cells["batch_size"].tolist()))
-    limits = [math.log10(sizes[0] / 1.4), math.log10(sizes[-1] * 1.4)]
-    ticks = {"tickvals": sizes, "ticktext": list(map(str, sizes))}
+    return figure
+
+
+def scale_batch_sizes(figure: go.Figure, cells: pd.DataFrame) -> go.Figure:
+    """Gives a figure the log axis of the batch sizes of cells."""
+    values = sorted(set(cells["batch_size"].tolist()))
+    limits = [math.log10(values[0] / 1.4), math.log10(values[-1] * 1.4)]
+    ticks = {"tickvals": values, "ticktext": list(map(str, values))}
     return figure.update_xaxes(type="log", title=LABELS["batch_size"], range=limits, **ticks)
+
+
+def _time_axis(seconds: pd.Series) -> dict[str, Any]:
+    """A log axis that holds these times."""
+    if not len(seconds):
+        return {"showticklabels": False}
+    below, above, ticks = unit_ticks(seconds, SECONDS)
+    limits = [math.log10(below), math.log10(above)]
+    return {"type": "log", "range": limits, "tickvals": ticks, "ticktext": [SECONDS[tick] for tick in ticks]}

@@ -19,6 +19,7 @@ class Study {
     this.found = json(element); // cells, maps, sizes, best and the empty charts of the curves
     this.curves = unpacked(document.querySelector(`[data-curves="${this.id}"]`)).then(JSON.parse);
     this.map = 0;
+    for (const [name, chart] of Object.entries({ ...this.found.scaling, ...this.found.costs })) draw(`${this.id}-${name}`, chart);
     this.form.addEventListener("change", (event) => this.asked(event.target.name));
     for (const button of this.section.querySelectorAll("button.show"))
       button.addEventListener("click", () => {
