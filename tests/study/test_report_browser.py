@@ -69,7 +69,7 @@ def test_it_fits_the_screen_and_shows_the_answer(page, studies):
     for line, found in zip(page.locator("p.answer").all(), studies, strict=True):
         assert answer(found).sentence in line.text_content()
     charts = page.locator(".chart").all()
-    assert len(charts) == 1 + 4 * len(studies)
+    assert len(charts) >= 1 + 4 * len(studies)  # those of cost and theory need three batch sizes or times
     assert all(chart.locator(".main-svg").count() for chart in charts)
 
 
