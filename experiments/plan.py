@@ -116,6 +116,7 @@ def measure(chosen: Experiment, there: Elsewhere) -> None:
     command.start_jax()
     from smallbatch_jax.program import devices
     from smallbatch_jax.runner import flops, planning
+    from smallbatch_jax.runner.jobs import Setup
 
     try:
         dataset = command.load_data(chosen.dataset, RANDOM.value)
@@ -127,7 +128,7 @@ def measure(chosen: Experiment, there: Elsewhere) -> None:
     print(f"\n{'m':>6}{'BN batch':>10}{'lanes':>7}{'shared by':>11}{'diverge':>9}{'FLOPs':>10}", end="")
     print(f"{'images/s':>10}{'compile':>9}{'memory':>10}{'time':>14}{there.heads()}")
     plans = []
-    for trial in planning.measure(chosen, dataset):
+    for trial in planning.measure(Setup(chosen, dataset)):
         job, m = trial.job, trial.job.batch_size
         per_image = flops.flops_per_image(job.model_of(None), dataset.image_shape)
         plan = planning.plan_program(trial, per_image, SECONDS.value)

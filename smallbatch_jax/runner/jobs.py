@@ -18,7 +18,7 @@ from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.data.order import BatchSchedule, Phase
 from smallbatch_jax.models import create_model, micro_batch_size
 from smallbatch_jax.optim import Optimizer, is_kernel
-from smallbatch_jax.program import devices, fit, processes
+from smallbatch_jax.program import devices, processes
 from smallbatch_jax.program import lanes as lane_programs
 from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
 from smallbatch_jax.program.lanes import COMPUTE_DTYPE, LaneProgram, LaneState
@@ -60,18 +60,6 @@ class Own(NamedTuple):
 NOTHING_OWN = Own()
 
 
-def named_optimizer(name: str) -> Callable[..., optax.GradientTransformation]:
-    """Returns the constructor of an optimizer of this package."""
-    if name not in catalog.OPTIMIZERS:
-        raise InputError(f"optimizer.name: {name!r} is the optimizer of a Python caller, which `sweep` takes as optimizer.")
-    return pkgutil.resolve_name(catalog.OPTIMIZERS[name].make)
-
-
-def own_optimizer(make: Callable[..., optax.GradientTransformation]) -> Callable[..., optax.GradientTransformation]:
-    """Returns a caller's constructor as one that takes a weight decay, which is one of its own scalars if it has any."""
-    return lambda learning_rate, weight_decay, **scalars: make(learning_rate, **scalars)
-
-
 class Setup:
     """What all programs of a grid have in common: the experiment, its data, its model and the devices."""
 
@@ -85,7 +73,7 @@ class Setup:
     ):
         """`model_of` of None takes the experiment's named model; `target` of None this machine's devices."""
         classes, chosen = dataset.num_classes or 0, experiment.model
-        self._own, self.task = own, task_of(experiment, own.loss, own.metrics)
+        self.own, self.task = own, task_of(experiment, own.loss, own.metrics)
         self.experiment, self.dataset, self.devices = experiment, dataset, target or jax.devices()
         self.platform = target[0].platform if target else jax.default_backend()
         self.own_model = chosen.name.startswith(OWN)  # the user's, which may do anything with its batch
@@ -123,19 +111,23 @@ class Setup:
         """Returns seed → the state before the first update."""
         return lane_programs.initialiser(self.model_of(None), self.dataset.example, self.optimizer(1))
 
-    def own_fingerprint(self) -> dict[str, Any]:
-        """Returns a summary of what the caller's own functions compute, by which a workdir recognises them."""
-        return fit.fingerprint(self.model_of(None), self.task, self.dataset, self.optimizer(1))
-
     def optimizer(self, batch_size: int) -> Optimizer:
         """Returns the optimizer of a program; its learning rate alone depends on the batch size."""
         chosen = self.experiment.optimizer
-        make = own_optimizer(self._own.optimizer) if self._own.optimizer else named_optimizer(chosen.name)
+        if not self.own.optimizer and chosen.name not in catalog.OPTIMIZERS:
+            name = repr(chosen.name)
+            raise InputError(f"optimizer.name: {name} is the optimizer of a Python caller, which `sweep` takes as optimizer.")
+        make = self._own_optimizer if self.own.optimizer else pkgutil.resolve_name(catalog.OPTIMIZERS[chosen.name].make)
         if self.experiment.weight_decay_mask == "kernels":
             make = partial(make, mask=is_kernel)
         first = {name: values[0] for name, values in self.experiment.grid.axes().items()}
         scalars = chosen.scalars(batch_size, first)
         return Optimizer(make, tuple(scalars), chosen.learning_rate(1.0, batch_size))
+
+    def _own_optimizer(self, learning_rate: Any, weight_decay: Any, **scalars: Any) -> optax.GradientTransformation:
+        """The caller's optimizer; its weight decay, if it has any, is one of its own scalars."""
+        assert self.own.optimizer is not None
+        return self.own.optimizer(learning_rate, **scalars)
 
 
 @dataclass
@@ -250,7 +242,7 @@ class Job:
         """
         self.layout = layout or self.layout
         while True:
-            program = self._compile(pipeline, self.layout)
+            program = lane_programs.compile_lanes(**self.arguments(pipeline, self.layout))
             if program.peak_bytes <= self._memory_bytes:
                 return program
             self.layout = self.smaller(program)
@@ -279,9 +271,6 @@ class Job:
             return None
         norm, shard = self.experiment.model.norm, self.batch_size // self.data_devices
         return micro_batch_size(norm, shard, self.bn_batch_size, most, self.setup.platform)
-
-    def _compile(self, pipeline: InputPipeline, layout: Layout) -> LaneProgram:
-        return lane_programs.compile_lanes(**self.arguments(pipeline, layout))
 
     def arguments(self, pipeline: InputPipeline, layout: Layout) -> dict[str, Any]:
         """Returns the arguments of `compile_lanes`."""

@@ -20,12 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from smallbatch_jax.config.experiment import Experiment, Run
-from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.program.lanes import LaneProgram
 from smallbatch_jax.program.train import TrainState
 from smallbatch_jax.runner.input import InputPipeline, input_pipeline
-from smallbatch_jax.runner.jobs import NOTHING_OWN, Job, ModelOf, Own, Setup
+from smallbatch_jax.runner.jobs import Job, Setup
 from smallbatch_jax.runner.progress import Progress, Status
 from smallbatch_jax.runner.segments import Lanes
 from smallbatch_jax.store.results import Format, ProgramResults
@@ -43,7 +41,10 @@ class Trial:
         """Fills the lanes of the program, compiled for the job; `initial` is seed → the state before the first update."""
         self.job, self.program, self._pipeline = job, program, pipeline
         self._lanes = Lanes(job, program, pipeline, initial)
-        self._lanes.refill(deque(_one_run_per_rate(job.runs)))
+        first = {run.base_lr: run for run in reversed(job.runs)}
+        self._lanes.refill(
+            deque(sorted(job.runs, key=lambda run: first[run.base_lr] is not run))
+        )  # one of each rate comes first
         self.runs = list(self._lanes.runs)
         self.alive = np.array([run is not None for run in self.runs])
         self._seconds_per_step = 0.0
@@ -106,30 +107,14 @@ class Trial:
         return trained * self.job.batch_size, seconds
 
 
-def measure(
-    experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None = None, own: Own = NOTHING_OWN
-) -> Iterator[Trial]:
-    """Compiles every program of an experiment, one after the other; keeps nothing on the disk.
-
-    Args:
-      experiment: gives the programs.
-      dataset: its data, or any of the same shape.
-      model_of: makes the model for a BN batch size; None takes the experiment's own.
-      own: the caller's own parts, as for `train_grid`.
-    """
-    setup = Setup(experiment, dataset, model_of, own)
+def measure(setup: Setup) -> Iterator[Trial]:
+    """Compiles every program of a setup, one after the other, whose dataset may be any of the same shape; stores nothing."""
     initial = setup.initialiser()
-    with tempfile.TemporaryDirectory() as folder, closing(input_pipeline(dataset, experiment)) as pipeline:
+    with tempfile.TemporaryDirectory() as folder, closing(input_pipeline(setup.dataset, setup.experiment)) as pipeline:
         for m, b in setup.programs:
-            with ProgramResults(Path(folder), m, b, format=Format.of(experiment)) as results:
+            with ProgramResults(Path(folder), m, b, format=Format.of(setup.experiment)) as results:
                 job = Job(setup, m, b, results)
                 yield Trial(job, job.compile(pipeline), pipeline, initial)
-
-
-def _one_run_per_rate(runs: Sequence[Run]) -> list[Run]:
-    """Returns the first run of each base learning rate, then the others."""
-    first = {run.base_lr: run for run in reversed(runs)}
-    return sorted(runs, key=lambda run: first[run.base_lr] is not run)
 
 
 @dataclass(frozen=True)
@@ -175,19 +160,17 @@ def total_seconds(plans: Sequence[ProgramPlan]) -> float:
     return sum(compiling[:1]) + sum(max(plan.seconds, following) for plan, following in hidden)
 
 
-def examples_in(
-    seconds: float, experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None, own: Own
-) -> float:
+def examples_in(seconds: float, setup: Setup) -> float:
     """Returns the examples that a search can train on in so many seconds, as many at each batch size of the grid.
 
     Measured at the smallest and the largest batch size, and interpolated; the time to compile comes on top.
     """
-    sizes = experiment.grid.batch_sizes
+    experiment, sizes = setup.experiment, setup.experiment.grid.batch_sizes
     ends = replace(experiment, grid=replace(experiment.grid, batch_sizes=tuple(sorted({min(sizes), max(sizes)}))))
     rates = []
-    for trial in measure(ends, dataset, model_of, own):
+    for trial in measure(Setup(ends, setup.dataset, setup.model_of, setup.own)):
         plan = plan_program(trial, 0.0, PROBE_SECONDS)
-        each = 1 / plan.images_per_second + plan.evaluation_seconds / dataset.num_train
+        each = 1 / plan.images_per_second + plan.evaluation_seconds / setup.dataset.num_train
         rates.append({"batch_size": trial.job.batch_size, "images_per_second": 1 / each})
     return seconds / statistics.mean(elsewhere(m, 1, 1, rates) for m in sizes)
 

@@ -54,12 +54,10 @@ ENTRY %main (x: f32[4,8]) -> f32[4,8] {
 def test_the_step_is_the_largest_outermost_loop_and_inner_loops_count_once_an_iteration():
     step = Module(PROGRAM).step()
     assert len(step.kernels) == 5  # a convolution, three iterations of a fusion, a fusion
-    assert step.loops == 1
     array = 4 * 8 * 4  # bytes
     assert sorted(step.kernels) == [2 * array] * 4 + [2 * array + 18]
     assert step.written == 5 * array
     assert step.cycles == 700
-    assert dict(step.calls) == {"__cudnn$convForward 3x3": 1}
 
 
 def test_iterations_are_those_of_the_condition_where_the_compiler_does_not_say():
