@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import compress
 from typing import Any, NamedTuple
 
 import jax
@@ -49,10 +50,6 @@ class OwnModel(ABC):
         The option `rngs` has the key of the step as "dropout".
         """
 
-    @abstractmethod
-    def _traced(self, x: Any) -> "Trace":
-        """Traces a training step and an evaluation; refuses a model that fails, or that trains at evaluation."""
-
     @property
     def bn_batch_size(self) -> int | None:
         """b, where the model has a field for it."""
@@ -82,6 +79,43 @@ class OwnModel(ABC):
         """Refuses a model that cannot be trained on batches of this size; runs nothing."""
         self._traced(batch_of(example, batch_size))
 
+    def _traced(self, x: Any, **arguments: bool) -> "Trace":
+        """Traces a training step, called with more arguments, and an evaluation; refuses a model that fails or trains in it."""
+        key = abstract_key()
+        with self._errors_explained(x):
+            variables = dict(jax.eval_shape(self.init, key, x))
+            stats = variables.pop("batch_stats", {})
+
+            def traced(train: bool, **arguments: bool) -> Any:
+                def step(stats: Any, key: jax.Array, variables: Any, x: jax.Array) -> Any:
+                    options: Any = {"mutable": ["batch_stats"], "rngs": {"dropout": key} if train else {}, **arguments}
+                    outputs, changed = self.apply({**variables, "batch_stats": stats}, x, train=train, **options)
+                    return changed.get("batch_stats", stats), outputs
+
+                return jax.make_jaxpr(step)(stats, key, variables, x).jaxpr
+
+            trained = traced(True, **arguments)
+            try:
+                evaluated = traced(False)
+            except flax_errors.InvalidRngError as error:
+                raise self._refuse_at_evaluation(True) from error
+        kinds = self._kinds(stats)
+        count, statistics = len(kinds), [kind == "statistic" for kind in kinds]
+        moved, moved_later = (
+            [new is not old for new, old in zip(jaxpr.outvars[:count], jaxpr.invars[:count], strict=True)]
+            for jaxpr in (trained, evaluated)
+        )
+        read = used_inputs(evaluated, count)[:count]
+        draws = any(compress(read, (kind == "key" for kind in kinds)))
+        if draws or any(compress(moved_later, statistics)):
+            raise self._refuse_at_evaluation(draws)
+        key_used = used_inputs(trained)[count]
+        return Trace.of(key_used, any(moved), list(compress(moved, statistics)), list(compress(read, statistics)))
+
+    def _kinds(self, stats: Any) -> list[str]:
+        """Returns for each array of batch_stats what it is: "statistic", "key" (of random numbers) or "other"."""
+        return ["statistic"] * len(jax.tree.leaves(stats))
+
     def _mode(self, train: bool) -> dict[str, bool]:
         return {name: MODES[name] == train for name in self._modes}
 
@@ -99,7 +133,7 @@ class OwnModel(ABC):
     def _errors_explained(self, x: Any) -> Iterator[None]:
         """Turns any error of the model into an InputError of one line."""
         called = ", ".join([f"{x.dtype}{list(x.shape)}", *(f"{name}=…" for name in self._modes)])
-        with errors_explained(self.label, called):
+        with errors_explained(f"model: {self.label}", called):
             yield
 
 
@@ -181,28 +215,9 @@ class LinenModel(OwnModel):
 
     def _traced(self, x: Any, **arguments: bool) -> "Trace":
         dropouts: dict[str, bool | None] = {}  # by path, whether it drops anything; None is not known
-        key = abstract_key()
-        with self._errors_explained(x):
-            variables = jax.eval_shape(self.init, key, x)
-            params, stats = ({k: v for k, v in variables.items() if (k == "batch_stats") == moves} for moves in (False, True))
-            count = len(jax.tree.leaves(stats))
-
-            def train(key: jax.Array, stats: Any, params: Any, x: jax.Array) -> Any:
-                options: Any = {"mutable": ["batch_stats"], "rngs": {"dropout": key}, **arguments}
-                with nn.intercept_methods(partial(_watch, self.label, dropouts)):
-                    logits, changed = self.apply({**params, **stats}, x, train=True, **options)
-                return changed.get("batch_stats", stats), logits
-
-            jaxpr = jax.make_jaxpr(train)(key, stats, params, x).jaxpr
-            key_used = used_inputs(jaxpr)[0]
-            moved = [new is not old for new, old in zip(jaxpr.outvars[:count], jaxpr.invars[1:], strict=False)]
-            try:
-                evaluate = jax.make_jaxpr(lambda stats, params, x: self.apply({**params, **stats}, x))
-                read = used_inputs(evaluate(stats, params, x).jaxpr)[:count]
-            except (flax_errors.InvalidRngError, flax_errors.ModifyScopeVariableError) as error:
-                raise self._refuse_at_evaluation(isinstance(error, flax_errors.InvalidRngError)) from error
-        unused = [path for path, drops in dropouts.items() if not (key_used if drops is None else drops)]
-        trace = Trace.of(key_used or any(moved), moved, read)
+        with nn.intercept_methods(partial(_watch, self.label, dropouts)):
+            trace = super()._traced(x, **arguments)
+        unused = [path for path, drops in dropouts.items() if not (trace.draws if drops is None else drops)]
         if unused:
             layers = f"has {len(unused)} dropout layer(s) of {len(dropouts)} that training never uses: {unused[0]}."
             trace.remarks.insert(0, layers)
@@ -214,12 +229,13 @@ class LinenModel(OwnModel):
 class Trace(NamedTuple):
     """What a model does in one training step and one evaluation."""
 
+    draws: bool  # whether training uses its random key
     trains: bool
     fault: str | None  # what cannot have been meant
     remarks: list[str]  # of layers that stay in evaluation mode while others train, which may have been meant
 
     @classmethod
-    def of(cls, trains: bool, moved: list[bool], read: list[bool]) -> "Trace":
+    def of(cls, draws: bool, moves: bool, moved: list[bool], read: list[bool]) -> "Trace":
         """Judges running statistics: for each array, whether training changes it and whether evaluation uses it."""
         fault, still = None, moved.count(False)
         if moved and not any(moved):
@@ -227,19 +243,19 @@ class Trace(NamedTuple):
         elif moved and not any(read):
             fault = "has batch_stats that evaluation does not use: its batch norm takes the statistics of the test images"
         remark = f"has {still} of {len(moved)} arrays in batch_stats that training never changes."
-        return cls(trains, fault, [remark] if still else [])
+        return cls(draws, draws or moves, fault, [remark] if still else [])
 
 
 @contextmanager
-def errors_explained(label: str, called: str) -> Iterator[None]:
-    """Turns any error of the user's code into an InputError of one line; `called` are the arguments that it got."""
+def errors_explained(subject: str, called: str) -> Iterator[None]:
+    """Turns any error of the user's code into an InputError of one line: the subject "model: NAME" raised it, called with …"""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
         said = cut(" ".join(str(error).split("\n\n")[0].split()), _MOST_CHARACTERS)
-        raise InputError(f"model: {label} raised {type(error).__name__}: {said} (called with {called})") from error
+        raise InputError(f"{subject} raised {type(error).__name__}: {said} (called with {called})") from error
 
 
 def modes_among(parameters: Iterable[inspect.Parameter]) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.config.fields import cut
 from smallbatch_jax.models import identity
+from smallbatch_jax.models.own import errors_explained
 from smallbatch_jax.optim import Optimizer
 from smallbatch_jax.program.device_data import DeviceData
 from smallbatch_jax.program.diagnostics import make_diagnose
@@ -91,11 +92,8 @@ def _require_outputs(outputs: Any, task: Task, batch: Batch, num_classes: int | 
 def _require_score(name: str, score: Score, outputs: Any, batch: Batch) -> None:
     """Refuses a loss or metric that fails, or that does not give one number for each example."""
     field = name if name == "loss" else f"metrics: {name}"
-    try:
+    with errors_explained(f"{field}:", "the outputs and a batch"):
         found = jax.eval_shape(score, outputs, batch)
-    except Exception as error:  # of any type: it may be the caller's own
-        reason = cut(" ".join(str(error).split()), 200)
-        raise InputError(f"{field}: raised {type(error).__name__}: {reason} (called with the outputs and a batch)") from error
     kinds = (jnp.floating,) if name == "loss" else (jnp.floating, jnp.bool_, jnp.integer)
     if getattr(found, "shape", None) != (len(batch.labels),) or not any(jnp.issubdtype(found.dtype, k) for k in kinds):
         got = f"{found.dtype}{list(found.shape)}" if hasattr(found, "shape") else type(found).__name__
@@ -112,11 +110,8 @@ def require_optimizer(optimizer: Optimizer, name: str) -> None:
         transform = optimizer.make(**scalars)
         return transform.update(params, transform.init(params), params)[0]
 
-    try:
+    with errors_explained(f"optimizer: {name}", ", ".join(scalars)):
         found = jax.eval_shape(update, params, scalars)
-    except Exception as error:  # of any type: it may be the caller's own
-        reason = cut(" ".join(str(error).split("\n\n")[0].split()), 200)
-        raise InputError(f"optimizer: {name} raised {type(error).__name__}: {reason}") from error
     if jax.tree.structure(found) != jax.tree.structure(params):
         raise InputError(f"optimizer: the updates of {name} are no tree like the parameters.")
 
