@@ -167,9 +167,9 @@ def compile_for(name: str, chosen: Experiment) -> None:
     total = 0.0
     for found in target.estimate(chosen, dataset, name, sizes):
         total += found.seconds
-        m, step = found.batch_size, found.step_seconds
-        print(f"{m:>6}{found.bn_batch_size:>10}{found.lanes:>7}{found.kernels:>9,}{found.mib_per_step:>13,.0f}", end="")
-        print(f"{found.peak_bytes / 2**20:>8,.0f} MiB{1e3 * step:>8.2f} ms{m * found.lanes / step:>10,.0f}", end="")
+        m, lanes, step = found.batch_size, found.compiled.lanes, found.step_seconds
+        print(f"{m:>6}{found.bn_batch_size:>10}{lanes:>7}{found.compiled.kernels:>9,}{found.mib_per_step:>13,.0f}", end="")
+        print(f"{found.compiled.peak_bytes / 2**20:>8,.0f} MiB{1e3 * step:>8.2f} ms{m * lanes / step:>10,.0f}", end="")
         print(f"{duration(found.seconds):>14}", flush=True)
     print(f"in all {duration(total)} if no run diverges, by the compiler's estimate ({target.ASSUMPTIONS[platform]})")
 
