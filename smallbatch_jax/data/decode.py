@@ -41,21 +41,15 @@ def version() -> str:
 
 
 def decode_images(paths: Sequence[str], total_bytes: int) -> np.ndarray:
-    """Decodes the files, in order.
+    """Decodes files to uint8[N, H, W, C], C = 1 if every picture is grey and 3 otherwise; in threads unless they are small.
 
-    Args:
-      paths: at least one file.
-      total_bytes: the size of all files together; threads decode them unless they are small.
-    Returns:
-      uint8[len(paths), H, W, C], C = 1 if every picture is grey and 3 otherwise.
     Raises:
       InputError: a file cannot be decoded, or is of another size than the others; one line with its path.
     """
     from rich.console import Console
     from rich.progress import track
 
-    small_files = total_bytes < _THREADS_PAY_ABOVE * len(paths)
-    threads = 1 if small_files else min(_MAX_THREADS, os.cpu_count() or 1)
+    threads = 1 if total_bytes < _THREADS_PAY_ABOVE * len(paths) else min(_MAX_THREADS, os.cpu_count() or 1)
     images = np.empty((0, 0, 0, 0), np.uint8)
     with quiet_pillow(), contextlib.closing(_decoded_in_order(paths, threads)) as pictures:
         shown = {"console": Console(stderr=True), "transient": True, "disable": not sys.stderr.isatty()}

@@ -36,9 +36,7 @@ class Prepared(NamedTuple):
 def load_prepared(name: str, data_dir: str | os.PathLike | None) -> Dataset:
     """Loads images of one size with the splits train and test, from the newest version below data_dir/name.
 
-    Args:
-      name: TFDS's name, "cifar10" or "cifar100".
-      data_dir: where `prepare_data.py` put it; None takes TFDS's own default, $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    The name is TFDS's, and the folder where `prepare_data.py` put it; None takes `default_data_dir()`.
 
     Raises:
       InputError: if it is not there, with the command that prepares it; or cannot be read.

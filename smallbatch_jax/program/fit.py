@@ -15,29 +15,19 @@ from smallbatch_jax.optim import Optimizer
 from smallbatch_jax.program.device_data import DeviceData
 from smallbatch_jax.program.diagnostics import make_diagnose
 from smallbatch_jax.program.tasks import Batch, Score, Task, cross_entropy, next_token_cross_entropy, squared_error
-from smallbatch_jax.program.train import Model, Program, Setting, TrainState, init_state, make_train_step
+from smallbatch_jax.program.train import Model, Program, Setting, init_state, make_train_step
 
 
 def require_model(model: Model, task: Task, data: Any, batch_size: int = 2) -> None:
-    """Refuses a model or a task's functions that do not fit a dataset's examples and labels; runs nothing.
-
-    Args:
-      model: to be trained.
-      task: its loss and metrics.
-      data: a Dataset or Photographs, of which shapes and dtypes matter.
-      batch_size: m, of the trace.
-    """
+    """Refuses a model or a task's functions that do not fit the shapes and dtypes of a Dataset or Photographs; runs nothing."""
     images, labels = (jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype) for x in (data.example, data.target))
     batch = Batch(images, labels)
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     setting = Setting(scalar, jax.ShapeDtypeStruct((), jnp.int32), scalar, scalar)
-
-    def predict(state: TrainState, images: jax.Array) -> Any:
-        return model.apply({"params": state.params, "batch_stats": state.batch_stats}, images, train=False)
-
     try:
         state = jax.eval_shape(lambda images: init_state(model, images, jnp.int32(0)), images)
-        outputs = jax.eval_shape(predict, state, images)
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        outputs = jax.eval_shape(partial(model.apply, train=False), variables, images)
     except InputError:
         raise
     except Exception as error:  # of any type: a model may raise anything for a shape that it does not expect

@@ -231,11 +231,7 @@ class Job:
         )
 
     def compile(self, pipeline: InputPipeline, layout: Layout | None = None) -> LaneProgram:
-        """Compiles the program in `layout`, or in the first smaller one that fits the memory.
-
-        Args:
-          pipeline: of the images.
-          layout: None takes one lane for each run, up to MOST_LANES.
+        """Compiles the program in `layout`, by default the last one, or in the first smaller one that fits the memory.
 
         Raises:
           InputError: if no layout fits.

@@ -67,7 +67,7 @@ class Trial:
     def evaluate(self) -> float:
         """Seconds to evaluate all lanes, measured the second time; extrapolated from a few batches of a streamed test set."""
         self._time_evaluation(True)
-        masked = 0.0 if self.program.any_length else self._time_evaluation(False)[0]  # a segment in which no lane takes a step
+        masked = 0.0 if self.program.any_length else self._time_evaluation(False)[0]  # of a segment without a step
         seconds, scale = self._time_evaluation(True)
         return max(0.0, seconds - masked) * scale
 
@@ -82,9 +82,9 @@ class Trial:
         jax.block_until_ready(report)
         return time.monotonic() - began, max(1.0, load.test_batches / EVALUATED_BATCHES)
 
-    def diverged(self) -> frozenset[float]:
+    def diverged(self) -> set[float]:
         """Base learning rates whose run has diverged."""
-        return frozenset(run.base_lr for run, lives in zip(self.runs, self.alive, strict=True) if run and not lives)
+        return {run.base_lr for run, lives in zip(self.runs, self.alive, strict=True) if run and not lives}
 
     def _segment(self, pace: int) -> tuple[int, float]:
         """Trains about so many steps per lane; returns the images trained and the seconds, 0 if all runs have ended."""
@@ -97,14 +97,12 @@ class Trial:
         report = flight.fetch()
         seconds = time.monotonic() - began
         self._seconds_per_step = seconds / pace
-        trained = 0
-        for i, lane in enumerate(flight.lanes):
-            if lane is not None:
-                trained += int(report.step[i]) - lane.first_step
-                if not report.alive[i]:
-                    self.alive[i] = False
-                    self._lanes.free(i, lane.run)
-        return trained * self.job.batch_size, seconds
+        sent = [(i, lane) for i, lane in enumerate(flight.lanes) if lane]
+        for i, lane in sent:
+            if not report.alive[i]:
+                self.alive[i] = False
+                self._lanes.free(i, lane.run)
+        return sum(int(report.step[i]) - lane.first_step for i, lane in sent) * self.job.batch_size, seconds
 
 
 def measure(setup: Setup) -> Iterator[Trial]:
@@ -132,10 +130,8 @@ class ProgramPlan:
 
 def plan_program(trial: Trial, flops_per_image: float, seconds: float) -> ProgramPlan:
     """Trains for about so many seconds after a first segment that is not timed, evaluates once, and extrapolates."""
-    first = trial.warm_up()
-    trained, spent = trial.train(seconds)
-    if not trained:  # all runs ended in the first segment
-        trained, spent = first
+    first, later = trial.warm_up(), trial.train(seconds)
+    trained, spent = later if later[0] else first  # all runs may end in the first segment
     rate = trained / spent if trained else math.nan
     evaluation = trial.evaluate() / max(1, trial.alive.sum())
     job, program, diverged = trial.job, trial.program, trial.diverged()
@@ -176,23 +172,16 @@ def examples_in(seconds: float, setup: Setup) -> float:
 
 
 def elsewhere(batch_size: int, runs: int, images: int, stored: Sequence[Mapping[str, Any]], devices: int = 1) -> float:
-    """Seconds that the training of a program's runs would take at rates stored for another device.
+    """Seconds that the runs of a program would train on so many images each, spread over devices of another kind.
 
-    Args:
-      batch_size: m.
-      runs: number of runs that train to their last epoch.
-      images: that each run trains on.
-      stored: results of `benchmark.py --json` on one such device, for the same model.
-      devices: number of devices that the runs are spread over; the one with the most runs decides.
-
-    Returns:
-      Seconds, the rate interpolated between the two nearest batch sizes on logarithmic axes; NaN without any rate.
+    `stored` are results of `benchmark.py --json` on one of them, for the same model. The rate is interpolated between the two
+    nearest batch sizes on logarithmic axes; NaN without any.
     """
     rates = {int(row["batch_size"]): float(row["images_per_second"]) for row in stored}
     if not rates:
         return math.nan
-    sizes = sorted(rates)
-    rate = 2.0 ** np.interp(math.log2(batch_size), np.log2(sizes), np.log2([rates[m] for m in sizes]))
+    sizes, known = zip(*sorted(rates.items()), strict=True)
+    rate = 2.0 ** np.interp(math.log2(batch_size), np.log2(sizes), np.log2(known))
     return -(-runs // devices) * images / float(rate)
 
 

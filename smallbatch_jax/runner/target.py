@@ -139,14 +139,9 @@ def estimate(
     batch_sizes: Sequence[int] = (),
     model_of: ModelOf | None = None,
 ) -> Iterator[Estimate]:
-    """Compiles each program of an experiment for a target; what was read of a program is kept in the cache directory.
+    """Compiles each program of an experiment, or of some batch sizes, for a target of `TARGETS`.
 
-    Args:
-      experiment: gives the programs.
-      dataset: its data, or any of the same shape.
-      name: in `TARGETS`.
-      batch_sizes: those to estimate; none stands for all.
-      model_of: makes the model for a BN batch size; None takes the experiment's own.
+    The dataset may be any of the same shape. What was read of a program is kept in the cache directory.
     """
     target = TARGETS[name]
     setup = Setup(experiment, dataset, model_of, target=devices(name))
