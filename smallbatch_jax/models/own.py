@@ -28,7 +28,6 @@ MODES = {
 RECOGNISED = f"Arguments of __call__ that are recognised: {', '.join(MODES)}."
 _MOST_CHARACTERS = 300  # of a module's error message
 _TRACED_EXAMPLES = 2
-_MUST_NOT_TRAIN = "at evaluation, where it must not train"
 
 
 class OwnModel(ABC):
@@ -64,7 +63,7 @@ class OwnModel(ABC):
 
     def fingerprint(self, example: jax.ShapeDtypeStruct) -> dict[str, Any]:
         """Returns a summary of what the model computes, by which a workdir recognises it (`identity.fingerprint`)."""
-        return identity.fingerprint(self, example, identity.EXAMPLES)
+        return identity.fingerprint(self, example, self._whole_bn_batches(identity.EXAMPLES))
 
     def settled(self, example: jax.ShapeDtypeStruct) -> "OwnModel":
         """Returns the model as it will be trained; traces it and runs nothing.
@@ -82,7 +81,8 @@ class OwnModel(ABC):
     def _traced(self, x: Any, **arguments: bool) -> "Trace":
         """Traces a training step, called with more arguments, and an evaluation; refuses a model that fails or trains in it."""
         key = abstract_key()
-        with self._errors_explained(x):
+        called = ", ".join([f"{x.dtype}{list(x.shape)}", *(f"{name}=…" for name in self._modes)])
+        with errors_explained(f"model: {self.label}", called):
             variables = dict(jax.eval_shape(self.init, key, x))
             stats = variables.pop("batch_stats", {})
 
@@ -112,6 +112,11 @@ class OwnModel(ABC):
         key_used = used_inputs(trained)[count]
         return Trace.of(key_used, any(moved), list(compress(moved, statistics)), list(compress(read, statistics)))
 
+    def _whole_bn_batches(self, examples: int) -> int:
+        """Returns about `examples`, rounded to whole BN batches if the module has a field for their size."""
+        size = self.bn_batch_size or 1
+        return max(size, examples - examples % size)
+
     def _kinds(self, stats: Any) -> list[str]:
         """Returns for each array of batch_stats what it is: "statistic", "key" (of random numbers) or "other"."""
         return ["statistic"] * len(jax.tree.leaves(stats))
@@ -127,14 +132,7 @@ class OwnModel(ABC):
 
     def _refuse_at_evaluation(self, draws: bool) -> InputError:
         does = "draws random numbers, as dropout does," if draws else "changes its batch_stats"
-        return InputError(f"model: {self.label} {does} {_MUST_NOT_TRAIN}. {RECOGNISED}")
-
-    @contextmanager
-    def _errors_explained(self, x: Any) -> Iterator[None]:
-        """Turns any error of the model into an InputError of one line."""
-        called = ", ".join([f"{x.dtype}{list(x.shape)}", *(f"{name}=…" for name in self._modes)])
-        with errors_explained(f"model: {self.label}", called):
-            yield
+        return InputError(f"model: {self.label} {does} at evaluation, where it must not train. {RECOGNISED}")
 
 
 class LinenModel(OwnModel):
@@ -170,9 +168,6 @@ class LinenModel(OwnModel):
             return super().with_bn_batch_size(bn_batch_size, axis_name)
         return LinenModel(self.module.clone(bn_batch_size=bn_batch_size), self._modes)
 
-    def fingerprint(self, example: jax.ShapeDtypeStruct) -> dict[str, Any]:
-        return identity.fingerprint(self, example, self._whole_bn_batches(identity.EXAMPLES))
-
     def settled(self, example: jax.ShapeDtypeStruct) -> "LinenModel":
         """Returns the model with the mode arguments that it takes, as `OwnModel.settled`."""
         candidates = [self._modes]
@@ -196,11 +191,6 @@ class LinenModel(OwnModel):
             raise InputError(f"model: {self.label} is trained by its argument {hidden}, which is not recognised. {RECOGNISED}")
         self._require_sound(trace)
         return model
-
-    def _whole_bn_batches(self, examples: int) -> int:
-        """Returns about `examples`, rounded to whole BN batches if the module has a field for their size."""
-        size = self.bn_batch_size
-        return max(size, examples - examples % size) if size else examples
 
     def _hidden_mode(self, images: Any) -> str | None:
         """Returns an argument outside MODES, True or False by default, whose other value makes the module train."""

@@ -63,16 +63,12 @@ def held() -> Iterator[None]:
     Warns in one line that names the flags that had another value.
     """
     with ExitStack() as stack:
-        _hold(stack)
+        hold(stack)
         yield
 
 
-def hold_for_good() -> None:
-    """Holds the flags for the rest of this process."""
-    _hold(ExitStack())
-
-
-def _hold(stack: ExitStack) -> None:
+def hold(stack: ExitStack) -> None:
+    """Holds the flags, as `held` does, until a stack unwinds: one that never does holds them for good."""
     changed = {}
     for name, value in HELD.items():
         if name not in jax.config.values:  # of another version of JAX

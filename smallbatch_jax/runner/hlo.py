@@ -51,13 +51,13 @@ class Module:
 
     def step(self) -> Cost:
         """Cost of one training step: the outermost loop of the segment with the most operations."""
-        bodies = {name: self._bodies(name) for name in self._computations}
+        bodies = {
+            name: [_called(rest, "body") for *_, operation, rest in lines if operation == "while"]
+            for name, lines in self._computations.items()
+        }
         nested = {inner for body in set().union(*bodies.values()) for inner in bodies[body]}
         outermost = [body for found in bodies.values() for body in found if body not in nested]
         return self._cost(max(outermost, key=lambda name: len(self._computations[name])))
-
-    def _bodies(self, name: str) -> list[str]:
-        return [_called(rest, "body") for *_, operation, rest in self._computations[name] if operation == "while"]
 
     def _cost(self, name: str) -> Cost:
         total = Cost()

@@ -109,7 +109,7 @@ def test_nor_does_a_context_manager_around_the_call(plain, tmp_path):
 def test_a_command_holds_them_for_good():
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     with pytest.warns(UserWarning, match="jax_numpy_dtype_promotion=strict: without effect here"):
-        jax_flags.hold_for_good()
+        jax_flags.hold(ExitStack())
     gc.collect()
     assert jax_flags._plain(jax.config.values["jax_numpy_dtype_promotion"]) == "standard"
 
