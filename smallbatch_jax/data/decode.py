@@ -28,8 +28,6 @@ KINDS = "JPEG, PNG, WebP, BMP, TIFF or GIF"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # a suffix chooses no decoder: some of Pillow's start other programs
 MOST_PIXELS = 2**26  # of one picture; it takes seven bytes a pixel while it is decoded, in each thread
 _CHUNK = 64  # files a thread takes at once
-# Below this the interpreter's lock is held for most of a file's time, and threads make each other wait.
-_THREADS_PAY_ABOVE = 4096  # bytes, mean over the files
 _MAX_THREADS = 8
 
 
@@ -40,8 +38,8 @@ def version() -> str:
     return f"decode {VERSION}, Pillow {PIL.__version__}"
 
 
-def decode_images(paths: Sequence[str], total_bytes: int) -> np.ndarray:
-    """Decodes files to uint8[N, H, W, C], C = 1 if every picture is grey and 3 otherwise; in threads unless they are small.
+def decode_images(paths: Sequence[str]) -> np.ndarray:
+    """Decodes files to uint8[N, H, W, C], C = 1 if every picture is grey and 3 otherwise.
 
     Raises:
       InputError: a file cannot be decoded, or is of another size than the others; one line with its path.
@@ -49,9 +47,8 @@ def decode_images(paths: Sequence[str], total_bytes: int) -> np.ndarray:
     from rich.console import Console
     from rich.progress import track
 
-    threads = 1 if total_bytes < _THREADS_PAY_ABOVE * len(paths) else min(_MAX_THREADS, os.cpu_count() or 1)
     images = np.empty((0, 0, 0, 0), np.uint8)
-    with quiet_pillow(), contextlib.closing(_decoded_in_order(paths, threads)) as pictures:
+    with quiet_pillow(), contextlib.closing(_decoded_in_order(paths)) as pictures:
         shown = {"console": Console(stderr=True), "transient": True, "disable": not sys.stderr.isatty()}
         for index, picture in enumerate(track(pictures, "decoding images", len(paths), **shown)):
             if index == 0:
@@ -68,9 +65,9 @@ def decode_images(paths: Sequence[str], total_bytes: int) -> np.ndarray:
     return images
 
 
-def _decoded_in_order(paths: Sequence[str], threads: int) -> Generator[np.ndarray, None, None]:
+def _decoded_in_order(paths: Sequence[str]) -> Generator[np.ndarray, None, None]:
     chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
         for pictures in pool.map(lambda chunk: [_decode_image(path) for path in chunk], chunks):
             yield from pictures
 

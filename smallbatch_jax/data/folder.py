@@ -73,7 +73,7 @@ def load_folder(data_dir: str | os.PathLike | None) -> Dataset:
     files = [*listing.train, *listing.test]
 
     def decoded() -> dict[str, np.ndarray]:
-        return {"images": decode.decode_images([file.path for file in files], sum(file.bytes for file in files))}
+        return {"images": decode.decode_images([file.path for file in files])}
 
     arrays = cache.kept(listing.name(), listing.key(), len(files), decoded)
     train_images, test_images = np.split(arrays["images"], [len(listing.train)])
