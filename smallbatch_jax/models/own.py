@@ -78,23 +78,23 @@ class OwnModel(ABC):
         """Refuses a model that cannot be trained on batches of this size; runs nothing."""
         self._traced(batch_of(example, batch_size))
 
-    def _traced(self, x: Any, **arguments: bool) -> "Trace":
-        """Traces a training step, called with more arguments, and an evaluation; refuses a model that fails or trains in it."""
+    def _traced(self, x: Any) -> "Trace":
+        """Traces a training step and an evaluation; refuses a model that fails, or that trains at evaluation."""
         key = abstract_key()
         called = ", ".join([f"{x.dtype}{list(x.shape)}", *(f"{name}=…" for name in self._modes)])
         with errors_explained(f"model: {self.label}", called):
             variables = dict(jax.eval_shape(self.init, key, x))
             stats = variables.pop("batch_stats", {})
 
-            def traced(train: bool, **arguments: bool) -> Any:
+            def traced(train: bool) -> Any:
                 def step(stats: Any, key: jax.Array, variables: Any, x: jax.Array) -> Any:
-                    options: Any = {"mutable": ["batch_stats"], "rngs": {"dropout": key} if train else {}, **arguments}
+                    options: Any = {"mutable": ["batch_stats"], "rngs": {"dropout": key} if train else {}}
                     outputs, changed = self.apply({**variables, "batch_stats": stats}, x, train=train, **options)
                     return changed.get("batch_stats", stats), outputs
 
                 return jax.make_jaxpr(step)(stats, key, variables, x).jaxpr
 
-            trained = traced(True, **arguments)
+            trained = traced(True)
             try:
                 evaluated = traced(False)
             except flax_errors.InvalidRngError as error:
@@ -186,27 +186,13 @@ class LinenModel(OwnModel):
             if found and found[-1][1].trains:
                 break
         model, trace = min(found, key=lambda pair: (pair[1].fault is not None, not pair[1].trains))
-        hidden = None if trace.trains or model._modes else model._hidden_mode(images)
-        if hidden:
-            raise InputError(f"model: {self.label} is trained by its argument {hidden}, which is not recognised. {RECOGNISED}")
         self._require_sound(trace)
         return model
 
-    def _hidden_mode(self, images: Any) -> str | None:
-        """Returns an argument outside MODES, True or False by default, whose other value makes the module train."""
-        for parameter in _parameters(self.module):
-            if parameter.name not in MODES and isinstance(parameter.default, bool):
-                try:
-                    if self._traced(images, **{parameter.name: not parameter.default}).trains:
-                        return parameter.name
-                except InputError:
-                    continue
-        return None
-
-    def _traced(self, x: Any, **arguments: bool) -> "Trace":
+    def _traced(self, x: Any) -> "Trace":
         dropouts: dict[str, bool | None] = {}  # by path, whether it drops anything; None is not known
         with nn.intercept_methods(partial(_watch, self.label, dropouts)):
-            trace = super()._traced(x, **arguments)
+            trace = super()._traced(x)
         unused = [path for path, drops in dropouts.items() if not (trace.draws if drops is None else drops)]
         if unused:
             layers = f"has {len(unused)} dropout layer(s) of {len(dropouts)} that training never uses: {unused[0]}."
