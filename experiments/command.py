@@ -140,7 +140,7 @@ def start_jax(join: Callable[[], None] = lambda: None) -> None:
     from smallbatch_jax.program import devices, jax_flags
 
     jax_flags.hold(ExitStack())  # for the rest of this process
-    _require_xla_flags(jax_flags.expand_xla_flags())
+    _require_xla_flags(jax_flags.xla_flags())
     devices.use_all_cores()
     join()
     jax_flags.require_devices()

@@ -255,12 +255,12 @@ def used_inputs(jaxpr: Any, first: int = 0) -> list[bool]:
 
 
 def _watch(label: str, dropouts: dict[str, bool | None], call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-    """Interceptor of `nn.intercept_methods`: notes each layer of dropout, and refuses a norm over a single value."""
+    """Interceptor of `nn.intercept_methods`: notes each layer of dropout, and refuses batch norm over a single value."""
     module, x = context.module, args[0] if args else None
     if context.method_name != "__call__":
         return call(*args, **kwargs)
     path = "/".join(module.path) or label
-    if hasattr(x, "shape"):
+    if isinstance(module, nn.BatchNorm) and args:
         _require_several_values(module, path, x, args, kwargs)
     result = call(*args, **kwargs)
     if isinstance(module, nn.Dropout):
@@ -274,33 +274,17 @@ def _watch(label: str, dropouts: dict[str, bool | None], call: Callable[..., Any
     return result
 
 
-def _require_several_values(module: nn.Module, path: str, x: Any, args: Any, kwargs: Any) -> None:
-    """Refuses a norm of Flax that takes mean and variance over a single value, because it gives a constant."""
-    if isinstance(module, nn.BatchNorm):
-        average = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
-        if (module.use_running_average if average is None else average) or module.axis_name is not None:
-            return
-        kept = _axes(module.axis, x)
-    elif isinstance(module, nn.InstanceNorm):
-        kept = {0} | _axes(module.feature_axes, x)
-    elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
-        reduced = range(1, x.ndim) if module.reduction_axes is None else module.reduction_axes
-        kept = set(range(x.ndim)) - _axes(reduced, x)
-    else:
+def _require_several_values(module: nn.BatchNorm, path: str, x: Any, args: Any, kwargs: Any) -> None:
+    """Refuses batch norm whose mean and variance are of a single value, because it gives a constant."""
+    average = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
+    if (module.use_running_average if average is None else average) or module.axis_name is not None:
         return
-    statistics = math.prod(x.shape[axis] for axis in kept)
-    if isinstance(module, nn.GroupNorm):
-        statistics *= module.num_groups or x.shape[-1] // (module.group_size or 1)
-    if x.size == statistics:
-        way = "use larger batches, or no batch norm there" if isinstance(module, nn.BatchNorm) else "leave it out"
+    axes = (module.axis,) if isinstance(module.axis, int) else module.axis
+    if x.size == math.prod(x.shape[axis] for axis in axes):
         raise InputError(
-            f"model: {path} ({type(module).__name__}) takes mean and variance over a single value of its input "
-            f"{list(x.shape)}, and gives a constant; {way}."
+            f"model: {path} (BatchNorm) takes mean and variance over a single value of its input {list(x.shape)}, and gives a "
+            "constant; use larger batches, or no batch norm there."
         )
-
-
-def _axes(given: int | Sequence[int], x: Any) -> set[int]:
-    return {axis % x.ndim for axis in ((given,) if isinstance(given, int) else given)}
 
 
 def _parameters(module: nn.Module) -> list[inspect.Parameter]:

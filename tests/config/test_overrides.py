@@ -1,8 +1,6 @@
 """The fields of a config as a command line gives them: =, a space, a flagfile; the last of each counts."""
 
 import dataclasses
-from decimal import Decimal
-from fractions import Fraction
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -199,8 +197,6 @@ PLAIN = [
     ("grid.base_lrs", 2.0 ** jnp.arange(-2, 0), (0.25, 0.5)),
     ("grid.base_lr_by_batch_size", {np.int64(2): np.float64(0.5), 8: 1, 32: 1}, ((2, 0.5), (8, 1.0), (32, 1.0))),
     ("grid.base_lr_by_batch_size", np.array([[2, 1], [8, 1], [32, 1]]), ((2, 1.0), (8, 1.0), (32, 1.0))),
-    ("weight_decay", Fraction(1, 4), 0.25),
-    ("weight_decay", Decimal("0.25"), 0.25),
     ("dataset.data_dir", Path("a/b"), "a/b"),
     ("drawn_from", [Path("a/b")], ("a/b",)),
     ("schedule.boundaries", np.linspace(0.25, 0.75, 3), (0.25, 0.5, 0.75)),
