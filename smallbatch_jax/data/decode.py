@@ -1,7 +1,7 @@
 """JPEG, PNG, WebP, BMP, TIFF and GIF files to one uint8 array.
 
 A picture is turned as its EXIF orientation says; EXIF that cannot be read turns nothing. If every picture is grey (also
-with 1 or 16 bits, or with alpha) the array has one channel; if any is not, all become RGB, whatever their order. Palettes
+with 1 or 16 bits, or 8 and alpha) the array has one channel; if any is not, all become RGB, whatever their order. Palettes
 and CMYK are converted to RGB as Pillow does it, which takes every CMYK JPEG for inverted, as Adobe writes them. Alpha is
 dropped, and a transparent pixel shows the colour stored under it. Of 16 bits the upper eight are kept. A file of several
 pictures, e.g. an animated GIF, is refused, and so is a TIFF of numbers other than integers of 1, 2, 4, 8 or 16 bits.
@@ -106,8 +106,6 @@ def decode(file: BinaryIO, upright: bool = True) -> np.ndarray:
     if image.format == "JPEG":
         _require_end(file, after_header)
     pixels = _pixels(image)
-    if image.format == "PNG" and image.mode == "RGBA" and _is_grey_png(file):
-        pixels = pixels[..., :1]
     return _turned(pixels, image) if upright else pixels
 
 
@@ -134,12 +132,6 @@ def _turned(pixels: np.ndarray, image: Any) -> np.ndarray:
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
     return np.ascontiguousarray(pixels)
-
-
-def _is_grey_png(file: BinaryIO) -> bool:
-    """Returns whether a PNG is grey with alpha; Pillow reports 16-bit ones as RGBA."""
-    file.seek(25)  # the colour type, in a header of fixed length
-    return file.read(1) == b"\4"
 
 
 def _require_one_picture(image: Any) -> None:

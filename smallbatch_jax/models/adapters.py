@@ -119,19 +119,13 @@ class FactoryModel(OwnModel):
         _, (params, statistics, others), _ = self._split(key)
         return {"params": _named(params), "batch_stats": _named({"statistics": statistics, "others": others})}
 
-    def apply(
-        self,
-        variables: Any,
-        x: jax.Array,
-        train: bool = False,
-        mutable: Any = None,
-        rngs: dict[str, jax.Array] | None = None,
-    ) -> Any:
+    def apply(self, variables: Any, x: jax.Array, train: bool = False, **options: Any) -> Any:
         params, statistics, others = self._shapes
         states = _rebuilt(variables["batch_stats"], {"statistics": statistics, "others": others})
         arrays = _rebuilt(variables["params"], params), states["statistics"], states["others"]
-        outputs, statistics, others = self._call(arrays, x, train, (rngs or {}).get("dropout"))
-        return outputs if mutable is None else (outputs, {"batch_stats": _named({"statistics": statistics, "others": others})})
+        outputs, statistics, others = self._call(arrays, x, train, options.get("rngs", {}).get("dropout"))
+        changed = {"batch_stats": _named({"statistics": statistics, "others": others})}
+        return (outputs, changed) if "mutable" in options else outputs
 
     def settled(self, example: jax.ShapeDtypeStruct) -> OwnModel:
         return super(FactoryModel, type(self)(self._make)).settled(example)  # made again: JAX's flags may have changed
@@ -234,20 +228,13 @@ class FunctionsModel(OwnModel):
                 raise InputError(f"model: init of {self.label} gives parameters of {dtype}, accepts floating point.")
         return {"params": {"params": params}, "batch_stats": {}}
 
-    def apply(
-        self,
-        variables: Any,
-        x: jax.Array,
-        train: bool = False,
-        mutable: Any = None,
-        rngs: dict[str, jax.Array] | None = None,
-    ) -> Any:
-        params, key = variables["params"]["params"], (rngs or {}).get("dropout")
+    def apply(self, variables: Any, x: jax.Array, train: bool = False, **options: Any) -> Any:
+        params, key = variables["params"]["params"], options.get("rngs", {}).get("dropout")
         if self._key_first:
             outputs = self._apply(params, key, x, **self._mode(train))
         else:
             outputs = self._apply(params, x, **self._mode(train), **({self._key: key} if self._key else {}))
-        return outputs if mutable is None else (outputs, {"batch_stats": {}})
+        return (outputs, {"batch_stats": {}}) if "mutable" in options else outputs
 
 
 def _named(tree: PyTree) -> dict[str, Any]:

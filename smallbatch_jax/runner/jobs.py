@@ -40,15 +40,6 @@ GIB = 2**30
 ModelOf = Callable[..., Model]
 
 
-def named_model(experiment: Experiment, num_classes: int, bn_decay: float, platform: str) -> ModelOf:
-    """Returns the constructor of the experiment's own model."""
-    chosen = experiment.model
-    constants = {"bn_decay": bn_decay, "dtype": COMPUTE_DTYPE[experiment.precision], "platform": platform}
-    return lambda bn_batch_size, axis_name=None: create_model(
-        chosen.name, num_classes, chosen.norm, bn_batch_size, axis_name=axis_name, **constants
-    )
-
-
 class Own(NamedTuple):
     """Parts of an experiment that a Python caller brought beside a model; None where the config names them."""
 
@@ -72,15 +63,19 @@ class Setup:
         target: Sequence[Any] | None = None,
     ):
         """`model_of` of None takes the experiment's named model; `target` of None this machine's devices."""
-        classes, chosen = dataset.num_classes or 0, experiment.model
+        chosen = experiment.model
         self.own, self.task = own, task_of(experiment, own.loss, own.metrics)
         self.experiment, self.dataset, self.devices = experiment, dataset, target or jax.devices()
         self.platform = target[0].platform if target else jax.default_backend()
         self.own_model = chosen.name.startswith(OWN)  # the user's, which may do anything with its batch
-        self.model_of = model_of or named_model(experiment, classes, chosen.bn_decay, self.platform)
-        precise = chosen.bn_statistics == "precise"
-        self.statistics_model_of = named_model(experiment, classes, 0.0, self.platform) if precise else None
+        self.model_of = model_of or partial(self.named_model, chosen.bn_decay)
         self.programs = programs(experiment.runs())  # runs by (batch size, BN batch size)
+
+    def named_model(self, bn_decay: float, bn_batch_size: int | None, axis_name: str | None = None) -> Model:
+        """Returns the experiment's named model."""
+        chosen, dtype = self.experiment.model, COMPUTE_DTYPE[self.experiment.precision]
+        constants = {"bn_decay": bn_decay, "axis_name": axis_name, "dtype": dtype, "platform": self.platform}
+        return create_model(chosen.name, self.dataset.num_classes or 0, chosen.norm, bn_batch_size, **constants)
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -287,7 +282,7 @@ class Job:
             position_of_step_0=self.batches.examples(self.steps.start) - self.steps.start * self.batch_size,
         )
         bn_batch_size = None if self.bn_batch_size == self.batch_size else self.bn_batch_size
-        statistics_model_of = self.setup.statistics_model_of
+        precise = experiment.model.bn_statistics == "precise"
         return {
             "model": self.model_of(bn_batch_size, **({"axis_name": axis_name} if axis_name else {})),
             "program": program,
@@ -297,5 +292,5 @@ class Job:
             "segment_steps": pipeline.most_steps(mesh, self.batch_size, mapping == "map"),
             "precision": experiment.precision,
             "mapping": mapping,
-            "statistics_model": statistics_model_of and statistics_model_of(self.bn_batch_size),
+            "statistics_model": self.setup.named_model(0.0, self.bn_batch_size) if precise else None,
         }
