@@ -74,7 +74,7 @@ def _estimates(name: str, sizes: Sequence[int]) -> Rates:
     grid = experiment.Grid(batch_sizes=tuple(sizes), base_lrs=chosen.grid.base_lrs)
     chosen = dataclasses.replace(chosen, grid=grid, drawn_from=())
     dataset = command.load_data(chosen.dataset, random=True)
-    return {x.batch_size: x.batch_size * x.lanes / x.step_seconds for x in target.estimate(chosen, dataset, name)}
+    return {x.batch_size: x.batch_size * x.compiled.lanes / x.step_seconds for x in target.estimate(chosen, dataset, name)}
 
 
 if __name__ == "__main__":

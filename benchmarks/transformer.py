@@ -34,13 +34,14 @@ def main() -> int:
     from smallbatch_jax import data
     from smallbatch_jax.models.adapters import adapted
     from smallbatch_jax.runner import planning
+    from smallbatch_jax.runner.jobs import Setup
 
     language = random_language(8, seed=0)
     sequences = data.Dataset(draw(language, 2000, 16, seed=1), None, draw(language, 100, 16, seed=2), None, num_classes=8)
     model = adapted(Transformer(8)).settled(sequences.example)
     config = {"model": {"name": model.name}, "dataset": {"name": f"{OWN}random"}, "task": "next_token", "epochs": 100_000}
     config |= {"optimizer": {"name": "adamw", "rule": "constant"}, "grid": {"batch_sizes": (M,), "base_lrs": RATES}}
-    trial = next(planning.measure(from_config(config | {"lanes": len(RATES)}), sequences, model.with_bn_batch_size))
+    trial = next(planning.measure(Setup(from_config(config | {"lanes": len(RATES)}), sequences, model.with_bn_batch_size)))
     trial.warm_up()
     ways = {"sweep": trial.train, "plain": plain(Transformer(8), sequences.train_images)}
     rounds = [{way: float(np.divide(*run(SECONDS.value))) for way, run in ways.items()} for _ in range(ROUNDS.value)]

@@ -1,14 +1,10 @@
-"""The command line: flags that are read by this package's checks, the fields of a config among them, and flagfiles.
-
-absl reads flagfiles too, but takes no spaces and quotes there.
-"""
+"""The command line: flags that are read by this package's checks, the fields of a config among them."""
 
 import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -17,8 +13,6 @@ from smallbatch_jax.config import fields, overrides
 from smallbatch_jax.config.fields import InputError
 
 flags.disclaim_key_flags()  # the flags defined here belong to the command that asks for them
-
-FLAGFILE_LINE = re.compile(r"--?([^=\s]+)(?:\s*=\s*|\s+)(.+)")  # --name=value, or --name value
 
 
 class _Parser(flags.ArgumentParser):
@@ -80,7 +74,7 @@ def parse(argv: Sequence[str]) -> list[str]:
         print(f"{sys.modules['__main__'].__doc__}\nflags:\n{flags.FLAGS.main_module_help()}")
         sys.exit(0)
     try:
-        args = expanded(argv[1:])
+        args = _with_switches(argv[1:])
         for arg, following in itertools.pairwise(args):
             field = overrides.FIELDS.get(arg.removeprefix("--config."))
             if field and field.type is not bool and following.startswith("--"):  # absl would take that as the value
@@ -94,31 +88,12 @@ def parse(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def expanded(args: Iterable[str], within: tuple[str, ...] = ()) -> list[str]:
-    """Returns the arguments with each --flagfile replaced by its lines, as --name=value, without comments and quotes."""
-    found, waiting = [], iter(args)
-    for arg in waiting:
-        name, equals, value = arg.partition("=")
-        if arg == "--":
-            return [*found, arg, *waiting]
-        if name in ("--flagfile", "-flagfile"):
-            found += _read_flagfile(value if equals else next(waiting, ""), within)
-        elif found and arg.lower() in overrides.BOOLEANS and re.fullmatch(r"--?config\.[^=]+", found[-1]):
-            found[-1] += f"={arg}"  # absl takes no value of a switch after a space
+def _with_switches(args: Iterable[str]) -> list[str]:
+    """Joins a switch and its value after a space, which absl does not take."""
+    found: list[str] = []
+    for arg in args:
+        if found and arg.lower() in overrides.BOOLEANS and re.fullmatch(r"--?config\.[^=]+", found[-1]):
+            found[-1] += f"={arg}"
         else:
             found.append(arg)
     return found
-
-
-def _read_flagfile(given: str, within: tuple[str, ...]) -> list[str]:
-    path = fields.expanded_path("--flagfile", given)
-    if path in within:
-        raise InputError(f"--flagfile={path}: names itself")
-    try:
-        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"--flagfile={path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    lines = [line for line in lines if line and not line.startswith(("#", "//"))]
-    matches = [FLAGFILE_LINE.fullmatch(line) for line in lines]
-    args = [f"--{m[1]}={overrides.unquoted(m[2])}" if m else line for line, m in zip(lines, matches, strict=True)]
-    return expanded(args, (*within, path))

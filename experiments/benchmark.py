@@ -45,6 +45,7 @@ def main() -> int:
     import timing
 
     from smallbatch_jax.runner import flops, planning
+    from smallbatch_jax.runner.jobs import Setup
 
     dataset = command.load_data(chosen.dataset, RANDOM.value)
     chosen = dataclasses.replace(chosen, epochs=max(1, min(10_000, MOST_IMAGES // dataset.num_train)))
@@ -55,7 +56,7 @@ def main() -> int:
     print(f"matrix product: {flops.matrix_rate() / 1e9:,.0f} GFLOP/s")
     print(f"{'m':>6}{'lanes':>7}{'images/s':>10}  {'(lowest-highest)':<18}{'GFLOP/s':>8}{'compile':>9}{'memory':>10}")
     results = []
-    for trial in planning.measure(chosen, dataset):
+    for trial in planning.measure(Setup(chosen, dataset)):
         results.append(timing.time_program(trial, dataset, SECONDS.value, REPEATS.value, PEER.value))
         print(timing.format_row(results[-1]), flush=True)
     if JSON.value:

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, NoReturn
 
 from absl import app, logging
@@ -139,8 +139,8 @@ def start_jax(join: Callable[[], None] = lambda: None) -> None:
     import_jax()
     from smallbatch_jax.program import devices, jax_flags
 
-    jax_flags.hold_for_good()
-    _require_xla_flags(jax_flags.expand_xla_flags())
+    jax_flags.hold(ExitStack())  # for the rest of this process
+    _require_xla_flags(jax_flags.xla_flags())
     devices.use_all_cores()
     join()
     jax_flags.require_devices()

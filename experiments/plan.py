@@ -116,6 +116,7 @@ def measure(chosen: Experiment, there: Elsewhere) -> None:
     command.start_jax()
     from smallbatch_jax.program import devices
     from smallbatch_jax.runner import flops, planning
+    from smallbatch_jax.runner.jobs import Setup
 
     try:
         dataset = command.load_data(chosen.dataset, RANDOM.value)
@@ -127,7 +128,7 @@ def measure(chosen: Experiment, there: Elsewhere) -> None:
     print(f"\n{'m':>6}{'BN batch':>10}{'lanes':>7}{'shared by':>11}{'diverge':>9}{'FLOPs':>10}", end="")
     print(f"{'images/s':>10}{'compile':>9}{'memory':>10}{'time':>14}{there.heads()}")
     plans = []
-    for trial in planning.measure(chosen, dataset):
+    for trial in planning.measure(Setup(chosen, dataset)):
         job, m = trial.job, trial.job.batch_size
         per_image = flops.flops_per_image(job.model_of(None), dataset.image_shape)
         plan = planning.plan_program(trial, per_image, SECONDS.value)
@@ -166,9 +167,9 @@ def compile_for(name: str, chosen: Experiment) -> None:
     total = 0.0
     for found in target.estimate(chosen, dataset, name, sizes):
         total += found.seconds
-        m, step = found.batch_size, found.step_seconds
-        print(f"{m:>6}{found.bn_batch_size:>10}{found.lanes:>7}{found.kernels:>9,}{found.mib_per_step:>13,.0f}", end="")
-        print(f"{found.peak_bytes / 2**20:>8,.0f} MiB{1e3 * step:>8.2f} ms{m * found.lanes / step:>10,.0f}", end="")
+        m, lanes, step = found.batch_size, found.compiled.lanes, found.step_seconds
+        print(f"{m:>6}{found.bn_batch_size:>10}{lanes:>7}{found.compiled.kernels:>9,}{found.mib_per_step:>13,.0f}", end="")
+        print(f"{found.compiled.peak_bytes / 2**20:>8,.0f} MiB{1e3 * step:>8.2f} ms{m * lanes / step:>10,.0f}", end="")
         print(f"{duration(found.seconds):>14}", flush=True)
     print(f"in all {duration(total)} if no run diverges, by the compiler's estimate ({target.ASSUMPTIONS[platform]})")
 

@@ -222,8 +222,7 @@ class Launch:
                     for task, program in list(self._running.items()):
                         if self._resources(program).get("num_cpus", math.inf) < program.resources.get("num_cpus", 0):
                             self._ray.cancel(task)  # no machine that is left has so many CPUs; Ray would wait forever
-                            del self._running[task]
-                            self._submit(program)
+                            self._submit(self._running.pop(task))
                     doing = f"{self._working} programs at work, {len(self._running) - self._working} waiting"
                     progress.show(summed(self._programs, self._started), doing)
                 for task in self._running:

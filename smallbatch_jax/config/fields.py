@@ -5,8 +5,6 @@ import difflib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from decimal import Decimal
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -71,7 +69,7 @@ def _entries(section: Any, prefix: str) -> dict[Any, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Converts NumPy and JAX values, fractions, decimals, paths and ranges to Python's own types."""
+    """Converts NumPy and JAX values, paths and ranges to Python's own types."""
     if type(value) in (int, float, str, bool):  # nearly all; the checks below take ten times as long
         return value
     if isinstance(value, range):
@@ -80,9 +78,6 @@ def plain(value: Any) -> Any:
         return os.fspath(value)
     if hasattr(value, "dtype") and hasattr(value, "tolist") and not isinstance(value, type):
         return (value[: MOST_VALUES + 1] if getattr(value, "ndim", 0) else value).tolist()
-    if isinstance(value, (Decimal, Fraction)):
-        with suppress(ValueError, OverflowError):  # a signalling NaN, a number that is too large
-            return float(value)
     return value
 
 

@@ -1,7 +1,7 @@
 """JPEG, PNG, WebP, BMP, TIFF and GIF files to one uint8 array.
 
 A picture is turned as its EXIF orientation says; EXIF that cannot be read turns nothing. If every picture is grey (also
-with 1 or 16 bits, or with alpha) the array has one channel; if any is not, all become RGB, whatever their order. Palettes
+with 1 or 16 bits, or 8 and alpha) the array has one channel; if any is not, all become RGB, whatever their order. Palettes
 and CMYK are converted to RGB as Pillow does it, which takes every CMYK JPEG for inverted, as Adobe writes them. Alpha is
 dropped, and a transparent pixel shows the colour stored under it. Of 16 bits the upper eight are kept. A file of several
 pictures, e.g. an animated GIF, is refused, and so is a TIFF of numbers other than integers of 1, 2, 4, 8 or 16 bits.
@@ -28,8 +28,6 @@ KINDS = "JPEG, PNG, WebP, BMP, TIFF or GIF"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # a suffix chooses no decoder: some of Pillow's start other programs
 MOST_PIXELS = 2**26  # of one picture; it takes seven bytes a pixel while it is decoded, in each thread
 _CHUNK = 64  # files a thread takes at once
-# Below this the interpreter's lock is held for most of a file's time, and threads make each other wait.
-_THREADS_PAY_ABOVE = 4096  # bytes, mean over the files
 _MAX_THREADS = 8
 
 
@@ -40,24 +38,17 @@ def version() -> str:
     return f"decode {VERSION}, Pillow {PIL.__version__}"
 
 
-def decode_images(paths: Sequence[str], total_bytes: int) -> np.ndarray:
-    """Decodes the files, in order.
+def decode_images(paths: Sequence[str]) -> np.ndarray:
+    """Decodes files to uint8[N, H, W, C], C = 1 if every picture is grey and 3 otherwise.
 
-    Args:
-      paths: at least one file.
-      total_bytes: the size of all files together; threads decode them unless they are small.
-    Returns:
-      uint8[len(paths), H, W, C], C = 1 if every picture is grey and 3 otherwise.
     Raises:
       InputError: a file cannot be decoded, or is of another size than the others; one line with its path.
     """
     from rich.console import Console
     from rich.progress import track
 
-    small_files = total_bytes < _THREADS_PAY_ABOVE * len(paths)
-    threads = 1 if small_files else min(_MAX_THREADS, os.cpu_count() or 1)
     images = np.empty((0, 0, 0, 0), np.uint8)
-    with quiet_pillow(), contextlib.closing(_decoded_in_order(paths, threads)) as pictures:
+    with quiet_pillow(), contextlib.closing(_decoded_in_order(paths)) as pictures:
         shown = {"console": Console(stderr=True), "transient": True, "disable": not sys.stderr.isatty()}
         for index, picture in enumerate(track(pictures, "decoding images", len(paths), **shown)):
             if index == 0:
@@ -74,9 +65,9 @@ def decode_images(paths: Sequence[str], total_bytes: int) -> np.ndarray:
     return images
 
 
-def _decoded_in_order(paths: Sequence[str], threads: int) -> Generator[np.ndarray, None, None]:
+def _decoded_in_order(paths: Sequence[str]) -> Generator[np.ndarray, None, None]:
     chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
         for pictures in pool.map(lambda chunk: [_decode_image(path) for path in chunk], chunks):
             yield from pictures
 
@@ -115,8 +106,6 @@ def decode(file: BinaryIO, upright: bool = True) -> np.ndarray:
     if image.format == "JPEG":
         _require_end(file, after_header)
     pixels = _pixels(image)
-    if image.format == "PNG" and image.mode == "RGBA" and _is_grey_png(file):
-        pixels = pixels[..., :1]
     return _turned(pixels, image) if upright else pixels
 
 
@@ -143,12 +132,6 @@ def _turned(pixels: np.ndarray, image: Any) -> np.ndarray:
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
     return np.ascontiguousarray(pixels)
-
-
-def _is_grey_png(file: BinaryIO) -> bool:
-    """Returns whether a PNG is grey with alpha; Pillow reports 16-bit ones as RGBA."""
-    file.seek(25)  # the colour type, in a header of fixed length
-    return file.read(1) == b"\4"
 
 
 def _require_one_picture(image: Any) -> None:

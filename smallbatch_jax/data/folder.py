@@ -72,11 +72,11 @@ def load_folder(data_dir: str | os.PathLike | None) -> Dataset:
     listing = _list_folder(data_dir)
     files = [*listing.train, *listing.test]
 
-    def decoded() -> np.ndarray:
-        return decode.decode_images([file.path for file in files], sum(file.bytes for file in files))
+    def decoded() -> dict[str, np.ndarray]:
+        return {"images": decode.decode_images([file.path for file in files])}
 
-    images = cache.kept(listing.name(), listing.key(), len(files), decoded)
-    train_images, test_images = np.split(images, [len(listing.train)])
+    arrays = cache.kept(listing.name(), listing.key(), len(files), decoded)
+    train_images, test_images = np.split(arrays["images"], [len(listing.train)])
     train_labels, test_labels = listing.labels(listing.train), listing.labels(listing.test)
     return Dataset(train_images, train_labels, test_images, test_labels, len(listing.classes), listing.classes)
 

@@ -4,7 +4,6 @@ TFDS's own reader imports whatever module the folder's features.json names, and 
 some of which start other programs. This module reads JSON, text, records and PNG, and nothing else.
 """
 
-import functools
 import hashlib
 import io
 import json
@@ -37,19 +36,16 @@ class Prepared(NamedTuple):
 def load_prepared(name: str, data_dir: str | os.PathLike | None) -> Dataset:
     """Loads images of one size with the splits train and test, from the newest version below data_dir/name.
 
-    Args:
-      name: TFDS's name, "cifar10" or "cifar100".
-      data_dir: where `prepare_data.py` put it; None takes TFDS's own default, $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    The name is TFDS's, and the folder where `prepare_data.py` put it; None takes `default_data_dir()`.
 
     Raises:
       InputError: if it is not there, with the command that prepares it; or cannot be read.
     """
     found = _open(newest_version(name, data_dir), ("train", "test"))
-    total, read = sum(found.counts), functools.cache(lambda: _read(found))
-    images = cache.kept(f"{name}-images", found.key, total, lambda: read()[0])
-    labels = cache.kept(f"{name}-labels", found.key, total, lambda: read()[1]).reshape(-1).astype(np.int32)
-    train_images, test_images = np.split(images, found.counts[:1])
-    train_labels, test_labels = np.split(labels, found.counts[:1])
+    arrays = cache.kept(name, found.key, sum(found.counts), lambda: _read(found))
+    (train_images, test_images), (train_labels, test_labels) = (
+        np.split(arrays[kind], found.counts[:1]) for kind in ("images", "labels")
+    )
     return Dataset(train_images, train_labels, test_images, test_labels, len(found.class_names), found.class_names)
 
 
@@ -123,8 +119,8 @@ def _open(folder: Path, splits: tuple[str, ...]) -> Prepared:
     return Prepared(folder, hashlib.sha256(os.fsencode(content)).hexdigest()[:32], class_names, counts, records)
 
 
-def _read(prepared: Prepared) -> tuple[np.ndarray, np.ndarray]:
-    """Returns images uint8[N, H, W, C], training examples first, and labels uint8[N, 1, 1, 1], the shape of the cache."""
+def _read(prepared: Prepared) -> dict[str, np.ndarray]:
+    """Returns "images" uint8[N, H, W, C], training examples first, and "labels" uint8[N]."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     found: list[tuple[bytes, int]] = []
@@ -137,7 +133,7 @@ def _read(prepared: Prepared) -> tuple[np.ndarray, np.ndarray]:
         contents, labels = zip(*found, strict=True)
         with decode.quiet_pillow():
             images = np.stack([decode.decode(io.BytesIO(content)) for content in contents])
-        return images, np.array(labels, np.uint8).reshape(-1, 1, 1, 1)
+        return {"images": images, "labels": np.array(labels, np.uint8)}
     except Exception as error:
         folder = prepared.folder
         raise InputError(

@@ -1,7 +1,6 @@
 """Adapters of models that are not linen modules: flax.nnx, Equinox, and pairs of functions; `adapted` chooses."""
 
 import inspect
-import itertools
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +14,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from smallbatch_jax.config import extras
 from smallbatch_jax.config.experiment import InputError
-from smallbatch_jax.models.own import LinenModel, OwnModel, Trace, abstract_key, errors_explained, modes_among, used_inputs
+from smallbatch_jax.models.own import LinenModel, OwnModel, abstract_key, errors_explained, modes_among
 
 ACCEPTED = (
     "a model's name, a flax.linen.Module, a function or class that makes a flax.nnx.Module from `rngs` or an equinox.Module "
@@ -51,7 +50,7 @@ def adapted(model: Any) -> OwnModel:
         raise InputError(f"model: got {type(model).__name__}, accepts {ACCEPTED}.")
     make, label = _from_key(model)
     made: list[Any] = []
-    with errors_explained(label, "a key; a factory of flax.nnx names its argument rngs, one of Equinox key"):
+    with errors_explained(f"model: {label}", "a key; a factory of flax.nnx names its argument rngs, one of Equinox key"):
         jax.eval_shape(lambda key: made.append(make(key)), abstract_key())
     result = made[0]
     if isinstance(result, nnx.Module):
@@ -120,45 +119,24 @@ class FactoryModel(OwnModel):
         _, (params, statistics, others), _ = self._split(key)
         return {"params": _named(params), "batch_stats": _named({"statistics": statistics, "others": others})}
 
-    def apply(
-        self,
-        variables: Any,
-        x: jax.Array,
-        train: bool = False,
-        mutable: Any = None,
-        rngs: dict[str, jax.Array] | None = None,
-    ) -> Any:
+    def apply(self, variables: Any, x: jax.Array, train: bool = False, **options: Any) -> Any:
         params, statistics, others = self._shapes
         states = _rebuilt(variables["batch_stats"], {"statistics": statistics, "others": others})
         arrays = _rebuilt(variables["params"], params), states["statistics"], states["others"]
-        outputs, statistics, others = self._call(arrays, x, train, (rngs or {}).get("dropout"))
-        return outputs if mutable is None else (outputs, {"batch_stats": _named({"statistics": statistics, "others": others})})
+        outputs, statistics, others = self._call(arrays, x, train, options.get("rngs", {}).get("dropout"))
+        changed = {"batch_stats": _named({"statistics": statistics, "others": others})}
+        return (outputs, changed) if "mutable" in options else outputs
 
     def settled(self, example: jax.ShapeDtypeStruct) -> OwnModel:
         return super(FactoryModel, type(self)(self._make)).settled(example)  # made again: JAX's flags may have changed
 
-    def _traced(self, x: Any) -> Trace:
-        params, *states = self._shapes
-
-        def step(train: bool) -> Any:
-            def changes(states: Any, params: PyTree, x: jax.Array, key: jax.Array) -> Any:
-                outputs, *changed = self._call((params, *states), x, train, key if train else None)
-                return changed, outputs
-
-            return jax.make_jaxpr(changes)(states, params, x, abstract_key()).jaxpr
-
-        with self._errors_explained(x):
-            trained, evaluated = step(True), step(False)
-        leaves, count = jax.tree.leaves(states), len(jax.tree.leaves(states[0]))
-        moved, moved_later = (
-            [new is not old for new, old in zip(jaxpr.outvars[: len(leaves)], jaxpr.invars, strict=False)]
-            for jaxpr in (trained, evaluated)
-        )
-        used = used_inputs(evaluated, len(leaves))
-        draws = any(map(_is_key, itertools.compress(leaves, used)))
-        if draws or any(moved_later[:count]):
-            raise self._refuse_at_evaluation(draws)
-        return Trace.of(any(moved), moved[:count], used[:count])
+    def _kinds(self, stats: Any) -> list[str]:
+        del stats
+        _, statistics, others = self._shapes
+        leaves = jax.tree_util.tree_leaves_with_path({"statistics": statistics, "others": others})
+        of_path = {"statistics": "statistic", "others": "other"}
+        kinds = {_name(path): "key" if _is_key(leaf) else of_path[path[0].key] for path, leaf in leaves}
+        return [kinds[name] for name in sorted(kinds)]
 
 
 class NnxModel(FactoryModel):
@@ -250,27 +228,13 @@ class FunctionsModel(OwnModel):
                 raise InputError(f"model: init of {self.label} gives parameters of {dtype}, accepts floating point.")
         return {"params": {"params": params}, "batch_stats": {}}
 
-    def apply(
-        self,
-        variables: Any,
-        x: jax.Array,
-        train: bool = False,
-        mutable: Any = None,
-        rngs: dict[str, jax.Array] | None = None,
-    ) -> Any:
-        params, key = variables["params"]["params"], (rngs or {}).get("dropout")
+    def apply(self, variables: Any, x: jax.Array, train: bool = False, **options: Any) -> Any:
+        params, key = variables["params"]["params"], options.get("rngs", {}).get("dropout")
         if self._key_first:
             outputs = self._apply(params, key, x, **self._mode(train))
         else:
             outputs = self._apply(params, x, **self._mode(train), **({self._key: key} if self._key else {}))
-        return outputs if mutable is None else (outputs, {"batch_stats": {}})
-
-    def _traced(self, x: Any) -> Trace:
-        with self._errors_explained(x):
-            variables = jax.eval_shape(self.init, abstract_key(), x)
-            jax.eval_shape(lambda v, x, key: self.apply(v, x, train=True, rngs={"dropout": key}), variables, x, abstract_key())
-            jax.eval_shape(self.apply, variables, x)
-        return Trace(False, None, [])
+        return (outputs, {"batch_stats": {}}) if "mutable" in options else outputs
 
 
 def _named(tree: PyTree) -> dict[str, Any]:

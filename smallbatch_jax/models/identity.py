@@ -20,12 +20,7 @@ TOLERANCE, TOLERANCE_16_BITS = 1e-4, 3e-2
 
 
 def fingerprint(model: Any, example: jax.ShapeDtypeStruct, examples: int) -> dict[str, Any]:
-    """Summarises one training step and one evaluation of a model at its initial parameters, on CPU.
-
-    Args:
-      model: an `OwnModel`.
-      example: shape and dtype of one example, as the model receives it.
-      examples: size of the batch.
+    """Summarises one training step and one evaluation of an `OwnModel` at its initial parameters, on CPU.
 
     Returns:
       JSON values: "tolerance", relative, and "values", a dict of pairs (norm, sum / √size) of the initial variables, their

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import compress
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,6 @@ MODES = {
 RECOGNISED = f"Arguments of __call__ that are recognised: {', '.join(MODES)}."
 _MOST_CHARACTERS = 300  # of a module's error message
 _TRACED_EXAMPLES = 2
-_MUST_NOT_TRAIN = "at evaluation, where it must not train"
 
 
 class OwnModel(ABC):
@@ -49,10 +49,6 @@ class OwnModel(ABC):
         The option `rngs` has the key of the step as "dropout".
         """
 
-    @abstractmethod
-    def _traced(self, x: Any) -> "Trace":
-        """Traces a training step and an evaluation; refuses a model that fails, or that trains at evaluation."""
-
     @property
     def bn_batch_size(self) -> int | None:
         """b, where the model has a field for it."""
@@ -67,7 +63,7 @@ class OwnModel(ABC):
 
     def fingerprint(self, example: jax.ShapeDtypeStruct) -> dict[str, Any]:
         """Returns a summary of what the model computes, by which a workdir recognises it (`identity.fingerprint`)."""
-        return identity.fingerprint(self, example, identity.EXAMPLES)
+        return identity.fingerprint(self, example, self._whole_bn_batches(identity.EXAMPLES))
 
     def settled(self, example: jax.ShapeDtypeStruct) -> "OwnModel":
         """Returns the model as it will be trained; traces it and runs nothing.
@@ -82,6 +78,49 @@ class OwnModel(ABC):
         """Refuses a model that cannot be trained on batches of this size; runs nothing."""
         self._traced(batch_of(example, batch_size))
 
+    def _traced(self, x: Any) -> "Trace":
+        """Traces a training step and an evaluation; refuses a model that fails, or that trains at evaluation."""
+        key = abstract_key()
+        called = ", ".join([f"{x.dtype}{list(x.shape)}", *(f"{name}=…" for name in self._modes)])
+        with errors_explained(f"model: {self.label}", called):
+            variables = dict(jax.eval_shape(self.init, key, x))
+            stats = variables.pop("batch_stats", {})
+
+            def traced(train: bool) -> Any:
+                def step(stats: Any, key: jax.Array, variables: Any, x: jax.Array) -> Any:
+                    options: Any = {"mutable": ["batch_stats"], "rngs": {"dropout": key} if train else {}}
+                    outputs, changed = self.apply({**variables, "batch_stats": stats}, x, train=train, **options)
+                    return changed.get("batch_stats", stats), outputs
+
+                return jax.make_jaxpr(step)(stats, key, variables, x).jaxpr
+
+            trained = traced(True)
+            try:
+                evaluated = traced(False)
+            except flax_errors.InvalidRngError as error:
+                raise self._refuse_at_evaluation(True) from error
+        kinds = self._kinds(stats)
+        count, statistics = len(kinds), [kind == "statistic" for kind in kinds]
+        moved, moved_later = (
+            [new is not old for new, old in zip(jaxpr.outvars[:count], jaxpr.invars[:count], strict=True)]
+            for jaxpr in (trained, evaluated)
+        )
+        read = used_inputs(evaluated, count)[:count]
+        draws = any(compress(read, (kind == "key" for kind in kinds)))
+        if draws or any(compress(moved_later, statistics)):
+            raise self._refuse_at_evaluation(draws)
+        key_used = used_inputs(trained)[count]
+        return Trace.of(key_used, any(moved), list(compress(moved, statistics)), list(compress(read, statistics)))
+
+    def _whole_bn_batches(self, examples: int) -> int:
+        """Returns about `examples`, rounded to whole BN batches if the module has a field for their size."""
+        size = self.bn_batch_size or 1
+        return max(size, examples - examples % size)
+
+    def _kinds(self, stats: Any) -> list[str]:
+        """Returns for each array of batch_stats what it is: "statistic", "key" (of random numbers) or "other"."""
+        return ["statistic"] * len(jax.tree.leaves(stats))
+
     def _mode(self, train: bool) -> dict[str, bool]:
         return {name: MODES[name] == train for name in self._modes}
 
@@ -93,14 +132,7 @@ class OwnModel(ABC):
 
     def _refuse_at_evaluation(self, draws: bool) -> InputError:
         does = "draws random numbers, as dropout does," if draws else "changes its batch_stats"
-        return InputError(f"model: {self.label} {does} {_MUST_NOT_TRAIN}. {RECOGNISED}")
-
-    @contextmanager
-    def _errors_explained(self, x: Any) -> Iterator[None]:
-        """Turns any error of the model into an InputError of one line."""
-        called = ", ".join([f"{x.dtype}{list(x.shape)}", *(f"{name}=…" for name in self._modes)])
-        with errors_explained(self.label, called):
-            yield
+        return InputError(f"model: {self.label} {does} at evaluation, where it must not train. {RECOGNISED}")
 
 
 class LinenModel(OwnModel):
@@ -136,9 +168,6 @@ class LinenModel(OwnModel):
             return super().with_bn_batch_size(bn_batch_size, axis_name)
         return LinenModel(self.module.clone(bn_batch_size=bn_batch_size), self._modes)
 
-    def fingerprint(self, example: jax.ShapeDtypeStruct) -> dict[str, Any]:
-        return identity.fingerprint(self, example, self._whole_bn_batches(identity.EXAMPLES))
-
     def settled(self, example: jax.ShapeDtypeStruct) -> "LinenModel":
         """Returns the model with the mode arguments that it takes, as `OwnModel.settled`."""
         candidates = [self._modes]
@@ -157,52 +186,14 @@ class LinenModel(OwnModel):
             if found and found[-1][1].trains:
                 break
         model, trace = min(found, key=lambda pair: (pair[1].fault is not None, not pair[1].trains))
-        hidden = None if trace.trains or model._modes else model._hidden_mode(images)
-        if hidden:
-            raise InputError(f"model: {self.label} is trained by its argument {hidden}, which is not recognised. {RECOGNISED}")
         self._require_sound(trace)
         return model
 
-    def _whole_bn_batches(self, examples: int) -> int:
-        """Returns about `examples`, rounded to whole BN batches if the module has a field for their size."""
-        size = self.bn_batch_size
-        return max(size, examples - examples % size) if size else examples
-
-    def _hidden_mode(self, images: Any) -> str | None:
-        """Returns an argument outside MODES, True or False by default, whose other value makes the module train."""
-        for parameter in _parameters(self.module):
-            if parameter.name not in MODES and isinstance(parameter.default, bool):
-                try:
-                    if self._traced(images, **{parameter.name: not parameter.default}).trains:
-                        return parameter.name
-                except InputError:
-                    continue
-        return None
-
-    def _traced(self, x: Any, **arguments: bool) -> "Trace":
+    def _traced(self, x: Any) -> "Trace":
         dropouts: dict[str, bool | None] = {}  # by path, whether it drops anything; None is not known
-        key = abstract_key()
-        with self._errors_explained(x):
-            variables = jax.eval_shape(self.init, key, x)
-            params, stats = ({k: v for k, v in variables.items() if (k == "batch_stats") == moves} for moves in (False, True))
-            count = len(jax.tree.leaves(stats))
-
-            def train(key: jax.Array, stats: Any, params: Any, x: jax.Array) -> Any:
-                options: Any = {"mutable": ["batch_stats"], "rngs": {"dropout": key}, **arguments}
-                with nn.intercept_methods(partial(_watch, self.label, dropouts)):
-                    logits, changed = self.apply({**params, **stats}, x, train=True, **options)
-                return changed.get("batch_stats", stats), logits
-
-            jaxpr = jax.make_jaxpr(train)(key, stats, params, x).jaxpr
-            key_used = used_inputs(jaxpr)[0]
-            moved = [new is not old for new, old in zip(jaxpr.outvars[:count], jaxpr.invars[1:], strict=False)]
-            try:
-                evaluate = jax.make_jaxpr(lambda stats, params, x: self.apply({**params, **stats}, x))
-                read = used_inputs(evaluate(stats, params, x).jaxpr)[:count]
-            except (flax_errors.InvalidRngError, flax_errors.ModifyScopeVariableError) as error:
-                raise self._refuse_at_evaluation(isinstance(error, flax_errors.InvalidRngError)) from error
-        unused = [path for path, drops in dropouts.items() if not (key_used if drops is None else drops)]
-        trace = Trace.of(key_used or any(moved), moved, read)
+        with nn.intercept_methods(partial(_watch, self.label, dropouts)):
+            trace = super()._traced(x)
+        unused = [path for path, drops in dropouts.items() if not (trace.draws if drops is None else drops)]
         if unused:
             layers = f"has {len(unused)} dropout layer(s) of {len(dropouts)} that training never uses: {unused[0]}."
             trace.remarks.insert(0, layers)
@@ -214,12 +205,13 @@ class LinenModel(OwnModel):
 class Trace(NamedTuple):
     """What a model does in one training step and one evaluation."""
 
+    draws: bool  # whether training uses its random key
     trains: bool
     fault: str | None  # what cannot have been meant
     remarks: list[str]  # of layers that stay in evaluation mode while others train, which may have been meant
 
     @classmethod
-    def of(cls, trains: bool, moved: list[bool], read: list[bool]) -> "Trace":
+    def of(cls, draws: bool, moves: bool, moved: list[bool], read: list[bool]) -> "Trace":
         """Judges running statistics: for each array, whether training changes it and whether evaluation uses it."""
         fault, still = None, moved.count(False)
         if moved and not any(moved):
@@ -227,19 +219,19 @@ class Trace(NamedTuple):
         elif moved and not any(read):
             fault = "has batch_stats that evaluation does not use: its batch norm takes the statistics of the test images"
         remark = f"has {still} of {len(moved)} arrays in batch_stats that training never changes."
-        return cls(trains, fault, [remark] if still else [])
+        return cls(draws, draws or moves, fault, [remark] if still else [])
 
 
 @contextmanager
-def errors_explained(label: str, called: str) -> Iterator[None]:
-    """Turns any error of the user's code into an InputError of one line; `called` are the arguments that it got."""
+def errors_explained(subject: str, called: str) -> Iterator[None]:
+    """Turns any error of the user's code into an InputError of one line: the subject "model: NAME" raised it, called with …"""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
         said = cut(" ".join(str(error).split("\n\n")[0].split()), _MOST_CHARACTERS)
-        raise InputError(f"model: {label} raised {type(error).__name__}: {said} (called with {called})") from error
+        raise InputError(f"{subject} raised {type(error).__name__}: {said} (called with {called})") from error
 
 
 def modes_among(parameters: Iterable[inspect.Parameter]) -> list[str]:
@@ -263,12 +255,12 @@ def used_inputs(jaxpr: Any, first: int = 0) -> list[bool]:
 
 
 def _watch(label: str, dropouts: dict[str, bool | None], call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-    """Interceptor of `nn.intercept_methods`: notes each layer of dropout, and refuses a norm over a single value."""
+    """Interceptor of `nn.intercept_methods`: notes each layer of dropout, and refuses batch norm over a single value."""
     module, x = context.module, args[0] if args else None
     if context.method_name != "__call__":
         return call(*args, **kwargs)
     path = "/".join(module.path) or label
-    if hasattr(x, "shape"):
+    if isinstance(module, nn.BatchNorm) and args:
         _require_several_values(module, path, x, args, kwargs)
     result = call(*args, **kwargs)
     if isinstance(module, nn.Dropout):
@@ -282,33 +274,17 @@ def _watch(label: str, dropouts: dict[str, bool | None], call: Callable[..., Any
     return result
 
 
-def _require_several_values(module: nn.Module, path: str, x: Any, args: Any, kwargs: Any) -> None:
-    """Refuses a norm of Flax that takes mean and variance over a single value, because it gives a constant."""
-    if isinstance(module, nn.BatchNorm):
-        average = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
-        if (module.use_running_average if average is None else average) or module.axis_name is not None:
-            return
-        kept = _axes(module.axis, x)
-    elif isinstance(module, nn.InstanceNorm):
-        kept = {0} | _axes(module.feature_axes, x)
-    elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
-        reduced = range(1, x.ndim) if module.reduction_axes is None else module.reduction_axes
-        kept = set(range(x.ndim)) - _axes(reduced, x)
-    else:
+def _require_several_values(module: nn.BatchNorm, path: str, x: Any, args: Any, kwargs: Any) -> None:
+    """Refuses batch norm whose mean and variance are of a single value, because it gives a constant."""
+    average = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
+    if (module.use_running_average if average is None else average) or module.axis_name is not None:
         return
-    statistics = math.prod(x.shape[axis] for axis in kept)
-    if isinstance(module, nn.GroupNorm):
-        statistics *= module.num_groups or x.shape[-1] // (module.group_size or 1)
-    if x.size == statistics:
-        way = "use larger batches, or no batch norm there" if isinstance(module, nn.BatchNorm) else "leave it out"
+    axes = (module.axis,) if isinstance(module.axis, int) else module.axis
+    if x.size == math.prod(x.shape[axis] for axis in axes):
         raise InputError(
-            f"model: {path} ({type(module).__name__}) takes mean and variance over a single value of its input "
-            f"{list(x.shape)}, and gives a constant; {way}."
+            f"model: {path} (BatchNorm) takes mean and variance over a single value of its input {list(x.shape)}, and gives a "
+            "constant; use larger batches, or no batch norm there."
         )
-
-
-def _axes(given: int | Sequence[int], x: Any) -> set[int]:
-    return {axis % x.ndim for axis in ((given,) if isinstance(given, int) else given)}
 
 
 def _parameters(module: nn.Module) -> list[inspect.Parameter]:

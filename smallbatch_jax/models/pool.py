@@ -1,5 +1,6 @@
 """Max pooling whose gradient is deterministic and, on CPU, fast."""
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 
@@ -11,31 +12,29 @@ from smallbatch_jax.models.materialise import materialised
 
 Pair = tuple[int, int]
 Pads = tuple[Pair, Pair]
+WINDOW, STRIDE = 3, 2  # pixels
 
 
-def max_pool(
-    x: jax.Array, window: Sequence[int] = (3, 3), strides: Sequence[int] = (2, 2), padding: Pads | None = None
-) -> jax.Array:
-    """Max pooling [N, H, W, C] → [N, H', W', C].
+def max_pool(x: jax.Array, padding: Pads | None = None) -> jax.Array:
+    """Max pooling of 3×3 windows with stride 2, [N, H, W, C] → [N, H', W', C].
 
-    Padding is ((top, bottom), (left, right)) in pixels, each less than the window; None for SAME: H' = ⌈H/s⌉, W' = ⌈W/s⌉.
+    Padding is ((top, bottom), (left, right)) in pixels, each at most 2; None for SAME: H' = ⌈H/2⌉, W' = ⌈W/2⌉.
 
     The gradient goes to the first of equal maxima, row by row. It consists of slices and comparisons, which are deterministic
     (XLA's select-and-scatter need not be) and several times as fast on CPU.
     """
-    (height, width), (sh, sw) = window, strides
-    rows, columns = padding or lax.padtype_to_pads(x.shape[1:3], window, strides, "SAME")
-    return _max_pool(x, (height, width), (sh, sw), (rows, columns), x.shape[1:3])
+    rows, columns = padding or lax.padtype_to_pads(x.shape[1:3], (WINDOW, WINDOW), (STRIDE, STRIDE), "SAME")
+    return _max_pool(x, (rows, columns), x.shape[1:3])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _max_pool(x: jax.Array, window: Pair, strides: Pair, pads: Pads, sizes: Pair) -> jax.Array:
-    return _max_pool_forward(x, window, strides, pads, sizes)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _max_pool(x: jax.Array, pads: Pads, sizes: Pair) -> jax.Array:
+    return _max_pool_forward(x, pads, sizes)[0]
 
 
-def _max_pool_forward(x, window, strides, pads, sizes):
+def _max_pool_forward(x, pads, sizes):
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
-    pooled, *others = windows(padded, window, strides)
+    pooled, *others = windows(padded, (WINDOW, WINDOW), (STRIDE, STRIDE))
     winner = jnp.zeros(pooled.shape)  # the offset in the window that the maximum came from
     for offset, other in enumerate(others, start=1):
         # A NaN must not lose a comparison, or a diverged run would go unseen.
@@ -44,25 +43,24 @@ def _max_pool_forward(x, window, strides, pads, sizes):
     return pooled, materialised(winner)
 
 
-def _max_pool_backward(window, strides, pads, sizes, winner, dy):
+def _max_pool_backward(pads, sizes, winner, dy):
     """Sums, for each pixel, the dy of the windows whose maximum it is; at most ⌈k/s⌉² windows contain a pixel.
 
     Padded pixel s·t + r is at offset s·d + r of the window that begins d windows before t. All pixels of one remainder r
     therefore use the same offsets, and remainders are an axis of their own.
     """
-    (sh, sw), (kh, kw) = strides, window
-    tiles = [-(-(size + low) // s) for size, (low, _), s in zip(sizes, pads, strides, strict=True)]
-    row = lax.broadcasted_iota(jnp.float32, (1, 1, sh, 1, 1, 1), 2)
-    column = lax.broadcasted_iota(jnp.float32, (1, 1, 1, 1, sw, 1), 4)
-    dx = jnp.zeros((dy.shape[0], tiles[0], sh, tiles[1], sw, dy.shape[-1]), dy.dtype)
-    for before_rows in range(-(-kh // sh)):
-        for before_columns in range(-(-kw // sw)):
-            before = zip((before_rows, before_columns), tiles, dy.shape[1:3], strict=True)
-            shift = [(0, 0, 0), *((d, count - windows - d, 0) for d, count, windows in before), (0, 0, 0)]
-            i, j = row + sh * before_rows, column + sw * before_columns
-            won = _tiled(winner, shift) == jnp.where((i < kh) & (j < kw), i * kw + j, -1)
-            dx = dx + jnp.where(won, _tiled(dy, shift), 0)
-    dx = dx.reshape(dy.shape[0], tiles[0] * sh, tiles[1] * sw, dy.shape[-1])
+    k, s = WINDOW, STRIDE
+    tiles = [-(-(size + low) // s) for size, (low, _) in zip(sizes, pads, strict=True)]
+    row = lax.broadcasted_iota(jnp.float32, (1, 1, s, 1, 1, 1), 2)
+    column = lax.broadcasted_iota(jnp.float32, (1, 1, 1, 1, s, 1), 4)
+    dx = jnp.zeros((dy.shape[0], tiles[0], s, tiles[1], s, dy.shape[-1]), dy.dtype)
+    for before in itertools.product(range(-(-k // s)), repeat=2):
+        axes = zip(before, tiles, dy.shape[1:3], strict=True)
+        shift = [(0, 0, 0), *((d, count - windows - d, 0) for d, count, windows in axes), (0, 0, 0)]
+        i, j = row + s * before[0], column + s * before[1]
+        won = _tiled(winner, shift) == jnp.where((i < k) & (j < k), i * k + j, -1)
+        dx = dx + jnp.where(won, _tiled(dy, shift), 0)
+    dx = dx.reshape(dy.shape[0], tiles[0] * s, tiles[1] * s, dy.shape[-1])
     (top, _), (left, _) = pads
     return (dx[:, top : top + sizes[0], left : left + sizes[1]],)
 

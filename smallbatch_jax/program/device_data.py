@@ -93,14 +93,12 @@ def to_device(dataset: Dataset, mesh: Mesh) -> DeviceData:
 
 
 def _in_batches(images: np.ndarray, labels: np.ndarray) -> TestImages:
-    """Returns a split in batches of equal size, at most LARGEST_EVAL_BATCH."""
-    examples = len(labels)
-    batches = -(-examples // LARGEST_EVAL_BATCH)
-    size = -(-examples // batches)
+    """Returns a split in batches of equal size, at most LARGEST_EVAL_BATCH, the last one padded with zeros."""
+    batches = -(-len(labels) // LARGEST_EVAL_BATCH)
 
     def padded(array: np.ndarray) -> np.ndarray:
-        whole = np.zeros((batches * size, *array.shape[1:]), array.dtype)
-        whole[:examples] = array
-        return whole.reshape(batches, size, *array.shape[1:])
+        missing = -len(array) % batches
+        whole = np.pad(array, ((0, missing), *((0, 0),) * (array.ndim - 1)))
+        return whole.reshape(batches, -1, *array.shape[1:])
 
-    return TestImages(padded(images), padded(labels), padded(np.ones(examples, bool)))
+    return TestImages(padded(images), padded(labels), padded(np.ones(len(labels), bool)))

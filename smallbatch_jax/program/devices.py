@@ -41,7 +41,7 @@ def use_all_cores(devices: int | None = None) -> None:
     Raises:
       InputError: if XLA_FLAGS would make a diverged run look like any other.
     """
-    chosen = jax_flags.expand_xla_flags()
+    chosen = jax_flags.xla_flags()
     if "xla_backend_extra_options" not in chosen:
         os.environ["XLA_FLAGS"] = f"{chosen} --xla_backend_extra_options=xla_cpu_disable_loop_unrolling".lstrip()
     if "xla_force_host_platform_device_count" in chosen:

@@ -10,33 +10,24 @@ import numpy as np
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.config.fields import cut
 from smallbatch_jax.models import identity
+from smallbatch_jax.models.own import errors_explained
 from smallbatch_jax.optim import Optimizer
 from smallbatch_jax.program.device_data import DeviceData
 from smallbatch_jax.program.diagnostics import make_diagnose
 from smallbatch_jax.program.tasks import Batch, Score, Task, cross_entropy, next_token_cross_entropy, squared_error
-from smallbatch_jax.program.train import Model, Program, Setting, TrainState, init_state, make_train_step
+from smallbatch_jax.program.train import Model, Program, Setting, init_state, make_train_step
 
 
 def require_model(model: Model, task: Task, data: Any, batch_size: int = 2) -> None:
-    """Refuses a model or a task's functions that do not fit a dataset's examples and labels; runs nothing.
-
-    Args:
-      model: to be trained.
-      task: its loss and metrics.
-      data: a Dataset or Photographs, of which shapes and dtypes matter.
-      batch_size: m, of the trace.
-    """
+    """Refuses a model or a task's functions that do not fit the shapes and dtypes of a Dataset or Photographs; runs nothing."""
     images, labels = (jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype) for x in (data.example, data.target))
     batch = Batch(images, labels)
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     setting = Setting(scalar, jax.ShapeDtypeStruct((), jnp.int32), scalar, scalar)
-
-    def predict(state: TrainState, images: jax.Array) -> Any:
-        return model.apply({"params": state.params, "batch_stats": state.batch_stats}, images, train=False)
-
     try:
         state = jax.eval_shape(lambda images: init_state(model, images, jnp.int32(0)), images)
-        outputs = jax.eval_shape(predict, state, images)
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        outputs = jax.eval_shape(partial(model.apply, train=False), variables, images)
     except InputError:
         raise
     except Exception as error:  # of any type: a model may raise anything for a shape that it does not expect
@@ -91,11 +82,8 @@ def _require_outputs(outputs: Any, task: Task, batch: Batch, num_classes: int | 
 def _require_score(name: str, score: Score, outputs: Any, batch: Batch) -> None:
     """Refuses a loss or metric that fails, or that does not give one number for each example."""
     field = name if name == "loss" else f"metrics: {name}"
-    try:
+    with errors_explained(f"{field}:", "the outputs and a batch"):
         found = jax.eval_shape(score, outputs, batch)
-    except Exception as error:  # of any type: it may be the caller's own
-        reason = cut(" ".join(str(error).split()), 200)
-        raise InputError(f"{field}: raised {type(error).__name__}: {reason} (called with the outputs and a batch)") from error
     kinds = (jnp.floating,) if name == "loss" else (jnp.floating, jnp.bool_, jnp.integer)
     if getattr(found, "shape", None) != (len(batch.labels),) or not any(jnp.issubdtype(found.dtype, k) for k in kinds):
         got = f"{found.dtype}{list(found.shape)}" if hasattr(found, "shape") else type(found).__name__
@@ -112,11 +100,8 @@ def require_optimizer(optimizer: Optimizer, name: str) -> None:
         transform = optimizer.make(**scalars)
         return transform.update(params, transform.init(params), params)[0]
 
-    try:
+    with errors_explained(f"optimizer: {name}", ", ".join(scalars)):
         found = jax.eval_shape(update, params, scalars)
-    except Exception as error:  # of any type: it may be the caller's own
-        reason = cut(" ".join(str(error).split("\n\n")[0].split()), 200)
-        raise InputError(f"optimizer: {name} raised {type(error).__name__}: {reason}") from error
     if jax.tree.structure(found) != jax.tree.structure(params):
         raise InputError(f"optimizer: the updates of {name} are no tree like the parameters.")
 

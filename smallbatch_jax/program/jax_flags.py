@@ -10,7 +10,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import flax
@@ -63,16 +62,12 @@ def held() -> Iterator[None]:
     Warns in one line that names the flags that had another value.
     """
     with ExitStack() as stack:
-        _hold(stack)
+        hold(stack)
         yield
 
 
-def hold_for_good() -> None:
-    """Holds the flags for the rest of this process."""
-    _hold(ExitStack())
-
-
-def _hold(stack: ExitStack) -> None:
+def hold(stack: ExitStack) -> None:
+    """Holds the flags, as `held` does, until a stack unwinds: one that never does holds them for good."""
     changed = {}
     for name, value in HELD.items():
         if name not in jax.config.values:  # of another version of JAX
@@ -121,19 +116,15 @@ def recorded() -> dict[str, Any]:
     return flags | {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
-def expand_xla_flags() -> str:
-    """Returns XLA_FLAGS, after replacing the name of a file by the flags in it.
+def xla_flags() -> str:
+    """Returns XLA_FLAGS.
 
     Raises:
-      InputError: if they let the compiler assume that no number is NaN, by which a diverged run is known.
+      InputError: if they are the name of a file, or let the compiler assume that no number is NaN, which marks a diverged run.
     """
     given = os.environ.get("XLA_FLAGS", "").strip()
     if given and not given.startswith("-"):
-        try:
-            given = " ".join(Path(given).read_text().split())
-        except (OSError, ValueError) as error:
-            raise InputError(f"XLA_FLAGS={given}: cannot be used: {getattr(error, 'strerror', None) or error}") from None
-        os.environ["XLA_FLAGS"] = given
+        raise InputError(f"XLA_FLAGS={given}: cannot be used: give the flags themselves, not a file.")
     for flag in given.split():
         if FAST_MATH.fullmatch(flag):
             raise InputError(

@@ -32,6 +32,7 @@ from smallbatch_jax.program.segment import (
     make_segment,
     make_test_lanes,
 )
+from smallbatch_jax.program.tasks import Array
 from smallbatch_jax.program.train import Model, Program, Setting, TrainState, init_state
 
 __all__ = ["LaneMapping", "LaneProgram", "LaneState", "Report", "Segment", "compile_lanes", "initialiser", "lane_mesh"]
@@ -218,9 +219,21 @@ def trace_lanes(
     Returns:
       The traced segment, (states, settings, segments, images) → (states, reports), and the shapes of the states.
     """
-    sharding = NamedSharding(mesh, P(LANE))
-    template = _template(model, program, _example(data), lanes, sharding)
-    streamed = isinstance(data, Pool)
+    sharding, streamed = NamedSharding(mesh, P(LANE)), isinstance(data, Pool)
+    stored, leading = (data.images, 3) if isinstance(data, Pool) else (data.train_images, 1)
+    example = as_received(stored.shape[leading:], stored.dtype)
+
+    def lane() -> tuple[LaneState, Setting, Array, Array]:
+        zero, step = jnp.float32(0), jnp.int32(0)
+        fresh = init_state(model, _one(example), step, program.optimizer)
+        state = LaneState(fresh, zero, dict.fromkeys(program.task.metrics, zero), jnp.bool(True))
+        return state, Setting(zero, step, zero, zero, dict.fromkeys(program.optimizer.scalars, zero) or None), step, state.alive
+
+    template, settings, steps, evaluate = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((lanes, *x.shape), x.dtype, sharding=sharding), jax.eval_shape(lane)
+    )
+    shape = (lanes, segment_steps, program.batch_size)
+    indices = jax.ShapeDtypeStruct(shape, np.int32, sharding=NamedSharding(mesh, INDICES))
     segment = jax.shard_map(
         make_segment(model, program, segment_steps, mapping, statistics_model, streamed),
         mesh=mesh,
@@ -232,20 +245,8 @@ def trace_lanes(
     if not streamed:
         everywhere = NamedSharding(mesh, P())
         images = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), data)
-    arguments = _abstract_arguments(program, lanes, segment_steps, sharding)
     trace = _at_precision(jax.jit(segment, donate_argnums=0).trace, precision)
-    return trace(template, *arguments, images), template
-
-
-def _template(model: Model, program: Program, example: jax.ShapeDtypeStruct, lanes: int, sharding: NamedSharding) -> LaneState:
-    """Shapes and dtypes of the stacked lanes."""
-
-    def lane() -> LaneState:
-        fresh = init_state(model, _one(example), jnp.int32(0), program.optimizer)
-        return LaneState(fresh, jnp.float32(0), dict.fromkeys(program.task.metrics, jnp.float32(0)), jnp.bool(True))
-
-    shapes = jax.eval_shape(lane)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((lanes, *x.shape), x.dtype, sharding=sharding), shapes)
+    return trace(template, settings, Segment(indices, steps, evaluate), images), template
 
 
 def _streamed_test(test_lanes: Callable[..., Tested], mesh: Mesh, precision: str) -> Callable[..., Tested]:
@@ -273,12 +274,6 @@ def initialiser(model: Model, example: jax.ShapeDtypeStruct, optimizer: Optimize
     return functools.cache(lambda seed: jax.tree.map(np.asarray, init(np.int32(seed))))
 
 
-def _example(data: DeviceData | Pool) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of one example, as the model receives it."""
-    images, leading = (data.images, 3) if isinstance(data, Pool) else (data.train_images, 1)
-    return as_received(images.shape[leading:], images.dtype)
-
-
 def _one(example: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.zeros((1, *example.shape), example.dtype)
 
@@ -286,16 +281,3 @@ def _one(example: jax.ShapeDtypeStruct) -> jax.Array:
 @functools.partial(jax.jit, donate_argnums=0)
 def _replace_lanes(state: LaneState, mask: jax.Array, new: LaneState) -> LaneState:
     return jax.tree.map(lambda old, n: jnp.where(expand(mask, n), n, old), state, new)
-
-
-def _abstract_arguments(program: Program, lanes: int, segment_steps: int, sharding: NamedSharding) -> tuple[Setting, Segment]:
-    """Returns the shapes of the settings and segments that a program is called with."""
-
-    def stacked(dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((lanes,), dtype, sharding=sharding)
-
-    scalars = {name: stacked(np.float32) for name in program.optimizer.scalars}
-    settings = Setting(stacked(np.float32), stacked(np.int32), stacked(np.float32), stacked(np.float32), scalars or None)
-    shares = NamedSharding(sharding.mesh, INDICES)
-    indices = jax.ShapeDtypeStruct((lanes, segment_steps, program.batch_size), np.int32, sharding=shares)
-    return settings, Segment(indices, stacked(np.int32), stacked(bool))

@@ -34,18 +34,13 @@ class Compiler:
           Interrupted: if asked to stop while there is nothing to do but to compile.
         """
         first = not self._programs
-        compiling = self._begun(job)
+        compiling = self._programs[job] = self._programs.get(job) or self.submit(job)
         if first:  # the initialiser, which all programs share, compiles beside the first one
             self._result(job, self._executor.submit(self._session.initial, job.runs[0].seed))
-        program = self._result(job, compiling)
-        if job in self._following:
-            self._begun(self._following[job])
+        program, following = self._result(job, compiling), self._following.get(job)
+        if following and following not in self._programs:
+            self._programs[following] = self.submit(following)
         return program
-
-    def _begun(self, job: Job) -> Future[LaneProgram]:
-        if job not in self._programs:
-            self._programs[job] = self.submit(job)
-        return self._programs[job]
 
     def close(self) -> None:
         """Ends without waiting for what still compiles."""

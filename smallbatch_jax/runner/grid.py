@@ -69,7 +69,7 @@ def train_grid(
       Interrupted: on a signal of `signals`, after the segment in flight ended and all lanes were saved.
     """
     setup = _checked_setup(experiment, dataset, model_of, own)
-    experiment = setup.experiment = with_budget(experiment, workdir, dataset, model_of, own)
+    experiment = setup.experiment = with_budget(setup, workdir)
     if processes.is_first():
         for warning in checks.data_warnings(experiment, dataset):
             print(f"warning: dataset: {warning}", file=sys.stderr, flush=True)
@@ -80,7 +80,8 @@ def train_grid(
         known = facts(experiment, dataset)
         if processes.is_first():
             known |= {"model": fingerprint()} if fingerprint else {}
-            known |= {"own": setup.own_fingerprint()} if own != NOTHING_OWN else {}
+            if own != NOTHING_OWN:
+                known["own"] = fit.fingerprint(setup.model_of(None), setup.task, dataset, setup.optimizer(1))
         folder = processes.on_first(lambda: stack.enter_context(open_workdir(workdir, experiment, known)))
         stop = stack.enter_context(noted_signals())
         status = _train(setup, folder, list(setup.programs), progress, stop)

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 
 # Operations that start work on the device.
@@ -28,15 +27,11 @@ class Cost:
     kernels: list[float] = field(default_factory=list)  # bytes that each reads and writes
     written: float = 0.0  # bytes
     cycles: float = 0.0  # by the TPU compiler's estimate
-    loops: int = 0
-    calls: Counter[str] = field(default_factory=Counter)  # of libraries, by name and window
 
     def add(self, other: "Cost", times: int = 1) -> None:
         self.kernels += other.kernels * times
         self.written += other.written * times
         self.cycles += other.cycles * times
-        self.loops += other.loops
-        self.calls.update({name: count * times for name, count in other.calls.items()})
 
 
 class Module:
@@ -56,13 +51,13 @@ class Module:
 
     def step(self) -> Cost:
         """Cost of one training step: the outermost loop of the segment with the most operations."""
-        bodies = {name: self._bodies(name) for name in self._computations}
+        bodies = {
+            name: [_called(rest, "body") for *_, operation, rest in lines if operation == "while"]
+            for name, lines in self._computations.items()
+        }
         nested = {inner for body in set().union(*bodies.values()) for inner in bodies[body]}
         outermost = [body for found in bodies.values() for body in found if body not in nested]
         return self._cost(max(outermost, key=lambda name: len(self._computations[name])))
-
-    def _bodies(self, name: str) -> list[str]:
-        return [_called(rest, "body") for *_, operation, rest in self._computations[name] if operation == "while"]
 
     def _cost(self, name: str) -> Cost:
         total = Cost()
@@ -71,15 +66,11 @@ class Module:
                 total.cycles += int(cycles.group(1))
             if operation == "while":
                 total.add(self._cost(_called(rest, "body")), self._iterations(rest))
-                total.loops += 1
             elif operation == "call":
                 total.add(self._cost(_called(rest, "to_apply")))
             elif operation in LAUNCHED:
                 total.kernels.append(_bytes(shape) + self._read(rest))
                 total.written += _bytes(shape)
-                if target := re.search(r'custom_call_target="([^"]+)"', rest):
-                    window = re.search(r"window=\{size=([\dx]+)", rest)
-                    total.calls[target.group(1) + (f" {window.group(1)}" if window else "")] += 1
         return total
 
     def _read(self, rest: str) -> int:

@@ -186,11 +186,9 @@ class Streamed:
         numbers = [self._index.training(stream.seed, stream.position) for stream in streams]
         standing = {prefetcher.number: prefetcher for prefetcher in self._prefetchers}
         idle = [prefetcher for prefetcher in self._prefetchers if prefetcher.number not in numbers]
-        found = []
-        for number in numbers:
-            prefetcher = standing.get(number) or (idle.pop() if idle else self._new_prefetcher())
+        found = [standing.get(number) or (idle.pop() if idle else self._new_prefetcher()) for number in numbers]
+        for prefetcher, number in zip(found, numbers, strict=True):
             prefetcher.seek(number)
-            found.append(prefetcher)
         return found
 
     def _new_prefetcher(self) -> Prefetcher:

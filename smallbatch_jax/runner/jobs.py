@@ -18,7 +18,7 @@ from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.data.order import BatchSchedule, Phase
 from smallbatch_jax.models import create_model, micro_batch_size
 from smallbatch_jax.optim import Optimizer, is_kernel
-from smallbatch_jax.program import devices, fit, processes
+from smallbatch_jax.program import devices, processes
 from smallbatch_jax.program import lanes as lane_programs
 from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
 from smallbatch_jax.program.lanes import COMPUTE_DTYPE, LaneProgram, LaneState
@@ -40,15 +40,6 @@ GIB = 2**30
 ModelOf = Callable[..., Model]
 
 
-def named_model(experiment: Experiment, num_classes: int, bn_decay: float, platform: str) -> ModelOf:
-    """Returns the constructor of the experiment's own model."""
-    chosen = experiment.model
-    constants = {"bn_decay": bn_decay, "dtype": COMPUTE_DTYPE[experiment.precision], "platform": platform}
-    return lambda bn_batch_size, axis_name=None: create_model(
-        chosen.name, num_classes, chosen.norm, bn_batch_size, axis_name=axis_name, **constants
-    )
-
-
 class Own(NamedTuple):
     """Parts of an experiment that a Python caller brought beside a model; None where the config names them."""
 
@@ -58,18 +49,6 @@ class Own(NamedTuple):
 
 
 NOTHING_OWN = Own()
-
-
-def named_optimizer(name: str) -> Callable[..., optax.GradientTransformation]:
-    """Returns the constructor of an optimizer of this package."""
-    if name not in catalog.OPTIMIZERS:
-        raise InputError(f"optimizer.name: {name!r} is the optimizer of a Python caller, which `sweep` takes as optimizer.")
-    return pkgutil.resolve_name(catalog.OPTIMIZERS[name].make)
-
-
-def own_optimizer(make: Callable[..., optax.GradientTransformation]) -> Callable[..., optax.GradientTransformation]:
-    """Returns a caller's constructor as one that takes a weight decay, which is one of its own scalars if it has any."""
-    return lambda learning_rate, weight_decay, **scalars: make(learning_rate, **scalars)
 
 
 class Setup:
@@ -84,15 +63,19 @@ class Setup:
         target: Sequence[Any] | None = None,
     ):
         """`model_of` of None takes the experiment's named model; `target` of None this machine's devices."""
-        classes, chosen = dataset.num_classes or 0, experiment.model
-        self._own, self.task = own, task_of(experiment, own.loss, own.metrics)
+        chosen = experiment.model
+        self.own, self.task = own, task_of(experiment, own.loss, own.metrics)
         self.experiment, self.dataset, self.devices = experiment, dataset, target or jax.devices()
         self.platform = target[0].platform if target else jax.default_backend()
         self.own_model = chosen.name.startswith(OWN)  # the user's, which may do anything with its batch
-        self.model_of = model_of or named_model(experiment, classes, chosen.bn_decay, self.platform)
-        precise = chosen.bn_statistics == "precise"
-        self.statistics_model_of = named_model(experiment, classes, 0.0, self.platform) if precise else None
+        self.model_of = model_of or partial(self.named_model, chosen.bn_decay)
         self.programs = programs(experiment.runs())  # runs by (batch size, BN batch size)
+
+    def named_model(self, bn_decay: float, bn_batch_size: int | None, axis_name: str | None = None) -> Model:
+        """Returns the experiment's named model."""
+        chosen, dtype = self.experiment.model, COMPUTE_DTYPE[self.experiment.precision]
+        constants = {"bn_decay": bn_decay, "axis_name": axis_name, "dtype": dtype, "platform": self.platform}
+        return create_model(chosen.name, self.dataset.num_classes or 0, chosen.norm, bn_batch_size, **constants)
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -123,19 +106,23 @@ class Setup:
         """Returns seed → the state before the first update."""
         return lane_programs.initialiser(self.model_of(None), self.dataset.example, self.optimizer(1))
 
-    def own_fingerprint(self) -> dict[str, Any]:
-        """Returns a summary of what the caller's own functions compute, by which a workdir recognises them."""
-        return fit.fingerprint(self.model_of(None), self.task, self.dataset, self.optimizer(1))
-
     def optimizer(self, batch_size: int) -> Optimizer:
         """Returns the optimizer of a program; its learning rate alone depends on the batch size."""
         chosen = self.experiment.optimizer
-        make = own_optimizer(self._own.optimizer) if self._own.optimizer else named_optimizer(chosen.name)
+        if not self.own.optimizer and chosen.name not in catalog.OPTIMIZERS:
+            name = repr(chosen.name)
+            raise InputError(f"optimizer.name: {name} is the optimizer of a Python caller, which `sweep` takes as optimizer.")
+        make = self._own_optimizer if self.own.optimizer else pkgutil.resolve_name(catalog.OPTIMIZERS[chosen.name].make)
         if self.experiment.weight_decay_mask == "kernels":
             make = partial(make, mask=is_kernel)
         first = {name: values[0] for name, values in self.experiment.grid.axes().items()}
         scalars = chosen.scalars(batch_size, first)
         return Optimizer(make, tuple(scalars), chosen.learning_rate(1.0, batch_size))
+
+    def _own_optimizer(self, learning_rate: Any, weight_decay: Any, **scalars: Any) -> optax.GradientTransformation:
+        """The caller's optimizer; its weight decay, if it has any, is one of its own scalars."""
+        assert self.own.optimizer is not None
+        return self.own.optimizer(learning_rate, **scalars)
 
 
 @dataclass
@@ -239,18 +226,14 @@ class Job:
         )
 
     def compile(self, pipeline: InputPipeline, layout: Layout | None = None) -> LaneProgram:
-        """Compiles the program in `layout`, or in the first smaller one that fits the memory.
-
-        Args:
-          pipeline: of the images.
-          layout: None takes one lane for each run, up to MOST_LANES.
+        """Compiles the program in `layout`, by default the last one, or in the first smaller one that fits the memory.
 
         Raises:
           InputError: if no layout fits.
         """
         self.layout = layout or self.layout
         while True:
-            program = self._compile(pipeline, self.layout)
+            program = lane_programs.compile_lanes(**self.arguments(pipeline, self.layout))
             if program.peak_bytes <= self._memory_bytes:
                 return program
             self.layout = self.smaller(program)
@@ -280,9 +263,6 @@ class Job:
         norm, shard = self.experiment.model.norm, self.batch_size // self.data_devices
         return micro_batch_size(norm, shard, self.bn_batch_size, most, self.setup.platform)
 
-    def _compile(self, pipeline: InputPipeline, layout: Layout) -> LaneProgram:
-        return lane_programs.compile_lanes(**self.arguments(pipeline, layout))
-
     def arguments(self, pipeline: InputPipeline, layout: Layout) -> dict[str, Any]:
         """Returns the arguments of `compile_lanes`."""
         experiment, mesh = self.experiment, self.setup.mesh
@@ -302,7 +282,7 @@ class Job:
             position_of_step_0=self.batches.examples(self.steps.start) - self.steps.start * self.batch_size,
         )
         bn_batch_size = None if self.bn_batch_size == self.batch_size else self.bn_batch_size
-        statistics_model_of = self.setup.statistics_model_of
+        precise = experiment.model.bn_statistics == "precise"
         return {
             "model": self.model_of(bn_batch_size, **({"axis_name": axis_name} if axis_name else {})),
             "program": program,
@@ -312,5 +292,5 @@ class Job:
             "segment_steps": pipeline.most_steps(mesh, self.batch_size, mapping == "map"),
             "precision": experiment.precision,
             "mapping": mapping,
-            "statistics_model": statistics_model_of and statistics_model_of(self.bn_batch_size),
+            "statistics_model": self.setup.named_model(0.0, self.bn_batch_size) if precise else None,
         }

@@ -20,12 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from smallbatch_jax.config.experiment import Experiment, Run
-from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.program.lanes import LaneProgram
 from smallbatch_jax.program.train import TrainState
 from smallbatch_jax.runner.input import InputPipeline, input_pipeline
-from smallbatch_jax.runner.jobs import NOTHING_OWN, Job, ModelOf, Own, Setup
+from smallbatch_jax.runner.jobs import Job, Setup
 from smallbatch_jax.runner.progress import Progress, Status
 from smallbatch_jax.runner.segments import Lanes
 from smallbatch_jax.store.results import Format, ProgramResults
@@ -43,7 +41,10 @@ class Trial:
         """Fills the lanes of the program, compiled for the job; `initial` is seed → the state before the first update."""
         self.job, self.program, self._pipeline = job, program, pipeline
         self._lanes = Lanes(job, program, pipeline, initial)
-        self._lanes.refill(deque(_one_run_per_rate(job.runs)))
+        first = {run.base_lr: run for run in reversed(job.runs)}
+        self._lanes.refill(
+            deque(sorted(job.runs, key=lambda run: first[run.base_lr] is not run))
+        )  # one of each rate comes first
         self.runs = list(self._lanes.runs)
         self.alive = np.array([run is not None for run in self.runs])
         self._seconds_per_step = 0.0
@@ -66,7 +67,7 @@ class Trial:
     def evaluate(self) -> float:
         """Seconds to evaluate all lanes, measured the second time; extrapolated from a few batches of a streamed test set."""
         self._time_evaluation(True)
-        masked = 0.0 if self.program.any_length else self._time_evaluation(False)[0]  # a segment in which no lane takes a step
+        masked = 0.0 if self.program.any_length else self._time_evaluation(False)[0]  # of a segment without a step
         seconds, scale = self._time_evaluation(True)
         return max(0.0, seconds - masked) * scale
 
@@ -81,9 +82,9 @@ class Trial:
         jax.block_until_ready(report)
         return time.monotonic() - began, max(1.0, load.test_batches / EVALUATED_BATCHES)
 
-    def diverged(self) -> frozenset[float]:
+    def diverged(self) -> set[float]:
         """Base learning rates whose run has diverged."""
-        return frozenset(run.base_lr for run, lives in zip(self.runs, self.alive, strict=True) if run and not lives)
+        return {run.base_lr for run, lives in zip(self.runs, self.alive, strict=True) if run and not lives}
 
     def _segment(self, pace: int) -> tuple[int, float]:
         """Trains about so many steps per lane; returns the images trained and the seconds, 0 if all runs have ended."""
@@ -96,40 +97,22 @@ class Trial:
         report = flight.fetch()
         seconds = time.monotonic() - began
         self._seconds_per_step = seconds / pace
-        trained = 0
-        for i, lane in enumerate(flight.lanes):
-            if lane is not None:
-                trained += int(report.step[i]) - lane.first_step
-                if not report.alive[i]:
-                    self.alive[i] = False
-                    self._lanes.free(i, lane.run)
-        return trained * self.job.batch_size, seconds
+        sent = [(i, lane) for i, lane in enumerate(flight.lanes) if lane]
+        for i, lane in sent:
+            if not report.alive[i]:
+                self.alive[i] = False
+                self._lanes.free(i, lane.run)
+        return sum(int(report.step[i]) - lane.first_step for i, lane in sent) * self.job.batch_size, seconds
 
 
-def measure(
-    experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None = None, own: Own = NOTHING_OWN
-) -> Iterator[Trial]:
-    """Compiles every program of an experiment, one after the other; keeps nothing on the disk.
-
-    Args:
-      experiment: gives the programs.
-      dataset: its data, or any of the same shape.
-      model_of: makes the model for a BN batch size; None takes the experiment's own.
-      own: the caller's own parts, as for `train_grid`.
-    """
-    setup = Setup(experiment, dataset, model_of, own)
+def measure(setup: Setup) -> Iterator[Trial]:
+    """Compiles every program of a setup, one after the other, whose dataset may be any of the same shape; stores nothing."""
     initial = setup.initialiser()
-    with tempfile.TemporaryDirectory() as folder, closing(input_pipeline(dataset, experiment)) as pipeline:
+    with tempfile.TemporaryDirectory() as folder, closing(input_pipeline(setup.dataset, setup.experiment)) as pipeline:
         for m, b in setup.programs:
-            with ProgramResults(Path(folder), m, b, format=Format.of(experiment)) as results:
+            with ProgramResults(Path(folder), m, b, format=Format.of(setup.experiment)) as results:
                 job = Job(setup, m, b, results)
                 yield Trial(job, job.compile(pipeline), pipeline, initial)
-
-
-def _one_run_per_rate(runs: Sequence[Run]) -> list[Run]:
-    """Returns the first run of each base learning rate, then the others."""
-    first = {run.base_lr: run for run in reversed(runs)}
-    return sorted(runs, key=lambda run: first[run.base_lr] is not run)
 
 
 @dataclass(frozen=True)
@@ -147,10 +130,8 @@ class ProgramPlan:
 
 def plan_program(trial: Trial, flops_per_image: float, seconds: float) -> ProgramPlan:
     """Trains for about so many seconds after a first segment that is not timed, evaluates once, and extrapolates."""
-    first = trial.warm_up()
-    trained, spent = trial.train(seconds)
-    if not trained:  # all runs ended in the first segment
-        trained, spent = first
+    first, later = trial.warm_up(), trial.train(seconds)
+    trained, spent = later if later[0] else first  # all runs may end in the first segment
     rate = trained / spent if trained else math.nan
     evaluation = trial.evaluate() / max(1, trial.alive.sum())
     job, program, diverged = trial.job, trial.program, trial.diverged()
@@ -175,41 +156,32 @@ def total_seconds(plans: Sequence[ProgramPlan]) -> float:
     return sum(compiling[:1]) + sum(max(plan.seconds, following) for plan, following in hidden)
 
 
-def examples_in(
-    seconds: float, experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None, own: Own
-) -> float:
+def examples_in(seconds: float, setup: Setup) -> float:
     """Returns the examples that a search can train on in so many seconds, as many at each batch size of the grid.
 
     Measured at the smallest and the largest batch size, and interpolated; the time to compile comes on top.
     """
-    sizes = experiment.grid.batch_sizes
+    experiment, sizes = setup.experiment, setup.experiment.grid.batch_sizes
     ends = replace(experiment, grid=replace(experiment.grid, batch_sizes=tuple(sorted({min(sizes), max(sizes)}))))
     rates = []
-    for trial in measure(ends, dataset, model_of, own):
+    for trial in measure(Setup(ends, setup.dataset, setup.model_of, setup.own)):
         plan = plan_program(trial, 0.0, PROBE_SECONDS)
-        each = 1 / plan.images_per_second + plan.evaluation_seconds / dataset.num_train
+        each = 1 / plan.images_per_second + plan.evaluation_seconds / setup.dataset.num_train
         rates.append({"batch_size": trial.job.batch_size, "images_per_second": 1 / each})
     return seconds / statistics.mean(elsewhere(m, 1, 1, rates) for m in sizes)
 
 
 def elsewhere(batch_size: int, runs: int, images: int, stored: Sequence[Mapping[str, Any]], devices: int = 1) -> float:
-    """Seconds that the training of a program's runs would take at rates stored for another device.
+    """Seconds that the runs of a program would train on so many images each, spread over devices of another kind.
 
-    Args:
-      batch_size: m.
-      runs: number of runs that train to their last epoch.
-      images: that each run trains on.
-      stored: results of `benchmark.py --json` on one such device, for the same model.
-      devices: number of devices that the runs are spread over; the one with the most runs decides.
-
-    Returns:
-      Seconds, the rate interpolated between the two nearest batch sizes on logarithmic axes; NaN without any rate.
+    `stored` are results of `benchmark.py --json` on one of them, for the same model. The rate is interpolated between the two
+    nearest batch sizes on logarithmic axes; NaN without any.
     """
     rates = {int(row["batch_size"]): float(row["images_per_second"]) for row in stored}
     if not rates:
         return math.nan
-    sizes = sorted(rates)
-    rate = 2.0 ** np.interp(math.log2(batch_size), np.log2(sizes), np.log2([rates[m] for m in sizes]))
+    sizes, known = zip(*sorted(rates.items()), strict=True)
+    rate = 2.0 ** np.interp(math.log2(batch_size), np.log2(sizes), np.log2(known))
     return -(-runs // devices) * images / float(rate)
 
 

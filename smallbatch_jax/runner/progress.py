@@ -209,10 +209,9 @@ class LiveProgress:
         print(_ending(status), file=sys.stderr, flush=True)
 
 
-def for_stream(stream: TextIO | None = None) -> Progress:
-    """Returns live bars for a terminal, plain lines for any other stream; None is stderr."""
-    watched = stream or sys.stderr
-    return LiveProgress() if watched.isatty() else PlainProgress(watched)
+def for_stream() -> Progress:
+    """Returns live bars if stderr is a terminal, otherwise plain lines."""
+    return LiveProgress() if sys.stderr.isatty() else PlainProgress()
 
 
 def _ending(status: Status) -> str:

@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from smallbatch_jax.config.experiment import Experiment, InputError
-from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.program import processes
 from smallbatch_jax.runner import planning, policy
-from smallbatch_jax.runner.jobs import Job, ModelOf, Own
+from smallbatch_jax.runner.jobs import Job, Setup
 from smallbatch_jax.runner.progress import Status
 from smallbatch_jax.store.workdir import read_workdir
 
@@ -47,15 +46,13 @@ def search_rounds(jobs: Sequence[Job], status: Status) -> Iterator[Job]:
         curves = {run: job.results.curve(runs[run], epochs) for run, epochs in goals.items()}
 
 
-def with_budget(
-    experiment: Experiment, workdir: Path, dataset: Dataset | Photographs, model_of: ModelOf | None, own: Own
-) -> Experiment:
-    """Returns an experiment whose budget in seconds, if it has one, is given in examples: those that its workdir began with.
+def with_budget(setup: Setup, workdir: Path) -> Experiment:
+    """Returns the experiment, whose budget in seconds, if it has one, is given in examples: those that its workdir began with.
 
     Raises:
       InputError: with several processes, which would not measure the same.
     """
-    search = experiment.search
+    experiment, search = setup.experiment, setup.experiment.search
     if search.seconds is None or search.budget is not None:
         return experiment
     if processes.several():
@@ -64,7 +61,7 @@ def with_budget(
         stored = read_workdir(workdir)[0].search
         if stored.seconds == search.seconds:
             return replace(experiment, search=replace(search, budget=stored.budget))
-    budget = planning.examples_in(search.seconds, experiment, dataset, model_of, own)
+    budget = planning.examples_in(search.seconds, setup)
     return replace(experiment, search=replace(search, budget=budget))
 
 

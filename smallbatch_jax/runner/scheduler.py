@@ -64,8 +64,10 @@ class Scheduler:
         Raises:
           Interrupted: on a signal, after the segment in flight ended and all lanes were saved.
         """
-        pending, parked = self._job.pending(), self.lanes.parked
-        for run in [run for run in parked if run not in pending and not self._waits(run)]:
+        job, parked = self._job, self.lanes.parked
+        pending = job.pending()
+        ended = {run for run in parked if run not in job.goals or job.results.complete(run, job.experiment.epochs)}
+        for run in ended.difference(pending):
             del parked[run]
         self._queue = deque(sorted(pending, key=lambda run: run not in parked))  # those that have begun come first
         self._begin(pending)
@@ -94,10 +96,12 @@ class Scheduler:
         restored = processes.on_first(lambda: self._checkpoints.restore(self.lanes.program.template))
         if restored is not None:
             state, runs = restored
+            batches, results = self._job.batches, self._job.results
             for i, run in enumerate(runs):
-                if run is not None and self._follows(run, state.train.step[i]):
+                step = int(state.train.step[i])
+                if run is not None and results.epochs(run) >= batches.epoch_of_step(step) - 1:  # a copied workdir may lack rows
                     self.lanes.parked[run] = jax.tree.map(lambda leaf, i=i: leaf[i], state)
-                    self._session.status.images -= self._job.batches.examples(int(state.train.step[i]))
+                    self._session.status.images -= batches.examples(step)
 
     def _begin(self, pending: list[Run]) -> None:
         """Shows what is left to do, less what parked runs have done already."""
@@ -106,15 +110,6 @@ class Scheduler:
         program.add_program(job.goals, job.results, job.num_examples)
         program.images -= sum(job.batches.examples(int(parked[run].train.step)) for run in pending if run in parked)
         status.begin(program)
-
-    def _waits(self, run: Run) -> bool:
-        """Returns whether a run has reached its goal and may go on from there later."""
-        goals, results = self._job.goals, self._job.results
-        return run in goals and not results.complete(run, self._job.experiment.epochs)
-
-    def _follows(self, run: Run, step: int) -> bool:
-        """Returns whether the rows of all epochs before this step are stored: a copied workdir may lack some."""
-        return self._job.results.epochs(run) >= self._job.batches.epoch_of_step(int(step)) - 1
 
     def _send(self) -> InFlight | None:
         """Dispatches the next segment, with this host's proposal for what to do after it."""

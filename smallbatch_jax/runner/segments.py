@@ -39,12 +39,11 @@ class Lanes:
     def __init__(self, job: Job, program: LaneProgram, pipeline: InputPipeline, initial: Callable[[int], TrainState]):
         """Starts with free lanes; `initial` maps a seed to the state before the first update."""
         self.job, self._pipeline, self._initial = job, pipeline, initial
+        self.parked = job.parked
         self._use(program)
         self.state: LaneState = program.empty()
-        self.parked = job.parked
 
     def _use(self, program: LaneProgram) -> None:
-        """Switches to a program, with all lanes free."""
         self.program = program
         self.runs: list[Run | None] = [None] * program.lanes
         self.steps = [0] * program.lanes  # updates dispatched so far
@@ -96,14 +95,9 @@ class Lanes:
         self.state = program.put(packed)
 
     def send(self, pace: int, evaluate: bool = True) -> InFlight | None:
-        """Dispatches a segment of about `pace` steps per lane, and frees the lanes of the runs that end in it.
+        """Dispatches a segment of about `pace` steps per lane, and frees the lanes of runs that end in it; None without any.
 
-        Args:
-          pace: steps per lane.
-          evaluate: whether a lane stops at the end of its epoch and is evaluated there; otherwise it trains on.
-
-        Returns:
-          None if there is nothing to do.
+        A lane stops at the end of its epoch and is evaluated there, unless `evaluate` is False.
         """
         lanes = self._next_steps(pace, evaluate)
         if not any(lanes):

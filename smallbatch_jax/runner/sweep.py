@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from flax import linen as nn
 
@@ -137,14 +137,12 @@ def _own_parts(sections: dict[str, Any], loss: Any, metrics: Any, optimizer: Any
     if loss is not None:
         sections["task"] = f"{OWN}{_name_of(loss)}"
     sections["metrics"] = [f"{OWN}{name}" for name in functions] if functions else metrics
-    if callable(optimizer) and not isinstance(optimizer, experiment.Optimizer):
-        sections["optimizer"]["name"] = f"{OWN}{_name_of(optimizer)}"
-        return Own(cast(Any, optimizer), loss, functions)
+    own: Any = optimizer if callable(optimizer) else None
     if isinstance(optimizer, experiment.Optimizer):
         sections["optimizer"] = dataclasses.asdict(optimizer) | sections["optimizer"]
     else:
-        sections["optimizer"]["name"] = optimizer
-    return Own(None, loss, functions)
+        sections["optimizer"]["name"] = f"{OWN}{_name_of(optimizer)}" if own else optimizer
+    return Own(own, loss, functions)
 
 
 def _name_of(function: Any) -> str:

@@ -8,12 +8,11 @@ import inspect
 import json
 import os
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 
@@ -85,19 +84,30 @@ ASSUMPTIONS = {  # by platform
 }
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """What was read of one compiled program."""
+
+    lanes: int
+    peak_bytes: int  # without the dataset
+    kernels: int  # of a step of all lanes
+    launches_or_bytes: float  # seconds × bandwidth: the sum over kernels of their bytes, or those of a launch if that is more
+    moved: float  # bytes, read and written by the kernels
+    written: float
+    cycles: float
+    rows: ClassVar[int] = 1  # of devices
+
+
 class Estimate(NamedTuple):
     """What the compiler says of one program."""
 
     batch_size: int
     bn_batch_size: int
     runs: int
-    lanes: int
-    kernels: int  # of a step of all lanes
-    mib_per_step: float  # read and written by them on GPU; written on TPU
-    peak_bytes: int  # without the dataset
+    compiled: Compiled
+    mib_per_step: float  # read and written by its kernels on GPU; written on TPU
     step_seconds: float
     seconds: float  # of all runs, training and evaluation, if none diverges
-    compile_seconds: float
 
 
 def devices(name: str) -> Sequence[Any]:
@@ -114,12 +124,9 @@ def devices(name: str) -> Sequence[Any]:
         if target.platform == "gpu":
             return topologies.get_topology_desc(platform="cuda", target_config=target.topology, topology="1x1x1").devices[:1]
         # Without these libtpu looks for the machine's own TPU.
-        for variable, value in (
-            ("TPU_SKIP_MDS_QUERY", "1"),
-            ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
-            ("TPU_WORKER_HOSTNAMES", "localhost"),
-        ):
-            os.environ.setdefault(variable, value)
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         return topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices[:1]
     except Exception as error:  # the plugins raise errors of many types
         raise InputError(f"--target={name}: its compiler cannot be used: {error}") from None
@@ -132,14 +139,9 @@ def estimate(
     batch_sizes: Sequence[int] = (),
     model_of: ModelOf | None = None,
 ) -> Iterator[Estimate]:
-    """Compiles each program of an experiment for a target; what was read of a program is kept in the cache directory.
+    """Compiles each program of an experiment, or of some batch sizes, for a target of `TARGETS`.
 
-    Args:
-      experiment: gives the programs.
-      dataset: its data, or any of the same shape.
-      name: in `TARGETS`.
-      batch_sizes: those to estimate; none stands for all.
-      model_of: makes the model for a BN batch size; None takes the experiment's own.
+    The dataset may be any of the same shape. What was read of a program is kept in the cache directory.
     """
     target = TARGETS[name]
     setup = Setup(experiment, dataset, model_of, target=devices(name))
@@ -165,29 +167,11 @@ def estimate(
                 m,
                 b,
                 len(job.runs),
-                compiled.lanes,
-                compiled.kernels,
+                compiled,
                 (compiled.moved if target.platform == "gpu" else compiled.written) / 2**20,
-                compiled.peak_bytes,
                 step,
                 rounds * (job.total_steps + tested) * step,
-                compiled.compile_seconds,
             )
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What was read of one compiled program."""
-
-    lanes: int
-    rows: int
-    peak_bytes: int
-    kernels: int
-    launches_or_bytes: float  # seconds × bandwidth: the sum over kernels of their bytes, or those of a launch if that is more
-    moved: float  # bytes
-    written: float
-    cycles: float
-    compile_seconds: float
 
 
 def _compiled(name: str, arguments: dict[str, Any]) -> Compiled:
@@ -200,22 +184,19 @@ def _compiled(name: str, arguments: dict[str, Any]) -> Compiled:
     kept = cache.directory() / f"target-{key}.json"
     with suppress(OSError, ValueError, TypeError):
         return Compiled(**json.loads(kept.read_text()))
-    target, began = TARGETS[name], time.monotonic()
+    target = TARGETS[name]
     options: Any = {"xla_gpu_autotune_level": "0"} if target.platform == "gpu" else {}  # no device to try kernels on
     executable = lowered.compile(compiler_options=options)
-    seconds = time.monotonic() - began
     step = Module(executable.as_text() or "").step()
     launch = LAUNCH_SECONDS * target.gb_per_second * 1e9
     found = Compiled(
         arguments["lanes"],
-        rows=1,
         peak_bytes=lanes.needed_bytes(executable, arguments["data"], arguments["mesh"]),
         kernels=len(step.kernels),
         launches_or_bytes=sum(max(launch, moved) for moved in step.kernels),
         moved=sum(step.kernels),
         written=step.written,
         cycles=step.cycles,
-        compile_seconds=seconds,
     )
     with suppress(OSError):  # a cache that cannot be written costs only time
         kept.parent.mkdir(parents=True, exist_ok=True)

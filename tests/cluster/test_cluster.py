@@ -171,7 +171,9 @@ def test_who_adds_a_line_to_a_shared_file_waits_for_its_turn(tmp_path):
 @pytest.fixture
 def tiny_worker(monkeypatch):
     """Workers in this process train the tiny model on its data."""
-    monkeypatch.setattr("smallbatch_jax.runner.jobs.named_model", lambda *_: tiny.TinyModel)
+    monkeypatch.setattr(
+        "smallbatch_jax.runner.jobs.Setup.named_model", lambda setup, bn_decay, *rest, **_: tiny.TinyModel(*rest)
+    )
     monkeypatch.setattr("smallbatch_jax.data.load", lambda *_: tiny.dataset())
     monkeypatch.setattr(sys, "argv", sys.argv)
 

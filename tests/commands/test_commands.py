@@ -137,7 +137,7 @@ MISTAKES = [
     (["--config.grid.base_lrs=(1e999,)"], "grid.base_lrs: got inf"),
     (["--config.grid.base_lrs=(2^-7,2**-7,2^0)"], "0.0078125 stands twice in (0.0078125, 0.0078125, 1)"),
     (["--config.grid.base_lrs=(0.5,12^^2)"], "grid.base_lrs: got '(0.5,12^^2)'"),
-    (["--flagfile=/nowhere"], "--flagfile=/nowhere: cannot be read"),
+    (["--flagfile=/nowhere"], "Unable to open flagfile"),
     (["--config.grid.bn_batch_sizes=(6,)"], "grid.bn_batch_sizes: 6 does not divide batch size 8"),
     (["--config.model.name=resnet9000"], "model.name: unknown model 'resnet9000'"),
     (["--config.epochs=many"], "epochs: got 'many'"),

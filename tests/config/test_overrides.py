@@ -1,8 +1,6 @@
 """The fields of a config as a command line gives them: =, a space, a flagfile; the last of each counts."""
 
 import dataclasses
-from decimal import Decimal
-from fractions import Fraction
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -107,10 +105,10 @@ REFUSED = [
     (["--config.epochs.many=2"], "Unknown command line flag 'config.epochs.many'. Did you mean: config.epochs ?"),
     (["--config.grid.batch_size=8"], "flag 'config.grid.batch_size'. Did you mean: config.grid.batch_sizes ?"),
     (["--config."], "Unknown command line flag 'config.'. Did you mean: config.base_lr, config.batch_size"),
-    (["--flagfile=/nowhere"], "--flagfile=/nowhere: cannot be read: No such file"),
-    (["--flagfile=/"], "--flagfile=/: cannot be read: Is a directory"),
-    (["--flagfile"], "--flagfile: empty"),
-    (["--flagfile=~nobody_here/x"], "--flagfile: got '~nobody_here/x', there is no such user"),
+    (["--flagfile=/nowhere"], "Unable to open flagfile: [Errno 2] No such file"),
+    (["--flagfile=/"], "Unable to open flagfile: [Errno 21] Is a directory"),
+    (["--flagfile"], "--flagfile with no argument"),
+    (["--flagfile=~nobody_here/x"], "No such file or directory: '~nobody_here/x'"),
     (["--config="], "--config: empty; give a path"),
     (["--config=~/nowhere.py"], "/nowhere.py: FileNotFoundError: [Errno 2] No such file"),
     (["--othr=3"], "Unknown command line flag 'othr'. Did you mean: other ?"),
@@ -167,22 +165,20 @@ def test_a_reference_to_an_overridden_field_follows_it(tmp_path):
     assert from_command_line("--config.epochs=5", f"--config={file}").lanes == 5
 
 
-def test_a_flagfile_has_comments_quotes_spaces_and_other_flagfiles(tmp_path):
+def test_a_flagfile_has_comments_quotes_and_other_flagfiles(tmp_path):
     (tmp_path / "more").write_text("--config.dataset.augment\n--config.lanes=4\n")
     (tmp_path / "flags").write_text(
-        '# a comment\n   // another\n\n--config.epochs 3\n--config.name="a b"\n'
-        f"  --config.grid.base_lrs '(2^-8.5, 2^-7)'\n--config.wandb = None\n--other \"x y\"\n  --flagfile={tmp_path}/more\n"
+        '# a comment\n// another\n\n--config.epochs=3\n--config.name="a b"\n'
+        f"--config.grid.base_lrs=(2^-8.5, 2^-7)\n--config.wandb=None\n--flagfile={tmp_path}/more\n"
     )
     found = from_command_line(f"--flagfile={tmp_path}/flags", "--config.lanes", "2")
     assert (found.epochs, found.name, found.wandb, found.lanes, found.dataset.augment) == (3, "a b", None, 2, True)
     assert found.grid.base_lrs == (2**-8.5, 2**-7)
 
 
-def test_a_flagfile_that_names_itself_or_is_no_text_is_refused(tmp_path):
-    (tmp_path / "flags").write_text(f"--flagfile={tmp_path}/flags")
-    assert from_command_line(f"--flagfile={tmp_path}/flags") == f"--flagfile={tmp_path}/flags: names itself"
+def test_a_flagfile_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "flags").write_bytes(b"\xff\xfe")
-    assert "cannot be read: 'utf-8' codec" in from_command_line("--flagfile", tmp_path / "flags")
+    assert "'utf-8' codec" in from_command_line("--flagfile", tmp_path / "flags")
 
 
 PLAIN = [
@@ -201,8 +197,6 @@ PLAIN = [
     ("grid.base_lrs", 2.0 ** jnp.arange(-2, 0), (0.25, 0.5)),
     ("grid.base_lr_by_batch_size", {np.int64(2): np.float64(0.5), 8: 1, 32: 1}, ((2, 0.5), (8, 1.0), (32, 1.0))),
     ("grid.base_lr_by_batch_size", np.array([[2, 1], [8, 1], [32, 1]]), ((2, 1.0), (8, 1.0), (32, 1.0))),
-    ("weight_decay", Fraction(1, 4), 0.25),
-    ("weight_decay", Decimal("0.25"), 0.25),
     ("dataset.data_dir", Path("a/b"), "a/b"),
     ("drawn_from", [Path("a/b")], ("a/b",)),
     ("schedule.boundaries", np.linspace(0.25, 0.75, 3), (0.25, 0.5, 0.75)),

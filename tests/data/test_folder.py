@@ -95,7 +95,6 @@ def test_many_small_files_keep_their_order(tmp_path, monkeypatch):
         save(root / "train" / "a" / f"{i:02}.png", Image.new("L", (2, 2), i))
     save(root / "test" / "a" / "0.png", Image.new("L", (2, 2), 200))
     monkeypatch.setattr(decode, "_CHUNK", 3)
-    monkeypatch.setattr(decode, "_THREADS_PAY_ABOVE", 0)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     before = threading.active_count()
     np.testing.assert_array_equal(load(root).train_images[:, 1, 1, 0], np.arange(40))

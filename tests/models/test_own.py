@@ -58,7 +58,7 @@ def test_a_mode_is_known_by_its_usual_names(name, default):
 @pytest.mark.parametrize("body", ["nn.Dropout(0.5)(x, off)", "nn.BatchNorm()(x, use_running_average=off)"])
 def test_a_mode_of_another_name_is_refused_by_what_it_does(default, inverted, body):
     line = error_line(settled, called("phase", default, inverted, body))
-    assert line.startswith("model: Own is trained by its argument phase, which is not recognised.")
+    assert "that training never" in line
     assert "train, training, is_training" in line
 
 
@@ -154,7 +154,7 @@ class NnxStuck(Nnx):
 def test_modules_of_nnx_are_taken_and_refused_alike():
     assert settled(bridge.to_linen(nnx.Linear, 5, 3))._modes == ()
     assert settled(bridge.to_linen(Nnx, 5))._modes == ("train",)
-    assert "batch_stats that evaluation does not use" in error_line(settled, bridge.to_linen(NnxStuck, 5))
+    assert "changes its batch_stats at evaluation" in error_line(settled, bridge.to_linen(NnxStuck, 5))
 
 
 def test_what_a_module_raises_is_said_to_be_its_own():
@@ -168,29 +168,22 @@ def test_what_a_module_raises_is_said_to_be_its_own():
 
 
 @pytest.mark.parametrize(
-    ("layer", "shape", "batch_size", "refused"),
+    ("axis", "shape", "batch_size", "refused"),
     [
-        (nn.BatchNorm(False), (5,), 1, True),
-        (nn.BatchNorm(False), (5,), 2, False),
-        (nn.BatchNorm(False), (2, 1, 5), 1, False),
-        (nn.BatchNorm(False), (1, 1, 5), 1, True),
-        (nn.BatchNorm(False, axis=(1, 2)), (3, 5), 1, True),
-        (nn.LayerNorm(), (1,), 4, True),
-        (nn.LayerNorm(), (2,), 1, False),
-        (nn.GroupNorm(5), (5,), 4, True),
-        (nn.GroupNorm(5), (2, 1, 5), 4, False),
-        (nn.InstanceNorm(), (1, 1, 5), 4, True),
-        (nn.InstanceNorm(), (2, 1, 5), 4, False),
+        (-1, (5,), 1, True),
+        (-1, (5,), 2, False),
+        (-1, (2, 1, 5), 1, False),
+        (-1, (1, 1, 5), 1, True),
+        ((1, 2), (3, 5), 1, True),
     ],
 )
-def test_a_norm_over_a_single_value_is_refused(layer, shape, batch_size, refused):
+def test_batch_norm_over_a_single_value_is_refused(axis, shape, batch_size, refused):
     example = jax.ShapeDtypeStruct(shape, np.float32)
 
     class Normed(nn.Module):
         @nn.compact
         def __call__(self, x, train):
-            y = nn.BatchNorm(not train, axis=layer.axis)(x) if isinstance(layer, nn.BatchNorm) else layer.clone(parent=self)(x)
-            return nn.Dense(3)(y.reshape(len(x), -1))
+            return nn.Dense(3)(nn.BatchNorm(not train, axis=axis)(x).reshape(len(x), -1))
 
     if refused:
         assert "mean and variance over a single value" in error_line(LinenModel(Normed()).require_batch, example, batch_size)

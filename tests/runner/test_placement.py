@@ -105,14 +105,14 @@ def test_a_shard_that_does_not_fit_is_computed_in_micro_batches(monkeypatch):
             self.rows, self.lanes, self.mesh = 2, layout.lanes, lanes.lane_mesh()
             self.peak_bytes = 10 if layout.micro_batch_size == 8 else 100
 
-    def compiled(self, pipeline, layout):
-        tried.append(tuple(layout))
-        return Fitting(layout)
+    def compiled(lanes, program, **_):
+        tried.append((lanes, program.micro_batch_size))
+        return Fitting(jobs.Layout(*tried[-1]))
 
-    monkeypatch.setattr(jobs.Job, "_compile", compiled)
+    monkeypatch.setattr(jobs.lane_programs, "compile_lanes", compiled)
     model = {"model": {"name": "alexnet", "norm": "batch"}}
     job(32, 4, memory_bytes=50, **model).compile(Resident(tiny.dataset()))
     assert tried == [(2, None), (2, 16), (2, 8)]
     with pytest.raises(InputError, match="m = 32: out of memory: one lane per device needs"):
-        job(32, 4, memory_bytes=5, **model).compile(None)  # pyright: ignore
+        job(32, 4, memory_bytes=5, **model).compile(Resident(tiny.dataset()))
     assert tried[-1] == (2, 4)

@@ -13,6 +13,7 @@ from smallbatch_jax import data
 from smallbatch_jax.config import experiment
 from smallbatch_jax.models import create_model
 from smallbatch_jax.runner import flops, planning
+from smallbatch_jax.runner.jobs import Setup
 
 ONE_PROGRAM = ("--config.grid.batch_sizes=(64,)", "--config.grid.base_lrs=(0.001,8.0)")
 
@@ -20,7 +21,7 @@ ONE_PROGRAM = ("--config.grid.batch_sizes=(64,)", "--config.grid.base_lrs=(0.001
 @pytest.fixture(scope="module")
 def probed():
     experiment = tiny.grid(base_lrs=(2**-7, 1e30), seeds=(0, 1), epochs=500)
-    (trial,) = planning.measure(experiment, tiny.dataset(), lambda b: tiny.PlainModel())
+    (trial,) = planning.measure(Setup(experiment, tiny.dataset(), lambda b: tiny.PlainModel()))
     return trial, planning.plan_program(trial, 10.0, 0.05)
 
 
@@ -57,7 +58,7 @@ def test_a_trial_takes_the_steps_it_says(probed):
 
 def test_the_rates_that_survive_keep_all_devices_at_work():
     experiment = tiny.grid(base_lrs=(2**-9, 2**-7, 1e30, 2e30), epochs=500)
-    (trial,) = planning.measure(experiment, tiny.dataset(), lambda b: tiny.PlainModel())
+    (trial,) = planning.measure(Setup(experiment, tiny.dataset(), lambda b: tiny.PlainModel()))
     trial.train(0.02)
     assert sorted(trial.program.row_of_lane(lane) for lane in np.flatnonzero(trial.alive)) == [0, 1]
 

@@ -188,10 +188,9 @@ def test_examples_in_a_time_are_the_mean_over_batch_sizes(monkeypatch):
 
     rates = {2: 100.0, 16: 400.0}
     plan = lambda trial, *_: planning.ProgramPlan(0, 0, 0, rates[trial.job.batch_size], 0.0, 0, 0)  # noqa: E731
-    monkeypatch.setattr(planning, "measure", lambda chosen, *_: map(Trial, chosen.grid.batch_sizes))
+    monkeypatch.setattr(planning, "measure", lambda setup: map(Trial, setup.experiment.grid.batch_sizes))
     monkeypatch.setattr(planning, "plan_program", plan)
-    experiment = tiny.grid(batch_sizes=(4, 2, 16))
-    images = planning.examples_in(60.0, experiment, tiny.dataset(), None, planning.NOTHING_OWN)
+    images = planning.examples_in(60.0, planning.Setup(tiny.grid(batch_sizes=(4, 2, 16)), tiny.dataset()))
     expected = [100.0, 100.0 * 2 ** (2 / 3), 400.0]  # between them by powers of two
     assert images == pytest.approx(60 / np.mean([1 / rate for rate in expected]))
 

@@ -194,15 +194,13 @@ def test_a_prepared_dataset_below_a_name_that_is_no_text_is_one_line(prepared, t
     assert f"the records in {str(version)!r} cannot be read" in error_line(load_prepared, version)
 
 
-@pytest.mark.parametrize("part", ["images", "labels"])
-def test_a_pickle_in_the_cache_of_a_prepared_dataset_is_mended(prepared, cache_dir, bomb, capsys, part):
+def test_a_pickle_in_the_cache_of_a_prepared_dataset_is_mended(prepared, cache_dir, bomb, capsys):
     first = load_prepared(prepared)
-    (path,) = cache_dir.glob(f"cifar10-{part}-*.npy")
-    sound = path.read_bytes()
+    (path,) = cache_dir.glob("cifar10-*.npz")
     path.write_bytes(bomb)
-    np.testing.assert_array_equal(load_prepared(prepared).train_images, first.train_images)
-    assert path.read_bytes() == sound
-    assert repr(str(path)) in capsys.readouterr().err
+    for _ in range(2):  # the second time from the mended file
+        np.testing.assert_array_equal(load_prepared(prepared).train_images, first.train_images)
+    assert capsys.readouterr().err.count(repr(str(path))) == 1
 
 
 @pytest.fixture(scope="module")

@@ -26,17 +26,10 @@ EXIF_WITHIN = 2**12  # bytes from the start of a file that has EXIF
 
 
 def training_view(content: bytes, size: int, rng: np.random.Generator, color_jitter: bool, upright: bool) -> np.ndarray:
-    """Cuts a random square out of a photograph at a random scale, mirrored half the time.
+    """Cuts a random square out of the photograph in a file at a random scale, mirrored half the time: uint8[size, size, 3].
 
-    Args:
-      content: of a file, JPEG or another kind (`decode.py`).
-      size: S, pixels.
-      rng: gives five numbers, or eight with color_jitter.
-      color_jitter: whether a random multiple of each principal component of colour is added to all pixels.
-      upright: whether the picture is turned as its EXIF says.
-
-    Returns:
-      uint8[S, S, 3].
+    `color_jitter` adds a random multiple of each principal component of colour to all pixels; `upright` turns the picture as
+    its EXIF says.
 
     Raises:
       Exception: of any kind, if the file cannot be decoded.

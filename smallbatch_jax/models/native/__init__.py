@@ -54,15 +54,9 @@ def correlate(shape: Correlation, x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def kernel_gradient(shape: Correlation, x: jax.Array, dy: jax.Array) -> jax.Array:
-    """Returns the gradient of Σ y·dy with respect to the kernel of a correlation without dilation.
+    """Returns the gradient of Σ y·dy by the kernel of a correlation without dilation, float32[kh, kw, C, O].
 
-    Args:
-      shape: the correlation.
-      x: its images, float32[N, H, W, C].
-      dy: cotangents of its outputs, float32[N, H', W', O].
-
-    Returns:
-      float32[kh, kw, C, O].
+    x, float32[N, H, W, C], are its images and dy, float32[N, H', W', O], the cotangents of its outputs.
     """
     return _call("kernel_gradient", shape, (*shape.window, shape.channels, shape.features), x, dy)
 
