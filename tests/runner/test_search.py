@@ -1,9 +1,8 @@
 """A search trains the rounds of its policy into an ordinary workdir, and ends the same however often it was killed."""
 
 import json
+import os
 import random
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from forks import Fork
 
 from smallbatch_jax.config.experiment import InputError, Run
 from smallbatch_jax.runner import planning, policy, scheduler
@@ -135,15 +135,14 @@ def test_a_search_killed_at_random_ends_with_the_same_rows(undisturbed, tmp_path
     code = KILLED.format(tests=str(Path(__file__).parents[1]), workdir=str(tmp_path / "w"), fields=SEARCH)
     draw, killed = random.Random(kills), 0
     while killed < kills:
-        process = subprocess.Popen([sys.executable, "-c", code])
         target = _stored(tmp_path) + draw.randint(1, max(1, 2 * len(undisturbed) // (3 * kills)))
-        while process.poll() is None and _stored(tmp_path) < target:
-            time.sleep(0.002)
-        assert process.poll() is None
-        process.kill()
-        process.wait()
+        with Fork(["-c", code], os.environ) as process:
+            while process.poll() is None and _stored(tmp_path) < target:
+                time.sleep(0.002)
+            assert process.poll() is None
         killed += 1
-    subprocess.run([sys.executable, "-c", code], check=True)
+    with Fork(["-c", code], os.environ) as process:
+        assert process.wait() == 0
     pd.testing.assert_frame_equal(results.load(tmp_path / "w"), undisturbed, check_exact=True)
     assert _stored(tmp_path) == len(undisturbed)  # nothing was written twice
 
