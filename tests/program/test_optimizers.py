@@ -104,6 +104,7 @@ LOOPS = [
 
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize(("mapping", "mask"), LOOPS)
+@pytest.mark.usefixtures("quick_compiler")
 def test_a_lane_trains_as_a_plain_optax_loop(name, mapping, mask):
     """50 steps with warm-up, two reductions and weight decay; the rules take turns."""
     rule = list(RATES)[(list(PLAIN).index(name) + (mapping == "vmap")) % 3]
