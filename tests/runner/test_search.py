@@ -113,6 +113,25 @@ def test_a_stopped_search_goes_on_from_its_checkpoint_bit_for_bit(undisturbed, t
     assert len(begun) == len(undisturbed.drop_duplicates(RUN))  # those that waited were saved too
 
 
+class Fails(tiny.StopAfter):
+    """Ends the search after a number of segments without another word, as a kill would."""
+
+    def show(self, status, doing):
+        self.left -= 1
+        if self.left == 0:
+            raise ZeroDivisionError
+
+
+def test_a_search_that_ended_without_saving_goes_on_from_what_it_had_saved(undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setattr(scheduler.Pace, "FIRST_IMAGES", 8)
+    monkeypatch.setattr(scheduler, "CHECKPOINT_SHARE", 1e9)
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path / "w", Fails(60), **SEARCH, segment_seconds=1e-9, checkpoint_seconds=0.0)
+    assert 0 < _stored(tmp_path) < len(undisturbed)
+    pd.testing.assert_frame_equal(train(tmp_path / "w", **SEARCH), undisturbed, check_exact=True)
+    assert _stored(tmp_path) == len(undisturbed)  # nothing was written twice
+
+
 KILLED = textwrap.dedent("""
     import sys
     from pathlib import Path
@@ -130,7 +149,8 @@ KILLED = textwrap.dedent("""
 """)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 10])
 def test_a_search_killed_at_random_ends_with_the_same_rows(undisturbed, tmp_path, kills):
     code = KILLED.format(tests=str(Path(__file__).parents[1]), workdir=str(tmp_path / "w"), fields=SEARCH)
     draw, killed = random.Random(kills), 0
