@@ -114,10 +114,12 @@ def test_a_stopped_search_goes_on_from_its_checkpoint_bit_for_bit(undisturbed, t
 
 
 class Fails(tiny.StopAfter):
-    """Ends the search after a number of segments without another word, as a kill would."""
+    """Ends the search after a number of segments without another word, as a kill would; the last sixty are not saved."""
 
     def show(self, status, doing):
         self.left -= 1
+        if self.left == 60:
+            scheduler.CHECKPOINT_SHARE = 0.0
         if self.left == 0:
             raise ZeroDivisionError
 
@@ -126,7 +128,7 @@ def test_a_search_that_ended_without_saving_goes_on_from_what_it_had_saved(undis
     monkeypatch.setattr(scheduler.Pace, "FIRST_IMAGES", 8)
     monkeypatch.setattr(scheduler, "CHECKPOINT_SHARE", 1e9)
     with pytest.raises(ZeroDivisionError):
-        train(tmp_path / "w", Fails(60), **SEARCH, segment_seconds=1e-9, checkpoint_seconds=0.0)
+        train(tmp_path / "w", Fails(120), **SEARCH, segment_seconds=1e-9, checkpoint_seconds=0.0)
     assert 0 < _stored(tmp_path) < len(undisturbed)
     pd.testing.assert_frame_equal(train(tmp_path / "w", **SEARCH), undisturbed, check_exact=True)
     assert _stored(tmp_path) == len(undisturbed)  # nothing was written twice
