@@ -33,6 +33,14 @@ def pytest_collectreport(report):
         pytest.exit(report.longreprtext, returncode=2)
 
 
+@pytest.fixture
+def quick_compiler():
+    """Programs are compiled as `compiled.quickly` does, for a test that compares two to rounding."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def cache_dir(tmp_path, monkeypatch):
     """Each test has a cache of its own; the user's is left alone."""

@@ -8,18 +8,17 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
 
 import pandas as pd
 import pytest
+import shell
+from shell import QUICKSTART, ROOT, refused
 
 from smallbatch_jax.cluster.launcher import connected
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.store import results
 from smallbatch_jax.study.figures import COST_FIGURES as COST_STEMS
 
-ROOT = Path(__file__).parents[2]
-QUICKSTART = "--config=configs/quickstart.py"
 SECONDS = 300  # for a single command
 
 # What workers do here instead of training. m = 2: sees no workdir; 4: dies once; 8: has no data; 16: a bug; 32: always dies.
@@ -89,18 +88,16 @@ def test_a_worker_that_dies_has_a_successor_and_one_that_fails_keeps_nobody_from
     ("arguments", "says"),
     [
         (["--also=x"], "--also: got 'x', accepts CONFIG.py:WORKDIR"),
-        pytest.param(["--also=configs/none.py:w"], "--also=configs/none.py:w: FileNotFoundError", marks=pytest.mark.slow),
-        pytest.param(["--also=configs/quickstart.py:configs"], "--workdir: configs holds", marks=pytest.mark.slow),
+        (["--also=configs/none.py:w"], "--also=configs/none.py:w: FileNotFoundError"),
+        (["--also=configs/quickstart.py:configs"], "--workdir: configs holds"),
         (["--also=configs/quickstart.py:{w}/../w"], "is given twice"),
-        pytest.param(
-            ["--also=configs/fig15_best.py:{w}2"], "drawn_from: fig15 is drawn from other results", marks=pytest.mark.slow
-        ),
+        (["--also=configs/fig15_best.py:{w}2"], "drawn_from: fig15 is drawn from other results"),
         (["--config.grid.batch_sizes=(2,5000)"], "5000 is larger than the training set of 1437"),
     ],
 )
 def test_a_mistake_is_one_line_exit_status_2_and_nothing_written(tmp_path, arguments, says):
     given = [argument.format(w=tmp_path / "w") for argument in arguments]
-    refused(run("experiments/launch.py", QUICKSTART, f"--workdir={tmp_path / 'w'}", *given), says)
+    refused(shell.run("launch.py", QUICKSTART, f"--workdir={tmp_path / 'w'}", *given), says)
     assert not (tmp_path / "w").exists()
 
 
@@ -309,10 +306,3 @@ def test_an_address_without_a_cluster_is_named_at_once(address):
         connected(address),
     ):
         pass
-
-
-def refused(done, says):
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1
-    assert says in done.stderr
-    assert done.stdout == ""

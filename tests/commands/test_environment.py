@@ -13,12 +13,12 @@ from pathlib import Path
 import compiled
 import pandas as pd
 import pytest
+import shell
+from shell import QUICKSTART, ROOT
 
 from smallbatch_jax.runner import signals
 from smallbatch_jax.store import results
 
-ROOT = Path(__file__).parents[2]
-QUICKSTART = "--config=configs/quickstart.py"
 RUN_SWEEP = "import runpy, sys; sys.path.insert(0, 'experiments'); runpy.run_path('experiments/sweep.py', run_name='__main__')"
 SMALL = ("--config.epochs=2", "--config.grid.batch_sizes=(256,)", "--config.grid.base_lrs=(0.001,)")
 
@@ -45,6 +45,7 @@ def refused(done, says):
     assert errors.count("\n") == 1
 
 
+# In a new process, which imports JAX: JAX reads its variables then.
 @pytest.mark.parametrize(
     ("environment", "says"),
     [
@@ -137,13 +138,13 @@ def test_a_sweep_on_a_full_disk_says_so_and_goes_on_once_there_is_room(small_dis
 def test_a_signal_while_the_first_program_compiles_ends_the_command_soon(tmp_path, signum):
     """ResNet-32 takes longer to compile than this allows."""
     slow = ("--config.model.name=resnet32", "--config.model.norm=batch", *SMALL)
-    process = start("sweep.py", QUICKSTART, *slow, f"--workdir={tmp_path / 'w'}")
-    while not (tmp_path / "w/provenance.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    time.sleep(0.5)
-    process.send_signal(signum)
-    _, errors = process.communicate(timeout=15)
+    with shell.start("sweep.py", QUICKSTART, *slow, f"--workdir={tmp_path / 'w'}") as process:
+        while not (tmp_path / "w/provenance.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(signum)
+        _, errors = process.communicate(timeout=15)
     assert process.returncode == 128 + signum
     assert errors.splitlines()[-1].endswith("the same command goes on")
     assert "Traceback" not in errors
@@ -192,11 +193,11 @@ def test_a_workdir_that_may_only_be_read_is_read_and_what_cannot_be_drawn_is_one
     """Its figures folder is taken by a file: not even root, who runs the tests at times, may write into that."""
     workdir = shutil.copytree(ROOT / "notebooks/results/digits/fig08", tmp_path / "w")
     (workdir / "figures").write_text("")
-    status, out, errors = run("figures.py", f"--workdir={workdir}")
-    assert status == 2
-    assert "512" in out
-    assert errors.count("\n") == 1
-    assert "cannot be written: " in errors
+    done = shell.run("figures.py", f"--workdir={workdir}")
+    assert done.returncode == 2
+    assert "512" in done.stdout
+    assert done.stderr.count("\n") == 1
+    assert "cannot be written: " in done.stderr
 
 
 @pytest.mark.slow

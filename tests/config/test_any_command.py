@@ -1,15 +1,10 @@
 """Whatever the commands are asked for, in a config file or beside it: one line that names what is wrong."""
 
-import os
 import random
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from asked import FIELDS
+from shell import QUICKSTART, run
 
-ROOT = Path(__file__).parents[2]
 ODD_TEXTS = [
     "nan",
     "-1",
@@ -92,25 +87,18 @@ def test_the_commands_refuse_in_one_line_whatever_is_asked_of_them(tmp_path):
     foreign, missing = tmp_path / "foreign", tmp_path / "missing"
     foreign.mkdir()
     (foreign / "file").touch()
-    quickstart = "--config=configs/quickstart.py"
-    asked = [(script, [quickstart, *options], (says,)) for script, options, says in OVERRIDES]
-    asked += [("sweep.py", [quickstart, option], says) for option, says in odd_overrides()]
+    asked = [(script, [QUICKSTART, *options], (says,)) for script, options, says in OVERRIDES]
+    asked += [("sweep.py", [QUICKSTART, option], says) for option, says in odd_overrides()]
     for index, (body, says) in enumerate(BODIES):
         file = tmp_path / f"config{index}.py"
         file.write_text(CONFIG_FILE + body)
         asked.append(("sweep.py", [f"--config={file}"], (says,)))
 
-    def finish(script, options, says):
+    for script, options, says in asked:
         workdir = [] if script == "plan.py" else [f"--workdir={foreign if ACCEPTED in says else missing}"]
-        line = [sys.executable, f"experiments/{script}", *options, *workdir]
-        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, timeout=100)
-
-    with ThreadPoolExecutor(2) as pool:
-        done = list(pool.map(finish, *zip(*asked, strict=True)))
-    for (_, options, says), ended in zip(asked, done, strict=True):
-        line = ended.stderr.decode()
-        assert (ended.returncode, ended.stdout, line.count("\n")) == (2, b"", 1), (options, line)
+        done = run(script, *options, *workdir)
+        line = done.stderr
+        assert (done.returncode, done.stdout, line.count("\n")) == (2, "", 1), (options, line)
         assert any(said in line for said in says), (options, line)
         assert "Traceback" not in line
         assert len(line) < 1100

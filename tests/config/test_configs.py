@@ -3,11 +3,10 @@
 import dataclasses
 import importlib.util
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from shell import run
 
 from smallbatch_jax import data
 from smallbatch_jax.config import experiment, protocol
@@ -191,8 +190,7 @@ def test_every_other_config_is_of_the_paper():
 
 
 def test_plan_lists_the_programs_and_trains_nothing():
-    line = [sys.executable, "experiments/plan.py", "--config=configs/fig08_resnet32.py"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    done = run("plan.py", "--config=configs/fig08_resnet32.py")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("fig08: 143 runs of 82 epochs in 11 programs\n")
     assert "     2         2    13      2,050,000      53,300,000" in done.stdout
@@ -200,8 +198,7 @@ def test_plan_lists_the_programs_and_trains_nothing():
 
 
 def test_plan_says_what_a_summary_is_drawn_from():
-    line = [sys.executable, "experiments/plan.py", "--config=configs/fig15_best.py"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    done = run("plan.py", "--config=configs/fig15_best.py")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("fig15: trains nothing, is drawn from runs/fig01, runs/fig02, ")
 

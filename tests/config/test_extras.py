@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import Fork
+from shell import variables
 
 import smallbatch_jax as sbj
 from smallbatch_jax import data
@@ -109,8 +111,9 @@ def test_a_command_without_its_extra_ends_in_one_line_and_exit_status_2(script, 
     begin = f"import runpy, sys; sys.modules |= dict.fromkeys({PACKAGES}); sys.path.insert(0, 'experiments');"
     begin += f"runpy.run_path('experiments/{script}.py', run_name='__main__')"
     folder = "data_dir" if script == "prepare_data" else "workdir"
-    line = [sys.executable, "-c", begin, *flags, *([] if script == "benchmark" else [f"--{folder}={tmp_path / 'w'}"])]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(rf'{re.escape(says)}, which is not installed; run pip install -e "\.\[\w+\]"\.\n', done.stderr)
+    line = ["-c", begin, *flags, *([] if script == "benchmark" else [f"--{folder}={tmp_path / 'w'}"])]
+    with Fork(line, variables()) as process:
+        out, errors = process.communicate(timeout=100)
+    assert (process.returncode, out) == (2, "")
+    assert re.fullmatch(rf'{re.escape(says)}, which is not installed; run pip install -e "\.\[\w+\]"\.\n', errors)
     assert not (tmp_path / "w").exists()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from pictures import error_line
 from PIL import Image
+from shell import refused, run
 
 from smallbatch_jax import data
 from smallbatch_jax.data import prepared
@@ -140,11 +141,7 @@ def test_a_folder_above_or_below_is_answered_with_the_right_one(data_dir, tmp_pa
 
 
 def test_prepare_data_refuses_what_it_does_not_know():
-    line = [sys.executable, "experiments/prepare_data.py", "--dataset=cifar11"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "did you mean 'cifar10'?" in done.stderr
-    assert done.stderr.count("\n") == 1
+    refused(run("prepare_data.py", "--dataset=cifar11"), "did you mean 'cifar10'?")
 
 
 def downloaded(name, folder):

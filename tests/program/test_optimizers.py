@@ -7,6 +7,7 @@ import os
 import signal
 from functools import partial
 
+import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,41 +55,44 @@ def trained(name, rule, mapping, values=None, mask="all"):
     mesh = lanes.lane_mesh(jax.devices()[:1])
     program = train.Program(BATCH_SIZE, STEPS, optimizer=optimizer)
     data = device_data.to_device(dataset(), mesh)
-    compiled = lanes.compile_lanes(tiny.PlainModel(), program, data, mesh, LANES, STEPS, mapping=mapping)
+    running = lanes.compile_lanes(tiny.PlainModel(), program, data, mesh, LANES, STEPS, mapping=mapping)
     fresh = lanes.initialiser(tiny.PlainModel(), dataset().example, optimizer)(0)
-    state = compiled.start(compiled.empty(), dict.fromkeys(range(LANES), fresh))
+    state = running.start(running.empty(), dict.fromkeys(range(LANES), fresh))
     indices = np.repeat(tiny.batch_indices(0, 0, STEPS, BATCH_SIZE, 50)[None], LANES, 0)
     segment = lanes.Segment(indices, np.full(LANES, STEPS, np.int32), np.zeros(LANES, bool))
     full = [np.full(LANES, v, d) for v, d in ((0, np.int32), (DECAY, np.float32), (0.1, np.float32))]
     scalars = values or setup.experiment.optimizer.scalars(BATCH_SIZE)
     setting = train.Setting(BASE_LRS, *full, {k: np.full(LANES, v, np.float32) for k, v in scalars.items()} or None)
-    state, _ = compiled.run(state, setting, segment)
+    state, _ = running.run(state, setting, segment)
     return jax.tree.map(np.asarray, state.train.params), fresh, indices[0]
 
 
-def plain_loop(name, rule, fresh, indices, base_lr, mask):
-    """One run by Optax alone, the schedule as a function of its own count."""
+def plain_loop(name, rule, fresh, indices, mask):
+    """One run of a rate by Optax alone, the schedule as a function of its own count."""
     model, stored, labelled = tiny.PlainModel(), dataset().train_images, jnp.asarray(dataset().train_labels)
     images = jnp.asarray((stored - stored.mean((0, 1, 2))) / stored.std((0, 1, 2)), jnp.float32)
 
-    def schedule(count):  # a warm-up over a tenth, then a tenth of the rate at 50 % and 75 %
+    def schedule(base_lr, count):  # a warm-up over a tenth, then a tenth of the rate at 50 % and 75 %
         warm = jnp.where(count < 5, 1 / 32 + (1 - 1 / 32) * count / 5, 1.0)
         return base_lr * RATES[rule] * warm * 0.1 ** ((count >= 25).astype(int) + (count >= 38).astype(int))
-
-    transform = PLAIN[name](schedule, MASKS[mask])
 
     def loss(params, batch, labels):
         logits = model.apply({"params": params}, batch, train=True)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    def step(carry, chosen):
-        params, state = carry
-        grads = jax.grad(loss)(params, images[chosen], labelled[chosen])
-        updates, state = transform.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
+    @compiled.quickly
+    def run(params, base_lr):
+        transform = PLAIN[name](partial(schedule, base_lr), MASKS[mask])
 
-    start = fresh.params, transform.init(fresh.params)
-    return jax.jit(lambda start: jax.lax.scan(step, start, indices)[0][0])(start)
+        def step(carry, chosen):
+            params, state = carry
+            grads = jax.grad(loss)(params, images[chosen], labelled[chosen])
+            updates, state = transform.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, transform.init(params)), indices)[0][0]
+
+    return lambda base_lr: run(fresh.params, base_lr)
 
 
 LOOPS = [
@@ -100,6 +104,7 @@ LOOPS = [
 
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize(("mapping", "mask"), LOOPS)
+@pytest.mark.usefixtures("quick_compiler")
 def test_a_lane_trains_as_a_plain_optax_loop(name, mapping, mask):
     """50 steps with warm-up, two reductions and weight decay; the rules take turns."""
     rule = list(RATES)[(list(PLAIN).index(name) + (mapping == "vmap")) % 3]
@@ -114,8 +119,9 @@ def test_each_optimizer_trains_as_a_plain_optax_loop_by_each_rule(name, rule):
 
 def require_the_plain_loop(name, rule, mapping, mask="all"):
     found, fresh, indices = trained(name, rule, mapping, mask=mask)
+    plain = plain_loop(name, rule, fresh, indices, mask)
     for lane in (0, LANES - 1):
-        expected = plain_loop(name, rule, fresh, indices, float(BASE_LRS[lane]), mask)
+        expected = plain(BASE_LRS[lane])
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             assert np.abs(a[lane] - b).max() <= 1e-5 * max(1.0, np.abs(b).max())
 

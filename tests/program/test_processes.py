@@ -1,10 +1,8 @@
 """Several processes that run one command together: real ones, on this machine."""
 
-import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from functools import partial
@@ -15,6 +13,7 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
+import shell
 
 import smallbatch_jax as sbj
 from smallbatch_jax.store import results
@@ -42,10 +41,8 @@ SHARED = (
 
 
 def start(script, *arguments, devices=2, flags="", **environment):
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {flags}", **environment}
-    line = [sys.executable, f"experiments/{script}", *map(str, arguments)]
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(line, cwd=ROOT, env=environment, **pipe)
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {flags}"}
+    return shell.start(script, *arguments, environment=flags | environment)
 
 
 def start_two(script, *arguments, others=(), flags=""):

@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import linen as nn
 
 from smallbatch_jax.data import Dataset
 from smallbatch_jax.data.augment import crop_and_flip
 from smallbatch_jax.models import create_model
+from smallbatch_jax.models.layers import relu
+from smallbatch_jax.models.resnet import CifarResNet
 from smallbatch_jax.program import device_data, lanes, segment
 from smallbatch_jax.program.side_by_side import Packing, summed_value_and_grad
 from smallbatch_jax.program.train import Metrics, Program, Setting, TrainState
@@ -32,8 +35,21 @@ def data():
     return device_data.to_device(dataset, one_device())
 
 
-def arguments(platform, mapping, bn_batch_size=None, **options):
-    model = create_model("resnet8", 10, "batch", bn_batch_size, platform=platform)
+class OneBlock(CifarResNet):
+    """Three convolutions of a ResNet, one of which halves the image, and few channels."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = relu(self.conv(images, 4, 3, 1, train, "stem", self.norm))
+        return self.logits(self.block(x, 8, 2, train, "block").mean((1, 2)))
+
+
+def resnet8(*options, platform):
+    return create_model("resnet8", *options, platform=platform)
+
+
+def arguments(platform, mapping, bn_batch_size=None, make=resnet8, **options):
+    model = make(10, "batch", bn_batch_size, platform=platform)
     program = Program(BATCH_SIZE, 2 * STEPS, augment=True, **options)
     return model, program, data(), one_device(), LANES, STEPS, "float32", mapping
 
@@ -45,9 +61,9 @@ def lowered(platform):
     return traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,)).as_text()
 
 
-def train(platform, mapping, bn_batch_size=None, **options):
+def train(platform, mapping, bn_batch_size, make, **options):
     """The states after one segment and the reports; the last lane trains two steps fewer."""
-    args = arguments(platform, mapping, bn_batch_size, **options)
+    args = arguments(platform, mapping, bn_batch_size, make, **options)
     program = lanes.compile_lanes(*args)
     init = lanes.initialiser(args[0], jax.ShapeDtypeStruct((8, 8, 3), np.float32))
     state = program.start(program.empty(), {lane: init(lane) for lane in range(LANES)})
@@ -61,9 +77,11 @@ def train(platform, mapping, bn_batch_size=None, **options):
 @pytest.mark.parametrize(
     ("bn_batch_size", "options"), [(None, {}), pytest.param(2, {"micro_batch_size": 2}, marks=pytest.mark.slow)]
 )
-def test_side_by_side_for_a_gpu_trains_as_one_after_the_other_for_a_cpu(bn_batch_size, options):
+@pytest.mark.parametrize("make", [OneBlock, pytest.param(resnet8, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("quick_compiler")
+def test_side_by_side_for_a_gpu_trains_as_one_after_the_other_for_a_cpu(make, bn_batch_size, options):
     """Crops, batch norm in one pass, the gradient of the sum, packed vectors and masks change rounding only."""
-    ours, theirs = train("gpu", "vmap", bn_batch_size, **options), train("cpu", "map", bn_batch_size, **options)
+    ours, theirs = (train(*where, bn_batch_size, make, **options) for where in (("gpu", "vmap"), ("cpu", "map")))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), ours, theirs)
 
 

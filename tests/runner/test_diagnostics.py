@@ -75,6 +75,7 @@ def test_a_program_without_them_is_made_of_the_same_operations_as_before(monkeyp
 
 
 @pytest.mark.parametrize("model", [pytest.param(tiny.PlainModel, marks=pytest.mark.slow), tiny.TinyModel])
+@pytest.mark.usefixtures("quick_compiler")
 def test_lanes_in_turn_and_side_by_side_have_the_same(model):
     mesh = lanes.lane_mesh(jax.devices()[:1])
     data, program = device_data.to_device(tiny.dataset(), mesh), Program(4, 26, diagnostics=NAMES)

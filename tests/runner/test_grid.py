@@ -5,8 +5,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -16,6 +14,7 @@ import pandas as pd
 import pytest
 import tiny
 from flax import linen as nn
+from forks import Fork
 
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.models.layers import Dense
@@ -258,17 +257,16 @@ def test_a_grid_killed_again_and_again_ends_bit_for_bit_as_one_never_killed(undi
     code = code.replace(repr(str(workdir)), f"__import__('pathlib').Path({str(workdir)!r})")
     file, kills = workdir / "results/m00004_b00004.csv", 0
     for target in (1, 6):  # kill it as soon as it has added some rows
-        process = subprocess.Popen([sys.executable, "-c", code])
         before = _lines(file)
-        while process.poll() is None and _lines(file) < before + target:
-            time.sleep(0.002)
-        kills += process.poll() is None
-        process.kill()
-        process.wait()
+        with Fork(["-c", code], os.environ) as process:
+            while process.poll() is None and _lines(file) < before + target:
+                time.sleep(0.002)
+            kills += process.poll() is None
     assert kills == 2
     with open(file, "a") as torn:
         torn.write("4,4,0.0078125,0,")  # what a kill within a write would leave
-    subprocess.run([sys.executable, "-c", code], check=True)
+    with Fork(["-c", code], os.environ) as process:
+        assert process.wait() == 0
     pd.testing.assert_frame_equal(undisturbed, results.load(workdir), check_exact=True)
     assert _lines(file) == len(undisturbed) + 1  # nothing was written twice
 

@@ -3,6 +3,7 @@
 import json
 import math
 
+import compiled
 import numpy as np
 import pytest
 import tiny
@@ -126,7 +127,8 @@ def test_plan_prints_what_each_program_costs_and_the_sum(tmp_path):
         "results": [{"model": "alexnet", "norm": "none", "batch_size": 64, "images_per_second": 1e6}],
     }
     (tmp_path / "h100.json").write_text("some text\n" + json.dumps(stored) + "\n")
-    done = run("plan.py", QUICKSTART, *ONE_PROGRAM, "--probe_seconds=0.1", f"--elsewhere={tmp_path}/h100.json")
+    flags = ("--probe_seconds=0.1", f"--elsewhere={tmp_path}/h100.json")
+    done = run("plan.py", QUICKSTART, *ONE_PROGRAM, *flags, environment=compiled.ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     row, total = done.stdout.strip().split("\n")[-2:]
     assert row.split()[:4] == ["64", "64", "2", "1"]  # m, BN batch, lanes, diverging

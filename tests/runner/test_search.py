@@ -1,9 +1,8 @@
 """A search trains the rounds of its policy into an ordinary workdir, and ends the same however often it was killed."""
 
 import json
+import os
 import random
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from forks import Fork
 
 from smallbatch_jax.config.experiment import InputError, Run
 from smallbatch_jax.runner import planning, policy, scheduler
@@ -113,6 +113,27 @@ def test_a_stopped_search_goes_on_from_its_checkpoint_bit_for_bit(undisturbed, t
     assert len(begun) == len(undisturbed.drop_duplicates(RUN))  # those that waited were saved too
 
 
+class Fails(tiny.StopAfter):
+    """Ends the search after a number of segments without another word, as a kill would; the last sixty are not saved."""
+
+    def show(self, status, doing):
+        self.left -= 1
+        if self.left == 60:
+            scheduler.CHECKPOINT_SHARE = 0.0
+        if self.left == 0:
+            raise ZeroDivisionError
+
+
+def test_a_search_that_ended_without_saving_goes_on_from_what_it_had_saved(undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setattr(scheduler.Pace, "FIRST_IMAGES", 8)
+    monkeypatch.setattr(scheduler, "CHECKPOINT_SHARE", 1e9)
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path / "w", Fails(120), **SEARCH, segment_seconds=1e-9, checkpoint_seconds=0.0)
+    assert 0 < _stored(tmp_path) < len(undisturbed)
+    pd.testing.assert_frame_equal(train(tmp_path / "w", **SEARCH), undisturbed, check_exact=True)
+    assert _stored(tmp_path) == len(undisturbed)  # nothing was written twice
+
+
 KILLED = textwrap.dedent("""
     import sys
     from pathlib import Path
@@ -130,20 +151,20 @@ KILLED = textwrap.dedent("""
 """)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 10])
 def test_a_search_killed_at_random_ends_with_the_same_rows(undisturbed, tmp_path, kills):
     code = KILLED.format(tests=str(Path(__file__).parents[1]), workdir=str(tmp_path / "w"), fields=SEARCH)
     draw, killed = random.Random(kills), 0
     while killed < kills:
-        process = subprocess.Popen([sys.executable, "-c", code])
         target = _stored(tmp_path) + draw.randint(1, max(1, 2 * len(undisturbed) // (3 * kills)))
-        while process.poll() is None and _stored(tmp_path) < target:
-            time.sleep(0.002)
-        assert process.poll() is None
-        process.kill()
-        process.wait()
+        with Fork(["-c", code], os.environ) as process:
+            while process.poll() is None and _stored(tmp_path) < target:
+                time.sleep(0.002)
+            assert process.poll() is None
         killed += 1
-    subprocess.run([sys.executable, "-c", code], check=True)
+    with Fork(["-c", code], os.environ) as process:
+        assert process.wait() == 0
     pd.testing.assert_frame_equal(results.load(tmp_path / "w"), undisturbed, check_exact=True)
     assert _stored(tmp_path) == len(undisturbed)  # nothing was written twice
 

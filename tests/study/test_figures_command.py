@@ -1,15 +1,15 @@
 """figures.py as a user types it: one workdir, several, or the workdirs that a config names."""
 
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
+import shell
 import tiny
+from shell import refused
 
 from smallbatch_jax.store import workdir
 from smallbatch_jax.store.results import ProgramResults, Row
 
-ROOT = Path(__file__).parents[2]
+run = partial(shell.run, "figures.py")
 
 
 def store(path, name):
@@ -23,18 +23,6 @@ def store(path, name):
     ):
         program.append(Row(2, 2, 2**-6, 0, epoch, 25 * epoch, 0.5, 0.8, 0.5, 0.9) for epoch in (1, 2, 3))
     return folder
-
-
-def run(*arguments):
-    line = [sys.executable, str(ROOT / "experiments/figures.py"), *map(str, arguments)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
-def refused(done, says):
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines() == [done.stderr.strip()]
-    assert says in done.stderr
-    assert done.stdout == ""
 
 
 def config(path, *workdirs, name="fig15"):

@@ -9,17 +9,16 @@ import json
 import math
 import re
 import subprocess
-import sys
 import threading
 import time
 from functools import cache
-from pathlib import Path
 
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import tiny
 from claimed import LOST, LRS, fig13, study
+from shell import ROOT, command, run
 
 from smallbatch_jax.config.experiment import Dataset, InputError
 from smallbatch_jax.store import results, workdir
@@ -29,7 +28,6 @@ from smallbatch_jax.study.answer import answer
 from smallbatch_jax.study.report import charts, sections
 from smallbatch_jax.study.study import load
 
-ROOT = Path(__file__).parents[2]
 STORED = ROOT / "notebooks/results/cifar10_subset/fig02"
 
 
@@ -225,17 +223,9 @@ def store(path, rows):
     return folder
 
 
-def command(*arguments):
-    return [sys.executable, str(ROOT / "experiments/report.py"), *map(str, arguments)]
-
-
-def run(*arguments):
-    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
 def test_the_command_writes_the_page_and_says_the_answer(tmp_path):
     folder = store(tmp_path / "w", [(2, 1), (2, 2), (2, 3)])
-    done = run(f"--workdir={folder}", f"--out={tmp_path}/new/page.html")
+    done = run("report.py", f"--workdir={folder}", f"--out={tmp_path}/new/page.html")
     sentence = "So far (1 of 2 runs ended): best at m = 2, η̃ = 2^-6: 90.0 %."
     assert done.stdout.splitlines() == [f"mine: {sentence}", f"report: {tmp_path}/new/page.html"], done.stderr
     page = Parts((tmp_path / "new/page.html").read_text())
@@ -256,7 +246,7 @@ def test_the_command_writes_the_page_and_says_the_answer(tmp_path):
 def test_bad_input_takes_one_line(tmp_path, flags, says):
     (tmp_path / "out").mkdir()
     places = {"OUT": str(tmp_path / "out"), "W": str(store(tmp_path / "w", []))}
-    done = run(*[re.sub("OUT|W$", lambda match: places[match[0]], flag) for flag in flags])
+    done = run("report.py", *[re.sub("OUT|W$", lambda match: places[match[0]], flag) for flag in flags])
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert says.replace("OUT", places["OUT"]) in done.stderr
@@ -265,8 +255,9 @@ def test_bad_input_takes_one_line(tmp_path, flags, says):
 
 def test_a_watched_page_follows_until_all_runs_have_ended(tmp_path):
     folder, page = tmp_path / "w", tmp_path / "page.html"
-    line = command(f"--workdir={folder}", f"--out={page}", "--watch", "--every_seconds=1")
-    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) as watching:
+    flags = f"--workdir={folder}", f"--out={page}", "--watch", "--every_seconds=1"
+    line, options = command("report.py", *flags, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(line, **options) as watching:
         stopped = threading.Timer(60, watching.kill)
         stopped.start()
         assert watching.stdout.readline() == f"waiting for {folder}\n"

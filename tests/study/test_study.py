@@ -2,12 +2,10 @@
 
 import dataclasses
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tiny
+from shell import QUICKSTART, run
 
 from smallbatch_jax.config.experiment import InputError, from_config
 from smallbatch_jax.runner import grid as driver
@@ -16,7 +14,6 @@ from smallbatch_jax.store import workdir
 from smallbatch_jax.store.results import ProgramResults, Row, Timings
 from smallbatch_jax.study import cost, study
 
-ROOT = Path(__file__).parents[2]
 RATES = (2**-9, 2**-7, 2**-5)
 
 
@@ -195,8 +192,7 @@ def test_the_command_says_in_one_line_what_is_not_there_yet(tmp_path):
     source = whole(tmp_path / "s", {2: RATES[2], 8: RATES[0]})
 
     def plan(*flags):
-        line = [sys.executable, "experiments/plan.py", "--config=configs/quickstart.py", "--probe_seconds=0", *flags]
-        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+        return run("plan.py", QUICKSTART, "--probe_seconds=0", *flags)
 
     missing = plan(f"--config.grid.base_lrs_from=('{tmp_path / 'no'}',)")
     assert missing.returncode == 2
