@@ -1,6 +1,6 @@
 """Commands as forks of a process that has imported what they import, which takes seconds; nothing has started JAX there.
 
-A fork has the environment, exit status, signals and output of a process of its own. test_shell.py compares it with one.
+A fork has the environment, exit status, signals and output of a process of its own. test_forks.py compares it with one.
 """
 
 import atexit
@@ -95,7 +95,6 @@ class Fork:
             file.close()
 
 
-@functools.cache
 @functools.cache
 def _server():
     """Starts the process that forks, which ends with this one; a socket to it."""

@@ -1,7 +1,7 @@
 """Fig. 10, 5,000 images: ResNet-8 for ResNet-32, with batch norm, augmentation and warm-up.
 
 Run:    python experiments/sweep.py --config=configs/reduced/fig10_resnet8_5000.py --workdir=runs/5000/fig10
-Expect: 25 runs of 5 epochs on a copy of CIFAR-10 in JPEG, not yet run
+Expect: 25 runs of 5 epochs, not yet run
 """
 
 from smallbatch_jax.config.protocol import full_grid, reduced_subset

@@ -2,7 +2,7 @@
 
 Run:    python experiments/sweep.py --config=configs/reduced/fig13_resnet8_5000.py --workdir=runs/5000/fig13_cifar10
         after configs/reduced/fig08_resnet8_5000.py
-Expect: 15 runs of 5 epochs on a copy of CIFAR-10 in JPEG, not yet run
+Expect: 15 runs of 5 epochs, not yet run
 """
 
 from smallbatch_jax.config.protocol import full_grid, reduced_subset

@@ -1,7 +1,7 @@
 """Fig. 18, 5,000 images: Fig. 8 at twice the training length, ResNet-8 for ResNet-32.
 
 Run:    python experiments/sweep.py --config=configs/reduced/fig18_resnet8_5000.py --workdir=runs/5000/fig18
-Expect: 25 runs of 10 epochs on a copy of CIFAR-10 in JPEG, not yet run
+Expect: 25 runs of 10 epochs, not yet run
 """
 
 from smallbatch_jax.config.protocol import full_grid, reduced_subset

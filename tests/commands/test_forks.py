@@ -15,7 +15,7 @@ STORED = ROOT / "notebooks/results/digits/fig08"
     [
         ("sweep.py", [QUICKSTART, "--workdir=w", "--config.epochs=many"], 2),
         ("sweep.py", [QUICKSTART, "--workdir=w", "--config.grid.batch_sizes=(2,5000)"], 2),  # once JAX is imported
-        ("claims.py", [f"--workdir={STORED}"], 1),
+        ("claims.py", [f"--workdir={STORED}"], 0),
     ],
 )
 def test_a_fork_ends_and_says_as_a_new_process(script, arguments, status):
