@@ -3,7 +3,8 @@
     python benchmarks/replay.py [--budget=0.25]
 
 Prints for each study and seed the grid's best cell and the search's, its regret beside the noise of the test set, which is two
-standard errors of a difference, and the cost in % of the grid's images. Fig. 13's study, whose rates are fixed, is left out.
+standard errors of a difference, and the cost in % of the grid's images. A grid of few base learning rates is searched with two
+whole runs for each batch size, if that is more. Fig. 13's study, whose rates are fixed, is left out.
 """
 
 import math
@@ -25,6 +26,7 @@ from smallbatch_jax.study import study
 from smallbatch_jax.study.study import Study
 
 BUDGET = flags.DEFINE_float("budget", 0.25, "Budget of a search, as a fraction of the grid's images.", lower_bound=0.0)
+FEW_BASE_LRS = 8  # of fewer, a quarter is less than two whole runs for each batch size, the least that a search is given
 
 STORED = Path(__file__).parents[1] / "notebooks" / "results"
 
@@ -90,8 +92,10 @@ def grids(budget: float) -> Iterator[tuple[str, Space, Stored, int]]:
             continue
         for seeds in dict.fromkeys([*((seed,) for seed in grid.seeds), grid.seeds]):
             runs = stored(loaded, seeds)
-            epochs = budget * sum(runs.epochs.values())
             base_lrs = tuple(sorted(grid.base_lrs))
+            epochs = budget * sum(runs.epochs.values())
+            if len(base_lrs) < FEW_BASE_LRS:
+                epochs = max(epochs, 2 * loaded.experiment.epochs * len(grid.shapes()))
             space = Space(tuple(grid.shapes()), base_lrs, loaded.experiment.epochs, seeds, epochs, metric=loaded.metric)
             yield f"{path.parent.parent.name}/{path.parent.name}", space, runs, examples[1]
 

@@ -17,7 +17,7 @@ from smallbatch_jax.runner.policy import Space, best_cells, final_values, recomm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-from replay import Stored, grids, noise, replay
+from replay import FEW_BASE_LRS, Stored, grids, noise, replay
 
 SIZES = (2, 8, 32, 128, 512)
 BASE_LRS = tuple(2.0**k for k in range(-12, 1))
@@ -101,12 +101,12 @@ def test_a_stored_grids_best_is_found_within_the_noise_for_a_quarter_of_its_imag
     chosen, runs, examples = GRIDS[name]
     found = replay(chosen, runs)
     assert found.regret <= noise(chosen, found, examples)
-    assert 0 < found.cost <= 0.25
+    assert 0 < found.cost <= 0.25 or len(chosen.base_lrs) < FEW_BASE_LRS
 
 
 def test_every_study_with_a_free_rate_is_replayed():
     studies = ["cifar10/fig08", *(f"cifar10_subset/fig{n}" for n in ("01", "02", "07"))]
-    studies += [f"digits/fig{n}" for n in ("08", "10", "17", "18")]
+    studies += [*(f"digits/fig{n}" for n in ("08", "10", "17", "18")), "cifar10_5000/fig05", "cifar10_5000/fig06"]
     assert {name.partition("-")[0] for name in GRIDS} == set(studies)
 
 
