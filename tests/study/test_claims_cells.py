@@ -1,0 +1,79 @@
+"""What counts as the accuracy of a batch size, a curve or a range of base learning rates, in the checks of claims."""
+
+import math
+
+import pytest
+from claimed import LOST, chosen_rates, exact, fig04, study, texts, verdict
+
+
+def test_seeds_are_averaged_before_batch_sizes_are_compared():
+    """m = 2 has the best seed and the worse mean."""
+    table = {2: [[0.6, 0.2, 0.4], LOST, LOST], 16: [LOST, [0.5, 0.5, 0.48], LOST]}
+    found = verdict("C1", {"fig01": exact("fig01", table, seeds=(0, 1, 2))}).findings[0]
+    assert found.margin == pytest.approx((0.4 - 1.48 / 3) / math.hypot(0.2, 0.02 / math.sqrt(3)) * math.sqrt(3))
+
+
+def test_the_full_range_of_base_learning_rates_is_that_of_each_batch_size_over_its_seeds():
+    """m = 4 converges at two of three: one of its seeds diverged at the last."""
+    table = {4: [[0.5, 0.5], [0.6, 0.6], [0.5, LOST]], 16: [[0.7, 0.7], [0.7, 0.7], LOST], 128: [[0.6, 0.6], LOST, LOST]}
+    assert "fig12: converging base_lrs 2 at m = 4, of 3" in texts("C8", {"fig12": two_seeds(table)}, "does not hold")
+    mended = table | {4: [[0.5, 0.5], [0.6, 0.55], [0.5, 0.5]], 2: [[0.5, 0.5]] * 3}
+    assert "fig12: converging base_lrs 3, 3 at m = 2, 4, of 3, 3" in texts("C8", {"fig12": two_seeds(mended)}, "holds")
+
+
+def two_seeds(table):
+    return exact("fig12", table, seeds=(0, 1))
+
+
+def test_the_best_base_lr_of_each_batch_size_counts():
+    table = {2: [0.3, 0.5, 0.1], 16: [0.2, 0.4, LOST], 64: [0.1, 0.2, LOST]}
+    assert texts("C1", {"fig01": table}, "holds") == [
+        "fig01: m up to 8 (tried: 2) reach 50.00 % at m = 2 (base_lr 2^-8, m the smallest tried); "
+        "the others 40.00 % at m = 16 (base_lr 2^-8)"
+    ]
+
+
+def test_ordinary_batch_norm_counts_where_it_was_trained():
+    """m = 16 is 90 % with BN over 2 examples, and 30 % with BN over all 16; m = 32 has BN over 2 and 16 only."""
+    table = {2: {2: 0.5}, 16: {2: 0.9, 16: 0.3}, 32: {2: 0.45}, 64: {2: 0.2}}
+    assert verdict("C1", {"fig01": chosen_rates("fig01", table, (2, 16))}).answer == "holds"
+    assert verdict("C1", {"fig01": chosen_rates("fig01", table | {32: {2: 0.51}}, (2, 16))}).answer == "does not hold"
+    lost = chosen_rates("fig01", {2: {2: LOST}, 16: {2: 0.9, 16: LOST}}, (2, 16))
+    assert texts("C1", {"fig01": lost}, "lacks data") == ["no run of fig01 with BN over the whole batch finished"]
+
+
+def test_a_convergence_curve_counts_by_its_mean_over_epochs_and_seeds():
+    """Means 0.5, 0.5 and 0.3, though m = 128 ends best; a seed that diverged counts 0."""
+    table = {4: [[(0.4, 0.6), (0.5, 0.5)]], 64: [[(0.3, 0.6), (0.5, 0.6)]], 128: [[(0.2, 0.9), LOST]]}
+    curves = fig04(table, epochs=2, seeds=(0, 1))
+    assert [finding.text for finding in verdict("C4", {"fig04": curves}).findings] == [
+        "fig04, base_lr 2^-8: training accuracy, mean over epochs, 50.00 %, 50.00 % at m = 4, 64 (5 points allowed)",
+        "fig04, base_lr 2^-8: training accuracy, mean over epochs, 27.50 % at m = 128; lowest of m from 4 to 64 50.00 %",
+    ]
+
+
+def test_a_convergence_curve_is_taken_at_one_base_lr():
+    table = {4: [0.9, 0.6], 64: [0.1, 0.6], 128: [0.9, 0.5]}
+    assert verdict("C4", {"fig04": fig04(table, (2**-9, 2**-8))}).answer == "holds"
+
+
+@pytest.mark.parametrize(
+    ("counts", "answer"),
+    [
+        ((3, 2, 1), "holds"),
+        ((2, 3, 1), "holds"),
+        ((3, 1, 3, 0), "cannot tell"),  # m = 2 converges at the largest base_lr tried: how far it goes is not known
+        ((2, 0, 2, 0), "does not hold"),
+        ((2, 1, 2), "does not hold"),
+        ((1, 2, 2), "does not hold"),
+    ],
+)
+def test_a_range_may_widen_by_one_rate_on_its_way_down(counts, answer):
+    table = {2**k: [0.5] * n + [LOST] * (3 - n) for k, n in enumerate(counts, 1)}
+    assert verdict("C12", {"fig01": table}).answer == answer
+
+
+def test_an_accuracy_within_the_noise_of_chance_does_not_converge():
+    """12 % of 1,000 images is 1.9 standard errors above chance, and the best there is."""
+    table = {m: [0.11, 0.12, LOST] for m in (2, 8, 16)}
+    assert texts("C12", {"fig01": study("fig01", table)}, "lacks data")[0] == "fig01: no base_lr converges at any batch size"
