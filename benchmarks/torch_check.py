@@ -1,15 +1,17 @@
 """Trains the finished runs of stored studies once more in plain PyTorch: an independent check of results, not of speed.
 
-    python benchmarks/torch_check.py --workdir=runs/5000/check_fig05 [--workdir=...]
+    python benchmarks/torch_check.py --workdir=runs/pytorch/fig05 [--workdir=...]
 
 A run sees the same images in the same order on the same schedule; PyTorch initialises it and draws its crops. The accuracies go
-into WORKDIR/torch.csv as they come, and the same command resumes. Prints for each cell the mean accuracy over the seeds, ours
-and PyTorch's, and their difference in standard errors, from the scatter of seeds within the cells of all studies together.
+into WORKDIR/torch.csv as they come, and the same command resumes; a study that is complete needs neither images nor PyTorch.
+Prints for each cell the mean accuracy over the seeds, ours and PyTorch's, and their difference in standard errors, from the
+scatter of seeds within the cells of all studies together.
 """
 
 import csv
 import math
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -67,19 +69,25 @@ def compared(loaded: study.Study, workdir: Path) -> pd.DataFrame:
     stored = workdir / "torch.csv"
     known = pd.read_csv(stored).set_index(KEY)["torch"] if stored.exists() else pd.Series(dtype=float)
     missing = [run for run in chosen.runs() if run_key(run) in ours.index and run_key(run) not in known.index]
+    if missing:
+        train_all(chosen, missing, stored)
+    theirs = pd.read_csv(stored).set_index(KEY)["torch"]
+    return pd.DataFrame({"ours": ours, "torch": theirs}).dropna()
+
+
+def train_all(chosen: Experiment, runs: Sequence[Run], stored: Path) -> None:
+    """Trains runs in PyTorch, one for each core at a time, and adds the accuracy of each to a file as it ends."""
     images = data.load_section(chosen.dataset)
     if not isinstance(images, Dataset):
-        raise InputError(f"--workdir: {workdir} has streamed images, which PyTorch does not train here.")
+        raise InputError(f"--workdir: {stored.parent} has streamed images, which PyTorch does not train here.")
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool, stored.open("a", newline="") as file:
         rows = csv.writer(file)
-        if not len(known):
+        if not file.tell():
             rows.writerow([*KEY, "torch"])
-        waiting = {pool.submit(train, chosen, images, run): run for run in missing}
+        waiting = {pool.submit(train, chosen, images, run): run for run in runs}
         for done in as_completed(waiting):
             rows.writerow([*run_key(waiting[done]), done.result()])
             file.flush()
-    theirs = pd.read_csv(stored).set_index(KEY)["torch"]
-    return pd.DataFrame({"ours": ours, "torch": theirs}).dropna()
 
 
 def run_key(run: Run) -> tuple[int, float, int]:
