@@ -63,7 +63,7 @@ def _number(flag: Any, variable: str) -> int | None:
 
 
 def supervise() -> None:
-    """With several processes, forks and returns in the child only; the parent watches it and ends as it does.
+    """Forks if there are several processes, and returns in the child only; the parent watches it and ends as it does.
 
     Call it before JAX is imported: a child does not inherit JAX's threads.
     """

@@ -38,7 +38,7 @@ class ProgramTask:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended, and the files it wrote if it could not reach the workdir."""
+    """The end of a task, and the files it wrote if it could not reach the workdir."""
 
     status: Status | None  # None if it did not come to train
     failure: str = ""  # one line; empty if all runs are stored or it was asked to stop

@@ -1,4 +1,4 @@
-"""Whether models, losses and metrics fit the data, from shapes alone, and by what a workdir recognises the caller's own."""
+"""Checks from shapes alone that models, losses and metrics fit the data; fingerprints of the caller's own functions."""
 
 from functools import partial
 from typing import Any

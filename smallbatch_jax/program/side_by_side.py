@@ -1,4 +1,4 @@
-"""What makes lanes that train side by side a good program for a GPU: their gradient, and few arrays to update."""
+"""Lanes that train side by side on a GPU or TPU: the gradient of their summed losses, and few arrays to update."""
 
 import math
 from collections.abc import Callable
@@ -63,7 +63,7 @@ def summed_hessian_product(loss_fn: Callable[..., Any]) -> Callable[..., PyTree]
 
 
 class Packing(NamedTuple):
-    """How a tree of arrays is packed: all vectors of a dtype in one array, which a GPU updates in one kernel.
+    """The packing of a tree of arrays: all vectors of a dtype in one array, which a GPU updates in one kernel.
 
     Kernels of convolutions and dense layers keep arrays of their own: a slice of a longer one would be copied at each use.
     """

@@ -1,4 +1,4 @@
-"""What a run learns: the loss of each example, and metrics beside it.
+"""Tasks: the loss of each example that a run minimises, and the metrics reported beside it.
 
 Losses and metrics are functions (outputs, batch) → [n], one value for each example of the batch, so that sums over padded,
 sharded and micro-batched examples stay exact. `config.catalog` names those of this module.

@@ -22,7 +22,7 @@ _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
 
 @dataclass
 class Cost:
-    """What the operations of a computation do; loops are counted once for each iteration."""
+    """The cost of the operations of a computation; loops are counted once for each iteration."""
 
     kernels: list[float] = field(default_factory=list)  # bytes that each reads and writes
     written: float = 0.0  # bytes

@@ -1,4 +1,4 @@
-"""Where a program's images come from: a dataset on the devices (`Resident`), or photographs streamed to them (`Streamed`).
+"""The sources of a program's images: a dataset on the devices (`Resident`), or photographs streamed to them (`Streamed`).
 
 A pipeline is given the steps that each lane wants to take next, returns how many of them it has images for, and supplies those.
 Worker processes decode photographs while the devices train on the segment before. Each device is given a pool with the images
@@ -26,9 +26,8 @@ from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
 from smallbatch_jax.program.lanes import LaneProgram, Segment
 
 FIXED_SEGMENT_IMAGES = 4096  # per lane, where a segment's length is compiled in: about a second of 13 lanes
-POOL_BYTES = (
-    2**27
-)  # of images in a segment: for each device where they are streamed, two or three at a time; else for each lane
+# Of images in a segment: for each device where they are streamed, two or three segments at a time; else for each lane.
+POOL_BYTES = 2**27
 MOST_SKIPPED = 1000  # undecodable images in a row
 
 

@@ -52,7 +52,7 @@ NOTHING_OWN = Own()
 
 
 class Setup:
-    """What all programs of a grid have in common: the experiment, its data, its model and the devices."""
+    """The experiment, data, model and devices that all programs of a grid share."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class Setup:
 
 @dataclass
 class Session:
-    """What all programs of a grid use while they train in this process."""
+    """The open files, input pipeline and progress that all programs of a grid use while they train in this process."""
 
     pipeline: InputPipeline
     initial: Callable[[int], TrainState]  # seed → the state before the first update
@@ -140,7 +140,7 @@ class Session:
 
 
 class Layout(NamedTuple):
-    """How a program uses the memory of its devices."""
+    """The sizes that decide how much memory a program needs."""
 
     lanes: int
     micro_batch_size: int | None  # examples of a shard that are computed at a time; None: all

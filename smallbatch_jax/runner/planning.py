@@ -1,4 +1,4 @@
-"""What a grid will cost before it is run, and how long the rest of it takes while it runs.
+"""Predicts the cost of a grid before it is run, and the time that the rest of it takes while it runs.
 
 Each program is compiled as in training and timed for a few seconds on its own runs. The probe so also sees which base learning
 rates diverge at once, and leaves out the time that their runs will not need; one that diverges later makes the plan too long.
@@ -42,9 +42,8 @@ class Trial:
         self.job, self.program, self._pipeline = job, program, pipeline
         self._lanes = Lanes(job, program, pipeline, initial)
         first = {run.base_lr: run for run in reversed(job.runs)}
-        self._lanes.refill(
-            deque(sorted(job.runs, key=lambda run: first[run.base_lr] is not run))
-        )  # one of each rate comes first
+        # One run of each base learning rate comes first.
+        self._lanes.refill(deque(sorted(job.runs, key=lambda run: first[run.base_lr] is not run)))
         self.runs = list(self._lanes.runs)
         self.alive = np.array([run is not None for run in self.runs])
         self._seconds_per_step = 0.0

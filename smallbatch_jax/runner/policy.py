@@ -36,7 +36,7 @@ class Round(NamedTuple):
 
 @dataclass(frozen=True)
 class Space:
-    """What a search chooses from, and what it may spend."""
+    """The batch sizes, rates and seeds that a search chooses from, and its budget."""
 
     shapes: tuple[Shape, ...]  # in the order of search, neighbours beside each other
     base_lrs: tuple[float, ...]  # rising: the lattice on which rates are sought

@@ -143,7 +143,7 @@ class Status(RunCounts):
 
 
 class Progress(Protocol):
-    """Where a grid shows how far it has come."""
+    """A display of how far a grid has come."""
 
     def show(self, status: Status, doing: str) -> None:
         """Called after every segment."""

@@ -1,4 +1,4 @@
-"""What a program would cost on an accelerator that this machine does not have, estimated from what XLA compiles for it.
+"""Estimates the cost of a program on an accelerator that this machine does not have, from the code that XLA compiles for it.
 
 The compiler comes with JAX's own packages: `jax[cuda12]` compiles for a described GPU, `jax[tpu]` for a TPU topology.
 """
@@ -86,7 +86,7 @@ ASSUMPTIONS = {  # by platform
 
 @dataclass(frozen=True)
 class Compiled:
-    """What was read of one compiled program."""
+    """Measures of one compiled program, read from its text and memory analysis."""
 
     lanes: int
     peak_bytes: int  # without the dataset
@@ -99,7 +99,7 @@ class Compiled:
 
 
 class Estimate(NamedTuple):
-    """What the compiler says of one program."""
+    """The estimated cost of one program of a grid."""
 
     batch_size: int
     bn_batch_size: int
@@ -141,7 +141,7 @@ def estimate(
 ) -> Iterator[Estimate]:
     """Compiles each program of an experiment, or of some batch sizes, for a target of `TARGETS`.
 
-    The dataset may be any of the same shape. What was read of a program is kept in the cache directory.
+    The dataset may be any of the same shape. The measures of a compiled program are kept in the cache directory.
     """
     target = TARGETS[name]
     setup = Setup(experiment, dataset, model_of, target=devices(name))
@@ -175,7 +175,7 @@ def estimate(
 
 
 def _compiled(name: str, arguments: dict[str, Any]) -> Compiled:
-    """Compiles a program for a target, or reads what was read of the same program before."""
+    """Compiles a program for a target, or reads its measures from the cache directory."""
     program = replace(arguments["program"], total_steps=ANY_STEPS)
     traced, _ = lanes.trace_lanes(**arguments | {"program": program})
     lowered = traced.lower()
