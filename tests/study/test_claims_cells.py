@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from claimed import LOST, chosen_rates, exact, fig04, study, texts, verdict
+from claimed import LOST, LRS, chosen_rates, exact, fig04, study, texts, verdict
 
 
 def test_seeds_are_averaged_before_batch_sizes_are_compared():
@@ -77,3 +77,13 @@ def test_an_accuracy_within_the_noise_of_chance_does_not_converge():
     """12 % of 1,000 images is 1.9 standard errors above chance, and the best there is."""
     table = {m: [0.11, 0.12, LOST] for m in (2, 8, 16)}
     assert texts("C12", {"fig01": study("fig01", table)}, "lacks data")[0] == "fig01: no base_lr converges at any batch size"
+
+
+def test_two_studies_are_compared_at_the_base_lrs_that_both_have():
+    """Without warm-up 2^-6, which the other has not tried, is best; at the three rates of both warm-up gains 1 point."""
+    table = {m: [0.3, 0.5, 0.4] for m in (4, 16, 128)}
+    more = exact("fig08", {m: [0.3, 0.49, 0.4, 0.6, 0.3] for m in table}, (*LRS, 2**-6, 2**-5))
+    told = next(text for text in texts("C7", {"fig10": table, "fig08": more}, "holds") if text.startswith("fig10 over fig08"))
+    assert told.startswith("fig10 over fig08: +1.00 ± 0.0")
+    apart = exact("fig08", {m: [0.5, 0.6] for m in table}, (2**-6, 2**-5))
+    assert "fig10 and fig08 share no base_lr" in texts("C7", {"fig10": table, "fig08": apart}, "lacks data")

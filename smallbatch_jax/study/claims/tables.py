@@ -141,11 +141,18 @@ def side(study: Study, sizes: Sizes = ALL) -> Side:
 
 
 def shared(one: Study, other: Study, least: int = 1, sizes: Sizes = ALL, finished: bool = False) -> list[pd.DataFrame]:
-    """Returns the best cells of each study at the batch sizes that both have, or at which both finished a run."""
+    """Returns the best cells of each study, of the base_lrs that both have, at the batch sizes that both have or finished at.
+
+    The best of more base_lrs would be better by chance alone.
+    """
     names = f"{one.name} and {other.name}"
     if len({(study.experiment.model.name, study.examples and study.examples[0]) for study in (one, other)}) > 1:
         raise NotEnoughData(f"{names} differ in their model or number of training images")
-    tables = [best_by_size(study) for study in (one, other)]
+    cells = [ordinary(study.cells) for study in (one, other)]
+    rates = set(cells[0]["base_lr"]) & set(cells[1]["base_lr"])
+    if not rates:
+        raise NotEnoughData(f"{names} share no base_lr")
+    tables = [best_by_size(study, cells=of[of["base_lr"].isin(rates)]) for study, of in zip((one, other), cells, strict=True)]
     tables = [table[table["finished"] > 0] if finished else table for table in tables]
     both = pd.Series(tables[0].index.intersection(tables[1].index))
     both = pick(both.set_axis(both), f"{names} share{' finished runs at' if finished else ''}", sizes, least)
