@@ -4,10 +4,6 @@ Everything starts from the tidy DataFrame of `results.load`, one row per run and
 `final_accuracy` makes of it. Accuracies are fractions in [0, 1]; nothing here trains, plots, reads or writes.
 """
 
-# Without pandas-stubs, pyright reads pandas' own loose annotations, where every column may be a frame or a scalar.
-# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
-# pyright: reportOperatorIssue=false, reportReturnType=false
-
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, cast

@@ -3,9 +3,6 @@
 A smaller grid or data set is judged like the paper's own.
 """
 
-# Without pandas-stubs, pyright reads pandas' own loose annotations, where every value may be a frame or a scalar.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-
 import itertools
 import math
 
@@ -105,15 +102,14 @@ def best_base_lr_is_out_of_reach(study: Study, sizes: Sizes) -> Finding:
     """
     _need_base_lrs(study)
     top, best = tables.side(study), tables.best_by_size(study)
-    m = best["accuracy"].idxmax()
-    rate = best["base_lr"][m]
+    rate, bound = (best[name].iloc[best["accuracy"].argmax()] for name in ("base_lr", "bound"))
     cells = tables.ordinary(study.cells)
     below, reached = (tables.best_of(study, cells[of], sizes) for of in (cells["base_lr"] < rate, cells["base_lr"] >= rate))
     margins = tables.margins_of(below, reached)
     who = f"{study.name} has base_lrs on both sides of {format_base_lr(rate)} that finished at"
     rates = tables.pick(best["base_lr"][margins.index], who, sizes).map(format_base_lr)
     text = f"{study.name}: best {top.text}; best base_lr {by_size(rates)}"
-    return measured(text, at_share(margins), *[bool(best["bound"][m])] * 2)
+    return measured(text, at_share(margins), bound, bound)
 
 
 def _need_base_lrs(study: Study) -> None:
@@ -202,7 +198,7 @@ def _training_accuracy(study: Study, base_lr: float, sizes: Sizes, least: int = 
 def best_bn_batch_is(study: Study, sizes: Sizes, share: float = 1.0, bn_sizes: Sizes | None = None) -> Finding:
     """At this share of the batch sizes m or more, the best BN batch is one of `bn_sizes`, or (None) smaller than m."""
     cells, b = study.cells, study.cells["bn_batch_size"]
-    wanted = b.map(lambda size: size in bn_sizes) if bn_sizes else b < cells["batch_size"]
+    wanted = b.map(bn_sizes.__contains__) if bn_sizes else b < cells["batch_size"]
     which = str(bn_sizes or "below m")
     inside, outside = (tables.best_of(study, cells[kind], sizes) for kind in (wanted, ~wanted))
     margins = tables.margins_of(inside, outside)

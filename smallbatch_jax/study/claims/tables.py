@@ -4,10 +4,6 @@ The accuracy of a batch size is that of its best cell, or that of a guess if eve
 largest or smallest of those tried, and the paper tried more beyond it, it is only a lower bound.
 """
 
-# Without pandas-stubs, pyright reads pandas' own loose annotations, where every value may be a frame or a scalar.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportOperatorIssue=false, reportReturnType=false
-
 import functools
 import math
 from dataclasses import dataclass
