@@ -192,11 +192,11 @@ def summary(df: pd.DataFrame, chance: float, cells: pd.DataFrame | None = None, 
 
 def format_summary(table: pd.DataFrame, metric: Metric = ACCURACY) -> str:
     """`summary` as plain aligned text, one block per experiment, the convergence rule underneath."""
-    blocks = [f"{name}\n{_format_block(block, metric)}" for name, block in table.groupby("experiment", observed=True)]
+    blocks = [f"{name}\n{format_block(block, metric)}" for name, block in table.groupby("experiment", observed=True)]
     return "\n\n".join([*blocks, convergence_rule(metric)])
 
 
-def _format_block(table: pd.DataFrame, metric: Metric) -> str:
+def format_block(table: pd.DataFrame, metric: Metric) -> str:
     """The rows of one experiment; BN batch sizes are shown if some are not m, running runs if there are any."""
     text = pd.DataFrame({"m": table["batch_size"]})  # a space before each other heading makes two between columns
     if not table["bn_batch_size"].equals(table["batch_size"]):

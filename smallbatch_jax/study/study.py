@@ -127,10 +127,11 @@ def load_all(workdirs: Iterable[str | Path]) -> dict[str, Study]:
 
 def summaries(studies: Sequence[Study]) -> str:
     """`analysis.summary` of each study as text, one block for each, the convergence rule underneath."""
-    tables = [analysis.summary(study.rows, study.chance, study.cells, study.metric) for study in studies]
-    blocks = [analysis.format_summary(table, study.metric) for table, study in zip(tables, studies, strict=True)]
-    shown, rules = zip(*(block.rsplit("\n\n", 1) for block in blocks), strict=True)
-    return "\n\n".join([*shown, *dict.fromkeys(rules)])
+    blocks = []
+    for study in studies:
+        table = analysis.summary(study.rows, study.chance, study.cells, study.metric)
+        blocks.append(f"{study.name}\n{analysis.format_block(table, study.metric)}")
+    return "\n\n".join([*blocks, *dict.fromkeys(analysis.convergence_rule(study.metric) for study in studies)])
 
 
 def describe(study: Study) -> str:
