@@ -139,7 +139,7 @@ def side(study: Study, sizes: Sizes = ALL) -> Side:
 def shared(one: Study, other: Study, least: int = 1, sizes: Sizes = ALL, finished: bool = False) -> list[pd.DataFrame]:
     """Returns the best cells of each study at the batch sizes that both have, or at which both finished a run."""
     names = f"{one.name} and {other.name}"
-    if len({(study.experiment.model.name, study.examples and study.examples[0]) for study in (one, other)}) > 1:
+    if len({(study.experiment.model.name, study.examples[0]) for study in (one, other)}) > 1:
         raise NotEnoughData(f"{names} differ in their model or number of training images")
     tables = [best_by_size(study) for study in (one, other)]
     tables = [table[table["finished"] > 0] if finished else table for table in tables]
