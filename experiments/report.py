@@ -7,7 +7,6 @@
 With --watch it is written anew as results arrive, and a browser that shows it follows, until every run has ended.
 """
 
-import os
 import time
 from pathlib import Path
 
@@ -21,16 +20,16 @@ EVERY = flags.DEFINE_integer("every_seconds", 10, "With --watch, how often to lo
 
 
 def main() -> int:
-    workdirs = command.given(WORKDIR, "runs/quickstart")
-    out = Path(OUT.value or os.path.join(workdirs[0], "report.html"))
+    workdirs = [Path(workdir) for workdir in command.given(WORKDIR, "runs/quickstart")]
+    out = Path(OUT.value or workdirs[0] / "report.html")
     if WATCH.value:
-        watch([Path(workdir) for workdir in workdirs], out)
+        watch(workdirs, out)
     else:
         write(workdirs, out)
     return 0
 
 
-def write(workdirs: list[str], out: Path, refresh_seconds: int | None = None) -> bool:
+def write(workdirs: list[Path], out: Path, refresh_seconds: int | None = None) -> bool:
     """Writes the page and prints the answers; returns whether there are unfinished runs."""
     from smallbatch_jax.study import report, study
     from smallbatch_jax.study.answer import answer
@@ -54,7 +53,7 @@ def watch(workdirs: list[Path], out: Path) -> None:
     seen = None
     while True:
         stamp = [_stamp(workdir) for workdir in workdirs]
-        if stamp != seen and not write(list(map(str, workdirs)), out, EVERY.value):
+        if stamp != seen and not write(workdirs, out, EVERY.value):
             return
         seen = stamp
         time.sleep(EVERY.value)

@@ -198,10 +198,6 @@ class Experiment:
                 )
             self.schedule.require_examples(m, num_examples)
 
-    def phase_shapes(self, batch_size: int, bn_batch_size: int) -> list[tuple[int, int]]:
-        """Returns every (batch size, BN batch size) that a run may come to; b = m stays the whole batch."""
-        return [(m, m if bn_batch_size == batch_size else bn_batch_size) for m in self.schedule.batch_sizes(batch_size)]
-
     def to_dict(self) -> dict[str, Any]:
         """Returns plain nested values, as stored in a workdir."""
         return dataclasses.asdict(self)
@@ -209,7 +205,8 @@ class Experiment:
     def can_share(self, batch_size: int, bn_batch_size: int, devices: int) -> bool:
         """Returns whether a batch, and all it grows to, splits evenly over devices, without splitting a BN group unevenly."""
         grouped = catalog.NORMS[self.model.norm].batch_statistics
-        for m, b in self.phase_shapes(batch_size, bn_batch_size):
+        for m in self.schedule.batch_sizes(batch_size):
+            b = m if bn_batch_size == batch_size else bn_batch_size
             if m % devices or (grouped and m // devices % b and b % (m // devices)):
                 return False
         return True

@@ -8,8 +8,6 @@ from smallbatch_jax.config.experiment import default_config
 BATCH_SIZES = tuple(2**k for k in range(1, 12))  # 2 … 2048
 BASE_LRS = tuple(2.0**k for k in range(-12, 1))  # 2^-12 … 2^0
 EPOCHS = {"cifar10": 82, "cifar100": 164, "imagenet2012": 90}
-REDUCED_EPOCHS = 8  # in place of 82
-REDUCED_BASE_LR = 2.0**-4  # the highest kept: few models train above it
 SUBSET = 5_000  # training images of a reduced figure for CPUs
 SUBSET_EPOCHS = 5  # in place of 82
 SUBSET_BATCH_SIZES = (2, 8, 32, 128, 512)  # larger ones would make fewer than 50 updates
@@ -48,27 +46,6 @@ def imagenet_config(name: str) -> Any:
     config = full_grid(name, "resnet50", "batch", "imagenet2012", augment=True)
     config.dataset.image_size = 224
     config.schedule.boundaries = (30 / 90, 60 / 90, 80 / 90)
-    return config
-
-
-def reduced(config: Any, model: str | None = None) -> Any:
-    """Returns a figure's config for an hour or less of one GPU: all images and the same rules, but shorter and coarser.
-
-    Args:
-      config: of the figure.
-      model: a shallower network in its place; None keeps the figure's.
-
-    Returns:
-      The config with about a tenth of the epochs, every second batch size (2, 8, …, 2048) and η̃ up to 2^-4. It keeps the
-      figure's name, by which claims know it.
-    """
-    config.model.name = model or config.model.name
-    config.epochs = round(config.epochs * REDUCED_EPOCHS / EPOCHS["cifar10"])
-    grid = config.grid
-    grid.batch_sizes = grid.batch_sizes[::2]
-    grid.base_lrs = tuple(base_lr for base_lr in grid.base_lrs if base_lr <= REDUCED_BASE_LR)
-    if grid.bn_batch_sizes is not None:
-        grid.bn_batch_sizes = grid.bn_batch_sizes[::2]
     return config
 
 

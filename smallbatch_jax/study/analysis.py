@@ -4,10 +4,6 @@ Everything starts from the tidy DataFrame of `results.load`, one row per run and
 `final_accuracy` makes of it. Accuracies are fractions in [0, 1]; nothing here trains, plots, reads or writes.
 """
 
-# Without pandas-stubs, pyright reads pandas' own loose annotations, where every column may be a frame or a scalar.
-# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
-# pyright: reportOperatorIssue=false, reportReturnType=false
-
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -196,11 +192,11 @@ def summary(df: pd.DataFrame, chance: float, cells: pd.DataFrame | None = None, 
 
 def format_summary(table: pd.DataFrame, metric: Metric = ACCURACY) -> str:
     """`summary` as plain aligned text, one block per experiment, the convergence rule underneath."""
-    blocks = [f"{name}\n{_format_block(block, metric)}" for name, block in table.groupby("experiment", observed=True)]
+    blocks = [f"{name}\n{format_block(block, metric)}" for name, block in table.groupby("experiment", observed=True)]
     return "\n\n".join([*blocks, convergence_rule(metric)])
 
 
-def _format_block(table: pd.DataFrame, metric: Metric) -> str:
+def format_block(table: pd.DataFrame, metric: Metric) -> str:
     """The rows of one experiment; BN batch sizes are shown if some are not m, running runs if there are any."""
     text = pd.DataFrame({"m": table["batch_size"]})  # a space before each other heading makes two between columns
     if not table["bn_batch_size"].equals(table["batch_size"]):

@@ -5,10 +5,6 @@ is the number of images that it has seen, times the mean seconds that its progra
 that trained it. The time to compile is left out.
 """
 
-# Without pandas-stubs, pyright reads pandas' own loose annotations, where every column may be a frame or a scalar.
-# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
-# pyright: reportOperatorIssue=false, reportReturnType=false
-
 import pandas as pd
 
 from smallbatch_jax.config.metric import ACCURACY, Metric

@@ -57,6 +57,7 @@ def recommend(study: Study) -> Recommendation:
     reaching = [noise.reaches(cell, best) is True for _, cell in study.cells.iterrows()]
     as_good = study.cells[reaching]
     as_good = as_good[(as_good["pending"] == 0) & (as_good["diverged"] == 0)]
+    sizes = study.cells.groupby("batch_size")["base_lr"].nunique()
     found = Recommendation(
         best,
         *interval(best, noise),
@@ -64,11 +65,9 @@ def recommend(study: Study) -> Recommendation:
         as_good=as_good,
         largest=int(as_good["batch_size"].max()) if len(as_good) else None,
         fresh=confirmation(study, best),
+        rule=fit_rule(best_rates(study, noise)) if len(sizes) >= 3 and sizes.max() > 1 else None,
+        critical=critical_batch_size(study) if len(sizes) >= 3 else None,
     )
-    if study.cells["batch_size"].nunique() >= 3:
-        found = found._replace(critical=critical_batch_size(study))
-        if study.cells.groupby("batch_size")["base_lr"].nunique().max() > 1:
-            found = found._replace(rule=fit_rule(best_rates(study, noise)))
     return found._replace(sentences=tuple(_sentences(study, found, noise)))
 
 

@@ -31,7 +31,7 @@ class Study:
       rows: `results.load`, one row per run and epoch; where batches grow with a column `examples`, trained on until then.
       cells: `analysis.planned_cells`, one row per cell, trained or not.
       num_classes: number of classes of the data, or of different tokens; None for a regression.
-      examples: numbers of training and test examples; None if unknown.
+      examples: numbers of training and test examples.
       timings: `results.load_timings`; may have no rows.
       guess: the loss of the best constant guess, where it is known.
       finished: whether the last command that trained came to its end.
@@ -42,7 +42,7 @@ class Study:
     rows: pd.DataFrame
     cells: pd.DataFrame
     num_classes: int | None
-    examples: tuple[int, int] | None
+    examples: tuple[int, int]
     timings: pd.DataFrame = field(default_factory=timing_frame)
     guess: Mapping[str, float] = field(default_factory=dict)
     finished: bool = True
@@ -102,10 +102,12 @@ def load(workdir: str | Path) -> Study:
     num_classes, examples = facts.get("num_classes"), facts.get("examples")
     if experiment.task == "classification" and (not isinstance(num_classes, int) or num_classes < 1):
         raise InputError(f"--workdir: {path}/experiment.json is damaged: its facts do not say num_classes.")
-    if examples and experiment.schedule.batch_growth > 1:
+    if not isinstance(examples, list) or [type(number) for number in examples] != [int, int]:
+        raise InputError(f"--workdir: {path}/experiment.json is damaged: its facts do not say the numbers of examples.")
+    if experiment.schedule.batch_growth > 1:
         of_size = {m: BatchSchedule.of(experiment, examples[0], m) for m in experiment.grid.batch_sizes}
         rows["examples"] = [of_size[m].examples(step) for m, step in zip(rows["batch_size"], rows["step"], strict=True)]
-    found = path, experiment, rows, cells, num_classes, examples and tuple(examples)
+    found = path, experiment, rows, cells, num_classes, (examples[0], examples[1])
     return Study(*found, results.load_timings(path), facts.get("guess", {}), is_finished(path))
 
 
@@ -127,20 +129,21 @@ def load_all(workdirs: Iterable[str | Path]) -> dict[str, Study]:
 
 def summaries(studies: Sequence[Study]) -> str:
     """`analysis.summary` of each study as text, one block for each, the convergence rule underneath."""
-    tables = [analysis.summary(study.rows, study.chance, study.cells, study.metric) for study in studies]
-    blocks = [analysis.format_summary(table, study.metric) for table, study in zip(tables, studies, strict=True)]
-    shown, rules = zip(*(block.rsplit("\n\n", 1) for block in blocks), strict=True)
-    return "\n\n".join([*shown, *dict.fromkeys(rules)])
+    blocks = []
+    for study in studies:
+        table = analysis.summary(study.rows, study.chance, study.cells, study.metric)
+        blocks.append(f"{study.name}\n{analysis.format_block(table, study.metric)}")
+    return "\n\n".join([*blocks, *dict.fromkeys(analysis.convergence_rule(study.metric) for study in studies)])
 
 
 def describe(study: Study) -> str:
     """Returns one line: what was trained, on what data, over which grid, and how many of its runs have ended."""
     e, cells = study.experiment, study.cells
-    images = " ({:,} + {:,} images)".format(*study.examples) if study.examples else ""
+    name = "own data" if e.dataset.name.startswith(OWN) else e.dataset.name
     facts = [e.model.name.removeprefix(OWN), f"norm {e.model.norm}"]
     facts += ["precise statistics"] * (e.model.bn_statistics == "precise")
     facts += e.optimizer.described()
-    facts += [f"{'own data' if e.dataset.name.startswith(OWN) else e.dataset.name}{images}"]
+    facts += ["{} ({:,} + {:,} images)".format(name, *study.examples)]
     facts += ["augmented"] * e.dataset.augment
     facts += [plural(e.epochs, "epoch")]
     facts += [f"warm-up {100 * e.schedule.warmup_fraction:g} %"] * (e.schedule.warmup_fraction > 0)

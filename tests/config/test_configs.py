@@ -9,7 +9,7 @@ import pytest
 from shell import run
 
 from smallbatch_jax import data
-from smallbatch_jax.config import experiment, protocol
+from smallbatch_jax.config import experiment
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -82,15 +82,6 @@ def test_a_figure_of_5000_images_differs_from_the_whole_in_size_alone(name):
     assert dataclasses.replace(chosen.dataset, subset=None) == full.dataset
     assert set(chosen.grid.batch_sizes) < set(full.grid.batch_sizes)
     assert set(chosen.grid.base_lrs) <= set(full.grid.base_lrs)
-
-
-@pytest.mark.parametrize(("name", "epochs"), [("fig17_41_epochs", 4), ("fig18_164_epochs", 16), ("fig13_cifar10", 8)])
-def test_reduced_figures_keep_their_proportions(name, epochs):
-    module, full = load(name)
-    chosen = experiment.from_config(protocol.reduced(module.get_config()))
-    assert (chosen.epochs, chosen.model.name) == (epochs, full.model.name)
-    sizes = full.grid.bn_batch_sizes and full.grid.bn_batch_sizes[::2]
-    assert chosen.grid.bn_batch_sizes == sizes
 
 
 def test_fig04_is_one_rate_at_every_batch_size():

@@ -3,9 +3,6 @@
 A smaller grid or data set is judged like the paper's own.
 """
 
-# Without pandas-stubs, pyright reads pandas' own loose annotations, where every value may be a frame or a scalar.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-
 import itertools
 import math
 
@@ -52,7 +49,7 @@ def falls_off_more(steep: Study, flat: Study, batch_size: int) -> Finding:
 
 def has_accuracy(study: Study, accuracy: float, tolerance: float, images: int, epochs: int) -> Finding:
     """The best accuracy is the paper's, within a tolerance, after training of no fewer images and epochs."""
-    if (study.examples or (images,))[0] < images or study.experiment.epochs < epochs:
+    if study.examples[0] < images or study.experiment.epochs < epochs:
         raise NotEnoughData(f"{study.name}: the paper's {100 * accuracy:g} % is of {images:,} images and {epochs} epochs")
     found = tables.side(study)
     text = f"{study.name}: best {found.text}, the paper's {100 * accuracy:g} % ({100 * tolerance:g} points allowed)"
@@ -105,15 +102,14 @@ def best_base_lr_is_out_of_reach(study: Study, sizes: Sizes) -> Finding:
     """
     _need_base_lrs(study)
     top, best = tables.side(study), tables.best_by_size(study)
-    m = best["accuracy"].idxmax()
-    rate = best["base_lr"][m]
+    rate, bound = (best[name].iloc[best["accuracy"].argmax()] for name in ("base_lr", "bound"))
     cells = tables.ordinary(study.cells)
     below, reached = (tables.best_of(study, cells[of], sizes) for of in (cells["base_lr"] < rate, cells["base_lr"] >= rate))
     margins = tables.margins_of(below, reached)
     who = f"{study.name} has base_lrs on both sides of {format_base_lr(rate)} that finished at"
     rates = tables.pick(best["base_lr"][margins.index], who, sizes).map(format_base_lr)
     text = f"{study.name}: best {top.text}; best base_lr {by_size(rates)}"
-    return measured(text, at_share(margins), *[bool(best["bound"][m])] * 2)
+    return measured(text, at_share(margins), bound, bound)
 
 
 def _need_base_lrs(study: Study) -> None:
@@ -193,7 +189,7 @@ def _training_accuracy(study: Study, base_lr: float, sizes: Sizes, least: int = 
     runs = accuracy.groupby([rows["batch_size"], rows["seed"]]).mean().groupby("batch_size")
     table = pd.DataFrame({"train_accuracy": runs.mean(), "train_accuracy_std": runs.std(), "finished": runs.size()})
     table = tables.pick(table, f"{study.name} has", sizes, least)
-    errors = Noise(Metric("train_accuracy"), study.examples[0] if study.examples else None, math.nan).error(table)
+    errors = Noise(Metric("train_accuracy"), study.examples[0], math.nan).error(table)
     shown = by_size(table["train_accuracy"].map(show))
     text = f"{study.name}, base_lr {format_base_lr(base_lr)}: training accuracy, mean over epochs, {shown}"
     return list(map(Side, table["train_accuracy"], errors)), text
@@ -202,7 +198,7 @@ def _training_accuracy(study: Study, base_lr: float, sizes: Sizes, least: int = 
 def best_bn_batch_is(study: Study, sizes: Sizes, share: float = 1.0, bn_sizes: Sizes | None = None) -> Finding:
     """At this share of the batch sizes m or more, the best BN batch is one of `bn_sizes`, or (None) smaller than m."""
     cells, b = study.cells, study.cells["bn_batch_size"]
-    wanted = b.map(lambda size: size in bn_sizes) if bn_sizes else b < cells["batch_size"]
+    wanted = b.map(bn_sizes.__contains__) if bn_sizes else b < cells["batch_size"]
     which = str(bn_sizes or "below m")
     inside, outside = (tables.best_of(study, cells[kind], sizes) for kind in (wanted, ~wanted))
     margins = tables.margins_of(inside, outside)

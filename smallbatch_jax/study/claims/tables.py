@@ -4,10 +4,6 @@ The accuracy of a batch size is that of its best cell, or that of a guess if eve
 largest or smallest of those tried, and the paper tried more beyond it, it is only a lower bound.
 """
 
-# Without pandas-stubs, pyright reads pandas' own loose annotations, where every value may be a frame or a scalar.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportOperatorIssue=false, reportReturnType=false
-
 import functools
 import math
 from dataclasses import dataclass
@@ -146,7 +142,7 @@ def shared(one: Study, other: Study, least: int = 1, sizes: Sizes = ALL, finishe
     The best of more base_lrs would be better by chance alone.
     """
     names = f"{one.name} and {other.name}"
-    if len({(study.experiment.model.name, study.examples and study.examples[0]) for study in (one, other)}) > 1:
+    if len({(study.experiment.model.name, study.examples[0]) for study in (one, other)}) > 1:
         raise NotEnoughData(f"{names} differ in their model or number of training images")
     cells = [ordinary(study.cells) for study in (one, other)]
     rates = set(cells[0]["base_lr"]) & set(cells[1]["base_lr"])

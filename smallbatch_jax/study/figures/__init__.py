@@ -56,10 +56,11 @@ def draw(df: pd.DataFrame, out_dir: PathLike) -> list[Path]:
       InputError: there is nothing to draw, an experiment's name cannot name a folder, or a file cannot be written.
     """
     _require_rows(df)
-    by_name = {str(name): rows for name, rows in df.groupby("experiment", observed=True)}
-    folders = _folders(list(by_name), Path(out_dir))
-    drawn = [(_own_figures(rows, known_cells(rows)), folders[name]) for name, rows in by_name.items()]
-    return [path for figures, folder in drawn for path in _write_all(figures, folder)]
+    paths = []
+    for name, folder in _folders(sorted(set(df["experiment"])), Path(out_dir)).items():
+        rows = df[df["experiment"] == name]
+        paths += _write_all(_own_figures(rows, known_cells(rows)), folder)
+    return paths
 
 
 def draw_studies(studies: Iterable[Study], out_dir: PathLike | None = None) -> list[Path]:

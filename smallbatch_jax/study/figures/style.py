@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 
 from smallbatch_jax.config.metric import Metric
 from smallbatch_jax.config.text import format_base_lr
@@ -122,10 +123,9 @@ def spreads(values: Any, metric: Metric) -> bool:
 def with_rule(figure: Figure, rule: str) -> Figure:
     """Says on an axis of base learning rates what the learning rate is, where it is not the paper's η̃·m; returns the figure."""
     label = COLUMNS["base_lr"].label
-    for axes in figure.axes if rule != "linear" else ():
-        for which in ("x", "y"):
-            if getattr(axes, f"get_{which}label")() == label:
-                axes.set(**{f"{which}label": rf"{label} ($\eta$ = {RULE_TEXTS[rule]})"})
+    for text in figure.findobj(Text) if rule != "linear" else ():
+        if text.get_text() == label:
+            text.set_text(rf"{label} ($\eta$ = {RULE_TEXTS[rule]})")
     return figure
 
 

@@ -53,10 +53,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # title of a legend, t
 
 def maps_of(study: Study) -> list[CellMap]:
     """The heat maps that together hold every cell of a study, some for each point on its further axes."""
-    if not (further := axes(study.cells)):
-        return _maps_of(study.cells)
-    found = []
-    for values, cells in study.cells.groupby(further):
+    found, further = [], axes(study.cells)
+    for values, cells in study.cells.groupby(further) if further else [((), study.cells)]:
         point = [f"{axis_title(name)} {value:g}" for name, value in zip(further, values, strict=True)]
         found += [shown._replace(label=", ".join(filter(None, (*point, shown.label)))) for shown in _maps_of(cells)]
     return found
