@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from smallbatch_jax.config.experiment import InputError
 
@@ -45,6 +45,14 @@ class Step:
             raise InputError(f"--peer: has no norm {self.norm!r}; it accepts none and batch.")
 
 
+class Setup(NamedTuple):
+    """How one worker computes."""
+
+    threads: int
+    device: str = "cpu"
+    graphs: bool = False  # CUDA graphs
+
+
 @contextmanager
 def peer(step: Step, accelerator: bool) -> Iterator[Callable[[float], dict[str, float]]]:
     """Starts workers for each way in which PyTorch can use this machine; ends them with the block.
@@ -63,19 +71,19 @@ def peer(step: Step, accelerator: bool) -> Iterator[Callable[[float], dict[str, 
     spawn = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         workers: dict[str, list[ProcessPoolExecutor]] = {}
-        for way, (processes, *setup) in _ways(accelerator).items():
+        for way, (processes, setup) in _ways(accelerator).items():
             pools = [ProcessPoolExecutor(1, spawn, _end_with_parent) for _ in range(processes)]
             workers[way] = [stack.enter_context(pool) for pool in pools]
-            _ask(workers[way], _warm_up, step, *setup)  # the next way starts on a quiet machine
+            _ask(workers[way], _warm_up, step, setup)  # the next way starts on a quiet machine
         yield lambda seconds: {way: sum(_ask(members, _rate, seconds)) for way, members in workers.items()}
 
 
-def _ways(accelerator: bool) -> dict[str, tuple[int, int, str, bool]]:
-    """The number of workers of each way; then each one's threads, device and whether it uses CUDA graphs, for `make_step`."""
+def _ways(accelerator: bool) -> dict[str, tuple[int, Setup]]:
+    """The number of workers of each way and their setup, by the way's name."""
     cores = len(os.sched_getaffinity(0))
     if accelerator:
-        return {"eager": (1, cores, "cuda", False), "CUDA graphs": (1, cores, "cuda", True)}
-    return {_counted(1, cores): (1, cores, "cpu", False), _counted(cores, 1): (cores, 1, "cpu", False)}
+        return {"eager": (1, Setup(cores, "cuda")), "CUDA graphs": (1, Setup(cores, "cuda", graphs=True))}
+    return {_counted(1, cores): (1, Setup(cores)), _counted(cores, 1): (cores, Setup(1))}
 
 
 def _counted(processes: int, threads: int) -> str:
@@ -97,10 +105,10 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _warm_up(step: Step, threads: int, device: str, graphs: bool) -> None:
+def _warm_up(step: Step, setup: Setup) -> None:
     """Makes the step that this worker trains."""
     global _train
-    _train = make_step(step, threads, device, graphs)
+    _train = make_step(step, setup)
     for _ in range(3):
         _train()
 
@@ -113,11 +121,12 @@ def _rate(seconds: float) -> float:
     return images / elapsed
 
 
-def make_step(step: Step, threads: int, device: str, graphs: bool) -> Callable[[], int]:
+def make_step(step: Step, setup: Setup) -> Callable[[], int]:
     """Returns a function that trains on random batches, waits for the device and returns the number of images."""
     import torch  # pyright: ignore[reportMissingImports]
 
-    torch.set_num_threads(threads)
+    device = setup.device
+    torch.set_num_threads(setup.threads)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # like our precision "float32"; matrix products have it by default
     images = torch.randint(0, 256, (EXAMPLES, *step.image_shape), dtype=torch.uint8, device=device)
@@ -134,7 +143,7 @@ def make_step(step: Step, threads: int, device: str, graphs: bool) -> Callable[[
         batch = (batch.permute(0, 3, 1, 2).float() - mean) / deviation  # as channels_last, without a copy
         return torch.nn.functional.cross_entropy(network(batch), targets)
 
-    if graphs:
+    if setup.graphs:
         batch_loss = torch.compile(batch_loss, mode="reduce-overhead")
 
     def train() -> int:
