@@ -4,10 +4,10 @@ Run:    python experiments/sweep.py --config=configs/reduced/fig04_resnet8_5000.
 Expect: 5 runs of 5 epochs, not yet run
 """
 
-from smallbatch_jax.config.protocol import full_grid, reduced_subset
+from smallbatch_jax.config.protocol import full_grid, reduced
 
 
 def get_config():
     config = full_grid("fig04", "resnet32", "batch")
     config.grid.base_lrs = (2.0**-8,)
-    return reduced_subset(config, "resnet8")
+    return reduced(config, "resnet8")

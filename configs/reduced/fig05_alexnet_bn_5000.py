@@ -6,8 +6,8 @@ Expect: 25 runs of 5 epochs. The 16 of m = 8, 32, 128, 512 and η̃ = 2^-11 … 
         2026-11-26). The paper: best at m = 8 … 64 (§3.3)
 """
 
-from smallbatch_jax.config.protocol import full_grid, reduced_subset
+from smallbatch_jax.config.protocol import full_grid, reduced
 
 
 def get_config():
-    return reduced_subset(full_grid("fig05", "alexnet", "batch"))
+    return reduced(full_grid("fig05", "alexnet", "batch"))

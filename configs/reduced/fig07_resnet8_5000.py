@@ -4,8 +4,8 @@ Run:    python experiments/sweep.py --config=configs/reduced/fig07_resnet8_5000.
 Expect: 25 runs of 5 epochs, not yet run
 """
 
-from smallbatch_jax.config.protocol import full_grid, reduced_subset
+from smallbatch_jax.config.protocol import full_grid, reduced
 
 
 def get_config():
-    return reduced_subset(full_grid("fig07", "resnet32", "batch"), "resnet8")
+    return reduced(full_grid("fig07", "resnet32", "batch"), "resnet8")

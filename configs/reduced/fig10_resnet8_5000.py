@@ -4,10 +4,10 @@ Run:    python experiments/sweep.py --config=configs/reduced/fig10_resnet8_5000.
 Expect: 25 runs of 5 epochs, not yet run
 """
 
-from smallbatch_jax.config.protocol import full_grid, reduced_subset
+from smallbatch_jax.config.protocol import full_grid, reduced
 
 
 def get_config():
     config = full_grid("fig10", "resnet32", "batch", augment=True)
     config.schedule.warmup_fraction = 0.05
-    return reduced_subset(config, "resnet8")
+    return reduced(config, "resnet8")

@@ -5,11 +5,11 @@ Run:    python experiments/sweep.py --config=configs/reduced/fig13_resnet8_5000.
 Expect: 15 runs of 5 epochs, not yet run
 """
 
-from smallbatch_jax.config.protocol import full_grid, reduced_subset
+from smallbatch_jax.config.protocol import full_grid, reduced
 
 
 def get_config():
     config = full_grid("fig13_cifar10", "resnet32", "batch", augment=True)
     config.grid.bn_batch_sizes = config.grid.batch_sizes
     config.grid.base_lrs_from = ("runs/5000/fig08",)
-    return reduced_subset(config, "resnet8")
+    return reduced(config, "resnet8")

@@ -4,8 +4,8 @@ Run:    python experiments/sweep.py --config=configs/reduced/resnet32_nobn_5000.
 Expect: 25 runs of 5 epochs, not yet run
 """
 
-from smallbatch_jax.config.protocol import full_grid, reduced_subset
+from smallbatch_jax.config.protocol import full_grid, reduced
 
 
 def get_config():
-    return reduced_subset(full_grid("resnet32_nobn", "resnet32", "none"))
+    return reduced(full_grid("resnet32_nobn", "resnet32", "none"))

@@ -49,7 +49,7 @@ def imagenet_config(name: str) -> Any:
     return config
 
 
-def reduced_subset(config: Any, model: str | None = None) -> Any:
+def reduced(config: Any, model: str | None = None) -> Any:
     """Returns a CIFAR-10 figure's config for an hour or less of two CPU cores: 5,000 images, a sixteenth of the epochs.
 
     Args:
@@ -57,8 +57,9 @@ def reduced_subset(config: Any, model: str | None = None) -> Any:
       model: a shallower network in its place; None keeps the figure's.
 
     Returns:
-      The config with m = 2, 8, … 512 and every second η̃. Batch norm is evaluated by precise statistics, since running
-      averages lag far behind after so few updates. Evaluations cover the whole test set, as ever.
+      The config with m = 2, 8, … 512 and every second η̃, under the figure's name, by which claims know it. Batch norm is
+      evaluated by precise statistics, since running averages lag far behind after so few updates. Evaluations cover the
+      whole test set, as ever.
     """
     config.model.name = model or config.model.name
     config.dataset.subset = SUBSET
