@@ -5,8 +5,8 @@ Talwalkar 2016). Its rungs are epochs: examples seen, the same at every batch si
 
 High rates gain most when the schedule reduces them. In `notebooks/results`, the best rate after one epoch is below the final
 best at 38 of 57 batch sizes (mostly by one or two powers of two) and above it at 3. So each rate is judged together with the
-next lower one, and about half of the survivors train to the middle of the schedule, where the best rate so far is within the
-noise of the final best at all 57.
+next lower one, the highest of those about as good goes on first, and about half of the survivors train to the middle of the
+schedule, where the best rate so far is within the noise of the final best at all 57.
 """
 
 import math
@@ -24,6 +24,7 @@ Cell = tuple[Shape, float]  # shape and base_lr; seeds are its replicates
 Curves = Mapping[Run, Sequence[float]]  # the metric after epochs 1, 2, …; NaN in the last place if the run diverged
 
 FIRST_RUNG = 16  # the part of a run's epochs that a rate is first tried for is one over this
+TIED = 0.2  # rates are about as good as the best within this part of the range from the worst to the best
 FULL_RUNS = 2  # the least budget of a shape, in full runs; where there is less, fewer shapes are searched
 
 
@@ -162,8 +163,7 @@ class _Search:
         floor, epochs = self.left - allowance, self.space.epochs
         live = yield from self.bracket(shape, floor)
         for k in range(1, len(self.rungs)):
-            promise = self.promise(shape, live)
-            keep = sorted(live, key=lambda i: (-promise[i], i))[: self.affordable(k, self.left - floor)]
+            keep = self.ranked(shape, live)[: self.affordable(k, self.left - floor)]
             yield from self.train(shape, [self.run(shape, i) for i in keep], self.rungs[k])
             live = [i for i in keep if self.live(self.run(shape, i)) and len(self.curves[self.run(shape, i)]) == self.rungs[k]]
         tried = [i for i in range(len(self.space.base_lrs)) if self.run(shape, i) in self.curves]
@@ -225,6 +225,12 @@ class _Search:
         order = sorted(live)
         best = {i: max(sign * value for value in self.curves[self.run(shape, i)]) for i in order}
         return {i: (best[i] + best[lower]) / 2 for lower, i in zip(order[:1] + order, order, strict=False)}
+
+    def ranked(self, shape: Shape, live: Iterable[int]) -> list[int]:
+        """Returns the indices of live rates, the most promising first; of those about as good as the best the highest first."""
+        promise = self.promise(shape, live)
+        top, least = max(promise.values(), default=0.0), min(promise.values(), default=0.0)
+        return sorted(promise, key=lambda i: (-min(promise[i], top - TIED * (top - least)), -i))
 
     def affordable(self, rung: int, epochs: float) -> int:
         """Returns how many runs can go on to a rung, half of them to the next, and so on; at least one."""
