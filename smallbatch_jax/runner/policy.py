@@ -24,7 +24,7 @@ Cell = tuple[Shape, float]  # shape and base_lr; seeds are its replicates
 Curves = Mapping[Run, Sequence[float]]  # the metric after epochs 1, 2, …; NaN in the last place if the run diverged
 
 FIRST_RUNG = 16  # the part of a run's epochs that a rate is first tried for is one over this
-TIED = 0.2  # rates are about as good as the best within this part of the range from the worst to the best
+TIED = 0.05  # rates are about as good as the best within this part of the range from the worst to the best
 FULL_RUNS = 2  # the least budget of a shape, in full runs; where there is less, fewer shapes are searched
 
 
