@@ -1,7 +1,6 @@
 """Batch normalisation with a batch size of its own (§2.3, §3.6), and the alternatives for tiny batches that the paper names."""
 
 import math
-import pkgutil
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from smallbatch_jax.config.catalog import NORMS
 from smallbatch_jax.config.fields import InputError
 
 
@@ -150,19 +148,6 @@ class GroupNorm(nn.Module):
         del train
         normalise = nn.GroupNorm(None, 16, epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, name="norm")
         return normalise(x).astype(self.dtype or x.dtype)
-
-
-def make_norm(
-    norm: str, bn_batch_size: int | None, bn_decay: float, axis_name: str | None, dtype: Any, platform: str | None, name: str
-) -> nn.Module | None:
-    """Returns the layer that `config.catalog.NORMS` names; None for "none"."""
-    entry = NORMS[norm]
-    if entry.layer is None:
-        return None
-    layer = pkgutil.resolve_name(entry.layer)
-    if entry.batch_statistics:
-        return layer(bn_batch_size, bn_decay, axis_name=axis_name, dtype=dtype, platform=platform, name=name)
-    return layer(dtype=dtype, name=name)
 
 
 class Over(NamedTuple):
