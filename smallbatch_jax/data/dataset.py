@@ -46,8 +46,12 @@ class Dataset:
         num_classes = self.num_classes
         if num_classes is not None:
             num_classes = fields.integer(1)("Dataset.num_classes", fields.plain(num_classes))
-        checked: dict[str, Any] = {"num_classes": num_classes}
-        checked["class_names"] = _checked_class_names(self.class_names, num_classes)
+        names = self.class_names
+        if names is not None:
+            if isinstance(names, str) or len(names) != num_classes or not all(isinstance(name, str) for name in names):
+                raise InputError(f"Dataset.class_names: got {names!r}; it accepts None or {num_classes} strings, one a class")
+            names = tuple(names)
+        checked: dict[str, Any] = {"num_classes": num_classes, "class_names": names}
         for split in ["train", "test"] + ["validation"] * (self.validation_images is not None):
             name = f"{split}_labels"
             images = checked[f"{split}_images"] = _checked_images(f"{split}_images", getattr(self, f"{split}_images"))
@@ -167,14 +171,6 @@ def mean_and_deviation(sums: Sequence[int], squares: Sequence[int], count: int) 
     variance = [(count * xx - x * x) / count**2 for x, xx in zip(sums, squares, strict=True)]
     std = np.sqrt(np.array(variance))
     return np.array([x / count for x in sums], np.float32), np.where(std > 0, std, 1).astype(np.float32)
-
-
-def _checked_class_names(names: Any, num_classes: int | None) -> tuple[str, ...] | None:
-    if names is None:
-        return None
-    if isinstance(names, str) or len(names) != num_classes or not all(isinstance(name, str) for name in names):
-        raise InputError(f"Dataset.class_names: got {names!r}; it accepts None or {num_classes} strings, one a class")
-    return tuple(names)
 
 
 def _as_array(name: str, value: Any) -> np.ndarray:
