@@ -240,9 +240,8 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     Columns: experiment (its name); batch_size m; base_lr η̃; bn_batch_size (m where none was given); seed; epoch 1…E; step,
     updates taken; train_loss and train_accuracy, means over the epoch's batches as seen; test_loss and test_accuracy over
     the whole test set (accuracies are fractions); status of the run: running, finished, diverged, or stopped if a search gave
-    it up. A diverged run ends
-    with the epoch it died in, the step of the first loss that was not finite, and accuracies NaN. bn_statistics: what batch
-    norm was evaluated with, running averages or precise statistics (`model.bn_statistics`).
+    it up. A diverged run ends with the epoch it died in, the step of the first loss that was not finite, and accuracies NaN.
+    bn_statistics: what batch norm was evaluated with, running averages or precise statistics (`model.bn_statistics`).
 
     Where they are used there are further columns: the grid's further axes (`grid.weight_decays` is weight_decay), further
     metrics ("train_top5_accuracy", "test_top5_accuracy"), "validation_loss" and others of a validation split, and those of
