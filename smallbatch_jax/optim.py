@@ -58,7 +58,6 @@ def summed_sgd(
     decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
 
     def init(params: optax.Params) -> SummedSgdState:
-        del params
         return SummedSgdState(count=jnp.zeros([], jnp.int32))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[optax.Updates, SummedSgdState]:

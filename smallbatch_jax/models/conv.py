@@ -17,9 +17,8 @@ import numpy as np
 from jax import lax
 
 from smallbatch_jax.models import native
-from smallbatch_jax.models.pool import windows
+from smallbatch_jax.models.pool import Pads, windows
 
-Pads = tuple[tuple[int, int], tuple[int, int]]
 Strides = tuple[int, int]
 
 SMALL_IMAGE = 16  # output pixels up to which im2col and XLA's matrix product beat the native kernel

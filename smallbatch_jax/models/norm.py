@@ -97,7 +97,6 @@ class BatchNorm(nn.Module):
 
     def _corrected(self, scale: jax.Array, bias: jax.Array, mean: jax.Array, var: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns scale and bias, [G, 1, …, 1, C], as they are; batch renormalisation moves them."""
-        del mean, var
         return scale, bias
 
 
@@ -145,7 +144,6 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Normalises x, float[N, …, C], the same way whether or not it is training."""
-        del train
         normalise = nn.GroupNorm(None, 16, epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, name="norm")
         return normalise(x).astype(self.dtype or x.dtype)
 
@@ -241,7 +239,6 @@ _normalise.defvjp(_normalise_forward, _normalise_backward)
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _statistics_of(over: Over, x: jax.Array, mean: jax.Array, rstd: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns mean and rstd as they are, and their derivatives by x, which a Hessian-vector product needs."""
-    del over, x
     return mean, rstd
 
 

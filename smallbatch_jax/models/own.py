@@ -56,7 +56,6 @@ class OwnModel(ABC):
 
     def with_bn_batch_size(self, bn_batch_size: int | None, /, axis_name: str | None = None) -> "OwnModel":
         """Returns the model unchanged for None, and refuses a number; its batches are never sharded."""
-        del axis_name
         if bn_batch_size is not None:
             raise InputError(f"bn_batch_sizes: {self.label} has no field bn_batch_size to set; give None.")
         return self
