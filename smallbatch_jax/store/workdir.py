@@ -74,8 +74,7 @@ def refuse_difference(path: Path, experiment: Experiment, facts: Mapping[str, An
     except OSError as error:
         raise InputError(f"--workdir: {path} cannot be read: {error.strerror}.") from None
     if "experiment.json" not in names:
-        foreign = sorted(name for name in names if name != "lock" and not name.startswith(".experiment.json."))
-        if foreign:
+        if foreign := sorted(name for name in names if name != "lock" and not name.startswith(".experiment.json.")):
             lack = f"holds {foreign[0]!r} but no experiment"
             raise InputError(f"--workdir: {path} {lack}; give a new or empty folder, or a workdir.")
         return
