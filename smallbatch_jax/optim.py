@@ -28,10 +28,7 @@ class SummedSgdState(NamedTuple):
 
 
 def summed_sgd(
-    base_lr: Any,
-    batch_size: Any,
-    schedule: optax.Schedule | None = None,
-    weight_decay: Any = 0.0,
+    base_lr: Any, batch_size: Any, schedule: optax.Schedule | None = None, weight_decay: Any = 0.0
 ) -> optax.GradientTransformation:
     """SGD on the sum of the per-example gradients (Masters & Luschi 2018, Eq. 5).
 
@@ -61,7 +58,6 @@ def summed_sgd(
     decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
 
     def init(params: optax.Params) -> SummedSgdState:
-        del params
         return SummedSgdState(count=jnp.zeros([], jnp.int32))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[optax.Updates, SummedSgdState]:
@@ -133,14 +129,12 @@ def adamw(
     learning_rate: Any, weight_decay: Any, beta1: Any, beta2: Any, epsilon: Any, mask: Any = None
 ) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
-    scaled = optax.scale_by_adam(beta1, beta2, epsilon)
-    return optax.chain(scaled, optax.add_decayed_weights(weight_decay, mask), optax.scale(-learning_rate))
+    return optax.adamw(learning_rate, beta1, beta2, epsilon, weight_decay=weight_decay, mask=mask)
 
 
 def lion(learning_rate: Any, weight_decay: Any, beta1: Any, beta2: Any, mask: Any = None) -> optax.GradientTransformation:
     """Lion (Chen et al. 2023), with decoupled weight decay."""
-    scaled = optax.scale_by_lion(beta1, beta2)
-    return optax.chain(scaled, optax.add_decayed_weights(weight_decay, mask), optax.scale(-learning_rate))
+    return optax.lion(learning_rate, beta1, beta2, weight_decay=weight_decay, mask=mask)
 
 
 def step_schedule(

@@ -43,30 +43,27 @@ class Dataset:
     validation_labels: Any = None  # [K, ...]
 
     def __post_init__(self):
-        given = None if self.num_classes is None else fields.plain(self.num_classes)
-        num_classes = None if given is None else fields.integer(1)("Dataset.num_classes", given)
-        checked: dict[str, Any] = {"num_classes": num_classes}
-        checked["class_names"] = _checked_class_names(self.class_names, num_classes)
-        splits = ["train", "test"] + ["validation"] * (self.validation_images is not None)
-        for split in splits:
+        num_classes = self.num_classes
+        if num_classes is not None:
+            num_classes = fields.integer(1)("Dataset.num_classes", fields.plain(num_classes))
+        names = self.class_names
+        if names is not None:
+            if isinstance(names, str) or len(names) != num_classes or not all(isinstance(name, str) for name in names):
+                raise InputError(f"Dataset.class_names: got {names!r}; it accepts None or {num_classes} strings, one a class")
+            names = tuple(names)
+        checked: dict[str, Any] = {"num_classes": num_classes, "class_names": names}
+        for split in ["train", "test"] + ["validation"] * (self.validation_images is not None):
+            name = f"{split}_labels"
             images = checked[f"{split}_images"] = _checked_images(f"{split}_images", getattr(self, f"{split}_images"))
-            labels = getattr(self, f"{split}_labels")
-            labels = _own_tokens(split, images, num_classes) if labels is None else labels
-            checked[f"{split}_labels"] = _checked_labels(f"{split}_labels", labels, num_classes, images)
+            labels = checked[name] = _checked_labels(name, getattr(self, name), num_classes, images)
+            if len(images) != len(labels):
+                raise InputError(f"Dataset.{name}: got {len(labels)} labels for {len(images)} images; one each is needed")
+            for kind, what, array in (("images", "examples", images), ("labels", "labels", labels)):
+                got, train = (f"{x.dtype} of shape {x.shape[1:]}" for x in (array, checked[f"train_{kind}"]))
+                if got != train:
+                    raise InputError(f"Dataset.{split}_{kind}: got {what} {got}, but those of train_{kind} are {train}")
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # the class is frozen for everyone else
-        for split in splits:
-            images, labels = checked[f"{split}_images"], checked[f"{split}_labels"]
-            if len(images) != len(labels):
-                raise InputError(
-                    f"Dataset.{split}_labels: got {len(labels)} labels for {len(images)} images; one each is needed"
-                )
-            for kind, array in (("images", images), ("labels", labels)):
-                first = checked[f"train_{kind}"]
-                got, train = (f"{x.dtype} of shape {x.shape[1:]}" for x in (array, first))
-                if got != train:
-                    what = "examples" if kind == "images" else "labels"
-                    raise InputError(f"Dataset.{split}_{kind}: got {what} {got}, but those of train_{kind} are {train}")
 
     @property
     def task(self) -> str:
@@ -86,12 +83,11 @@ class Dataset:
             return self
         if count > self.num_train:
             raise InputError(f"dataset.subset: got {count}, but there are only {self.num_train} training examples.")
+        import pandas as pd
+
         labels = self.train_labels
         classes = labels if self.task == "classification" else np.zeros(self.num_train, int)
-        grouped = np.argsort(classes, kind="stable")
-        starts = np.searchsorted(classes[grouped], classes[grouped])
-        rank = np.empty(self.num_train, int)  # of an example in its class
-        rank[grouped] = np.arange(self.num_train) - starts
+        rank = pd.Series(classes).groupby(classes).cumcount()  # of an example in its class
         kept = np.sort(np.argsort(rank, kind="stable")[:count])
         return replace(self, train_images=self.train_images[kept], train_labels=labels[kept])
 
@@ -107,13 +103,8 @@ class Dataset:
         mixed = order.epoch_permutation(_SPLIT_SEED, 0, self.num_train)
         held, kept = np.sort(mixed[:count]), np.sort(mixed[count:])
         images, labels = self.train_images, self.train_labels
-        return replace(
-            self,
-            train_images=images[kept],
-            train_labels=labels[kept],
-            validation_images=images[held],
-            validation_labels=labels[held],
-        )
+        validation = {"validation_images": images[held], "validation_labels": labels[held]}
+        return replace(self, train_images=images[kept], train_labels=labels[kept], **validation)
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -182,14 +173,6 @@ def mean_and_deviation(sums: Sequence[int], squares: Sequence[int], count: int) 
     return np.array([x / count for x in sums], np.float32), np.where(std > 0, std, 1).astype(np.float32)
 
 
-def _checked_class_names(names: Any, num_classes: int | None) -> tuple[str, ...] | None:
-    if names is None:
-        return None
-    if isinstance(names, str) or len(names) != num_classes or not all(isinstance(name, str) for name in names):
-        raise InputError(f"Dataset.class_names: got {names!r}; it accepts None or {num_classes} strings, one a class")
-    return tuple(names)
-
-
 def _as_array(name: str, value: Any) -> np.ndarray:
     if np.ma.is_masked(value):
         raise InputError(
@@ -230,19 +213,14 @@ def _finite(name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _own_tokens(split: str, images: np.ndarray, num_classes: int | None) -> np.ndarray:
-    """Returns a split's tokens as its labels."""
-    if images.dtype != np.int32 or num_classes is None:
-        raise InputError(
-            f"Dataset.{split}_labels: got None, which stands for the next token of sequences: integers [N, T] as "
-            f"{split}_images, and the number of different tokens as num_classes"
-        )
-    return images
-
-
 def _checked_labels(name: str, value: Any, num_classes: int | None, images: np.ndarray) -> np.ndarray:
     """Returns classes int32[N] in [0, num_classes), next tokens int32[N, T], or targets float32[N, ...]."""
-    labels = _as_array(name, value)
+    if value is None and (images.dtype != np.int32 or num_classes is None):
+        raise InputError(
+            f"Dataset.{name}: got None, which stands for the next token of sequences: integers [N, T] as "
+            f"{name.replace('labels', 'images')}, and the number of different tokens as num_classes"
+        )
+    labels = images if value is None else _as_array(name, value)
     if num_classes is None:
         if not np.issubdtype(labels.dtype, np.floating) or labels.ndim < 1 or labels.size == 0:
             raise InputError(

@@ -103,8 +103,10 @@ def decode(file: BinaryIO, upright: bool = True) -> np.ndarray:
     if image.format in ("WEBP", "TIFF", "GIF"):
         _require_one_picture(image)
     image.load()
-    if image.format == "JPEG":
-        _require_end(file, after_header)
+    if image.format == "JPEG":  # where the rest is lost, Pillow decodes zeros to grey pixels
+        file.seek(after_header)  # past a thumbnail, which has such a marker of its own
+        if b"\xff\xd9" not in file.read():
+            raise ValueError("its end is missing")
     pixels = _pixels(image)
     return _turned(pixels, image) if upright else pixels
 
@@ -144,13 +146,6 @@ def _require_one_picture(image: Any) -> None:
     bits, signs, white_is_zero = (image.tag_v2.get(tag, default) for tag, default in ((258, (1,)), (339, (1,)), (262, 1)))
     if not {*bits} <= {1, 2, 4, 8, 16} or {*signs} != {1} or (16 in bits and white_is_zero == 0):
         raise ValueError(f"samples of {bits[0]} bits, format {signs[0]}; unsigned integers of up to 16 bits are accepted")
-
-
-def _require_end(file: BinaryIO, after_header: int) -> None:
-    """Raises ValueError for a JPEG without its last marker: where the rest is lost, Pillow decodes zeros to grey pixels."""
-    file.seek(after_header)  # past a thumbnail, which has such a marker of its own
-    if b"\xff\xd9" not in file.read():
-        raise ValueError("its end is missing")
 
 
 def _pixels(image: Any) -> np.ndarray:

@@ -31,11 +31,5 @@ def load_digits(data_dir: str | os.PathLike | None = None) -> Dataset:
     images = np.rint(ink * (255 / _INK_LEVELS)).astype(np.uint8).reshape(-1, 8, 8, 1)
     in_test = np.zeros(len(labels), bool)
     in_test[np.argsort(labels, kind="stable")[::5]] = True
-    return Dataset(
-        train_images=images[~in_test],
-        train_labels=labels[~in_test],
-        test_images=images[in_test],
-        test_labels=labels[in_test],
-        num_classes=10,
-        class_names=tuple("0123456789"),
-    )
+    names = tuple("0123456789")
+    return Dataset(images[~in_test], labels[~in_test], images[in_test], labels[in_test], len(names), names)

@@ -24,37 +24,15 @@ _LAYOUT = f"train/CLASS/* and test/CLASS/*, pictures of {decode.KINDS}"
 _MOST_WALKED = 100_000  # files below a class that are counted
 
 
-class ImageFile(NamedTuple):
-    """One picture on disk, as its directory lists it."""
-
-    path: str
-    bytes: int
-    mtime_ns: int
-
-
 class Listing(NamedTuple):
-    """The pictures of a folder, of each split in order of class, then of file name."""
+    """The pictures of a folder: for train and test their paths and classes, sorted by class, then by file name."""
 
     root: str
     classes: tuple[str, ...]
-    train: list[ImageFile]
-    test: list[ImageFile]
-
-    def labels(self, files: list[ImageFile]) -> np.ndarray:
-        """Returns int32[N], the class of each picture, by the name of its directory."""
-        number = {name: label for label, name in enumerate(self.classes)}
-        return np.array([number[os.path.basename(os.path.dirname(file.path))] for file in files], np.int32)
-
-    def name(self) -> str:
-        """Returns a name that depends on the root alone."""
-        return "folder-" + hashlib.sha256(os.fsencode(self.root)).hexdigest()[:16]
-
-    def key(self) -> str:
-        """Returns a digest that changes with the listing, the way of decoding and the cache's format."""
-        digest = hashlib.sha256(f"{cache.FORMAT_VERSION} {decode.version()}\0".encode())
-        for path, size, mtime_ns in (*self.train, *self.test):
-            digest.update(os.fsencode(path.removeprefix(self.root)) + f"\0{size} {mtime_ns}\0".encode())
-        return digest.hexdigest()
+    paths: list[list[str]]
+    labels: list[np.ndarray]  # int32[N]
+    name: str  # depends on the root alone
+    key: str  # changes with the listing, the way of decoding and the cache's format
 
 
 def load_folder(data_dir: str | os.PathLike | None) -> Dataset:
@@ -70,14 +48,10 @@ def load_folder(data_dir: str | os.PathLike | None) -> Dataset:
       InputError: one line with the path of what is missing, unreadable or of another size.
     """
     listing = _list_folder(data_dir)
-    files = [*listing.train, *listing.test]
-
-    def decoded() -> dict[str, np.ndarray]:
-        return {"images": decode.decode_images([file.path for file in files])}
-
-    arrays = cache.kept(listing.name(), listing.key(), len(files), decoded)
-    train_images, test_images = np.split(arrays["images"], [len(listing.train)])
-    train_labels, test_labels = listing.labels(listing.train), listing.labels(listing.test)
+    paths = [*itertools.chain(*listing.paths)]
+    arrays = cache.kept(listing.name, listing.key, len(paths), lambda: {"images": decode.decode_images(paths)})
+    train_images, test_images = np.split(arrays["images"], [len(listing.paths[0])])
+    train_labels, test_labels = listing.labels
     return Dataset(train_images, train_labels, test_images, test_labels, len(listing.classes), listing.classes)
 
 
@@ -88,10 +62,8 @@ def stream_folder(data_dir: str | os.PathLike | None, image_size: int) -> Photog
       InputError: one line with the path of what is missing.
     """
     listing = _list_folder(data_dir)
-    train, test = (
-        Files(listing.root, [file.path for file in files], listing.labels(files)) for files in (listing.train, listing.test)
-    )
-    name = f"{listing.name()}-{listing.key()}"
+    train, test = (Files(listing.root, *split) for split in zip(listing.paths, listing.labels, strict=True))
+    name = f"{listing.name}-{listing.key}"
     return Photographs(train, test, image_size, len(listing.classes), listing.classes, listing=name)
 
 
@@ -115,8 +87,16 @@ def _list_folder(data_dir: str | os.PathLike | None) -> Listing:
     if left_out:
         counted = ", ".join(f"{count} {what}" for what, count in sorted(left_out.items()))
         _warn(f"dataset.data_dir: {root!r} has files that are left out: {counted}; read are {_LAYOUT}")
-    train, test = ([file for name in classes for file in splits[split][name]] for split in SPLITS)
-    return Listing(root, classes, train, test)
+    digest = hashlib.sha256(f"{cache.FORMAT_VERSION} {decode.version()}\0".encode())
+    paths, labels = [], []
+    for of_class in splits.values():
+        files = [file for name in classes for file in of_class[name]]
+        for path, version in files:
+            digest.update(os.fsencode(path.removeprefix(root)) + f"\0{version}\0".encode())
+        paths.append([path for path, _ in files])
+        labels.append(np.repeat(np.arange(len(classes), dtype=np.int32), [len(of_class[name]) for name in classes]))
+    name = "folder-" + hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
+    return Listing(root, classes, paths, labels, name, digest.hexdigest())
 
 
 def _checked_root(data_dir: str | os.PathLike | None) -> str:
@@ -141,7 +121,7 @@ def _warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def _list_split(root: str, split: str, left_out: Counter[str]) -> dict[str, list[ImageFile]]:
+def _list_split(root: str, split: str, left_out: Counter[str]) -> dict[str, list[tuple[str, str]]]:
     """Lists the sorted pictures of each class of one split, and counts what is left out."""
     classes = {}
     for entry in _visible_entries(os.path.join(root, split)):
@@ -152,7 +132,8 @@ def _list_split(root: str, split: str, left_out: Counter[str]) -> dict[str, list
     return classes
 
 
-def _list_class(path: str, left_out: Counter[str]) -> list[ImageFile]:
+def _list_class(path: str, left_out: Counter[str]) -> list[tuple[str, str]]:
+    """Lists the path of each picture, and its size and time of change."""
     images = []
     for entry in _visible_entries(path):
         if entry.is_dir():
@@ -162,7 +143,7 @@ def _list_class(path: str, left_out: Counter[str]) -> list[ImageFile]:
             status = entry.stat()
             if not entry.is_file():  # opening a pipe would wait for ever
                 raise InputError(f"dataset.data_dir: {entry.path!r} is not a regular file; a {decode.KINDS} image is needed")
-            images.append(ImageFile(entry.path, status.st_size, status.st_mtime_ns))
+            images.append((entry.path, f"{status.st_size} {status.st_mtime_ns}"))
         elif _suffix(entry.name) not in _NOTES and not entry.name.startswith(("README", "LICENSE")):
             left_out[_suffix(entry.name) or "without a suffix"] += 1
     return images

@@ -100,8 +100,7 @@ def _open(folder: Path, splits: tuple[str, ...]) -> Prepared:
         counts = [sum(map(int, shards[split])) for split in splits]
         features = json.loads((folder / "features.json").read_text())["featuresDict"]["features"]
         num_classes = int(features["label"]["classLabel"]["numClasses"])
-        lines = (folder / "label.labels.txt").read_text().splitlines()
-        class_names = tuple(line.strip() for line in lines if line.strip())
+        class_names = tuple(filter(None, map(str.strip, (folder / "label.labels.txt").read_text().splitlines())))
         if len(class_names) != num_classes:
             raise ValueError(f"label.labels.txt has {len(class_names)} names for {num_classes} classes")
     except Exception as error:  # JSON of an unexpected shape can raise anything

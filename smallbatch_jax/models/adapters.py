@@ -21,8 +21,8 @@ ACCEPTED = (
     "from `key`, or a pair of functions (init, apply)"
 )
 PyTree = Any
-# The arrays of a module: parameters; running statistics; all else, such as random keys and counts.
-Arrays = tuple[PyTree, PyTree, PyTree]
+# The arrays of a module: its parameters; and its state, {"statistics": running ones, "others": random keys, counts, …}.
+Arrays = tuple[PyTree, dict[str, PyTree]]
 
 
 def adapted(model: Any) -> OwnModel:
@@ -111,32 +111,26 @@ class FactoryModel(OwnModel):
         """Makes a module; returns it, its arrays, and what else `_call` needs to rebuild it."""
 
     @abstractmethod
-    def _call(self, arrays: Arrays, x: jax.Array, train: bool, key: jax.Array | None) -> tuple[Any, PyTree, PyTree]:
-        """Returns the outputs for a batch, and the statistics and other arrays after it; `key` is the step's in training."""
+    def _call(self, arrays: Arrays, x: jax.Array, train: bool, key: jax.Array | None) -> tuple[Any, dict[str, PyTree]]:
+        """Returns the outputs for a batch, and the state after it; `key` is the step's in training."""
 
     def init(self, key: jax.Array, x: jax.Array) -> Any:
-        del x
-        _, (params, statistics, others), _ = self._split(key)
-        return {"params": _named(params), "batch_stats": _named({"statistics": statistics, "others": others})}
+        _, (params, state), _ = self._split(key)
+        return {"params": _named(params), "batch_stats": _named(state)}
 
     def apply(self, variables: Any, x: jax.Array, train: bool = False, **options: Any) -> Any:
-        params, statistics, others = self._shapes
-        states = _rebuilt(variables["batch_stats"], {"statistics": statistics, "others": others})
-        arrays = _rebuilt(variables["params"], params), states["statistics"], states["others"]
-        outputs, statistics, others = self._call(arrays, x, train, options.get("rngs", {}).get("dropout"))
-        changed = {"batch_stats": _named({"statistics": statistics, "others": others})}
-        return (outputs, changed) if "mutable" in options else outputs
+        params, state = self._shapes
+        arrays = _rebuilt(variables["params"], params), _rebuilt(variables["batch_stats"], state)
+        outputs, state = self._call(arrays, x, train, options.get("rngs", {}).get("dropout"))
+        return (outputs, {"batch_stats": _named(state)}) if "mutable" in options else outputs
 
     def settled(self, example: jax.ShapeDtypeStruct) -> OwnModel:
         return super(FactoryModel, type(self)(self._make)).settled(example)  # made again: JAX's flags may have changed
 
     def _kinds(self, stats: Any) -> list[str]:
-        del stats
-        _, statistics, others = self._shapes
-        leaves = jax.tree_util.tree_leaves_with_path({"statistics": statistics, "others": others})
-        of_path = {"statistics": "statistic", "others": "other"}
-        kinds = {_name(path): "key" if _is_key(leaf) else of_path[path[0].key] for path, leaf in leaves}
-        return [kinds[name] for name in sorted(kinds)]
+        leaves = jax.tree_util.tree_leaves_with_path(self._shapes[1])
+        kinds = {_name(path): "key" if _is_key(leaf) else path[0].key for path, leaf in leaves}
+        return [kinds[name] for name in sorted(stats)]  # JAX sorts a dict's leaves
 
 
 class NnxModel(FactoryModel):
@@ -153,14 +147,15 @@ class NnxModel(FactoryModel):
                 if isinstance(value, Tracer) and id(value) not in found:
                     place = ".".join(map(str, (type(module).__name__, *path, name)))
                     raise InputError(f"model: {place} is an array outside nnx's variables; make it an nnx.Variable.")
-        return module, (params, statistics, others), graph
+        return module, (params, {"statistics": statistics, "others": others}), graph
 
-    def _call(self, arrays: Arrays, x: jax.Array, train: bool, key: jax.Array | None) -> tuple[Any, PyTree, PyTree]:
-        module = nnx.merge(self._rest, *arrays)
+    def _call(self, arrays: Arrays, x: jax.Array, train: bool, key: jax.Array | None) -> tuple[Any, dict[str, PyTree]]:
+        params, state = arrays
+        module = nnx.merge(self._rest, params, state["statistics"], state["others"])
         (module.train if train else module.eval)()
         outputs = module(x, **self._mode(train))
         _, _, statistics, _, others = nnx.split(module, *self._KINDS)
-        return outputs, statistics, others
+        return outputs, {"statistics": statistics, "others": others}
 
 
 class EquinoxModel(FactoryModel):
@@ -174,9 +169,9 @@ class EquinoxModel(FactoryModel):
         params, rest = eqx.partition(module, eqx.is_inexact_array)
         statistics, rest_of_state = eqx.partition(state, eqx.is_inexact_array)
         others, static = eqx.partition((rest, rest_of_state), eqx.is_array)
-        return module, (params, statistics, others), static
+        return module, (params, {"statistics": statistics, "others": others}), static
 
-    def _call(self, arrays: Arrays, x: jax.Array, train: bool, key: jax.Array | None) -> tuple[Any, PyTree, PyTree]:
+    def _call(self, arrays: Arrays, x: jax.Array, train: bool, key: jax.Array | None) -> tuple[Any, dict[str, PyTree]]:
         # Within a mesh an array's type has a sharding, and a constant's has none; Equinox refuses one for the other in a State.
         types = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (arrays, x, key))
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
@@ -186,12 +181,12 @@ class EquinoxModel(FactoryModel):
             lambda x, like: x if isinstance(x, jax.Array) else jnp.asarray(x, like.dtype), structure.unflatten(results), made
         )
 
-    def _called(self, train: bool, arrays: Arrays, x: jax.Array, key: jax.Array | None) -> tuple[Any, PyTree, PyTree]:
+    def _called(self, train: bool, arrays: Arrays, x: jax.Array, key: jax.Array | None) -> tuple[Any, dict[str, PyTree]]:
         import equinox as eqx
 
-        params, statistics, others = arrays
-        rest, rest_of_state = eqx.combine(others, self._rest)
-        module, state = eqx.combine(params, rest), eqx.combine(statistics, rest_of_state)
+        params, before = arrays
+        rest, rest_of_state = eqx.combine(before["others"], self._rest)
+        module, state = eqx.combine(params, rest), eqx.combine(before["statistics"], rest_of_state)
         options = self._mode(train)
         if not train:
             module = eqx.nn.inference_mode(module)
@@ -205,7 +200,8 @@ class EquinoxModel(FactoryModel):
         keys, mapped = (None, None) if key is None else (jax.random.split(key, len(x)), 0)
         outputs, state = jax.vmap(call, (0, mapped, None), (0, None), axis_name="batch")(x, keys, state)
         statistics, rest_of_state = eqx.partition(state, eqx.is_inexact_array)
-        return outputs, statistics, (others[0], eqx.filter(rest_of_state, eqx.is_array))
+        others = before["others"][0], eqx.filter(rest_of_state, eqx.is_array)
+        return outputs, {"statistics": statistics, "others": others}
 
 
 class FunctionsModel(OwnModel):

@@ -17,9 +17,8 @@ import numpy as np
 from jax import lax
 
 from smallbatch_jax.models import native
-from smallbatch_jax.models.pool import windows
+from smallbatch_jax.models.pool import Pads, windows
 
-Pads = tuple[tuple[int, int], tuple[int, int]]
 Strides = tuple[int, int]
 
 SMALL_IMAGE = 16  # output pixels up to which im2col and XLA's matrix product beat the native kernel
@@ -29,11 +28,7 @@ IMAGES_AT_ONCE = 16  # images that im2col copies at a time, k² shifted copies o
 
 
 def conv(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: Sequence[int] = (1, 1),
-    padding: str | Pads = "SAME",
-    platform: str | None = None,
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int] = (1, 1), padding: str | Pads = "SAME", platform: str | None = None
 ) -> jax.Array:
     """2-D cross-correlation, as `lax.conv_general_dilated` computes it.
 
@@ -87,7 +82,7 @@ def _im2col_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _native_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
-    return native.correlate(_correlation(x, kernel, strides, pads), x, kernel)
+    return _native_forward(x, kernel, strides, pads)[0]
 
 
 def _native_forward(x, kernel, strides, pads):

@@ -1,15 +1,17 @@
 """Layers of the paper's models: linear layers initialised as in §3.1, ReLU, and the fields that all models have."""
 
+import pkgutil
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from smallbatch_jax.config.catalog import NORMS
 from smallbatch_jax.models.conv import Pads, conv
 from smallbatch_jax.models.materialise import materialised
-from smallbatch_jax.models.norm import make_norm
 
 # He et al. (2015b), Eq. 10: a Gaussian (not truncated) of variance 2 / fan-in, in all layers including the logits.
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -89,17 +91,7 @@ _product_of_few.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_of_
 
 
 class PaperModel(nn.Module):
-    """Fields of the paper's models, and their layers.
-
-    Attributes:
-      num_classes: logits per image.
-      norm: a name in `config.catalog.NORMS` that the model accepts.
-      bn_batch_size: b, examples per BN group; None takes the whole batch.
-      bn_decay: weight of the old running average at each step.
-      axis_name: mesh axis over which a batch is sharded.
-      dtype: of the computation; parameters and statistics are float32.
-      platform: "cpu", "gpu" or "tpu", which the model is compiled for; None decides when it is compiled.
-    """
+    """Fields of the paper's models, which are the arguments of `models.create_model`, and their layers."""
 
     num_classes: int
     norm: str = "batch"
@@ -116,8 +108,14 @@ class PaperModel(nn.Module):
         return self.normalise(y, norm, train, f"{name}_norm")
 
     def normalise(self, x: jax.Array, norm: str, train: bool, name: str) -> jax.Array:
-        layer = make_norm(norm, self.bn_batch_size, self.bn_decay, self.axis_name, self.dtype, self.platform, name)
-        return x if layer is None else layer(x, train)
+        """Applies the layer that `config.catalog.NORMS` names; none for "none"."""
+        entry = NORMS[norm]
+        if entry.layer is None:
+            return x
+        layer: Any = pkgutil.resolve_name(entry.layer)
+        if entry.batch_statistics:
+            layer = partial(layer, self.bn_batch_size, self.bn_decay, axis_name=self.axis_name, platform=self.platform)
+        return layer(dtype=self.dtype, name=name)(x, train)
 
     def dense(self, x: jax.Array, features: int, name: str, bias: bool = True) -> jax.Array:
         return Dense(features, bias, self.dtype, self.platform, name=name)(x)

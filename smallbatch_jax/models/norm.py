@@ -1,7 +1,6 @@
 """Batch normalisation with a batch size of its own (§2.3, §3.6), and the alternatives for tiny batches that the paper names."""
 
 import math
-import pkgutil
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from smallbatch_jax.config.catalog import NORMS
 from smallbatch_jax.config.fields import InputError
 
 
@@ -99,7 +97,6 @@ class BatchNorm(nn.Module):
 
     def _corrected(self, scale: jax.Array, bias: jax.Array, mean: jax.Array, var: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns scale and bias, [G, 1, …, 1, C], as they are; batch renormalisation moves them."""
-        del mean, var
         return scale, bias
 
 
@@ -147,22 +144,8 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Normalises x, float[N, …, C], the same way whether or not it is training."""
-        del train
         normalise = nn.GroupNorm(None, 16, epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, name="norm")
         return normalise(x).astype(self.dtype or x.dtype)
-
-
-def make_norm(
-    norm: str, bn_batch_size: int | None, bn_decay: float, axis_name: str | None, dtype: Any, platform: str | None, name: str
-) -> nn.Module | None:
-    """Returns the layer that `config.catalog.NORMS` names; None for "none"."""
-    entry = NORMS[norm]
-    if entry.layer is None:
-        return None
-    layer = pkgutil.resolve_name(entry.layer)
-    if entry.batch_statistics:
-        return layer(bn_batch_size, bn_decay, axis_name=axis_name, dtype=dtype, platform=platform, name=name)
-    return layer(dtype=dtype, name=name)
 
 
 class Over(NamedTuple):
@@ -256,7 +239,6 @@ _normalise.defvjp(_normalise_forward, _normalise_backward)
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _statistics_of(over: Over, x: jax.Array, mean: jax.Array, rstd: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns mean and rstd as they are, and their derivatives by x, which a Hessian-vector product needs."""
-    del over, x
     return mean, rstd
 
 

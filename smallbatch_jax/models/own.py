@@ -56,7 +56,6 @@ class OwnModel(ABC):
 
     def with_bn_batch_size(self, bn_batch_size: int | None, /, axis_name: str | None = None) -> "OwnModel":
         """Returns the model unchanged for None, and refuses a number; its batches are never sharded."""
-        del axis_name
         if bn_batch_size is not None:
             raise InputError(f"bn_batch_sizes: {self.label} has no field bn_batch_size to set; give None.")
         return self
@@ -100,7 +99,7 @@ class OwnModel(ABC):
             except flax_errors.InvalidRngError as error:
                 raise self._refuse_at_evaluation(True) from error
         kinds = self._kinds(stats)
-        count, statistics = len(kinds), [kind == "statistic" for kind in kinds]
+        count, statistics = len(kinds), [kind == "statistics" for kind in kinds]
         moved, moved_later = (
             [new is not old for new, old in zip(jaxpr.outvars[:count], jaxpr.invars[:count], strict=True)]
             for jaxpr in (trained, evaluated)
@@ -118,8 +117,8 @@ class OwnModel(ABC):
         return max(size, examples - examples % size)
 
     def _kinds(self, stats: Any) -> list[str]:
-        """Returns for each array of batch_stats what it is: "statistic", "key" (of random numbers) or "other"."""
-        return ["statistic"] * len(jax.tree.leaves(stats))
+        """Returns for each array of batch_stats what it is: "statistics", "key" (of random numbers) or "others"."""
+        return ["statistics"] * len(jax.tree.leaves(stats))
 
     def _mode(self, train: bool) -> dict[str, bool]:
         return {name: MODES[name] == train for name in self._modes}
@@ -149,8 +148,7 @@ class LinenModel(OwnModel):
 
     def init(self, key: jax.Array, x: jax.Array) -> Any:
         variables: Any = self.module.init(key, x, **self._mode(False))  # pyright: ignore[reportArgumentType]
-        others = sorted(set(variables) - {"params", "batch_stats"})
-        if others or "params" not in variables:
+        if not {"params"} <= variables.keys() <= {"params", "batch_stats"}:
             raise InputError(f"model: {self.label} has the collections {sorted(variables)}, accepts params and batch_stats.")
         return variables
 
@@ -256,16 +254,16 @@ def used_inputs(jaxpr: Any, first: int = 0) -> list[bool]:
 
 def _watch(label: str, dropouts: dict[str, bool | None], call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     """Interceptor of `nn.intercept_methods`: notes each layer of dropout, and refuses batch norm over a single value."""
-    module, x = context.module, args[0] if args else None
+    module = context.module
     if context.method_name != "__call__":
         return call(*args, **kwargs)
     path = "/".join(module.path) or label
     if isinstance(module, nn.BatchNorm) and args:
-        _require_several_values(module, path, x, args, kwargs)
+        _require_several_values(module, path, *args, **kwargs)
     result = call(*args, **kwargs)
     if isinstance(module, nn.Dropout):
         if module.rate:
-            dropouts[path] = bool(dropouts.get(path)) or result is not x
+            dropouts[path] = bool(dropouts.get(path)) or not any(result is x for x in args)
         return result
     for name in module.__dataclass_fields__:  # such as the dropout_rate of attention
         rate = getattr(module, name, None)
@@ -274,10 +272,10 @@ def _watch(label: str, dropouts: dict[str, bool | None], call: Callable[..., Any
     return result
 
 
-def _require_several_values(module: nn.BatchNorm, path: str, x: Any, args: Any, kwargs: Any) -> None:
+def _require_several_values(module: nn.BatchNorm, path: str, x: Any, use_running_average: bool | None = None, **_: Any) -> None:
     """Refuses batch norm whose mean and variance are of a single value, because it gives a constant."""
-    average = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
-    if (module.use_running_average if average is None else average) or module.axis_name is not None:
+    average = module.use_running_average if use_running_average is None else use_running_average
+    if average or module.axis_name is not None:
         return
     axes = (module.axis,) if isinstance(module.axis, int) else module.axis
     if x.size == math.prod(x.shape[axis] for axis in axes):

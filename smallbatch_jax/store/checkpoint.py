@@ -19,6 +19,7 @@ import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from orbax import checkpoint as ocp
 
+from smallbatch_jax.config import fields
 from smallbatch_jax.config.experiment import Experiment, InputError, Run, differences
 from smallbatch_jax.store.files import WriteError
-from smallbatch_jax.store.workdir import parse_stored
 
 FORMAT = 2
 KEEP = 2
@@ -42,20 +43,18 @@ class Checkpoints:
 
     def __init__(self, folder: Path, experiment: Experiment):
         self._folder, self._experiment = folder, experiment
-        self._manager: ocp.CheckpointManager | None = None
 
-    def _open(self) -> ocp.CheckpointManager:
-        if self._manager is None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            options: Any = ocp.CheckpointManagerOptions(
-                create=False,
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=False,
-                max_to_keep=KEEP,
-                multiprocessing_options=this_process_alone("checkpoints"),
-            )
-            self._manager = ocp.CheckpointManager(self._folder.resolve(), options=options)
-        return self._manager
+    @cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        options: Any = ocp.CheckpointManagerOptions(
+            create=False,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=False,
+            max_to_keep=KEEP,
+            multiprocessing_options=this_process_alone("checkpoints"),
+        )
+        return ocp.CheckpointManager(self._folder.resolve(), options=options)
 
     def save(self, lanes: PyTree, runs: list[Run | None]) -> None:
         """Saves the stacked lanes and the run in each; returns once they are on the disk.
@@ -74,7 +73,7 @@ class Checkpoints:
         description["seal"] = _seal(description)
         try:
             with quietly():
-                manager, content = self._open(), ocp.args.StandardSave(lanes)  # pyright: ignore[reportCallIssue]
+                manager, content = self._manager, ocp.args.StandardSave(lanes)  # pyright: ignore[reportCallIssue]
                 latest = manager.latest_step()
                 manager.save(0 if latest is None else latest + 1, args=content, custom_metadata=description, force=True)
         except Exception as error:  # Orbax passes on whatever its storage raises
@@ -93,7 +92,7 @@ class Checkpoints:
         if not self._folder.is_dir():
             return None
         with quietly():
-            for step in sorted(self._open().all_steps(), reverse=True):
+            for step in sorted(self._manager.all_steps(), reverse=True):
                 try:
                     return self._load(step, template)
                 except InputError:
@@ -104,8 +103,7 @@ class Checkpoints:
         return None
 
     def _load(self, step: int, template: PyTree) -> tuple[PyTree, list[Run | None]]:
-        manager = self._open()
-        description: Any = manager.metadata(step).custom_metadata
+        description: Any = self._manager.metadata(step).custom_metadata
         if _seal(description) != description["seal"]:
             raise ValueError("its description does not match its checksum")
         self._require_same(description, template)
@@ -113,7 +111,7 @@ class Checkpoints:
         here = SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(runs), *x.shape[1:]), x.dtype, sharding=here), template)
         content = ocp.args.StandardRestore(abstract)  # pyright: ignore[reportCallIssue]
-        lanes = jax.tree.map(np.asarray, manager.restore(step, args=content))
+        lanes = jax.tree.map(np.asarray, self._manager.restore(step, args=content))
         if crc32(jax.tree.leaves(lanes)) != description["checksum"]:
             raise ValueError("its arrays do not match their checksum")
         return lanes, runs
@@ -122,7 +120,7 @@ class Checkpoints:
         """Refuses an undamaged checkpoint of other runs, naming what differs."""
         if description["format"] != FORMAT:
             raise ValueError(f"it has format {description['format']}, this version reads {FORMAT}; its runs begin again")
-        found = differences(parse_stored(description["experiment"]), self._experiment)
+        found = differences(fields.parse(Experiment, description["experiment"]), self._experiment)
         there, here = description["arrays"], _arrays(template)
         found += [
             f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
@@ -145,10 +143,10 @@ class Checkpoints:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def close(self) -> None:
-        if self._manager is not None:
+        if "_manager" in vars(self):  # it is open
             with quietly(), suppress(Exception):  # raises the error of a failed save once more
                 self._manager.close()
-            self._manager = None
+            del self._manager
 
 
 def _arrays(lanes: PyTree) -> dict[str, str]:

@@ -13,6 +13,7 @@ import time
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -68,11 +69,8 @@ def _fraction(text: str) -> float | None:
 
 
 SPLITS = ("train_", "test_", "validation_")  # begin the columns of metrics
-_FIXED: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("batch_size", "bn_batch_size"), int),
-    **{"base_lr": float, "seed": int, "epoch": int, "step": int},
-    **{"train_loss": float, "train_accuracy": _fraction, "test_loss": float, "test_accuracy": _fraction},
-}
+_PARSERS: dict[Any, Callable[[str], Any]] = {int: int, float: float, float | None: _fraction}
+_FIXED = {name: _PARSERS[kind] for name, kind in [*Row.__annotations__.items()][:10]}
 COLUMNS = ("experiment", "batch_size", "base_lr", "bn_batch_size", *list(_FIXED)[3:], "status", "bn_statistics")  # of `load`
 _DTYPES = {name: "int64" if parse is int else "float64" for name, parse in _FIXED.items()}
 
@@ -104,7 +102,7 @@ class Owned(InputError):
     """Another process writes the rows of this program."""
 
 
-class ProgramResults:
+class ProgramResults(AbstractContextManager["ProgramResults"]):
     """The rows of one program, open for appending by one process at a time; a context manager.
 
     Raises:
@@ -112,14 +110,7 @@ class ProgramResults:
       WriteError, InputError: if they cannot be written.
     """
 
-    def __init__(
-        self,
-        workdir: Path,
-        batch_size: int,
-        bn_batch_size: int,
-        wait_seconds: float = 0.0,
-        format: Format = PAPER,
-    ):
+    def __init__(self, workdir: Path, batch_size: int, bn_batch_size: int, wait_seconds: float = 0.0, format: Format = PAPER):
         self.format, self._header = format, ",".join([*_FIXED, *format.further]) + "\n"
         self.path = path_of(workdir, batch_size, bn_batch_size)
         self._deadline = time.monotonic() + wait_seconds
@@ -207,9 +198,6 @@ class ProgramResults:
         last = [*self._curves.get(run, ()), *map(self._value, new)][-LAST_EPOCHS:]
         return math.nan if self.diverged(run) else statistics.median(last)
 
-    def __enter__(self) -> "ProgramResults":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -252,9 +240,8 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     Columns: experiment (its name); batch_size m; base_lr η̃; bn_batch_size (m where none was given); seed; epoch 1…E; step,
     updates taken; train_loss and train_accuracy, means over the epoch's batches as seen; test_loss and test_accuracy over
     the whole test set (accuracies are fractions); status of the run: running, finished, diverged, or stopped if a search gave
-    it up. A diverged run ends
-    with the epoch it died in, the step of the first loss that was not finite, and accuracies NaN. bn_statistics: what batch
-    norm was evaluated with, running averages or precise statistics (`model.bn_statistics`).
+    it up. A diverged run ends with the epoch it died in, the step of the first loss that was not finite, and accuracies NaN.
+    bn_statistics: what batch norm was evaluated with, running averages or precise statistics (`model.bn_statistics`).
 
     Where they are used there are further columns: the grid's further axes (`grid.weight_decays` is weight_decay), further
     metrics ("train_top5_accuracy", "test_top5_accuracy"), "validation_loss" and others of a validation split, and those of

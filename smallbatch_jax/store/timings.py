@@ -22,10 +22,7 @@ TIMING_COLUMNS: dict[str, type] = {
 
 
 class Timings:
-    """Appends to WORKDIR/timings.csv: seconds per phase (import, data, compile, segment, checkpoint, draw) and program.
-
-    A workdir of None stores nothing.
-    """
+    """Appends to WORKDIR/timings.csv; a workdir of None stores nothing."""
 
     def __init__(self, workdir: Path | None):
         self._path = workdir and workdir / "timings.csv"

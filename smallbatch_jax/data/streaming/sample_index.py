@@ -4,6 +4,7 @@ The image under a number is a function of (seed, epoch, example) alone, whoever 
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,67 +38,62 @@ class Decoded(NamedTuple):
     valid: Any  # bool[n], False where a file could not be read or decoded
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class SampleIndex:
     """All images by number: for each seed the stream of its epochs (`data.order`), then the test set."""
 
-    def __init__(
-        self,
-        photographs: Photographs,
-        seeds: tuple[int, ...],
-        config: DatasetConfig,
-        train: BatchSlice = WHOLE,
-        test: BatchSlice = WHOLE,
-    ):
-        """`config` says whether training images are augmented; the slices leave out the images of other processes."""
-        self._photographs, self._seeds, self._config = photographs, seeds, config
-        self._train, self._test = train, test
+    photographs: Photographs
+    seeds: tuple[int, ...]
+    config: DatasetConfig  # says whether training images are augmented
+    train: BatchSlice = WHOLE  # leaves out the images of other processes
+    test: BatchSlice = WHOLE
 
     def __len__(self) -> int:
-        return (len(self._seeds) + 1) * STREAM
+        return (len(self.seeds) + 1) * STREAM
 
     def training(self, seed: int, position: int) -> int:
         """Returns the number of this process's first image of the batch that begins at a position of a seed's stream."""
-        return self._seeds.index(seed) * STREAM + position // self._train.batch * self._train.count
+        return self.seeds.index(seed) * STREAM + position // self.train.batch * self.train.count
 
     def testing(self, position: int) -> int:
         """Returns the number of this process's first image of the test batch that begins at a position."""
-        return len(self._seeds) * STREAM + position // self._test.batch * self._test.count
+        return len(self.seeds) * STREAM + position // self.test.batch * self.test.count
 
     def training_image(self, number: int) -> tuple[int, int, int]:
         """Returns (seed, epoch from 0, example) of a number."""
         stream, within = divmod(number, STREAM)
-        seed, num_train = self._seeds[stream], self._photographs.num_train
-        epoch, offset = divmod(_position(within, self._train), num_train)
+        seed, num_train = self.seeds[stream], self.photographs.num_train
+        epoch, offset = divmod(_position(within, self.train), num_train)
         return seed, epoch, int(_last_permutation(seed, epoch, num_train)[offset])
 
     def __getitem__(self, index: int) -> Decoded:
         """Returns the image of a number, without the first axis of `Decoded`'s arrays."""
         stream, within = divmod(index, STREAM)
-        if stream < len(self._seeds):
+        if stream < len(self.seeds):
             return self.decode_training(*self.training_image(index))
-        example = _position(within, self._test)
-        if example >= self._photographs.num_test:
+        example = _position(within, self.test)
+        if example >= self.photographs.num_test:
             return self._not_valid(0)
-        return self._decode(self._photographs.test, example, None)
+        return self._decode(self.photographs.test, example, None)
 
     def decode_training(self, seed: int, epoch: int, example: int) -> Decoded:
         """Returns a training image as a run of this seed sees it in an epoch of its stream, from 0."""
         rng = None
-        if self._config.augment:  # distinct from the key of an epoch's order, whose words are below 2^32
+        if self.config.augment:  # distinct from the key of an epoch's order, whose words are below 2^32
             key = np.array([2**32 + seed, epoch * 2**32 + example], np.uint64)
             rng = np.random.Generator(np.random.Philox(key=key))
-        return self._decode(self._photographs.train, example, rng)
+        return self._decode(self.photographs.train, example, rng)
 
     def _decode(self, source: Source, example: int, rng: np.random.Generator | None) -> Decoded:
         from smallbatch_jax.data.streaming import views
 
-        size = self._photographs.image_size
+        size = self.photographs.image_size
         try:
             content, label = source.read(example)
             if rng is None:
                 image = views.center_view(content, size, source.upright)
             else:
-                image = views.training_view(content, size, rng, self._config.color_jitter, source.upright)
+                image = views.training_view(content, size, rng, self.config.color_jitter, source.upright)
         except MemoryError:
             raise
         except Exception:  # a damaged file can raise anything from within a decoder; the caller decides what it means
@@ -105,7 +101,7 @@ class SampleIndex:
         return Decoded(image, np.int32(label), np.int32(example), np.bool_(True))
 
     def _not_valid(self, example: int) -> Decoded:
-        image = np.zeros(self._photographs.image_shape, np.uint8)
+        image = np.zeros(self.photographs.image_shape, np.uint8)
         return Decoded(image, np.int32(0), np.int32(example), np.bool_(False))
 
 

@@ -14,7 +14,6 @@ Against XLA's convolutions in their fastest layout, ResNet-8 with batch norm tra
 
 import logging
 from functools import cache, partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,13 +45,11 @@ def _processor() -> Processor | None:
         return None
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def correlate(shape: Correlation, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Returns float32[N, H', W', O], the correlation of x, float32[N, H, W, C], with kernel, float32[kh, kw, C, O]."""
     return _call("correlation", shape, (len(x), *shape.outputs, shape.features), x, kernel)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def kernel_gradient(shape: Correlation, x: jax.Array, dy: jax.Array) -> jax.Array:
     """Returns the gradient of Σ y·dy by the kernel of a correlation without dilation, float32[kh, kw, C, O].
 
@@ -61,26 +58,23 @@ def kernel_gradient(shape: Correlation, x: jax.Array, dy: jax.Array) -> jax.Arra
     return _call("kernel_gradient", shape, (*shape.window, shape.channels, shape.features), x, dy)
 
 
-def _linear_in_each(function: Any) -> Any:
-    """Returns the derivative, forward, of a function of (shape, a, b) that is linear in a and in b."""
-
-    def jvp(shape, primals, tangents):
-        (a, b), (da, db) = primals, tangents
-        return function(shape, a, b), function(shape, da, b) + function(shape, a, db)
-
-    return jvp
-
-
-# Forward only: `conv` says what the gradient is, and a Hessian-vector product is the forward derivative of that gradient.
-for _routine in (correlate, kernel_gradient):
-    _routine.defjvp(_linear_in_each(_routine))
-
-
-def _call(routine: str, shape: Correlation, result: tuple[int, ...], *arrays: jax.Array) -> jax.Array:
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _call(routine: str, shape: Correlation, result: tuple[int, ...], a: jax.Array, b: jax.Array) -> jax.Array:
     """Applies a routine to float32 arrays; `result` is the shape of the float32 array that it returns."""
     from smallbatch_jax.models.native.ffi import registered  # loads LLVM only where it is used
 
     here = _processor()
     assert here is not None, "possible() must be asked first"
     target = registered(routine, shape, here)
-    return jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(result, jnp.float32), vmap_method="sequential")(*arrays)
+    return jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(result, jnp.float32), vmap_method="sequential")(a, b)
+
+
+@_call.defjvp
+def _(routine, shape, result, primals, tangents):
+    """The derivative of a routine, which is linear in each array.
+
+    Forward only: `conv` says what the gradient is, and a Hessian-vector product is the forward derivative of that gradient.
+    """
+    (a, b), (da, db) = primals, tangents
+    call = partial(_call, routine, shape, result)
+    return call(a, b), call(da, b) + call(a, db)

@@ -35,9 +35,7 @@ def _rows(code: Routine, shape: Correlation, remainder: int, x: Pointer, kernel:
     (height, width), (out_height, out_width), stride, dilation = shape.sizes, shape.outputs, shape.strides[0], shape.dilation[0]
     vectors = _vectors_at_once(shape, code.processor)
     first_tap = (shape.lows[0] - remainder * stride) % dilation
-    first_top = (
-        remainder * stride + first_tap - shape.lows[0]
-    ) // dilation  # row of x that this tap reads for the first output
+    first_top = (remainder * stride + first_tap - shape.lows[0]) // dilation  # row of x that this tap reads for row 0
     taps = len(range(first_tap, shape.window[0], dilation))
     kernel_row = shape.window[1] * shape.channels * shape.features
     tiles = -(-out_width // (code.processor.accumulators // vectors))
