@@ -28,9 +28,9 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from orbax import checkpoint as ocp
 
-from smallbatch_jax.config import fields
 from smallbatch_jax.config.experiment import Experiment, InputError, Run, differences
 from smallbatch_jax.store.files import WriteError
+from smallbatch_jax.store.workdir import parse_stored
 
 FORMAT = 2
 KEEP = 2
@@ -120,7 +120,7 @@ class Checkpoints:
         """Refuses an undamaged checkpoint of other runs, naming what differs."""
         if description["format"] != FORMAT:
             raise ValueError(f"it has format {description['format']}, this version reads {FORMAT}; its runs begin again")
-        found = differences(fields.parse(Experiment, description["experiment"]), self._experiment)
+        found = differences(parse_stored(description["experiment"]), self._experiment)
         there, here = description["arrays"], _arrays(template)
         found += [
             f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"

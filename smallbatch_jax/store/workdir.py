@@ -6,19 +6,21 @@ import json
 import math
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from smallbatch_jax.config import fields
-from smallbatch_jax.config.experiment import Experiment, InputError, differences
+from smallbatch_jax.config.experiment import OWN, Experiment, InputError, differences
 from smallbatch_jax.store.files import append_line, remove_abandoned, write_atomically
 
 FORMAT = 1
@@ -79,7 +81,11 @@ def refuse_difference(path: Path, experiment: Experiment, facts: Mapping[str, An
             raise InputError(f"--workdir: {path} {lack}; give a new or empty folder, or a workdir.")
         return
     stored, known = read_workdir(path)
-    if found := differences(stored, experiment) or _differing_facts(known, facts or {}):
+    found = differences(stored, experiment)
+    if stored.model.name != experiment.model.name and stored.model.name.startswith(OWN) and "model" not in known:
+        found[0] += " (an earlier version made this workdir and named own models in another way)"
+    found = found or _differing_facts(known, facts or {})
+    if found:
         raise InputError(f"--workdir: {path} holds a different experiment: {'; '.join(found)}. Use another folder.")
 
 
@@ -101,7 +107,9 @@ def _model_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str 
     """The first thing that two fingerprints (`models.identity`) differ in by more than their tolerance, or None."""
     if there["tolerance"] != here["tolerance"]:
         return "precision"
-    old, new = there["values"], here["values"]
+    old, new = dict(there["values"]), dict(here["values"])
+    if not any(name.startswith("updated") for name in old):  # an earlier version did not store the updated batch statistics
+        new = {name: pair for name, pair in new.items() if not name.startswith("updated")}
     if old.keys() != new.keys():
         return next(name for name in (*old, *new) if name not in old or name not in new)
     # Gradients may cancel to nothing, e.g. of a bias before a batch norm: they are compared on the scale of the largest.
@@ -120,7 +128,10 @@ def read_workdir(path: Path) -> tuple[Experiment, dict[str, Any]]:
         content = json.loads((path / "experiment.json").read_text())
         if content["format"] != FORMAT:
             raise InputError(f"--workdir: {path} has format {content['format']}, this version reads {FORMAT}.")
-        return fields.parse(Experiment, content["experiment"]), dict(content["facts"])
+        facts = dict(content["facts"])
+        # Without a fingerprint, the digest in an own model's name is all that tells it from others: it stays.
+        read = parse_stored if "model" in facts else partial(fields.parse, Experiment)
+        return read(content["experiment"]), facts
     except InputError:
         raise
     except FileNotFoundError:
@@ -129,6 +140,12 @@ def read_workdir(path: Path) -> tuple[Experiment, dict[str, Any]]:
         raise InputError(f"--workdir: {path}/experiment.json cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"--workdir: {path}/experiment.json is damaged: {error}.") from None
+
+
+def parse_stored(stored: Mapping[str, Any]) -> Experiment:
+    """Returns a stored experiment, without the digest of fields that earlier versions had in the name of an own model."""
+    name = re.sub(rf"^({OWN}.+)-[0-9a-f]{{12}}$", r"\1", stored["model"]["name"])
+    return fields.parse(Experiment, {**stored, "model": {**stored["model"], "name": name}})
 
 
 def record_provenance(path: Path, event: str, **facts: Any) -> None:

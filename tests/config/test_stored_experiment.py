@@ -13,6 +13,7 @@ from smallbatch_jax.config.experiment import (
     differences,
     from_config,
 )
+from smallbatch_jax.store.workdir import parse_stored
 
 FULL = {
     "name": "fig",
@@ -72,7 +73,7 @@ def test_place_of_the_data_and_layout_of_the_work_may_change():
 def test_a_workdir_of_an_older_version_decays_every_parameter():
     stored = experiment().to_dict()
     del stored["weight_decay_mask"]
-    assert fields.parse(Experiment, stored) == experiment(weight_decay_mask="all")
+    assert parse_stored(stored) == experiment(weight_decay_mask="all")
 
 
 def test_where_it_is_watched_and_what_is_kept_may_change_and_was_not_stored_by_older_versions():

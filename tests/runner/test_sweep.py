@@ -1,5 +1,7 @@
 """`sbj.sweep`: the same grid from Python, on a model and data that are not ours."""
 
+import json
+
 import numpy as np
 import optax
 import pandas as pd
@@ -180,6 +182,26 @@ def test_other_code_or_fields_never_get_a_workdirs_results(tmp_path):
     drawn = [nn.Dense(3, kernel_init=nn.initializers.normal(scale)) for scale in (0.01, 10.0)]
     quiet(drawn[0], table(), (8,), (2**-8,), epochs=1, workdir=tmp_path / "d")
     assert "with other fields or code" in refused(model=drawn[1], batch_sizes=(8,), workdir=tmp_path / "d")
+
+
+def test_a_workdir_of_an_earlier_version_is_refused_in_one_line(tmp_path):
+    quiet(Mlp(), table(), (8,), (2**-8,), epochs=1, workdir=tmp_path / "w")
+    stored = json.loads((tmp_path / "w" / "experiment.json").read_text())
+    stored["experiment"]["model"]["name"] = "own:Mlp-0123456789ab"
+    del stored["facts"]["model"]
+    (tmp_path / "w" / "experiment.json").write_text(json.dumps(stored))
+    assert "(an earlier version made this workdir" in refused(batch_sizes=(8,), workdir=tmp_path / "w")
+
+
+def test_a_workdir_that_has_a_digest_in_its_models_name_is_resumed(tmp_path):
+    """As versions before December 2026 wrote it; the fingerprint says whether the model is the same."""
+    first = quiet(Mlp(), table(), (8,), (2**-8,), epochs=1, workdir=tmp_path / "w")
+    file = tmp_path / "w" / "experiment.json"
+    stored = json.loads(file.read_text())
+    stored["experiment"]["model"]["name"] += "-0123456789ab"
+    file.write_text(json.dumps(stored))
+    assert "with other fields or code" in refused(model=Mlp(32), batch_sizes=(8,), workdir=tmp_path / "w")
+    pd.testing.assert_frame_equal(first, quiet(Mlp(), table(), (8,), (2**-8,), epochs=1, workdir=tmp_path / "w"))
 
 
 def test_other_numbers_of_examples_are_another_dataset(tmp_path):
