@@ -87,3 +87,13 @@ def test_two_studies_are_compared_at_the_base_lrs_that_both_have():
     assert told.startswith("fig10 over fig08: +1.00 ± 0.0")
     apart = exact("fig08", {m: [0.5, 0.6] for m in table}, (2**-6, 2**-5))
     assert "fig10 and fig08 share no base_lr" in texts("C7", {"fig10": table, "fig08": apart}, "lacks data")
+
+
+def test_where_every_run_diverged_no_base_lr_converges():
+    """As in `cifar10_5000/resnet32_nobn`: that nothing converges at m = 16 and above holds, that m = 2 … 8 learn does not."""
+    found = verdict("C3", {"resnet32_nobn": dict.fromkeys((2, 8, 32), LOST)})
+    assert [(finding.verdict, finding.text) for finding in found.findings[:2]] == [
+        ("holds", "resnet32_nobn: converging base_lrs 0 at m = 32"),
+        ("does not hold", "resnet32_nobn: converging base_lrs 0, 0 at m = 2, 8"),
+    ]
+    assert found.answer == "does not hold"

@@ -85,9 +85,7 @@ def _lack(name: str, study: Study) -> str:
         return f"{name}: {planned - ended:,} of {planned:,} runs have not ended"
     if study.experiment.search.active:
         return f"{name} is a search, which leaves cells of the grid untrained"
-    if study.metric != ACCURACY:
-        return f"{name} goes by {study.metric.title}, the paper by accuracy"
-    return "" if study.cells["finished"].any() else f"no run of {name} finished"
+    return "" if study.metric == ACCURACY else f"{name} goes by {study.metric.title}, the paper by accuracy"
 
 
 def format_report(studies: Studies, verdicts: Iterable[Verdict]) -> str:

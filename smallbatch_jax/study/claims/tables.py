@@ -106,7 +106,8 @@ def best_by_size(study: Study, sizes: Sizes = ALL, least: int = 1, cells: pd.Dat
     cells = ordinary(study.cells) if cells is None else cells
     table = best_of(study, cells)
     if not table["finished"].any():
-        raise NotEnoughData(f"no run of {study.name} with BN over the whole batch finished")
+        which = " with BN over the whole batch" if study.cells["finished"].any() else ""
+        raise NotEnoughData(f"no run of {study.name}{which} finished")
     low, high = (cells.groupby("batch_size")["base_lr"].agg(end) for end in ("min", "max"))
     if not study.experiment.grid.base_lr_by_batch_size:  # those are the best of other results (§3.6)
         rates, ends = table["base_lr"], ("", "only", "smallest", "largest")
