@@ -64,7 +64,7 @@ def are_similar(study: Study, other: Study) -> Finding:
 
 def is_better(study: Study, than: Study) -> Finding:
     """One study is better than another at most batch sizes."""
-    own, other = tables.shared(study, than, least=2)
+    own, other = tables.shared(study, than)
     better = int((own["accuracy"] > other["accuracy"]).sum())
     text = f"{study.name} is better than {than.name} at {better} of {len(own)} batch sizes"
     return measured(text + tables.edges(own, other), at_share(tables.margins_of(own, other), MOST))
@@ -88,7 +88,7 @@ def gains_more(long: Study, short: Study, sizes: Sizes, than: Sizes) -> Finding:
 
 def _gain(study: Study, before: Study, sizes: Sizes) -> tuple[float, float, tuple[bool, bool], str]:
     """The mean gain over the batch sizes at which both finished, its error, whose accuracies are lower bounds, and words."""
-    own, other = tables.shared(study, before, sizes=sizes, finished=True)
+    own, other = tables.shared_finished(study, before, sizes)
     gain = float((own["accuracy"] - other["accuracy"]).mean())
     error = math.sqrt((own["error"] ** 2 + other["error"] ** 2).sum()) / len(own)
     text = f"{points(gain, error)} on average at m = {listed(own.index)}{tables.edges(own, other)}"

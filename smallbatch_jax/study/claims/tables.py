@@ -6,6 +6,7 @@ largest or smallest of those tried, and the paper tried more beyond it, it is on
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,22 +138,35 @@ def side(study: Study, sizes: Sizes = ALL) -> Side:
     return Side(top["accuracy"], top["error"], bool(top["bound"] or len(others) or beyond), text)
 
 
-def shared(one: Study, other: Study, least: int = 1, sizes: Sizes = ALL, finished: bool = False) -> list[pd.DataFrame]:
-    """Returns the best cells of each study, of the base_lrs that both have, at the batch sizes that both have or finished at.
+def shared(one: Study, other: Study) -> list[pd.DataFrame]:
+    """Returns the best cells of each study at the batch sizes that both have."""
+    return _at_shared_sizes((one, other), [ordinary(study.cells) for study in (one, other)], "", least=2)
 
-    The best of more base_lrs would be better by chance alone.
+
+def shared_finished(one: Study, other: Study, sizes: Sizes) -> list[pd.DataFrame]:
+    """Returns the best cells of each study at the batch sizes at which both finished a run, of the base_lrs that both tried.
+
+    For studies that differ in their schedule alone: the best of more base_lrs would be better by chance.
     """
-    names = f"{one.name} and {other.name}"
-    if len({(study.experiment.model.name, study.examples[0]) for study in (one, other)}) > 1:
-        raise NotEnoughData(f"{names} differ in their model or number of training images")
     cells = [ordinary(study.cells) for study in (one, other)]
     rates = set(cells[0]["base_lr"]) & set(cells[1]["base_lr"])
     if not rates:
-        raise NotEnoughData(f"{names} share no base_lr")
-    tables = [best_by_size(study, cells=of[of["base_lr"].isin(rates)]) for study, of in zip((one, other), cells, strict=True)]
-    tables = [table[table["finished"] > 0] if finished else table for table in tables]
+        raise NotEnoughData(f"{one.name} and {other.name} share no base_lr")
+    cells = [of[of["base_lr"].isin(rates)] for of in cells]
+    return _at_shared_sizes((one, other), cells, " finished runs at", sizes)
+
+
+def _at_shared_sizes(
+    studies: tuple[Study, Study], cells: Sequence[pd.DataFrame], what: str, sizes: Sizes = ALL, least: int = 1
+) -> list[pd.DataFrame]:
+    """Returns the best of some cells of each study at the batch sizes that both have, or have finished runs at."""
+    names = " and ".join(study.name for study in studies)
+    if len({(study.experiment.model.name, study.examples[0]) for study in studies}) > 1:
+        raise NotEnoughData(f"{names} differ in their model or number of training images")
+    tables = [best_by_size(study, cells=of) for study, of in zip(studies, cells, strict=True)]
+    tables = [table[table["finished"] > 0] if what else table for table in tables]
     both = pd.Series(tables[0].index.intersection(tables[1].index))
-    both = pick(both.set_axis(both), f"{names} share{' finished runs at' if finished else ''}", sizes, least)
+    both = pick(both.set_axis(both), f"{names} share{what}", sizes, least)
     return [table.loc[both] for table in tables]
 
 
