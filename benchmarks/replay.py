@@ -4,7 +4,7 @@
 
 Prints for each study and seed the grid's best cell and the search's, its regret beside the noise of the test set, which is two
 standard errors of a difference, and the cost in % of the grid's images. A grid of few base learning rates is searched with two
-whole runs for each batch size, if that is more. Studies whose rates are fixed, such as Fig. 13's, are left out.
+whole runs for each batch size, if that is more. Studies whose rates are fixed, such as Fig. 13's, or all diverge are left out.
 """
 
 import math
@@ -88,7 +88,7 @@ def grids(budget: float) -> Iterator[tuple[str, Space, Stored, int]]:
     for path in sorted(STORED.glob("*/*/experiment.json")):
         loaded = study.load(path.parent)
         grid = loaded.experiment.grid
-        if grid.base_lr_by_batch_size or grid.base_lrs_from or len(grid.base_lrs) == 1:
+        if grid.base_lr_by_batch_size or grid.base_lrs_from or len(grid.base_lrs) == 1 or not loaded.cells["finished"].any():
             continue
         for seeds in dict.fromkeys([*((seed,) for seed in grid.seeds), grid.seeds]):
             runs = stored(loaded, seeds)
