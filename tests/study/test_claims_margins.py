@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -282,3 +283,11 @@ def test_stored_tables_give_the_verdicts_that_the_docs_report(folder, expected):
     assert told == expected
     apart = {v.claim.id for v in found if v.answer not in ("lacks data", "cannot tell")}
     assert apart == ({"C1", "C2", "C3", "C5", "C7", "C11", "C12"} if folder == "cifar10_5000" else {"C12"})
+
+
+def test_the_verdicts_of_the_docs_are_those_of_the_stored_tables():
+    text = RESULTS.parents[1].joinpath("docs", "results.md").read_text()
+    written = {row[0]: f"{row[1]}, {row[2]}" for row in re.findall(r"^\| (C\d+): .+? \| (.+?) \| (.+?) \|", text, re.M)}
+    found = claims.judge(load_all(sorted((RESULTS / "cifar10_5000").iterdir())))
+    assert written.keys() == {v.claim.id for v in found if v.answer != "lacks data"}
+    assert [v.shown for v in found if v.claim.id in written and not v.shown.startswith(written[v.claim.id])] == []
