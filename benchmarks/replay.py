@@ -53,11 +53,11 @@ def stored(loaded: Study, seeds: Sequence[int]) -> Stored:
     """Returns the runs of some seeds of a study without further axes, all of which have ended."""
     curves: dict[Run, list[float]] = {}
     epochs: dict[Run, float] = {}
-    rows = loaded.rows[loaded.rows["seed"].isin(seeds)]
+    rows, examples = loaded.rows[loaded.rows["seed"].isin(seeds)], loaded.examples[0] if loaded.examples else math.nan
     for *values, step, value in rows[[*RUN_COLUMNS, "step", loaded.metric.column]].itertuples(index=False):
         run = Run(*values)
         curves.setdefault(run, []).append(value)
-        epochs[run] = step * run.batch_size / loaded.examples[0] if math.isnan(value) else len(curves[run])
+        epochs[run] = step * run.batch_size / examples if math.isnan(value) else len(curves[run])
     return Stored(curves, epochs)
 
 
@@ -87,8 +87,9 @@ def grids(budget: float) -> Iterator[tuple[str, Space, Stored, int]]:
     """
     for path in sorted(STORED.glob("*/*/experiment.json")):
         loaded = study.load(path.parent)
-        grid = loaded.experiment.grid
-        if grid.base_lr_by_batch_size or grid.base_lrs_from or len(grid.base_lrs) == 1 or not loaded.cells["finished"].any():
+        grid, examples = loaded.experiment.grid, loaded.examples
+        free = not (grid.base_lr_by_batch_size or grid.base_lrs_from) and len(grid.base_lrs) > 1
+        if not (free and examples and loaded.cells["finished"].any()):
             continue
         for seeds in dict.fromkeys([*((seed,) for seed in grid.seeds), grid.seeds]):
             runs = stored(loaded, seeds)
@@ -97,7 +98,7 @@ def grids(budget: float) -> Iterator[tuple[str, Space, Stored, int]]:
             if len(base_lrs) < FEW_BASE_LRS:
                 epochs = max(epochs, 2 * loaded.experiment.epochs * len(grid.shapes()))
             space = Space(tuple(grid.shapes()), base_lrs, loaded.experiment.epochs, seeds, epochs, metric=loaded.metric)
-            yield f"{path.parent.parent.name}/{path.parent.name}", space, runs, loaded.examples[1]
+            yield f"{path.parent.parent.name}/{path.parent.name}", space, runs, examples[1]
 
 
 def noise(space: Space, found: Replay, examples: int) -> float:

@@ -31,25 +31,24 @@ class Noise:
     """How uncertain the metric of a study's cells is."""
 
     metric: Metric
-    examples: int  # of the split that the metric is of
-    scatter: float  # standard deviation of one run for a loss, which cannot be had from `examples`; NaN if not known
+    examples: int | None  # of the split that the metric is of
+    scatter: float  # standard deviation of one run, where it cannot be had from `examples`; NaN if not known
 
     def error(self, cells: pd.Series | pd.DataFrame) -> Any:
         """Returns the standard error of a cell's mean, or of each; NaN where the noise of one or two seeds is not known."""
         column = self.metric.column
         value, deviation, seeds = (np.asarray(cells[name], float) for name in (column, f"{column}_std", "finished"))
         of_seeds = np.where(seeds > 1, deviation / np.sqrt(np.maximum(seeds, 1)), 0.0)
-        if self.metric.fraction:
+        least = self.scatter / np.sqrt(np.maximum(seeds, 1))
+        if self.metric.fraction and self.examples:
             least = np.sqrt(np.maximum(value * (1 - value), 0) / self.examples)
-        else:
-            least = self.scatter / np.sqrt(np.maximum(seeds, 1))
         return np.where(seeds >= SEEDS, of_seeds, np.maximum(least, of_seeds))[()]
 
     def source(self, cell: pd.Series) -> str:
         """Returns what the error of a cell is taken from."""
         if cell["finished"] >= SEEDS:
             return f"{cell['finished']} seeds"
-        if self.metric.fraction:
+        if self.metric.fraction and self.examples:
             return f"{self.examples:,} {self.metric.column.partition('_')[0]} examples"
         return "the scatter of epochs and neighbouring rates"
 
@@ -64,11 +63,11 @@ class Noise:
 
 def noise_of(study: Study) -> Noise:
     """Returns the noise of a study's cells."""
-    metric, (train, examples) = study.metric, study.examples
+    metric, examples = study.metric, study.examples[1] if study.examples else None
     held_out = study.experiment.dataset.validation_fraction
-    if metric.column.startswith("validation_"):  # the training examples are those that are left
-        examples = round(train * held_out / (1 - held_out))
-    return Noise(metric, examples, math.nan if metric.fraction else _scatter(study))
+    if study.examples and metric.column.startswith("validation_"):  # the training examples are those that are left
+        examples = round(study.examples[0] * held_out / (1 - held_out))
+    return Noise(metric, examples, math.nan if metric.fraction and examples else _scatter(study))
 
 
 def rates_of(cells: pd.DataFrame, top: pd.Series) -> pd.DataFrame:

@@ -31,7 +31,7 @@ class Study:
       rows: `results.load`, one row per run and epoch; where batches grow with a column `examples`, trained on until then.
       cells: `analysis.planned_cells`, one row per cell, trained or not.
       num_classes: number of classes of the data, or of different tokens; None for a regression.
-      examples: numbers of training and test examples.
+      examples: numbers of training and test examples; None if unknown.
       timings: `results.load_timings`; may have no rows.
       guess: the loss of the best constant guess, where it is known.
       finished: whether the last command that trained came to its end.
@@ -42,7 +42,7 @@ class Study:
     rows: pd.DataFrame
     cells: pd.DataFrame
     num_classes: int | None
-    examples: tuple[int, int]
+    examples: tuple[int, int] | None
     timings: pd.DataFrame = field(default_factory=timing_frame)
     guess: Mapping[str, float] = field(default_factory=dict)
     finished: bool = True
@@ -102,12 +102,10 @@ def load(workdir: str | Path) -> Study:
     num_classes, examples = facts.get("num_classes"), facts.get("examples")
     if experiment.task == "classification" and (not isinstance(num_classes, int) or num_classes < 1):
         raise InputError(f"--workdir: {path}/experiment.json is damaged: its facts do not say num_classes.")
-    if not isinstance(examples, list) or [type(number) for number in examples] != [int, int]:
-        raise InputError(f"--workdir: {path}/experiment.json is damaged: its facts do not say the numbers of examples.")
-    if experiment.schedule.batch_growth > 1:
+    if examples and experiment.schedule.batch_growth > 1:
         of_size = {m: BatchSchedule.of(experiment, examples[0], m) for m in experiment.grid.batch_sizes}
         rows["examples"] = [of_size[m].examples(step) for m, step in zip(rows["batch_size"], rows["step"], strict=True)]
-    found = path, experiment, rows, cells, num_classes, (examples[0], examples[1])
+    found = path, experiment, rows, cells, num_classes, examples and tuple(examples)
     return Study(*found, results.load_timings(path), facts.get("guess", {}), is_finished(path))
 
 
@@ -139,11 +137,11 @@ def summaries(studies: Sequence[Study]) -> str:
 def describe(study: Study) -> str:
     """Returns one line: what was trained, on what data, over which grid, and how many of its runs have ended."""
     e, cells = study.experiment, study.cells
-    name = "own data" if e.dataset.name.startswith(OWN) else e.dataset.name
+    images = " ({:,} + {:,} images)".format(*study.examples) if study.examples else ""
     facts = [e.model.name.removeprefix(OWN), f"norm {e.model.norm}"]
     facts += ["precise statistics"] * (e.model.bn_statistics == "precise")
     facts += e.optimizer.described()
-    facts += ["{} ({:,} + {:,} images)".format(name, *study.examples)]
+    facts += [f"{'own data' if e.dataset.name.startswith(OWN) else e.dataset.name}{images}"]
     facts += ["augmented"] * e.dataset.augment
     facts += [plural(e.epochs, "epoch")]
     facts += [f"warm-up {100 * e.schedule.warmup_fraction:g} %"] * (e.schedule.warmup_fraction > 0)

@@ -70,6 +70,8 @@ def test_seeds_give_the_deviation_and_the_noise():
     one = study("fig08", {4: 0.91, 8: 0.88})
     assert answer(one).sentence.endswith("m = 8 never reaches it.")
     assert answer(dataclasses.replace(one, examples=(5000, 500))).sentence.endswith("is within the noise of it.")
+    unknown = answer(dataclasses.replace(one, examples=None)).sentence
+    assert unknown.endswith("whether m = 8 reaches it cannot be told from single seeds.")
 
 
 def test_seeds_that_differ_much_tell_little():

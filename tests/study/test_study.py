@@ -72,8 +72,8 @@ def test_a_seed_that_still_runs_is_pending(tmp_path):
     assert (cell["test_accuracy"], cell["finished"], cell["pending"]) == (0.5, 1, 1)
 
 
-@pytest.mark.parametrize("facts", [{}, {"num_classes": "3"}, {"num_classes": 0}, {"examples": [50, 20]}, {"num_classes": 3}])
-def test_a_workdir_that_does_not_know_its_data_is_one_line(tmp_path, facts):
+@pytest.mark.parametrize("facts", [{}, {"num_classes": "3"}, {"num_classes": 0}, {"examples": [50, 20]}])
+def test_a_workdir_that_does_not_know_its_classes_is_one_line(tmp_path, facts):
     with workdir.open_workdir(tmp_path / "w", tiny.grid(), facts):
         pass
     with pytest.raises(InputError, match=r"w/experiment\.json is damaged: its facts"):

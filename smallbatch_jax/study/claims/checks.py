@@ -49,7 +49,7 @@ def falls_off_more(steep: Study, flat: Study, batch_size: int) -> Finding:
 
 def has_accuracy(study: Study, accuracy: float, tolerance: float, images: int, epochs: int) -> Finding:
     """The best accuracy is the paper's, within a tolerance, after training of no fewer images and epochs."""
-    if study.examples[0] < images or study.experiment.epochs < epochs:
+    if (study.examples or (images,))[0] < images or study.experiment.epochs < epochs:
         raise NotEnoughData(f"{study.name}: the paper's {100 * accuracy:g} % is of {images:,} images and {epochs} epochs")
     found = tables.side(study)
     text = f"{study.name}: best {found.text}, the paper's {100 * accuracy:g} % ({100 * tolerance:g} points allowed)"
@@ -189,7 +189,7 @@ def _training_accuracy(study: Study, base_lr: float, sizes: Sizes, least: int = 
     runs = accuracy.groupby([rows["batch_size"], rows["seed"]]).mean().groupby("batch_size")
     table = pd.DataFrame({"train_accuracy": runs.mean(), "train_accuracy_std": runs.std(), "finished": runs.size()})
     table = tables.pick(table, f"{study.name} has", sizes, least)
-    errors = Noise(Metric("train_accuracy"), study.examples[0], math.nan).error(table)
+    errors = Noise(Metric("train_accuracy"), study.examples[0] if study.examples else None, math.nan).error(table)
     shown = by_size(table["train_accuracy"].map(show))
     text = f"{study.name}, base_lr {format_base_lr(base_lr)}: training accuracy, mean over epochs, {shown}"
     return list(map(Side, table["train_accuracy"], errors)), text

@@ -161,7 +161,7 @@ def _at_shared_sizes(
 ) -> list[pd.DataFrame]:
     """Returns the best of some cells of each study at the batch sizes that both have, or have finished runs at."""
     names = " and ".join(study.name for study in studies)
-    if len({(study.experiment.model.name, study.examples[0]) for study in studies}) > 1:
+    if len({(study.experiment.model.name, study.examples and study.examples[0]) for study in studies}) > 1:
         raise NotEnoughData(f"{names} differ in their model or number of training images")
     tables = [best_by_size(study, cells=of) for study, of in zip(studies, cells, strict=True)]
     tables = [table[table["finished"] > 0] if what else table for table in tables]
