@@ -3,10 +3,11 @@
 At each batch size, learning rates are bracketed by short runs, and the promising ones go on in successive halving (Jamieson &
 Talwalkar 2016). Its rungs are epochs: examples seen, the same at every batch size. Batch sizes are compared by full runs alone.
 
-High rates gain most when the schedule reduces them. In `notebooks/results`, the best rate after one epoch is below the final
-best at 38 of 57 batch sizes (mostly by one or two powers of two) and above it at 3. So each rate is judged together with the
-next lower one, the highest of those about as good goes on first, and about half of the survivors train to the middle of the
-schedule, where the best rate so far is within the noise of the final best at all 57.
+High rates gain most when the schedule reduces them. In the grids that the policy was tuned on
+(docs/choose_a_batch_size.md), the best rate after one epoch is below the final best at 38 of 57 batch sizes (mostly by one or
+two powers of two) and above it at 3. So each rate is judged together with the next lower one, the highest of those about as
+good goes on first, and about half of the survivors train to the middle of the schedule, where the best rate so far is within
+the noise of the final best at all 57.
 """
 
 import math
