@@ -1,6 +1,5 @@
 """Arrays to test on, and how close results must be; shared by the tests of the models' parts."""
 
-import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +12,7 @@ def normal(*shape, seed=0, dtype=jnp.float32):
 def with_gradients(function, *primals):
     """Output, and gradients of a random weighting of it."""
 
-    @compiled.quickly
+    @jax.jit
     def both(*primals):
         y, pullback = jax.vjp(function, *primals)
         return y, *pullback(normal(*y.shape, seed=9, dtype=y.dtype))

@@ -1,6 +1,7 @@
 """Settings that every test shares, made before any JAX backend starts."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -19,12 +20,21 @@ from pictures import GREEN, RED, error_line, load, save
 from PIL import Image
 
 from smallbatch_jax.data import decode
+from smallbatch_jax.program import jax_flags
 from smallbatch_jax.program.devices import use_all_cores
 
 use_all_cores()  # with its compiler flags, so that results in this process are those of the commands
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tests compile many programs and run each a few steps. In this process LLVM leaves XLA's loops as they are.
+QUICKLY = "jax_disable_most_optimizations"
+jax.config.update(QUICKLY, True)
+jax_flags.HELD[QUICKLY] = True
+
+gc.freeze()  # tracing makes so many objects that the default would search all modules of JAX for garbage every second
+gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_collectreport(report):
@@ -33,12 +43,14 @@ def pytest_collectreport(report):
         pytest.exit(report.longreprtext, returncode=2)
 
 
-@pytest.fixture
-def quick_compiler():
-    """Programs are compiled as `compiled.quickly` does, for a test that compares two to rounding."""
-    jax.config.update("jax_disable_most_optimizations", True)
+@pytest.fixture(scope="module")
+def optimized():
+    """Programs are compiled as users' are, in a module that compares different ones bit for bit."""
+    jax_flags.HELD[QUICKLY] = False
+    jax.config.update(QUICKLY, False)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update(QUICKLY, True)
+    jax_flags.HELD[QUICKLY] = True
 
 
 @pytest.fixture(autouse=True)

@@ -52,6 +52,7 @@ def test_the_same_call_trains_nothing_more(found):
     assert len(results.load(workdir)) == len(result.study.rows)
 
 
+@pytest.mark.long
 def test_a_budget_alone_says_how_long_to_train():
     """Two batch sizes, three whole runs each and one that confirms: 7 runs of 60 examples an epoch."""
     found = sbj.search(tiny.TinyModel(), tiny.dataset(60), budget=3.9 * 7 * 60, **OPTIONS)

@@ -1,6 +1,7 @@
 """The PyTorch check of stored studies: what it prints of trainings that are there."""
 
 import pandas as pd
+import pytest
 from shell import ROOT, run
 
 from smallbatch_jax.store import results
@@ -8,6 +9,7 @@ from smallbatch_jax.store import results
 STORED = ROOT / "notebooks" / "results" / "pytorch"
 
 
+@pytest.mark.long
 def test_a_stored_check_is_printed_without_images_and_pytorch():
     """Six cells, each within two standard errors; the means of one are those of its rows."""
     done = run("../benchmarks/torch_check.py", *(f"--workdir={STORED / name}" for name in ("fig02", "fig05", "fig08")))

@@ -65,6 +65,7 @@ def run(*line, **options):
     )
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_has_a_successor_and_one_that_fails_keeps_nobody_from_going_on(tmp_path):
     fields = ("epochs=1", "grid.batch_sizes=(2,4,8,16,32)", "grid.base_lrs=(0.001,0.002,0.004)")
     done = run("-c", STANDS_IN, QUICKSTART, f"--workdir={tmp_path / 'w'}", *(f"--config.{field}" for field in fields))

@@ -18,6 +18,8 @@ from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results
 from smallbatch_jax.study.figures import COST_FIGURES as COST_STEMS
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 SMALL = (QUICKSTART, "--config.epochs=1", "--config.grid.batch_sizes=(512,)", "--config.grid.base_lrs=(0.001,8.0)")
 
 
@@ -43,6 +45,7 @@ def test_help_says_how_and_exits_0_within_two_seconds(script):
     assert after.children_user + after.children_system - before.children_user - before.children_system < 2
 
 
+@pytest.mark.long
 def test_a_sweep_trains_draws_and_prints_its_table(trained):
     workdir, done = trained
     assert done.returncode == 0, done.stderr
@@ -68,6 +71,7 @@ def test_a_search_ends_with_a_recommendation(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_finished_sweep_is_redrawn_and_not_trained_again(trained):
     workdir, first = trained
     stored = {p: p.read_bytes() for p in (workdir / "results").iterdir()}
@@ -80,6 +84,7 @@ def test_a_finished_sweep_is_redrawn_and_not_trained_again(trained):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_train_py_equals_the_same_run_of_the_sweep_bit_for_bit(trained, tmp_path):
     one = ("--config.epochs=1", "--config.batch_size=512", "--config.base_lr=0.001", "--config.data_devices=1")
     assert run("train.py", QUICKSTART, f"--workdir={tmp_path / 'one'}", *one).returncode == 0
@@ -88,6 +93,7 @@ def test_train_py_equals_the_same_run_of_the_sweep_bit_for_bit(trained, tmp_path
     pd.testing.assert_frame_equal(of_sweep, results.load(tmp_path / "one"), check_exact=True)
 
 
+@pytest.mark.long
 def test_sweep_from_python_equals_the_command_line_bit_for_bit(trained):
     frame = sbj.sweep(
         "alexnet", "digits", (512,), (0.001, 8.0), epochs=1, weight_decay=5e-4, name="quickstart", progress=NoProgress()
@@ -96,6 +102,7 @@ def test_sweep_from_python_equals_the_command_line_bit_for_bit(trained):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_figures_go_where_they_are_asked_to(trained, tmp_path):
     done = run("figures.py", f"--workdir={trained[0]}", f"--out={tmp_path / 'out'}")
     assert done.returncode == 0
@@ -104,6 +111,7 @@ def test_figures_go_where_they_are_asked_to(trained, tmp_path):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, *(pytest.param(s, marks=pytest.mark.slow) for s in signals.handled())])
+@pytest.mark.long
 def test_a_signal_saves_and_says_that_the_same_command_goes_on(tmp_path, signum):
     results_file = tmp_path / "w/results/m00512_b00512.csv"
     long = ("--config.epochs=500", "--config.grid.base_lrs=(0.00001,)")
@@ -183,6 +191,7 @@ def test_a_config_file_that_cannot_be_read_is_one_line(tmp_path, body):
     refused(run("sweep.py", f"--config={tmp_path / 'config.py'}", "--workdir=w"), "config.py: ")
 
 
+@pytest.mark.long
 def test_a_workdir_of_another_experiment_is_refused_with_the_fields_that_differ(trained):
     refused(sweep(trained[0], "--config.weight_decay=0.1"), "weight_decay is 0.0005 there and 0.1 here")
 

@@ -61,6 +61,7 @@ def refused(done, says):
         ({"XLA_FLAGS": "--xla_cpu_enable_fast_math=true"}, "lets the compiler assume that no number is NaN"),
     ],
 )
+@pytest.mark.long
 def test_an_environment_that_cannot_be_had_is_refused_in_one_line(tmp_path, environment, says):
     refused(run("sweep.py", QUICKSTART, f"--workdir={tmp_path / 'w'}", *SMALL, environment=environment), says)
     assert not (tmp_path / "w").exists()

@@ -18,6 +18,7 @@ STORED = ROOT / "notebooks/results/digits/fig08"
         ("claims.py", [f"--workdir={STORED}"], 0),
     ],
 )
+@pytest.mark.long
 def test_a_fork_ends_and_says_as_a_new_process(script, arguments, status):
     new, forked = run_anew(script, *arguments), run(script, *arguments)
     assert (new.returncode, new.stdout, new.stderr) == (forked.returncode, forked.stdout, forked.stderr)

@@ -71,6 +71,7 @@ def test_the_notebook_of_one_sweep_falls_back_on_a_stored_table_and_says_so(monk
 
 
 @pytest.mark.parametrize("notebook", OF_FIGURES, ids=lambda path: path.stem)
+@pytest.mark.long
 def test_a_notebook_of_figures_runs_on_the_tables_beside_it(notebook, monkeypatch, capsys):
     monkeypatch.delenv("RESULTS", raising=False)
     before = content(FOLDER)

@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 from asked import FIELDS
 from shell import QUICKSTART, run
 
@@ -82,6 +83,7 @@ BODIES = [
 ]
 
 
+@pytest.mark.long
 def test_the_commands_refuse_in_one_line_whatever_is_asked_of_them(tmp_path):
     """Exit status 2, nothing on stdout, no workdir; an accepted config is seen by what is said of the workdir after it."""
     foreign, missing = tmp_path / "foreign", tmp_path / "missing"

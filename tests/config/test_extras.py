@@ -33,6 +33,7 @@ for module in pkgutil.walk_packages(smallbatch_jax.__path__, "smallbatch_jax."):
 """
 
 
+@pytest.mark.long
 def test_without_the_extras_every_module_imports_but_the_one_that_only_they_use():
     done = subprocess.run([sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True, timeout=100)
     assert done.stderr == ""

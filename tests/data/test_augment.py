@@ -59,6 +59,7 @@ def test_another_seed_epoch_or_example_gives_other_crops(change):
     assert (first != other).any((1, 2, 3)).mean() > 0.9
 
 
+@pytest.mark.long
 def test_a_run_sees_the_same_crops_in_any_lane_and_segment_and_others_than_without(tmp_path):
     def train(name, augment, **fields):
         config = tiny.grid(base_lrs=(2**-7,), **fields).to_dict()

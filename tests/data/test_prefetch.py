@@ -57,6 +57,7 @@ def two_workers(root):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.long
 def test_a_prefetcher_goes_on_from_any_number(root, two_workers, workers, monkeypatch):
     """Forwards, backwards, into the middle of a message, across the seeds and to the test set."""
     monkeypatch.setattr(prefetch, "MOST_PER_MESSAGE", 7)
@@ -123,6 +124,7 @@ def test_a_broken_file_is_marked_and_the_others_are_as_they_were(root, tmp_path)
     equal(images.decode_training(3, 0, 12), sample_index(root).decode_training(3, 0, 12))
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_is_reported(root):
     before = children(os.getpid())
     prefetcher = Prefetcher(sample_index(root), BYTES, 1)
@@ -164,6 +166,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_workers_outlive_a_signal_to_their_group_and_not_their_parent(root, tmp_path):
     (tmp_path / "reader.py").write_text(textwrap.dedent(READER))
     environment = {

@@ -23,6 +23,8 @@ from smallbatch_jax.runner import scheduler
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import workdir
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 FEATURES, HIDDEN, CLASSES = 4, 8, 3
 ROWS = jax.ShapeDtypeStruct((FEATURES,), jnp.float32)
 
@@ -167,6 +169,7 @@ def test_a_lane_of_several_equals_the_run_alone_bit_for_bit(library):
 
 
 @pytest.mark.parametrize("library", ["nnx", "equinox"])
+@pytest.mark.long
 def test_side_by_side_as_one_after_the_other(library, monkeypatch):
     monkeypatch.setattr(lanes, "lane_mapping", lambda platform: "vmap")
     pd.testing.assert_frame_equal(sweep(NOISY[library]), undisturbed(library), rtol=1e-4)
@@ -184,6 +187,7 @@ class Killed(NoProgress):
 
 
 @pytest.mark.parametrize("library", ["nnx", *(pytest.param(name, marks=pytest.mark.slow) for name in ("functions", "equinox"))])
+@pytest.mark.long
 def test_killed_and_resumed_a_run_draws_the_next_random_numbers(library, tmp_path, monkeypatch):
     expected = undisturbed(library)
     monkeypatch.setattr(scheduler, "CHECKPOINT_SHARE", 1e9)
@@ -210,6 +214,7 @@ def test_random_streams_are_raw_state_that_follows_from_the_seed_and_advances():
     assert not np.array_equal(first, second)
 
 
+@pytest.mark.long
 def test_an_equinox_batch_norm_uses_the_batch_in_training_and_its_state_at_evaluation():
     """As the module does in a loop of its own."""
     model, x = adapted(make_noisy).settled(ROWS), np.random.default_rng(0).normal(size=(6, FEATURES)).astype(np.float32)
@@ -236,6 +241,7 @@ def test_a_mode_argument_of_an_nnx_module_is_told():
     adapted(Told).settled(ROWS)
 
 
+@pytest.mark.long
 def test_a_factory_has_one_fingerprint_and_other_code_another():
     same = [adapted(Noisy), adapted(lambda rngs: Noisy(rngs)), adapted(functools.partial(Noisy, rate=0.5)).settled(ROWS)]
     found = [model.fingerprint(ROWS) for model in [*same, adapted(functools.partial(Noisy, rate=0.4))]]

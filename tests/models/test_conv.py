@@ -69,6 +69,7 @@ def test_conv_and_its_gradients_are_those_of_lax(platform, image, window, stride
 @pytest.mark.parametrize("examples", [19, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 16))])
 @pytest.mark.parametrize(("channels", "features"), [(3, 4), (8, 4), (4, 20), (20, 20)])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+@pytest.mark.long
 def test_conv_however_many_images_channels_and_features(examples, channels, features, strides):
     """Features that are no whole vectors go by im2col, some images at a time."""
     shapes, padding = (examples, (8, 8), channels, (3, 3), features), ((1, 1), (1, 1))
@@ -80,6 +81,7 @@ def test_conv_however_many_images_channels_and_features(examples, channels, feat
     ((16, 16), 7, 2, 3, 64), ((8, 8), 3, 1, 64, 64), ((8, 8), 1, 1, 64, 256), ((8, 8), 1, 1, 256, 64),
     ((14, 14), 1, 2, 256, 128), ((11, 13), 1, 2, 64, 128),
 ])  # fmt: skip
+@pytest.mark.long
 def test_conv_of_the_shapes_of_resnet50(image, window, strides, channels, features):
     """By whatever is chosen for them, 8 images; errors, measured in float64, within three times those of lax."""
     pads = ((window // 2,) * 2,) * 2
@@ -132,6 +134,7 @@ def test_max_pool_and_its_gradient_are_those_of_reduce_window(height, width):
 
 @pytest.mark.parametrize(("height", "width"), [(1, 9), (8, 2), (3, 7), (6, 4), (5, 5)])
 @pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 2), (2, 0))])
+@pytest.mark.long
 def test_max_pool_pads_as_it_is_told(height, width, padding):
     """Output and gradient are those of reduce_window with these pads; -∞ in them, never the maximum."""
 

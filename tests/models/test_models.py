@@ -83,6 +83,7 @@ def test_alexnet_normalises_the_layers_that_its_norm_names(norm, normalised):
     assert set(variables) == ({"params", "batch_stats"} if normalised else {"params"})
 
 
+@pytest.mark.long
 def test_resnet50_has_25_557_032_parameters(monkeypatch):
     """At 1000 classes, with batch norm: 23,454,912 of 53 convolutions, 53,120 of their norms, 2,049,000 of the logits."""
     convolved = []

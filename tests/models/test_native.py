@@ -79,6 +79,7 @@ def operands(image, window, strides, pads, channels, features, images=3):
 @pytest.mark.parametrize(
     ("shape", "channels"), [*zip(SHAPES, itertools.cycle(CHANNELS), strict=False), *((SHAPES[0], pair) for pair in CHANNELS)]
 )
+@pytest.mark.long
 def test_it_and_its_gradients_are_those_of_lax(shape, channels):
     """Output, gradient of the kernel, gradient of the image, to rounding."""
     arrays = operands(*shape, *channels)

@@ -243,12 +243,14 @@ def fingerprint(i):
     return LinenModel(Made(DIFFERENT[i])).fingerprint(ROWS)
 
 
+@pytest.mark.long
 def test_fields_that_change_what_is_computed_change_the_fingerprint():
     found = [fingerprint(i) for i in range(len(DIFFERENT))]
     for i, one in enumerate(found):
         assert [workdir._model_difference(one, other) is None for other in found] == [i == j for j in range(len(found))]
 
 
+@pytest.mark.long
 def test_a_fingerprint_is_the_same_in_another_process():
     """Addresses and the order of sets differ there."""
     code = """
@@ -287,6 +289,7 @@ CODE = ["x = x", "x = nn.leaky_relu(x, 0.01)", "x = nn.leaky_relu(x, 0.012)", "x
 CODE += [f"x = nn.Dropout({rate})(x, not train)" for rate in (0.1, 0.2)]
 
 
+@pytest.mark.long
 def test_other_code_of_the_same_name_has_another_fingerprint():
     found = [body(line).fingerprint(ROWS) for line in CODE]
     for i, one in enumerate(found):

@@ -10,7 +10,6 @@ import sys
 import types
 from pathlib import Path
 
-import compiled
 import jax
 import numpy as np
 import optax
@@ -75,7 +74,7 @@ def compute(case, monkeypatch):
 
     block = BottleneckResNet.block
 
-    @(jax.jit if case == OF_VECTORS else compiled.quickly)
+    @jax.jit
     def losses(params):
         def loss(params):
             blocks = []

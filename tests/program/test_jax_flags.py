@@ -18,6 +18,8 @@ from smallbatch_jax.program import jax_flags
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.runner.sweep import sweep
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.fixture(autouse=True)
 def as_before():

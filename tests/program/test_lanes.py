@@ -12,6 +12,8 @@ from smallbatch_jax.program import lanes
 from smallbatch_jax.program import segment as on_lanes
 from smallbatch_jax.program.train import Program, Setting
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 BATCH_SIZE = 4
 STEPS = 13  # an epoch of 50 examples ends after 13 steps (12.5, rounded)
 
@@ -165,6 +167,7 @@ def shared_by(devices, mapping):
 
 
 @pytest.mark.parametrize("mapping", ["vmap", pytest.param("map", marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_a_batch_shared_by_two_devices_trains_and_is_evaluated_as_on_one(mapping):
     """Parameters, sums, test loss and images right; and the lane that diverges does so at the same step."""
     one, two = shared_by(1, mapping), shared_by(2, mapping)

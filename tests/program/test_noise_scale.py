@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +49,7 @@ def estimates(gradients, size):
 def gradients_of_training(model, size):
     """The gradients of consecutive batches of the sample, as a training step of η = 1 takes them; float64[k, P]."""
     data, state = on_device(), fresh(model)
-    step = compiled.quickly(make_train_step(model, Program(size, 10**6)))
+    step = jax.jit(make_train_step(model, Program(size, 10**6)))
     setting = Setting(np.float32(1 / size), np.int32(0), np.float32(0), np.float32(0))
     before = np.asarray(ravel_pytree(state.params)[0], np.float64)
     found = []
@@ -66,15 +65,16 @@ def gradients_of_training(model, size):
     [(tiny.PlainModel(), 1), (tiny.TinyModel(), M), (tiny.TinyModel(2), 2)],
     ids=["examples", "batches", "BN groups"],
 )
+@pytest.mark.long
 def test_it_is_that_of_the_gradients_that_training_would_take_of_its_sub_batches(model, size):
     program = Program(M, 6, diagnostics=("noise_scale",))
-    found = compiled.quickly(diagnostics.make_diagnose(model, program))(fresh(model), on_device())
+    found = jax.jit(diagnostics.make_diagnose(model, program))(fresh(model), on_device())
     value, error = estimates(gradients_of_training(model, size), size)
     assert found["train_noise_scale"] == pytest.approx(value, rel=1e-4)
     assert found["train_noise_scale_error"] == pytest.approx(error, rel=1e-3)
 
 
-@compiled.quickly
+@jax.jit
 def samples(ratio):
     """The estimates of 1,000 samples; the eigenvalues of Σ fall as the root of their place."""
     size, parameters = 24, 200
@@ -89,6 +89,7 @@ def samples(ratio):
 
 
 @pytest.mark.parametrize("ratio", [0.1, 1, 10, 100, 1000])
+@pytest.mark.long
 def test_it_is_within_two_errors_of_that_of_a_noisy_quadratic(ratio):
     """The gradient of an example is G + ε with |G| = 1 and tr(Σ) = ratio; 1,000 samples of 32 sub-batches of 24 examples."""
     values, errors = samples(np.float32(ratio))
@@ -127,14 +128,15 @@ class SharedModel(tiny.TinyModel):
 
 
 @pytest.mark.usefixtures("whole")
+@pytest.mark.long
 def test_devices_that_share_a_batch_share_the_sub_batches():
     """48 examples in 24 BN groups, 12 on each of two devices."""
     mesh, names = lanes.lane_mesh(jax.devices()[:2], 2), ("noise_scale", "sharpness")
     model = SharedModel(2, axis_name="data")
     data = device_data.to_device(DATA, mesh)._replace(shuffled=np.asarray(on_device().shuffled)[:48])
     together = diagnostics.make_diagnose(model, Program(M, 6, axis_name="data", diagnostics=names))
-    shared = compiled.quickly(jax.shard_map(together, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False))
-    alone = compiled.quickly(diagnostics.make_diagnose(model, Program(M, 6, diagnostics=names)))
+    shared = jax.jit(jax.shard_map(together, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False))
+    alone = jax.jit(diagnostics.make_diagnose(model, Program(M, 6, diagnostics=names)))
     one = on_device()._replace(shuffled=on_device().shuffled[:48])
     for name, value in alone(fresh(model), one).items():
         assert shared(fresh(model), data)[name] == pytest.approx(float(value), rel=1e-4)

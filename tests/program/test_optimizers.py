@@ -7,7 +7,6 @@ import os
 import signal
 from functools import partial
 
-import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,7 +79,7 @@ def plain_loop(name, rule, fresh, indices, mask):
         logits = model.apply({"params": params}, batch, train=True)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    @compiled.quickly
+    @jax.jit
     def run(params, base_lr):
         transform = PLAIN[name](partial(schedule, base_lr), MASKS[mask])
 
@@ -104,7 +103,7 @@ LOOPS = [
 
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize(("mapping", "mask"), LOOPS)
-@pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.long
 def test_a_lane_trains_as_a_plain_optax_loop(name, mapping, mask):
     """50 steps with warm-up, two reductions and weight decay; the rules take turns."""
     rule = list(RATES)[(list(PLAIN).index(name) + (mapping == "vmap")) % 3]
@@ -133,6 +132,7 @@ def test_no_scalar_of_an_optimizer_is_compiled_in():
     assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(changed), strict=True))
 
 
+@pytest.mark.long
 def test_a_state_packed_for_lanes_side_by_side_gives_the_same_updates():
     (one_by_one, *_), (together, *_) = (trained("adamw", "linear", mapping) for mapping in ("map", "vmap"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one_by_one, together)

@@ -13,6 +13,8 @@ from smallbatch_jax.data import order
 from smallbatch_jax.program import device_data, lanes
 from smallbatch_jax.program.train import Program, Setting
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 M, STEPS = 8, 6
 DATA = tiny.dataset()
 

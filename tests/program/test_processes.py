@@ -86,6 +86,7 @@ def test_a_sweep_of_two_processes_is_that_of_one(tmp_path):
     assert files(tmp_path / "alone") == files(tmp_path / "two")
 
 
+@pytest.mark.long
 def test_processes_that_were_not_started_alike_are_refused(tmp_path):
     """Both, in one line each, with nothing written."""
     given = (*SMALL, f"--workdir={tmp_path / 'w'}")

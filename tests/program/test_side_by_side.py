@@ -78,7 +78,7 @@ def train(platform, mapping, bn_batch_size, make, **options):
     ("bn_batch_size", "options"), [(None, {}), pytest.param(2, {"micro_batch_size": 2}, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("make", [OneBlock, pytest.param(resnet8, marks=pytest.mark.slow)])
-@pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.long
 def test_side_by_side_for_a_gpu_trains_as_one_after_the_other_for_a_cpu(make, bn_batch_size, options):
     """Crops, batch norm in one pass, the gradient of the sum, packed vectors and masks change rounding only."""
     ours, theirs = (train(*where, bn_batch_size, make, **options) for where in (("gpu", "vmap"), ("cpu", "map")))
@@ -119,6 +119,7 @@ def test_weight_gradients_keep_the_window_of_their_kernel():
 @pytest.mark.parametrize(
     ("sharing", "bn_batch_size", "gathered"), [(1, None, 0), (2, BATCH_SIZE // 2, 0), (2, None, 2 * CONVOLUTIONS)]
 )
+@pytest.mark.long
 def test_devices_exchange_gradients_and_statistics_of_a_bn_group_that_spans_them(sharing, bn_batch_size, gathered):
     """A norm exchanges both statistics of its input at once, and both sums of its gradient; images stay where they are."""
     axis = "data" if sharing > 1 else None

@@ -55,6 +55,7 @@ def test_each_position_predicts_the_next_token():
     assert tasks.next_token_cross_entropy(right, batch).max() < 1e-6
 
 
+@pytest.mark.long
 def test_a_step_trains_on_smoothed_labels_and_an_evaluation_does_not():
     task = tasks.task_of(Experiment(label_smoothing=0.1, metrics=("top5_accuracy",)))
     images, labels = jnp.ones((4, 2, 2, 1)), jnp.asarray([0, 1, 2, 0], jnp.int32)

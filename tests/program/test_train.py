@@ -4,7 +4,6 @@ import functools
 import warnings
 from typing import Any
 
-import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +44,7 @@ class Tiny(nn.Module):
         return Dense(CLASSES)(nn.relu(x).mean((1, 2)))
 
 
-STEP_WITHOUT_NORM = compiled.quickly(make_train_step(Tiny(), Program(EXAMPLES, 20)))
+STEP_WITHOUT_NORM = jax.jit(make_train_step(Tiny(), Program(EXAMPLES, 20)))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def batch():
 
 @functools.cache
 def fresh_state(model: Any) -> Any:
-    return compiled.quickly(lambda: init_state(model, jnp.zeros((1, 8, 8, 2)), jnp.int32(1)))()
+    return jax.jit(lambda: init_state(model, jnp.zeros((1, 8, 8, 2)), jnp.int32(1)))()
 
 
 def state_at(model: Any, step=0) -> Any:
@@ -74,7 +73,7 @@ def example_gradients(batch):
     def loss(params, image, label):
         return -jax.nn.log_softmax(model.apply({"params": params}, image[None])[0])[label]
 
-    return compiled.quickly(jax.vmap(jax.grad(loss), (None, 0, 0)))(state_at(model).params, *batch)
+    return jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(state_at(model).params, *batch)
 
 
 def assert_trees_close(ours, theirs, rtol=1e-6, atol=1e-7):
@@ -98,7 +97,7 @@ def test_update_is_eq_5_by_hand(batch, example_gradients, step, multiplier):
 def test_metrics_are_of_the_batch_before_the_update_without_the_penalty(batch):
     """Mean cross-entropy and the number right under the parameters the step began with; weight decay is not in it."""
     state = state_at(Tiny())
-    logits = np.asarray(compiled.quickly(Tiny().apply)({"params": state.params}, batch.images))
+    logits = np.asarray(jax.jit(Tiny().apply)({"params": state.params}, batch.images))
     labels = logits.argmax(-1)
     labels[:3] = (labels[:3] + 1) % CLASSES  # three of eight are wrong
     _, metrics = STEP_WITHOUT_NORM(state, SETTING, Batch(batch.images, jnp.asarray(labels, jnp.int32)))
@@ -112,7 +111,7 @@ def test_metrics_are_of_the_batch_before_the_update_without_the_penalty(batch):
 def on_one_device(batch):
     """State and metrics after a step of the whole batch with BN sub-batches of half of it."""
     model = Tiny(EXAMPLES // 2)
-    return compiled.quickly(make_train_step(model, Program(EXAMPLES, 20)))(state_at(model), SETTING, batch)
+    return jax.jit(make_train_step(model, Program(EXAMPLES, 20)))(state_at(model), SETTING, batch)
 
 
 def test_running_averages_move_with_the_step(batch, on_one_device):
@@ -121,7 +120,7 @@ def test_running_averages_move_with_the_step(batch, on_one_device):
     state = state_at(model)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
-    _, found = compiled.quickly(apply)(variables, batch.images)
+    _, found = jax.jit(apply)(variables, batch.images)
     after, _ = on_one_device
     assert_trees_close(after.batch_stats, found["batch_stats"])
     assert not np.allclose(after.batch_stats["BatchNorm_0"]["mean"], state.batch_stats["BatchNorm_0"]["mean"], atol=1e-5)
@@ -131,7 +130,7 @@ def test_running_averages_move_with_the_step(batch, on_one_device):
 def test_micro_batches_are_the_same_step(batch, on_one_device, parts):
     """The BN batch is half of the examples: in halves or at once, parameters, statistics, loss and count are the same."""
     model = Tiny(EXAMPLES // 2)
-    step = compiled.quickly(make_train_step(model, Program(EXAMPLES, 20, micro_batch_size=EXAMPLES // parts)))
+    step = jax.jit(make_train_step(model, Program(EXAMPLES, 20, micro_batch_size=EXAMPLES // parts)))
     assert_trees_close(step(state_at(model), SETTING, batch), on_one_device)
 
 
@@ -146,13 +145,13 @@ def test_micro_batches_drop_other_units_each():
             return nn.Dropout(0.5, deterministic=not train)(flat * scale[None])
 
     model, images = Dropped(), jnp.ones((4, 8))
-    state = compiled.quickly(lambda: init_state(model, images, jnp.int32(0)))()
+    state = jax.jit(lambda: init_state(model, images, jnp.int32(0)))()
     step = make_train_step(model, Program(4, 20, micro_batch_size=2))
     half = make_train_step(model, Program(2, 20))
 
     def losses(step, n):
         batch = Batch(images[:n], jnp.zeros(n, jnp.int32))
-        of_seed = compiled.quickly(jax.vmap(lambda seed: step(state, SETTING._replace(seed=seed), batch)[1].loss))
+        of_seed = jax.jit(jax.vmap(lambda seed: step(state, SETTING._replace(seed=seed), batch)[1].loss))
         return of_seed(jnp.arange(3))
 
     assert not np.allclose(losses(step, 4), losses(half, 2))
@@ -161,7 +160,7 @@ def test_micro_batches_drop_other_units_each():
 def by_shard_map(step, state, batch, devices=2):
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     shared = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P(), check_vma=False)
-    return jax.tree.map(lambda leaf: leaf[None], compiled.quickly(shared)(state, SETTING, batch))
+    return jax.tree.map(lambda leaf: leaf[None], jax.jit(shared)(state, SETTING, batch))
 
 
 def in_shares(batch, devices):
@@ -169,9 +168,7 @@ def in_shares(batch, devices):
 
 
 def by_vmap(step, state, batch, devices=2):
-    return compiled.quickly(jax.vmap(step, in_axes=(None, None, 0), axis_name="data"))(
-        state, SETTING, in_shares(batch, devices)
-    )
+    return jax.jit(jax.vmap(step, in_axes=(None, None, 0), axis_name="data"))(state, SETTING, in_shares(batch, devices))
 
 
 def by_pmap(step, state, batch, devices=2):
@@ -183,7 +180,7 @@ def by_pmap(step, state, batch, devices=2):
 @functools.cache
 def whole_step(bn_batch_size):
     """Of the whole batch on one device."""
-    return compiled.quickly(make_train_step(Tiny(bn_batch_size), Program(EXAMPLES, 20)))
+    return jax.jit(make_train_step(Tiny(bn_batch_size), Program(EXAMPLES, 20)))
 
 
 @pytest.mark.parametrize(
@@ -194,6 +191,7 @@ def whole_step(bn_batch_size):
         *(pytest.param(spread, b, marks=pytest.mark.slow) for spread in (by_vmap, by_pmap) for b in (2, EXAMPLES // 2)),
     ],
 )
+@pytest.mark.long
 def test_a_batch_spread_over_devices_is_the_same_step(batch, spread, bn_batch_size):
     """Half the batch on each of two devices, one per-device step: parameters, statistics, loss and count are those of one.
 
@@ -208,6 +206,7 @@ def test_a_batch_spread_over_devices_is_the_same_step(batch, spread, bn_batch_si
 
 
 @pytest.mark.parametrize(("bn_batch_size", "parts"), [(1, 1), (2, None), (4, None), (8, None)])
+@pytest.mark.long
 def test_four_devices_are_the_same_step(batch, bn_batch_size, parts):
     """Two examples on each, taken one at a time or together; a BN batch is of a part of a device, one, two or all of them."""
     program = Program(EXAMPLES, 20, axis_name="data", micro_batch_size=parts)
@@ -232,12 +231,12 @@ def test_devices_drop_other_units_each():
             scale = self.param("scale", nn.initializers.ones, images.shape[1:])
             return nn.Dropout(0.5, deterministic=not train)(images * scale[None])
 
-    state = compiled.quickly(lambda: init_state(Dropped(), jnp.ones((1, 8)), jnp.int32(0)))()
+    state = jax.jit(lambda: init_state(Dropped(), jnp.ones((1, 8)), jnp.int32(0)))()
     step = make_train_step(Dropped(), Program(2, 20, axis_name="data"))
     shares = Batch(jnp.ones((2, 1, 8)), jnp.zeros((2, 1), jnp.int32))
-    spread = compiled.quickly(jax.vmap(step, in_axes=(None, None, 0), axis_name="data"))
+    spread = jax.jit(jax.vmap(step, in_axes=(None, None, 0), axis_name="data"))
     found = spread(state, SETTING, shares)[0].params["scale"][0]
-    step_alone = compiled.quickly(make_train_step(Dropped(), Program(2, 20)))
+    step_alone = jax.jit(make_train_step(Dropped(), Program(2, 20)))
     alone = step_alone(state, SETTING, jax.tree.map(lambda x: x[0], shares))[0]
     changed, changed_alone = (np.unique(np.round(x, 6)) for x in (found, alone.params["scale"]))
     assert len(changed) > len(changed_alone)  # a unit is dropped on none, on one or on both, not only on none or on both
@@ -293,6 +292,7 @@ MODELS_AND_NORMS = [
 
 
 @pytest.mark.parametrize(("name", "norm"), MODELS_AND_NORMS)
+@pytest.mark.long
 def test_every_model_and_norm_keeps_its_variables_when_it_trains(name, norm):
     """A program carries the state through a loop, which needs the same tree, shapes and dtypes out as in."""
     model = create_model(name, 10, norm)

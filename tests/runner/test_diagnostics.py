@@ -53,6 +53,7 @@ def test_without_them_the_columns_and_the_rows_are_those_of_before(workdir, tmp_
     assert results.load(workdir).drop(columns=COLUMNS).equals(plain)
 
 
+@pytest.mark.long
 def test_a_workdir_resumes_bit_for_bit(workdir, tmp_path):
     """The grid grows by runs whose rows were cut off after the first epoch, and is trained to its end again."""
     first = train(tmp_path / "w", base_lrs=RATES[:1])
@@ -75,7 +76,7 @@ def test_a_program_without_them_is_made_of_the_same_operations_as_before(monkeyp
 
 
 @pytest.mark.parametrize("model", [pytest.param(tiny.PlainModel, marks=pytest.mark.slow), tiny.TinyModel])
-@pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.long
 def test_lanes_in_turn_and_side_by_side_have_the_same(model):
     mesh = lanes.lane_mesh(jax.devices()[:1])
     data, program = device_data.to_device(tiny.dataset(), mesh), Program(4, 26, diagnostics=NAMES)

@@ -26,6 +26,8 @@ from smallbatch_jax.runner.progress import NoProgress, PlainProgress
 from smallbatch_jax.store import results
 from smallbatch_jax.store.files import WriteError
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def train(workdir, model=tiny.TinyModel, data=None, **fields):
     """Trains a tiny grid into a workdir; its rows."""
@@ -251,6 +253,7 @@ KILLED = textwrap.dedent("""
 """)
 
 
+@pytest.mark.long
 def test_a_grid_killed_again_and_again_ends_bit_for_bit_as_one_never_killed(undisturbed, tmp_path):
     workdir = tmp_path / "w"
     code = KILLED.format(tests=str(Path(__file__).parents[1]), workdir=str(workdir), base_lrs=GRID["base_lrs"])

@@ -43,6 +43,7 @@ def table():
     return sbj.data.Dataset(rows[:200], labels[:200], rows[200:], labels[200:], 3)
 
 
+@pytest.mark.long
 def test_a_run_is_a_plain_optax_loop_over_batches_of_growing_size():
     """200 examples, 3 epochs: 45 updates of 4, 15 of 16 from 30 % on, 3 of 64 from 70 % on, 612 examples in all.
 
@@ -143,6 +144,7 @@ def saved(monkeypatch):
 
 
 @pytest.mark.parametrize(("examples", "steps"), [(16, 3), (32, 4), (33, 6), (160, 12)])
+@pytest.mark.long
 def test_a_stopped_run_goes_on_bit_for_bit_before_at_and_after_a_boundary(undisturbed, saved, tmp_path, examples, steps):
     """The batches of two runs grow after 4 and after 12 updates, both within an epoch."""
     with pytest.raises(Interrupted):
@@ -199,6 +201,7 @@ def test_a_phase_is_the_program_of_its_batch_size():
             assert first == job.batches.examples(phase.steps.start)
 
 
+@pytest.mark.long
 def test_streamed_batches_grow_as_those_in_memory_do(tmp_path):
     root = photos.write(tmp_path / "photos")
     chosen = tiny.grid(base_lrs=(2**-8,), epochs=2, schedule={"boundaries": (0.5,), "batch_growth": 4})

@@ -79,6 +79,7 @@ def test_the_best_run_of_each_batch_size_is_kept_over_all_bn_batch_sizes(every, 
     assert equal(sbj.load_parameters(tmp_path / "w"), loaded(workdir, ranked.iloc[0]))
 
 
+@pytest.mark.long
 def test_a_kill_between_the_parameters_and_the_last_row_loses_and_doubles_nothing(every, tmp_path, monkeypatch):
     workdir, frame = every
 

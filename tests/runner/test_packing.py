@@ -18,6 +18,8 @@ from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.runner.segments import Lanes
 from smallbatch_jax.store import results
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 FIELDS = {"base_lrs": (2**-7, 2e30, 2**-8, 3e30), "seeds": (0,), "segment_seconds": 1e-9}
 
 
@@ -68,6 +70,7 @@ def test_the_device_with_fewer_lanes_takes_more_steps_of_each():
     assert side_by_side.even_steps(running, 10) == [10, 10, 10, 10, 0, 0]
 
 
+@pytest.mark.long
 def test_side_by_side_the_program_shrinks_once_half_of_it_is_empty(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(lanes, "lane_mapping", lambda platform: "vmap")
     monkeypatch.setattr(pipeline, "FIXED_SEGMENT_IMAGES", 8)
@@ -114,6 +117,7 @@ def test_half_the_lanes_go_on_when_memory_runs_out(undisturbed, tmp_path, monkey
     pd.testing.assert_frame_equal(frame, undisturbed, check_exact=True)
 
 
+@pytest.mark.long
 def test_out_of_memory_with_one_lane_per_device_is_one_line(tmp_path, monkeypatch):
     def no_memory(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")

@@ -121,6 +121,7 @@ def test_random_images_have_the_shapes_of_the_dataset(name):
             assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
 
 
+@pytest.mark.long
 def test_plan_prints_what_each_program_costs_and_the_sum(tmp_path):
     stored = {
         "device": "1 x H100",

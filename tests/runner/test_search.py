@@ -102,6 +102,7 @@ def test_a_search_is_an_ordinary_study(undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("segments", [20, 60, 120])
+@pytest.mark.long
 def test_a_stopped_search_goes_on_from_its_checkpoint_bit_for_bit(undisturbed, tmp_path, monkeypatch, begun, segments):
     monkeypatch.setattr(scheduler.Pace, "FIRST_IMAGES", 8)
     with pytest.raises(Interrupted):
@@ -124,6 +125,7 @@ class Fails(tiny.StopAfter):
             raise ZeroDivisionError
 
 
+@pytest.mark.long
 def test_a_search_that_ended_without_saving_goes_on_from_what_it_had_saved(undisturbed, tmp_path, monkeypatch):
     monkeypatch.setattr(scheduler.Pace, "FIRST_IMAGES", 8)
     monkeypatch.setattr(scheduler, "CHECKPOINT_SHARE", 1e9)
@@ -173,6 +175,7 @@ def _stored(tmp_path):
     return sum(max(0, path.read_bytes().count(b"\n") - 1) for path in tmp_path.glob("w/results/m*.csv"))
 
 
+@pytest.mark.long
 def test_batches_may_grow_in_a_search(tmp_path):
     fields = {"schedule": {"batch_growth": 2}, "base_lrs": (2**-9, 2**-7, 2**-5), "epochs": 4}
     found = train(tmp_path / "w", **fields, search={"budget": 9 * 50.0, "confirm": 0})

@@ -58,6 +58,7 @@ def test_an_augmented_run_is_the_same_alone_and_beside_others(root, augmented, t
     assert len(alone) == 3
 
 
+@pytest.mark.long
 def test_augmentation_shows_other_images(root, augmented, tmp_path):
     plain = train(tmp_path / "w", photos.load(root))
     assert not plain.train_loss.equals(augmented.train_loss)
@@ -96,6 +97,7 @@ def test_lanes_out_of_step_wait_for_each_other_where_there_is_no_room(root, out_
     assert {len(found) for found in streams} == set(range(1, room // 4 + 1))
 
 
+@pytest.mark.long
 def test_two_seeds_are_two_streams(root, augmented, tmp_path):
     both = train(tmp_path / "w", photos.load(root), augment=True, lanes=6, seeds=(0, 1))
     same(both[both.seed == 0].reset_index(drop=True), augmented)
@@ -110,12 +112,14 @@ def test_lanes_in_step_share_what_is_decoded(root, tmp_path, monkeypatch):
     assert sum(asked) == 38 * 4 + 3 * 20
 
 
+@pytest.mark.long
 def test_side_by_side_as_one_after_the_other(root, augmented, tmp_path, monkeypatch):
     monkeypatch.setattr(lanes, "lane_mapping", lambda platform: "vmap")
     found = train(tmp_path / "w", photos.load(root), augment=True)
     pd.testing.assert_frame_equal(found, augmented, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_a_batch_shared_by_two_devices(root, augmented, tmp_path):
     chosen = tiny.grid(base_lrs=RATES, segment_seconds=1e-9, data_devices=2)
     chosen = dataclasses.replace(chosen, dataset=dataclasses.replace(chosen.dataset, workers=0, augment=True))
@@ -139,6 +143,7 @@ class Killed(NoProgress):
             raise KeyboardInterrupt
 
 
+@pytest.mark.long
 def test_killed_and_resumed_the_next_image_is_the_next(root, augmented, tmp_path, monkeypatch):
     """Again and again, with a checkpoint after every segment: the same rows, and hardly an image decoded twice."""
     monkeypatch.setattr(feeder, "CHECKPOINT_SHARE", 1e9)
@@ -165,6 +170,7 @@ def broken_root(root, tmp_path, split, count=1):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.long
 def test_a_broken_image_ends_the_sweep_with_its_path(root, tmp_path, split):
     copy, (path,) = broken_root(root, tmp_path, split)
     with pytest.raises(InputError, match="cannot be decoded") as caught:
@@ -173,6 +179,7 @@ def test_a_broken_image_ends_the_sweep_with_its_path(root, tmp_path, split):
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.long
 def test_what_was_trained_before_a_broken_image_is_kept(root, augmented, tmp_path, monkeypatch):
     """The file is mended; the same command goes on from the last segment before it."""
     copy, (path,) = broken_root(root, tmp_path, "train")
@@ -183,6 +190,7 @@ def test_what_was_trained_before_a_broken_image_is_kept(root, augmented, tmp_pat
     same(train(tmp_path / "w", photos.load(copy), augment=True), augmented)
 
 
+@pytest.mark.long
 def test_a_broken_training_image_is_replaced_and_counted_once(root, augmented, tmp_path, capsys):
     copy, paths = broken_root(root, tmp_path, "train", count=2)
     found = train(tmp_path / "w", photos.load(copy), augment=True, broken_images="skip")
@@ -194,6 +202,7 @@ def test_a_broken_training_image_is_replaced_and_counted_once(root, augmented, t
     same(again, found[found.base_lr == 2**-8].reset_index(drop=True))
 
 
+@pytest.mark.long
 def test_the_next_image_of_the_training_set_takes_the_place_of_a_broken_one(root, tmp_path):
     """With its label: as if its file were there twice."""
     statistics = photos.load(root).channel_statistics()
@@ -204,6 +213,7 @@ def test_the_next_image_of_the_training_set_takes_the_place_of_a_broken_one(root
     same(found, train(tmp_path / "twice", dataclasses.replace(photos.load(copy), statistics=statistics)))
 
 
+@pytest.mark.long
 def test_a_broken_test_image_is_left_out_of_the_accuracy(root, augmented, tmp_path):
     copy, (path,) = broken_root(root, tmp_path, "test")
     found = train(tmp_path / "w", photos.load(copy), augment=True, broken_images="skip")

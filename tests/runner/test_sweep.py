@@ -75,6 +75,7 @@ def test_a_users_mlp_trains_as_a_plain_optax_loop_does():
     np.testing.assert_allclose(frame.test_loss.iloc[-1], test_loss.mean(), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_a_module_with_train_dropout_and_running_statistics_learns():
     frame = quiet(Dropped(), table(), (8,), (2**-6,), epochs=6)
     assert frame.test_accuracy.iloc[-1] > 0.8
@@ -82,6 +83,7 @@ def test_a_module_with_train_dropout_and_running_statistics_learns():
     pd.testing.assert_frame_equal(frame, again[again.base_lr == 2**-6].reset_index(drop=True), check_exact=True)
 
 
+@pytest.mark.long
 def test_a_workdir_is_resumed_grown_and_kept_apart_from_other_models_and_data(tmp_path):
     first = quiet(Mlp(), table(), (8,), (2**-8,), epochs=1, workdir=tmp_path / "w")
     grown = quiet(Mlp(), table(), np.array([8, 16]), np.array([2**-8, 2**-6]), epochs=1, workdir=tmp_path / "w")
@@ -107,6 +109,7 @@ def test_a_schedule_is_given_whole_or_by_its_fields():
     assert not whole.equals(quiet(Mlp(), table(), (8,), (2**-6,), epochs=2))
 
 
+@pytest.mark.long
 def test_an_optimizer_is_given_by_name_and_fields_or_whole():
     whole = sbj.experiment.Optimizer("momentum", rule="sqrt", momentum=0.5)
     by_fields = quiet(Mlp(), table(), (8,), (2**-6,), epochs=1, optimizer="momentum", rule="sqrt", momentum=0.5)
@@ -173,6 +176,7 @@ def written(line):
     return scope["Own"]()
 
 
+@pytest.mark.long
 def test_other_code_or_fields_never_get_a_workdirs_results(tmp_path):
     """Not where class, fields and the names of functions are the same."""
     quiet(written("x"), table(), (8,), (2**-8,), epochs=1, workdir=tmp_path / "w")

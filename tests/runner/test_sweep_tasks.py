@@ -81,6 +81,7 @@ def test_a_table_names_the_metric_the_axis_and_the_guess_that_is_to_be_beaten(wo
     assert study.load(workdir).chance == pytest.approx(5.2, abs=1.5)  # the variance of the targets, 1 + 4 + 1/4
 
 
+@pytest.mark.long
 def test_figures_and_a_page_are_made_of_it(workdir, tmp_path):
     drawn = {path.stem for path in sbj.figures.draw_studies([study.load(workdir)], tmp_path)}
     assert {"accuracy_vs_base_lr", "heat_map", "convergence"} <= drawn
@@ -136,6 +137,7 @@ def own(momentum, workdir=None, **options):
     return quiet(Linear(), table(), (4,), (2**-7,), 2, workdir=workdir, scalars={"momentum": momentum}, **options)
 
 
+@pytest.mark.long
 def test_own_losses_metrics_and_optimizers_train_as_those_of_this_package():
     ours = quiet(Linear(), table(), (4,), (2**-7,), 2, optimizer="momentum", momentum=0.8, loss=huber, metrics={"bias": bias})
     theirs = own(0.8)
@@ -208,6 +210,7 @@ def test_a_mistake_is_named_in_one_line(options, says, tmp_path):
     assert not folder.exists()
 
 
+@pytest.mark.long
 def test_sequences_predict_their_next_token_with_adamw(tmp_path):
     """Each token follows from the one before, so the loss goes to zero; the second of two equal tokens is a guess."""
     rng = np.random.default_rng(0)

@@ -83,6 +83,7 @@ def here(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("here")
+@pytest.mark.long
 def test_every_program_is_estimated_once_and_read_from_the_cache_afterwards(monkeypatch):
     experiment = tiny.grid(batch_sizes=(4, 8), base_lrs=(2**-9, 2**-7, 2**-5))
     four, eight = target.estimate(experiment, tiny.dataset(), "h100", model_of=tiny.TinyModel)
@@ -98,6 +99,7 @@ def test_every_program_is_estimated_once_and_read_from_the_cache_afterwards(monk
 
 
 @pytest.mark.usefixtures("here")
+@pytest.mark.long
 def test_a_target_with_little_memory_gets_fewer_lanes_and_so_more_time(monkeypatch):
     experiment = tiny.grid(batch_sizes=(4,), base_lrs=(2**-9, 2**-8, 2**-7, 2**-6))
     (all_at_once,) = target.estimate(experiment, tiny.dataset(), "h100", model_of=tiny.TinyModel)

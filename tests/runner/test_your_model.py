@@ -55,6 +55,7 @@ class Regressor(nnx.Module):
         return self.out(nnx.tanh(self.hidden(rows)))
 
 
+@pytest.mark.long
 def test_a_regression_beats_the_constant_guess_and_its_answer_names_the_validation_split(tmp_path):
     rows, targets = map(scale, load_diabetes(return_X_y=True))
     data = sbj.data.Dataset(rows[:342], targets[:342], rows[342:], targets[342:])

@@ -107,6 +107,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.long
 def test_any_damaged_file_is_noticed_and_the_checkpoint_before_is_taken(saved, tmp_path, damage):
     """What does not matter may be missing; but what comes back was saved, to the bit."""
     files = [path.relative_to(saved) for path in (saved / "2").rglob("*") if path.is_file()]
@@ -169,6 +170,7 @@ def test_with_none_whole_all_begins_anew(folder):
         (None, {"params": lanes(0)["params"]}, "['alive'] is bool[] there and missing here"),
     ],
 )
+@pytest.mark.long
 def test_what_is_of_another_experiment_or_model_is_refused_with_what_differs(folder, experiment, template, says):
     with pytest.raises(InputError) as error:
         restored(folder, experiment, template)

@@ -291,6 +291,7 @@ def checkpoint_files(workdir):
 
 
 @pytest.mark.filterwarnings("ignore")  # of damaged checkpoints, and what becomes of them, there are tests elsewhere
+@pytest.mark.long
 def test_no_file_of_a_checkpoint_is_unpickled(stopped, restored_with, mark, tmp_path):
     """Each in turn, and all at once."""
 

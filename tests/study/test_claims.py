@@ -138,6 +138,7 @@ def test_a_claim_holds_where_all_its_parts_do(claim):
 @pytest.mark.parametrize(
     ("claim", "instead", "parts"), [*FAILS, *(pytest.param(*case, marks=pytest.mark.slow) for case in SAME_CHECKS)]
 )
+@pytest.mark.long
 def test_a_claim_does_not_hold_where_one_part_fails(claim, instead, parts):
     tables = holding(claim) | instead
     assert failing(claim, tables) == parts
@@ -150,6 +151,7 @@ def test_every_part_was_seen_to_fail():
 
 
 @pytest.mark.parametrize(("claim", "name"), NEEDED)
+@pytest.mark.long
 def test_a_run_that_has_not_ended_leaves_a_claim_open(claim, name):
     whole = holding(claim)[name]
     cells = whole.cells.copy()
@@ -160,6 +162,7 @@ def test_a_run_that_has_not_ended_leaves_a_claim_open(claim, name):
 
 
 @pytest.mark.parametrize(("claim", "name"), NEEDED)
+@pytest.mark.long
 def test_a_missing_study_leaves_a_claim_open_and_is_named_once(claim, name):
     tables = {k: v for k, v in holding(claim).items() if k != name}
     assert texts(claim, tables, "lacks data") == [f"{name} is not among the workdirs"]
@@ -255,6 +258,7 @@ def test_a_part_that_fails_decides_whatever_else_is_missing():
         ("C13", "fig17", {2: 0.5, 16: 0.6, 128: LOST}, "fig18 and fig17 share finished runs at no batch size from 128 on"),
     ],
 )
+@pytest.mark.long
 def test_a_grid_that_lacks_what_is_compared_leaves_a_claim_open(claim, name, instead, lack):
     tables = holding(claim) | {name: instead}
     assert any(text.endswith(lack) for text in texts(claim, tables, "lacks data"))

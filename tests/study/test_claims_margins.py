@@ -150,6 +150,7 @@ TRUTHS = {  # the same with a truth of at least five standard errors
 
 
 @pytest.mark.parametrize("check", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in NULLS])
+@pytest.mark.long
 def test_where_nothing_is_true_a_verdict_is_rare(check):
     """Twice the tail beyond two standard errors, 2.3 %, is allowed for."""
     told = Counter(NULLS[check](i).verdict for i in range(DRAWS))

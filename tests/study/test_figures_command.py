@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import pytest
 import shell
 import tiny
 from shell import refused
@@ -33,6 +34,7 @@ def config(path, *workdirs, name="fig15"):
     return f"--config={path}"
 
 
+@pytest.mark.long
 def test_several_workdirs_are_drawn_into_their_own_figures_and_compared_in_the_first(tmp_path):
     a, b = store(tmp_path / "a", "one"), store(tmp_path / "b", "two")
     done = run(f"--workdir={a}", f"--workdir={b}")

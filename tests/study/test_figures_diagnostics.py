@@ -48,6 +48,7 @@ def test_a_sharpness_stands_over_two_over_the_learning_rate_before_the_first_red
     assert legend_texts(figure.axes[0]) == ["2", "8", r"$\lambda = 2/\eta$", "diverged later"]
 
 
+@pytest.mark.long
 def test_they_are_drawn_where_the_experiment_has_them_even_without_a_value(rows, tmp_path):
     columns = dict.fromkeys(("train_noise_scale", "train_noise_scale_error", "train_sharpness"), np.nan)
     drawn = {path.stem for path in figures.draw_studies([study(rows, **columns)], tmp_path / "with")}

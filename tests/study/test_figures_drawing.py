@@ -25,6 +25,7 @@ def test_draw_writes_eight_files(cells, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
 
 
+@pytest.mark.long
 def test_figures_carry_no_date_and_depend_on_no_settings_or_order(cells, tmp_path, monkeypatch):
     """A reader's matplotlibrc changes nothing, and neither does the date or the order of the rows."""
     df = results(cells[:1])

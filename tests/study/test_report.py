@@ -97,6 +97,7 @@ def test_the_page_loads_nothing_and_is_small():
     assert len(report.page([stored()]).encode()) < 6_000_000
 
 
+@pytest.mark.long
 def test_every_chart_is_one_that_plotly_accepts_and_has_its_place():
     parts = parts_of_stored()
     data = data_of(parts)
@@ -253,6 +254,7 @@ def test_bad_input_takes_one_line(tmp_path, flags, says):
     assert done.stdout == ""
 
 
+@pytest.mark.long
 def test_a_watched_page_follows_until_all_runs_have_ended(tmp_path):
     folder, page = tmp_path / "w", tmp_path / "page.html"
     flags = f"--workdir={folder}", f"--out={page}", "--watch", "--every_seconds=1"

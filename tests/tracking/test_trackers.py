@@ -121,6 +121,7 @@ def test_tensorboard_sees_each_epoch_as_it_ends(tmp_path):
 
 @pytest.mark.parametrize("segments", [3, 6])
 @pytest.mark.parametrize("checkpoint", ["kept", "lost"])
+@pytest.mark.long
 def test_a_stopped_grid_shows_each_row_once_when_it_goes_on(watched, tmp_path, monkeypatch, segments, checkpoint):
     """Even those that are trained once more, where the checkpoint is lost."""
     monkeypatch.setattr(feeder.Pace, "FIRST_IMAGES", 24)

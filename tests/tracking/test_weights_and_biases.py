@@ -79,6 +79,7 @@ def leveldb_records(content):
             data = b""
 
 
+@pytest.mark.long
 def test_wandb_offline_holds_every_row_of_every_run_once(wandb, tmp_path, capfd):
     frame = train(tmp_path / "w", wandb="small-batch", tensorboard=False)
     shown = logged(tmp_path / "w")
