@@ -28,7 +28,12 @@ IMAGES_AT_ONCE = 16  # images that im2col copies at a time, k² shifted copies o
 
 
 def conv(
-    x: jax.Array, kernel: jax.Array, strides: Sequence[int] = (1, 1), padding: str | Pads = "SAME", platform: str | None = None
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int] = (1, 1),
+    padding: str | Pads = "SAME",
+    platform: str | None = None,
+    images: int | None = None,
 ) -> jax.Array:
     """2-D cross-correlation, as `lax.conv_general_dilated` computes it.
 
@@ -38,14 +43,19 @@ def conv(
       strides: along H and W.
       padding: "SAME", "VALID", or ((top, bottom), (left, right)) in pixels.
       platform: "cpu", "gpu" or "tpu", which the program is compiled for; None decides when it is compiled.
+      images: N, if x is float[N·H, W, C], the rows of images one after another, and H' = H / stride. A TPU holds few images in
+        tiles that are mostly padding, and their rows in full ones.
 
     Returns:
-      float[N, H', W', O].
+      float[N, H', W', O], or float[N·H', W', O].
     """
     strides = (strides[0], strides[1])
     if isinstance(padding, str):
-        rows, columns = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+        image = (len(x) // images, x.shape[1]) if images else x.shape[1:3]
+        rows, columns = lax.padtype_to_pads(image, kernel.shape[:2], strides, padding)
         padding = ((rows[0], rows[1]), (columns[0], columns[1]))
+    if images:
+        return _conv_of_rows(x, kernel, strides, padding, images)
     on = {name: partial(f, strides=strides, pads=padding) for name, f in _BY_PLATFORM.items()}
     if platform is None:
         return lax.platform_dependent(x, kernel, cpu=on["cpu"], cuda=on["gpu"], default=on["tpu"])
@@ -54,6 +64,20 @@ def conv(
 
 def _lax_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
     return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _conv_of_rows(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads, images: int) -> jax.Array:
+    """A row and its neighbours become the channels of one row; the convolution runs along the columns of all rows at once."""
+    height = len(x) // images
+    row = lax.broadcasted_iota(jnp.int32, (len(x), 1, 1), 0) % height
+    neighbours = []
+    for offset in range(-pads[0][0], kernel.shape[0] - pads[0][0]):
+        moved = lax.pad(x, jnp.zeros((), x.dtype), ((-offset, offset, 0), (0, 0, 0), (0, 0, 0)))
+        of_image = (row + offset >= 0) & (row + offset < height)
+        neighbours.append(jnp.where(of_image, moved, 0)[:: strides[0]])
+    flat = kernel.swapaxes(0, 1).reshape(kernel.shape[1], -1, kernel.shape[3])
+    dimensions = ("NWC", "WIO", "NWC")
+    return lax.conv_general_dilated(jnp.concatenate(neighbours, -1), flat, strides[1:], pads[1:], dimension_numbers=dimensions)
 
 
 def _gpu_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:

@@ -43,9 +43,9 @@ class Conv(nn.Module):
     platform: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, images: int | None = None) -> jax.Array:
         kernel = self.param("kernel", he_normal, (*self.kernel_size, x.shape[-1], self.features), jnp.float32)
-        y = conv(x.astype(self.dtype), kernel.astype(self.dtype), self.strides, self.padding, self.platform)
+        y = conv(x.astype(self.dtype), kernel.astype(self.dtype), self.strides, self.padding, self.platform, images)
         return _add_bias(self, y) if self.use_bias else y
 
 
@@ -101,21 +101,27 @@ class PaperModel(nn.Module):
     dtype: Any = jnp.float32
     platform: str | None = None
 
-    def conv(self, x: jax.Array, features: int, size: int, stride: int, train: bool, name: str, norm: str) -> jax.Array:
-        """Convolution of an odd size, padded by half of it on all sides, and its normalisation in place of a bias."""
-        pads = ((size // 2, size // 2), (size // 2, size // 2))
-        y = Conv(features, (size, size), (stride, stride), pads, norm == "none", self.dtype, self.platform, name=name)(x)
-        return self.normalise(y, norm, train, f"{name}_norm")
+    def conv(
+        self, x: jax.Array, features: int, size: int, stride: int, train: bool, name: str, norm: str, images: int | None = None
+    ) -> jax.Array:
+        """Convolution of an odd size, padded by half of it on all sides, and its normalisation in place of a bias.
 
-    def normalise(self, x: jax.Array, norm: str, train: bool, name: str) -> jax.Array:
+        With `images` x is float[N·H, W, C], the rows of so many images.
+        """
+        pads = ((size // 2, size // 2), (size // 2, size // 2))
+        layer = Conv(features, (size, size), (stride, stride), pads, norm == "none", self.dtype, self.platform, name=name)
+        return self.normalise(layer(x, images), norm, train, f"{name}_norm", images)
+
+    def normalise(self, x: jax.Array, norm: str, train: bool, name: str, images: int | None = None) -> jax.Array:
         """Applies the layer that `config.catalog.NORMS` names; none for "none"."""
         entry = NORMS[norm]
         if entry.layer is None:
             return x
-        layer: Any = pkgutil.resolve_name(entry.layer)
-        if entry.batch_statistics:
-            layer = partial(layer, self.bn_batch_size, self.bn_decay, axis_name=self.axis_name, platform=self.platform)
-        return layer(dtype=self.dtype, name=name)(x, train)
+        layer: Any = partial(pkgutil.resolve_name(entry.layer), dtype=self.dtype, name=name)
+        if not entry.batch_statistics:
+            return layer()(x, train)
+        layer = partial(layer, self.bn_batch_size, self.bn_decay, axis_name=self.axis_name, platform=self.platform)
+        return layer()(x, train, images)
 
     def dense(self, x: jax.Array, features: int, name: str, bias: bool = True) -> jax.Array:
         return Dense(features, bias, self.dtype, self.platform, name=name)(x)

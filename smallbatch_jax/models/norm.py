@@ -41,8 +41,10 @@ class BatchNorm(nn.Module):
     platform: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, examples: int | None = None) -> jax.Array:
         """Normalises x, float[N, …, C], over all axes but the last; by running averages unless `train`.
+
+        With `examples` x is float[N·rows, …, C], of so many examples one after another.
 
         Raises:
           ValueError: if `train` and the batch is not a whole number of BN groups.
@@ -58,7 +60,7 @@ class BatchNorm(nn.Module):
             mean, gain, bias = (v.reshape((1,) * (x.ndim - 1) + (-1,)) for v in (running_mean.value, gain, bias))
             return ((x - mean) * gain + bias).astype(dtype)
 
-        groups, span = self._groups(len(x))
+        groups, span = self._groups(examples or len(x))
         grouped = x.astype(jnp.float32)
         if groups > 1:
             grouped = grouped.reshape(groups, -1, *x.shape[1:])
@@ -114,9 +116,9 @@ class BatchRenorm(BatchNorm):
     last: int = 2500
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, examples: int | None = None) -> jax.Array:
         updates: Any = self.variable("batch_stats", "updates", jnp.zeros, (), jnp.float32)
-        y = super().__call__(x, train)
+        y = super().__call__(x, train, examples)
         if train and not self.is_initializing():
             updates.value += 1
         return y

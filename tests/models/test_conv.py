@@ -66,6 +66,25 @@ def test_conv_and_its_gradients_are_those_of_lax(platform, image, window, stride
     assert_all_close(ours, of_lax(shapes, strides, padding))
 
 
+@pytest.mark.parametrize(
+    ("window", "strides", "padding"),
+    [
+        ((3, 3), (1, 1), ((1, 1), (1, 1))),
+        ((3, 3), (2, 2), ((1, 1), (1, 1))),
+        ((3, 3), (2, 2), "SAME"),
+        ((1, 1), (2, 1), ((0, 0), (0, 0))),
+        ((5, 3), (1, 1), ((2, 2), (0, 1))),
+    ],
+)
+def test_rows_of_images_are_convolved_as_the_images_are(window, strides, padding):
+    def by_rows(x, kernel):
+        y = conv(x.reshape(-1, *x.shape[2:]), kernel, strides, padding, images=len(x))
+        return y.reshape(len(x), -1, *y.shape[1:])
+
+    shapes = (3, (8, 6), 2, window, 4)
+    assert_all_close(with_gradients(by_rows, *images_and_kernel(*shapes)), of_lax(shapes, strides, padding))
+
+
 @pytest.mark.parametrize("examples", [19, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 16))])
 @pytest.mark.parametrize(("channels", "features"), [(3, 4), (8, 4), (4, 20), (20, 20)])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import assert_all_close, normal
 
 from smallbatch_jax.config.experiment import InputError
-from smallbatch_jax.models import create_model
+from smallbatch_jax.models import create_model, resnet
 from smallbatch_jax.models import layers as layers_module
 from smallbatch_jax.models.conv import conv
 from smallbatch_jax.models.layers import Conv, Dense
@@ -167,3 +168,33 @@ def test_create_model_refuses_what_there_is_not(arguments, message):
     """The message names the field and, where a name is near, suggests it."""
     with pytest.raises(InputError, match=message):
         create_model(**{"name": "alexnet", "num_classes": 10, **arguments})
+
+
+@pytest.mark.parametrize(("norm", "bn_batch_size"), [("none", None), ("batch", None), ("batch_renorm", 2)])
+def test_for_a_tpu_a_resnet_trains_on_rows_of_few_images_as_on_the_images(norm, bn_batch_size, monkeypatch):
+    """Logits, gradients, running averages and the logits they give, to rounding."""
+    images, labels = normal(4, 8, 8, 3), jnp.arange(4)
+    model = create_model("resnet8", 10, norm, bn_batch_size, platform="tpu")
+    variables = create_model("resnet8", 10, norm, bn_batch_size).init(jax.random.key(0), images)
+
+    def loss(params):
+        logits, updated = model.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
+        return -jax.nn.log_softmax(logits)[labels, labels].sum(), (logits, updated)
+
+    def step(variables):
+        grads, (logits, updated) = jax.grad(loss, has_aux=True)(variables["params"])
+        return grads, logits, model.apply(variables | updated, images)
+
+    assert "f32[32,8,9]" in str(jax.make_jaxpr(step)(variables))  # each row with its two neighbours as channels
+    of_rows = jax.jit(step)(variables)
+    monkeypatch.setattr(resnet, "FEW_IMAGES", 3)
+    of_images = jax.jit(lambda variables: step(variables))(variables)
+    assert_all_close(*(jax.tree.leaves(found) for found in (of_rows, of_images)), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("norm", "size", "images"), [("group", 8, 4), ("batch", 9, 4), ("batch", 8, resnet.FEW_IMAGES + 1)])
+def test_for_a_tpu_rows_are_taken_only_where_all_layers_can(norm, size, images):
+    model = create_model("resnet8", 10, norm, platform="tpu")
+    shape = jax.ShapeDtypeStruct((images, size, size, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), shape)
+    assert f"f32[{images},{size},{size},16]" in str(jax.make_jaxpr(model.apply)(variables, shape))
