@@ -28,10 +28,10 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Tests compile many programs and run each a few steps. In this process LLVM leaves XLA's loops as they are.
-QUICKLY = "jax_disable_most_optimizations"
-jax.config.update(QUICKLY, True)
-jax_flags.HELD[QUICKLY] = True
+# Tests compile many programs and run each a few steps, so LLVM leaves the loops as XLA makes them: a fifth less time.
+UNOPTIMIZED = "jax_disable_most_optimizations"
+jax.config.update(UNOPTIMIZED, True)
+jax_flags.HELD[UNOPTIMIZED] = True
 
 gc.freeze()  # tracing makes so many objects that the default would search all modules of JAX for garbage every second
 gc.set_threshold(50_000, 20, 100)
@@ -46,11 +46,11 @@ def pytest_collectreport(report):
 @pytest.fixture(scope="module")
 def optimized():
     """Programs are compiled as users' are, in a module that compares different ones bit for bit."""
-    jax_flags.HELD[QUICKLY] = False
-    jax.config.update(QUICKLY, False)
+    jax_flags.HELD[UNOPTIMIZED] = False
+    jax.config.update(UNOPTIMIZED, False)
     yield
-    jax.config.update(QUICKLY, True)
-    jax_flags.HELD[QUICKLY] = True
+    jax.config.update(UNOPTIMIZED, True)
+    jax_flags.HELD[UNOPTIMIZED] = True
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,11 @@
 """2-D convolution, by the kernel that is fastest on the platform it is compiled for.
 
-A TPU runs `lax.conv_general_dilated`, and so does a GPU for large batches. For small ones a GPU takes a matrix product of
-shifted copies of the image (im2col): cuDNN computes the convolutions of many lanes, grouped, one group after the other. On CPU
-`lax.conv_general_dilated` is slow inside a loop, because XLA:CPU brings only the convolutions of the entry computation into the
-layout of its fast path (jax issue 12868), and slow under `vmap` over kernels. A CPU therefore runs machine code of this package
-(`models.native`; float32 with whole vectors of features), or im2col. docs/speed.md has the measurements.
+A TPU runs `lax.conv_general_dilated`; of few images it takes the rows, if the model gives them. A GPU runs it for large
+batches; for small ones it takes a matrix product of shifted copies of the image (im2col): cuDNN computes the convolutions of
+many lanes, grouped, one group after the other. On CPU `lax.conv_general_dilated` is slow inside a loop, because XLA:CPU
+brings only the convolutions of the entry computation into the layout of its fast path (jax issue 12868), and slow under
+`vmap` over kernels. A CPU therefore runs machine code of this package (`models.native`; float32 with whole vectors of
+features), or im2col. docs/speed.md has the measurements.
 """
 
 import math

@@ -19,7 +19,7 @@ class CifarResNet(PaperModel):
     image, then global average pooling and one fully-connected layer. A block is two 3×3 convolutions; its shortcut has
     no parameters (option A): where the shape changes it takes every second pixel and pads the channels with zeros, half
     on either side. Normalisation follows each convolution, before the ReLU and before the sum, in place of a bias;
-    without normalisation the convolutions have biases.
+    without normalisation the convolutions have biases. On a TPU few images are held as their rows, float[N·H, W, C].
 
     Attributes:
       depth: 6n+2 layers.
