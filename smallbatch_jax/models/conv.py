@@ -22,7 +22,6 @@ from smallbatch_jax.models.pool import Pads, windows
 
 Strides = tuple[int, int]
 
-SMALL_IMAGE = 16  # output pixels up to which im2col and XLA's matrix product beat the native kernel
 # Elements of a batch's shifted copies up to which a GPU takes im2col: in full float32, and where tensor cores round to less.
 SMALL_COPIES, SMALL_COPIES_ROUNDED = 5_000_000, 600_000
 IMAGES_AT_ONCE = 16  # images that im2col copies at a time, k² shifted copies of each
@@ -90,8 +89,7 @@ def _gpu_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> 
 
 
 def _cpu_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
-    pixels = math.prod(_correlation(x, kernel, strides, pads).outputs)
-    if kernel.shape[:2] == (1, 1) or pixels <= SMALL_IMAGE:
+    if kernel.shape[:2] == (1, 1):
         return _im2col_conv(x, kernel, strides, pads)
     if x.dtype == np.float32 and native.possible(kernel.shape[-1]):
         return _native_conv(x, kernel, strides, pads)
