@@ -7,9 +7,9 @@ from flax import linen as nn
 from smallbatch_jax.config.catalog import NORMS
 from smallbatch_jax.models.layers import PaperModel, relu
 
-# Images up to which a TPU takes their rows. Its compiler estimates ResNet-20's step of 13 lanes, in bfloat16, at 2.5 instead of
-# 3.9 ms for m = 4 and 9.2 instead of 14.7 ms for m = 32; with whole images m = 128 takes no longer than 32 (docs/speed.md).
-FEW_IMAGES = 48
+# Images up to which a TPU takes their rows, in float32 and in bfloat16. Whole images cost the same up to 128, their rows in
+# proportion; by the compiler's estimates both cost as much at 85 images (ResNet-8, float32) and 45 (ResNet-20, bfloat16).
+FEW_IMAGES, FEW_IMAGES_ROUNDED = 80, 48
 
 
 class CifarResNet(PaperModel):
@@ -47,7 +47,8 @@ class CifarResNet(PaperModel):
         """Returns N if the rows of N images, all one axis, fill a TPU's tiles better than the images do; else None."""
         n, height, width, _ = images.shape
         fits = not (height % 4 or width % 4) and (self.norm == "none" or NORMS[self.norm].batch_statistics)
-        return n if self.platform == "tpu" and fits and n <= FEW_IMAGES else None
+        few = FEW_IMAGES_ROUNDED if self.dtype == jnp.bfloat16 else FEW_IMAGES
+        return n if self.platform == "tpu" and fits and n <= few else None
 
     def block(self, x: jax.Array, features: int, stride: int, train: bool, name: str, images: int | None = None) -> jax.Array:
         y = relu(self.conv(x, features, 3, stride, train, f"{name}_conv1", self.norm, images))
