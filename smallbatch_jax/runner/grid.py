@@ -24,7 +24,7 @@ from smallbatch_jax.program.train import Program
 from smallbatch_jax.runner import checks
 from smallbatch_jax.runner.compiler import Compiler
 from smallbatch_jax.runner.input import input_pipeline
-from smallbatch_jax.runner.jobs import NOTHING_OWN, Job, ModelOf, Own, Session, Setup
+from smallbatch_jax.runner.jobs import NOTHING_OWN, Job, ModelOf, Own, Session, Setup, lacks_memory
 from smallbatch_jax.runner.planning import Forecast
 from smallbatch_jax.runner.progress import NoProgress, Progress, Status
 from smallbatch_jax.runner.rounds import search_rounds, with_budget
@@ -220,9 +220,9 @@ def _train_job(job: Job, rounds: Iterable[object], checkpoints: Checkpoints, ses
                 try:
                     scheduler.train()
                 except jax.errors.JaxRuntimeError as error:
-                    if not alone or "RESOURCE_EXHAUSTED" not in str(error):
+                    if not alone or not lacks_memory(error):
                         raise
-                    smaller[phase] = compiler.submit(phase, phase.smaller(scheduler.lanes.program)).result()
+                    smaller[phase] = compiler.submit(phase, phase.smaller(scheduler.lanes.program.peak_bytes)).result()
                     scheduler = begun(phase)
                     scheduler.restore()
 

@@ -5,7 +5,7 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -38,6 +38,7 @@ SHARED_FROM = 64  # smallest batch size that idle cores share unasked
 GIB = 2**30
 # Makes the model for a BN batch size (None: the whole batch) and, as `axis_name`, the mesh axis that shards a batch, if any.
 ModelOf = Callable[..., Model]
+T = TypeVar("T")
 
 
 class Own(NamedTuple):
@@ -139,6 +140,11 @@ class Session:
     parameters: Parameters
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Returns whether an error of a device or compiler means that a smaller layout may fit."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
 class Layout(NamedTuple):
     """The sizes that decide how much memory a program needs."""
 
@@ -232,28 +238,41 @@ class Job:
           InputError: if no layout fits.
         """
         self.layout = layout or self.layout
-        while True:
-            program = lane_programs.compile_lanes(**self.arguments(pipeline, self.layout))
-            if program.peak_bytes <= self._memory_bytes:
-                return program
-            self.layout = self.smaller(program)
+        return self.fitted(lane_programs.compile_lanes, pipeline)
 
-    def smaller(self, program: Any) -> Layout:
-        """Returns the next layout to try where a LaneProgram ran out of memory: half the lanes, then half the micro-batch.
+    def fitted(self, make: Callable[..., T], pipeline: InputPipeline) -> T:
+        """Returns what `make`, called as `compile_lanes`, gives in the first layout whose `peak_bytes` fit the memory."""
+        while True:
+            needed = None
+            try:
+                program: Any = make(**self.arguments(pipeline, self.layout))
+                if (needed := program.peak_bytes) <= self._memory_bytes:
+                    return program
+            except jax.errors.JaxRuntimeError as error:  # TPU compilers refuse what does not fit
+                if not lacks_memory(error):
+                    raise
+            self.layout = self.smaller(needed)
+
+    def smaller(self, needed: int | None) -> Layout:
+        """Returns the layout to try where memory ran out: half the lanes, or if there is one per device half the micro-batch.
+
+        `needed` is the memory in bytes that the present layout needs, for the message; None if it is not known.
 
         Raises:
           InputError: if there is none.
         """
-        rows = program.rows
-        if program.lanes > rows:
-            return self.layout._replace(lanes=max(rows, program.lanes // 2 // rows * rows))
+        lanes, rows = self.layout.lanes, self.setup.mesh.shape[LANE]
+        if lanes > rows:
+            return self.layout._replace(lanes=max(rows, lanes // 2 // rows * rows))
         now = self.layout.micro_batch_size or self.batch_size // self.data_devices
         smaller = self._micro_batch_size(now // 2)
         if smaller is not None and smaller < now:
-            return Layout(program.lanes, smaller)
+            return Layout(lanes, smaller)
+        there = f"{self._memory_bytes / GIB:.1f}"
+        needs = f"more than {there} GiB" if needed is None else f"{needed / GIB:.1f} GiB of {there}"
         raise InputError(
-            f"m = {self.batch_size}: out of memory: one lane per device needs {program.peak_bytes / GIB:.1f} GiB of "
-            f"{self._memory_bytes / GIB:.1f}; use a smaller batch size or model, lower precision, or more data_devices."
+            f"m = {self.batch_size}: out of memory: one lane per device needs {needs}; use a smaller batch size or model, "
+            "lower precision, or more data_devices."
         )
 
     def _micro_batch_size(self, most: int | None) -> int | None:

@@ -11,8 +11,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -22,9 +23,9 @@ from smallbatch_jax.data import Dataset, Photographs, cache
 from smallbatch_jax.program import lanes
 from smallbatch_jax.runner import hlo
 from smallbatch_jax.runner.flops import flops_per_image
-from smallbatch_jax.runner.hlo import Module
+from smallbatch_jax.runner.hlo import Cost, Module
 from smallbatch_jax.runner.input import input_pipeline
-from smallbatch_jax.runner.jobs import Job, ModelOf, Setup
+from smallbatch_jax.runner.jobs import Job, ModelOf, Setup, lacks_memory
 from smallbatch_jax.store.results import Format, ProgramResults
 
 GIB = 2**30
@@ -89,13 +90,12 @@ class Compiled:
     """Measures of one compiled program, read from its text and memory analysis."""
 
     lanes: int
-    peak_bytes: int  # without the dataset
+    peak_bytes: int  # without the dataset; all that the target has if the compiler refused the program for want of memory
     kernels: int  # of a step of all lanes
     launches_or_bytes: float  # seconds × bandwidth: the sum over kernels of their bytes, or those of a launch if that is more
     moved: float  # bytes, read and written by the kernels
     written: float
     cycles: float
-    rows: ClassVar[int] = 1  # of devices
 
 
 class Estimate(NamedTuple):
@@ -155,11 +155,7 @@ def estimate(
                 continue
             with ProgramResults(Path(folder), m, b, format=Format.of(experiment)) as results:
                 job = Job(setup, m, b, results, memory)
-                while True:
-                    compiled = _compiled(name, job.arguments(pipeline, job.layout))
-                    if compiled.peak_bytes <= memory:
-                        break
-                    job.layout = job.smaller(compiled)
+                compiled = job.fitted(partial(_compiled, name), pipeline)
             step = _step_seconds(target, compiled, per_image * m * compiled.lanes, experiment.precision)
             rounds = -(-len(job.runs) // compiled.lanes)
             tested = EVALUATED * experiment.epochs * dataset.num_test / m
@@ -174,7 +170,7 @@ def estimate(
             )
 
 
-def _compiled(name: str, arguments: dict[str, Any]) -> Compiled:
+def _compiled(name: str, **arguments: Any) -> Compiled:
     """Compiles a program for a target, or reads its measures from the cache directory."""
     program = replace(arguments["program"], total_steps=ANY_STEPS)
     traced, _ = lanes.trace_lanes(**arguments | {"program": program})
@@ -186,12 +182,19 @@ def _compiled(name: str, arguments: dict[str, Any]) -> Compiled:
         return Compiled(**json.loads(kept.read_text()))
     target = TARGETS[name]
     options: Any = {"xla_gpu_autotune_level": "0"} if target.platform == "gpu" else {}  # no device to try kernels on
-    executable = lowered.compile(compiler_options=options)
-    step = Module(executable.as_text() or "").step()
+    step = Cost()
+    try:
+        executable = lowered.compile(compiler_options=options)
+        step = Module(executable.as_text() or "").step()
+        peak_bytes = lanes.needed_bytes(executable, arguments["data"], arguments["mesh"])
+    except jax.errors.JaxRuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        peak_bytes = int(target.memory_gib * GIB)
     launch = LAUNCH_SECONDS * target.gb_per_second * 1e9
     found = Compiled(
         arguments["lanes"],
-        peak_bytes=lanes.needed_bytes(executable, arguments["data"], arguments["mesh"]),
+        peak_bytes,
         kernels=len(step.kernels),
         launches_or_bytes=sum(max(launch, moved) for moved in step.kernels),
         moved=sum(step.kernels),

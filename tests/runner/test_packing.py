@@ -92,6 +92,9 @@ def test_side_by_side_the_program_shrinks_once_half_of_it_is_empty(packed, tmp_p
     pd.testing.assert_frame_equal(kept, whole[whole.base_lr < 1].reset_index(drop=True), rtol=1e-5)
 
 
+REFUSAL = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, temporaries (32.11G) exceed available HBM (15.75G)."  # as for a TPU
+
+
 def submit_and_wait(submit):
     def submitted(self, job, layout=None):
         future = submit(self, job, layout)
@@ -133,6 +136,38 @@ def test_other_failures_of_the_device_are_not_taken_for_a_lack_of_memory(tmp_pat
 
     monkeypatch.setattr(lanes.LaneProgram, "run", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        train(tmp_path / "w")
+
+
+def test_a_program_that_the_compiler_refuses_is_compiled_with_half_the_lanes(undisturbed, tmp_path, monkeypatch):
+    """As those of TPUs do for want of memory; any other error of a compiler is raised."""
+    tried, compile_lanes = [], lanes.compile_lanes
+
+    def refusing(*args, **kwargs):
+        tried.append(kwargs["lanes"])
+        if kwargs["lanes"] > 2:
+            raise jax.errors.JaxRuntimeError(REFUSAL)
+        return compile_lanes(*args, **kwargs)
+
+    monkeypatch.setattr(lanes, "compile_lanes", refusing)
+    frame = train(tmp_path / "w")
+    assert tried == [4, 2]
+    pd.testing.assert_frame_equal(frame, undisturbed, check_exact=True)
+
+    def broken(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+
+    monkeypatch.setattr(lanes, "compile_lanes", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        train(tmp_path / "broken")
+
+
+def test_a_program_that_the_compiler_refuses_with_one_lane_is_one_line(tmp_path, monkeypatch):
+    def refusing(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError(REFUSAL)
+
+    monkeypatch.setattr(lanes, "compile_lanes", refusing)
+    with pytest.raises(InputError, match=r"m = 4: out of memory: one lane per device needs more than [1-9]\d*\.\d GiB; use"):
         train(tmp_path / "w")
 
 

@@ -113,6 +113,25 @@ def test_a_target_with_little_memory_gets_fewer_lanes_and_so_more_time(monkeypat
     assert two_at_once.seconds == pytest.approx(2 * two_at_once.step_seconds * (38 + 3 * 20 / 4 / 3))
 
 
+@pytest.mark.usefixtures("here")
+def test_a_program_that_the_compiler_refuses_is_estimated_with_half_the_lanes_and_refused_once(monkeypatch):
+    """As a TPU's compiler does for want of memory; that it refused is read from the cache afterwards."""
+    compiled, compile_lowered = [], jax.stages.Lowered.compile
+
+    def refusing(lowered, *args, **kwargs):
+        compiled.append(lowered)
+        if len(compiled) == 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM")
+        return compile_lowered(lowered)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refusing)
+    experiment = tiny.grid(batch_sizes=(4,), base_lrs=(2**-9, 2**-8, 2**-7, 2**-6))
+    for _ in range(2):
+        (found,) = target.estimate(experiment, tiny.dataset(), "v5e", model_of=tiny.TinyModel)
+        assert found.compiled.lanes == 2
+    assert len(compiled) == 2
+
+
 def test_a_step_takes_its_launches_bytes_arithmetic_or_cycles():
     gpu, tpu = target.Target("gpu", "", 1, 1000, (1, 2, 4)), target.Target("tpu", "", 1, gigahertz=2)
     compiled = target.Compiled(1, 0, 10, 5e9, 0.0, 0.0, 3e6)
