@@ -25,10 +25,9 @@ from smallbatch_jax.runner import hlo
 from smallbatch_jax.runner.flops import flops_per_image
 from smallbatch_jax.runner.hlo import Cost, Module
 from smallbatch_jax.runner.input import input_pipeline
-from smallbatch_jax.runner.jobs import Job, ModelOf, Setup, lacks_memory
+from smallbatch_jax.runner.jobs import GIB, Job, ModelOf, Setup, lacks_memory
 from smallbatch_jax.store.results import Format, ProgramResults
 
-GIB = 2**30
 ANY_STEPS = 10_000  # of a run: a constant that costs nothing, so that Figs. 8, 17 and 18 share programs
 EVALUATED = 1 / 3  # of the time of a trained image: a forward pass of three passes of equal work
 
