@@ -80,6 +80,7 @@ class Optimizer(NamedTuple):
     make: Callable[..., optax.GradientTransformation]  # (learning_rate, weight_decay, **scalars, mask=None)
     scalars: tuple[str, ...] = ()  # names of the arguments of `make` beyond the first two
     rule: float | None = None  # ratio of the learning rate to η̃; None: the batch size (Eq. 6)
+    elementwise: bool = True  # whether an element's update depends on no other element, and on no name
 
     def init(self, params: optax.Params) -> optax.OptState:
         """Returns the state before the first update, which depends on no scalar."""

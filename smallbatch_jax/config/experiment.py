@@ -293,7 +293,8 @@ def single_run(config: ConfigDict | Mapping[str, Any]) -> Experiment:
 def differences(stored: Experiment, asked: Experiment) -> list[str]:
     """One phrase for each field that keeps `stored`'s workdir from being resumed as `asked`; empty if none does.
 
-    The grid may grow. Its old runs are kept, so none of them may be missing from the new grid.
+    The grid may grow. Its old runs are kept, so none of them may be missing from the new grid; those that confirmed the choice
+    of a search may.
     """
     old, new = _flat(stored.to_dict()), _flat(asked.to_dict())
     found = [
@@ -301,7 +302,7 @@ def differences(stored: Experiment, asked: Experiment) -> list[str]:
         for name in new
         if name not in MAY_CHANGE and not name.startswith("grid.") and old[name] != new[name]
     ]
-    missing = sorted(set(stored.runs()) - set(asked.runs()))
+    missing = sorted({run for run in stored.runs() if run.seed in stored.grid.seeds} - set(asked.runs()))
     if missing:
         run = missing[0]
         found.append(

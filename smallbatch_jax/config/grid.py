@@ -36,8 +36,12 @@ class Grid:
     scalars: tuple[tuple[str, tuple[float, ...]], ...] = config_field((), fields.by_name(fields.number(-3e38, 3e38)))
 
     def __post_init__(self) -> None:
+        self.require_listable(len(self.seeds))
+
+    def require_listable(self, num_seeds: int) -> None:
+        """Refuses a grid of more runs than are listed at once, each cell with `num_seeds` of them."""
         rates = 1 if self.base_lr_by_batch_size or self.base_lrs_from else len(self.base_lrs)
-        most = len(self.batch_sizes) * len(self.bn_batch_sizes or (None,)) * rates * len(self.seeds)
+        most = len(self.batch_sizes) * len(self.bn_batch_sizes or (None,)) * rates * num_seeds
         most *= math.prod(map(len, self.axes().values()))
         if most > MOST_RUNS:
             raise InputError(f"grid: got {most} combinations of its values, accepts at most {MOST_RUNS} runs in all.")
@@ -98,6 +102,7 @@ class Search:
         for name, values in grid.axes().items():
             if len(values) > 1:
                 raise InputError(f"search: tries one value of {name}, got {fields.shown(values)}; give one of them.")
+        grid.require_listable(len(grid.seeds) + self.confirm)
         if max(grid.seeds) + self.confirm >= 2**31:
             raise InputError(f"search.confirm: {self.confirm} seeds above {max(grid.seeds)} are too large; use smaller seeds.")
 

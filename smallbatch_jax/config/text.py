@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from decimal import Decimal
 
 from smallbatch_jax.config.catalog import OWN_SCALAR
 
 
 def duration(seconds: float) -> str:
-    """12 s, 3 min 05 s, 2 h 07 min; ? if not known."""
-    if seconds != seconds:
+    """12 s, 3 min 05 s, 2 h 07 min; ? if not finite."""
+    if not math.isfinite(seconds):
         return "?"
     whole = max(0, round(seconds))
     if whole < 60:
@@ -25,7 +26,7 @@ def short_duration(seconds: float) -> str:
 
 def two_digits(value: float) -> str:
     """A number of two significant digits without an exponent, such as 1,400 or 5.5."""
-    return f"{float(f'{value:.2g}'):,g}"
+    return f"{Decimal(f'{value:.2g}'):,f}"
 
 
 def and_list(names: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ def directory() -> Path:
 
 
 def kept(name: str, key: str, count: int, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Returns the arrays uint8[count, …] that `make` returns, from the cache file NAME-KEY.npz if there is a valid one.
+    """Returns the arrays uint8 or int32 [count, …] that `make` returns, from the cache file NAME-KEY.npz if it is valid.
 
     If not, they are stored there and other files of this name are removed. The file appears whole or not at all, so that
     processes do not disturb each other. If it cannot be written, one line on stderr says so, and nothing is raised.
@@ -45,7 +45,7 @@ def _read(path: Path, count: int) -> dict[str, np.ndarray] | None:
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = dict(stored)
-        if all(array.dtype == np.uint8 and len(array) == count for array in arrays.values()):
+        if all(array.dtype in (np.uint8, np.int32) and len(array) == count for array in arrays.values()):
             return arrays
         reason = "it holds other arrays"
     except (FileNotFoundError, NotADirectoryError):

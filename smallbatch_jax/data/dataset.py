@@ -179,7 +179,9 @@ def _as_array(name: str, value: Any) -> np.ndarray:
             f"Dataset.{name}: got an array with masked values; it accepts one without, fill them or leave them out"
         )
     try:
-        return np.asarray(value)
+        array = np.asarray(value)
+        foreign = array.dtype.kind == "V" and "float" in array.dtype.name  # such as JAX's bfloat16
+        return array.astype(np.float32) if foreign else array
     except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"Dataset.{name}: cannot be made an array ({reason}); it accepts a numpy array") from error

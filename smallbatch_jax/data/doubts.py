@@ -15,8 +15,8 @@ def doubts(dataset: Dataset) -> list[str]:
     train, test = dataset.train_images, dataset.test_images
     found = []
     if train.dtype == np.int32:
-        few = dataset.task == "classification" and train.max() < 256
-        return ["integers [N, T] are taken as tokens; for pixels in 0..255 give images.astype(np.uint8)."] * few
+        pixels = dataset.task == "classification" and train.max() < 256
+        return ["integers [N, T] are taken as tokens; for pixels in 0..255 give images.astype(np.uint8)."] if pixels else []
     largest = float(np.abs(train).max()) if train.dtype != np.uint8 else 0.0
     if largest > LARGE:
         found.append(

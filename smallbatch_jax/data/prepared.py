@@ -119,7 +119,7 @@ def _open(folder: Path, splits: tuple[str, ...]) -> Prepared:
 
 
 def _read(prepared: Prepared) -> dict[str, np.ndarray]:
-    """Returns "images" uint8[N, H, W, C], training examples first, and "labels" uint8[N]."""
+    """Returns "images" uint8[N, H, W, C], training examples first, and "labels" int32[N]."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     found: list[tuple[bytes, int]] = []
@@ -132,7 +132,7 @@ def _read(prepared: Prepared) -> dict[str, np.ndarray]:
         contents, labels = zip(*found, strict=True)
         with decode.quiet_pillow():
             images = np.stack([decode.decode(io.BytesIO(content)) for content in contents])
-        return {"images": images, "labels": np.array(labels, np.uint8)}
+        return {"images": images, "labels": np.array(labels, np.int32)}
     except Exception as error:
         folder = prepared.folder
         raise InputError(

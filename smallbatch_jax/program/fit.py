@@ -15,11 +15,14 @@ from smallbatch_jax.optim import Optimizer
 from smallbatch_jax.program.device_data import DeviceData
 from smallbatch_jax.program.diagnostics import make_diagnose
 from smallbatch_jax.program.tasks import Batch, Score, Task, cross_entropy, next_token_cross_entropy, squared_error
-from smallbatch_jax.program.train import Model, Program, Setting, init_state, make_train_step
+from smallbatch_jax.program.train import Model, Program, PyTree, Setting, TrainState, init_state, make_train_step
 
 
-def require_model(model: Model, task: Task, data: Any, batch_size: int = 2) -> None:
-    """Refuses a model or a task's functions that do not fit the shapes and dtypes of a Dataset or Photographs; runs nothing."""
+def require_model(model: Model, task: Task, data: Any, batch_size: int = 2) -> TrainState:
+    """Refuses a model or a task's functions that do not fit the shapes and dtypes of a Dataset or Photographs; runs nothing.
+
+    Returns the shapes and dtypes of its state.
+    """
     images, labels = (jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype) for x in (data.example, data.target))
     batch = Batch(images, labels)
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
@@ -38,6 +41,7 @@ def require_model(model: Model, task: Task, data: Any, batch_size: int = 2) -> N
     trained, _ = jax.eval_shape(make_train_step(model, Program(batch_size, 1, task=task)), state, setting, batch)
     if jax.tree.structure(trained) != jax.tree.structure(state):
         raise InputError("model: training makes other variables than init did; make them whatever `train` is.")
+    return state
 
 
 def require_diagnostics(model: Model, program: Program, data: Any) -> None:
@@ -91,9 +95,8 @@ def _require_score(name: str, score: Score, outputs: Any, batch: Batch) -> None:
         raise InputError(f"{field}: got {got} for a batch of {n} examples, accepts one number for each, float32[{n}].")
 
 
-def require_optimizer(optimizer: Optimizer, name: str) -> None:
-    """Refuses an optimizer that cannot make an update with its scalars; `name` is for the message, and nothing runs."""
-    params = {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32), "bias": jax.ShapeDtypeStruct((2,), jnp.float32)}
+def require_optimizer(optimizer: Optimizer, params: PyTree, name: str) -> None:
+    """Refuses an optimizer that cannot update such parameters with its scalars; `name` is for the message, and nothing runs."""
     scalars = dict.fromkeys(("learning_rate", "weight_decay", *optimizer.scalars), jax.ShapeDtypeStruct((), jnp.float32))
 
     def update(params: Any, scalars: dict[str, jax.Array]) -> Any:
@@ -115,13 +118,18 @@ def fingerprint(model: Model, task: Task, data: Any, optimizer: Optimizer, examp
         lambda x: draw(x.shape, x.dtype), jax.eval_shape(lambda v: model.apply(v, batch.images, train=False), variables)
     )
 
-    def compute(outputs: Any, batch: Batch, params: jax.Array) -> dict[str, Any]:
+    def compute(outputs: Any, batch: Batch, params: PyTree) -> dict[str, Any]:
         transform = optimizer.make(0.5, 0.25, **dict.fromkeys(optimizer.scalars, 0.5))
         state, updates = transform.init(params), []
-        for gradient in (params, -2 * params, params):
-            update, state = transform.update(gradient, state, params)
-            updates.append(update)
+        for factor in (1, -2, 1):
+            update, state = transform.update(jax.tree.map(lambda x, factor=factor: factor * x, params), state, params)
+            updates += map(jnp.ravel, jax.tree.leaves(update))
         scores = {name: score(outputs, batch) for name, score in {"loss": task.loss, **task.metrics}.items()}
-        return jax.tree.map(identity.summary, {**scores, "optimizer": jnp.stack(updates)})
+        return jax.tree.map(identity.summary, {**scores, "optimizer": jnp.concatenate(updates)})
 
-    return identity.compiled_summaries(compute, outputs, batch, draw((8,), np.float32))
+    params = draw((8,), np.float32)
+    try:
+        jax.eval_shape(compute, outputs, batch, params)
+    except Exception:  # of any type: the optimizer may know the model's parameters by name
+        params = jax.tree.map(lambda x: draw([min(size, 2) for size in x.shape], x.dtype), variables["params"])
+    return identity.compiled_summaries(compute, outputs, batch, params)

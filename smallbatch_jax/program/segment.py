@@ -122,7 +122,7 @@ def _side_by_side(
     model: Model, program: Program, segment_steps: int, evaluate: Callable[..., Any] | None
 ) -> Callable[..., Any]:
     def run(states: LaneState, settings: Setting, segments: Segment, data: DeviceData) -> tuple[LaneState, Report]:
-        packed = PackedModel.of(model, states.train)
+        packed = PackedModel.of(model, states.train, program.optimizer.elementwise)
         advance = jax.vmap(_make_advance(make_train_step(packed, program, summed_value_and_grad)), (0, 0, 0, None))
         first_steps = states.train.step
 

@@ -44,5 +44,7 @@ def sharpness(
     first = jax.random.normal(jax.random.key(0), params.shape, params.dtype)
     start = jnp.zeros_like(params), first / jnp.linalg.norm(first), jnp.zeros((), params.dtype)
     _, (alphas, betas) = jax.lax.scan(step, start, None, ITERATIONS)
+    ended = jnp.cumsum(betas == 0) - (betas == 0) > 0  # steps after the last vector, which would add eigenvalues of 0
+    alphas = jnp.where(ended, alphas[0], alphas)
     tridiagonal = jnp.diag(alphas) + jnp.diag(betas[:-1], 1) + jnp.diag(betas[:-1], -1)
     return (jnp.linalg.eigvalsh(tridiagonal)[-1],)

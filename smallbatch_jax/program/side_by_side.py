@@ -96,18 +96,25 @@ class Packing(NamedTuple):
         return jax.tree.unflatten(self.structure, leaves)
 
 
+class Unpacked:
+    """Stands in for a `Packing` and leaves every tree as it is."""
+
+    structure = jax.tree.structure(None)
+    pack = unpack = staticmethod(lambda tree: tree)
+
+
 class PackedModel(NamedTuple):
     """A model whose parameters and running averages are packed."""
 
     model: Model
-    params: Packing
+    params: Packing | Unpacked
     batch_stats: Packing
 
     @classmethod
-    def of(cls, model: Model, states: TrainState) -> "PackedModel":
-        """Packs as the states of lanes, stacked, demand."""
+    def of(cls, model: Model, states: TrainState, elementwise: bool) -> "PackedModel":
+        """Packs as the states of lanes, stacked, demand; parameters only for an optimizer that updates them `elementwise`."""
         lane = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), states)
-        return cls(model, Packing.of(lane.params), Packing.of(lane.batch_stats))
+        return cls(model, Packing.of(lane.params) if elementwise else Unpacked(), Packing.of(lane.batch_stats))
 
     def pack(self, state: TrainState) -> TrainState:
         opt_state = _of_each(self.params.structure, self.params.pack, state.opt_state)

@@ -4,14 +4,13 @@ import math
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from smallbatch_jax.config.experiment import OWN, Experiment, InputError
 from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.data.doubts import doubts
 from smallbatch_jax.program import processes
-from smallbatch_jax.program.train import Model, init_state
+from smallbatch_jax.program.train import TrainState
 
 MOST_CHANNELS = 4  # of a picture: grey, RGB, RGBA
 
@@ -51,11 +50,10 @@ def require_fitting(experiment: Experiment, dataset: Dataset | Photographs) -> N
         _require_pictures("dataset.augment: crops and flips images [H, W, C] (use False for others)", dataset.image_shape)
 
 
-def require_disk(experiment: Experiment, model: Model, example: jax.ShapeDtypeStruct) -> None:
-    """Refuses parameters to keep that would take more disk than `keep_gib`; runs nothing."""
+def require_disk(experiment: Experiment, state: TrainState) -> None:
+    """Refuses parameters to keep, of such a state, that would take more disk than `keep_gib`."""
     if experiment.keep_parameters is None:
         return
-    state = jax.eval_shape(lambda: init_state(model, jnp.zeros((1, *example.shape), example.dtype), jnp.int32(0)))
     sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.params, state.batch_stats))]
     runs = experiment.runs()
     kept = len(runs) if experiment.keep_parameters == "all" else len({run.batch_size for run in runs})

@@ -146,10 +146,10 @@ def _checked_setup(
             for size in experiment.schedule.batch_sizes(m):
                 model.require_batch(dataset.example, size)
         if place == 0:  # with the smallest b, which alone may be too small for a named model
-            fit.require_model(model, setup.task, dataset, m)
+            state = fit.require_model(model, setup.task, dataset, m)
             fit.require_diagnostics(model, Program(m, 1, task=setup.task, diagnostics=experiment.diagnostics), dataset)
-            fit.require_optimizer(setup.optimizer(m), experiment.optimizer.title)
-            checks.require_disk(experiment, model, dataset.example)
+            fit.require_optimizer(setup.optimizer(m), state.params, experiment.optimizer.title)
+            checks.require_disk(experiment, state)
     return setup
 
 

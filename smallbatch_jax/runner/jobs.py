@@ -118,7 +118,7 @@ class Setup:
             make = partial(make, mask=is_kernel)
         first = {name: values[0] for name, values in self.experiment.grid.axes().items()}
         scalars = chosen.scalars(batch_size, first)
-        return Optimizer(make, tuple(scalars), chosen.learning_rate(1.0, batch_size))
+        return Optimizer(make, tuple(scalars), chosen.learning_rate(1.0, batch_size), elementwise=not self.own.optimizer)
 
     def _own_optimizer(self, learning_rate: Any, weight_decay: Any, **scalars: Any) -> optax.GradientTransformation:
         """The caller's optimizer; its weight decay, if it has any, is one of its own scalars."""

@@ -83,11 +83,11 @@ class Checkpoints:
     def restore(self, template: PyTree) -> tuple[PyTree, list[Run | None]] | None:
         """The lanes saved last, as NumPy arrays stacked by lane, and the run in each; None if nothing was saved.
 
-        Their number may differ from that of `template`, whose leaves give the other axes and the dtypes. A damaged checkpoint
-        is put aside with a warning, and the one before is taken.
+        Their number may differ from that of `template`, whose leaves give the other axes and the dtypes. A checkpoint that
+        is damaged or of another format is put aside with a warning, and the one before is taken.
 
         Raises:
-          InputError: if they are of another experiment, model or format.
+          InputError: if they are of another experiment or model.
         """
         if not self._folder.is_dir():
             return None

@@ -45,16 +45,23 @@ def seconds_per_image(timings: pd.DataFrame) -> pd.Series:
     return (1 / rates).rename("seconds_per_image")
 
 
+def examples_seen(rows: pd.DataFrame) -> pd.Series:
+    """Number of examples that a run was trained on up to the end of each epoch: step · batch_size.
+
+    Where batches grow, the column `examples` of `Study.rows` has it.
+    """
+    return rows["examples"] if "examples" in rows else rows["step"] * rows["batch_size"]
+
+
 def with_time(rows: pd.DataFrame, timings: pd.DataFrame) -> pd.DataFrame:
     """Adds a column `seconds`: the run's own time up to the end of the epoch, its share of the program's wall time.
 
     Args:
-      rows: from `results.load`. A run has seen step · batch_size images; a column `examples` says how many where batches grow.
+      rows: as in `examples_seen`.
       timings: from `results.load_timings`. Without a segment of the row's program, seconds are NaN.
     """
     rate = seconds_per_image(timings).reindex(pd.MultiIndex.from_frame(rows[PROGRAM]))
-    images = rows["examples"] if "examples" in rows else rows["step"] * rows["batch_size"]
-    return rows.assign(seconds=images * rate.to_numpy(float))
+    return rows.assign(seconds=examples_seen(rows) * rate.to_numpy(float))
 
 
 def target_accuracy(cells: pd.DataFrame, chance: float, fraction: float = TARGET, metric: Metric = ACCURACY) -> float:

@@ -102,7 +102,7 @@ def examples_to_target(study: Study, target: float) -> pd.DataFrame:
     """
     metric, key = study.metric, cell_columns(study.rows)
     rows = study.choosing.sort_values("epoch", kind="stable")
-    rows = rows.assign(seen=rows["step"] * rows["batch_size"])
+    rows = rows.assign(seen=cost.examples_seen(rows))
     runs = rows.groupby([*key, "seed"], observed=True)
     rows = rows.assign(before=runs["seen"].shift(fill_value=0), earlier=runs[metric.column].shift())
     rows["earlier"] = rows["earlier"].where(rows["before"] > 0, study.chance)

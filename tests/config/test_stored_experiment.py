@@ -103,6 +103,14 @@ def test_grid_may_grow_and_not_shrink(name, larger):
     assert [phrase.split(" run")[0] for phrase in differences(large, small)] == [f"grid lacks {missing}"]
 
 
+@pytest.mark.parametrize("change", [{"search__confirm": 1}, {"search__budget": None}, {"grid__seeds": (5, 0)}])
+def test_a_search_may_be_confirmed_otherwise_or_become_a_whole_grid(change):
+    """The seeds that confirmed its choice are no part of the grid."""
+    before = {"search__budget": 1e5, "search__confirm": 2}
+    assert differences(experiment(**before), experiment(**before | change)) == []
+    assert differences(experiment(**before, grid__seeds=(0, 9)), experiment(**before | change)) != []
+
+
 def test_grid_may_say_the_same_runs_in_other_words():
     """b = None and b = m are the same runs."""
     values = {"grid__batch_sizes": (8,)}

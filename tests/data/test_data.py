@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 from pictures import error_line
@@ -52,6 +53,14 @@ def test_import_loads_no_heavy_library():
     code = f"import sys, smallbatch_jax.data; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, ml_dtypes.bfloat16])
+def test_images_of_any_floating_dtype_become_float32(dtype):
+    images = np.array([[0.5, -2], [3, 0.25]], dtype)
+    found = data.Dataset(images, np.zeros(2, int), images, np.zeros(2, int), 1).train_images
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, [[0.5, -2], [3, 0.25]])
 
 
 def test_dataset_normalises_types():
@@ -126,6 +135,7 @@ def sound(**changes):
 
 
 FLOATS = (np.random.default_rng(1).random((200, 4, 4, 3)), np.arange(200) % 3)
+TOKENS = np.arange(800).reshape(200, 4) % 3
 
 
 @pytest.mark.parametrize(
@@ -140,6 +150,8 @@ FLOATS = (np.random.default_rng(1).random((200, 4, 4, 3)), np.arange(200) % 3)
             ["uint8 with no value above 1"],
         ),
         ({"train_images": sound().train_images[:1].repeat(150, 0)}, ["all train_images are the same"]),
+        ({"train_images": TOKENS[:150], "test_images": TOKENS[150:]}, ["for pixels in 0..255 give images.astype(np.uint8)"]),
+        ({"train_images": TOKENS[:150] + 256, "test_images": TOKENS[150:] + 256}, []),
         ({"test_images": sound().train_images[:50]}, ["50 of 50 test images are training images too"]),
         ({"test_images": np.concatenate([sound().test_images[:49], sound().train_images[:1]])}, ["1 of 50 test images"]),
         ({"train_labels": np.arange(150) % 2 + 1}, ["1 of 3 classes have no training example: 0."]),

@@ -17,7 +17,7 @@ import tiny
 from smallbatch_jax.config import catalog, experiment
 from smallbatch_jax.program import device_data, lanes, train
 from smallbatch_jax.runner.grid import Interrupted, train_grid
-from smallbatch_jax.runner.jobs import Setup
+from smallbatch_jax.runner.jobs import Own, Setup
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results
 
@@ -48,8 +48,11 @@ def dataset():
 
 
 def trained(name, rule, mapping, values=None, mask="all"):
-    """The parameters of every lane after 50 steps, and the compiled program."""
-    setup = Setup(chosen(name, rule, mask), dataset(), lambda b: tiny.PlainModel())
+    """The parameters of every lane after 50 steps, those before them, and the examples of each step."""
+    return trained_by(Setup(chosen(name, rule, mask), dataset(), lambda b: tiny.PlainModel()), mapping, values)
+
+
+def trained_by(setup, mapping, values=None):
     optimizer = setup.optimizer(BATCH_SIZE)
     mesh = lanes.lane_mesh(jax.devices()[:1])
     program = train.Program(BATCH_SIZE, STEPS, optimizer=optimizer)
@@ -64,6 +67,20 @@ def trained(name, rule, mapping, values=None, mask="all"):
     setting = train.Setting(BASE_LRS, *full, {k: np.full(LANES, v, np.float32) for k, v in scalars.items()} or None)
     state, _ = running.run(state, setting, segment)
     return jax.tree.map(np.asarray, state.train.params), fresh, indices[0]
+
+
+def by_name(learning_rate):
+    """An optimizer of the user's own, which takes kernels by the norm of each and tells them from biases by their names."""
+    rules = {"kernel": optax.lamb(learning_rate), "bias": optax.sgd(learning_rate)}
+    return optax.multi_transform(rules, partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key))
+
+
+def test_an_own_optimizer_gets_the_parameters_as_the_model_has_them():
+    """Side by side too, where vectors are packed into one for an optimizer that updates each element for itself."""
+    chosen = tiny.grid(optimizer={"name": "own:by_name"}, weight_decay=0.0)
+    setup = Setup(chosen, dataset(), lambda b: tiny.PlainModel(), Own(by_name))
+    ours, theirs = (trained_by(setup, mapping)[0] for mapping in ("vmap", "map"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, theirs)
 
 
 def plain_loop(name, rule, fresh, indices, mask):

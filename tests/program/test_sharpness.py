@@ -56,6 +56,12 @@ def test_it_is_the_largest_eigenvalue_and_not_the_largest_magnitude():
     assert found == pytest.approx(3, rel=1e-5)
 
 
+def test_it_may_be_negative():
+    """One step finds the only eigenvalue, and the others have no vector left."""
+    assert sharpness(products(lambda vector, one: -2.0 * vector), jnp.ones(4), jnp.ones(2), 1)[0] == pytest.approx(-2)
+    assert sharpness(products(lambda vector, one: -2.0 * vector), jnp.ones(1), jnp.ones(2), 1)[0] == -2
+
+
 def test_it_is_zero_where_the_loss_has_no_curvature():
     assert sharpness(products(lambda vector, one: 0 * vector), jnp.ones(3), jnp.ones(2), 1)[0] == 0
 

@@ -88,14 +88,6 @@ def test_a_terminal_shows_a_bar_of_the_program_and_one_of_the_grid(width):
     assert ("3/13 runs done (2 diverged)" in program) == (width == 120)  # cut where there is no room
 
 
-DURATIONS = {math.nan: "?", 59.4: "59 s", 60: "1 min 00 s", 3599: "59 min 59 s", 7620: "2 h 07 min", -1: "0 s"}
-
-
-@pytest.mark.parametrize(("seconds", "shown"), DURATIONS.items())
-def test_durations(seconds, shown):
-    assert progress.duration(seconds) == shown
-
-
 @dataclass
 class FakeJob:
     """A program of 100 images and 2 epochs; `lost` are the rates that diverged."""

@@ -193,6 +193,20 @@ def test_a_larger_budget_goes_on_with_what_is_there(undisturbed, tmp_path):
     assert len(more.merge(undisturbed, on=[*RUN, "epoch", "test_loss"])) == len(undisturbed)
 
 
+def test_a_search_may_confirm_less_and_then_become_the_whole_grid(tmp_path, monkeypatch):
+    """A checkpoint may then hold runs that are no longer asked for."""
+    monkeypatch.setattr(scheduler.Pace, "FIRST_IMAGES", 8)
+    fields = {"batch_sizes": (4,), "base_lrs": (2**-9, 2**-8, 2**-7), "epochs": 4, "segment_seconds": 1e-9}
+    with pytest.raises(Interrupted):
+        train(tmp_path / "w", tiny.StopAfter(80), **fields, search={"budget": 24 * 50.0, "confirm": 3})
+    stopped = results.load(tmp_path / "w")
+    assert set(stopped.seed) == {0, 1, 2, 3}
+    fewer = train(tmp_path / "w", **fields, search={"budget": 24 * 50.0, "confirm": 1})
+    assert (fewer[fewer.seed == 1].epoch.max(), fewer[fewer.seed > 1].epoch.max()) == (4, stopped[stopped.seed > 1].epoch.max())
+    whole = train(tmp_path / "w", **fields)
+    pd.testing.assert_frame_equal(whole.drop(columns="status"), fewer.drop(columns="status"))
+
+
 def test_a_budget_in_seconds_is_measured_once(tmp_path, monkeypatch):
     fields = {**SEARCH, "search": {"seconds": 5.0}}
     monkeypatch.setattr(planning, "PROBE_SECONDS", 0.05)
@@ -226,6 +240,7 @@ def test_examples_in_a_time_are_the_mean_over_batch_sizes(monkeypatch):
         ({"base_lr_by_batch_size": {4: 0.1}}, "grid.base_lr_by_batch_size: a search chooses the base learning rates itself;"),
         ({"base_lrs_from": ("runs/x",)}, "grid.base_lrs_from: a search chooses the base learning rates itself;"),
         ({"seeds": (2**31 - 2,)}, "search.confirm: 2 seeds above 2147483646 are too large; use smaller seeds."),
+        ({"search": {"budget": 1e9, "confirm": 1000}, "base_lrs": tuple(range(1, 101))}, "grid: got 100100 comb"),
         ({"search": {"budget": 0}}, "search.budget: got 0, accepts a number above 0"),
         ({"search": {"seconds": -1.0}}, "search.seconds: got -1.0, accepts a number above 0"),
         ({"search": {"budget": 10, "confirm": -1}}, "search.confirm: got -1, accepts an integer from 0 to 1000."),

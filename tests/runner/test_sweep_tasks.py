@@ -146,6 +146,21 @@ def test_own_losses_metrics_and_optimizers_train_as_those_of_this_package():
     assert theirs["scalar_momentum"].tolist() == [0.8, 0.8]
 
 
+def test_an_own_optimizer_may_know_the_parameters_by_name(tmp_path):
+    def without(frozen):
+        def make(learning_rate, momentum):
+            rules = {"kernel": optax.sgd(learning_rate), "bias": optax.sgd(learning_rate, momentum)}
+            rules[frozen] = optax.set_to_zero()
+            return optax.multi_transform(rules, {"Dense_0": {"kernel": "kernel", "bias": "bias"}})
+
+        return make
+
+    found = own(0.8, tmp_path, optimizer=without("kernel"))
+    assert found["test_loss"].nunique() == 2
+    pd.testing.assert_frame_equal(own(0.8, tmp_path, optimizer=without("kernel")), found)
+    assert "optimizer is another function of the same name" in error_line(own, 0.8, tmp_path, optimizer=without("bias"))
+
+
 def test_scalars_of_an_own_optimizer_are_an_axis():
     both = own((0.5, 0.8))
     np.testing.assert_array_equal(both.query("scalar_momentum == 0.8")["test_loss"], own(0.8)["test_loss"])

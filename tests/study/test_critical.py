@@ -59,6 +59,12 @@ def test_examples_are_interpolated_within_the_epoch_at_the_rate_that_is_there_fi
     }
 
 
+def test_examples_of_batches_that_grow_are_as_many_as_were_trained_on():
+    made = study(run([0.5, 0.6, 0.7], batch_size=4))
+    made.rows["examples"] = [40, 120, 280]  # an epoch of 10 steps at m = 4, 8 and 16
+    assert examples_to_target(made, 0.65)["examples"].tolist() == pytest.approx([120 + 160 / 2])
+
+
 def test_only_whole_cells_get_there_and_the_others_are_known_as_far_as_they_went():
     half = [run([0.5, 0.6], seed=0), run([0.2, 0.3], seed=1)]
     lost = run([0.6, 0.7], "diverged", batch_size=8)
