@@ -270,7 +270,8 @@ def undisturbed(folder: Path, overrides: tuple[str, ...]) -> Reference:
 
 
 def files(workdir: Path) -> list[str]:
-    return sorted(str(path.relative_to(workdir)) for path in workdir.rglob("*"))
+    """All but temporary files, which are removed once they are old enough to have no writer."""
+    return sorted(str(path.relative_to(workdir)) for path in workdir.rglob("*") if path.suffix != ".tmp")
 
 
 def assert_as_if_undisturbed(workdir: Path, reference: Reference) -> None:

@@ -88,7 +88,8 @@ def trained(
             lane = LaneSteps(run, 1, first, first * m, last - first)
             steps = pipeline.steps(program, m, [lane, *others], program.segment_steps)[0]
             load = pipeline.prepare(program, m, [lane._replace(steps=steps, evaluate=first + steps == last), *others])
-            state, report = program.run(state, job.settings([run, *others]), load.segment, load.pool, load.test)
+            settings = jax.tree.map(lambda x: x if x.dtype == np.int32 else x.astype(jnp.float32), job.settings([run, *others]))
+            state, report = program.run(state, settings, load.segment, load.pool, load.test)
             first += steps
         state, report = jax.tree.map(np.asarray, processes.readable((state, report), program.mesh))
     if save and processes.is_first():

@@ -72,6 +72,8 @@ def plain(value: Any) -> Any:
     """Converts NumPy and JAX values, paths and ranges to Python's own types."""
     if type(value) in (int, float, str, bool):  # nearly all; the checks below take ten times as long
         return value
+    if isinstance(value, MAPPINGS):  # a ConfigDict may raise anything when asked for an attribute
+        return value
     if isinstance(value, range):
         return tuple(value[: MOST_VALUES + 1])  # one too many is enough to be refused
     if isinstance(value, os.PathLike):

@@ -309,6 +309,10 @@ def test_a_config_that_contains_itself_is_refused():
     assert refusal(from_config, config).startswith("model.model: unknown field")
 
 
+def test_a_section_for_a_number_is_refused_though_its_names_cannot_be_sorted():
+    assert refusal(from_config, ConfigDict({"base_lr": {"x": None, 0: None}})).startswith("base_lr: got a value of type ConfigDict")
+
+
 def test_a_reference_without_a_value_is_named():
     config = ConfigDict({"grid": {"seeds": config_dict.placeholder(tuple, required=True)}})
     assert refusal(from_config, config).startswith("grid.seeds: cannot be read: RequiredValueError")
