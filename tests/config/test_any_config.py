@@ -310,7 +310,8 @@ def test_a_config_that_contains_itself_is_refused():
 
 
 def test_a_section_for_a_number_is_refused_though_its_names_cannot_be_sorted():
-    assert refusal(from_config, ConfigDict({"base_lr": {"x": None, 0: None}})).startswith("base_lr: got a value of type ConfigDict")
+    config = ConfigDict({"base_lr": {"x": None, 0: None}})
+    assert refusal(from_config, config).startswith("base_lr: got a value of type ConfigDict")
 
 
 def test_a_reference_without_a_value_is_named():

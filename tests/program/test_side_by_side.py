@@ -69,7 +69,7 @@ def train(platform, mapping, bn_batch_size, make, **options):
     state = program.start(program.empty(), {lane: init(lane) for lane in range(LANES)})
     indices = np.stack([tiny.batch_indices(lane, 0, STEPS, BATCH_SIZE, EXAMPLES) for lane in range(LANES)])
     segments = lanes.Segment(indices, np.array([STEPS, STEPS, STEPS - 2], np.int32), np.ones(LANES, bool))
-    rates = np.array([2**-9, 2**-7, 2**-8], np.float32)
+    rates = np.array([2**-13, 2**-11, 2**-12], np.float32)  # so low that rounding turns no ReLU
     setting = Setting(rates, np.arange(LANES, dtype=np.int32), np.full(LANES, 1e-3, np.float32), np.zeros(LANES, np.float32))
     return jax.tree.map(np.asarray, program.run(state, setting, segments))
 
@@ -82,7 +82,7 @@ def train(platform, mapping, bn_batch_size, make, **options):
 def test_side_by_side_for_a_gpu_trains_as_one_after_the_other_for_a_cpu(make, bn_batch_size, options):
     """Crops, batch norm in one pass, the gradient of the sum, packed vectors and masks change rounding only."""
     ours, theirs = (train(*where, bn_batch_size, make, **options) for where in (("gpu", "vmap"), ("cpu", "map")))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), ours, theirs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, theirs)
 
 
 def test_padding_of_a_crop_is_zero_after_normalisation():
