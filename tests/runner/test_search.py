@@ -142,7 +142,10 @@ KILLED = textwrap.dedent("""
     sys.path.insert(0, {tests!r})
     import jax
     jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_disable_most_optimizations", True)  # as in the process that tests
     import tiny
+    from smallbatch_jax.program import jax_flags
+    jax_flags.HELD["jax_disable_most_optimizations"] = True
     from smallbatch_jax.runner import scheduler
     from smallbatch_jax.runner.grid import train_grid
     from smallbatch_jax.runner.progress import NoProgress
