@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from pictures import error_line
@@ -55,7 +55,7 @@ def test_import_loads_no_heavy_library():
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float64, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, jnp.bfloat16])
 def test_images_of_any_floating_dtype_become_float32(dtype):
     images = np.array([[0.5, -2], [3, 0.25]], dtype)
     found = data.Dataset(images, np.zeros(2, int), images, np.zeros(2, int), 1).train_images
