@@ -52,7 +52,7 @@ class Scheduler:
         self._job, self._checkpoints, self._session, self._compiler = job, checkpoints, session, compiler
         self.lanes = Lanes(job, program, session.pipeline, session.initial)
         self._pace = Pace(job.experiment.segment_seconds, job.batch_size, program)
-        self._budget = CheckpointBudget(job.experiment.checkpoint_seconds)
+        self._saved, self._save_seconds = time.monotonic(), FIRST_SAVE_SECONDS  # when the last checkpoint ended, and its cost
         self._queue: deque[Run] = deque()
         self._in_flight: InFlight | None = None
         self._agreed = Proposal(0, 0, self._pace.steps)
@@ -167,7 +167,9 @@ class Scheduler:
             self._record(flight)
 
     def _proposal(self) -> Proposal:
-        return Proposal(self._session.stop.signum, self._budget.due(), self._pace.steps)
+        waited = time.monotonic() - self._saved
+        due = waited > self._job.experiment.checkpoint_seconds and self._save_seconds <= CHECKPOINT_SHARE * waited
+        return Proposal(self._session.stop.signum, due, self._pace.steps)
 
     def _agree(self, flight: InFlight) -> Proposal:
         """Returns what to do next: a single host's present proposal, or what all hosts proposed with this segment."""
@@ -211,9 +213,9 @@ class Scheduler:
         if processes.is_first():
             self._job.results.sync()
             self._checkpoints.save(state, runs)
-        seconds = time.monotonic() - began
-        self._budget.spend(seconds)
-        self._time("checkpoint", seconds)
+        self._saved = time.monotonic()
+        self._save_seconds = self._saved - began
+        self._time("checkpoint", self._save_seconds)
         self._pace.restart()
 
 
@@ -239,23 +241,6 @@ def _row(job: Job, lane: LaneSteps, found: Report) -> Row | None:
     further = tuple((name, values[name]) for name in job.results.format.further if name in values)
     key = run.batch_size, run.bn_batch_size, run.base_lr, run.seed
     return Row(*key, lane.epoch, step, *fixed, scalars=run.scalars, metrics=further)
-
-
-class CheckpointBudget:
-    """Decides when a checkpoint is due: after some seconds at the earliest, and within its share of the training time."""
-
-    def __init__(self, least_seconds: float):
-        self._least, self._began = least_seconds, time.monotonic()
-        self._saved, self._spent, self._cost = self._began, 0.0, FIRST_SAVE_SECONDS
-
-    def due(self) -> bool:
-        now = time.monotonic()
-        return self._spent + self._cost <= CHECKPOINT_SHARE * (now - self._began) and now - self._saved > self._least
-
-    def spend(self, seconds: float) -> None:
-        """Notes a checkpoint that was made just now; the next is expected to cost as much."""
-        self._cost, self._saved = seconds, time.monotonic()
-        self._spent += seconds
 
 
 class Pace:
