@@ -100,7 +100,7 @@ METRICS = {
 class DiagnosticEntry:
     """A value of `diagnostics`, computed at each evaluation from sub-batches of a sample of the training examples."""
 
-    compute: str  # "module:attribute" of (derivatives, params, sub_batches, size, axis_name) → float[] for each column
+    compute: str  # "module:attribute" of a function of a `program.diagnostics.Sample`, float[] for each column
     columns: tuple[str, ...]  # of the results
     share: int  # its sample is one of so many training examples,
     examples: int  # but at least so many,

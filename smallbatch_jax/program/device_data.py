@@ -21,21 +21,10 @@ class DeviceData(NamedTuple):
 
     train_images: Array  # uint8, float32 or int32 (tokens) [N, …]
     train_labels: Array  # int32[N], or float32[N, …] or int32[N, T] as the task has them
-    test_images: Array  # as the training images, [batches, n, …], padded with zeros
-    test_labels: Array  # [batches, n, …]
-    test_counts: Array  # bool[batches, n], False for padding
-    shuffled: Array  # int32[N], the training examples in a random order, for precise statistics
+    shuffled: Array  # int32[N], the training examples in a random order, for precise statistics; None in a pool
     mean: Array  # float32[C]
     deviation: Array  # float32[C]
-    validation: "TestImages | None" = None  # [batches, n, …], as the test set; None if there is no such split
-
-    @property
-    def splits(self) -> "dict[str, TestImages]":
-        """The splits that are evaluated, by name; none for the pool of a streamed dataset."""
-        if self.test_images is None:
-            return {}
-        test = {"test": TestImages(self.test_images, self.test_labels, self.test_counts)}
-        return test if self.validation is None else test | {"validation": self.validation}
+    splits: "dict[str, TestImages]"  # [batches, n, …] each, which are evaluated; none in a pool
 
     def normalise(self, images: jax.Array) -> jax.Array:
         """Returns images, float32[n, …], normalised by the training set's channel mean and deviation."""
@@ -60,7 +49,7 @@ class Pool(NamedTuple):
 
     def on_this_device(self) -> DeviceData:
         """Returns the pool of this device, under `shard_map`; it has no test set."""
-        return DeviceData(self.images[0, 0], self.labels[0, 0], None, None, None, None, self.mean, self.deviation)
+        return DeviceData(self.images[0, 0], self.labels[0, 0], None, self.mean, self.deviation, {})
 
 
 POOL = Pool(P(LANE, DATA), P(LANE, DATA), P(), P())  # its sharding
@@ -79,16 +68,9 @@ class TestImages(NamedTuple):
 def to_device(dataset: Dataset, mesh: Mesh) -> DeviceData:
     """Puts the whole dataset onto every device of the mesh, the other splits in batches of equal size."""
     mean, deviation = dataset.channel_statistics()
+    shuffled = order.epoch_permutation(0, 0, len(dataset.train_labels))
     splits = {name: _in_batches(images, labels) for name, (images, labels) in dataset.splits().items()}
-    data = DeviceData(
-        dataset.train_images,
-        dataset.train_labels,
-        *splits["test"],
-        order.epoch_permutation(0, 0, len(dataset.train_labels)),
-        mean,
-        deviation,
-        splits.get("validation"),
-    )
+    data = DeviceData(dataset.train_images, dataset.train_labels, shuffled, mean, deviation, splits)
     return put(data, NamedSharding(mesh, P()))
 
 

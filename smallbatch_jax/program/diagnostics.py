@@ -29,11 +29,26 @@ class SubBatch(NamedTuple):
     number: Array  # int32[], its place in the sample, from which its dropout is drawn
 
 
-class Derivatives(NamedTuple):
-    """Derivatives of the mean loss of a sub-batch by the parameters, float[P]."""
+class Sample(NamedTuple):
+    """A sample of the training examples, and the derivatives by the parameters of the mean loss of a sub-batch."""
 
-    gradient: Callable[[jax.Array, Any], jax.Array]  # (params, sub-batch) → float[P]
-    product: Callable[[jax.Array, jax.Array, Any], jax.Array]  # (params, vector, sub-batch) → Hessian times vector, float[P]
+    gradient: Callable[[Any], jax.Array]  # sub-batch → float[P]
+    product: Callable[[jax.Array, Any], jax.Array]  # (vector, sub-batch) → the Hessian times the vector, float[P]
+    params: Array  # float[P], where they are taken
+    sub_batches: Any  # stacked along a leading axis; those of this device
+    size: int  # examples of a sub-batch
+    axis_name: str | None = None  # mesh axis whose devices hold equally many sub-batches each
+
+    @property
+    def count(self) -> int:
+        """Number of sub-batches on this device."""
+        return len(jax.tree.leaves(self.sub_batches)[0])
+
+    def mean(self, function: Callable[[Any], jax.Array]) -> jax.Array:
+        """Returns the mean over the sub-batches of all devices of a function of one, float[P], which is summed as it comes."""
+        total, _ = lax.scan(lambda total, one: (total + function(one), None), jnp.zeros_like(self.params), self.sub_batches)
+        mean = total / self.count
+        return mean if self.axis_name is None else lax.pmean(mean, self.axis_name)
 
 
 def hessian_product(loss_fn: Callable[..., Any]) -> Callable[..., PyTree]:
@@ -71,16 +86,19 @@ def make_diagnose(
             dropout = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), state.step), sub_batch.number)
             return state.batch_stats, Batch(data.normalise(images), labels), dropout
 
-        derivatives = Derivatives(
-            lambda params, one: ravel_pytree(grad_fn(unravel(params), *of(one))[1])[0],
-            lambda params, vector, one: ravel_pytree(product_fn(unravel(params), unravel(vector), *of(one)))[0],
-        )
+        def gradient(sub_batch: SubBatch) -> jax.Array:
+            return ravel_pytree(grad_fn(state.params, *of(sub_batch))[1])[0]
+
+        def product(vector: jax.Array, sub_batch: SubBatch) -> jax.Array:
+            return ravel_pytree(product_fn(state.params, unravel(vector), *of(sub_batch)))[0]
+
         found = {}
         for name in program.diagnostics:
             entry, compute = DIAGNOSTICS[name], pkgutil.resolve_name(DIAGNOSTICS[name].compute)
             count, size = sample_shape(entry, model, program, state.batch_stats, data)
             sub_batches = _sub_batches(count, size, data, program.axis_name)
-            found |= zip(entry.columns, compute(derivatives, params, sub_batches, size, program.axis_name), strict=True)
+            sample = Sample(gradient, product, params, sub_batches, size, program.axis_name)
+            found |= zip(entry.columns, compute(sample), strict=True)
         return {name: value.astype(jnp.float32) for name, value in found.items()}
 
     return diagnose
@@ -113,10 +131,3 @@ def _sub_batches(count: int, size: int, data: DeviceData, axis_name: str | None)
         return sample
     mine = count // lax.axis_size(axis_name)
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, lax.axis_index(axis_name) * mine, mine), sample)
-
-
-def mean_over(function: Callable[[Any], jax.Array], like: jax.Array, sub_batches: Any, axis_name: str | None) -> jax.Array:
-    """Returns the mean over all sub-batches of a function of one, float[P] as `like`, which is summed as it comes."""
-    total, _ = lax.scan(lambda total, one: (total + function(one), None), jnp.zeros_like(like), sub_batches)
-    mean = total / len(jax.tree.leaves(sub_batches)[0])
-    return mean if axis_name is None else lax.pmean(mean, axis_name)

@@ -50,7 +50,7 @@ def require_diagnostics(model: Model, program: Program, data: Any) -> None:
         return
     example, channels = data.example, jax.ShapeDtypeStruct(data.image_shape[-1:], jnp.float32)
     shuffled = jax.ShapeDtypeStruct((data.num_train,), jnp.int32)
-    stored = DeviceData(data.train_images, data.train_labels, None, None, None, shuffled, channels, channels)
+    stored = DeviceData(data.train_images, data.train_labels, shuffled, channels, channels, {})
 
     def diagnose(data: DeviceData) -> Any:
         state = init_state(model, jnp.zeros((1, *example.shape), example.dtype), jnp.int32(0))

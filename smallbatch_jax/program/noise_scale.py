@@ -6,12 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from smallbatch_jax.program.diagnostics import Derivatives, mean_over
+from smallbatch_jax.program.diagnostics import Sample
 
 
-def noise_scale(
-    derivatives: Derivatives, params: jax.Array, sub_batches: Any, size: int, axis_name: str | None = None
-) -> tuple[jax.Array, jax.Array]:
+def noise_scale(sample: Sample) -> tuple[jax.Array, jax.Array]:
     r"""Returns the simple noise scale in examples, and its standard error.
 
     .. math:: B = \frac{\operatorname{tr}\Sigma}{|G|^2}, \quad
@@ -23,26 +21,20 @@ def noise_scale(
     error is that of the jackknife over the sub-batches: B lies within two errors in 19 of 20 samples as long as |G|² can be
     told from zero; from 4 sub-batches in 18. Where it cannot, B is huge, or negative where even the estimate of |G|² is.
 
-    Args:
-      derivatives: of the mean loss of a sub-batch.
-      params: float[P].
-      sub_batches: stacked along a leading axis; those of this device.
-      size: b.
-      axis_name: mesh axis whose devices hold equally many sub-batches each.
-
     Returns:
       B and its standard error, float[] each; NaN from fewer than 3 sub-batches.
     """
-    k = len(jax.tree.leaves(sub_batches)[0]) * (1 if axis_name is None else lax.axis_size(axis_name))
+    axis_name, size = sample.axis_name, sample.size
+    k = sample.count * (1 if axis_name is None else lax.axis_size(axis_name))
     if k < 3:
         return jnp.float32(jnp.nan), jnp.float32(jnp.nan)
-    mean = mean_over(lambda one: derivatives.gradient(params, one), params, sub_batches, axis_name)
+    mean = sample.mean(sample.gradient)
 
     def deviation(one: Any) -> tuple[jax.Array, jax.Array]:
-        difference = derivatives.gradient(params, one) - mean
+        difference = sample.gradient(one) - mean
         return jnp.square(difference).sum(), (difference * mean).sum()
 
-    squares, products = lax.map(deviation, sub_batches)  # |gᵢ - ḡ|² and (gᵢ - ḡ)·ḡ, float[k]
+    squares, products = lax.map(deviation, sample.sub_batches)  # |gᵢ - ḡ|² and (gᵢ - ḡ)·ḡ, float[k]
     if axis_name is not None:
         squares, products = lax.all_gather((squares, products), axis_name, tiled=True)
 

@@ -83,7 +83,8 @@ def samples(ratio):
 
     def sample(key):
         noise = jax.random.normal(key, (32, parameters)) * deviations
-        return noise_scale(diagnostics.Derivatives(jnp.add, jnp.add), jnp.full(parameters, parameters**-0.5), noise, size)
+        params = jnp.full(parameters, parameters**-0.5)
+        return noise_scale(diagnostics.Sample(lambda one: params + one, jnp.add, params, noise, size))
 
     return jax.lax.map(sample, jax.random.split(jax.random.key(0), 1000))
 
