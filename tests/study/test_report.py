@@ -185,6 +185,13 @@ def test_several_studies_are_compared_and_judged():
     assert data_of(parts, "study1")["maps"]
 
 
+def test_studies_are_compared_at_ordinary_batch_norm_where_they_have_it():
+    varied = study("x", {4: [0.5, 0.6, 0.5], 8: [0.4, 0.5, 0.4]}, bn=(2, 4))  # m = 8 with BN batch sizes 2 and 4
+    (curve,) = charts.best_by_batch_size({"x": varied}).data
+    assert curve.name == "x (BN batch size = m)"
+    assert list(curve.x) == [4]
+
+
 def test_a_study_that_is_about_no_claim_has_no_claims():
     assert "claims" not in Parts(report.page([study("mine", {2: 0.8})])).text
 

@@ -14,7 +14,7 @@ from smallbatch_jax.config.catalog import RULES
 from smallbatch_jax.config.metric import Metric
 from smallbatch_jax.config.text import axis_title, format_base_lr, plural
 from smallbatch_jax.study import cost
-from smallbatch_jax.study.analysis import axes, best_first, cell_columns, score, setting
+from smallbatch_jax.study.analysis import axes, cell_columns, score, setting
 from smallbatch_jax.study.figures.labels import named_metric
 from smallbatch_jax.study.figures.points import best_of_each, marked, one_bn_batch_size, own_base_lrs
 from smallbatch_jax.study.figures.style import CATEGORIES, COLORS, SECONDS, ordered_colors, unit_ticks
@@ -193,8 +193,9 @@ def best_by_batch_size(studies: dict[str, Study]) -> go.Figure:
     """The best test accuracy of each m over all its η̃ (Fig. 15), a curve for each study by its label."""
     tables = []
     for label, study in studies.items():
-        best = best_first(study.cells, study.metric).drop_duplicates("batch_size").sort_values("batch_size")
-        tables.append(best.assign(curve=html.escape(label, quote=False)))
+        cells, note = one_bn_batch_size(study.cells, study.metric)
+        curve = html.escape(label + note.replace("$m$", "m"), quote=False)
+        tables.append(best_of_each(cells, study.metric).assign(curve=curve))
     metric = named_metric(*(study.experiment for study in studies.values()))
     return _chart_by_batch_size(pd.concat(tables), metric, f"best {metric.label}", CATEGORIES)
 
