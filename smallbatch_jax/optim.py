@@ -35,8 +35,8 @@ def summed_sgd(
         θ ← θ - s(k) η̃ m (ḡ + λθ)
 
     The sum over the batch is m times the mean, so this is Eq. 2-3 with η = η̃·m (Eq. 6). The penalty belongs to the loss of
-    every example, so the summed update contains m·λ·θ. Every leaf decays: kernels, biases and normalisation parameters alike;
-    wrap the transform in ``optax.masked`` to decay fewer.
+    every example, so the summed update contains m·λ·θ. Every leaf decays: kernels, biases and normalisation parameters alike.
+    To decay fewer, give no weight_decay here and chain ``optax.add_decayed_weights(weight_decay, mask)`` before it.
 
     Args:
       base_lr: η̃, step length per example; scalar, may be traced.

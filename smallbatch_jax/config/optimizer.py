@@ -8,6 +8,7 @@ from smallbatch_jax.config import catalog, fields
 from smallbatch_jax.config.fields import OWN, InputError, config_field
 
 BETA_RULES = ("constant", "half_life", "sde")
+BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Optimizer:
         2025). With "sde" it is 1 - (1 - β)·m/m′, and epsilon ε/√(m/m′) (Malladi et al. 2022, the square-root rule of Adam).
 
         Raises:
-          InputError: if m is so large that the rule "sde" leaves no beta.
+          InputError: if m is so large that the rule "sde" leaves no beta, or momentum or a beta is 1 in float32.
         """
         axes = given or {}
         if self.name.startswith(OWN):
@@ -72,12 +73,11 @@ class Optimizer:
         found = {}
         ratio = batch_size / (self.beta_batch_size or batch_size)
         for name, default in catalog.OPTIMIZERS[self.name].scalars.items():
-            if f"{name}_half_life" in axes:
-                found[name] = 0.5 ** (batch_size / axes[f"{name}_half_life"])
-                continue
             field = getattr(self, name)
             value = axes.get(name, default if field is None else field)
-            if self.beta_rule == "sde":
+            if f"{name}_half_life" in axes:
+                value = 0.5 ** (batch_size / axes[f"{name}_half_life"])
+            elif self.beta_rule == "sde":
                 value = value / math.sqrt(ratio) if name == "epsilon" else 1 - (1 - value) * ratio
                 if value < 0:
                     raise InputError(
@@ -86,6 +86,11 @@ class Optimizer:
                     )
             elif self.beta_rule == "half_life" and name != "epsilon":
                 value = value**ratio
+            if name != "epsilon" and value > BELOW_ONE:
+                raise InputError(
+                    f"optimizer.{name}: is {value:.10g} at batch size {batch_size}, which is 1 in float32; use less, at most "
+                    f"{BELOW_ONE:.8f}, a shorter half-life or larger batch sizes."
+                )
             found[name] = value
         return found
 

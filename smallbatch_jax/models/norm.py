@@ -16,8 +16,9 @@ class BatchNorm(nn.Module):
     """Batch norm (Eq. 10-11) over BN groups of b consecutive examples of the SGD batch, vectorised.
 
     The statistics of a group are its mean and its variance about that mean, over examples and pixels, in float32: E[x²]-μ²
-    would lose too many digits at b = 2. The running averages take one update per call, towards the mean over the groups of
-    their means and of their unbiased variances (divisor n-1, n = b·pixels).
+    would lose too many digits at b = 2. (On GPU and TPU it is the variance about the running mean, less the square of the
+    difference; see `_statistics`.) The running averages take one update per call, towards the mean over the groups of their
+    means and of their unbiased variances (divisor n-1, n = b·pixels).
 
     A group may be smaller than a device's shard, or span several devices, which then exchange their statistics (§5). Running
     averages are updated from the groups of this device alone: average ``batch_stats`` over the devices after the step, as

@@ -36,19 +36,14 @@ class Sample(NamedTuple):
     product: Callable[[jax.Array, Any], jax.Array]  # (vector, sub-batch) → the Hessian times the vector, float[P]
     params: Array  # float[P], where they are taken
     sub_batches: Any  # stacked along a leading axis; those of this device
-    size: int  # examples of a sub-batch
+    count: int  # k, sub-batches on all devices; those beyond fill up the last device, and their derivatives are 0
+    size: int  # b, examples of a sub-batch
     axis_name: str | None = None  # mesh axis whose devices hold equally many sub-batches each
-
-    @property
-    def count(self) -> int:
-        """Number of sub-batches on this device."""
-        return len(jax.tree.leaves(self.sub_batches)[0])
 
     def mean(self, function: Callable[[Any], jax.Array]) -> jax.Array:
         """Returns the mean over the sub-batches of all devices of a function of one, float[P], which is summed as it comes."""
         total, _ = lax.scan(lambda total, one: (total + function(one), None), jnp.zeros_like(self.params), self.sub_batches)
-        mean = total / self.count
-        return mean if self.axis_name is None else lax.pmean(mean, self.axis_name)
+        return (total if self.axis_name is None else lax.psum(total, self.axis_name)) / self.count
 
 
 def hessian_product(loss_fn: Callable[..., Any]) -> Callable[..., PyTree]:
@@ -86,19 +81,25 @@ def make_diagnose(
             dropout = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), state.step), sub_batch.number)
             return state.batch_stats, Batch(data.normalise(images), labels), dropout
 
-        def gradient(sub_batch: SubBatch) -> jax.Array:
-            return ravel_pytree(grad_fn(state.params, *of(sub_batch))[1])[0]
+        def sample(count: int, size: int) -> Sample:
+            def flat(tree: PyTree, sub_batch: SubBatch) -> jax.Array:
+                return jnp.where(sub_batch.number < count, ravel_pytree(tree)[0], 0)
 
-        def product(vector: jax.Array, sub_batch: SubBatch) -> jax.Array:
-            return ravel_pytree(product_fn(state.params, unravel(vector), *of(sub_batch)))[0]
+            return Sample(
+                lambda one: flat(grad_fn(state.params, *of(one))[1], one),
+                lambda vector, one: flat(product_fn(state.params, unravel(vector), *of(one)), one),
+                params,
+                _sub_batches(count, size, data, program.axis_name),
+                count,
+                size,
+                program.axis_name,
+            )
 
         found = {}
         for name in program.diagnostics:
             entry, compute = DIAGNOSTICS[name], pkgutil.resolve_name(DIAGNOSTICS[name].compute)
-            count, size = sample_shape(entry, model, program, state.batch_stats, data)
-            sub_batches = _sub_batches(count, size, data, program.axis_name)
-            sample = Sample(gradient, product, params, sub_batches, size, program.axis_name)
-            found |= zip(entry.columns, compute(sample), strict=True)
+            shape = sample_shape(entry, model, program, state.batch_stats, data)
+            found |= zip(entry.columns, compute(sample(*shape)), strict=True)
         return {name: value.astype(jnp.float32) for name, value in found.items()}
 
     return diagnose
@@ -109,25 +110,25 @@ def sample_shape(
 ) -> tuple[int, int]:
     """Returns the number of sub-batches k and the size of each, b; whole BN groups, and 0 sub-batches where none fits.
 
-    Devices that share a batch get equal numbers of sub-batches. `batch_stats` are those of the state: a model without them has
-    BN groups of one example.
+    They are the same however many devices share a batch. `batch_stats` are those of the state: a model without them has BN
+    groups of one example.
     """
     examples = len(data.shuffled)
     wanted = min(max(entry.examples, examples // entry.share), examples)
-    devices = 1 if program.axis_name is None else lax.axis_size(program.axis_name)
     group, several = 1, True
     if jax.tree.leaves(batch_stats):
         given = getattr(model, "bn_batch_size", None)
         group, several = given or program.batch_size, given is not None
-    size = group * max(1, several * wanted // max(entry.sub_batches, -(-wanted // EXAMPLES_AT_ONCE), devices) // group)
-    count = min(max(entry.least, wanted // size), examples // size)
-    return min(-(-count // devices), examples // size // devices) * devices, size
+    size = group * max(1, several * wanted // max(entry.sub_batches, -(-wanted // EXAMPLES_AT_ONCE)) // group)
+    return min(max(entry.least, wanted // size), examples // size), size
 
 
 def _sub_batches(count: int, size: int, data: DeviceData, axis_name: str | None) -> SubBatch:
-    """Returns the sub-batches of this device, stacked."""
-    sample = SubBatch(data.shuffled[: count * size].reshape(count, size), jnp.arange(count))
+    """Returns the sub-batches of this device, stacked; equally many on each."""
+    indices = data.shuffled[: count * size].reshape(count, size)
     if axis_name is None:
-        return sample
-    mine = count // lax.axis_size(axis_name)
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, lax.axis_index(axis_name) * mine, mine), sample)
+        return SubBatch(indices, jnp.arange(count))
+    mine = -(-count // lax.axis_size(axis_name))
+    first = lax.axis_index(axis_name) * mine
+    filled = jnp.resize(indices, (mine * lax.axis_size(axis_name), size))
+    return SubBatch(lax.dynamic_slice_in_dim(filled, first, mine), first + jnp.arange(mine))

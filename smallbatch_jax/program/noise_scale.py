@@ -24,8 +24,7 @@ def noise_scale(sample: Sample) -> tuple[jax.Array, jax.Array]:
     Returns:
       B and its standard error, float[] each; NaN from fewer than 3 sub-batches.
     """
-    axis_name, size = sample.axis_name, sample.size
-    k = sample.count * (1 if axis_name is None else lax.axis_size(axis_name))
+    k, size = sample.count, sample.size
     if k < 3:
         return jnp.float32(jnp.nan), jnp.float32(jnp.nan)
     mean = sample.mean(sample.gradient)
@@ -35,8 +34,8 @@ def noise_scale(sample: Sample) -> tuple[jax.Array, jax.Array]:
         return jnp.square(difference).sum(), (difference * mean).sum()
 
     squares, products = lax.map(deviation, sample.sub_batches)  # |gᵢ - ḡ|² and (gᵢ - ḡ)·ḡ, float[k]
-    if axis_name is not None:
-        squares, products = lax.all_gather((squares, products), axis_name, tiled=True)
+    if sample.axis_name is not None:
+        squares, products = (x[:k] for x in lax.all_gather((squares, products), sample.axis_name, tiled=True))
 
     def estimate(sum_of_squares: jax.Array, mean_squared: jax.Array, k: int) -> jax.Array:
         trace = size * sum_of_squares / (k - 1)

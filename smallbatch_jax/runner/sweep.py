@@ -1,6 +1,7 @@
 """The public function `sweep`: a grid from Python, on a model and data of any kind."""
 
 import dataclasses
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -95,6 +96,8 @@ def sweep(
     Raises:
       InputError: in one line that names what cannot be used.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # in a process that is to decode photographs
+        raise SystemExit("sweep: call it below `if __name__ == '__main__':`, since processes that decode import this script.")
     workdir = None if workdir is None else fields.expanded_path("workdir", workdir)
     sections = _sections(options)
     devices.use_all_cores()

@@ -150,6 +150,13 @@ def best_first(cells: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
     return cells.sort_values(list(order), ascending=list(order.values()))
 
 
+def with_most_seeds(cells: pd.DataFrame) -> pd.DataFrame:
+    """Returns the cells with a finished seed of which most seeds have ended: all of them, as soon as one cell is whole."""
+    cells = cells[cells["finished"] > 0]
+    seeds = cells["finished"] + cells["diverged"]
+    return cells[seeds == seeds.max()]
+
+
 def best_over_axes(cells: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
     """Returns the best cell of each (batch size, BN batch size, base_lr) over the further axes, in the order of `cells`."""
     return best_first(cells, metric).drop_duplicates(CELL).sort_index() if axes(cells) else cells

@@ -8,7 +8,7 @@ import pandas as pd
 
 from smallbatch_jax.config.text import plural, short_duration
 from smallbatch_jax.study import cost
-from smallbatch_jax.study.analysis import best_first, cell_columns, known_cells, setting
+from smallbatch_jax.study.analysis import best_first, cell_columns, known_cells, setting, with_most_seeds
 from smallbatch_jax.study.study import Study
 
 
@@ -23,7 +23,8 @@ class Best(NamedTuple):
 def by_length(studies: Sequence[Study]) -> list[Best]:
     """Returns the best cell of each study that has one, by rising number of epochs."""
     finished = [study for study in studies if study.cells["finished"].any()]
-    bests = [Best(study.experiment.epochs, best_first(study.cells, study.metric).iloc[0], math.nan) for study in finished]
+    cells = [best_first(with_most_seeds(study.cells), study.metric).iloc[0] for study in finished]
+    bests = [Best(study.experiment.epochs, cell, math.nan) for study, cell in zip(finished, cells, strict=True)]
     return sorted(bests, key=lambda best: best.epochs)
 
 
@@ -35,7 +36,8 @@ def by_time(studies: Sequence[Study]) -> list[Best]:
     """
     metric, found = studies[0].metric, []
     timed = [cost.with_time(study.choosing, study.timings).dropna(subset="seconds") for study in studies]
-    timed = [rows[rows["status"] == "finished"] for rows in timed]
+    keys = [with_most_seeds(study.cells)[cell_columns(study.cells)] for study in studies]
+    timed = [rows[rows["status"] == "finished"].merge(key) for rows, key in zip(timed, keys, strict=True)]
     ends = pd.concat([rows.groupby(cell_columns(rows), observed=True)["seconds"].max() for rows in timed])
     for limit in (ends.min(), ends.max()) if len(ends) else ():
         bests = []

@@ -36,17 +36,26 @@ class Noise:
 
     def error(self, cells: pd.Series | pd.DataFrame) -> Any:
         """Returns the standard error of a cell's mean, or of each; NaN where the noise of one or two seeds is not known."""
+        of_seeds, least = self._errors(cells)
+        return np.where(cells["finished"] >= SEEDS, of_seeds, np.maximum(least, of_seeds))[()]
+
+    def _errors(self, cells: pd.Series | pd.DataFrame) -> tuple[Any, Any]:
+        """The error of each mean by its seeds, 0 with one, and the least error of fewer than three seeds."""
         column = self.metric.column
         value, deviation, seeds = (np.asarray(cells[name], float) for name in (column, f"{column}_std", "finished"))
         of_seeds = np.where(seeds > 1, deviation / np.sqrt(np.maximum(seeds, 1)), 0.0)
-        least = self.scatter / np.sqrt(np.maximum(seeds, 1))
         if self.metric.fraction and self.examples:
-            least = np.sqrt(np.maximum(value * (1 - value), 0) / self.examples)
-        return np.where(seeds >= SEEDS, of_seeds, np.maximum(least, of_seeds))[()]
+            return of_seeds, np.sqrt(np.maximum(value * (1 - value), 0) / self.examples)
+        return of_seeds, self.scatter / np.sqrt(np.maximum(seeds, 1))
+
+    def by_seeds(self, cell: pd.Series) -> bool:
+        """Returns whether the error of a cell is that of its seeds: of three or more, or of two if it is the larger one."""
+        of_seeds, least = self._errors(cell)
+        return bool(cell["finished"] >= SEEDS or of_seeds > least)
 
     def source(self, cell: pd.Series) -> str:
         """Returns what the error of a cell is taken from."""
-        if cell["finished"] >= SEEDS:
+        if self.by_seeds(cell):
             return f"{cell['finished']} seeds"
         if self.metric.fraction and self.examples:
             return f"{self.examples:,} {self.metric.column.partition('_')[0]} examples"
@@ -63,10 +72,11 @@ class Noise:
 
 def noise_of(study: Study) -> Noise:
     """Returns the noise of a study's cells."""
-    metric, examples = study.metric, study.examples[1] if study.examples else None
-    held_out = study.experiment.dataset.validation_fraction
-    if study.examples and metric.column.startswith("validation_"):  # the training examples are those that are left
-        examples = round(study.examples[0] * held_out / (1 - held_out))
+    metric, examples, held_out = study.metric, None, study.experiment.dataset.validation_fraction
+    if study.examples:  # the training examples are those that are left
+        train, test = study.examples
+        split = metric.column.partition("_")[0]
+        examples = {"train": train, "test": test, "validation": round(train * held_out / (1 - held_out))}[split]
     return Noise(metric, examples, math.nan if metric.fraction and examples else _scatter(study))
 
 

@@ -12,9 +12,9 @@ from scipy.special import stdtrit
 
 from smallbatch_jax.config.metric import Metric
 from smallbatch_jax.study import equal_time
-from smallbatch_jax.study.analysis import best_first, cell_columns, final_accuracy, score, setting
+from smallbatch_jax.study.analysis import best_first, cell_columns, final_accuracy, score, setting, with_most_seeds
 from smallbatch_jax.study.critical import CriticalBatchSize, critical_batch_size
-from smallbatch_jax.study.noise import LEVEL, SEEDS, Noise, noise_of
+from smallbatch_jax.study.noise import LEVEL, Noise, noise_of
 from smallbatch_jax.study.rates import RateRule, Z, best_rates, fit_rule
 from smallbatch_jax.study.study import Study
 
@@ -25,8 +25,8 @@ class Recommendation(NamedTuple):
     """What to train with, and how sure that is.
 
     Attributes:
-      best: the best row of `study.cells` by `best_cell`; None until a run has finished.
-      low, high: interval of its metric: Student's with three seeds or more, else of the noise of its split; NaN if not known.
+      best: the best row of `study.cells` among those `analysis.with_most_seeds`; None until a run has finished.
+      low, high: interval of its metric: Student's where seeds give its error, else of the noise of its split; NaN: not known.
       optimism: by how much the choice of the largest of many noisy values makes it look better than it is, at most.
       as_good: the cells within the noise of the best and the best itself, those with diverged seeds left out.
       largest: the largest batch size among them; None if there is none.
@@ -50,7 +50,8 @@ class Recommendation(NamedTuple):
 
 def recommend(study: Study) -> Recommendation:
     """Returns the recommendation of a study, finished or not."""
-    metric, best = study.metric, best_cell(study)
+    metric, cells = study.metric, with_most_seeds(study.cells)
+    best = None if cells.empty else best_first(cells, metric).iloc[0]
     if best is None or metric.gain(best[metric.column], study.chance) <= 0:
         return Recommendation(best)
     noise = noise_of(study)
@@ -71,20 +72,13 @@ def recommend(study: Study) -> Recommendation:
     return found._replace(sentences=tuple(_sentences(study, found, noise)))
 
 
-def best_cell(study: Study) -> pd.Series | None:
-    """Returns the best of the cells of which most seeds have ended: all their seeds, as soon as one cell is whole."""
-    cells = study.cells[study.cells["finished"] > 0]
-    seeds = cells["finished"] + cells["diverged"]
-    return None if cells.empty else best_first(cells[seeds == seeds.max()], study.metric).iloc[0]
-
-
 def interval(cell: pd.Series, noise: Noise) -> tuple[float, float]:
     """Returns the ends of the 90 % interval of a cell's metric.
 
     A percentile bootstrap of three seeds holds the mean in two cases of three, Student's interval in nine of ten.
     """
     seeds, value = cell["finished"], cell[noise.metric.column]
-    half = noise.error(cell) * (stdtrit(seeds - 1, (1 + LEVEL) / 2) if seeds >= SEEDS else Z)
+    half = noise.error(cell) * (stdtrit(seeds - 1, (1 + LEVEL) / 2) if noise.by_seeds(cell) else Z)
     return value - half, value + half
 
 

@@ -54,8 +54,8 @@ class Study:
     @property
     def chance(self) -> float:
         """The metric of a guess: its accuracy where the test classes are balanced, or its loss; NaN if it is not known."""
-        if self.metric.name == "accuracy" and self.num_classes:
-            return 1 / self.num_classes
+        if (guesses := {"accuracy": 1, "top5_accuracy": 5}.get(self.metric.name)) and self.num_classes:
+            return min(1.0, guesses / self.num_classes)
         return self.guess.get(self.metric.name, 0.0 if self.metric.fraction else math.nan)
 
     @property

@@ -125,11 +125,14 @@ def test_a_broken_file_is_marked_and_the_others_are_as_they_were(root, tmp_path)
 
 
 @pytest.mark.long
-def test_a_worker_that_dies_is_reported(root):
+@pytest.mark.parametrize("taken", [0, 3])
+def test_a_worker_that_dies_is_reported(root, taken):
+    """With images taken, and before it is ready to decode any."""
     before = children(os.getpid())
     prefetcher = Prefetcher(sample_index(root), BYTES, 1)
     prefetcher.seek(0)
-    prefetcher.take(3)
+    if taken:
+        prefetcher.take(taken)
     (worker,) = children(os.getpid()) - before
     os.kill(worker, signal.SIGKILL)
     with pytest.raises(WorkerDied, match=r"a process that decodes images died: .* exit code -9"):
@@ -146,6 +149,24 @@ def children(pid):
             if parent == pid and "spawn_main" in (folder / "cmdline").read_text():
                 found.add(int(folder.name))
     return found
+
+
+UNGUARDED = """
+import photos, tiny
+import smallbatch_jax as sbj
+
+sbj.sweep(tiny.PlainModel(), photos.load({!r}), [4], [2**-9], 1, workers=1)
+"""
+WITH_TESTS = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[2:0:-1]))}
+
+
+@pytest.mark.long
+def test_a_script_that_calls_sweep_as_it_is_imported_says_what_it_lacks(root, tmp_path):
+    (tmp_path / "script.py").write_text(UNGUARDED.format(str(root)))
+    command = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(command, env=WITH_TESTS, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert "sweep: call it below `if __name__ == '__main__':`" in done.stderr
 
 
 READER = """
@@ -169,13 +190,9 @@ if __name__ == "__main__":
 @pytest.mark.long
 def test_workers_outlive_a_signal_to_their_group_and_not_their_parent(root, tmp_path):
     (tmp_path / "reader.py").write_text(textwrap.dedent(READER))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[2:0:-1])),
-    }
     command = [sys.executable, str(tmp_path / "reader.py"), str(root)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen(command, **pipes, text=True, env=environment, start_new_session=True) as process:
+    with subprocess.Popen(command, **pipes, text=True, env=WITH_TESTS, start_new_session=True) as process:
         while len(workers := children(process.pid)) < 2:  # still importing, and not able to say what a signal shall do
             assert process.poll() is None
         end(workers)

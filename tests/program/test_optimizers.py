@@ -193,6 +193,13 @@ def test_betas_keep_their_half_life_in_examples_or_follow_the_square_root_rule()
     assert sde.learning_rate(2**-8, 64) == 2**-5
 
 
+def test_a_beta_that_is_1_in_float32_is_refused():
+    assert refused(name="adam", beta2=0.99999998).startswith("optimizer.beta2: is 0.99999998 at batch size 64, which is 1")
+    with pytest.raises(experiment.InputError, match=r"beta2: is 0\.9999999931 at batch size 1, .* shorter half-life"):
+        experiment.Optimizer("adam").scalars(1, {"beta2_half_life": 1e8})
+    assert np.float32(experiment.Optimizer("momentum", momentum=1 - 2**-24).scalars(1)["momentum"]) < 1
+
+
 def test_what_does_not_go_with_an_optimizer_is_refused():
     assert refused(momentum=0.9).startswith("optimizer.momentum: sgd has none, it has no scalars;")
     assert refused(name="lion", epsilon=1e-8).startswith("optimizer.epsilon: lion has none, it has beta1 and beta2;")

@@ -47,7 +47,7 @@ def test_it_is_the_largest_eigenvalue_of_the_whole_hessian(model):
 
 
 def sharpness_of(product, params, sub_batches):
-    return sharpness(diagnostics.Sample(jnp.negative, product, params, sub_batches, 1))[0]
+    return sharpness(diagnostics.Sample(jnp.negative, product, params, sub_batches, len(sub_batches), 1))[0]
 
 
 def test_it_is_the_largest_eigenvalue_and_not_the_largest_magnitude():

@@ -57,6 +57,8 @@ def test_where_a_search_gave_runs_up_cells_with_all_its_seeds_are_named():
     assert cells["pending"].tolist() == [0, 0, 0]
     made = Study(Path("exp"), tiny.grid(name="exp", seeds=(0, 1, 2)), rows, cells, 10, (40, 1000))
     assert recommend(made).best["batch_size"] == 4
+    made = dataclasses.replace(made, timings=timings(segment(4, 4, 40), segment(8, 4, 40)))
+    assert equal_time.sentence([made]).count("m = 4, η̃ = 2^-1 (90.0 %)") == 3
     assert made.runs == (4, 4)
 
 
@@ -95,21 +97,26 @@ def test_fresh_seeds_of_a_workdir_are_in_no_cell(tmp_path):
 
 
 def test_the_interval_covers_by_seeds_and_by_the_test_set():
-    draw, hits = np.random.default_rng(0), []
-    noise = Noise(Metric(), 1000, math.nan)
-    for _ in range(400):
-        seeds = 0.9 + 0.01 * draw.normal(size=3)
-        cell = pd.Series({"test_accuracy": seeds.mean(), "test_accuracy_std": seeds.std(ddof=1), "finished": 3})
-        low, high = interval(cell, noise)
-        hits.append(low <= 0.9 <= high)
-    assert 0.86 <= np.mean(hits) <= 0.94
+    noise = Noise(Metric(), 10**6, math.nan)
+    for count in (2, 3):
+        draw, hits = np.random.default_rng(0), []
+        for _ in range(400):
+            seeds = 0.9 + 0.01 * draw.normal(size=count)
+            cell = pd.Series({"test_accuracy": seeds.mean(), "test_accuracy_std": seeds.std(ddof=1), "finished": count})
+            low, high = interval(cell, noise)
+            hits.append(low <= 0.9 <= high)
+        assert 0.86 <= np.mean(hits) <= 0.94
+        assert noise.source(cell).endswith("seeds")
     assert "Its test accuracy is 88.4 … 91.6 % (90 %, by 1,000 test examples)." in said({4: 0.9})
     three = said({4: [[0.9, 0.89, 0.91]]}, lrs=LRS[:1], seeds=(0, 1, 2))
     assert "Its test accuracy is 88.3 … 91.7 % (90 %, by 3 seeds)." in three
 
 
-def test_a_validation_split_has_its_own_size():
+def test_each_split_has_its_own_size():
     made = study("fig08", {4: 0.9})
+    assert noise_of(made).examples == 1000
+    of_training = dataclasses.replace(made.experiment, select=("train_accuracy", "max"))
+    assert noise_of(dataclasses.replace(made, experiment=of_training)).examples == 5000
     split = dataclasses.replace(made.experiment.dataset, validation_fraction=0.2)
     experiment = dataclasses.replace(made.experiment, dataset=split)
     assert noise_of(dataclasses.replace(made, experiment=experiment)).examples == 1250  # of 6,250, of which 5,000 train

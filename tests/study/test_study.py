@@ -44,6 +44,9 @@ def test_a_study_has_a_row_for_every_planned_cell(tmp_path):
     assert cells["pending"].sum() == 4
     assert cells["test_accuracy"].isna().sum() == 5
     assert (found.name, found.runs, found.chance, found.examples) == ("experiment", (2, 6), 1 / 3, (50, 20))
+    of_five = dataclasses.replace(found.experiment, select=("test_top5_accuracy", "max"), metrics=("top5_accuracy",))
+    assert dataclasses.replace(found, experiment=of_five, num_classes=10).chance == 1 / 2
+    assert dataclasses.replace(found, experiment=of_five).chance == 1
 
 
 def test_a_study_has_the_timings_of_its_workdir(tmp_path):

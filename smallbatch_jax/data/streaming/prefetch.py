@@ -34,7 +34,9 @@ class Prefetcher:
         """`workers` processes decode; 0 decodes in one thread of this process."""
         import grain
         from absl import flags
+        from grain._src.python.dataset.transformations import process_prefetch
 
+        process_prefetch.ProcessPrefetchDatasetIterator._process_failed = _has_failed
         if not flags.FLAGS.is_parsed():  # Grain reads flags of its own, in a notebook too
             flags.FLAGS.mark_as_parsed()
         # Images are handed over in shared memory, of which a container may have little.
@@ -107,6 +109,18 @@ class Prefetcher:
         self._pipeline.close()
         self._message = self._pipeline = None
         gc.collect()
+
+
+def _has_failed(self: Any) -> bool:
+    """Grain's own check, which also ends the wait for a worker that died before it confirmed a new state.
+
+    Grain 0.2.18 waits for it for ever, for instance where a worker imports a script that raises an error.
+    """
+    process = self._prefetch_process
+    if process is None or process.exitcode in (None, 0):
+        return False
+    self._set_state_count = 0
+    return True
 
 
 def _begin_worker(index: int, count: int) -> None:
