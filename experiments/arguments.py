@@ -56,6 +56,19 @@ def DEFINE_numbers(name: str, default: str | None, described: str) -> Any:
     return flags.DEFINE(_Parser(read), name, default, described)
 
 
+def DEFINE_number(name: str, default: str, described: str, low: float, high: float) -> Any:
+    """Defines a flag for a number from low to high."""
+
+    def read(text: str) -> float:
+        try:
+            value: Any = float(text)
+        except ValueError:
+            value = text
+        return fields.number(low, high)(f"--{name}", value)
+
+    return flags.DEFINE(_Parser(read), name, default, described)
+
+
 def given(flag: Any, example: str) -> Any:
     """Returns the value of a flag that must be given."""
     if flag.value is None or flag.value == "":

@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 CONFIG = command.define_config_flag()
 BATCH_SIZES = command.DEFINE_numbers("batch_sizes", None, "Batch sizes; the config's if not given.")
-SECONDS = flags.DEFINE_float("seconds", 2.0, "Seconds of one timing.", lower_bound=0.05)
+SECONDS = command.DEFINE_number("seconds", "2", "Seconds of one timing.", 0.05, 1e4)
 REPEATS = flags.DEFINE_integer("repeats", 5, "Timings of each kind, in turn; the median is printed.", lower_bound=1)
 PEER = flags.DEFINE_bool("peer", False, "Also time PyTorch, in turn with ours.")
 RANDOM = flags.DEFINE_bool("random_images", False, "Random images of the right shape, without the data.")

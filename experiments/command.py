@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from typing import Any, NoReturn
 
 from absl import app, logging
-from arguments import DEFINE_numbers, DEFINE_path, DEFINE_paths, define_config_flag, given, given_fields, parse
+from arguments import DEFINE_number, DEFINE_numbers, DEFINE_path, DEFINE_paths, define_config_flag, given, given_fields, parse
 from ml_collections import ConfigDict
 
 from smallbatch_jax.config import fields, overrides
@@ -22,7 +22,7 @@ from smallbatch_jax.config.experiment import Dataset, InputError
 from smallbatch_jax.runner import signals
 from smallbatch_jax.store.files import OUT_OF_SPACE, WriteError
 
-__all__ = ["DEFINE_numbers", "DEFINE_path", "DEFINE_paths", "define_config_flag", "given"]
+__all__ = ["DEFINE_number", "DEFINE_numbers", "DEFINE_path", "DEFINE_paths", "define_config_flag", "given"]
 
 STARTED = time.monotonic()
 
@@ -50,7 +50,7 @@ def load_config(flag: str, path: str, changes: Mapping[str, Any] | None = None) 
         return config
     except InputError:
         raise
-    except Exception as error:  # any exception of a config file is the user's to mend
+    except (Exception, SystemExit) as error:  # any exception of a config file is the user's to mend
         raise InputError(f"{flag}: {type(error).__name__}: {_one_line(error)}") from None
 
 
@@ -78,6 +78,10 @@ def run(main: Callable[[], int]) -> None:
         sys.stdout.flush()
         sys.exit(status)
 
+    os.environ["MPLBACKEND"] = "agg"  # commands draw into files
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # whatever the locale can show
             stream.reconfigure(errors="backslashreplace")

@@ -16,6 +16,7 @@ they would cost there; --batch_sizes=4,128 does a few. A compilation takes from 
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from smallbatch_jax.config.extras import MissingPackage
 from smallbatch_jax.config.text import duration
 
 CONFIG = command.define_config_flag()
-SECONDS = flags.DEFINE_float("probe_seconds", 2.0, "Seconds that each program is tried for; 0 measures nothing.", lower_bound=0)
+SECONDS = command.DEFINE_number("probe_seconds", "2", "Seconds that each program is tried for; 0 measures nothing.", 0, 1e6)
 RANDOM = flags.DEFINE_bool("random_images", False, "Measure on random images of the right shape, without the data.")
 ELSEWHERE = command.DEFINE_path("elsewhere", "File with the JSON line of benchmark.py on another device.")
 THERE = command.DEFINE_numbers("elsewhere_devices", "1", "Comma-separated numbers of such devices.")
@@ -50,7 +51,10 @@ class Elsewhere:
             try:
                 stored = json.loads(Path(path).read_text().strip().split("\n")[-1])
                 self._device, rows = stored["device"], stored["results"]
-                self._rates = [row for row in rows if (row["model"], row["norm"]) == model]
+                ours = [row for row in rows if (row["model"], row["norm"]) == model]
+                self._rates = [{name: float(row[name]) for name in ("batch_size", "images_per_second")} for row in ours]
+                if not all(0 < value < math.inf for row in self._rates for value in row.values()):
+                    raise ValueError("a batch size or rate is not above 0 and finite")
             except (OSError, ValueError, KeyError, TypeError) as error:
                 reason = f"{type(error).__name__}: {error}"
                 raise InputError(f"--elsewhere={path}: is not what benchmark.py --json prints: {reason}") from None

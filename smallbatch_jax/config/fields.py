@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math
 import os
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from typing import Any, TypeVar
@@ -205,7 +206,7 @@ def choice(known: Iterable[str], what: str, prefix: str | None = None) -> Check:
 
 
 def distinct(element: Check, least: int = 0, most: int = MOST_VALUES) -> Check:
-    """Accepts a tuple or list of `least` to `most` different values that each pass `element`, as a tuple."""
+    """Accepts a tuple or list of `least` to `most` values that each pass `element` and differ in float32, as a tuple."""
 
     def check(name: str, value: Any) -> tuple:
         if not isinstance(value, (tuple, list)):
@@ -214,12 +215,14 @@ def distinct(element: Check, least: int = 0, most: int = MOST_VALUES) -> Check:
             raise InputError(f"{name}: got {shown(value)}, accepts a tuple of at least {least} value(s).")
         if len(value) > most:
             raise InputError(f"{name}: got {len(value)} values, accepts a tuple of at most {most}.")
-        seen: dict[Any, None] = {}
+        seen: dict[Any, Any] = {}
         for item in (element(name, plain(item)) for item in value):
-            if item in seen:
-                raise InputError(f"{name}: {shown(item)} stands twice in {shown(value)}; give every value once.")
-            seen[item] = None
-        return tuple(seen)
+            rounded = struct.unpack("f", struct.pack("f", item))[0] if isinstance(item, float) else item
+            if rounded in seen:
+                precisely = "" if item in seen.values() else " in float32"
+                raise InputError(f"{name}: {shown(item)} stands twice in {shown(value)}{precisely}; give every value once.")
+            seen[rounded] = item
+        return tuple(seen.values())
 
     return check
 

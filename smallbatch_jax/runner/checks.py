@@ -24,6 +24,8 @@ def require_fitting(experiment: Experiment, dataset: Dataset | Photographs) -> N
         raise InputError(
             f"task: {experiment.task!r} does not go with the dataset's labels; use {suits!r}, or a loss of your own."
         )
+    if dataset.num_classes == 1:
+        raise InputError("dataset: has a single class, which is always right; it accepts two or more.")
     if experiment.dataset.color_jitter and not (streamed and experiment.dataset.augment):
         raise InputError(
             "dataset.color_jitter: is a part of the augmentation of streamed images; use it with dataset.image_size and "

@@ -68,11 +68,17 @@ def _fraction(text: str) -> float | None:
     return float(text) if text else None
 
 
+def _whole(text: str) -> int:
+    if not 0 <= (value := int(text)) < 2**63:
+        raise ValueError(f"{text} is not in int64")
+    return value
+
+
 SPLITS = ("train_", "test_", "validation_")  # begin the columns of metrics
-_PARSERS: dict[Any, Callable[[str], Any]] = {int: int, float: float, float | None: _fraction}
+_PARSERS: dict[Any, Callable[[str], Any]] = {int: _whole, float: float, float | None: _fraction}
 _FIXED = {name: _PARSERS[kind] for name, kind in [*Row.__annotations__.items()][:10]}
 COLUMNS = ("experiment", "batch_size", "base_lr", "bn_batch_size", *list(_FIXED)[3:], "status", "bn_statistics")  # of `load`
-_DTYPES = {name: "int64" if parse is int else "float64" for name, parse in _FIXED.items()}
+_DTYPES = {name: "int64" if parse is _whole else "float64" for name, parse in _FIXED.items()}
 
 
 class Format(NamedTuple):

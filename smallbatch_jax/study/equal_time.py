@@ -32,14 +32,15 @@ def by_time(studies: Sequence[Study]) -> list[Best]:
     """Returns the best cell at the time in which the fastest batch size trains its epochs, and at that of the slowest.
 
     A run that needs longer counts by its epochs within that time, so before its schedule has ended: as always by the median of
-    the last five. The list is empty where no time is known.
+    the last five. The list is empty where a study that has finished runs has no time.
     """
     metric, found = studies[0].metric, []
     timed = [cost.with_time(study.choosing, study.timings).dropna(subset="seconds") for study in studies]
     keys = [with_most_seeds(study.cells)[cell_columns(study.cells)] for study in studies]
     timed = [rows[rows["status"] == "finished"].merge(key) for rows, key in zip(timed, keys, strict=True)]
     ends = pd.concat([rows.groupby(cell_columns(rows), observed=True)["seconds"].max() for rows in timed])
-    for limit in (ends.min(), ends.max()) if len(ends) else ():
+    known = all(len(rows) or not study.cells["finished"].any() for study, rows in zip(studies, timed, strict=True))
+    for limit in (ends.min(), ends.max()) if known and len(ends) else ():
         bests = []
         for study, rows in zip(studies, timed, strict=True):
             cells = best_first(known_cells(rows[rows["seconds"] <= limit], metric), metric)
@@ -49,18 +50,23 @@ def by_time(studies: Sequence[Study]) -> list[Best]:
 
 
 def sentence(studies: Sequence[Study]) -> str:
-    """Returns the best at equal epochs, of each length if there are several, and at equal time."""
+    """Returns the best at equal epochs, of each length if there are several, and at equal time.
+
+    It is empty for studies of different models or datasets, which are not to be had in place of each other.
+    """
+    if len({(study.experiment.model, study.experiment.dataset.name) for study in studies}) > 1:
+        return ""
     metric, several = studies[0].metric, len({study.experiment.epochs for study in studies}) > 1
 
     def told(best: Best, length: bool = several) -> str:
         after = f" of {plural(best.epochs, 'epoch')}" * length
         return f"{setting(best.cell)}{after} ({metric.show(best.cell[metric.column])})"
 
-    lengths = [f"{f'{best.epochs} epochs: ' * several}{told(best, False)}" for best in by_length(studies)]
+    lengths = [f"{plural(best.epochs, 'epoch')}: " * several + told(best, False) for best in by_length(studies)]
     if not lengths:
         return ""
     epochs = f"At equal epochs the best is {', '.join(lengths)}"
     if not (times := by_time(studies)):
-        return f"{epochs}; at equal time it is not known, since no run was timed."
+        return f"{epochs}; at equal time it is not known, since not all were timed."
     fast, slow = (f"{told(best)} in {short_duration(best.seconds)}" for best in times)
     return f"{epochs}; at equal time {fast}, the time of the fastest batch size, and {slow}, that of the slowest."

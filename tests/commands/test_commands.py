@@ -126,6 +126,12 @@ def test_a_signal_saves_and_says_that_the_same_command_goes_on(tmp_path, signum)
     assert list((tmp_path / "w/checkpoints/m00512_b00512").iterdir())
 
 
+def test_a_command_whose_output_is_closed_ends_as_ever():
+    line, options = command("claims.py", "--workdir=notebooks/results/digits/fig18")
+    done = subprocess.run(["bash", "-c", '"$@" >&-', "bash", *line], **options, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_reader_that_has_seen_enough_ends_the_command_quietly():
     line, options = command("plan.py", QUICKSTART, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with subprocess.Popen(line, **options) as process:
@@ -176,6 +182,8 @@ WHAT_TO_DO = [
     ("figures.py", ["--workdir=configs"], "--workdir: configs is no workdir"),
     ("launch.py", [QUICKSTART, "--workdir=w", "--config.search.seconds=9"], "search: quickstart is a search"),
     ("search.py", [QUICKSTART, "--workdir=w", "--config.search.budget=0"], "search.budget: got 0"),
+    ("plan.py", [QUICKSTART, "--probe_seconds=nan"], "--probe_seconds: got nan, accepts a number from 0 to 1e+06"),
+    ("plan.py", [QUICKSTART, "--probe_seconds=x"], "--probe_seconds: got 'x', accepts a number from 0 to 1e+06"),
 ]
 
 
@@ -185,7 +193,9 @@ def test_a_mistake_in_what_to_do_is_one_line_and_exit_status_2(script, arguments
     assert not (ROOT / "w").exists()
 
 
-@pytest.mark.parametrize("body", ["def get_config(:", "x = 1", "raise RuntimeError('a\\nb')", "def get_config(): return 3"])
+@pytest.mark.parametrize(
+    "body", ["def get_config(:", "x = 1", "raise RuntimeError('a\\nb')", "def get_config(): return 3", "exit(0)"]
+)
 def test_a_config_file_that_cannot_be_read_is_one_line(tmp_path, body):
     (tmp_path / "config.py").write_text(body)
     refused(run("sweep.py", f"--config={tmp_path / 'config.py'}", "--workdir=w"), "config.py: ")

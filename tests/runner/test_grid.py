@@ -1,5 +1,6 @@
 """A grid's stored results: the same whatever ran beside a run, however often the work was killed and resumed."""
 
+import dataclasses
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from smallbatch_jax.models.layers import Dense
 from smallbatch_jax.models.norm import BatchNorm
 from smallbatch_jax.program import devices
 from smallbatch_jax.runner import compiler, scheduler
-from smallbatch_jax.runner.grid import Interrupted, train_grid
+from smallbatch_jax.runner.grid import Interrupted, require_trainable, train_grid
 from smallbatch_jax.runner.progress import NoProgress, PlainProgress
 from smallbatch_jax.store import results
 from smallbatch_jax.store.files import WriteError
@@ -304,3 +305,10 @@ def test_loops_are_not_unrolled_unless_the_user_chose(monkeypatch, given, then):
     devices.use_all_cores()
     devices.use_all_cores()
     assert os.environ["XLA_FLAGS"] == then
+
+
+def test_a_single_class_is_refused():
+    labels = {f"{split}_labels": np.zeros_like(getattr(tiny.dataset(), f"{split}_labels")) for split in ("train", "test")}
+    alike = dataclasses.replace(tiny.dataset(), num_classes=1, **labels)
+    with pytest.raises(InputError, match="dataset: has a single class"):
+        require_trainable(tiny.grid(), alike)

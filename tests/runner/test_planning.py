@@ -153,6 +153,15 @@ def test_plan_lists_what_fig_12_costs_on_one_device_and_on_eight_from_stored_rat
     assert "(8 of them)" in lines[-1]
 
 
+@pytest.mark.parametrize("row", [{}, {"batch_size": "a", "images_per_second": 1}, {"batch_size": 2, "images_per_second": 0}])
+def test_rates_that_are_none_are_refused(tmp_path, row):
+    stored = {"device": "x", "results": [{"model": "alexnet", "norm": "none"} | row]}
+    (tmp_path / "x.json").write_text(json.dumps(stored))
+    refused(
+        run("plan.py", QUICKSTART, "--probe_seconds=0", f"--elsewhere={tmp_path}/x.json"), "is not what benchmark.py --json"
+    )
+
+
 def test_a_mistaken_number_of_devices_is_refused(tmp_path):
     done = run("plan.py", QUICKSTART, "--probe_seconds=0", "--elsewhere_devices=1,x")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

@@ -21,7 +21,18 @@ from smallbatch_jax.runner import scheduler as feeder
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results
 from smallbatch_jax.store.checkpoint import Checkpoints
+from smallbatch_jax.store.files import write_atomically
 from smallbatch_jax.study import figures, study
+
+
+def test_a_pipe_is_not_replaced_and_a_link_leads_to_the_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.html").symlink_to("page.html")
+    assert error_line(write_atomically, tmp_path / "pipe", "page").endswith("pipe cannot be written: it is no regular file.")
+    assert (tmp_path / "pipe").is_fifo()
+    write_atomically(tmp_path / "link.html", "page")
+    assert (tmp_path / "link.html").is_symlink()
+    assert (tmp_path / "page.html").read_text() == "page"
 
 
 @pytest.fixture

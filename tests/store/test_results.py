@@ -118,7 +118,9 @@ def test_who_reads_is_told_of_rows_that_are_lost(store):
         assert list(results.load(store).epoch) == [2, 1, 2]
 
 
-@pytest.mark.parametrize("damage", ["a line lost", "a line damaged", "the header lost", "a line twice", "no UTF-8"])
+@pytest.mark.parametrize(
+    "damage", ["a line lost", "a line damaged", "a number beyond int64", "the header lost", "a line twice", "no UTF-8"]
+)
 def test_the_next_writer_mends_the_file_and_drops_what_counts_on_lost_rows(store, damage):
     """So that the run is trained again from there, and another that lost nothing is not."""
     append(store, row(1), row(1, seed=1), row(2), row(2, seed=1), row(3), row(3, seed=1, test_accuracy=NAN))
@@ -127,6 +129,7 @@ def test_the_next_writer_mends_the_file_and_drops_what_counts_on_lost_rows(store
     damaged = {
         "a line lost": lines[:3] + lines[4:],
         "a line damaged": [*lines[:3], lines[3].replace("4,4,", "4,x,"), *lines[4:]],
+        "a number beyond int64": [*lines[:3], lines[3].replace("4,4,", f"4,{10**20},"), *lines[4:]],
         "the header lost": lines[1:],
         "a line twice": [*lines, lines[2]],
         "no UTF-8": [*lines[:3], lines[3].replace("4,4,", "4,\xff,"), *lines[4:]],

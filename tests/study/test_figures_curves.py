@@ -88,6 +88,11 @@ def test_base_lr_of_the_curves_has_most_epochs_before_a_run_has_finished():
     assert heading(figures.convergence(results(*early))) == r"exp, $\tilde{\eta} = 2^{-1}$"
 
 
+def test_base_lrs_that_nearly_agree_are_not_mixed():
+    near = [run([0.5, 0.6], base_lr=0.001), run([0.4, 0.5], base_lr=0.0010000005)]
+    assert len(lines(figures.convergence(results(*near)), 0)) == 1
+
+
 def test_a_base_lr_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match=r"base_lr: no run of exp has 2\^-3; it has 2\^-2, 2\^-1\."):
         figures.convergence(results(run([0.5]), run([0.9], base_lr=0.25)), base_lr=0.125)

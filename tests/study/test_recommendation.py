@@ -176,7 +176,10 @@ def test_the_best_at_equal_epochs_and_at_equal_time():
         "fastest batch size, and m = 2, η̃ = 2^-1 (70.0 %) in 16 s, that of the slowest."
     )
     untimed = dataclasses.replace(timed(), timings=timings())
-    assert equal_time.sentence([untimed]).endswith("; at equal time it is not known, since no run was timed.")
+    for some in ([untimed], [untimed, timed(2, "short", best=0.8)]):
+        assert equal_time.sentence(some).endswith("; at equal time it is not known, since not all were timed.")
+    other = dataclasses.replace(timed().experiment, model=dataclasses.replace(timed().experiment.model, norm="batch"))
+    assert equal_time.sentence([timed(), dataclasses.replace(timed(), experiment=other)]) == ""
 
 
 def test_studies_of_several_lengths_are_each_named():

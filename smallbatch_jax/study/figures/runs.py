@@ -67,7 +67,8 @@ def _choose_cells(rows: pd.DataFrame, base_lr: float | None, cells: pd.DataFrame
     chosen = cells
     if base_lr is not None or points.own_base_lrs(cells).isna().any():
         wanted = float(_best_first(cells, rows, metric)["base_lr"].iloc[0]) if base_lr is None else base_lr
-        chosen = cells[np.isclose(cells["base_lr"], wanted, rtol=1e-6, atol=0)]
+        nearest = min(cells["base_lr"], key=lambda rate: abs(rate - wanted))
+        chosen = cells[(cells["base_lr"] == nearest) & bool(np.isclose(nearest, wanted, rtol=1e-6, atol=0))]
         if chosen.empty:
             there = ", ".join(map(format_base_lr, sorted(set(cells["base_lr"].tolist()))))
             raise ValueError(f"base_lr: no run of {title} has {format_base_lr(wanted)}; it has {there}.")
