@@ -89,7 +89,7 @@ class Dataset:
         classes = labels if self.task == "classification" else np.zeros(self.num_train, int)
         rank = pd.Series(classes).groupby(classes).cumcount()  # of an example in its class
         kept = np.sort(np.argsort(rank, kind="stable")[:count])
-        return replace(self, train_images=self.train_images[kept], train_labels=labels[kept])
+        return replace(self, train_images=self.train_images[kept], train_labels=self._labels(kept))
 
     def with_validation(self, fraction: float) -> "Dataset":
         """Returns the dataset with a random share of its training examples, the same on every call, as validation split."""
@@ -102,9 +102,12 @@ class Dataset:
             raise InputError(f"dataset.validation_fraction: {fraction:g} of {self.num_train} examples leaves a split empty")
         mixed = order.epoch_permutation(_SPLIT_SEED, 0, self.num_train)
         held, kept = np.sort(mixed[:count]), np.sort(mixed[count:])
-        images, labels = self.train_images, self.train_labels
-        validation = {"validation_images": images[held], "validation_labels": labels[held]}
-        return replace(self, train_images=images[kept], train_labels=labels[kept], **validation)
+        validation = {"validation_images": self.train_images[held], "validation_labels": self._labels(held)}
+        return replace(self, train_images=self.train_images[kept], train_labels=self._labels(kept), **validation)
+
+    def _labels(self, chosen: np.ndarray) -> np.ndarray | None:
+        """Returns the labels of some training examples, as the constructor takes them."""
+        return None if self.task == "next_token" else self.train_labels[chosen]
 
     @property
     def image_shape(self) -> tuple[int, ...]:

@@ -10,12 +10,14 @@ import numpy as np
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.config.fields import cut
 from smallbatch_jax.models import identity
-from smallbatch_jax.models.own import errors_explained
+from smallbatch_jax.models.own import errors_explained, used_inputs
 from smallbatch_jax.optim import Optimizer
 from smallbatch_jax.program.device_data import DeviceData
 from smallbatch_jax.program.diagnostics import make_diagnose
 from smallbatch_jax.program.tasks import Batch, Score, Task, cross_entropy, next_token_cross_entropy, squared_error
 from smallbatch_jax.program.train import Model, Program, PyTree, Setting, TrainState, init_state, make_train_step
+
+MOST_CLASSES = 64  # whose weights in a loss a fingerprint sees
 
 
 def require_model(model: Model, task: Task, data: Any, batch_size: int = 2) -> TrainState:
@@ -97,39 +99,76 @@ def _require_score(name: str, score: Score, outputs: Any, batch: Batch) -> None:
 
 def require_optimizer(optimizer: Optimizer, params: PyTree, name: str) -> None:
     """Refuses an optimizer that cannot update such parameters with its scalars; `name` is for the message, and nothing runs."""
-    scalars = dict.fromkeys(("learning_rate", "weight_decay", *optimizer.scalars), jax.ShapeDtypeStruct((), jnp.float32))
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    scalars = scalar, scalar, dict.fromkeys(optimizer.scalars, scalar)
 
-    def update(params: Any, scalars: dict[str, jax.Array]) -> Any:
-        transform = optimizer.make(**scalars)
-        return transform.update(params, transform.init(params), params)[0]
+    def init(params: PyTree, learning_rate: Any, weight_decay: Any, others: dict[str, Any]) -> Any:
+        return optimizer.make(learning_rate, weight_decay, **others).init(params)
 
-    with errors_explained(f"optimizer: {name}", ", ".join(scalars)):
-        found = jax.eval_shape(update, params, scalars)
-    if jax.tree.structure(found) != jax.tree.structure(params):
-        raise InputError(f"optimizer: the updates of {name} are no tree like the parameters.")
+    def update(params: PyTree, learning_rate: Any, weight_decay: Any, others: dict[str, Any]) -> Any:
+        transform = optimizer.make(learning_rate, weight_decay, **others)
+        state = transform.init(params)
+        return state, *transform.update(params, state, params)
+
+    called = ", ".join(("learning_rate", *["weight_decay"] * optimizer.elementwise, *optimizer.scalars))
+    with errors_explained(f"optimizer: {name}", f"{called}; its update with gradients, state and parameters"):
+        state, updates, new_state = jax.eval_shape(update, params, *scalars)
+        read = used_inputs(jax.make_jaxpr(init)(params, *scalars).jaxpr)
+    if _shapes(updates, False) != _shapes(params, False):
+        raise InputError(f"optimizer: the updates of {name} are no tree of arrays like the parameters.")
+    if any(jnp.issubdtype(leaf.dtype, jax.dtypes.extended) for leaf in jax.tree.leaves(state)):
+        raise InputError(
+            f"optimizer: {name} keeps a typed random key in its state, which is not stored; use jax.random.PRNGKey."
+        )
+    if _shapes(new_state) != _shapes(state):
+        raise InputError(f"optimizer: an update of {name} changes the tree, a shape or a dtype of its state.")
+    if any(read[len(jax.tree.leaves(params)) :]):
+        raise InputError(
+            f"optimizer: {name} keeps its learning rate or another scalar in its state, as inject_hyperparams does, where no "
+            "run's own value arrives; make the transformation of the arguments themselves."
+        )
+
+
+def _shapes(tree: PyTree, dtypes: bool = True) -> Any:
+    """The structure of a tree with the shapes, and dtypes, of its arrays."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(leaf.shape, leaf.dtype if dtypes else None) for leaf in leaves]
 
 
 def fingerprint(model: Model, task: Task, data: Any, optimizer: Optimizer, examples: int = 4) -> dict[str, Any]:
     """Summarises a task's functions and an optimizer on fixed inputs, as `models.identity.fingerprint` does a model."""
     draw = partial(identity.drawn, np.random.RandomState(0))
-    batch = Batch(*(draw((examples, *x.shape), x.dtype) for x in (data.example, data.target)))
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), batch.images[:1]))
-    outputs = jax.tree.map(
-        lambda x: draw(x.shape, x.dtype), jax.eval_shape(lambda v: model.apply(v, batch.images, train=False), variables)
-    )
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *data.example.shape), data.example.dtype)))
 
-    def compute(outputs: Any, batch: Batch, params: PyTree) -> dict[str, Any]:
+    def drawn(count: int) -> tuple[Any, Batch]:
+        batch = Batch(*(draw((count, *x.shape), x.dtype) for x in (data.example, data.target)))
+        outputs = jax.eval_shape(lambda v: model.apply(v, batch.images, train=False), variables)
+        return jax.tree.map(lambda x: draw(x.shape, x.dtype), outputs), batch
+
+    def scores(outputs: Any, batch: Batch) -> dict[str, Any]:
+        return {name: score(outputs, batch) for name, score in {"loss": task.loss, **task.metrics}.items()}
+
+    def updates(params: PyTree) -> jax.Array:
         transform = optimizer.make(0.5, 0.25, **dict.fromkeys(optimizer.scalars, 0.5))
-        state, updates = transform.init(params), []
+        state, found = transform.init(params), []
         for factor in (1, -2, 1):
             update, state = transform.update(jax.tree.map(lambda x, factor=factor: factor * x, params), state, params)
-            updates += map(jnp.ravel, jax.tree.leaves(update))
-        scores = {name: score(outputs, batch) for name, score in {"loss": task.loss, **task.metrics}.items()}
-        return jax.tree.map(identity.summary, {**scores, "optimizer": jnp.concatenate(updates)})
+            found += map(jnp.ravel, jax.tree.leaves(update))
+        return jnp.concatenate(found)
 
-    params = draw((8,), np.float32)
+    def compute(few: Any, every: Any, vector: PyTree, arrays: PyTree) -> dict[str, Any]:
+        found = {**scores(*few), "optimizer": updates(vector), "arrays optimizer": updates(arrays)}
+        if every is not None:
+            found |= {f"classes {name}": value for name, value in scores(*every).items()}
+        return jax.tree.map(identity.summary, found)
+
+    few, vector, every = drawn(examples), draw((8,), np.float32), None
+    arrays = jax.tree.map(lambda x: draw([min(size, 2) for size in x.shape], x.dtype), variables["params"])
     try:
-        jax.eval_shape(compute, outputs, batch, params)
+        jax.eval_shape(updates, vector)
     except Exception:  # of any type: the optimizer may know the model's parameters by name
-        params = jax.tree.map(lambda x: draw([min(size, 2) for size in x.shape], x.dtype), variables["params"])
-    return identity.compiled_summaries(compute, outputs, batch, params)
+        vector = arrays
+    if data.num_classes and not data.target.shape:  # a loss may weight its classes
+        outputs, batch = drawn(min(data.num_classes, MOST_CLASSES))
+        every = outputs, batch._replace(labels=np.arange(len(batch.labels), dtype=np.int32))
+    return identity.compiled_summaries(compute, few, every, vector, arrays)

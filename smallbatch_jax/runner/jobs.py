@@ -120,7 +120,7 @@ class Setup:
         scalars = chosen.scalars(batch_size, first)
         return Optimizer(make, tuple(scalars), chosen.learning_rate(1.0, batch_size), elementwise=not self.own.optimizer)
 
-    def _own_optimizer(self, learning_rate: Any, weight_decay: Any, **scalars: Any) -> optax.GradientTransformation:
+    def _own_optimizer(self, learning_rate: Any, weight_decay: Any, /, **scalars: Any) -> optax.GradientTransformation:
         """The caller's optimizer; its weight decay, if it has any, is one of its own scalars."""
         assert self.own.optimizer is not None
         return self.own.optimizer(learning_rate, **scalars)

@@ -5,6 +5,7 @@ Processes that train programs of one workdir take turns, by a lock on WORKDIR/pa
 
 import dataclasses
 import fcntl
+import math
 import os
 import shutil
 import warnings
@@ -33,13 +34,14 @@ class Kept(NamedTuple):
 
     folder: Path
     run: Run
-    value: float  # the median of the selected metric over its last epochs (§3.1), its test accuracy as a rule
+    value: float  # the median of the metric over its last epochs (§3.1)
+    metric: Metric  # by which runs were chosen, test accuracy as a rule
     checksum: int
 
 
-def best_first(kept: Iterable[Kept], metric: Metric) -> list[Kept]:
+def best_first(kept: Iterable[Kept]) -> list[Kept]:
     """Sorts by the metric; of equals the smallest batch size, BN batch size, base learning rate and seed comes first."""
-    return sorted(kept, key=lambda one: (metric.gain(0.0, one.value), one.run))
+    return sorted(kept, key=lambda one: (math.isnan(one.value), one.metric.gain(0.0, one.value), one.run))
 
 
 class Parameters:
@@ -47,6 +49,10 @@ class Parameters:
 
     def __init__(self, workdir: Path | None, keep: str | None, metric: Metric = ACCURACY):
         self._folder, self._keep, self._metric = workdir and workdir / "parameters", keep, metric
+        if self._folder and keep:
+            others = {one.metric.column for one in _stored(self._folder, metric)} - {metric.column}
+            if others:
+                raise InputError(f"select: {self._folder} was chosen by {others.pop()}; select that, or remove the folder.")
 
     def save(self, name: str, run: Run, value: float, variables: PyTree) -> None:
         """Stores a finished run as parameters/`name`, unless the best alone is kept and this is not the best of its batch size.
@@ -63,15 +69,17 @@ class Parameters:
         if self._folder is None or self._keep is None:
             return
         variables = jax.tree.map(np.asarray, variables)
-        new = Kept(self._folder / name, run, value, _checksum(variables))
+        new = Kept(self._folder / name, run, value, self._metric, _checksum(variables))
         with writing(self._folder), quietly():
             self._folder.mkdir(parents=True, exist_ok=True)
             with _locked(self._folder, "a"):
                 for abandoned in (*self._folder.glob(".*"), *self._folder.glob("*.orbax-checkpoint-tmp*")):
                     shutil.rmtree(abandoned, ignore_errors=True)
-                others = [kept for kept in _stored(self._folder) if kept.run != run] if self._keep == "best" else []
+                others = (
+                    [kept for kept in _stored(self._folder, self._metric) if kept.run != run] if self._keep == "best" else []
+                )
                 rivals = [kept for kept in others if kept.run.batch_size == run.batch_size]
-                first = best_first([new, *rivals], self._metric)[0]
+                first = best_first([new, *rivals])[0]
                 if new.folder.exists():
                     _remove(new.folder)
                 if first is new:
@@ -82,7 +90,7 @@ class Parameters:
 
 
 def _write(new: Kept, variables: PyTree) -> None:
-    described = {"run": dataclasses.asdict(new.run), "value": new.value, "checksum": new.checksum}
+    described = {"run": dataclasses.asdict(new.run), "value": new.value, "metric": [*new.metric], "checksum": new.checksum}
     content = ocp.args.StandardSave(variables)  # pyright: ignore[reportCallIssue]
     try:
         with _checkpointer() as orbax:
@@ -126,8 +134,8 @@ def load_parameters(
         stack.enter_context(quietly())
         with suppress(OSError):  # of a copy that nobody writes to
             stack.enter_context(_locked(folder, "r"))
-        stored = _stored(folder)
-        for kept in best_first((kept for kept in stored if asked.items() <= kept.run.to_dict().items()), experiment.metric):
+        stored = _stored(folder, experiment.metric)
+        for kept in best_first(kept for kept in stored if asked.items() <= kept.run.to_dict().items()):
             try:
                 return _read(kept)
             except Exception as error:  # whatever reading a damaged file raises
@@ -148,15 +156,20 @@ def _read(kept: Kept) -> dict[str, PyTree]:
     return variables
 
 
-def _stored(folder: Path) -> list[Kept]:
-    """Returns the runs whose parameters are stored; a warning names a folder that is damaged."""
+def _stored(folder: Path, metric: Metric) -> list[Kept]:
+    """Returns the runs whose parameters are stored; a warning names a folder that is damaged.
+
+    `metric` is that of folders of earlier versions, which do not say.
+    """
     found = []
     for path in sorted(folder.glob("m*")):
         if ".orbax-checkpoint-tmp" not in path.name:  # which Orbax was writing when it was killed
             try:
                 with _checkpointer() as orbax:
                     described: Any = orbax.metadata(path.resolve()).custom_metadata
-                found.append(Kept(path, Run.from_json(described["run"]), float(described["value"]), described["checksum"]))
+                chosen = Metric(*described.get("metric", metric))
+                run, value = Run.from_json(described["run"]), float(described["value"])
+                found.append(Kept(path, run, value, chosen, described["checksum"]))
             except Exception as error:  # whatever reading a damaged file raises
                 _warn(path, error)
     return found

@@ -99,7 +99,7 @@ def _differing_facts(known: Mapping[str, Any], facts: Mapping[str, Any]) -> list
     another = "model is another one of the same name, with other fields or code ({} differs)"
     for name, text in (("model", another), ("own", "{} is another function of the same name")):
         if name in known and name in facts and (place := _model_difference(known[name], facts[name])):
-            found.append(text.format(place))
+            found.append(text.format(place if name == "model" else place.rpartition(" ")[2]))
     return found
 
 
@@ -108,8 +108,8 @@ def _model_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str 
     if there["tolerance"] != here["tolerance"]:
         return "precision"
     old, new = dict(there["values"]), dict(here["values"])
-    if not any(name.startswith("updated") for name in old):  # an earlier version did not store the updated batch statistics
-        new = {name: pair for name, pair in new.items() if not name.startswith("updated")}
+    kinds = {name.partition(" ")[0] for name in old}  # earlier versions stored fewer
+    new = {name: pair for name, pair in new.items() if name.partition(" ")[0] in kinds}
     if old.keys() != new.keys():
         return next(name for name in (*old, *new) if name not in old or name not in new)
     # Gradients may cancel to nothing, e.g. of a bias before a batch norm: they are compared on the scale of the largest.

@@ -80,7 +80,8 @@ def _in_words(study: Study, best: pd.Series) -> str:
     drops = " and ".join(f"{100 * boundary:.3g} %" for boundary in schedule.boundaries)
     then = f", η̃ times {schedule.factor:g} and m times {schedule.batch_growth}" if schedule.batch_growth > 1 else ""
     then = f"{then or f', times {schedule.factor:g}'} after {drops} of the training" if drops else ""
-    warm_up = f", after a warm-up over {100 * schedule.warmup_fraction:g} %" if schedule.warmup_fraction else ""
+    warmed = further.get("warmup_fraction", schedule.warmup_fraction)
+    warm_up = f", after a warm-up over {100 * warmed:g} %" if warmed else ""
     weight_decay = further.get("weight_decay", experiment.weight_decay)
     decay = f", weight decay {weight_decay:g}" if weight_decay else ""
     decay += " of kernels alone" if decay and experiment.weight_decay_mask == "kernels" else ""

@@ -144,7 +144,9 @@ def describe(study: Study) -> str:
     facts += [f"{'own data' if e.dataset.name.startswith(OWN) else e.dataset.name}{images}"]
     facts += ["augmented"] * e.dataset.augment
     facts += [plural(e.epochs, "epoch")]
-    facts += [f"warm-up {100 * e.schedule.warmup_fraction:g} %"] * (e.schedule.warmup_fraction > 0)
+    facts += [f"warm-up {100 * e.schedule.warmup_fraction:g} %"] * (
+        e.schedule.warmup_fraction > 0 and not e.grid.warmup_fractions
+    )
     facts += [f"m = {_span(cells['batch_size'])}"]
     facts += [f"grown {e.schedule.batch_growth}-fold at each reduction"] * (e.schedule.batch_growth > 1)
     facts += [f"BN batch {_span(cells['bn_batch_size'])}"] * (not cells["bn_batch_size"].equals(cells["batch_size"]))

@@ -9,6 +9,7 @@ import tiny
 import smallbatch_jax as sbj
 from smallbatch_jax.cluster import worker
 from smallbatch_jax.config.experiment import InputError, Run
+from smallbatch_jax.config.metric import ACCURACY
 from smallbatch_jax.runner.grid import train_grid
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.runner.signals import Stop
@@ -58,7 +59,7 @@ def test_kept_parameters_have_the_stored_test_accuracy_and_loss(every):
     last, data = last_rows(frame), tiny.dataset()
     assert set(frame.status) == {"finished", "diverged"}
     assert len(names(workdir)) == len(last) > 4
-    stored = {kept.run: kept.value for kept in parameters._stored(workdir / "parameters")}
+    stored = {kept.run: kept.value for kept in parameters._stored(workdir / "parameters", ACCURACY)}
     assert stored == {Run(*row[:4]): row.final for row in last[[*results.RUN_COLUMNS, "final"]].itertuples(index=False)}
     mean, std = data.train_images.mean((0, 1, 2)), data.train_images.std((0, 1, 2))
     for row in last.itertuples():

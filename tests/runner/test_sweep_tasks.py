@@ -161,6 +161,20 @@ def test_an_own_optimizer_may_know_the_parameters_by_name(tmp_path):
     assert "optimizer is another function of the same name" in error_line(own, 0.8, tmp_path, optimizer=without("bias"))
 
 
+def test_an_own_optimizer_may_have_a_scalar_named_weight_decay():
+    frame = quiet(Linear(), table(), (20,), (2**-6,), epochs=1, optimizer=optax.adamw, scalars={"weight_decay": (0.0, 0.9)})
+    assert frame["test_loss"].nunique() == 2
+
+
+def test_sequences_are_divided_as_other_data_are():
+    tokens = np.random.default_rng(0).integers(0, 4, (40, 6))
+    whole = sbj.data.Dataset(tokens[:30], None, tokens[30:], None, 4)
+    part = whole.with_validation(0.2).with_subset(10)
+    assert (part.task, part.num_train) == ("next_token", 10)
+    np.testing.assert_array_equal(part.train_labels, part.train_images)
+    np.testing.assert_array_equal(part.validation_labels, part.validation_images)
+
+
 def test_scalars_of_an_own_optimizer_are_an_axis():
     both = own((0.5, 0.8))
     np.testing.assert_array_equal(both.query("scalar_momentum == 0.8")["test_loss"], own(0.8)["test_loss"])

@@ -1,5 +1,6 @@
 """Kept parameters: each run's whole or not there, the best of each batch size, and what loads them."""
 
+import math
 import shutil
 import threading
 import warnings
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from pictures import error_line
 
 import smallbatch_jax as sbj
 from smallbatch_jax.config.experiment import InputError, Run
+from smallbatch_jax.config.metric import Metric
 from smallbatch_jax.store import parameters
 from smallbatch_jax.store.parameters import Parameters
 from smallbatch_jax.store.workdir import open_workdir
@@ -51,6 +54,20 @@ def every(tmp_path_factory):
 @pytest.fixture
 def folder(every, tmp_path):
     return shutil.copytree(every, tmp_path / "w")
+
+
+def test_a_run_without_a_value_is_never_the_best(tmp_path):
+    kept = Parameters(tmp_path, "best")
+    kept.save("m4_good", Run(4, 4, 0.1, 0), 0.7, variables(0))
+    kept.save("m4_unknown", Run(4, 4, 0.5, 0), math.nan, variables(1))
+    assert names(tmp_path) == ["m4_good"]
+
+
+def test_what_another_metric_chose_is_not_mixed(tmp_path):
+    Parameters(tmp_path, "best").save("m4_good", Run(4, 4, 0.1, 0), 0.7, variables(0))
+    says = f"select: {tmp_path}/parameters was chosen by test_accuracy; select that, or remove the folder."
+    assert error_line(Parameters, tmp_path, "best", Metric("test_loss", "min")) == says
+    Parameters(tmp_path, None, Metric("test_loss", "min"))
 
 
 def names(folder):

@@ -152,6 +152,15 @@ def test_the_learning_rate_is_told_with_its_schedule():
     )
 
 
+def test_the_warm_up_is_that_of_the_cell_where_it_is_an_axis():
+    found = study("fig10", {4: 0.9})
+    grid = dataclasses.replace(found.experiment.grid, warmup_fractions=(0.2,))
+    experiment = dataclasses.replace(found.experiment, grid=grid, schedule=Schedule(warmup_fraction=0.1))
+    rows, cells = (table.assign(warmup_fraction=0.2) for table in (found.rows, found.cells))
+    of_axis = dataclasses.replace(found, experiment=experiment, rows=rows, cells=cells)
+    assert answer(of_axis).caveats[0].endswith("after a warm-up over 20 %.")
+
+
 def test_batch_sizes_that_a_wider_grid_might_help_are_named():
     told = caveats({2: [0.5, 0.9, 0.4], 4: [0.6, 0.5, 0.4], 8: [0.6, 0.5, LOST], 16: [0.1, 0.2, 0.3]})
     assert "m = 4, 8 are best at the smallest η̃ tried: a smaller one may bring them closer." in told
