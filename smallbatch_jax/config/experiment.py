@@ -305,9 +305,10 @@ def differences(stored: Experiment, asked: Experiment) -> list[str]:
     missing = sorted({run for run in stored.runs() if run.seed in stored.grid.seeds} - set(asked.runs()))
     if missing:
         run = missing[0]
+        scalars = "".join(f", {name} {value!r}" for name, value in run.scalars)
         found.append(
             f"grid lacks {len(missing)} run(s) there, the first with batch_size {run.batch_size}, bn_batch_size "
-            f"{run.bn_batch_size}, base_lr {run.base_lr:g}, seed {run.seed} (a grid may grow, not shrink)"
+            f"{run.bn_batch_size}, base_lr {run.base_lr!r}, seed {run.seed}{scalars} (a grid may grow, not shrink)"
         )
     return found
 

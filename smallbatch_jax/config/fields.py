@@ -128,6 +128,8 @@ def cut(text: str, most: int = 120) -> str:
 
 def expanded_path(name: str, given: str | os.PathLike[str]) -> str:
     """Expands ~ and ~user to home folders; raises InputError for what cannot be a path."""
+    if not isinstance(given, (str, bytes, os.PathLike)):
+        raise InputError(f"{name}: got {shown(given)}, accepts a path.")
     path = os.path.expanduser(os.fsdecode(given))
     if not path.strip():
         raise InputError(f"{name}: empty; give a path.")

@@ -51,6 +51,8 @@ class Dataset:
             if isinstance(names, str) or len(names) != num_classes or not all(isinstance(name, str) for name in names):
                 raise InputError(f"Dataset.class_names: got {names!r}; it accepts None or {num_classes} strings, one a class")
             names = tuple(names)
+        if self.validation_images is None and self.validation_labels is not None:
+            raise InputError("Dataset.validation_labels: given without validation_images; give both, or neither")
         checked: dict[str, Any] = {"num_classes": num_classes, "class_names": names}
         for split in ["train", "test"] + ["validation"] * (self.validation_images is not None):
             name = f"{split}_labels"

@@ -37,6 +37,12 @@ def require_model(model: Model, task: Task, data: Any, batch_size: int = 2) -> T
         raise
     except Exception as error:  # of any type: a model may raise anything for a shape that it does not expect
         raise InputError(f"model: cannot take images of shape {images.shape[1:]}: {error}") from error
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) or 0 in leaf.shape:
+            place = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise InputError(
+                f"model: its parameter {place} is {leaf.dtype}{list(leaf.shape)}, accepts floating point, not empty."
+            )
     _require_outputs(outputs, task, batch, data.num_classes)
     for name, score in {"loss": task.loss, **task.metrics}.items():
         _require_score(name, score, outputs, batch)

@@ -19,7 +19,7 @@ def handled() -> list[signal.Signals]:
     return [signum for signum in ENDING + WARNING if not (ignored and signum == signal.SIGHUP)]
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """A signal ended the work early; everything is saved, and the same command goes on."""
 
     def __init__(self, signum: int):

@@ -95,6 +95,8 @@ def sweep(
 
     Raises:
       InputError: in one line that names what cannot be used.
+      KeyboardInterrupt: `runner.signals.Interrupted`, on Ctrl-C or another signal, once all lanes are saved in the workdir;
+        the same call goes on.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # in a process that is to decode photographs
         raise SystemExit("sweep: call it below `if __name__ == '__main__':`, since processes that decode import this script.")

@@ -113,6 +113,7 @@ def test_dataset_does_not_copy_what_already_fits():
         ({"train_images": np.zeros((4, 5, 5, 3), bool)}, "train_images", "bool"),
         ({"train_images": np.zeros((4, 5, 5, 3), int)}, "train_images", "images.astype(np.uint8)"),
         ({"train_images": np.ma.masked_less(np.arange(20.0).reshape(4, 5), 3)}, "train_images", "masked values"),
+        ({"validation_labels": np.zeros(2, int)}, "validation_labels", "without validation_images"),
         ({"num_classes": 0}, "num_classes", "0"),
         ({"num_classes": 2.5}, "num_classes", "2.5"),
         ({"class_names": ("a", "b")}, "class_names", "3 strings"),

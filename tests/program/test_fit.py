@@ -1,16 +1,19 @@
 """Own optimizers that are refused before anything is compiled, and how another function of the same name is recognised."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import tiny
+from flax import linen as nn
 from pictures import error_line
 
 from smallbatch_jax.optim import Optimizer
 from smallbatch_jax.program import fit
-from smallbatch_jax.program.tasks import Task, correct
+from smallbatch_jax.program.tasks import CLASSIFICATION, Task, correct
 from smallbatch_jax.store.workdir import _model_difference
 
 PARAMS = {"kernel": jax.ShapeDtypeStruct((3, 2), np.float32), "bias": jax.ShapeDtypeStruct((2,), np.float32)}
@@ -39,6 +42,21 @@ def bare(init, update):
 )
 def test_an_own_optimizer_that_would_not_train_as_meant_is_refused(optimizer, says):
     assert says in error_line(fit.require_optimizer, optimizer, PARAMS, "mine")
+
+
+class WithParameter(nn.Module):
+    initial: Any
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        self.param("n", lambda key: self.initial)
+        return nn.Dense(3)(images.reshape(len(images), -1))
+
+
+@pytest.mark.parametrize(("initial", "got"), [(jnp.int32(3), "int32[]"), (jnp.zeros((0, 3)), "float32[0, 3]")])
+def test_parameters_that_cannot_be_trained_are_refused(initial, got):
+    says = error_line(fit.require_model, WithParameter(initial=initial), CLASSIFICATION, tiny.dataset())
+    assert says == f"model: its parameter n is {got}, accepts floating point, not empty."
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ from matplotlib.collections import PolyCollection
 from rows import results, run
 
 from smallbatch_jax.config.experiment import Run
+from smallbatch_jax.config.metric import Metric
 from smallbatch_jax.study import figures
-from smallbatch_jax.study.analysis import planned_cells
+from smallbatch_jax.study.analysis import known_cells, planned_cells
+from smallbatch_jax.study.figures import style
 
 
 def lines(figure, panel):
@@ -208,3 +210,13 @@ def test_bn_figure_can_be_drawn_before_a_run_has_finished():
     figure.savefig(io.BytesIO(), format="png")
     assert [text.get_text() for text in figure.axes[0].texts] == ["no run has finished"]
     np.testing.assert_array_equal(placed(figure, 1, marker="."), [[2, 0], [4, 0]])
+
+
+def test_a_task_without_accuracies_is_drawn_by_its_loss(tmp_path):
+    rows = results(run([math.nan] * 2), run([math.nan] * 2, base_lr=0.25)).assign(test_loss=[0.5, 0.4, 0.5, 0.3])
+    rows["status"] = "finished"
+    figures.draw(rows, tmp_path)
+    loss = Metric("test_loss", "min")
+    style.write(figures.accuracy_against_base_lr(known_cells(rows, loss), loss), tmp_path / "expected")
+    found = next(tmp_path.rglob("accuracy_vs_base_lr.png"))
+    assert found.read_bytes() == (tmp_path / "expected.png").read_bytes()

@@ -48,7 +48,7 @@ def draw(df: pd.DataFrame, out_dir: PathLike) -> list[Path]:
 
     Args:
       df: results, one row per run and epoch. Several experiments go into one folder each, under their names. Runs without a
-        row are unknown; with a workdir, `draw_studies` shows them as missing.
+        row are unknown; with a workdir, `draw_studies` shows them as missing. Where there are no accuracies, losses are drawn.
       out_dir: created if need be. An existing file is replaced whole or not at all.
     Returns:
       The paths written.
@@ -59,7 +59,9 @@ def draw(df: pd.DataFrame, out_dir: PathLike) -> list[Path]:
     paths = []
     for name, folder in _folders(sorted(set(df["experiment"])), Path(out_dir)).items():
         rows = df[df["experiment"] == name]
-        paths += _write_all(_own_figures(rows, known_cells(rows)), folder)
+        without = rows["test_accuracy"].isna().all() and (rows["status"] == "finished").any()  # of a task without an accuracy
+        metric = Metric("test_loss", "min") if without else ACCURACY
+        paths += _write_all(_own_figures(rows, known_cells(rows, metric), metric), folder)
     return paths
 
 
