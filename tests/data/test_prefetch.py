@@ -133,8 +133,9 @@ def test_a_worker_that_dies_is_reported(root, taken):
     prefetcher.seek(0)
     if taken:
         prefetcher.take(taken)
-    (worker,) = children(os.getpid()) - before
-    os.kill(worker, signal.SIGKILL)
+    while not (workers := children(os.getpid()) - before):  # it is about to run Python
+        time.sleep(0.01)
+    os.kill(workers.pop(), signal.SIGKILL)
     with pytest.raises(WorkerDied, match=r"a process that decodes images died: .* exit code -9"):
         prefetcher.take(2000)  # more than there is on its way
     prefetcher.close()
