@@ -80,6 +80,7 @@ class MetricEntry:
     title: str  # in figures and tables, after "test"
     functions: Mapping[str, str]  # "module:attribute" of (outputs, batch) → [n], by the task that has the metric
     fraction: bool = False  # whether it is shown in percent
+    guesses: int = 0  # classes that an output names, one of which must be right: chance is so many of all; 0: not known
 
 
 METRICS = {
@@ -90,8 +91,9 @@ METRICS = {
             "next_token": "smallbatch_jax.program.tasks:correct_tokens",
         },
         fraction=True,
+        guesses=1,
     ),
-    "top5_accuracy": MetricEntry("top-5 accuracy", {"classification": "smallbatch_jax.program.tasks:in_top5"}, fraction=True),
+    "top5_accuracy": MetricEntry("top-5 accuracy", {"classification": "smallbatch_jax.program.tasks:in_top5"}, True, 5),
     "absolute_error": MetricEntry("absolute error", {"regression": "smallbatch_jax.program.tasks:absolute_error"}),
 }
 

@@ -52,7 +52,9 @@ class Parameters:
         if self._folder and keep:
             others = {one.metric.column for one in _stored(self._folder, metric)} - {metric.column}
             if others:
-                raise InputError(f"select: {self._folder} was chosen by {others.pop()}; select that, or remove the folder.")
+                raise InputError(
+                    f"select: the runs in {self._folder} were chosen by {others.pop()}; use that, or remove the folder."
+                )
 
     def save(self, name: str, run: Run, value: float, variables: PyTree) -> None:
         """Stores a finished run as parameters/`name`, unless the best alone is kept and this is not the best of its batch size.

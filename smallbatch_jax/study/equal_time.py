@@ -52,7 +52,7 @@ def by_time(studies: Sequence[Study]) -> list[Best]:
 def sentence(studies: Sequence[Study]) -> str:
     """Returns the best at equal epochs, of each length if there are several, and at equal time.
 
-    It is empty for studies of different models or datasets, which are not to be had in place of each other.
+    Studies of different models or datasets are not compared: the sentence is empty.
     """
     if len({(study.experiment.model, study.experiment.dataset.name) for study in studies}) > 1:
         return ""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from smallbatch_jax.config.catalog import METRICS
 from smallbatch_jax.config.experiment import OWN, Experiment, InputError
 from smallbatch_jax.config.fields import expanded_path
 from smallbatch_jax.config.metric import Metric
@@ -54,8 +55,9 @@ class Study:
     @property
     def chance(self) -> float:
         """The metric of a guess: its accuracy where the test classes are balanced, or its loss; NaN if it is not known."""
-        if (guesses := {"accuracy": 1, "top5_accuracy": 5}.get(self.metric.name)) and self.num_classes:
-            return min(1.0, guesses / self.num_classes)
+        entry = METRICS.get(self.metric.name)
+        if entry and entry.guesses and self.num_classes:
+            return min(1.0, entry.guesses / self.num_classes)
         return self.guess.get(self.metric.name, 0.0 if self.metric.fraction else math.nan)
 
     @property

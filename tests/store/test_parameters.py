@@ -65,7 +65,7 @@ def test_a_run_without_a_value_is_never_the_best(tmp_path):
 
 def test_what_another_metric_chose_is_not_mixed(tmp_path):
     Parameters(tmp_path, "best").save("m4_good", Run(4, 4, 0.1, 0), 0.7, variables(0))
-    says = f"select: {tmp_path}/parameters was chosen by test_accuracy; select that, or remove the folder."
+    says = f"select: the runs in {tmp_path}/parameters were chosen by test_accuracy; use that, or remove the folder."
     assert error_line(Parameters, tmp_path, "best", Metric("test_loss", "min")) == says
     Parameters(tmp_path, None, Metric("test_loss", "min"))
 
