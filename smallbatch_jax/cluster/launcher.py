@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -161,7 +162,9 @@ def connected(address: str | None) -> Iterator[Any]:
         if address and re.fullmatch(r"[^/]+:\d+", address):  # Ray would try for minutes, and log that
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
-        ray.init(address or "local", **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)  # by Ray, whose child executes at once
+            ray.init(address or "local", **options)
     except Exception as error:  # of many types
         failed = f"--address={address}: no Ray cluster can be reached" if address else "no Ray cluster can be started here"
         raise InputError(f"{failed}: {_one_line(error)}") from error
