@@ -84,7 +84,8 @@ def given_fields() -> dict[str, Any]:
 def parse(argv: Sequence[str]) -> list[str]:
     """Parses flags as absl does, but --help exits with status 0 and a mistake is an InputError."""
     if any(arg in ("--help", "-h", "-help", "--helpfull", "--helpshort") for arg in argv[1:]):
-        print(f"{sys.modules['__main__'].__doc__}\nflags:\n{flags.FLAGS.main_module_help()}")
+        shared = flags.FLAGS.module_help("distributed") if "distributed" in sys.modules else ""
+        print(f"{sys.modules['__main__'].__doc__}\nflags:\n{flags.FLAGS.main_module_help()}\n{shared}")
         sys.exit(0)
     try:
         args = _with_switches(argv[1:])

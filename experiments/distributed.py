@@ -6,6 +6,7 @@ about each other, and says in one line how the child ended.
 """
 
 import ctypes
+import mmap
 import os
 import re
 import signal
@@ -28,6 +29,7 @@ JOIN_SECONDS = flags.DEFINE_integer("join_seconds", 300, "How long to wait for t
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 NOISE = re.compile(r"\[Gloo\]|connected to \d+ peer ranks|coordination_service|preemption_sync|JAX distributed service")
+JOINED = mmap.mmap(-1, 1)  # shared by the watcher and its child: 1 once the processes have joined
 NATIVE_LINE = re.compile(r"[IWEF]\d{4} ")  # beginning of a native log entry, which may have more lines
 
 
@@ -91,6 +93,9 @@ def _watch(child: int, reader: int, number: int | None) -> NoReturn:
         for line in without_noise(lines):
             print(line, end="", file=sys.stderr, flush=True)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == -signal.SIGABRT and not JOINED[0]:
+        print(f"--coordinator_address: not all processes joined within {JOIN_SECONDS.value} seconds (--join_seconds)", file=sys.stderr)
+        status = 2
     if status < 0:
         which = "" if number is None else f" {number}"
         lost = status == -signal.SIGABRT
@@ -133,6 +138,7 @@ def join() -> None:
         )
     except (ValueError, RuntimeError) as error:
         raise InputError(f"--coordinator_address: the processes cannot be joined: {error}") from None
+    JOINED[0] = 1
 
 
 def failure(error: Exception) -> str:

@@ -108,6 +108,8 @@ def sweep(
     place = [sections["dataset"].pop(name, None) for name in ("data_dir", "image_size")]
     images = data.load(dataset, *place) if isinstance(dataset, str) else dataset
     require_dataset(images)
+    if own is None and isinstance(images, Dataset) and not images.num_classes:
+        raise InputError(f"model: {model} gives logits of classes, but the labels are real numbers; give a model of your own.")
     division = {name: sections["dataset"][name] for name in ("subset", "validation_fraction") if name in sections["dataset"]}
     asked = fields.parse(experiment.Dataset, division, "dataset")
     images = data.divided(images, asked.subset, asked.validation_fraction)
@@ -142,6 +144,9 @@ def _own_parts(sections: dict[str, Any], loss: Any, metrics: Any, optimizer: Any
     if loss is not None:
         sections["task"] = f"{OWN}{_name_of(loss)}"
     sections["metrics"] = [f"{OWN}{name}" for name in functions] if functions else metrics
+    if not (isinstance(optimizer, (str, experiment.Optimizer)) or callable(optimizer)):
+        kind = type(optimizer).__name__
+        raise InputError(f"optimizer: got a {kind}, accepts a name or a function of the learning rate such as optax.adam.")
     own: Any = optimizer if callable(optimizer) else None
     if isinstance(optimizer, experiment.Optimizer):
         sections["optimizer"] = dataclasses.asdict(optimizer) | sections["optimizer"]

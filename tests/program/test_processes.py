@@ -105,6 +105,12 @@ def test_processes_that_were_not_started_alike_are_refused(tmp_path):
         (("--coordinator_address=here:1", "--num_processes=2"), {}, "--process_id: not given"),
         (("--coordinator_address=here:1", "--num_processes=2", "--process_id=2"), {}, "--process_id: got 2 of 2 processes"),
         ((), {"JAX_COORDINATOR_ADDRESS": "here:1", "JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES: got 'two'"),
+        pytest.param(
+            ("--coordinator_address=127.0.0.1:1", "--num_processes=2", "--process_id=1", "--join_seconds=1"),
+            {},
+            "--coordinator_address: not all processes joined within 1 seconds (--join_seconds)",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_process_that_cannot_join_says_what_is_missing(tmp_path, arguments, environment, said):

@@ -207,6 +207,7 @@ def test_a_workdir_recognises_own_functions_by_what_they_compute(tmp_path):
         ({"metrics": 3}, "metrics: got 3, accepts a tuple of values"),
         ({"validation_fraction": "half"}, "dataset.validation_fraction: got 'half', accepts a number from 0 to 0.9."),
         ({"select": "test_loss"}, "select: got 'test_loss', accepts a column and"),
+        ({"optimizer": optax.adam(1e-3)}, "optimizer: got a GradientTransformationExtraArgs, accepts a name or a function"),
         ({"optimizer": "adma"}, "optimizer.name: unknown optimizer 'adma'; did you mean 'adam'?"),
         ({"momenta": (0.9,)}, "grid.momenta: sgd has no momentum, it has no scalars."),
         (
@@ -237,6 +238,10 @@ def test_a_mistake_is_named_in_one_line(options, says, tmp_path):
     folder = tmp_path / "w"
     assert error_line(quiet, Linear(), table(), (4,), (2**-7,), 1, workdir=folder, **options).startswith(says)
     assert not folder.exists()
+
+
+def test_a_named_model_gives_no_real_numbers():
+    assert error_line(quiet, "resnet8", table(), (4,), (2**-7,), 1).startswith("model: resnet8 gives logits of classes")
 
 
 @pytest.mark.long
