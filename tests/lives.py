@@ -1,6 +1,6 @@
-"""A life is one process of the sweep's command: begun, watched until a moment comes, killed, finished and compared.
+"""Starts the sweep's command as a process, watches it until a given moment, kills it, finishes and compares the sweep.
 
-What a killed one was doing is judged from what it left in the workdir.
+One such process is called a life. `doing` infers what a killed process was doing from the files it left in the workdir.
 """
 
 import json
@@ -23,12 +23,12 @@ from smallbatch_jax.store.timings import TIMING_COLUMNS
 from smallbatch_jax.study.figures import COST_FIGURES as COST_STEMS
 
 ROOT = Path(__file__).parent.parent
-SOAK_SECONDS = 350  # for one soak; then it stops, and fails
-LIFE_SECONDS = 120  # for a single process, wherever no soak bounds it
+SOAK_SECONDS = 350  # time limit of one soak
+LIFE_SECONDS = 120  # time limit of one process outside a soak
 
-# A checkpoint is saved whenever a segment ends: by default a fiftieth of the time may go into them.
+# Saves a checkpoint after every segment; by default checkpoints may take a fiftieth of the time.
 OFTEN = "from smallbatch_jax.runner import scheduler as feeder; feeder.CHECKPOINT_SHARE = 1e9"
-# Death at the nth file that is whole under a temporary name, and would now get its own.
+# Kills the process before it renames its nth temporary file.
 DIES = """
 import os, signal
 real, left = os.replace, [{n}]
@@ -37,7 +37,7 @@ def replace(*names):
     return real(*names) if left[0] else os.kill(os.getpid(), signal.SIGKILL)
 os.replace = replace
 """
-# Every segment takes seconds more, in C, where Python sees no signal; as a large model's does. A file says that it began.
+# Makes every segment seconds longer, in C, where Python handles no signal, as a large model does. The first one makes `marker`.
 LONG = """
 import hashlib, pathlib
 from smallbatch_jax.program.lanes import LaneProgram
@@ -64,7 +64,7 @@ SMALL = (
 )
 SOAKS = {
     "alexnet": (
-        "--config.epochs=4",
+        "--config.epochs=16",
         "--config.grid.batch_sizes=(16,64,256)",
         "--config.grid.base_lrs=(0.0005,0.001,0.002,0.004,0.03,8.0)",
         "--config.grid.seeds=(0,1)",
@@ -84,7 +84,7 @@ SOAKS = {
 
 @contextmanager
 def life(workdir: Path, overrides: tuple[str, ...], prelude: str | None = OFTEN) -> Iterator[subprocess.Popen]:
-    """The sweep's command in a process group of its own, which does not outlive the block; `prelude` is run before it."""
+    """Runs `prelude`, then the sweep's command, in a process group of its own that is killed when the block ends."""
     begin = ["experiments/sweep.py"] if prelude is None else ["-c", prelude + RUN]
     line = [sys.executable, *begin, "--config=configs/quickstart.py", f"--workdir={workdir}", *overrides]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -97,21 +97,21 @@ def life(workdir: Path, overrides: tuple[str, ...], prelude: str | None = OFTEN)
 
 
 def kill(process: subprocess.Popen) -> str:
-    """SIGKILL for the whole group, unless it has ended; what it said on stderr."""
+    """Kills the process group, unless it has ended, and returns its stderr."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     return "" if process.stderr.closed else process.communicate()[1]
 
 
 def finish(workdir: Path, overrides: tuple[str, ...], seconds: float = LIFE_SECONDS) -> None:
-    """The same command, undisturbed to its end."""
+    """Runs the same command to completion."""
     with life(workdir, overrides) as process:
         _, errors = process.communicate(timeout=seconds)
         assert process.returncode == 0, errors
 
 
 def comes(process: subprocess.Popen, happened: Callable[[], bool], stop: float | None = None) -> bool:
-    """Waits until it has happened; False if the process ends before. At `stop`, a time.monotonic(), the test fails."""
+    """Waits until `happened`; returns False if the process ends first. Fails the test at `stop`, a time.monotonic()."""
     stop = time.monotonic() + LIFE_SECONDS if stop is None else stop
     while not happened():
         if process.poll() is not None:
@@ -128,14 +128,14 @@ def after(seconds: float) -> Callable[[], bool]:
 
 
 class Seen(NamedTuple):
-    """What lies in a workdir at one moment."""
+    """Contents of a workdir at one moment."""
 
     starts: int  # lines of provenance.jsonl
-    trained: tuple[str, ...]  # batch sizes, one for each segment there ever was
+    trained: tuple[str, ...]  # batch size of every segment so far
     row_bytes: int
-    temporaries: set[tuple[str, int]]  # names and inodes of what is not yet in its place
+    temporaries: set[tuple[str, int]]  # names and inodes of files not renamed yet
     figures: set[tuple[str, int]]  # names and times
-    saved: set[str]  # programs with a whole checkpoint
+    saved: set[str]  # programs with a complete checkpoint
 
 
 def look(workdir: Path) -> Seen:
@@ -170,7 +170,7 @@ def stat(path: Path, field: str) -> int:
 
 
 def rows(workdir: Path) -> list[str]:
-    """The lines of all result files, without headers, as they stand there."""
+    """Returns the lines of all results files, without headers."""
     found = []
     for path in sorted(workdir.glob("results/*.csv")):
         _, *lines, torn = path.read_text().split("\n")
@@ -179,8 +179,8 @@ def rows(workdir: Path) -> list[str]:
     return sorted(found)
 
 
-# The moments to kill at: what must have come to pass in this life, and the most seconds to wait on from there.
-# Each is a condition on what was seen before the life began.
+# Moments to kill at: a condition that must hold in this life, and the maximum number of seconds to wait after it.
+# Each condition takes the workdir and what `look` saw before the life began.
 
 
 def starting(workdir, before):
@@ -208,7 +208,7 @@ def appending(workdir, before):
 
 
 def deleting(workdir, before):
-    """An old checkpoint is going, or all of a program that is done."""
+    """An old checkpoint, or every checkpoint of a completed program, is being deleted."""
     there = set()
 
     def happened():
@@ -240,7 +240,7 @@ MOMENTS = [
 
 
 def doing(workdir: Path, before: Seen, killed_at: float, all_rows: int) -> str:
-    """What a process that was killed did last, judged from what it left."""
+    """Returns what a killed process did last, inferred from its files."""
     now = look(workdir)
     if unfinished := now.temporaries - before.temporaries:
         return "saving a checkpoint" if any("checkpoints" in path for path, _ in unfinished) else "replacing a file"
@@ -270,17 +270,17 @@ def undisturbed(folder: Path, overrides: tuple[str, ...]) -> Reference:
 
 
 def files(workdir: Path) -> list[str]:
-    """All but temporary files, which are removed once they are old enough to have no writer."""
+    """Returns all files but temporary ones, which a later process removes once they are old."""
     return sorted(str(path.relative_to(workdir)) for path in workdir.rglob("*") if path.suffix != ".tmp")
 
 
 def assert_as_if_undisturbed(workdir: Path, reference: Reference) -> None:
-    """The same rows, figures and files, bit for bit; what tells of the lives is whole."""
+    """Asserts equal rows, figures and files, bit for bit, and whole lines in provenance.jsonl and timings.csv."""
     pd.testing.assert_frame_equal(results.load(workdir), results.load(reference.workdir), check_exact=True)
     assert rows(workdir) == rows(reference.workdir)
     assert files(workdir) == files(reference.workdir)
     for figure in reference.workdir.glob("figures/*"):
-        if figure.stem not in COST_STEMS:  # which show what the clock said
+        if figure.stem not in COST_STEMS:  # these show wall-clock times
             assert (workdir / "figures" / figure.name).read_bytes() == figure.read_bytes()
     for figure in workdir.glob("figures/*.png"):
         with Image.open(figure) as image:

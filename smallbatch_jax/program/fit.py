@@ -108,18 +108,14 @@ def require_optimizer(optimizer: Optimizer, params: PyTree, name: str) -> None:
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     scalars = scalar, scalar, dict.fromkeys(optimizer.scalars, scalar)
 
-    def init(params: PyTree, learning_rate: Any, weight_decay: Any, others: dict[str, Any]) -> Any:
-        return optimizer.make(learning_rate, weight_decay, **others).init(params)
-
     def update(params: PyTree, learning_rate: Any, weight_decay: Any, others: dict[str, Any]) -> Any:
         transform = optimizer.make(learning_rate, weight_decay, **others)
         state = transform.init(params)
-        return state, *transform.update(params, state, params)
+        return *transform.update(params, state, params), state
 
     called = ", ".join(("learning_rate", *["weight_decay"] * optimizer.elementwise, *optimizer.scalars))
     with errors_explained(f"optimizer: {name}", f"{called}; its update with gradients, state and parameters"):
-        state, updates, new_state = jax.eval_shape(update, params, *scalars)
-        read = used_inputs(jax.make_jaxpr(init)(params, *scalars).jaxpr)
+        traced, (updates, new_state, state) = jax.make_jaxpr(update, return_shape=True)(params, *scalars)
     if _shapes(updates, False) != _shapes(params, False):
         raise InputError(f"optimizer: the updates of {name} are no tree of arrays like the parameters.")
     if any(jnp.issubdtype(leaf.dtype, jax.dtypes.extended) for leaf in jax.tree.leaves(state)):
@@ -128,11 +124,14 @@ def require_optimizer(optimizer: Optimizer, params: PyTree, name: str) -> None:
         )
     if _shapes(new_state) != _shapes(state):
         raise InputError(f"optimizer: an update of {name} changes the tree, a shape or a dtype of its state.")
-    if any(read[len(jax.tree.leaves(params)) :]):
+    rate, first = len(jax.tree.leaves(params)), len(jax.tree.leaves((updates, new_state)))  # places of an input and an output
+    if any(used_inputs(traced.jaxpr, first)[rate:]):
         raise InputError(
             f"optimizer: {name} keeps its learning rate or another scalar in its state, as inject_hyperparams does, where no "
             "run's own value arrives; make the transformation of the arguments themselves."
         )
+    if not used_inputs(traced.jaxpr)[rate]:
+        raise InputError(f"optimizer: {name} does not use its learning rate, so all runs of a batch size would be the same.")
 
 
 def _shapes(tree: PyTree, dtypes: bool = True) -> Any:
