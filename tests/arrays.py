@@ -1,4 +1,4 @@
-"""Arrays to test on, and how close results must be; shared by the tests of the models' parts."""
+"""Random arrays, gradients and tolerances shared by the tests of the models' layers."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ def normal(*shape, seed=0, dtype=jnp.float32):
 
 
 def with_gradients(function, *primals):
-    """Output, and gradients of a random weighting of it."""
+    """Returns the output, and the gradients of a randomly weighted sum of it with respect to each primal."""
 
     @jax.jit
     def both(*primals):

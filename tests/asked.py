@@ -1,4 +1,4 @@
-"""Experiments as a user asks for them, for the tests of what is accepted."""
+"""Configs and command lines as a user gives them, for the tests of what is accepted."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def changed(**values):
-    """The default config as plain nested values, with some changed: `section__field=value`."""
+    """Returns the default config as nested dicts, with some values changed: `section__field=value`."""
     config = default_config().to_dict()
     for path, value in values.items():
         *sections, name = path.split("__")
@@ -28,7 +28,7 @@ def experiment(**values):
 
 
 def refusal(make, *arguments):
-    """The message of the InputError, seen to be one line."""
+    """Returns the message of the InputError after checking that it is one line."""
     with pytest.raises(InputError) as error:
         make(*arguments)
     message = str(error.value)
@@ -37,7 +37,7 @@ def refusal(make, *arguments):
 
 
 def from_command_line(*arguments, make=from_config):
-    """The experiment that a command of the quickstart config trains, or the line that refuses its arguments."""
+    """Returns the experiment that these arguments give with the quickstart config, or the line that refuses them."""
     sys.path.insert(0, str(ROOT / "experiments"))
     try:
         import command
@@ -56,7 +56,7 @@ def from_command_line(*arguments, make=from_config):
 
 
 def paths(values, above=()):
-    """Every section and field of nested values, as tuples of names."""
+    """Yields the path of every section and field of nested dicts, as a tuple of names."""
     for name, value in values.items():
         yield (*above, name)
         if isinstance(value, dict):

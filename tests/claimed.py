@@ -1,4 +1,4 @@
-"""Studies made of a table of accuracies, and what a claim finds in them."""
+"""Studies built from tables of accuracies, and the verdicts of claims about them."""
 
 import dataclasses
 import math
@@ -17,11 +17,11 @@ CLAIMS = {claim.id: claim for claim in claims.CLAIMS}
 
 
 def study(name, table, lrs=LRS, bn=None, seeds=(0,), epochs=1, examples=(5000, 1000), **fields):
-    """A study of chance 0.1 whose runs reach what `table` says.
+    """Returns a study with chance accuracy 0.1 whose runs reach the accuracies in `table`.
 
-    `table` has by batch size the accuracy at the lowest base_lr, all others having diverged, or a list of accuracies
-    over base learning rates, or with `bn` a dict by BN batch size (0.3 where it says nothing). An accuracy is a number,
-    a list over seeds or a tuple over epochs; LOST diverged, None has not ended.
+    `table` maps a batch size to the accuracy at the lowest base_lr (all others diverged), or to a list of accuracies
+    over base learning rates, or with `bn` to a dict by BN batch size (0.3 where one is missing). An accuracy is a number,
+    a list over seeds or a tuple over epochs; LOST marks a diverged run and None a run without rows.
     """
     experiment = tiny.grid(
         name=name, batch_sizes=tuple(table), base_lrs=lrs, bn_batch_sizes=bn, seeds=seeds, epochs=epochs, **fields
@@ -55,9 +55,9 @@ def rows_of(name, run, value, epochs):
 
 
 def exact(name, table, lrs=LRS, **options):
-    """A study of so many test images that a standard error is below 0.05 points.
+    """Returns a study with so many test images that a standard error is below 0.05 points.
 
-    A lone accuracy is at the second base_lr of three, not at an edge. That of "resnet32_nobn" says that it had 82 epochs.
+    A single accuracy is at the second of three base_lrs, not at an edge. The study "resnet32_nobn" claims to have 82 epochs.
     """
     if len(lrs) == len(LRS):
         table = {m: v if isinstance(v, (list, dict)) else [LOST, v, LOST] for m, v in table.items()}
@@ -67,7 +67,7 @@ def exact(name, table, lrs=LRS, **options):
 
 
 def studies(tables):
-    """By name, of tables, which become `exact` ones, or of studies, which stay as they are."""
+    """Returns studies by name: a table becomes an `exact` study, and a Study is kept as it is."""
     return {name: v if isinstance(v, Study) else exact(name, v) for name, v in tables.items()}
 
 
@@ -76,7 +76,7 @@ def verdict(claim, tables):
 
 
 def failing(claim, tables):
-    """The numbers of the parts that do not hold."""
+    """Returns the indices of the claim's checks that fail."""
     given = studies(tables)
     found = [claims._examine(part, given) for part in CLAIMS[claim].checks]
     return {i for i, finding in enumerate(found) if finding.verdict == claims.FAILS}
@@ -91,7 +91,7 @@ def fig04(table, lrs=(2**-8,), **options):
 
 
 def chosen_rates(name, table, bn):
-    """A study of one base_lr for each batch size, the best of other results (§3.6)."""
+    """Returns a study with one base_lr for each batch size, as chosen from other results (§3.6)."""
     return exact(name, table, (2**-9,), bn=bn, base_lr_by_batch_size=tuple((m, 2**-9) for m in table))
 
 

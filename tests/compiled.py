@@ -1,4 +1,4 @@
-"""How commands of tests compile their programs quickly, as conftest.py has this process compile."""
+"""Environment that makes the tests' commands compile quickly, as conftest.py does for this process."""
 
 QUICKLY = "--xla_backend_optimization_level=0"
 ENVIRONMENT = {"XLA_FLAGS": QUICKLY}

@@ -1,4 +1,4 @@
-"""Settings that every test shares, made before any JAX backend starts."""
+"""Settings and fixtures shared by all tests; the settings are made before any JAX backend starts."""
 
 import atexit
 import gc
@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 # One cache of compiled programs for the whole session: this process, pytest-xdist's workers and the commands that tests start.
-# Most tests train the same few tiny programs, and JAX finds one only for who asks for the same, to the last flag.
+# Most tests train the same few tiny programs; JAX finds one in the cache only if every compiler flag is the same.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     CACHE = tempfile.mkdtemp(prefix="smallbatch_compiled_")
     atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
@@ -23,29 +23,29 @@ from smallbatch_jax.data import decode
 from smallbatch_jax.program import jax_flags
 from smallbatch_jax.program.devices import use_all_cores
 
-use_all_cores()  # with its compiler flags, so that results in this process are those of the commands
+use_all_cores()  # it sets compiler flags, so that results in this process equal those of the commands
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Tests compile many programs and run each a few steps, so LLVM leaves the loops as XLA makes them: a fifth less time.
+# Tests compile many programs and run each for a few steps only, so LLVM does not optimise the loops: a fifth less time.
 UNOPTIMIZED = "jax_disable_most_optimizations"
 jax.config.update(UNOPTIMIZED, True)
 jax_flags.HELD[UNOPTIMIZED] = True
 
-gc.freeze()  # tracing makes so many objects that the default would search all modules of JAX for garbage every second
+gc.freeze()  # tracing makes so many objects that the default thresholds would scan all of JAX's modules every second
 gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_collectreport(report):
-    """Ends the run at a file that cannot be imported, which pytest-xdist would only say after all other tests."""
+    """Ends the session at a file that cannot be imported, which pytest-xdist would report only after all other tests."""
     if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
         pytest.exit(report.longreprtext, returncode=2)
 
 
 @pytest.fixture(scope="module")
 def optimized():
-    """Programs are compiled as users' are, in a module that compares different ones bit for bit."""
+    """Compiles programs as users' are, for a module that compares different programs bit for bit."""
     jax_flags.HELD[UNOPTIMIZED] = False
     jax.config.update(UNOPTIMIZED, False)
     yield
@@ -55,14 +55,14 @@ def optimized():
 
 @pytest.fixture(autouse=True)
 def cache_dir(tmp_path, monkeypatch):
-    """Each test has a cache of its own; the user's is left alone."""
+    """Returns a cache directory of the test's own, so that the user's is left alone."""
     monkeypatch.setenv("SMALLBATCH_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
 def root(tmp_path):
-    """Two classes, three training and two test pictures each: PNG, 6 wide and 4 high, RGB."""
+    """Returns a folder of two classes with three training and two test pictures each: RGB PNGs, 6 wide and 4 high."""
     root = tmp_path / "pictures"
     for split, count in (("train", 3), ("test", 2)):
         for name, colour in (("cat", RED), ("dog", GREEN)):
@@ -73,7 +73,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def load_one(tmp_path):
-    """Loads a folder whose one training picture has the content given; the picture, or the error's line."""
+    """Returns a function that loads a folder with the given bytes as its training picture: the picture, or the error's line."""
     (tmp_path / "one" / "train" / "a").mkdir(parents=True)
 
     def load_one(content, name="0.png", test=None, refused=False):
@@ -93,7 +93,7 @@ def load_one(tmp_path):
 
 @pytest.fixture
 def decoded_files(monkeypatch):
-    """The paths that were decoded, in a list that grows."""
+    """Returns a list to which the path of every decoded picture is appended."""
     seen = []
     real = decode._decode_image
     monkeypatch.setattr(decode, "_decode_image", lambda path: seen.append(path) or real(path))
@@ -102,12 +102,12 @@ def decoded_files(monkeypatch):
 
 @pytest.fixture
 def forbidden():
-    """A folder that every user can reach, within which this process has no more rights than any user."""
+    """Yields a folder that every user can reach, while this process runs without root's permissions."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     user = os.geteuid()
     if user == 0:
-        os.seteuid(65534)  # root may read and write everything
+        os.seteuid(65534)  # root ignores file permissions
     yield folder
     os.seteuid(user)
     shutil.rmtree(folder)

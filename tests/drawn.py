@@ -1,4 +1,4 @@
-"""Cells to draw, and what a figure shows of them."""
+"""Tables of cells to draw, and functions that read lines, points and texts from a figure."""
 
 import math
 
@@ -16,7 +16,7 @@ def cell(batch_size, base_lr, accuracy, std=math.nan, finished=1, diverged=0, pe
 
 
 def missing(batch_size, base_lr, pending=1, bn_batch_size=None):
-    """A planned cell of which no seed has ended."""
+    """Returns a planned cell without a finished or diverged seed."""
     return cell(batch_size, base_lr, math.nan, finished=0, pending=pending, bn_batch_size=bn_batch_size)
 
 
@@ -25,7 +25,7 @@ def table(*rows):
 
 
 def results(cells):
-    """One-epoch results that hold `cells`' finished and diverged seeds; a cell with neither is running."""
+    """Returns one-epoch results with the finished and diverged seeds of `cells`; a cell with neither has one running seed."""
     rows = []
     for c in cells.itertuples():
         statuses = ["finished"] * c.finished + ["diverged"] * c.diverged or ["running"]
@@ -38,7 +38,7 @@ def results(cells):
 
 
 def curves(figure):
-    """The labelled lines of a figure, as label → (x, y)."""
+    """Returns the labelled lines of a figure's first panel, as label → (x, y)."""
     lines = figure.axes[0].get_lines()
     return {
         line.get_label(): (np.asarray(line.get_xdata()), np.asarray(line.get_ydata()))
@@ -48,7 +48,7 @@ def curves(figure):
 
 
 def placed(figure, panel=0, **look):
-    """The finite points, over all lines of a panel, of those that have the look given, such as marker="x"."""
+    """Returns the finite points of all lines in a panel that have the given properties, such as marker="x"."""
     lines = [
         line for line in figure.axes[panel].get_lines() if all(str(getattr(line, f"get_{k}")()) == v for k, v in look.items())
     ]
@@ -57,13 +57,13 @@ def placed(figure, panel=0, **look):
 
 
 def bars(figure, panel=0):
-    """The ends of a panel's error bars and vertical lines, as x → (low, high)."""
+    """Returns the ends of a panel's error bars and vertical lines, as x → (low, high)."""
     groups = [lines.get_segments() for lines in figure.axes[panel].collections if isinstance(lines, LineCollection)]
     return {line[0, 0]: tuple(np.round(line[:, 1], 6)) for lines in groups for line in lines if len(line)}
 
 
 def foot(figure):
-    """The small text under a figure, and the labels of the legend beside it."""
+    """Returns the note of a figure (the titles of its legends), and the labels of those legends."""
     legends = figure.legends
     texts = [text.get_text() for legend in legends for text in legend.get_texts()]
     return "".join(legend.get_title().get_text() for legend in legends), texts

@@ -1,6 +1,6 @@
-"""Commands as forks of a process that has imported what they import, which takes seconds; nothing has started JAX there.
+"""Runs commands as forks of a process that has already imported their modules, which takes seconds, but not started JAX.
 
-A fork has the environment, exit status, signals and output of a process of its own. test_forks.py compares it with one.
+A fork has the environment, exit status, signals and output of a new process. test_forks.py compares the two.
 """
 
 import atexit
@@ -31,12 +31,12 @@ IMPORTED = (
 
 
 class Fork:
-    """A Python process that was forked: as `subprocess.Popen`, whose methods these are, with its output kept in files.
+    """A forked Python process with the interface of `subprocess.Popen`; its output is kept in temporary files.
 
     Args:
-      line: the arguments of `python`: a script of this repository, or "-c" and code, and what is given to it.
-      environment: all its variables; JAX has read its own before.
-      new_session: whether it leads a process group.
+      line: the arguments of `python`: a script of this repository, or "-c" and code, followed by its own arguments.
+      environment: all environment variables; JAX has already read its own when it was imported.
+      new_session: whether the process starts a new session and so leads a process group.
     """
 
     def __init__(self, line, environment, new_session=False):
@@ -52,7 +52,7 @@ class Fork:
         self.pid = self._read(None)
 
     def _read(self, seconds):
-        """The next number from the process that waits for this one; None if there is none in time."""
+        """Returns the next number (pid, then exit code) that the server sends; None if none arrives within `seconds`."""
         if not select.select([self._status], [], [], seconds)[0]:
             return None
         (said,) = struct.unpack("i", os.read(self._status, 4))
@@ -97,7 +97,7 @@ class Fork:
 
 @functools.cache
 def _server():
-    """Starts the process that forks, which ends with this one; a socket to it."""
+    """Starts the process that forks, which ends when this one does, and returns a socket to it."""
     ours, theirs = socket.socketpair()
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     line = [sys.executable, __file__, str(theirs.fileno())]
@@ -108,7 +108,7 @@ def _server():
 
 
 def _serve(requests):
-    """Forks for each request and says how each fork has ended; returns, in the fork, what was asked."""
+    """Forks for each request and reports the exit code of each fork; returns the request, in the fork only."""
     wake, ended = os.pipe()
     os.set_blocking(ended, False)
     signal.set_wakeup_fd(ended)
@@ -152,12 +152,12 @@ def _say(status, number):
 
 def _fork():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # NumPy has threads, which know how to be forked
+        warnings.simplefilter("ignore")  # NumPy's threads are safe to fork
         return os.fork()
 
 
 def _run(line, environment, new_session):
-    """Runs what `python` would with these arguments, in this process."""
+    """Runs in this process what `python` would run with these arguments."""
     if new_session:
         os.setsid()
     os.chdir(ROOT)
@@ -174,7 +174,7 @@ def _run(line, environment, new_session):
 
 
 def _end(status):
-    """Ends this process as Python does, but leaves its modules to the system, which is quicker by a fifth of a second."""
+    """Ends this process as Python does but without tearing modules down, which saves a fifth of a second."""
     if status is not None and not isinstance(status, int):
         print(status, file=sys.stderr)
         status = 1

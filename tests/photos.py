@@ -13,11 +13,11 @@ from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.data.streaming.views import center_view
 
 CLASSES = ("cat", "dog", "eel")
-SIZE = 8  # pixels, of the images; the photographs are 15 × 12
+SIZE = 8  # of the images in pixels; the photographs are 15 × 12
 
 
 def write(root: Path, num_train: int = 50, num_test: int = 20) -> Path:
-    """Three classes of unequal sizes, each of a colour of its own, with noise."""
+    """Writes photographs of three classes of unequal sizes, each with its own colour and noise; returns `root`."""
     rng = np.random.default_rng(0)
     colours = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]])
     for split, count in (("train", num_train), ("test", num_test)):
@@ -35,7 +35,7 @@ def load(root: Path, **given: Any) -> Photographs:
 
 @functools.cache
 def in_memory(root: Path) -> Dataset:
-    """The images as they are seen without augmentation."""
+    """Returns a dataset of the images as they are without augmentation."""
     streamed = load(root)
 
     def arrays(source: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Pictures for the tests, sound and hostile, and how they are loaded."""
+"""Valid and hostile pictures for the tests, and functions that load them."""
 
 import io
 import os
@@ -25,7 +25,7 @@ def load(root):
 
 
 def error_line(call, *args, **kwargs):
-    """The message of the InputError, which must be one line."""
+    """Returns the message of the InputError, which must be one line."""
     with pytest.raises(InputError) as caught:
         call(*args, **kwargs)
     message = str(caught.value)
@@ -34,7 +34,7 @@ def error_line(call, *args, **kwargs):
 
 
 def png(width, height, depth, colour_type, data, *chunks, interlace=0):
-    """A PNG file of its parts, for kinds that Pillow reads and does not write; `chunks` come before the data."""
+    """Builds a PNG file from chunks, for kinds that Pillow reads but does not write; `chunks` come before the data."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, interlace)
     parts = ((b"IHDR", header), *chunks, (b"IDAT", data), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -43,7 +43,7 @@ def png(width, height, depth, colour_type, data, *chunks, interlace=0):
 
 
 class Bomb:
-    """Makes the directory `mark` if it is unpickled."""
+    """An object that makes the directory `mark` when it is unpickled."""
 
     def __init__(self, mark):
         self.mark = str(mark)
@@ -69,7 +69,7 @@ def encoded_image(image, file_format, **options):
 
 UPRIGHT = np.kron([[10, 60, 110], [160, 210, 250]], np.ones((8, 8))).astype(np.uint8)
 
-# Of each orientation the sides of the upright picture that the first stored row and column show (EXIF 2.3, tag 274).
+# By orientation: the sides of the upright picture that the first stored row and column hold (EXIF 2.3, tag 274).
 AS_STORED = {
     1: lambda p: p,  # top, left
     2: lambda p: p[:, ::-1],  # top, right

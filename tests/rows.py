@@ -1,4 +1,4 @@
-"""Rows of stored results, cells and timings, for the tests of what is computed from them."""
+"""Builds rows of stored results, cells and timings for the tests of the study package."""
 
 import math
 
@@ -11,7 +11,7 @@ COLUMNS = [*analysis.RUN, "epoch", "step", "train_loss", "train_accuracy", "test
 
 
 def run(accuracies, status="finished", batch_size=4, base_lr=0.5, seed=0, bn_batch_size=None, experiment="exp"):
-    """The rows of one run: `accuracies` by epoch; a diverged run ends with one more row, of NaN accuracies."""
+    """Returns the rows of one run with `accuracies` by epoch; a diverged run ends with one more row of NaN accuracies."""
     accuracies = [*accuracies, math.nan] if status == "diverged" else accuracies
     keys = (experiment, batch_size, bn_batch_size or batch_size, base_lr, seed)
     return [(*keys, e, 10 * e, 0.1, a, 0.1, a, status) for e, a in enumerate(accuracies, start=1)]

@@ -1,4 +1,4 @@
-"""The commands as a user types them."""
+"""Runs the commands of experiments/ as a user types them."""
 
 import os
 import subprocess
@@ -10,17 +10,17 @@ QUICKSTART = "--config=configs/quickstart.py"
 
 
 def variables():
-    """What a command finds in its environment; the flags of XLA that these tests run with are not among it."""
+    """Returns the environment of a command, without the XLA flags that these tests run with."""
     return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
 
 
 def command(script, *arguments, **options):
-    """The line and options that start it as a new process."""
+    """Returns the arguments of `subprocess.Popen` that start the script as a new process."""
     return [sys.executable, f"experiments/{script}", *map(str, arguments)], {"cwd": ROOT, "env": variables(), **options}
 
 
 def start(script, *arguments, environment=None, **options):
-    """Starts it as a fork, which has more variables in its environment."""
+    """Starts the script as a fork; `environment` adds to its environment variables."""
     return Fork([f"experiments/{script}", *arguments], variables() | (environment or {}), **options)
 
 
@@ -31,7 +31,7 @@ def run(script, *arguments, **options):
 
 
 def run_anew(script, *arguments):
-    """The same as a new process, which imports everything itself."""
+    """Runs the script as a new process, which imports everything itself."""
     line, options = command(script, *arguments, capture_output=True, text=True, timeout=300)
     return subprocess.run(line, **options)
 

@@ -2,8 +2,8 @@
 
     python tests/spread.py OUT.npz CASES.json [COORDINATOR PROCESSES PROCESS]
 
-A case has a name and the arguments of `trained`. With a coordinator this is one of several processes. With JAX_ENABLE_X64 set
-everything that the package computes in float32 is computed in float64, so that rounding is far from turning any ReLU.
+A case is a name and the arguments of `trained`. With a coordinator this is one of several processes. With JAX_ENABLE_X64 set
+everything that the package computes in float32 is computed in float64, so that rounding is too small to flip any ReLU.
 """
 
 import json
@@ -57,10 +57,10 @@ def trained(
     norm: str = "batch",
     random_images: bool = False,
 ) -> tuple[dict, float, int]:
-    """Parameters and running averages after steps first…last-1, sum of these steps' losses, test images classified correctly.
+    """Returns (params, batch_stats) after steps first…last-1, the sum of their losses, and the number of correct test images.
 
-    On the digits, or streamed from a folder of photographs; a batch at once, or in parts of so many. A checkpoint is restored
-    before and saved after, if one is given.
+    Trains on digits, random images or a folder of streamed photographs; `parts` is the micro-batch size. A checkpoint is loaded
+    from the folder `restore` before training and saved to the folder `save` after it, where these are given.
     """
     config = experiment.default_config()
     config.model = {"name": model, "norm": norm}

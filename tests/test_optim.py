@@ -1,4 +1,4 @@
-"""Eq. 2-8: the step on summed gradients, and the unitless schedules."""
+"""Tests the update by summed gradients (Eq. 2-8) and the unitless schedules."""
 
 import math
 from typing import Any
@@ -22,7 +22,7 @@ def updates(transform, grads, params=None) -> Any:
 
 
 def multipliers(steps, total_steps, *arguments, **options) -> Any:
-    """s(k) at each of `steps`."""
+    """Returns s(k) at each of `steps`."""
     return step_schedule(total_steps, *arguments, **options)(steps)
 
 
@@ -35,7 +35,7 @@ def assert_close(ours, theirs, rtol=1e-6, atol=0.0):
 
 
 def examples(number, seed=0):
-    """Inputs float32[number, 3] and targets float32[number] of a regression or, by sign, a classification."""
+    """Returns inputs float32[number, 3] and targets float32[number] for regression or, by sign, classification."""
     rng = np.random.default_rng(seed)
     return rng.normal(size=(number, 3)).astype(np.float32), rng.normal(size=number).astype(np.float32)
 
@@ -54,13 +54,13 @@ def mean_gradient(loss, theta, x, y):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_summed_update_equals_linear_scaling(batch_size):
-    """Eq. 5 with η̃ is Eq. 2-3 with η = η̃·m (Eq. 6)."""
+    """Eq. 5 with η̃ equals Eq. 2-3 with η = η̃·m (Eq. 6)."""
     assert_close(updates(summed_sgd(0.01, batch_size), GRADS), updates(optax.sgd(0.01 * batch_size), GRADS))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_update_is_base_lr_times_sum_of_per_example_gradients(batch_size):
-    """Eq. 5: -η̃ Σ∇L_i, each ∇L_i by itself, on least squares."""
+    """The update is Eq. 5, -η̃ Σ∇L_i, with each ∇L_i computed by itself, on least squares."""
     theta, (x, y) = jnp.array([0.3, -1.0, 2.0]), examples(batch_size)
     each = jax.vmap(jax.grad(squared_error), (None, 0, 0))(theta, x, y)
     ours = updates(summed_sgd(0.05, batch_size), mean_gradient(squared_error, theta, x, y))
@@ -87,7 +87,7 @@ def test_base_lr_is_traced_and_mapped_without_compiling_again():
 
 @pytest.mark.parametrize("decay", [0.01, np.float32(0.01)], ids=["number", "array"])
 def test_weight_decay_is_the_gradient_of_a_penalty_on_the_mean_loss(decay):
-    """(λ/2)‖θ‖² on the mean loss: the summed update contains m·λ·θ."""
+    """With (λ/2)‖θ‖² added to the mean loss, the summed update contains m·λ·θ."""
     batch_size, theta = 16, jnp.array([0.3, -1.0, 2.0])
     x, y = examples(batch_size)
     plain = mean_gradient(squared_error, theta, x, y)
@@ -106,7 +106,7 @@ def test_every_leaf_is_decayed():
 
 
 def test_schedule_multiplies_both_gradient_and_decay_at_its_own_count():
-    """Update k is s(k) times what it would be without a schedule; the count of updates rises by one each time."""
+    """Update k is s(k) times the update without a schedule, and the step count rises by one each time."""
     scheduled = summed_sgd(0.5, 4, lambda count: 1 / (1 + count), weight_decay=0.25)
     plain = updates(summed_sgd(0.5, 4, weight_decay=0.25), GRADS, PARAMS)
     state: Any = scheduled.init(PARAMS)
@@ -117,7 +117,7 @@ def test_schedule_multiplies_both_gradient_and_decay_at_its_own_count():
 
 
 def test_composes_in_a_chain():
-    """What stands before it in optax.chain changes the gradients it sums; parameters and state pass through."""
+    """Transforms before it in optax.chain change the gradients it scales; parameters and state pass through."""
     chained = optax.chain(optax.clip(0.5), summed_sgd(0.5, 4, weight_decay=0.25))
     expected = jax.tree.map(lambda g, p: -0.5 * 4 * (np.clip(g, -0.5, 0.5) + 0.25 * p), GRADS, PARAMS)
     assert_close(updates(chained, GRADS, PARAMS), expected)
@@ -149,7 +149,7 @@ def test_number_out_of_range_is_refused_by_name(arguments, name):
 
 
 def test_decay_without_parameters_is_refused():
-    """Decay needs θ; without decay none is asked for."""
+    """Weight decay needs θ; without weight decay no parameters are needed."""
     with pytest.raises(ValueError, match="params"):
         updates(summed_sgd(0.1, 2, weight_decay=0.1), GRADS)
     updates(summed_sgd(0.1, 2), GRADS)
@@ -157,7 +157,7 @@ def test_decay_without_parameters_is_refused():
 
 @pytest.mark.parametrize("total_steps", [1, 2, 3, 4, 7, 20, 39, 82 * 25, 10_001, 2_050_000, 41_000_003])
 def test_reductions_begin_at_half_and_three_quarters_to_the_step(total_steps):
-    """1, then 0.1 from the first k ≥ T/2, then 0.01 from the first k ≥ 3T/4."""
+    """The multiplier is 1, then 0.1 from the first k ≥ T/2, then 0.01 from the first k ≥ 3T/4."""
     half, three_quarters = -(-total_steps // 2), -(-3 * total_steps // 4)
     steps = sorted({0, half - 1, half, three_quarters - 1, three_quarters, total_steps - 1})
     expected = [0.1 ** ((k >= half) + (k >= three_quarters)) for k in steps]
@@ -165,13 +165,13 @@ def test_reductions_begin_at_half_and_three_quarters_to_the_step(total_steps):
 
 
 def test_reductions_at_inexact_decimal_fractions_begin_to_the_step():
-    """0.55·100 is 55.00000000000001 in binary, and still the 55th step is the first reduced."""
+    """The first reduced step is k = 55 although 0.55·100 is 55.00000000000001 in binary."""
     boundaries = (0.07, 0.14, 0.28, 0.55, 0.56, 0.57)
     found = multipliers(jnp.arange(100), 100, boundaries, factor=0.5)
     np.testing.assert_array_equal(found, 0.5 ** np.searchsorted([7, 14, 28, 55, 56, 57], np.arange(100), side="right"))
 
 
-# Updates per epoch: small ones, and 1,281,167 images over m = 256, 32, 16 and 2.
+# Updates per epoch: small numbers, and those of 1,281,167 images at m = 256, 32, 16 and 2.
 PER_EPOCH = (*range(1, 200), 999, 1000, 5005, 40_036, 80_073, 640_584)
 
 
@@ -184,14 +184,14 @@ def around(steps):
 
 
 def test_imagenet_boundaries_fall_on_whole_epochs():
-    """30, 60 and 80 of 90 epochs of n updates: reduced from k = 30n, 60n, 80n and not a step later, though 80/90 is inexact."""
+    """Of 90 epochs of n updates, those from exactly k = 30n, 60n and 80n on are reduced, although 80/90 is inexact."""
     for n, steps in zip(PER_EPOCH, boundary_steps(PER_EPOCH), strict=True):
         found = multipliers(around(steps), 90 * n, IMAGENET)
         np.testing.assert_allclose(found, [1, 0.1, 0.1, 0.01, 0.01, 0.001], rtol=1e-6, err_msg=f"n={n}")
 
 
 def test_imagenet_boundaries_fall_on_whole_epochs_when_total_steps_is_traced():
-    """The same to the step with T an argument of the compiled program, while k is exact in float32 (up to 2²⁴)."""
+    """The steps are the same with T an argument of the compiled program, while k is exact in float32 (up to 2²⁴)."""
     per_epoch = np.array([n for n in PER_EPOCH if 90 * n <= 2**24], np.int32)
     values = jax.jit(jax.vmap(lambda total, steps: multipliers(around(steps), total, IMAGENET)))
     for n, found in zip(per_epoch, values(90 * per_epoch, boundary_steps(per_epoch)), strict=True):
@@ -203,7 +203,7 @@ def test_imagenet_boundaries_fall_on_whole_epochs_when_total_steps_is_traced():
     [(411_570, 0.3, 123_471), (205_790, 0.6, 123_474), (1_530_929, 0.9, 1_377_837), (41_000_003, 0.5, 20_500_002)],
 )
 def test_traced_total_steps_reduce_at_the_same_step_as_a_number(total_steps, boundary, first_reduced):
-    """The first k ≥ boundary·T, also where float32 cannot hold boundary·T to the step."""
+    """Both reduce at the first k ≥ boundary·T, even where float32 cannot represent boundary·T to the step."""
     expected, steps = [1, 0.1], around(np.int32(first_reduced))
     np.testing.assert_allclose(multipliers(steps, total_steps, (boundary,)), expected, rtol=1e-6)
     traced = jax.jit(lambda total: multipliers(steps, total, (boundary,)))
@@ -211,7 +211,7 @@ def test_traced_total_steps_reduce_at_the_same_step_as_a_number(total_steps, bou
 
 
 def test_warmup_rises_linearly_from_a_32nd_and_then_the_standard_schedule_goes_on():
-    """§3.4 with T = 200: ten steps up from 1/32, 1 from k = 10, then the reductions of the schedule without warm-up."""
+    """With T = 200 (§3.4), s rises from 1/32 over ten steps, is 1 from k = 10, then follows the schedule without warm-up."""
     steps = jnp.arange(200)
     found = multipliers(steps, 200, warmup_fraction=0.05)
     np.testing.assert_allclose(found[:10], 1 / 32 + (31 / 32) * np.arange(10) / 10, rtol=1e-6)
@@ -220,7 +220,7 @@ def test_warmup_rises_linearly_from_a_32nd_and_then_the_standard_schedule_goes_o
 
 @pytest.mark.parametrize("total_steps", [19, 20, 21, 99, 1000, 46_875, 2_050_000, 7_206_570])
 def test_warmup_first_reaches_its_peak_of_one_at_five_percent(total_steps):
-    """s(k) < 1 for every k below T/20, exactly 1 from the first k ≥ T/20, and never above."""
+    """s(k) is below 1 for every k < T/20, exactly 1 from the first k ≥ T/20, and never above."""
     first = -(-total_steps // 20)
     before, at, after = multipliers(jnp.array([first - 1, first, first + 1]), total_steps, warmup_fraction=0.05)
     assert before < 1
@@ -228,7 +228,7 @@ def test_warmup_first_reaches_its_peak_of_one_at_five_percent(total_steps):
 
 
 def test_traced_warmup_fraction_gives_the_same_values_without_compiling_again():
-    """A lane's own warm-up fraction, 0 included, is an argument and no constant of the program."""
+    """A lane's warm-up fraction, 0 included, is an argument of the program and not a constant."""
     traces, steps = [], jnp.arange(300)
 
     @jax.jit
@@ -259,7 +259,7 @@ def test_schedule_refuses_a_number_out_of_range_by_name(arguments, name):
 
 
 def test_small_steps_and_one_large_step_differ_in_second_order_of_base_lr():
-    """n steps of m (Eq. 7) against one of n·m (Eq. 8), logistic regression: apart, and ¼ as far apart for half the η̃."""
+    """On logistic regression, n steps of m (Eq. 7) and one of n·m (Eq. 8) differ, by ¼ as much for half the η̃."""
     n, m, theta = 8, 4, jnp.array([0.5, -1.0, 0.2])
     x, y = examples(n * m)
 

@@ -1,4 +1,4 @@
-"""`search`, the public function: data and a budget in, a recommendation out."""
+"""Tests `search`, the public function that takes data and a budget and returns a recommendation."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def found(tmp_path_factory):
 
 
 def test_what_is_not_said_is_chosen(found):
-    """A tenth of 60 examples is held out; m makes four updates an epoch or more; three whole runs for each m, and one more."""
+    """By default a tenth of the examples is held out, m gives 4 or more updates an epoch, and 3 runs per m and 1 more fit."""
     experiment = found[1].study.experiment
     assert found[1].study.examples == (54, 20)
     assert experiment.metric.column == "validation_accuracy"
@@ -54,7 +54,7 @@ def test_the_same_call_trains_nothing_more(found):
 
 @pytest.mark.long
 def test_a_budget_alone_says_how_long_to_train():
-    """Two batch sizes, three whole runs each and one that confirms: 7 runs of 60 examples an epoch."""
+    """With two batch sizes, three full runs each and one that confirms, there are 7 runs of 60 examples an epoch."""
     found = sbj.search(tiny.TinyModel(), tiny.dataset(60), budget=3.9 * 7 * 60, **OPTIONS)
     assert found.study.experiment.epochs == 3
     assert found.study.experiment.search.budget == 3.9 * 7 * 60

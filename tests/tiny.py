@@ -1,4 +1,4 @@
-"""A model and data so small that a program of theirs compiles in a second; shared by the tests that train."""
+"""A model and dataset so small that their program compiles in a second, shared by the tests that train."""
 
 import signal
 from typing import Any
@@ -15,7 +15,7 @@ from smallbatch_jax.store import results
 
 
 class TinyModel(nn.Module):
-    """A hidden layer with batch norm, which the paper's tests need: 2·2·1 pixels → 8 → 3 classes."""
+    """An MLP with one batch-normalised hidden layer, which the paper's tests need: 2·2·1 pixels → 8 → 3 classes."""
 
     bn_batch_size: int | None = None
     bn_decay: float = 0.99
@@ -28,7 +28,7 @@ class TinyModel(nn.Module):
 
 
 class PlainModel(nn.Module):
-    """Without batch norm, so that a high rate makes its loss overflow within a few steps."""
+    """An MLP without batch norm, so that a high learning rate makes its loss overflow within a few steps."""
 
     @nn.compact
     def __call__(self, images: Any, train: bool = False) -> Any:
@@ -37,7 +37,7 @@ class PlainModel(nn.Module):
 
 
 def dataset(num_train: int = 50, num_test: int = 20) -> Dataset:
-    """Three classes of 2×2 images, easy to tell apart."""
+    """Returns a dataset of 2×2 images in three classes that are easy to tell apart."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, num_train + num_test)
     centres = np.array([[200, 30, 30, 30], [30, 200, 30, 30], [30, 30, 200, 30]])
@@ -46,7 +46,7 @@ def dataset(num_train: int = 50, num_test: int = 20) -> Dataset:
 
 
 def grid(**fields: Any) -> experiment.Experiment:
-    """An experiment on it: 3 epochs, m = 4, three rates; `fields` replace those of the grid, or the experiment's own."""
+    """Returns an experiment of 3 epochs, m = 4 and three base_lrs; `fields` replace fields of the grid or the experiment."""
     config = experiment.default_config()
     config.epochs = 3
     config.weight_decay = 1e-3
@@ -59,13 +59,13 @@ def grid(**fields: Any) -> experiment.Experiment:
 
 
 def batch_indices(seed: int, first_step: int, num_steps: int, batch_size: int, num_examples: int) -> np.ndarray:
-    """The examples of updates first_step … first_step+num_steps-1 at one batch size: int32[num_steps, m]."""
+    """Returns the example indices of steps first_step … first_step+num_steps-1 at one batch size: int32[num_steps, m]."""
     found = order.stream(seed, first_step * batch_size, num_steps * batch_size, num_examples)
     return found.reshape(num_steps, batch_size)
 
 
 def rows(workdir: Any, **where: Any) -> Any:
-    """The stored rows whose columns have the values given."""
+    """Returns the stored rows whose columns have the given values."""
     frame = results.load(workdir)
     for column, value in where.items():
         frame = frame[frame[column] == value]
@@ -73,7 +73,7 @@ def rows(workdir: Any, **where: Any) -> Any:
 
 
 class StopAfter(NoProgress):
-    """Sends this process a signal after a number of segments, as a user would."""
+    """Progress display that sends this process a signal after a number of segments, as a user would."""
 
     def __init__(self, segments: int, signum: int = signal.SIGTERM):
         self.left, self.signum = segments, signum

@@ -1,4 +1,4 @@
-"""Grids with trackers, and what TensorBoard's own reader finds of them."""
+"""Trains grids with trackers, and reads back what they wrote with TensorBoard's own reader."""
 
 import math
 
@@ -21,26 +21,26 @@ TAGS = {name.replace("_", "/"): name for name in ("train_loss", "train_accuracy"
 
 
 def train(workdir, progress=None, **fields):
-    """Trains a tiny grid, of which the highest rate diverges, into a workdir; its rows."""
+    """Trains a tiny grid, whose highest base_lr diverges, into a workdir and returns its rows."""
     grid = tiny.grid(**{"tensorboard": True, **GRID, **fields})
     driver.train_grid(grid, workdir, tiny.dataset(), progress or NoProgress(), lambda b: tiny.PlainModel())
     return results.load(workdir)
 
 
 def runs_shown(workdir):
-    """What TensorBoard reads, by run."""
+    """Returns TensorBoard's event accumulators by run name."""
     found = EventMultiplexer().AddRunsFromDirectory(str(workdir / "tensorboard")).Reload()
     return {name: found.GetAccumulator(name) for name in found.Runs()}
 
 
 def points(run):
-    """Every scalar of a run: (name, epoch, value)."""
+    """Returns every scalar of a run, sorted: (tag, epoch, value)."""
     tags = run.Tags()["scalars"]
     return sorted((tag, event.step, event.value) for tag in tags for event in run.Scalars(tag))
 
 
 def expected(frame):
-    """What TensorBoard should show of rows, by run: their values as float32, what is finite of them, and how the run ended."""
+    """Returns what TensorBoard should show by run: the rows' finite values as float32, and how the run ended."""
     shown = {}
     for (m, b, base_lr, seed), rows in frame.groupby(list(results.RUN_COLUMNS)):
         values = [(tag, row["epoch"], float(row[column])) for _, row in rows.iterrows() for tag, column in TAGS.items()]
@@ -63,7 +63,7 @@ def row(epoch, base_lr=2**-7, test_accuracy=0.5, seed=0):
 
 
 def show(workdir, *rows, epochs=7, **fields):
-    """Stores rows and opens the trackers on what is stored then."""
+    """Stores rows and then opens the trackers on them."""
     with ProgramResults(workdir, 4, 4) as stored:
         stored.append(rows)
         with Trackers(tiny.grid(**{"epochs": epochs, "tensorboard": True, **fields}), workdir, [stored]):

@@ -18,13 +18,13 @@ def micro_batch_size(
     """Returns the number of examples per micro-batch of a shard; None to compute the whole shard at once.
 
     A step averages the gradients of the micro-batches, which changes rounding only. A micro-batch holds whole BN groups, so
-    ordinary batch norm (b = m) has none.
+    ordinary batch norm (b = m) cannot use micro-batches.
 
     Args:
-      norm: of the model, as for `create_model`.
+      norm: the model's norm, as in `create_model`.
       examples: examples in a shard.
       bn_batch_size: b.
-      most: upper limit, where whole BN groups allow it; None chooses the fastest size, about 32 on CPU.
+      most: upper limit on the size, unless a BN group is larger; None chooses the fastest size, about 32 on CPU.
       platform: "cpu", "gpu" or "tpu".
     """
     if most is None and platform != "cpu":
@@ -57,9 +57,9 @@ def create_model(
         (Fig. 6).
       bn_batch_size: b, examples per BN group (§3.6), which must divide the batch; None takes the whole batch.
       bn_decay: weight of the old running average of batch-norm statistics at each step.
-      axis_name: mesh axis over which a batch is sharded; None for none.
-      dtype: of the computation; parameters and statistics are float32.
-      platform: "cpu", "gpu" or "tpu", which the model is compiled for; None decides when it is compiled.
+      axis_name: mesh axis over which a batch is sharded; None if it is not.
+      dtype: computation dtype; parameters and statistics are float32.
+      platform: "cpu", "gpu" or "tpu", the target of compilation; None decides at compile time.
 
     Returns:
       A linen Module: `init(key, images)` gives the variables, `apply(variables, images, train=False)` the logits

@@ -21,7 +21,7 @@ ACCEPTED = (
     "from `key`, or a pair of functions (init, apply)"
 )
 PyTree = Any
-# The arrays of a module: its parameters; and its state, {"statistics": running ones, "others": random keys, counts, …}.
+# A module's arrays: its parameters, and its state {"statistics": running statistics, "others": random keys, counts, …}.
 Arrays = tuple[PyTree, dict[str, PyTree]]
 
 
@@ -29,8 +29,8 @@ def adapted(model: Any) -> OwnModel:
     """Returns the adapter of a user's model; traces a factory, and runs nothing.
 
     Args:
-      model: a linen module; a factory, `make(rngs)` of a `flax.nnx.Module`, or `make(key)` of an `equinox.Module` or of
-        (module, `equinox.nn.State`); or a pair of functions, `init(key, x)` of parameters and `apply(params, x)`.
+      model: a linen module; a factory, `make(rngs)` that returns a `flax.nnx.Module`, or `make(key)` that returns an
+        `equinox.Module` or (module, `equinox.nn.State`); or functions `init(key, x)` → parameters and `apply(params, x)`.
 
     Raises:
       InputError: if it is none of these, or the factory fails.
@@ -82,14 +82,14 @@ def _from_key(factory: Callable[..., Any]) -> tuple[Callable[[jax.Array], Any], 
 
 
 def _is_of_equinox(value: Any) -> bool:
-    """Whether the value's class derives from Equinox's; does not import it."""
+    """Returns whether the value's class derives from one of Equinox's, without importing Equinox."""
     return any(kind.__module__.partition(".")[0] == "equinox" for kind in type(value).__mro__)
 
 
 class FactoryModel(OwnModel):
-    """A module that a factory makes from a key; its arrays are taken out at `init`, and put back in each traced step.
+    """A module made by a factory from a key; `init` extracts its arrays, and each traced step puts them back.
 
-    "params" and "batch_stats" are dicts of the arrays by their place in the module. Random keys are kept as uint32 data.
+    "params" and "batch_stats" are dicts of arrays keyed by their path in the module. Random keys are stored as uint32 data.
     """
 
     def __init__(self, make: Callable[[jax.Array], Any]):
@@ -112,7 +112,7 @@ class FactoryModel(OwnModel):
 
     @abstractmethod
     def _call(self, arrays: Arrays, x: jax.Array, train: bool, key: jax.Array | None) -> tuple[Any, dict[str, PyTree]]:
-        """Returns the outputs for a batch, and the state after it; `key` is the step's in training."""
+        """Returns the outputs for a batch, and the state after it; `key` is the step's key in training, else None."""
 
     def init(self, key: jax.Array, x: jax.Array) -> Any:
         _, (params, state), _ = self._split(key)
@@ -136,7 +136,7 @@ class FactoryModel(OwnModel):
 class NnxModel(FactoryModel):
     """A `flax.nnx.Module`: every nnx.Param is a parameter; nnx.BatchStat, random streams and other variables are state."""
 
-    _KINDS = nnx.Param, nnx.BatchStat, nnx.Intermediate, ...  # what a module sows is not kept
+    _KINDS = nnx.Param, nnx.BatchStat, nnx.Intermediate, ...  # sown values (nnx.Intermediate) are discarded
 
     def _split(self, key: jax.Array) -> tuple[Any, Arrays, Any]:
         module = self._make(key)
@@ -159,7 +159,7 @@ class NnxModel(FactoryModel):
 
 
 class EquinoxModel(FactoryModel):
-    """An `equinox.Module` of one example, with or without an `equinox.nn.State`: its floating-point arrays are parameters."""
+    """An `equinox.Module` for one example, with or without an `equinox.nn.State`; its floating-point arrays are parameters."""
 
     def _split(self, key: jax.Array) -> tuple[Any, Arrays, Any]:
         import equinox as eqx
@@ -172,7 +172,7 @@ class EquinoxModel(FactoryModel):
         return module, (params, {"statistics": statistics, "others": others}), static
 
     def _call(self, arrays: Arrays, x: jax.Array, train: bool, key: jax.Array | None) -> tuple[Any, dict[str, PyTree]]:
-        # Within a mesh an array's type has a sharding, and a constant's has none; Equinox refuses one for the other in a State.
+        # Within a mesh an array's type has a sharding and a constant's has none; an Equinox State refuses the mismatch.
         types = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (arrays, x, key))
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
             jaxpr, made = jax.make_jaxpr(partial(self._called, train), return_shape=True)(*types)
@@ -205,9 +205,9 @@ class EquinoxModel(FactoryModel):
 
 
 class FunctionsModel(OwnModel):
-    """A pair of pure functions without state: `init(key, x)` of parameters and `apply(params, x)`.
+    """A pair of pure, stateless functions: `init(key, x)`, which returns parameters, and `apply(params, x)`.
 
-    `apply` is told a mode in `own.MODES` that it takes; an argument `rng` or `key` gets the step's key, or None at evaluation.
+    `apply` gets the modes in `own.MODES` that it takes; an argument `rng` or `key` gets the step's key, or None at evaluation.
     """
 
     def __init__(self, init: Callable[..., PyTree], apply: Callable[..., Any]):
@@ -234,13 +234,13 @@ class FunctionsModel(OwnModel):
 
 
 def _named(tree: PyTree) -> dict[str, Any]:
-    """Returns the arrays of a tree by their paths; random keys as uint32 data, which every store can hold."""
+    """Returns a tree's arrays by path; random keys become uint32 data, which every store can hold."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {_name(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves}
 
 
 def _rebuilt(named: dict[str, Any], like: PyTree) -> PyTree:
-    """Returns the tree whose arrays `_named` named; `like` has their shapes and dtypes."""
+    """Returns the tree that `_named` flattened; `like` gives its structure, shapes and dtypes."""
 
     def array(path: Any, like: Any) -> Any:
         return jax.random.wrap_key_data(named[_name(path)]) if _is_key(like) else named[_name(path)]

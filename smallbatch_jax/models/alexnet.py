@@ -25,7 +25,7 @@ class AlexNet(PaperModel):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Logits float32[N, num_classes] of normalised images float32[N, H, W, C], H and W at least 8."""
+        """Returns logits float32[N, num_classes] of normalised images float32[N, H, W, C], H and W at least 8."""
         if min(images.shape[1:3]) < SMALLEST_IMAGE:
             height, width = images.shape[1:3]
             raise ValueError(f"alexnet: got images of {height}x{width} pixels, needs at least 8x8")

@@ -1,11 +1,11 @@
-"""2-D convolution, by the kernel that is fastest on the platform it is compiled for.
+"""2-D convolution, by the algorithm that is fastest on the target platform.
 
-A TPU runs `lax.conv_general_dilated`; of few images it takes the rows, if the model gives them. A GPU runs it for large
-batches; for small ones it takes a matrix product of shifted copies of the image (im2col): cuDNN computes the convolutions of
-many lanes, grouped, one group after the other. On CPU `lax.conv_general_dilated` is slow inside a loop, because XLA:CPU
+A TPU runs `lax.conv_general_dilated`, on rows if the model passes few images as their rows. A GPU runs it for large batches;
+for small ones it runs a matrix product of shifted copies of the image (im2col), because cuDNN computes the grouped convolutions
+of many lanes one group after the other. On CPU `lax.conv_general_dilated` is slow inside a loop, because XLA:CPU
 brings only the convolutions of the entry computation into the layout of its fast path (jax issue 12868), and slow under
-`vmap` over kernels. A CPU therefore runs machine code of this package (`models.native`; float32 with whole vectors of
-features), or im2col. docs/speed.md has the measurements.
+`vmap` over kernels. A CPU therefore runs this package's machine code (`models.native`; float32 with whole vectors of
+features), else im2col. docs/speed.md has the measurements.
 """
 
 import math
@@ -22,7 +22,7 @@ from smallbatch_jax.models.pool import Pads, windows
 
 Strides = tuple[int, int]
 
-# Elements of a batch's shifted copies up to which a GPU takes im2col: in full float32, and where tensor cores round to less.
+# Maximum elements of a batch's shifted copies for im2col on GPU: in full float32, and where tensor cores round to less.
 SMALL_COPIES, SMALL_COPIES_ROUNDED = 5_000_000, 600_000
 IMAGES_AT_ONCE = 16  # images that im2col copies at a time, k² shifted copies of each
 
@@ -42,9 +42,9 @@ def conv(
       kernel: float[kh, kw, C, O].
       strides: along H and W.
       padding: "SAME", "VALID", or ((top, bottom), (left, right)) in pixels.
-      platform: "cpu", "gpu" or "tpu", which the program is compiled for; None decides when it is compiled.
-      images: N, if x is float[N·H, W, C], the rows of images one after another, and H' = H / stride. A TPU holds few images in
-        tiles that are mostly padding, and their rows in full ones.
+      platform: "cpu", "gpu" or "tpu", the target of compilation; None decides at compile time.
+      images: N, if x is float[N·H, W, C], the concatenated rows of images, and H' = H / stride. A TPU stores few images in
+        tiles that are mostly padding, but their rows in full tiles.
 
     Returns:
       float[N, H', W', O], or float[N·H', W', O].
@@ -67,7 +67,7 @@ def _lax_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> 
 
 
 def _conv_of_rows(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads, images: int) -> jax.Array:
-    """A row and its neighbours become the channels of one row; the convolution runs along the columns of all rows at once."""
+    """Stacks each row and its neighbours as channels, then convolves all rows along their columns at once."""
     height = len(x) // images
     row = lax.broadcasted_iota(jnp.int32, (len(x), 1, 1), 0) % height
     neighbours = []

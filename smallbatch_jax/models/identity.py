@@ -1,8 +1,8 @@
 """Recognises the user's own module, so that a workdir resumes only with the module it was made with.
 
 A module is identified by its class's name and by a fingerprint, a summary of what it computes on a fixed input. A changed field
-or changed code is noticed if it changes that result by more than the tolerance. Not noticed: an ε of 1e-6 for 1e-5, a limit
-that these activations never reach, code that runs for large batches only.
+or changed code is detected if it changes that result by more than the tolerance. Not detected are an ε of 1e-6 instead of 1e-5,
+a limit that these activations never reach, and code that runs for large batches only.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ def fingerprint(model: Any, example: jax.ShapeDtypeStruct, examples: int) -> dic
         for kind, tree in trees.items():
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
                 place = jax.tree_util.keystr(path, simple=True, separator="/")
-                shape = "x".join(map(str, leaf.shape)) if place else ""  # the one array of outputs has only its kind as name
+                shape = "x".join(map(str, leaf.shape)) if place else ""  # a single output array is named by its kind alone
                 found[" ".join(filter(None, (kind, place, shape)))] = summary(leaf)
         return found
 
@@ -53,13 +53,13 @@ def fingerprint(model: Any, example: jax.ShapeDtypeStruct, examples: int) -> dic
 
 
 def drawn(rng: np.random.RandomState, shape: Sequence[int], dtype: Any) -> np.ndarray:
-    """Returns a fixed input: normal numbers, or zeros and ones where a dtype is of integers."""
+    """Draws a fixed input: normal numbers, or zeros and ones for an integer dtype."""
     values = rng.standard_normal(tuple(shape))
     return (np.abs(values) > 1 if jnp.issubdtype(dtype, jnp.integer) else values).astype(dtype)
 
 
 def _loss(outputs: Any) -> jax.Array:
-    """Returns the cross-entropy of logits [n, classes] with arbitrary labels; of other outputs a mean of squares."""
+    """Returns the cross-entropy of logits [n, classes] with arbitrary labels; otherwise the sum of outputs' mean squares."""
     leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(outputs)]
     if len(leaves) != 1 or leaves[0].ndim != 2:
         return sum((jnp.square(leaf).mean() for leaf in leaves), jnp.float32(0))
@@ -68,7 +68,7 @@ def _loss(outputs: Any) -> jax.Array:
 
 
 def compiled_summaries(compute: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """Runs a function that returns summaries by name, on CPU; returns what `fingerprint` does."""
+    """Runs on CPU a function that returns summaries by name; returns the same dict as `fingerprint`."""
     try:
         device = jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:  # JAX_PLATFORMS excludes the CPU

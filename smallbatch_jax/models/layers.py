@@ -19,7 +19,7 @@ he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 @jax.custom_vjp
 def relu(x: jax.Array) -> jax.Array:
-    """max(x, 0), with gradient 0 at 0; NaN stays NaN."""
+    """Returns max(x, 0), with gradient 0 at 0; NaN stays NaN."""
     return jnp.maximum(x, 0)
 
 
@@ -75,7 +75,7 @@ FEW_EXAMPLES = 32
 
 @jax.custom_vjp
 def _product_of_few(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[N, D] · [D, F] → [N, F] whose kernel gradient is a sum of N outer products.
+    """Returns x @ kernel, [N, D] · [D, F] → [N, F], with the kernel's gradient as a sum of N outer products.
 
     XLA:CPU has no fast matrix product for so short a sum; it fuses the outer products with the update of the kernel.
     """
@@ -91,7 +91,7 @@ _product_of_few.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_of_
 
 
 class PaperModel(nn.Module):
-    """Fields of the paper's models, which are the arguments of `models.create_model`, and their layers."""
+    """Base class of the paper's models: the layers, and the fields, which are the arguments of `models.create_model`."""
 
     num_classes: int
     norm: str = "batch"
@@ -104,16 +104,16 @@ class PaperModel(nn.Module):
     def conv(
         self, x: jax.Array, features: int, size: int, stride: int, train: bool, name: str, norm: str, images: int | None = None
     ) -> jax.Array:
-        """Convolution of an odd size, padded by half of it on all sides, and its normalisation in place of a bias.
+        """Applies a convolution of odd size, padded by half of it on all sides, and its normalisation in place of a bias.
 
-        With `images` x is float[N·H, W, C], the rows of so many images.
+        With `images`, x is float[N·H, W, C], the rows of that many images.
         """
         pads = ((size // 2, size // 2), (size // 2, size // 2))
         layer = Conv(features, (size, size), (stride, stride), pads, norm == "none", self.dtype, self.platform, name=name)
         return self.normalise(layer(x, images), norm, train, f"{name}_norm", images)
 
     def normalise(self, x: jax.Array, norm: str, train: bool, name: str, images: int | None = None) -> jax.Array:
-        """Applies the layer that `config.catalog.NORMS` names; none for "none"."""
+        """Applies the layer that `config.catalog.NORMS` has for `norm`; returns x for "none"."""
         entry = NORMS[norm]
         if entry.layer is None:
             return x

@@ -1,4 +1,4 @@
-"""One trick for one compiler: an array that XLA:CPU stores instead of computing it again wherever it is used."""
+"""An identity that makes XLA:CPU store an array instead of recomputing it wherever it is used."""
 
 import jax
 from jax import lax
@@ -8,13 +8,13 @@ from jax.interpreters import ad, batching, mlir
 
 
 def materialised(x: jax.Array) -> jax.Array:
-    """Identity; on CPU a call that is not inlined, through which XLA does not fuse. Elsewhere it is nothing.
+    """Returns x; on CPU through a call that is not inlined, across which XLA does not fuse, elsewhere as a no-op.
 
-    XLA:CPU fuses cheap element-wise work into each of its uses and so repeats it; it drops an `optimization_barrier` before it
-    fuses. ReLU materialised: ResNet-8 with batch norm 1.09 × as fast at m = 2 (one core of an AMD EPYC with AVX2, medians of 15
-    interleaved segments, 2026-11-26). The offsets of a max pool's maxima: their comparisons are made once instead of 36 times.
+    XLA:CPU fuses cheap element-wise operations into each consumer and so repeats them; it drops an `optimization_barrier`
+    before it fuses. A materialised ReLU makes ResNet-8 with batch norm 1.09 × as fast at m = 2 (one core of an AMD EPYC with
+    AVX2, medians of 15 interleaved segments, 2026-11-26). Comparisons for a max pool's offsets run once, not 36 times.
 
-    A primitive, because `lax.platform_dependent` under vmap would move the lanes to the front and so transpose the array.
+    It is a primitive, because `lax.platform_dependent` under vmap would move the lanes to the front and so transpose the array.
     """
     return _materialise.bind(x)
 

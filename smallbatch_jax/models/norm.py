@@ -17,8 +17,8 @@ class BatchNorm(nn.Module):
 
     The statistics of a group are its mean and its variance about that mean, over examples and pixels, in float32: E[x²]-μ²
     would lose too many digits at b = 2. (On GPU and TPU it is the variance about the running mean, less the square of the
-    difference; see `_statistics`.) The running averages take one update per call, towards the mean over the groups of their
-    means and of their unbiased variances (divisor n-1, n = b·pixels).
+    difference; see `_statistics`.) Each call updates the running averages once, towards the mean over groups of the
+    groups' means and unbiased variances (divisor n-1, n = b·pixels).
 
     A group may be smaller than a device's shard, or span several devices, which then exchange their statistics (§5). Running
     averages are updated from the groups of this device alone: average ``batch_stats`` over the devices after the step, as
@@ -30,8 +30,8 @@ class BatchNorm(nn.Module):
       epsilon: ε of Eq. 10.
       axis_name: mesh axis over which the SGD batch is sharded evenly, consecutive examples on each device; b then divides a
         shard, or is a multiple of it that divides the batch.
-      dtype: of the output; None keeps the input's.
-      platform: on "gpu" and "tpu" both statistics come from one reading of the input; any other is right everywhere.
+      dtype: output dtype; None keeps the input's.
+      platform: "gpu" and "tpu" compute both statistics in one pass over the input; any other value is valid everywhere.
     """
 
     batch_size: int | None = None
@@ -45,7 +45,7 @@ class BatchNorm(nn.Module):
     def __call__(self, x: jax.Array, train: bool, examples: int | None = None) -> jax.Array:
         """Normalises x, float[N, …, C], over all axes but the last; by running averages unless `train`.
 
-        With `examples` x is float[N·rows, …, C], of so many examples one after another.
+        With `examples`, x is float[N·rows, …, C], the concatenated rows of that many examples.
 
         Raises:
           ValueError: if `train` and the batch is not a whole number of BN groups.
@@ -99,12 +99,12 @@ class BatchNorm(nn.Module):
             )
 
     def _corrected(self, scale: jax.Array, bias: jax.Array, mean: jax.Array, var: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns scale and bias, [G, 1, …, 1, C], as they are; batch renormalisation moves them."""
+        """Returns scale and bias, [G, 1, …, 1, C], unchanged; `BatchRenorm` corrects them."""
         return scale, bias
 
 
 class BatchRenorm(BatchNorm):
-    """Batch renormalisation (Ioffe 2017): training sees what the running averages would give, within bounds.
+    """Batch renormalisation (Ioffe 2017): training normalises as the running averages would, within bounds.
 
     x̂ = (x - μ_B)/σ_B · r + d, with r = σ_B/σ kept within [1/r_max, r_max] and d = (μ_B - μ)/σ within ±d_max; no gradient
     flows through r and d. As in the original, r_max rises from 1 to 3 and d_max from 0 to 5 while the running averages
@@ -152,7 +152,7 @@ class GroupNorm(nn.Module):
 
 
 class Over(NamedTuple):
-    """What the statistics of a BN group are taken over."""
+    """The axes and devices over which a BN group's statistics are computed."""
 
     axes: tuple[int, ...]  # examples and pixels
     axis_name: str | None
@@ -161,7 +161,7 @@ class Over(NamedTuple):
 
 
 def _statistics(x: jax.Array, near: Any, over: Over) -> tuple[jax.Array, jax.Array]:
-    """Mean and variance of each BN group of x, float32[G, n, …, C] → [G, 1, …, 1, C] each; without G if there is one group.
+    """Returns mean and variance of each BN group of x, float32[G, n, …, C] → [G, 1, …, 1, C] each; without G if it is 1.
 
     Two passes: the mean, then the mean of (x - μ)². On GPU and TPU one pass: the mean of (x - s)², with s = `near`, the running
     mean, less (μ - s)². It loses digits only where a batch's mean is many deviations away from the running mean.
@@ -181,7 +181,7 @@ def _statistics(x: jax.Array, near: Any, over: Over) -> tuple[jax.Array, jax.Arr
 
 
 def _two_sums(a: jax.Array, b: jax.Array, over: Over) -> tuple[jax.Array, jax.Array]:
-    """Sums of two arrays over the axes, which stay as 1; on GPU by one reduction, hence one kernel."""
+    """Returns the sums of two arrays over the axes, kept with size 1; on GPU in one reduction, hence one kernel."""
     if over.platform != "gpu":  # a TPU sums both within the convolution that makes the arrays; a CPU has no vector code for it
         return a.sum(over.axes, keepdims=True), b.sum(over.axes, keepdims=True)
     zero = jnp.zeros((), a.dtype)
@@ -190,12 +190,12 @@ def _two_sums(a: jax.Array, b: jax.Array, over: Over) -> tuple[jax.Array, jax.Ar
 
 
 def _size(x: jax.Array, over: Over) -> int:
-    """Returns the values of each channel of a BN group on this device."""
+    """Returns the number of values per channel of a BN group on this device."""
     return math.prod(x.shape[axis] for axis in over.axes)
 
 
 def _of_group(over: Over, *values: jax.Array) -> list[jax.Array]:
-    """Returns each array of all devices that share this one's BN group, [span, …], by one exchange."""
+    """Gathers each array from all devices that share this device's BN group, [span, …], in one exchange."""
     of_devices = lax.all_gather(jnp.stack(values), over.axis_name)
     of_groups = of_devices.reshape(-1, over.span, *of_devices.shape[1:])
     return list(jnp.unstack(of_groups[lax.axis_index(over.axis_name) // over.span], axis=1))
@@ -206,15 +206,15 @@ def _means_of_group(over: Over, *values: jax.Array) -> list[jax.Array]:
     return list(values) if over.span == 1 else [v.mean(0) for v in _of_group(over, *values)]
 
 
-# Above so many values XLA:GPU sums in two stages, the second in a kernel of its own. If the sum is then that of dy·x̂ and not
-# of dy·(x - μ), dx needs no other kernel: ResNet-20's step of 13 lanes has 252 kernels instead of 271 at m = 128; below, at
-# m = 4, the other sum has 223 instead of 228 (compiled for an H100 by jax 0.10.2, 2026-11-26).
+# Above this many values XLA:GPU sums in two stages, the second in a separate kernel. Summing dy·x̂ instead of dy·(x - μ) then
+# avoids another kernel for dx: ResNet-20's step of 13 lanes has 252 kernels instead of 271 at m = 128. Below it dy·(x - μ) is
+# better: 223 kernels instead of 228 at m = 4 (compiled for an H100 by jax 0.10.2, 2026-11-26).
 ONE_STAGE = 4096
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _normalise(x: jax.Array, mean: jax.Array, rstd: jax.Array, scale: jax.Array, bias: jax.Array, over: Over) -> jax.Array:
-    """(x - μ)/√(σ² + ε) · scale + bias for x [G, n, …, C] and its own statistics; rstd is 1/√(σ² + ε).
+    """Returns (x - μ)/√(σ² + ε) · scale + bias for x [G, n, …, C] and its own statistics; rstd is 1/√(σ² + ε).
 
     The gradient is written out (Ioffe & Szegedy 2015, §3): it needs two sums over the batch, automatic differentiation five.
     """
@@ -241,7 +241,7 @@ _normalise.defvjp(_normalise_forward, _normalise_backward)
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _statistics_of(over: Over, x: jax.Array, mean: jax.Array, rstd: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns mean and rstd as they are, and their derivatives by x, which a Hessian-vector product needs."""
+    """Returns mean and rstd unchanged, with the derivatives by x that a Hessian-vector product needs."""
     return mean, rstd
 
 

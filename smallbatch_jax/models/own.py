@@ -1,4 +1,4 @@
-"""The user's own model: what every adapter has in common, and the adapter of linen modules; checked before anything runs."""
+"""The user's own model: the base class of all adapters, the adapter of linen modules, and checks before anything runs."""
 
 import inspect
 import math
@@ -26,12 +26,12 @@ MODES = {
     **dict.fromkeys(("eval", "evaluate", "is_eval", "eval_mode", "test", "testing", "is_test"), False),
 }
 RECOGNISED = f"Arguments of __call__ that are recognised: {', '.join(MODES)}."
-_MOST_CHARACTERS = 300  # of a module's error message
+_MOST_CHARACTERS = 300  # quoted from a module's error message
 _TRACED_EXAMPLES = 2
 
 
 class OwnModel(ABC):
-    """A model of the user's behind the calling convention of this package; `adapters.adapted` chooses the subclass."""
+    """A user's model behind this package's calling convention; `adapters.adapted` chooses the subclass."""
 
     def __init__(self, label: str, modes: Sequence[str]):
         """`label` names the model in messages and results; `modes` are the arguments in MODES that it takes."""
@@ -51,7 +51,7 @@ class OwnModel(ABC):
 
     @property
     def bn_batch_size(self) -> int | None:
-        """b, where the model has a field for it."""
+        """b, if the model has a field for it, else None."""
         return None
 
     def with_bn_batch_size(self, bn_batch_size: int | None, /, axis_name: str | None = None) -> "OwnModel":
@@ -117,7 +117,7 @@ class OwnModel(ABC):
         return max(size, examples - examples % size)
 
     def _kinds(self, stats: Any) -> list[str]:
-        """Returns for each array of batch_stats what it is: "statistics", "key" (of random numbers) or "others"."""
+        """Returns the kind of each array in batch_stats: "statistics", "key" (a random key) or "others"."""
         return ["statistics"] * len(jax.tree.leaves(stats))
 
     def _mode(self, train: bool) -> dict[str, bool]:
@@ -137,7 +137,7 @@ class OwnModel(ABC):
 class LinenModel(OwnModel):
     """A linen module behind `apply(…, train=…)`, whatever the name of its own mode argument.
 
-    Batch norm and dropout work as everywhere in Flax: running statistics are in the collection "batch_stats", dropout
+    Batch norm and dropout follow Flax's conventions: running statistics are in the collection "batch_stats", dropout
     draws from the key "dropout". Modules with other collections are refused.
     """
 
@@ -170,7 +170,7 @@ class LinenModel(OwnModel):
         """Returns the model with the mode arguments that it takes, as `OwnModel.settled`."""
         candidates = [self._modes]
         if not self._modes and any(p.kind is p.VAR_KEYWORD for p in _parameters(self.module)):
-            # Perhaps for a submodule: tries each mode.
+            # The keyword arguments may pass a mode on to a submodule, so each mode is tried.
             candidates = [*((name,) for name in MODES), ()]
         images = batch_of(example, self._whole_bn_batches(_TRACED_EXAMPLES))
         found: list[tuple[LinenModel, Trace]] = []
@@ -201,16 +201,16 @@ class LinenModel(OwnModel):
 
 
 class Trace(NamedTuple):
-    """What a model does in one training step and one evaluation."""
+    """Behaviour of a model in one training step and one evaluation."""
 
     draws: bool  # whether training uses its random key
     trains: bool
-    fault: str | None  # what cannot have been meant
-    remarks: list[str]  # of layers that stay in evaluation mode while others train, which may have been meant
+    fault: str | None  # an error that cannot be intended
+    remarks: list[str]  # on layers that stay in evaluation mode while others train, which may be intended
 
     @classmethod
     def of(cls, draws: bool, moves: bool, moved: list[bool], read: list[bool]) -> "Trace":
-        """Judges running statistics: for each array, whether training changes it and whether evaluation uses it."""
+        """Builds a trace; per running statistic, `moved`: whether training changes it, `read`: whether evaluation uses it."""
         fault, still = None, moved.count(False)
         if moved and not any(moved):
             fault = "has batch_stats that training never changes: its batch norm is left at mean 0 and variance 1"
@@ -222,7 +222,7 @@ class Trace(NamedTuple):
 
 @contextmanager
 def errors_explained(subject: str, called: str) -> Iterator[None]:
-    """Turns any error of the user's code into an InputError of one line: the subject "model: NAME" raised it, called with …"""
+    """Converts an error of the user's code to a one-line InputError: the subject ("model: NAME") raised it, called with …"""
     try:
         yield
     except InputError:
@@ -253,7 +253,7 @@ def used_inputs(jaxpr: Any, first: int = 0) -> list[bool]:
 
 
 def _watch(label: str, dropouts: dict[str, bool | None], call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-    """Interceptor of `nn.intercept_methods`: notes each layer of dropout, and refuses batch norm over a single value."""
+    """Interceptor for `nn.intercept_methods`: records each dropout layer and refuses batch norm over a single value."""
     module = context.module
     if context.method_name != "__call__":
         return call(*args, **kwargs)
@@ -273,7 +273,7 @@ def _watch(label: str, dropouts: dict[str, bool | None], call: Callable[..., Any
 
 
 def _require_several_values(module: nn.BatchNorm, path: str, x: Any, use_running_average: bool | None = None, **_: Any) -> None:
-    """Refuses batch norm whose mean and variance are of a single value, because it gives a constant."""
+    """Refuses batch norm whose mean and variance are over a single value, because its output is constant."""
     average = module.use_running_average if use_running_average is None else use_running_average
     if average or module.axis_name is not None:
         return

@@ -16,7 +16,7 @@ WINDOW, STRIDE = 3, 2  # pixels
 
 
 def max_pool(x: jax.Array, padding: Pads | None = None) -> jax.Array:
-    """Max pooling of 3×3 windows with stride 2, [N, H, W, C] → [N, H', W', C].
+    """Applies max pooling with 3×3 windows and stride 2, [N, H, W, C] → [N, H', W', C].
 
     Padding is ((top, bottom), (left, right)) in pixels, each at most 2; None for SAME: H' = ⌈H/2⌉, W' = ⌈W/2⌉.
 
@@ -35,7 +35,7 @@ def _max_pool(x: jax.Array, pads: Pads, sizes: Pair) -> jax.Array:
 def _max_pool_forward(x, pads, sizes):
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
     pooled, *others = windows(padded, (WINDOW, WINDOW), (STRIDE, STRIDE))
-    winner = jnp.zeros(pooled.shape)  # the offset in the window that the maximum came from
+    winner = jnp.zeros(pooled.shape)  # offset of the maximum in its window
     for offset, other in enumerate(others, start=1):
         # A NaN must not lose a comparison, or a diverged run would go unseen.
         stays = (pooled >= other) | jnp.isnan(pooled)
@@ -47,7 +47,7 @@ def _max_pool_backward(pads, sizes, winner, dy):
     """Sums, for each pixel, the dy of the windows whose maximum it is; at most ⌈k/s⌉² windows contain a pixel.
 
     Padded pixel s·t + r is at offset s·d + r of the window that begins d windows before t. All pixels of one remainder r
-    therefore use the same offsets, and remainders are an axis of their own.
+    therefore use the same offsets, and remainders form a separate axis.
     """
     k, s = WINDOW, STRIDE
     tiles = [-(-(size + low) // s) for size, (low, _) in zip(sizes, pads, strict=True)]

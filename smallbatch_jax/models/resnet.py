@@ -7,8 +7,8 @@ from flax import linen as nn
 from smallbatch_jax.config.catalog import NORMS
 from smallbatch_jax.models.layers import PaperModel, relu
 
-# Images up to which a TPU takes their rows, in float32 and in bfloat16. Whole images cost the same up to 128, their rows in
-# proportion; by the compiler's estimates both cost as much at 85 images (ResNet-8, float32) and 45 (ResNet-20, bfloat16).
+# Largest batch that a TPU processes as rows, in float32 and bfloat16. Whole images cost the same up to 128, rows in proportion
+# to the images; the compiler estimates equal costs at 85 images (ResNet-8, float32) and 45 (ResNet-20, bfloat16).
 FEW_IMAGES, FEW_IMAGES_ROUNDED = 80, 48
 
 
@@ -19,17 +19,17 @@ class CifarResNet(PaperModel):
     image, then global average pooling and one fully-connected layer. A block is two 3×3 convolutions; its shortcut has
     no parameters (option A): where the shape changes it takes every second pixel and pads the channels with zeros, half
     on either side. Normalisation follows each convolution, before the ReLU and before the sum, in place of a bias;
-    without normalisation the convolutions have biases. On a TPU few images are held as their rows, float[N·H, W, C].
+    without normalisation the convolutions have biases. On a TPU small batches are processed as rows, float[N·H, W, C].
 
     Attributes:
-      depth: 6n+2 layers.
+      depth: number of layers, 6n+2.
     """
 
     depth: int = 8
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Logits float32[N, num_classes] of normalised images float32[N, H, W, C]."""
+        """Returns logits float32[N, num_classes] of normalised images float32[N, H, W, C]."""
         blocks, remainder = divmod(self.depth - 2, 6)
         if remainder or blocks < 1:
             raise ValueError(f"depth: got {self.depth}, must be 6n+2")

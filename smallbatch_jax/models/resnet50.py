@@ -29,7 +29,7 @@ class BottleneckResNet(PaperModel):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Logits float32[N, num_classes] of normalised images float32[N, H, W, C], of any size."""
+        """Returns logits float32[N, num_classes] of normalised images float32[N, H, W, C], of any size."""
         x = relu(self.conv(images.astype(self.dtype), 64, 7, 2, train, "stem", self.norm))
         x = max_pool(x, padding=((1, 1), (1, 1)))  # as in the original: SAME would pad an even image at its end alone
         for stage, (blocks, width) in enumerate(zip(self.blocks, WIDTHS, strict=True)):

@@ -1,4 +1,4 @@
-"""Images on the devices that train on them: a whole dataset, or a pool of those that one segment needs."""
+"""Images on devices: a whole dataset, or a pool of the training images that one segment needs."""
 
 from typing import NamedTuple
 
@@ -17,14 +17,14 @@ LARGEST_EVAL_BATCH = 256
 
 
 class DeviceData(NamedTuple):
-    """A dataset on the device; images as they are stored, normalised when a batch is taken."""
+    """A dataset on the device; images keep their stored dtype and are normalised when a batch is taken."""
 
     train_images: Array  # uint8, float32 or int32 (tokens) [N, …]
-    train_labels: Array  # int32[N], or float32[N, …] or int32[N, T] as the task has them
+    train_labels: Array  # int32[N], float32[N, …] or int32[N, T], depending on the task
     shuffled: Array  # int32[N], the training examples in a random order, for precise statistics; None in a pool
     mean: Array  # float32[C]
     deviation: Array  # float32[C]
-    splits: "dict[str, TestImages]"  # [batches, n, …] each, which are evaluated; none in a pool
+    splits: "dict[str, TestImages]"  # for evaluation, [batches, n, …] each; none in a pool
 
     def normalise(self, images: jax.Array) -> jax.Array:
         """Returns images, float32[n, …], normalised by the training set's channel mean and deviation."""
@@ -52,11 +52,11 @@ class Pool(NamedTuple):
         return DeviceData(self.images[0, 0], self.labels[0, 0], None, self.mean, self.deviation, {})
 
 
-POOL = Pool(P(LANE, DATA), P(LANE, DATA), P(), P())  # its sharding
+POOL = Pool(P(LANE, DATA), P(LANE, DATA), P(), P())  # sharding of a Pool
 
 
 class TestImages(NamedTuple):
-    """A batch of examples to evaluate; of a streamed test set, sharded over the devices that share a batch."""
+    """A batch of examples to evaluate; a streamed one is sharded over the devices that share a batch."""
 
     images: Array  # [n, …], as the dataset stores them
     labels: Array  # [n, …]

@@ -31,15 +31,15 @@ def lane_mesh(devices: Sequence[Any] | None = None, data_devices: int = 1) -> Me
 
 
 def use_all_cores(devices: int | None = None) -> None:
-    """Gives JAX one device per CPU core of this process, or as many as given, and turns XLA's loop unrolling off.
+    """Gives JAX one device per CPU core of this process, or `devices` of them, and turns XLA's loop unrolling off.
 
-    Call it before JAX does anything. The user's own choices in XLA_FLAGS stay.
+    Call it before JAX does anything. Choices that XLA_FLAGS already makes are kept.
 
     XLA:CPU gains little from running one small operation on many cores, and much from running many lanes at once. With loop
     unrolling it turns a loop over 32 channels or fewer into scalar instructions; vector instructions are six times as fast.
 
     Raises:
-      InputError: if XLA_FLAGS would make a diverged run look like any other.
+      InputError: if XLA_FLAGS names a file or would hide that a run diverged.
     """
     chosen = jax_flags.xla_flags()
     if "xla_backend_extra_options" not in chosen:
@@ -51,9 +51,9 @@ def use_all_cores(devices: int | None = None) -> None:
 
 
 def keep_compilations() -> None:
-    """Keeps compiled programs in the cache directory, where the user has not chosen one with JAX's own flag.
+    """Stores compiled programs in the cache directory, unless the user has chosen another with JAX's own flag.
 
-    For GPUs and TPUs, where a compilation takes from half a minute to several. On CPU it takes seconds, and a program that was
+    Meant for GPUs and TPUs, where a compilation takes half a minute to several minutes. On CPU it takes seconds, and a program
     compiled for another CPU could crash.
     """
     if not jax.config.values["jax_compilation_cache_dir"]:
@@ -65,7 +65,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def memory_bytes(mesh: Mesh) -> int:
-    """Returns nine tenths of the memory of this process's devices in a mesh, on CPU of the machine's memory or its limits."""
+    """Returns nine tenths of the memory of this process's devices in a mesh; on CPU, of the machine's memory or its limits."""
     statistics = mesh.local_devices[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return int(0.9 * statistics["bytes_limit"]) * len(mesh.local_devices)
@@ -103,7 +103,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_bytes_in_use() -> int:
-    """Returns the peak memory so far, of the accelerators or on CPU of this process, in bytes; 0 if unknown."""
+    """Returns the peak memory use so far in bytes, of the accelerators or, on CPU, of this process; 0 if unknown."""
     statistics = [device.memory_stats() for device in jax.devices()]
     if all(statistics):
         return sum(found["peak_bytes_in_use"] for found in statistics if found)

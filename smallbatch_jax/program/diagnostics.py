@@ -1,8 +1,8 @@
 """Diagnostics of a run at its evaluations, such as its gradient noise scale; `config.catalog.DIAGNOSTICS` names them.
 
-They read a fixed sample of the training examples, the same for all runs and not augmented, in sub-batches. The loss is that of
-training, without the penalty: the model is in training mode, and a sub-batch holds whole BN groups, so that batch norm has the
-statistics that training sees.
+They read a fixed sample of the training examples, the same for all runs and not augmented, in sub-batches. The loss is the
+training loss without the penalty: the model is in training mode, and a sub-batch holds whole BN groups, so that batch norm has
+the statistics that training sees.
 """
 
 import pkgutil
@@ -26,28 +26,28 @@ class SubBatch(NamedTuple):
     """The examples of a sub-batch; all sub-batches of a sample are stacked along a leading axis."""
 
     indices: Array  # int32[b], of training examples
-    number: Array  # int32[], its place in the sample, from which its dropout is drawn
+    number: Array  # int32[], position in the sample, which seeds its dropout
 
 
 class Sample(NamedTuple):
-    """A sample of the training examples, and the derivatives by the parameters of the mean loss of a sub-batch."""
+    """A sample of training examples, and derivatives of a sub-batch's mean loss with respect to the parameters."""
 
     gradient: Callable[[Any], jax.Array]  # sub-batch → float[P]
     product: Callable[[jax.Array, Any], jax.Array]  # (vector, sub-batch) → the Hessian times the vector, float[P]
-    params: Array  # float[P], where they are taken
+    params: Array  # float[P], at which derivatives are taken
     sub_batches: Any  # stacked along a leading axis; those of this device
-    count: int  # k, sub-batches on all devices; those beyond fill up the last device, and their derivatives are 0
+    count: int  # k, sub-batches on all devices; the padding beyond them has derivatives of 0
     size: int  # b, examples of a sub-batch
     axis_name: str | None = None  # mesh axis whose devices hold equally many sub-batches each
 
     def mean(self, function: Callable[[Any], jax.Array]) -> jax.Array:
-        """Returns the mean over the sub-batches of all devices of a function of one, float[P], which is summed as it comes."""
+        """Returns the mean over all devices' sub-batches of a function of one, float[P], summed without stacking its values."""
         total, _ = lax.scan(lambda total, one: (total + function(one), None), jnp.zeros_like(self.params), self.sub_batches)
         return (total if self.axis_name is None else lax.psum(total, self.axis_name)) / self.count
 
 
 def hessian_product(loss_fn: Callable[..., Any]) -> Callable[..., PyTree]:
-    """Returns (params, vector, *others) → the Hessian by params times the vector, trees like params; the loss has an aux."""
+    """Returns (params, vector, *others) → the Hessian by params times the vector, a tree like params; the loss has an aux."""
 
     def product(params: PyTree, vector: PyTree, *others: Any) -> PyTree:
         return jax.jvp(lambda params: jax.grad(loss_fn, has_aux=True)(params, *others)[0], (params,), (vector,))[1]
@@ -63,7 +63,7 @@ def make_diagnose(
 ) -> Callable[[TrainState, DeviceData], dict[str, jax.Array]]:
     """Returns (state, data) → the columns of `program.diagnostics`, float32[] each, by name.
 
-    `value_and_grad` and `hessian_product` differentiate the loss; `side_by_side` has those for lanes that are vmapped.
+    `value_and_grad` and `hessian_product` differentiate the loss; `side_by_side` has versions for vmapped lanes.
     Along `program.axis_name` each device computes its share of the sub-batches, with batch norm over its own examples.
     """
     if not program.diagnostics:
@@ -108,10 +108,10 @@ def make_diagnose(
 def sample_shape(
     entry: DiagnosticEntry, model: Model, program: Program, batch_stats: PyTree, data: DeviceData
 ) -> tuple[int, int]:
-    """Returns the number of sub-batches k and the size of each, b; whole BN groups, and 0 sub-batches where none fits.
+    """Returns the number of sub-batches k (0 if none fits) and the size of each, b, a whole number of BN groups.
 
-    They are the same however many devices share a batch. `batch_stats` are those of the state: a model without them has BN
-    groups of one example.
+    Both are independent of how many devices share a batch. `batch_stats` are the state's; a model without them has BN groups
+    of one example.
     """
     examples = len(data.shuffled)
     wanted = min(max(entry.examples, examples // entry.share), examples)

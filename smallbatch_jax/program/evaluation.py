@@ -16,14 +16,14 @@ PRECISE_IMAGES = 4096  # training images for precise statistics; all, if there a
 
 
 class Tested(NamedTuple):
-    """The score of a run on a split of the data, sums over its examples."""
+    """Scores of a run on a split of the data, summed over its examples."""
 
     sums: dict[str, Array]  # float32[] each, the loss and the task's metrics by name
     examples: Array  # int32[]
 
     @classmethod
     def zeros(cls, task: Task) -> "Tested":
-        """Returns the score on no examples."""
+        """Returns the scores on no examples."""
         return cls({name: jnp.float32(0) for name in ("loss", *task.metrics)}, jnp.int32(0))
 
 
@@ -43,7 +43,7 @@ def make_evaluate(model: Model, task: Task, axis_name: str | None = None) -> Cal
 
 
 def make_test(model: Model, task: Task, axis_name: str | None = None) -> Callable[..., Tested]:
-    """Returns (state, images, batch) → sums over a batch of test images, float32[n, …] normalised; a shard along `axis_name`.
+    """Returns (state, images, batch) → scores on a test batch; images are float32[n, …], normalised, sharded on `axis_name`.
 
     The loss is NaN if running averages are not finite: a variance that overflowed gives activations of zero, and thus a
     finite loss although the run has diverged.
@@ -75,8 +75,8 @@ def _shard(batch: TestImages, axis_name: str) -> TestImages:
 def with_precise_statistics(evaluate: Callable[..., Any], model: Model) -> Callable[..., Any]:
     """Returns `evaluate` with running averages replaced by the mean of the statistics of many BN groups of training images.
 
-    These are the statistics that training would see at the present parameters, in BN groups of the same size; the images
-    are not augmented, like test images. The run's own running averages do not change. `model` has bn_decay 0, so that its
+    These are the statistics that training would see at the current parameters, in BN groups of the same size; like test
+    images, the images are not augmented. The run's own running averages do not change. `model` has bn_decay 0, so that its
     running averages after a batch are that batch's statistics.
     """
     b = model.bn_batch_size

@@ -17,7 +17,7 @@ from smallbatch_jax.program.diagnostics import make_diagnose
 from smallbatch_jax.program.tasks import Batch, Score, Task, cross_entropy, next_token_cross_entropy, squared_error
 from smallbatch_jax.program.train import Model, Program, PyTree, Setting, TrainState, init_state, make_train_step
 
-MOST_CLASSES = 64  # whose weights in a loss a fingerprint sees
+MOST_CLASSES = 64  # maximum number of classes whose loss weights a fingerprint covers
 
 
 def require_model(model: Model, task: Task, data: Any, batch_size: int = 2) -> TrainState:
@@ -53,7 +53,7 @@ def require_model(model: Model, task: Task, data: Any, batch_size: int = 2) -> T
 
 
 def require_diagnostics(model: Model, program: Program, data: Any) -> None:
-    """Refuses a model that the diagnostics of a program cannot differentiate, such as twice for the sharpness; runs nothing."""
+    """Refuses a model that a program's diagnostics cannot differentiate (for the sharpness, twice); runs nothing."""
     if not program.diagnostics:
         return
     example, channels = data.example, jax.ShapeDtypeStruct(data.image_shape[-1:], jnp.float32)
@@ -65,7 +65,7 @@ def require_diagnostics(model: Model, program: Program, data: Any) -> None:
         return make_diagnose(model, program)(state, data)
 
     try:
-        jax.jit(diagnose).lower(stored)  # a gradient without a derivative is only found out here
+        jax.jit(diagnose).lower(stored)  # only lowering reveals a gradient that has no derivative
     except Exception as error:  # of any type: the model may be the caller's own
         reason = cut(" ".join(str(error).split()), 200)
         raise InputError(f"diagnostics: {program.diagnostics} cannot be had of the model: {reason}") from error
@@ -124,7 +124,7 @@ def require_optimizer(optimizer: Optimizer, params: PyTree, name: str) -> None:
         )
     if _shapes(new_state) != _shapes(state):
         raise InputError(f"optimizer: an update of {name} changes the tree, a shape or a dtype of its state.")
-    rate, first = len(jax.tree.leaves(params)), len(jax.tree.leaves((updates, new_state)))  # places of an input and an output
+    rate, first = len(jax.tree.leaves(params)), len(jax.tree.leaves((updates, new_state)))  # input and output indices
     if any(used_inputs(traced.jaxpr, first)[rate:]):
         raise InputError(
             f"optimizer: {name} keeps its learning rate or another scalar in its state, as inject_hyperparams does, where no "
@@ -135,13 +135,13 @@ def require_optimizer(optimizer: Optimizer, params: PyTree, name: str) -> None:
 
 
 def _shapes(tree: PyTree, dtypes: bool = True) -> Any:
-    """The structure of a tree with the shapes, and dtypes, of its arrays."""
+    """Returns a tree's structure and the shapes, and by default dtypes, of its arrays."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, [(leaf.shape, leaf.dtype if dtypes else None) for leaf in leaves]
 
 
 def fingerprint(model: Model, task: Task, data: Any, optimizer: Optimizer, examples: int = 4) -> dict[str, Any]:
-    """Summarises a task's functions and an optimizer on fixed inputs, as `models.identity.fingerprint` does a model."""
+    """Summarises a task's functions and an optimizer on fixed inputs, as `models.identity.fingerprint` summarises a model."""
     draw = partial(identity.drawn, np.random.RandomState(0))
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *data.example.shape), data.example.dtype)))
 

@@ -1,7 +1,7 @@
-"""JAX and Flax flags: the ones held at their defaults while we train; all others are recorded.
+"""JAX and Flax flags: some are held at their defaults during training; all others are recorded.
 
 A flag that could change a result or end a run early is held at JAX's default, with which every result here is made. The others,
-among them any that a later JAX brings, are left alone and recorded in WORKDIR/provenance.jsonl.
+including any that a later JAX adds, are left alone and recorded in WORKDIR/provenance.jsonl.
 """
 
 import enum
@@ -19,7 +19,7 @@ from smallbatch_jax.config.fields import InputError
 
 
 def _table(*rows: tuple[Any, str]) -> dict[str, Any]:
-    """Flags by name, from rows of a value and the flags that have it by default."""
+    """Returns flags by name, from rows of a default value and the flags that have it."""
     return {name: value for value, names in rows for name in names.split()}
 
 
@@ -39,10 +39,10 @@ HELD = _table(
     ("UNKNOWN", "jax_optimization_level"),
     ("O2", "jax_memory_fitting_level"),
     (0.0, "jax_exec_time_optimization_effort jax_memory_fitting_effort"),
-    # end the process at a loss that is not finite, which is a result here
+    # would end the process at a loss that is not finite, which is a valid result here
     (False, "jax_debug_nans jax_debug_infs"),
     ("ignore", "jax_error_checking_behavior_nan jax_error_checking_behavior_divide jax_error_checking_behavior_oob"),
-    # refuse code that is right
+    # would reject correct code
     (False, "jax_debug_key_reuse jax_check_tracer_leaks jax_check_static_indices jax_thread_guard jax_no_tracing"),
     (False, "jax_disallow_mesh_context_manager jax_no_execution jax_raise_persistent_cache_errors"),
     (None, "jax_transfer_guard_host_to_device jax_transfer_guard_device_to_device jax_transfer_guard_device_to_host"),
@@ -57,9 +57,9 @@ EXTRAS = {"cuda": "cuda12", "gpu": "cuda12", "rocm": "rocm7-local", "tpu": "tpu"
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Holds the flags in HELD, and no mesh of `jax.set_mesh`, in all threads; restores them when the block ends.
+    """Holds the flags in HELD at their defaults, and clears `jax.set_mesh`, in all threads; restores both on exit.
 
-    Warns in one line that names the flags that had another value.
+    Issues one warning that names the flags that had another value.
     """
     with ExitStack() as stack:
         hold(stack)
@@ -67,7 +67,7 @@ def held() -> Iterator[None]:
 
 
 def hold(stack: ExitStack) -> None:
-    """Holds the flags, as `held` does, until a stack unwinds: one that never does holds them for good."""
+    """Holds the flags, as `held` does, until a stack unwinds, or for good if it never does."""
     changed = {}
     for name, value in HELD.items():
         if name not in jax.config.values:  # of another version of JAX
@@ -93,25 +93,25 @@ def hold(stack: ExitStack) -> None:
 
 
 def _of_all_threads(name: str) -> Any:
-    """A flag's value where no thread has set its own; some flags belong to the process alone."""
+    """Returns a flag's value in threads that have not set their own; some flags have a global value only."""
     holder = _holder(name)
     return holder.get_global() if hasattr(holder, "get_global") else jax.config.values[name]
 
 
 def _holder(name: str) -> Any:
-    """JAX's object for a flag, which knows what each thread has set; JAX has no public name for it."""
+    """Returns JAX's object for a flag, with the value that each thread has set; JAX has no public name for it."""
     return getattr(jax.config, "_value_holders", {}).get(name)
 
 
 def _plain(value: Any) -> Any:
-    """Converts a flag's value to what JSON can hold."""
+    """Converts a flag's value to a JSON scalar."""
     if isinstance(value, enum.Enum):
         return value.name.lower()
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def recorded() -> dict[str, Any]:
-    """Returns name and value of the flags that are not held, and of the variables that are set, for provenance."""
+    """Returns the flags that are not held and the environment variables that are set, by name, for provenance."""
     flags = {name: _plain(value) for name, value in jax.config.values.items() if name not in HELD}
     return flags | {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
@@ -120,7 +120,7 @@ def xla_flags() -> str:
     """Returns XLA_FLAGS.
 
     Raises:
-      InputError: if they are the name of a file, or let the compiler assume that no number is NaN, which marks a diverged run.
+      InputError: if it is a file name, or lets the compiler assume that no number is NaN, which marks a diverged run.
     """
     given = os.environ.get("XLA_FLAGS", "").strip()
     if given and not given.startswith("-"):
@@ -135,7 +135,7 @@ def xla_flags() -> str:
 
 
 def require_devices() -> None:
-    """Makes JAX's devices.
+    """Initialises JAX's devices.
 
     Raises:
       InputError: if the platform that the environment asks for is not available.

@@ -48,13 +48,13 @@ def lane_mapping(platform: str) -> LaneMapping:
 
 @dataclass(frozen=True)
 class LaneProgram:
-    """Many lanes of one program, compiled. Every method is one dispatch and donates the states it is given.
+    """A compiled program of many lanes. Every method is one dispatch and donates the states it is given.
 
     If there are several processes, all must call the same methods with the same arguments.
     """
 
     lanes: int
-    segment_steps: int  # S, the most steps of a segment
+    segment_steps: int  # S, maximum number of steps in a segment
     any_length: bool  # whether a shorter segment costs less; resident lanes side by side always take S steps, some masked
     sharding: NamedSharding
     compile_seconds: float
@@ -72,7 +72,7 @@ class LaneProgram:
         return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.template)
 
     def start(self, state: LaneState, entering: Mapping[int, TrainState | LaneState]) -> LaneState:
-        """Puts a run into each lane in `entering`, by its state before the first update or the lane that it left before."""
+        """Puts a run into each lane in `entering`, given as its initial state or as the lane that it left earlier."""
         mask = np.zeros(self.lanes, bool)
         new = self.zeros()
         for lane, run in entering.items():
@@ -147,13 +147,13 @@ class LaneProgram:
 
 
 def needed_bytes(compiled: Any, data: DeviceData | Pool, mesh: Mesh) -> int:
-    """Memory that a compiled segment needs on this process's devices of a mesh, without a resident dataset; 0 if unknown."""
+    """Returns the bytes that a compiled segment needs on this process's devices, without a resident dataset; 0 if unknown."""
     found = compiled.memory_analysis()
     if found is None:
         return 0
-    if isinstance(data, Pool):  # each device has one of its own, and the next is on its way
+    if isinstance(data, Pool):  # each device holds one, and the next is being transferred
         dataset = -data.images.size // mesh.size
-    else:  # an argument, whole on each device
+    else:  # an argument, replicated on each device
         dataset = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(data))
     arguments = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return (arguments + found.temp_size_in_bytes - dataset) * len(mesh.local_devices)
@@ -177,9 +177,9 @@ def compile_lanes(
       program: constants of the runs; its axis_name and the model's are "data" if a row has several devices, else None.
       data: from `to_device`, on the same devices; or the shapes of a streamed dataset's pools, sharded over `mesh`.
       mesh: from `lane_mesh`.
-      lanes: L, runs trained side by side.
-      segment_steps: S, the most steps between two visits to the host.
-      precision: of matrix products and convolutions: "float32", "tf32" or "bfloat16".
+      lanes: L, number of lanes on all devices.
+      segment_steps: S, maximum number of steps between two visits to the host.
+      precision: precision of matrix products and convolutions, "float32", "tf32" or "bfloat16".
       mapping: "map" or "vmap"; None takes `lane_mapping`.
       statistics_model: the model with bn_decay 0 and its bn_batch_size given, to evaluate by precise statistics; None
         evaluates by running averages.
@@ -214,7 +214,7 @@ def trace_lanes(
     mapping: LaneMapping,
     statistics_model: Model | None = None,
 ) -> tuple[jax.stages.Traced, LaneState]:
-    """Traces a segment as `compile_lanes` does, whose arguments these are; the devices of `mesh` need not exist.
+    """Traces a segment; the arguments are those of `compile_lanes`, and the devices of `mesh` need not exist.
 
     Returns:
       The traced segment, (states, settings, segments, images) → (states, reports), and the shapes of the states.
@@ -256,7 +256,7 @@ def _streamed_test(test_lanes: Callable[..., Tested], mesh: Mesh, precision: str
 
 
 def _at_precision(function: Callable[..., Any], precision: str) -> Callable[..., Any]:
-    """Returns the function, whose matrix products and convolutions are traced at this precision."""
+    """Wraps a function so that its matrix products and convolutions are traced at this precision."""
 
     def call(*args: Any) -> Any:
         with jax.default_matmul_precision(MATMUL_PRECISION[precision]):
@@ -266,7 +266,7 @@ def _at_precision(function: Callable[..., Any], precision: str) -> Callable[...,
 
 
 def initialiser(model: Model, example: jax.ShapeDtypeStruct, optimizer: Optimizer = SGD) -> Callable[[int], TrainState]:
-    """Returns seed → the state before the first update, as NumPy arrays; compiles once, and draws each seed once.
+    """Returns seed → the state before the first update, as NumPy arrays; compiles once and caches each seed's state.
 
     Initialisation depends on the seed alone, not on batch sizes or base learning rates.
     """

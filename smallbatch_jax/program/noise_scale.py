@@ -18,8 +18,8 @@ def noise_scale(sample: Sample) -> tuple[jax.Array, jax.Array]:
 
     from the mean gradients g_i of k sub-batches of b examples; Σ is the covariance of the gradient of one example, and both
     estimates are unbiased. Two passes over the sample, the first for the mean, keep one gradient in memory at a time. The
-    error is that of the jackknife over the sub-batches: B lies within two errors in 19 of 20 samples as long as |G|² can be
-    told from zero; from 4 sub-batches in 18. Where it cannot, B is huge, or negative where even the estimate of |G|² is.
+    error is a jackknife estimate over the sub-batches: B lies within two errors in 19 of 20 samples (in 18 with 4 sub-batches)
+    as long as |G|² is distinguishable from zero. Otherwise B is huge, or negative if the estimate of |G|² is.
 
     Returns:
       B and its standard error, float[] each; NaN from fewer than 3 sub-batches.

@@ -29,7 +29,7 @@ def several() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that reads and writes."""
+    """Returns whether this process is the one that reads and writes."""
     return jax.process_index() == 0
 
 
@@ -56,7 +56,7 @@ def on_first(function: Callable[[], T]) -> T:
 
 
 def require_same(value: Any, field: str) -> None:
-    """Refuses to go on if the processes were given different values, which must be picklable.
+    """Checks that all processes were given the same value, which must be picklable.
 
     Raises:
       InputError: names the field and the first process that differs.
@@ -86,7 +86,7 @@ def readable(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def exchange(values: tuple[int, ...], mesh: Mesh) -> Any:
-    """Starts to all-gather integers over the processes of this mesh; `np.asarray` waits for int32[processes, values]."""
+    """Starts an all-gather of integers over this mesh's processes; `np.asarray` waits for int32[rows, values]."""
     if not several():
         return np.array([values], np.int32)
     rows = NamedSharding(Mesh(mesh.devices.reshape(-1), ("device",)), P("device"))

@@ -34,8 +34,8 @@ class LaneState(NamedTuple):
     """One lane; all lanes of a program are stacked along a leading axis."""
 
     train: TrainState
-    loss_sum: Array  # float32[], of the epoch's batches so far
-    sums: dict[str, Array]  # float32[] each, metrics of the epoch's examples so far
+    loss_sum: Array  # float32[], summed over the epoch's batches so far
+    sums: dict[str, Array]  # float32[] each, metrics summed over the epoch's examples so far
     alive: Array  # bool[], False once a training loss was not finite
 
 
@@ -62,7 +62,7 @@ class Report(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """The batch of one step as the dataset stores it; its images are cropped already, but their padding is not yet zero."""
+    """The batch of one step in the dataset's dtypes; images are already cropped, but their padding is not yet zero."""
 
     images: Array  # uint8, float32 or int32 [n, …]
     labels: Array  # [n, …]
@@ -178,7 +178,7 @@ def make_test_lanes(model: Model, program: Program, mapping: LaneMapping) -> Cal
 
 def _make_advance(train_step: Callable[..., Any]) -> Callable[..., LaneState]:
     def advance(state: LaneState, setting: Setting, examples: Examples, data: DeviceData) -> LaneState:
-        """One update of one lane. If its loss is not finite the lane dies, and the update is not counted."""
+        """Applies one update to one lane; if its loss is not finite, the lane dies and the update is not counted."""
         images = data.normalise(examples.images)
         if examples.crops is not None:
             images = jnp.where(inside(examples.crops, *images.shape[1:3]), images, 0.0)

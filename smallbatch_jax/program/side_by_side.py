@@ -14,7 +14,7 @@ from smallbatch_jax.program.train import Model, PyTree, TrainState
 
 
 def summed_value_and_grad(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
-    """`jax.value_and_grad` for a function that is vmapped over lanes: differentiates the sum of the lanes' losses.
+    """Returns `jax.value_and_grad` of a function that is vmapped over lanes; differentiates the sum of the lanes' losses.
 
     The gradients are the same, but outside the vmap the gradient of a convolution keeps the kernel's own window, for which
     GPUs have a routine (`batch_group_count`). Inside it becomes a convolution with a window as large as the image.
@@ -39,7 +39,7 @@ def summed_value_and_grad(loss_fn: Callable[..., Any], has_aux: bool) -> Callabl
 
 
 def summed_hessian_product(loss_fn: Callable[..., Any]) -> Callable[..., PyTree]:
-    """`diagnostics.hessian_product` for a function that is vmapped over lanes, as `summed_value_and_grad`."""
+    """Returns `diagnostics.hessian_product` of a function that is vmapped over lanes; see `summed_value_and_grad`."""
 
     @custom_vmap
     def function(*arguments: Any) -> PyTree:
@@ -65,12 +65,12 @@ def summed_hessian_product(loss_fn: Callable[..., Any]) -> Callable[..., PyTree]
 class Packing(NamedTuple):
     """The packing of a tree of arrays: all vectors of a dtype in one array, which a GPU updates in one kernel.
 
-    Kernels of convolutions and dense layers keep arrays of their own: a slice of a longer one would be copied at each use.
+    Kernels of convolutions and dense layers stay separate arrays: a slice of a longer one would be copied at each use.
     """
 
     structure: Any
     shapes: tuple[tuple[int, ...], ...]
-    groups: tuple[str, ...]  # for each leaf the dtype of its vector, or its own name
+    groups: tuple[str, ...]  # each leaf's dtype if it is a vector or scalar, else a name of its own
 
     @classmethod
     def of(cls, tree: PyTree) -> "Packing":
@@ -112,7 +112,7 @@ class PackedModel(NamedTuple):
 
     @classmethod
     def of(cls, model: Model, states: TrainState, elementwise: bool) -> "PackedModel":
-        """Packs as the states of lanes, stacked, demand; parameters only for an optimizer that updates them `elementwise`."""
+        """Returns the packed model for stacked lane states; parameters are packed only if the optimizer is `elementwise`."""
         lane = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), states)
         return cls(model, Packing.of(lane.params) if elementwise else Unpacked(), Packing.of(lane.batch_stats))
 
@@ -129,14 +129,14 @@ class PackedModel(NamedTuple):
         )
 
     def apply(self, variables: dict[str, Any], images: jax.Array, **options: Any) -> Any:
-        """`model.apply` in training, with "batch_stats" mutable."""
+        """Calls `model.apply` in training mode, with "batch_stats" mutable."""
         unpacked = {name: getattr(self, name).unpack(value) for name, value in variables.items()}
         logits, updated = self.model.apply(unpacked, images, **options)
         return logits, {name: self.batch_stats.pack(value) for name, value in updated.items()}
 
 
 def _of_each(structure: Any, function: Callable[[PyTree], PyTree], opt_state: PyTree) -> PyTree:
-    """Applies a function to each part of an optimizer's state that has an entry for each parameter."""
+    """Applies a function to each subtree of an optimizer's state that has the parameters' structure."""
 
     def is_like_params(tree: PyTree) -> bool:
         return jax.tree.structure(tree) == structure

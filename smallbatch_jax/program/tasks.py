@@ -1,7 +1,7 @@
-"""Tasks: the loss of each example that a run minimises, and the metrics reported beside it.
+"""Tasks: the per-example loss that a run minimises, and the metrics reported with it.
 
 Losses and metrics are functions (outputs, batch) → [n], one value for each example of the batch, so that sums over padded,
-sharded and micro-batched examples stay exact. `config.catalog` names those of this module.
+sharded and micro-batched examples stay exact. `config.catalog` lists the ones in this module.
 """
 
 import functools
@@ -31,7 +31,7 @@ class Task(NamedTuple):
     """The loss that training minimises, and the metrics that are reported with it."""
 
     loss: Score  # float32[n]
-    metrics: Mapping[str, Score]  # bool[n] or floating point [n], by the name of their columns without the split
+    metrics: Mapping[str, Score]  # bool[n] or floating point [n], by column name without the split
     train_loss: Score | None = None  # with label smoothing; None is `loss`
 
 
@@ -41,7 +41,7 @@ def cross_entropy(outputs: Any, batch: Batch, smoothing: float = 0.0) -> jax.Arr
     With `smoothing` s the target is 1 - s + s/C for the label and s/C for other classes (Szegedy et al. 2016).
     """
     logits = outputs.astype(jnp.float32)
-    # A comparison instead of an index, for which a GPU would need a kernel of its own.
+    # Compares instead of indexing, for which a GPU would need a separate kernel.
     classes = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     own = jnp.where(batch.labels[..., None] == classes, logits, 0.0).sum(-1)
     if smoothing:
@@ -92,7 +92,7 @@ CLASSIFICATION = Task(cross_entropy, {"accuracy": correct})
 
 
 def task_of(experiment: Experiment, loss: Any = None, metrics: Mapping[str, Score] | None = None) -> Task:
-    """Returns the task of an experiment; `loss` and `metrics` are the caller's own, whose names its config has."""
+    """Returns the task of an experiment; `loss` and `metrics` are the caller's own functions, which its config names."""
     smoothing, functions = experiment.label_smoothing, dict(metrics or {})
     if not experiment.task.startswith(OWN):
         loss = pkgutil.resolve_name(catalog.TASKS[experiment.task].loss)

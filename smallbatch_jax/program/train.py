@@ -22,19 +22,19 @@ Model = Any  # a flax.linen.Module whose `apply` takes `train`, or an object wit
 
 @dataclass(frozen=True)
 class Program:
-    """Constants of one compiled program, shared by its runs; the model and the data come beside them."""
+    """Constants of one compiled program, shared by its runs; the model and the data are passed separately."""
 
     batch_size: int  # m, over all devices
     total_steps: int  # T of the learning rate's schedule, updates in a run (if batches grow, `BatchSchedule.schedule_steps`)
     boundaries: tuple[float | Fraction, ...] = (0.5, 0.75)
     factor: float = 0.1
     axis_name: str | None = None  # mesh axis over which each batch is sharded; None if one device holds all of it
-    micro_batch_size: int | None = None  # examples of a shard computed at a time, whole BN groups; None takes all at once
+    micro_batch_size: int | None = None  # examples per micro-batch, whole BN groups; None computes the shard at once
     augment: bool = False  # whether training images are cropped and flipped at random (§3.1)
     optimizer: optim.Optimizer = optim.SGD
     task: Task = CLASSIFICATION
     diagnostics: tuple[str, ...] = ()  # names in `config.catalog.DIAGNOSTICS`, computed at each evaluation
-    position_of_step_0: int = 0  # in the stream of examples: update k has those from this + k·m on
+    position_of_step_0: int = 0  # in the stream of examples; update k starts at this + k·m
 
 
 class Setting(NamedTuple):
@@ -44,7 +44,7 @@ class Setting(NamedTuple):
     seed: Array  # int32[]
     weight_decay: Array  # float32[], λ
     warmup_fraction: Array  # float32[]
-    scalars: dict[str, Array] | None = None  # float32[] each, of the optimizer by name
+    scalars: dict[str, Array] | None = None  # float32[] each, the optimizer's other scalars by name
 
 
 class TrainState(NamedTuple):
@@ -69,9 +69,9 @@ def init_state(model: Model, images: jax.Array, seed: jax.Array, optimizer: opti
 
 
 def make_loss(model: Model, task: Task) -> Callable[[PyTree, PyTree, Batch, jax.Array], tuple[jax.Array, Any]]:
-    """Returns (params, batch_stats, batch, dropout) → the mean loss in training, without the penalty, and what comes with it.
+    """Returns (params, batch_stats, batch, dropout) → (loss, aux); the loss is the mean in training, without the penalty.
 
-    That is (sums of the metrics, new batch_stats); `dropout` is a random key.
+    aux is (sums of the metrics, new batch_stats); `dropout` is a random key.
     """
 
     def loss_fn(params: PyTree, batch_stats: PyTree, batch: Batch, dropout: jax.Array) -> tuple[jax.Array, Any]:
@@ -88,7 +88,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Setting, Batch], tuple[TrainState, Metrics]]:
     """Returns one update, Eq. 5 by default, as a pure function of the state, the run's scalars and one batch.
 
-    `value_and_grad` differentiates its loss, and `program.optimizer` makes the update of the mean gradient.
+    `value_and_grad` differentiates the loss, and `program.optimizer` turns the mean gradient into the update.
     With `program.axis_name` the batch is one device's shard: consecutive examples, equally many on each device. The model must
     have the same axis_name. State and metrics are then equal on all devices. Under `shard_map` use ``check_vma=False``: with
     the check on, the gradient of replicated parameters is already summed over the axis.
@@ -125,7 +125,7 @@ def make_train_step(
 def _over_micro_batches(
     function: Callable[[Batch, jax.Array], tuple[PyTree, PyTree]], batch: Batch, key: jax.Array, size: int | None
 ) -> tuple[PyTree, PyTree]:
-    """Returns what `function` does, (means, sums), for a whole batch from its micro-batches."""
+    """Returns the (means, sums) of `function` for a whole batch, computed by micro-batches."""
     parts = len(batch.labels) // (size or len(batch.labels))
     if parts == 1:
         return function(batch, key)
@@ -141,7 +141,7 @@ def _over_micro_batches(
 
 
 def make_eval_step(model: Model, task: Task = CLASSIFICATION) -> Callable[[TrainState, Batch, jax.Array], dict[str, jax.Array]]:
-    """Returns (state, batch, counts) → the loss and the task's metrics by name, sums over the examples in counts, bool[n]."""
+    """Returns (state, batch, counts) → the loss and the task's metrics by name, summed over the examples in counts, bool[n]."""
 
     def eval_step(state: TrainState, batch: Batch, counts: jax.Array) -> dict[str, jax.Array]:
         outputs = model.apply({"params": state.params, "batch_stats": state.batch_stats}, batch.images, train=False)

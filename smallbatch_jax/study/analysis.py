@@ -45,13 +45,13 @@ def cell_columns(frame: pd.DataFrame) -> list[str]:
 
 
 def final_accuracy(df: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
-    """The test accuracy or other metric of every cell: per run the median of its last epochs (§3.1), then the mean over seeds.
+    """Returns the test accuracy or other metric of every cell: the median of a run's last epochs (§3.1), averaged over seeds.
 
     Args:
       df: results, one row per run and epoch. `status` is the same on all rows of a run.
-      metric: the column that counts.
+      metric: the metric to aggregate.
     Returns:
-      One row per cell that has any row in `df`, sorted by `cell_columns(df)`, with these columns and
+      One row per cell that has any row in `df`, sorted, with the columns `cell_columns(df)` and
 
       - test_accuracy, or metric.column: mean over the finished seeds of the median of the run's last min(5, E) epochs; NaN if
         none.
@@ -62,7 +62,7 @@ def final_accuracy(df: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
 
 
 def known_cells(df: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
-    """`final_accuracy`, with a column `pending`: the number of seeds that are still running."""
+    """Returns `final_accuracy` with a column `pending`, the number of seeds that are still running."""
     cell, run = cell_columns(df), [*cell_columns(df), "seed"]
     finished = df[df["status"] == "finished"]
     epochs = finished.groupby(run, observed=True)["epoch"].transform("max")
@@ -78,7 +78,7 @@ def known_cells(df: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
 
 
 def planned_cells(df: pd.DataFrame, runs: Iterable[Run], experiment: str, metric: Metric = ACCURACY) -> pd.DataFrame:
-    """`final_accuracy` with a row for every planned cell and the number of its seeds that have not ended.
+    """Returns `final_accuracy` with a row for every planned cell, and the number of its seeds that have not ended.
 
     Args:
       df: results of one experiment, one row per run and epoch.
@@ -87,7 +87,7 @@ def planned_cells(df: pd.DataFrame, runs: Iterable[Run], experiment: str, metric
       metric: as for `final_accuracy`.
     Returns:
       The columns of `final_accuracy`, and `pending`: the number of planned seeds that have not ended. A cell with no
-      rows yet has accuracy NaN and counts 0.
+      rows yet has accuracy NaN and no finished or diverged seeds.
     """
     runs = list(runs)
     columns = list(runs[0].to_dict()) if runs else RUN_COLUMNS
@@ -105,16 +105,16 @@ def convergent(cells: pd.DataFrame, chance: float, metric: Metric = ACCURACY) ->
     """Marks the cells that converge by `CONVERGENCE_RULE`.
 
     A run that collapses to a constant guess finishes with finite losses, so "did not diverge" alone would count it.
-    Half way to the best is far from both: the curves of Figs. 1–9 fall off a cliff, and where on the cliff the line is
-    drawn hardly moves the range. While an experiment is still running its best is provisional, and so is the answer.
+    The threshold is half way from chance to the best: the curves of Figs. 1–9 fall so steeply that its exact place hardly
+    changes the range. While an experiment is still running, its best is provisional, and so is the result.
 
     Args:
       cells: from `final_accuracy`; each experiment is compared to its own best.
-      chance: accuracy of a guess, 1 / num_classes where the test classes are balanced; of a loss that of the best constant
-        guess, NaN if it is not known: then every finished cell converges.
-      metric: the column that counts.
+      chance: accuracy of a guess, 1 / num_classes where the test classes are balanced; for a loss, that of the best constant
+        guess, or NaN if unknown, in which case every finished cell converges.
+      metric: the metric of `cells`.
     Returns:
-      bool per row of `cells`, with its index.
+      A bool for each row of `cells`, with the same index.
     Raises:
       ValueError: the metric is a fraction, and chance is not in [0, 1).
     """
@@ -128,15 +128,15 @@ def convergent(cells: pd.DataFrame, chance: float, metric: Metric = ACCURACY) ->
 
 
 def convergent_range(cells: pd.DataFrame, chance: float, metric: Metric = ACCURACY) -> pd.DataFrame:
-    """The base learning rates that converge for each batch size (Fig. 16).
+    """Returns the base learning rates that converge for each batch size (Fig. 16).
 
     Args:
       cells: from `final_accuracy`.
       chance: see `convergent`.
-      metric: the column that counts.
+      metric: the metric of `cells`.
     Returns:
       One row per `SETUP`, sorted: `lowest_base_lr` and `highest_base_lr` that converge (NaN if none does) and
-      `convergent`, the number of cells that do; fewer than the range holds when it has gaps.
+      `convergent`, the number of cells that do, which is smaller than the number in the range if it has gaps.
     """
     base_lr = cells["base_lr"].where(convergent(cells, chance, metric))
     ranges = cells[SETUP].assign(base_lr=base_lr).groupby(SETUP, observed=True)["base_lr"].agg(["min", "max", "count"])
@@ -145,13 +145,13 @@ def convergent_range(cells: pd.DataFrame, chance: float, metric: Metric = ACCURA
 
 
 def best_first(cells: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
-    """Sorts cells, the best first and those without a value last; ties by rising batch size, BN batch size, base_lr, axes."""
+    """Sorts cells from best to worst, NaN last; ties go to the smaller batch size, BN batch size, base_lr, further axes."""
     order = {metric.column: metric.best == "min"} | dict.fromkeys(cell_columns(cells)[1:], True)
     return cells.sort_values(list(order), ascending=list(order.values()))
 
 
 def with_most_seeds(cells: pd.DataFrame) -> pd.DataFrame:
-    """Returns the cells with a finished seed of which most seeds have ended: all of them, as soon as one cell is whole."""
+    """Returns the cells with a finished seed and the largest number of ended seeds: all seeds, once one cell is complete."""
     cells = cells[cells["finished"] > 0]
     seeds = cells["finished"] + cells["diverged"]
     return cells[seeds == seeds.max()]
@@ -163,15 +163,15 @@ def best_over_axes(cells: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFra
 
 
 def best_cells(cells: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
-    """The best cell of each batch size (Fig. 15); of equals, the one with the smallest base_lr.
+    """Returns the best cell of each batch size (Fig. 15); ties go to the smallest base_lr.
 
     Args:
       cells: from `final_accuracy`.
-      metric: the column that counts.
+      metric: the metric of `cells`.
     Returns:
       One row per `SETUP`, sorted: `test_accuracy`, `test_accuracy_std` (or the metric's columns), `base_lr`, further axes and
-      `replicates` (finished seeds) of the best cell, NaN and 0 where nothing finished; `finished` and `diverged`, runs over
-      all its cells.
+      `replicates` (finished seeds) of the best cell, NaN and 0 where nothing finished; `finished` and `diverged`, numbers of
+      runs in all its cells.
     """
     best = best_first(cells, metric).drop_duplicates(SETUP).rename(columns={"finished": "replicates"})
     chosen = ["base_lr", *axes(cells)]
@@ -182,15 +182,15 @@ def best_cells(cells: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
 
 
 def summary(df: pd.DataFrame, chance: float, cells: pd.DataFrame | None = None, metric: Metric = ACCURACY) -> pd.DataFrame:
-    """One row per batch size: its best accuracy (or other metric), its converging base learning rates, and its numbers of runs.
+    """Returns, per batch size, the best accuracy (or other metric), the base learning rates that converge, and numbers of runs.
 
     Args:
       df: results, one row per run and epoch.
       chance: see `convergent`.
-      cells: from `planned_cells`, to include runs that have not begun; by default those that have rows.
-      metric: the column that counts.
+      cells: from `planned_cells`, to include runs that have not begun; by default only cells with rows.
+      metric: the metric to summarise.
     Returns:
-      The columns of `best_cells`, those of `convergent_range`, and `running`, the number of runs not yet ended.
+      The columns of `best_cells` and `convergent_range`, and `running`, the number of runs that have not ended.
     """
     cells = known_cells(df, metric) if cells is None else cells
     running = cells.groupby(SETUP, observed=True)["pending"].sum().rename("running").reset_index()
@@ -198,14 +198,14 @@ def summary(df: pd.DataFrame, chance: float, cells: pd.DataFrame | None = None, 
 
 
 def format_summary(table: pd.DataFrame, metric: Metric = ACCURACY) -> str:
-    """`summary` as plain aligned text, one block per experiment, the convergence rule underneath."""
+    """Formats `summary` as plain aligned text, one block per experiment, with the convergence rule underneath."""
     blocks = [f"{name}\n{format_block(block, metric)}" for name, block in table.groupby("experiment", observed=True)]
     return "\n\n".join([*blocks, convergence_rule(metric)])
 
 
 def format_block(table: pd.DataFrame, metric: Metric) -> str:
-    """The rows of one experiment; BN batch sizes are shown if some are not m, running runs if there are any."""
-    text = pd.DataFrame({"m": table["batch_size"]})  # a space before each other heading makes two between columns
+    """Formats the rows of one experiment; shows BN batch sizes if some are not m, and running runs if there are any."""
+    text = pd.DataFrame({"m": table["batch_size"]})  # the leading space of later headings separates columns by two
     if not table["bn_batch_size"].equals(table["batch_size"]):
         text[" BN batch"] = table["bn_batch_size"]
     values = zip(table[metric.column], table[f"{metric.column}_std"], strict=True)
@@ -226,12 +226,12 @@ def _format_range(lowest: float, highest: float, count: int) -> str:
 
 
 def setting(cell: Mapping[Any, Any] | pd.Series) -> str:
-    """A cell as "m = 4, η̃ = 2^-7", with its BN batch size where that is not m."""
+    """Formats a cell as "m = 4, η̃ = 2^-7", with its BN batch size where that is not m."""
     m, b = int(cell["batch_size"]), int(cell["bn_batch_size"])
     others = "".join(f", {axis_title(name)} {cell[name]:g}" for name in axes(cell))
     return f"m = {m}, " + (f"BN batch size {b}, " if b != m else "") + f"η̃ = {format_base_lr(cell['base_lr'])}{others}"
 
 
 def score(cell: Mapping[Any, Any] | pd.Series, metric: Metric = ACCURACY) -> str:
-    """The metric of a cell as "91.2 ± 0.2 %" or "0.31 ± 0.02"; without a deviation where one seed finished."""
+    """Formats the metric of a cell as "91.2 ± 0.2 %" or "0.31 ± 0.02"; without a deviation where one seed finished."""
     return metric.show(cell[metric.column], cell[f"{metric.column}_std"])

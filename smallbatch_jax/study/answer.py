@@ -18,16 +18,16 @@ class Answer(NamedTuple):
     """The answer of a study, in plain text."""
 
     sentence: str  # one sentence, with its full stop
-    caveats: tuple[str, ...]  # the learning rate as other frameworks take it, and the questions of a careful reader
+    caveats: tuple[str, ...]  # the learning rate in other frameworks' terms, and reasons for doubt
     best: pd.Series | None  # the best row of `study.cells`; None until a run has finished
-    recommendation: Recommendation  # how sure that is, the cells as good, and what theory says
+    recommendation: Recommendation  # the uncertainty, equally good cells, and the fits of scaling theory
 
 
 def answer(study: Study) -> Answer:
-    """Returns the most accurate whole cell of a study, by `analysis.final_accuracy`, and the batch sizes that never reach it.
+    """Returns the best of the cells `analysis.with_most_seeds`, by the study's metric, and the batch sizes that never reach it.
 
-    Ties go to the smallest batch size, BN batch size and base learning rate. A batch size counts as not reaching the
-    best by `noise.RULE`, and only once all its runs have ended.
+    Ties go to the smallest batch size, BN batch size and base learning rate. Whether a batch size reaches the
+    best is decided by `noise.RULE`, once all its runs have ended.
     """
     ended, runs = study.runs
     so_far = f"So far ({ended:,} of {runs:,} runs ended): " if study.unfinished else ""
@@ -72,7 +72,7 @@ def _rest(study: Study, best: pd.Series, noise: Noise) -> str:
 
 
 def _in_words(study: Study, best: pd.Series) -> str:
-    """The best cell as a user of another framework would set it."""
+    """Describes the best cell as a user of another framework would set it."""
     experiment, m, further = study.experiment, int(best["batch_size"]), {name: best[name] for name in axes(best)}
     schedule, optimizer = experiment.schedule, experiment.optimizer
     scalars = "".join(f", {name} {value:.6g}" for name, value in optimizer.scalars(m, further).items())
@@ -131,7 +131,7 @@ def _caveats(study: Study, best: pd.Series, noise: Noise) -> list[str]:
 
 
 def _edges_of_others(cells: pd.DataFrame, best: int, metric: Metric) -> list[str]:
-    """The other batch sizes that are best at an end of their base learning rates, so that a wider grid may do them justice."""
+    """Returns caveats on other batch sizes whose best base_lr is at an end of those tried; a wider grid may improve them."""
     ends: dict[tuple[str, str], list[str]] = {}
     for m, rows in cells[cells["batch_size"] != best].groupby("batch_size"):
         edge = _edge(best_first(rows, metric)["base_lr"].iloc[0], rows["base_lr"].tolist())

@@ -1,8 +1,8 @@
 """The cost of a grid, from `results.load_timings` and `results.load`: time of a run, time to an accuracy, memory of a program.
 
-Times are in seconds, memory is in bytes. The lanes of a program share its devices, so a run has no clock of its own: its time
-is the number of images that it has seen, times the mean seconds that its program took for an image of any lane, on the machine
-that trained it. The time to compile is left out.
+Times are in seconds, memory is in bytes. The lanes of a program share its devices, so a run's time is not
+measured: it is the number of images that the run has seen, times its program's mean seconds per image over all lanes, on the
+machine that trained it. Compilation time is excluded.
 """
 
 import pandas as pd
@@ -15,18 +15,18 @@ TARGET = 0.9  # fraction of the way from chance to the best accuracy
 
 
 def program_costs(timings: pd.DataFrame) -> pd.DataFrame:
-    """The cost of each program, over all processes that trained a part of it.
+    """Returns the cost of each program, over all processes that took part in training it.
 
     Args:
       timings: from `results.load_timings`.
     Returns:
       One row per (batch size, BN batch size) that was compiled or trained, sorted, with the columns
 
-      - lanes: the number that trained most images; memory may have run out with more, and the last runs need fewer.
+      - lanes: the number of lanes that trained most images; more may have run out of memory, and the last runs need fewer.
       - compile_seconds, segment_seconds: wall time, summed; a program compiles while another trains.
       - images: images trained in all lanes; those trained twice after a kill are included twice, and so are their seconds.
       - images_per_second: rate of all lanes together; NaN before the first segment.
-      - peak_bytes: `LaneProgram.peak_bytes` with so many lanes, on all its devices, without the dataset; NaN if not known.
+      - peak_bytes: `LaneProgram.peak_bytes` with that many lanes, on all its devices, without the dataset; NaN if not known.
     """
     parts = timings[timings["phase"].isin(["compile", "segment"]) & (timings["batch_size"] > 0)]
     of_phase = {f"{name}_seconds": parts["seconds"].where(parts["phase"] == name, 0.0) for name in ("compile", "segment")}
@@ -40,15 +40,15 @@ def program_costs(timings: pd.DataFrame) -> pd.DataFrame:
 
 
 def seconds_per_image(timings: pd.DataFrame) -> pd.Series:
-    """Mean seconds for an image of any lane, by (batch size, BN batch size); without programs that have no segment."""
+    """Returns mean seconds per image over all lanes, by (batch size, BN batch size), of programs that have a segment."""
     rates = program_costs(timings).set_index(PROGRAM)["images_per_second"].dropna()
     return (1 / rates).rename("seconds_per_image")
 
 
 def examples_seen(rows: pd.DataFrame) -> pd.Series:
-    """Number of examples that a run was trained on up to the end of each epoch: step · batch_size.
+    """Returns the number of examples that a run was trained on up to the end of each epoch: step · batch_size.
 
-    Where batches grow, the column `examples` of `Study.rows` has it.
+    Where batches grow, it is the column `examples` of `Study.rows`.
     """
     return rows["examples"] if "examples" in rows else rows["step"] * rows["batch_size"]
 
@@ -65,7 +65,7 @@ def with_time(rows: pd.DataFrame, timings: pd.DataFrame) -> pd.DataFrame:
 
 
 def target_accuracy(cells: pd.DataFrame, chance: float, fraction: float = TARGET, metric: Metric = ACCURACY) -> float:
-    """The accuracy at `fraction` of the way from chance to the best of the cells; NaN before a run has finished.
+    """Returns the accuracy at `fraction` of the way from chance to the best of the cells; NaN before a run has finished.
 
     Starting from chance matters: 90 % of a best accuracy of 12 % would be within reach of a guess.
     """
@@ -74,7 +74,7 @@ def target_accuracy(cells: pd.DataFrame, chance: float, fraction: float = TARGET
 
 
 def time_to_accuracy(rows: pd.DataFrame, timings: pd.DataFrame, accuracy: float, metric: Metric = ACCURACY) -> pd.DataFrame:
-    """The time in which each batch size reaches a test accuracy, at the base_lr that reaches it first.
+    """Returns the time in which each batch size reaches a test accuracy, at the base_lr that reaches it first.
 
     A run reaches it in the first epoch whose test accuracy is at least that, even if it falls again. A base_lr reaches it if
     it has finished seeds and all of them do; its time is their mean. Seeds that diverged or still run are left out.
@@ -83,11 +83,11 @@ def time_to_accuracy(rows: pd.DataFrame, timings: pd.DataFrame, accuracy: float,
       rows: from `results.load`.
       timings: from `results.load_timings`.
       accuracy: a fraction, such as `target_accuracy`, or a value of another metric.
-      metric: the column that counts.
+      metric: the metric that `accuracy` is a value of.
     Returns:
       One row per `SETUP` that has any row, sorted, with the columns
 
-      - base_lr: the one that needs the fewest epochs; of equals, the smallest.
+      - base_lr: the one that needs the fewest epochs; ties go to the smallest.
       - seconds: a run's own time until then, as in `with_time`; NaN also where no time is known.
       - epochs: number of epochs until then, mean over seeds.
       - seeds: number of finished seeds.
@@ -110,7 +110,7 @@ def time_to_accuracy(rows: pd.DataFrame, timings: pd.DataFrame, accuracy: float,
 def planned_times(
     cells: pd.DataFrame, rows: pd.DataFrame, timings: pd.DataFrame, accuracy: float, metric: Metric = ACCURACY
 ) -> pd.DataFrame:
-    """`time_to_accuracy` of every planned setup, with its `pending` seeds, and those that `diverged` at the base_lr found."""
+    """Returns `time_to_accuracy` of every planned setup, its `pending` seeds, and those that `diverged` at that base_lr."""
     table = cells.groupby(SETUP, observed=True)["pending"].sum().reset_index()
     table = table.merge(time_to_accuracy(rows, timings, accuracy, metric), how="left", on=SETUP)
     diverged = cells.groupby(CELL, observed=True)["diverged"].sum().reset_index()

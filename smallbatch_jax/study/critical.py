@@ -4,9 +4,9 @@ The examples to a target follow a hyperbola (McCandlish et al. 2018; Zhang et al
 
 .. math:: E(m) = E_\min (1 + m / m_\mathrm{crit}),
 
-fitted in logs with normal residuals. A batch size that has not reached the target needs more examples than its runs have seen:
-it is censored, and counts by the probability of that. The interval of m_crit holds the values that a likelihood ratio test with
-Student's quantile, for the few batch sizes there are, does not reject; it ends nowhere if the data know no turn.
+fitted to log E with normal residuals. A batch size that has not reached the target needs more examples than its runs have seen:
+it is censored, and contributes the probability of that. The interval of m_crit holds the values that a likelihood ratio test,
+with Student's quantile because batch sizes are few, does not reject; it is open where the data do not bound m_crit.
 """
 
 import math
@@ -22,20 +22,20 @@ from smallbatch_jax.study.analysis import best_first, cell_columns
 from smallbatch_jax.study.noise import LEVEL
 from smallbatch_jax.study.study import Study
 
-MORE = 0.2  # share of examples more than small batches need, at the batch size that is named (Zhang et al. 2024)
-LEAST_SIGMA = 0.005  # of log E: finer than curves are interpolated
-BEYOND = 1000  # times the measured batch sizes, to which m_crit is sought
+MORE = 0.2  # relative excess of examples over small batches, at the reported batch size (Zhang et al. 2024)
+LEAST_SIGMA = 0.005  # of log E, finer than the interpolation of curves
+BEYOND = 1000  # factor beyond the measured batch sizes, up to which m_crit is sought
 STEPS, ITERATIONS = 100, 100  # values of m_crit, and steps of expectation maximisation
 
 
 class CriticalBatchSize(NamedTuple):
-    """The hyperbola of a study.
+    """A fitted critical batch size.
 
     Attributes:
       table: from `examples_to_target`.
-      target: the value of the metric, shown as in tables.
+      target: the target in words, such as "91.2 % test accuracy".
       examples: E_min; NaN if it could not be fitted.
-      size, low, high: m_crit with its 90 % interval, whose ends are 0 and infinity where the data set none.
+      size, low, high: m_crit and the ends of its 90 % interval, 0 and infinity where the data do not bound it.
     """
 
     table: pd.DataFrame
@@ -47,7 +47,7 @@ class CriticalBatchSize(NamedTuple):
 
     @property
     def known(self) -> bool:
-        """Whether the turn is within the measured batch sizes, and its interval has two ends."""
+        """Whether m_crit is within the measured batch sizes and its interval is bounded on both sides."""
         sizes = self.table["batch_size"]
         return self.low > 0 and self.high < math.inf and bool(sizes.min() <= self.size <= sizes.max())
 
@@ -61,7 +61,7 @@ class CriticalBatchSize(NamedTuple):
         return self.examples * (1 + batch_size / self.size)
 
     def sentence(self) -> str:
-        """What the fit says."""
+        """Returns the result of the fit in one sentence."""
         if not len(self.table) or math.isnan(self.size):
             return "Critical batch size: cannot tell; fewer than three batch sizes reached a target."
         ends = f"m = {self.table['batch_size'].min()} and {self.table['batch_size'].max()}"
@@ -77,7 +77,7 @@ class CriticalBatchSize(NamedTuple):
 
 
 def critical_batch_size(study: Study, target: float | None = None) -> CriticalBatchSize:
-    """Fits the hyperbola to the examples that each batch size needs for a target, at its best rate.
+    """Fits the hyperbola to the examples that each batch size needs for a target, at the cell that reaches it first.
 
     Args:
       study: finished or not.
@@ -90,15 +90,15 @@ def critical_batch_size(study: Study, target: float | None = None) -> CriticalBa
 
 
 def examples_to_target(study: Study, target: float) -> pd.DataFrame:
-    """The number of examples that each batch size has seen as it reaches a target, at the cell that is there first.
+    """Returns the number of examples that each batch size has seen when it reaches a target, at the cell that reaches it first.
 
-    A run is there in the first epoch that is at least as good, even if it falls again; within that epoch the metric is taken to
-    change evenly, from that of a guess in the first. A cell is there if all its runs are; its number is their geometric mean.
-    A run that still trains or was given up counts as far as it came.
+    A run reaches it in the first epoch that is at least as good, even if it falls again; the metric is interpolated linearly
+    within that epoch, from chance in epoch 1. A cell reaches it if all its runs do; its number is their geometric mean. A run
+    that still trains or was given up is included with the epochs that it has.
 
     Returns:
-      One row per batch size that has rows, sorted: `base_lr`, `examples`, and `reached`; where no cell is there, `base_lr`
-      is NaN and `examples` the most that a run has seen.
+      One row per batch size that has rows, sorted: `base_lr`, `examples`, and `reached`; where no cell reaches it,
+      `base_lr` is NaN and `examples` the most that a run has seen.
     """
     metric, key = study.metric, cell_columns(study.rows)
     rows = study.choosing.sort_values("epoch", kind="stable")
@@ -125,8 +125,8 @@ def fit_hyperbola(sizes: np.ndarray, examples: np.ndarray, reached: np.ndarray) 
 
     Args:
       sizes: batch sizes m, [n].
-      examples: E(m), or as many as were seen where it is more, [n].
-      reached: whether E(m) is known, bool [n]; three must be.
+      examples: E(m), or the number seen, a lower bound, where the target is not reached, [n].
+      reached: whether E(m) is known, bool [n]; with fewer than three the results are NaN.
     """
     sizes, logs, reached = sizes.astype(float), np.log(examples.astype(float)), reached.astype(bool)
     freedom = int(reached.sum()) - 2
@@ -137,7 +137,7 @@ def fit_hyperbola(sizes: np.ndarray, examples: np.ndarray, reached: np.ndarray) 
     ends = sizes.min() / BEYOND, sizes.max() * BEYOND
     crits = np.geomspace(*ends, STEPS)
     examples_min = size = low = high = math.nan
-    for _ in range(2):  # over all, then where it matters
+    for _ in range(2):  # over all values, then around the interval
         likelihood, offset = _profile(crits, sizes, logs, reached)
         best = int(likelihood.argmax())
         allowed = np.flatnonzero(likelihood >= likelihood[best] - drop)
@@ -163,11 +163,11 @@ def _profile(crits: np.ndarray, sizes: np.ndarray, logs: np.ndarray, reached: np
 
 
 def noise_scale(study: Study) -> pd.DataFrame | None:
-    """The gradient noise scale of each batch size at its best cell (McCandlish et al. 2018), where the results have it.
+    """Returns the gradient noise scale of each batch size at its best cell (McCandlish et al. 2018), where the results have it.
 
     Returns:
       One row per batch size, sorted: `scale`, the median of `train_noise_scale` over the second half of training, and
-      `error`, that of its standard error; None without the column.
+      `error`, the same median of its standard error; None without the column.
     """
     rows = study.choosing
     if "train_noise_scale" not in rows or rows["train_noise_scale"].isna().all():

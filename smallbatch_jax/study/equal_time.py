@@ -15,9 +15,9 @@ from smallbatch_jax.study.study import Study
 class Best(NamedTuple):
     """The best cell under a limit of time or epochs."""
 
-    epochs: int  # of its study
-    cell: pd.Series  # with the study's metric after as much training
-    seconds: float  # the limit; NaN if it is one of epochs
+    epochs: int  # training length of its study
+    cell: pd.Series  # with the metric that it has within the limit
+    seconds: float  # the limit of time; NaN for a limit of epochs
 
 
 def by_length(studies: Sequence[Study]) -> list[Best]:
@@ -29,10 +29,10 @@ def by_length(studies: Sequence[Study]) -> list[Best]:
 
 
 def by_time(studies: Sequence[Study]) -> list[Best]:
-    """Returns the best cell at the time in which the fastest batch size trains its epochs, and at that of the slowest.
+    """Returns the best cell within the training time of the fastest batch size, and within that of the slowest.
 
-    A run that needs longer counts by its epochs within that time, so before its schedule has ended: as always by the median of
-    the last five. The list is empty where a study that has finished runs has no time.
+    A run that needs longer is judged by its epochs within that time, before its schedule has ended, and as always by the median
+    of the last five. The list is empty if a study that has finished runs has no timings.
     """
     metric, found = studies[0].metric, []
     timed = [cost.with_time(study.choosing, study.timings).dropna(subset="seconds") for study in studies]
@@ -50,7 +50,7 @@ def by_time(studies: Sequence[Study]) -> list[Best]:
 
 
 def sentence(studies: Sequence[Study]) -> str:
-    """Returns the best at equal epochs, of each length if there are several, and at equal time.
+    """Returns a sentence on the best at equal epochs, for each length if there are several, and at equal time.
 
     Studies of different models or datasets are not compared: the sentence is empty.
     """

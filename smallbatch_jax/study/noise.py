@@ -1,8 +1,8 @@
 """The noise of a cell's metric: its standard error, and whether another cell is within it of the best.
 
-A cell with three or more seeds has the standard error of their mean. With fewer, a fraction has at least the error of a sample
-of as many examples as its split holds, √(p(1−p)/n). A loss has no such bound, so the deviation of one run is estimated from its
-departures from a line over the last epochs, and from those of neighbouring base learning rates from a parabola in log η̃.
+A cell with three or more seeds has the standard error of their mean. With fewer, the error of a fraction is at least the
+sampling error of a split of n examples, √(p(1−p)/n). A loss has no such bound, so the deviation of one run is estimated from
+residuals of a line over its last epochs, and of a parabola in log η̃ over neighbouring base learning rates.
 """
 
 import math
@@ -22,25 +22,25 @@ RULE = (
     "seeds, and with fewer than three seeds at least those of a test set of that size, or of a loss those of its scatter over "
     "the last epochs and between neighbouring base learning rates."
 )
-LEVEL = 0.9  # of all intervals
-SEEDS = 3  # from which on their deviation counts alone
+LEVEL = 0.9  # confidence level of all intervals
+SEEDS = 3  # from this number on, the error is that of the seeds alone
 
 
 @dataclass(frozen=True)
 class Noise:
-    """How uncertain the metric of a study's cells is."""
+    """Uncertainty of the metric of a study's cells."""
 
     metric: Metric
-    examples: int | None  # of the split that the metric is of
-    scatter: float  # standard deviation of one run, where it cannot be had from `examples`; NaN if not known
+    examples: int | None  # number in the metric's split; None if unknown
+    scatter: float  # standard deviation of one run, where `examples` do not give it; NaN if not known
 
     def error(self, cells: pd.Series | pd.DataFrame) -> Any:
-        """Returns the standard error of a cell's mean, or of each; NaN where the noise of one or two seeds is not known."""
+        """Returns the standard error of the mean of one or each cell; NaN where the noise of one or two seeds is not known."""
         of_seeds, least = self._errors(cells)
         return np.where(cells["finished"] >= SEEDS, of_seeds, np.maximum(least, of_seeds))[()]
 
     def _errors(self, cells: pd.Series | pd.DataFrame) -> tuple[Any, Any]:
-        """The error of each mean by its seeds, 0 with one, and the least error of fewer than three seeds."""
+        """Returns the error of each mean by its seeds (0 for one), and the least error that fewer than three seeds have."""
         column = self.metric.column
         value, deviation, seeds = (np.asarray(cells[name], float) for name in (column, f"{column}_std", "finished"))
         of_seeds = np.where(seeds > 1, deviation / np.sqrt(np.maximum(seeds, 1)), 0.0)
@@ -49,12 +49,12 @@ class Noise:
         return of_seeds, self.scatter / np.sqrt(np.maximum(seeds, 1))
 
     def by_seeds(self, cell: pd.Series) -> bool:
-        """Returns whether the error of a cell is that of its seeds: of three or more, or of two if it is the larger one."""
+        """Returns whether a cell's error comes from its seeds: three or more, or two that exceed the least error."""
         of_seeds, least = self._errors(cell)
         return bool(cell["finished"] >= SEEDS or of_seeds > least)
 
     def source(self, cell: pd.Series) -> str:
-        """Returns what the error of a cell is taken from."""
+        """Returns the source of a cell's error, in words."""
         if self.by_seeds(cell):
             return f"{cell['finished']} seeds"
         if self.metric.fraction and self.examples:
@@ -73,7 +73,7 @@ class Noise:
 def noise_of(study: Study) -> Noise:
     """Returns the noise of a study's cells."""
     metric, examples, held_out = study.metric, None, study.experiment.dataset.validation_fraction
-    if study.examples:  # the training examples are those that are left
+    if study.examples:  # `train` excludes the validation split
         train, test = study.examples
         split = metric.column.partition("_")[0]
         examples = {"train": train, "test": test, "validation": round(train * held_out / (1 - held_out))}[split]
@@ -87,7 +87,7 @@ def rates_of(cells: pd.DataFrame, top: pd.Series) -> pd.DataFrame:
 
 
 def _scatter(study: Study) -> float:
-    """Returns the larger of two estimates of one run's standard deviation, at the best cells of all batch sizes; NaN: none."""
+    """Returns the larger of two estimates of one run's standard deviation, from the best cell of each batch size; else NaN."""
     epochs, rates = [], []
     column, key = study.metric.column, cell_columns(study.cells)
     for _, top in best_first(study.cells[study.cells["finished"] > 0], study.metric).drop_duplicates("batch_size").iterrows():
@@ -100,9 +100,9 @@ def _scatter(study: Study) -> float:
                 epochs.append(np.sqrt((left**2).sum() / (len(last) - 2)))
         same = rates_of(study.cells, top)
         values, place = same[column].to_numpy(float), same["base_lr"].tolist().index(top["base_lr"])
-        third = np.abs(np.diff(values, 3)) / math.sqrt(20)  # of a parabola it is zero
+        third = np.abs(np.diff(values, 3)) / math.sqrt(20)  # zero for a parabola
         rates += third[max(0, place - 3) : place + 1].tolist()
     rates = [value for value in rates if math.isfinite(value)]
     found = [math.sqrt(np.mean(np.square(epochs)))] if epochs else []
-    found += [1.48 * float(np.median(rates))] if rates else []  # of normal deviates this is their standard deviation
+    found += [1.48 * float(np.median(rates))] if rates else []  # the standard deviation, for normal deviates
     return max(found, default=math.nan)

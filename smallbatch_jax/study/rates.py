@@ -1,9 +1,9 @@
 """The best learning rate of each batch size, η*(m), and the rule that it follows: linear, square-root or saturating.
 
-The best rate is known up to the spacing Δ of the rates that were tried, and up to the noise where the top is flat. Values are
-drawn again with their noise z, and log2 η*(m) is the mean place of the best over the draws: a smoothed bootstrap, with variance
-Σ cov(place, z_i)² (Efron 2014), to which the spacing adds Δ²/12, less the more rates share the draws. Rules are compared by χ²
-of log2 η*(m) with these variances.
+The best rate is uncertain by the spacing Δ of the rates tried and, where the top is flat, by the noise. Values are resampled
+with noise z, and log2 η*(m) is the mean log2 of the best rate over the draws: a smoothed bootstrap with variance
+Σ cov(log2 η*, z_i)² (Efron 2014). The spacing adds Δ²/12, or less if several rates share the draws. Rules are compared by χ² of
+log2 η*(m) with these variances.
 """
 
 import math
@@ -20,8 +20,8 @@ from smallbatch_jax.study.noise import LEVEL, Noise, noise_of, rates_of
 from smallbatch_jax.study.study import Study
 
 DRAWS = 500
-APART = 4.0  # of χ² plus the number of further parameters: the other rules are e² times less likely
-MISFIT = 0.01  # probability of so large a χ², below which a rule is not supported
+APART = 4.0  # least gap in χ² + further parameters that rules out a rule, which is then e² times less likely
+MISFIT = 0.01  # p-value of the best rule's χ² below which no rule fits
 Z = float(ndtri((1 + LEVEL) / 2))
 RULES = {
     "linear": "η ∝ m",
@@ -32,12 +32,12 @@ RULES = {
 
 
 class RateRule(NamedTuple):
-    """The fit of η*(m).
+    """A fit of the best learning rate η*(m).
 
     Attributes:
       table: from `best_rates`.
-      exponent, low, high: of η* ∝ m^exponent with its 90 % interval; NaN with fewer than three batch sizes to fit.
-      likely: names in `RULES` that the data do not tell from the best, the best first; none where nothing fits.
+      exponent, low, high: p of η* ∝ m^p with its 90 % interval; NaN if unknown noise or fewer than three sizes prevent a fit.
+      likely: names in `RULES` that the data do not distinguish from the best rule, the best first; empty if none fits.
       turn: batch size at which the saturating rule turns.
       offsets: log2 η* at m = 1 by rule.
     """
@@ -52,7 +52,7 @@ class RateRule(NamedTuple):
 
     @property
     def supported(self) -> str | None:
-        """The one rule that the data support."""
+        """The one rule that the data support; None if there are none or several."""
         return self.likely[0] if len(self.likely) == 1 else None
 
     def rate(self, rule: str, batch_size: Any) -> Any:
@@ -60,7 +60,7 @@ class RateRule(NamedTuple):
         return 2 ** (self.offsets[rule] + shapes(self.turn, self.exponent)[rule](np.log2(batch_size)))
 
     def sentence(self) -> str:
-        """Which rule the best rates follow, with the exponent."""
+        """Returns a sentence on the rule that the best rates follow, with the exponent."""
         fitted = int((~self.table["edge"]).sum()) if len(self.table) else 0
         if math.isnan(self.exponent):
             return "Rule of the best learning rate η*(m): cannot tell" + (
@@ -79,7 +79,7 @@ class RateRule(NamedTuple):
 
 
 def shapes(turn: float, exponent: float) -> dict[str, Callable[[Any], Any]]:
-    """Returns log2 η* of each rule but its offset, as a function of log2 m."""
+    """Returns log2 η* of each rule without its offset, as a function of log2 m."""
     return {
         "linear": lambda x: x,
         "square-root": lambda x: x / 2,
@@ -89,12 +89,12 @@ def shapes(turn: float, exponent: float) -> dict[str, Callable[[Any], Any]]:
 
 
 def best_rates(study: Study, noise: Noise | None = None) -> pd.DataFrame:
-    """The best learning rate of each batch size that has finished runs at several rates.
+    """Returns the best learning rate of each batch size that has a finished run and several complete rates.
 
     Returns:
-      One row per batch size, sorted: `base_lr` of the best cell; `rate`, η* on the mean gradient, the centre of what it may be;
-      `std` of log2 of it, NaN if the noise is not known; `low`, `high`, its 90 % interval; `edge`, whether the best is at the
-      end of the rates tried, so that η* may lie beyond.
+      One row per batch size, sorted: `base_lr` of the best cell; `rate`, the estimate of η* on the mean gradient; `std`, the
+      standard deviation of its log2, NaN if the noise is not known; `low`, `high`, its 90 % interval; `edge`, whether the best
+      is at the end of the rates tried, so that η* may lie beyond.
     """
     noise, rows = noise or noise_of(study), []
     cells = study.cells[study.cells["pending"] == 0]
@@ -113,7 +113,7 @@ def best_rates(study: Study, noise: Noise | None = None) -> pd.DataFrame:
 
 
 def _place(rates: np.ndarray, values: np.ndarray, errors: np.ndarray) -> tuple[float, float, float, float]:
-    """Returns the centre, deviation and 90 % interval of the place of the highest value; NaN values are of no use."""
+    """Returns the mean, deviation and 90 % interval of the (log2) rate with the highest value; ignores NaN values."""
     finite = np.isfinite(values)
     z = np.random.default_rng(0).normal(size=(DRAWS, len(rates)))
     chosen = np.where(finite, values + np.where(finite, errors, 0) * z, -np.inf).argmax(1)
@@ -128,7 +128,7 @@ def _place(rates: np.ndarray, values: np.ndarray, errors: np.ndarray) -> tuple[f
 
 
 def fit_rule(table: pd.DataFrame) -> RateRule:
-    """Fits η*(m) of `best_rates`, batch sizes with their best at an edge left out."""
+    """Fits η*(m) to `best_rates`, without batch sizes whose best is at an edge."""
     inside = table[~table["edge"]]
     x, y = (np.log2(inside[name].to_numpy(float)) for name in ("batch_size", "rate"))
     weights = 1 / inside["std"].to_numpy(float) ** 2
@@ -143,13 +143,13 @@ def fit_rule(table: pd.DataFrame) -> RateRule:
         offset = np.average(y - shape(x), weights=weights)
         return float((weights * (y - shape(x) - offset) ** 2).sum()), float(offset)
 
-    turns: list[float] = (2 ** np.linspace(x[0], x[-1] - 1, 100)).tolist()  # a turn at the last would be the linear rule
+    turns: list[float] = (2 ** np.linspace(x[0], x[-1] - 1, 100)).tolist()  # a turn at the last size would be the linear rule
     turn = min(turns, key=lambda turn: fit(shapes(turn, exponent)["saturating"])[0])
     fits = {name: fit(shape) for name, shape in shapes(turn, exponent).items()}
     further = {name: int(name in ("saturating", "another power")) for name in RULES}  # parameters beside the offset
     scores = {name: fits[name][0] + further[name] for name in RULES}
     power = scores.pop("another power")
-    if min(scores, key=lambda name: scores[name]) == "saturating":  # a turn must show, not only an exponent between the others
+    if min(scores, key=lambda name: scores[name]) == "saturating":  # a turn must also fit better than an exponent in between
         scores["another power"] = power
     order = sorted(scores, key=lambda name: scores[name])
     fitting = chdtrc(len(x) - 1 - further[order[0]], fits[order[0]][0]) > MISFIT

@@ -1,6 +1,6 @@
-"""The recommendation of a study: the best cell with its uncertainty, the cells as good, and what theory says.
+"""The recommendation of a study: the best cell with its uncertainty, equally good cells, and the fits of scaling theory.
 
-Seeds of the grid choose; any other seed is fresh, and only confirms the choice. All intervals are of 90 %.
+The grid's seeds choose the cell; any other seed is fresh and only confirms the choice. All intervals are 90 % intervals.
 """
 
 import math
@@ -22,18 +22,18 @@ DRAWS = 1000
 
 
 class Recommendation(NamedTuple):
-    """What to train with, and how sure that is.
+    """The best cell of a study and its uncertainty.
 
     Attributes:
       best: the best row of `study.cells` among those `analysis.with_most_seeds`; None until a run has finished.
-      low, high: interval of its metric: Student's where seeds give its error, else of the noise of its split; NaN: not known.
-      optimism: by how much the choice of the largest of many noisy values makes it look better than it is, at most.
-      as_good: the cells within the noise of the best and the best itself, those with diverged seeds left out.
+      low, high: interval of its metric, Student's where seeds give its error, else normal; NaN if the noise is not known.
+      optimism: upper bound on how much choosing the best of many noisy values overstates it.
+      as_good: the best and the cells within its noise, if complete and without diverged seeds.
       largest: the largest batch size among them; None if there is none.
       fresh: one row, the test metric of the best cell by fresh seeds (`finished`, `diverged`); None without such seeds.
       rule: the fit of η*(m); None with fewer than three batch sizes.
       critical: the critical batch size; None with fewer than three.
-      sentences: all of that in plain English.
+      sentences: the recommendation in words.
     """
 
     best: pd.Series | None
@@ -75,7 +75,7 @@ def recommend(study: Study) -> Recommendation:
 def interval(cell: pd.Series, noise: Noise) -> tuple[float, float]:
     """Returns the ends of the 90 % interval of a cell's metric.
 
-    A percentile bootstrap of three seeds holds the mean in two cases of three, Student's interval in nine of ten.
+    With three seeds, a percentile bootstrap covers the mean in two cases of three, Student's interval in nine of ten.
     """
     seeds, value = cell["finished"], cell[noise.metric.column]
     half = noise.error(cell) * (stdtrit(seeds - 1, (1 + LEVEL) / 2) if noise.by_seeds(cell) else Z)
@@ -91,12 +91,12 @@ def confirmation(study: Study, best: pd.Series) -> pd.Series | None:
 
 
 def tested(metric: Metric) -> Metric:
-    """Returns a metric of the validation split as that of the test set."""
+    """Returns the test-set counterpart of a validation metric."""
     return metric._replace(column=metric.column.replace("validation_", "test_"))
 
 
 def _optimism(study: Study, noise: Noise) -> float:
-    """Returns the mean over draws of the noise by which the best of the noisy cells is better than its own value."""
+    """Returns how much choosing the best of the noisy cells overstates its value, on average over draws of the noise."""
     cells = study.cells[study.cells["finished"] > 0]
     errors = noise.error(cells) * np.random.default_rng(0).normal(size=(DRAWS, len(cells)))
     drawn = study.metric.gain(cells[study.metric.column].to_numpy(float) + errors, 0.0)
@@ -128,7 +128,7 @@ def _sentences(study: Study, found: Recommendation, noise: Noise) -> list[str]:
 
 
 def _confirmed(found: Recommendation, metric: Metric) -> list[str]:
-    """Returns what fresh seeds say."""
+    """Returns the result of the fresh seeds in words."""
     if (fresh := found.fresh) is None:
         return []
     seeds, lost = int(fresh["finished"]), int(fresh["diverged"])

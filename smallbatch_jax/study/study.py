@@ -1,4 +1,4 @@
-"""A study is one workdir, read whole: to be drawn, judged, or asked for the base learning rates of another grid."""
+"""Reads a workdir as a study, to draw figures, judge claims, or choose the base learning rates of another grid."""
 
 import dataclasses
 import math
@@ -27,15 +27,15 @@ class Study:
     """The stored results of one workdir, finished or not.
 
     Attributes:
-      workdir: their folder.
+      workdir: the folder that holds them.
       experiment: the config; its name says which figure it is.
-      rows: `results.load`, one row per run and epoch; where batches grow with a column `examples`, trained on until then.
+      rows: `results.load`, one row per run and epoch; where batches grow, also `examples`, the number trained on so far.
       cells: `analysis.planned_cells`, one row per cell, trained or not.
       num_classes: number of classes of the data, or of different tokens; None for a regression.
       examples: numbers of training and test examples; None if unknown.
       timings: `results.load_timings`; may have no rows.
-      guess: the loss of the best constant guess, where it is known.
-      finished: whether the last command that trained came to its end.
+      guess: {"loss": loss of the best constant guess}; empty if unknown.
+      finished: whether the last training command completed.
     """
 
     workdir: Path
@@ -97,7 +97,7 @@ def load(workdir: str | Path) -> Study:
     path = Path(expanded_path("workdir", workdir))
     (experiment, facts), rows = read_workdir(path), results.load(path)
     choosing = rows[rows["seed"].isin(experiment.grid.seeds)]
-    if experiment.search.active:  # it plans no run before it begins it
+    if experiment.search.active:  # a search plans a run only when it starts it
         cells = analysis.known_cells(choosing, experiment.metric)
     else:
         cells = analysis.planned_cells(choosing, experiment.runs(), experiment.name, experiment.metric)
@@ -128,7 +128,7 @@ def load_all(workdirs: Iterable[str | Path]) -> dict[str, Study]:
 
 
 def summaries(studies: Sequence[Study]) -> str:
-    """`analysis.summary` of each study as text, one block for each, the convergence rule underneath."""
+    """Formats `analysis.summary` of each study, one block for each, with the convergence rules underneath."""
     blocks = []
     for study in studies:
         table = analysis.summary(study.rows, study.chance, study.cells, study.metric)
@@ -163,7 +163,7 @@ def describe(study: Study) -> str:
 
 
 def _span(values: Iterable[Any], shown: Callable[[Any], str] = str) -> str:
-    """The smallest and the largest value, as "2 … 64"; one of them if they are equal."""
+    """Formats the smallest and largest value as "2 … 64", or one of them if they are equal."""
     ordered = sorted(values)
     return " … ".join(dict.fromkeys(map(shown, (*ordered[:1], *ordered[-1:])))) or "none"
 
@@ -198,7 +198,7 @@ def _source(path: str) -> Study:
 
 
 def _best_base_lr(batch_size: int, sources: list[Study]) -> float:
-    """The base_lr of the most accurate cell of a batch size; of equals, the smallest."""
+    """Returns the base_lr of the best cell of a batch size; ties go to the smallest."""
     cells = pd.concat([study.cells for study in sources], ignore_index=True)
     cells = cells[cells["batch_size"] == batch_size]
     named = ", ".join(str(study.workdir) for study in sources)

@@ -1,4 +1,4 @@
-"""Whatever the commands are asked for, in a config file or beside it: one line that names what is wrong."""
+"""Tests that the commands answer any invalid config file or flag with one line that names what is wrong."""
 
 import random
 
@@ -23,11 +23,11 @@ ODD_TEXTS = [
     "{}",
     "0.5",
 ]
-ACCEPTED = "but no experiment"  # what the command says of a workdir that holds something else, once the config is accepted
+ACCEPTED = "but no experiment"  # an accepted config is then refused for its workdir, which holds something else
 
 
 def odd_overrides():
-    """One odd value for each field, the same in every run; a line about it names the field, or the flag that sets it."""
+    """Yields an override with an odd value for each field, always the same, and the strings of which its error has one."""
     rng = random.Random(0)
     for path in FIELDS:
         name = ".".join(path)
@@ -85,7 +85,7 @@ BODIES = [
 
 @pytest.mark.long
 def test_the_commands_refuse_in_one_line_whatever_is_asked_of_them(tmp_path):
-    """Exit status 2, nothing on stdout, no workdir; an accepted config is seen by what is said of the workdir after it."""
+    """Commands exit with status 2, an empty stdout and no workdir; an accepted config shows as an error about the workdir."""
     foreign, missing = tmp_path / "foreign", tmp_path / "missing"
     foreign.mkdir()
     (foreign / "file").touch()

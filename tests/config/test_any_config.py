@@ -1,4 +1,4 @@
-"""Any config at all is accepted, and can be stored, or is refused in one line that names the field; never a traceback."""
+"""Tests that any config is either accepted and can be stored, or refused in one line that names the field."""
 
 import copy
 import datetime
@@ -127,7 +127,7 @@ edits = st.one_of(
 
 
 def edited(changes):
-    """A config for one run or a grid with some places changed, and which; places in a section that is gone are left out."""
+    """Returns a config with some fields changed, and their paths; changes in a section that was removed are skipped."""
     config, done = changed(batch_size=8, base_lr=0.5), []
     for (*sections, name), value in changes:
         target = config
@@ -144,7 +144,7 @@ def edited(changes):
 
 
 def judged(make, config, places):
-    """Which of "accepted" and "refused" a config is; what is accepted can be stored, a refusal is a line that names a place."""
+    """Returns "accepted" for a config that can then be stored, or "refused" if one line names one of `places`."""
     try:
         found = make(config)
     except InputError as error:
@@ -163,20 +163,20 @@ def judged(make, config, places):
 
 
 def _names(line, place):
-    """Whether a refusal is of this place, of an entry of it, or of the section that it is in."""
+    """Returns whether a refusal names this path, an element of its value, or a section that contains it."""
     path = str(InputError(".".join(map(fields.label, place)) or "config"))
     return line.startswith((f"{path}:", f"{path}.")) or path.startswith(line.partition(":")[0] + ".")
 
 
 def examples(count, **options):
-    """As many examples; the same in every run if they are few."""
+    """Returns Hypothesis settings for `count` examples; fewer than 1000 are the same in every session."""
     few = count < 1000
     return settings(max_examples=count, derandomize=few, deadline=None, database=None, print_blob=not few, **options)
 
 
 @functools.cache
 def accepted(path):
-    """The specimens that a field accepts while all others are at their defaults."""
+    """Returns the specimens that a field accepts while all other fields have their defaults."""
     return [value for value in SPECIMENS if judged(from_config, *edited([(path, value)])) == "accepted"]
 
 
@@ -187,7 +187,7 @@ FEW_AND_MANY = pytest.mark.parametrize("count", [100, pytest.param(20_000, marks
 @FEW_AND_MANY
 @pytest.mark.parametrize("make", [from_config, single_run])
 def test_changed_fields_are_accepted_or_one_of_them_is_named(make, count):
-    """A few places changed, removed or added, anywhere."""
+    """A few fields or sections are changed, removed or added anywhere in the config."""
     outcomes = Counter()
 
     @examples(count, suppress_health_check=[HealthCheck.too_slow])
@@ -210,7 +210,7 @@ def test_whatever_is_given_as_a_config_is_accepted_or_refused(count):
         if isinstance(config, dict):
             try:
                 same = ConfigDict(config)
-            except Exception:  # ml_collections refuses some names itself
+            except Exception:  # ml_collections itself rejects some names
                 return
             judged(from_config, same, places)
 
@@ -223,7 +223,7 @@ def test_every_field_accepts_something_and_refuses_something(path):
 
 
 def on_command_line(path, *arguments):
-    """What a field of the quickstart's config is, as a command line gives it."""
+    """Returns the value of a field after the quickstart config and these command-line arguments."""
     values = from_command_line(*arguments, make=ConfigDict.to_dict)
     for name in path:
         values = values[name]
@@ -232,7 +232,7 @@ def on_command_line(path, *arguments):
 
 @pytest.mark.parametrize("path", FIELDS, ids=".".join)
 def test_a_field_is_the_same_in_every_way_of_giving_it(path, tmp_path):
-    """After =, after a space and in a flagfile; the last of several counts."""
+    """A value can follow =, follow a space or be in a flagfile, and the last of several is used."""
     flag, default, file = f"--config.{'.'.join(path)}", overrides.FIELDS[".".join(path)].default, tmp_path / "flags"
     plausible = [value for value in accepted(path) if any(value is known for known in (*PLAUSIBLE, *NUMBERS))]
     assert None in plausible or default is not None
@@ -273,7 +273,7 @@ HUGE = {
     "grid.batch_sizes": {"grid__batch_sizes": (10**15,), "grid__bn_batch_sizes": (7,)},
     "grid.bn_batch_sizes": {"grid__batch_sizes": (2**31 - 1,), "grid__bn_batch_sizes": (2,)},
     "grid.seeds": {"grid__seeds": tuple(range(10**6))},
-    "grid.base_lrs": {"grid__base_lrs": (*range(1, 99_999), 1)},  # stands twice
+    "grid.base_lrs": {"grid__base_lrs": (*range(1, 99_999), 1)},  # 1 occurs twice
     "grid": {"grid__seeds": THOUSAND, "grid__base_lrs": THOUSAND},
     "grid ": {"grid__batch_sizes": THOUSAND, "grid__bn_batch_sizes": THOUSAND, "grid__base_lrs_from": ("runs/a",)},
     "grid.base_lr_by_batch_size": {"grid__base_lr_by_batch_size": dict.fromkeys(range(3, 90000), 1.0)},

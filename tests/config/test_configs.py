@@ -1,4 +1,4 @@
-"""Every config is the paper's protocol (§3.1), and says how to run it."""
+"""Tests that every config follows the paper's protocol (§3.1) and says how to run it."""
 
 import dataclasses
 import importlib.util
@@ -166,7 +166,7 @@ def test_a_config_opens_with_its_own_command_and_what_to_expect(name):
         return
     expected = re.search(r"Expect: (\d+) runs of (\d+) epochs", module.__doc__)
     assert expected is not None
-    if chosen.grid.base_lrs_from:  # one for each batch size, whatever it will be
+    if chosen.grid.base_lrs_from:  # each batch size gets one base_lr, with any value
         any_rate = tuple((m, 1.0) for m in chosen.grid.batch_sizes)
         chosen = dataclasses.replace(chosen, grid=dataclasses.replace(chosen.grid, base_lr_by_batch_size=any_rate))
     assert (len(chosen.runs()), chosen.epochs) == tuple(map(int, expected.groups()))

@@ -1,4 +1,4 @@
-"""A config becomes runs and programs, or one line that says what is wrong with it."""
+"""Tests that a config becomes runs and programs, or one line that says what is wrong with it."""
 
 import itertools
 import math
@@ -132,13 +132,13 @@ def test_unknown_choice_lists_what_is_known_and_suggests_the_nearest(values, fie
     ],
 )
 def test_unknown_field_is_refused_with_the_nearest_at_every_level(values, unknown, nearest):
-    """So a misspelt override never trains the default in silence."""
+    """A misspelt override never silently trains with the default."""
     message = refusal(from_config, changed(**values))
     assert message.startswith(f"{unknown}: unknown field; did you mean '{nearest}'? Known: ")
 
 
 def test_norm_that_the_model_does_not_offer_is_refused():
-    """A norm that only another model knows; the message lists what this one accepts."""
+    """A norm that only another model offers is refused, and the message lists those that this model accepts."""
     message = refusal(from_config, changed(model__name="resnet8", model__norm="batch_conv_only"))
     assert message.startswith("model.norm: resnet8 has no norm 'batch_conv_only'; it accepts none, batch")
     assert experiment(model__name="alexnet", model__norm="batch_conv_only").model.norm == "batch_conv_only"
@@ -159,7 +159,7 @@ def test_refusal_of_a_huge_batch_size_comes_at_once(monkeypatch):
 
 
 def test_integer_too_long_to_print_is_refused():
-    """Python refuses to print more than 4300 digits; the refusal must be the field's all the same."""
+    """The message names the field although Python refuses to print more than 4300 digits."""
     assert refusal(from_config, changed(epochs=10**5000)).startswith("epochs: ")
 
 
@@ -168,7 +168,7 @@ def test_long_values_are_cut_short_in_a_refusal():
 
 
 def test_runs_are_the_full_product_in_the_order_given():
-    """Batch sizes, then BN batch sizes, then base learning rates, then seeds."""
+    """The order is by batch size, then BN batch size, then base learning rate, then seed."""
     found = experiment(
         grid__batch_sizes=[8, 2], grid__bn_batch_sizes=(2, 1), grid__base_lrs=(0.5, 1, 0.25), grid__seeds=(7, 3)
     ).runs()
@@ -182,13 +182,13 @@ def test_bn_batch_size_is_the_batch_size_where_none_is_given():
 
 
 def test_bn_batch_sizes_larger_than_the_batch_are_left_out():
-    """m = 2 is not crossed with b = 4; m = 1 has no run left, and that is no error as long as some m has."""
+    """m = 2 has no run with b = 4; m = 1 has no run at all, which is no error as long as another m has one."""
     found = experiment(grid__batch_sizes=(1, 2, 8), grid__bn_batch_sizes=(2, 4), grid__base_lrs=(1.0,)).runs()
     assert [(run.batch_size, run.bn_batch_size) for run in found] == [(2, 2), (8, 2), (8, 4)]
 
 
 def test_programs_group_by_shape_with_the_lowest_base_lr_first():
-    """One program per (m, b) in the order of the runs; within it by base_lr, then seed."""
+    """There is one program per (m, b), in the order of the runs; its runs are sorted by base_lr, then seed."""
     runs = experiment(
         grid__batch_sizes=(8, 2), grid__bn_batch_sizes=(2, 1), grid__base_lrs=(0.5, 0.25), grid__seeds=(3, 1)
     ).runs()
@@ -204,7 +204,7 @@ def test_fields_of_one_run_are_checked_but_are_not_part_of_a_grid():
 
 
 def test_single_run_narrows_the_grid_to_the_run_of_the_config():
-    """The rest of the experiment stays; b is m unless it is given."""
+    """Other fields of the experiment are kept, and b is m unless it is given."""
     config = changed(epochs=3, batch_size=8, base_lr=0.5, seed=4)
     assert single_run(config).runs() == [Run(8, 8, 0.5, 4)]
     assert single_run(config).epochs == 3

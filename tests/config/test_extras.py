@@ -1,4 +1,4 @@
-"""The base install: everything imports without the extras, and a feature that needs one says which in one line."""
+"""Tests that everything imports without the extras, and that a feature that needs one names it in one line."""
 
 import configparser
 import importlib.metadata
@@ -20,7 +20,7 @@ from smallbatch_jax.config.extras import EXTRAS
 ROOT = Path(__file__).parents[2]
 PACKAGES = sorted(package for packages in EXTRAS.values() for package in packages)
 
-# Imports every module of the package where no package of an extra can be imported, and prints those that cannot be.
+# Imports every module of smallbatch_jax while no package of an extra can be imported, and prints the modules that fail.
 IMPORT_ALL = f"""
 import importlib, pkgutil, sys
 sys.modules |= dict.fromkeys({PACKAGES})
@@ -49,7 +49,7 @@ def test_setup_cfg_has_every_extra_with_the_packages_that_are_imported():
         required = re.findall(r"^[\w-]+", declared[extra], re.M)
         for package in packages:
             names = distributions.get(package, [package, f"{package}-cpu"])
-            if extra.startswith("target-"):  # compilers come with jax[cuda12] and jax[tpu]
+            if extra.startswith("target-"):  # jax[cuda12] and jax[tpu] bring the compilers
                 names = ["jax"]
             assert set(names) & set(required), f"{package} is not in the extra {extra}"
 
@@ -64,7 +64,7 @@ def test_constraints_pin_every_package_that_setup_cfg_names_but_pytorch():
 
 @pytest.fixture
 def without(monkeypatch):
-    """Makes packages impossible to import, as where their extra is not installed."""
+    """Returns a function that makes the packages of an extra impossible to import, as if it were not installed."""
     return lambda extra: [monkeypatch.setitem(sys.modules, package, None) for package in EXTRAS[extra]]
 
 

@@ -1,4 +1,4 @@
-"""The fields of a config as a command line gives them: =, a space, a flagfile; the last of each counts."""
+"""Tests config fields given on a command line: after =, after a space or in a flagfile; the last value is used."""
 
 import dataclasses
 from pathlib import Path
@@ -27,7 +27,7 @@ GIVEN = [
     ("wandb", "none", None),
     ("wandb", "'None'", "None"),
     ("dataset.data_dir", "None", None),
-    ("dataset.data_dir", "~/images", "~/images"),  # a worker may have another home
+    ("dataset.data_dir", "~/images", "~/images"),  # workers may have another home directory
     ("grid.bn_batch_sizes", "None", None),
     ("grid.bn_batch_sizes", "2", (2,)),
     ("name", "123", "123"),
@@ -145,7 +145,7 @@ def test_a_section_keeps_the_fields_of_which_nothing_was_said_and_a_field_counts
 def test_the_file_may_come_after_its_fields(tmp_path):
     file = tmp_path / "other.py"
     file.write_text("from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({'weight_decay': 0.25})")
-    found = from_command_line("--config.grid.seeds=7", f"--config={file}")  # the quickstart's is before it
+    found = from_command_line("--config.grid.seeds=7", f"--config={file}")  # it follows the --config of the quickstart
     assert (found.weight_decay, found.grid.seeds) == (0.25, (7,))
 
 
@@ -207,14 +207,14 @@ PLAIN = [
 def test_numbers_of_numpy_and_jax_and_ranges_are_taken_wherever_a_config_comes_from(path, given, value):
     config = default_config()
     *sections, name = path.split(".")
-    (config[sections[0]] if sections else config)[name] = given  # as a config file does
+    (config[sections[0]] if sections else config)[name] = given  # as in a config file
     for found in (from_config(config), from_config(changed(**{path.replace(".", "__"): given}))):
         assert value_of(found, path) == value
         assert type(value_of(found, path)) is type(value)
 
 
 def test_a_config_takes_no_true_for_a_number():
-    """A ConfigDict turns True into 1.0 where a float was."""
+    """True is refused for a number although a ConfigDict would turn it into 1.0."""
     config = default_config()
     config.weight_decay = True
     with pytest.raises(ValueError, match="weight_decay: got True, accepts a number"):

@@ -1,4 +1,4 @@
-"""What a workdir remembers of its experiment, and what may change when it is resumed."""
+"""Tests what a workdir stores of its experiment, and what may change when it is resumed."""
 
 import json
 
@@ -28,7 +28,7 @@ FULL = {
 
 @pytest.mark.parametrize("values", [{}, FULL])
 def test_an_experiment_survives_being_stored_as_json(values):
-    """to_dict → JSON → parse gives an equal experiment, and nothing differs from it."""
+    """to_dict → JSON → parse gives an equal experiment without differences."""
     before = experiment(**values)
     after = fields.parse(Experiment, json.loads(json.dumps(before.to_dict())), "")
     assert after == before
@@ -95,7 +95,7 @@ def test_where_it_is_watched_and_what_is_kept_may_change_and_was_not_stored_by_o
     ],
 )
 def test_grid_may_grow_and_not_shrink(name, larger):
-    """In any order; what shrinks is told by its runs."""
+    """Values may be added in any order; the message for a grid that shrinks counts its missing runs."""
     small, large = experiment(**FULL), experiment(**{**FULL, f"grid__{name}": larger})
     assert differences(small, large) == []
     missing = len(set(large.runs()) - set(small.runs()))
@@ -105,14 +105,14 @@ def test_grid_may_grow_and_not_shrink(name, larger):
 
 @pytest.mark.parametrize("change", [{"search__confirm": 1}, {"search__budget": None}, {"grid__seeds": (5, 0)}])
 def test_a_search_may_be_confirmed_otherwise_or_become_a_whole_grid(change):
-    """The seeds that confirmed its choice are no part of the grid."""
+    """The seeds that confirm a search's choice are not part of its grid."""
     before = {"search__budget": 1e5, "search__confirm": 2}
     assert differences(experiment(**before), experiment(**before | change)) == []
     assert differences(experiment(**before, grid__seeds=(0, 9)), experiment(**before | change)) != []
 
 
 def test_grid_may_say_the_same_runs_in_other_words():
-    """b = None and b = m are the same runs."""
+    """b = None and b = m give the same runs."""
     values = {"grid__batch_sizes": (8,)}
     assert differences(experiment(**values), experiment(**values, grid__bn_batch_sizes=(8,))) == []
 

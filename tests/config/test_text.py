@@ -1,4 +1,4 @@
-"""How numbers are written for people."""
+"""Tests how numbers and durations are formatted for people."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Augmentation: pad 4, random crop, random flip, a function of (seed, epoch, example) alone (§3.1)."""
+"""Tests augmentation (pad 4, random crop, random flip), which depends only on seed, epoch and example (§3.1)."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ IMAGES = jnp.asarray(np.random.default_rng(0).integers(-500, 500, (6, 8, 10, 3))
 
 @jax.jit
 def augment(images, seed, epochs, examples):
-    """Normalised images, cropped as training crops them: as they are stored, and the padding set to zero afterwards."""
+    """Returns normalised images cropped as in training: stored images are cropped, then the padding is set to zero."""
     crops = draw_crops(seed, epochs, examples)
     stored = images + 7  # a padded pixel that is not set to zero shows
     return jnp.where(inside(crops, *images.shape[1:3]), crop_and_flip(stored, crops) - 7, 0)

@@ -1,4 +1,4 @@
-"""The cache of decoded pictures: read when nothing changed, never trusted, never run."""
+"""Tests the cache of decoded pictures: it is read when nothing changed, and its content is checked and never executed."""
 
 import io
 import os
@@ -42,7 +42,7 @@ def touch(root):
 
 
 def rename(root):
-    (root / "train" / "cat" / "2.png").rename(root / "train" / "cat" / "3.png")  # still the last of its class
+    (root / "train" / "cat" / "2.png").rename(root / "train" / "cat" / "3.png")  # the order within its class stays the same
 
 
 def remove(root):
@@ -62,7 +62,7 @@ def change_size_alone(root):
 
 @pytest.mark.parametrize("change", [touch, rename, remove, move_to_other_split, change_size_alone])
 def test_a_changed_folder_is_decoded_again(root, decoded_files, cache_dir, change):
-    """And takes the place of the old arrays, so that the cache does not grow with every change."""
+    """The new arrays replace the old ones, so that the cache does not grow with every change."""
     load(root)
     old = cache_file(cache_dir)
     decoded_files.clear()
@@ -81,7 +81,7 @@ def test_a_new_version_does_not_read_old_files(root, decoded_files, monkeypatch,
 
 
 def test_two_folders_keep_separate_files(root, tmp_path, cache_dir, decoded_files):
-    """Even if their listings are the same to the nanosecond."""
+    """Two folders have separate cache files even if names, sizes and times are the same to the nanosecond."""
     other = tmp_path / "other"
     for path in root.rglob("*.png"):
         copy = other / path.relative_to(root)
@@ -188,7 +188,7 @@ def test_concurrent_loads_leave_one_sound_file(root, cache_dir, decoded_files):
 
 
 def test_abandoned_temporary_files_are_removed(root, cache_dir):
-    """A writer that was killed leaves one; a day later nobody is writing it."""
+    """A temporary file that a killed writer left is removed once it is a day old."""
     load(root)
     path = cache_file(cache_dir)
     old, fresh = (path.with_name(f"{path.name}.{name}.tmp") for name in ("old", "fresh"))

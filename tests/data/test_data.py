@@ -1,4 +1,4 @@
-"""Where images come from: the Dataset and the digits."""
+"""Tests the Dataset class, the digits and the choice of a dataset by name."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from smallbatch_jax.data.doubts import doubts
 
 
 def arrays(**changes):
-    """Arguments of a small valid Dataset, some of them changed."""
+    """Returns the arguments of a small valid Dataset, with some of them changed."""
     return {
         "train_images": np.zeros((4, 5, 5, 3), np.uint8),
         "train_labels": np.array([0, 1, 2, 1]),
@@ -64,7 +64,7 @@ def test_images_of_any_floating_dtype_become_float32(dtype):
 
 
 def test_dataset_normalises_types():
-    """Labels become int32; floating images become float32 with their values kept; lists will do."""
+    """Labels become int32, floating images become float32 with their values kept, and lists are accepted."""
     images = np.linspace(-1, 1, 8).reshape(4, 2)
     dataset = data.Dataset(
         **arrays(
@@ -127,7 +127,7 @@ def test_bad_arrays_are_refused_by_name(changes, argument, said):
 
 
 def sound(**changes):
-    """A dataset without a doubt, some of its arrays changed."""
+    """Returns a dataset about which there is no warning, with some of its arrays changed."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (200, 4, 4, 3)).astype(np.uint8)
     labels = np.arange(200) % 3
@@ -174,7 +174,7 @@ def one_class(images):
 
 @pytest.mark.parametrize("shape", [(700, 6, 5, 3), (700, 6, 5, 1), (700, 4)])
 def test_channel_statistics_are_numpys(shape):
-    """The mean and deviation of the whole array in float64."""
+    """They equal the mean and standard deviation of the whole array in float64."""
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     dataset = one_class(images)
     mean, std = dataset.channel_statistics()
@@ -201,7 +201,7 @@ def test_channel_statistics_leave_float_images_as_they_are():
 
 
 class Bytes:
-    """A source of a user's own."""
+    """A user-defined source of encoded images."""
 
     upright = False
 
@@ -225,7 +225,7 @@ def test_photographs_without_a_listing_are_known_by_their_content():
 
 
 def test_a_subset_is_the_first_examples_of_every_class():
-    """Where a class has too few, the others make up for it."""
+    """Where a class has too few examples, the others fill the subset."""
     labels = np.array([2, 2, 2, 0, 0, 1, 2, 0])
     images = np.arange(8, dtype=np.uint8).reshape(8, 1)
     whole = data.Dataset(images, labels, images, labels, 3)
@@ -265,13 +265,13 @@ def test_digits_shapes_and_range():
 
 
 def test_digits_scale_is_linear_in_the_ink():
-    """The source's 17 levels 0..16 become round(255·x/16)."""
+    """The 17 levels x = 0..16 of scikit-learn's digits become round(255·x/16)."""
     levels = np.unique(data.load("digits").train_images)
     np.testing.assert_array_equal(levels, [round(255 * x / 16) for x in range(17)])
 
 
 def test_digits_split_covers_the_source_once():
-    """Every digit of the source is in one split, none in both."""
+    """Every digit of scikit-learn is in exactly one split."""
     from sklearn.datasets import load_digits
 
     digits = data.load("digits")
@@ -281,7 +281,7 @@ def test_digits_split_covers_the_source_once():
 
 
 def test_digits_split_is_stratified():
-    """Each class gives a fifth of itself to the test split, to within one example."""
+    """The test split has a fifth of each class, to within one example."""
     digits = data.load("digits")
     train, test = np.bincount(digits.train_labels), np.bincount(digits.test_labels)
     assert len(train) == len(test) == 10

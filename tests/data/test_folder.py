@@ -1,4 +1,4 @@
-"""Folders of pictures: decoded rightly, or one line with the path."""
+"""Tests folders of pictures: they are decoded correctly, or an error of one line names the path."""
 
 import io
 import os
@@ -89,7 +89,7 @@ def test_folder_follows_links_and_home(root, tmp_path, monkeypatch):
 
 
 def test_many_small_files_keep_their_order(tmp_path, monkeypatch):
-    """Threads and their chunks change nothing about the order."""
+    """Decoding in chunks by several threads does not change the order."""
     root = tmp_path / "many"
     for i in range(40):
         save(root / "train" / "a" / f"{i:02}.png", Image.new("L", (2, 2), i))
@@ -114,7 +114,7 @@ def test_grey_pictures_have_one_channel(tmp_path, mode):
 @pytest.mark.parametrize("colour_first", [True, False])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_one_colour_picture_makes_all_colour(tmp_path, split, colour_first):
-    """Wherever it stands; the grey ones keep their values in three channels."""
+    """One colour picture at any place gives all of them three channels; grey ones repeat their values in each."""
     for name in ("train", "test"):
         save(tmp_path / name / "a" / "5.png", Image.new("L", (3, 2), 90))
     save(tmp_path / split / "a" / ("0.png" if colour_first else "9.png"), Image.new("RGB", (3, 2), RED))
@@ -141,14 +141,14 @@ def test_every_mode_becomes_rgb(root, image, suffix, pixel):
 
 
 def test_palette_with_transparency_is_decoded_quietly(root):
-    """Pillow has a warning for this; it would be an error here."""
+    """Pillow warns about such a palette, and pytest would turn the warning into an error."""
     image = Image.new("RGB", (6, 4), RED).quantize()
     save(root / "train" / "cat" / "00.png", image, transparency=bytes([128] * 3))
     np.testing.assert_array_equal(load(root).train_images[1, 0, 0], RED)
 
 
 def test_exif_orientation_is_applied(tmp_path):
-    """Orientation 6 is a picture that must be turned by a quarter: 4 high and 2 wide as stored is 2 high and 4 wide."""
+    """Orientation 6 asks for a quarter turn: a picture stored 4 high and 2 wide becomes 2 high and 4 wide."""
     exif = Image.Exif()
     exif[0x0112] = 6
     image = Image.new("L", (2, 4))
@@ -161,7 +161,7 @@ def test_exif_orientation_is_applied(tmp_path):
 
 
 def image_bytes(file_format):
-    """A sound file of 64 × 64 pixels of noise."""
+    """Returns a valid file of 64 × 64 pixels of noise."""
     stream = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(stream, file_format)
@@ -190,7 +190,7 @@ def test_unreadable_picture_is_named(root, name, content, said):
 
 @pytest.mark.parametrize("where", ["train/cat/0.png", "train/dog/1.png", "test/dog/1.png"])
 def test_odd_sized_picture_is_named(root, where):
-    """With another one; also where the odd one comes first, and the others differ from it."""
+    """The error names it and a picture of the common size, even where the odd one comes first."""
     save(root / where, Image.new("RGB", (5, 4)))
     message = error_line(load, root)
     assert message.startswith("dataset.data_dir: ")
@@ -272,7 +272,7 @@ def test_pipe_is_refused_rather_than_waited_for(root):
 
 @pytest.fixture
 def reachable(root, request):
-    """The pictures where any user can read them, but for the path of the test's parameter."""
+    """Yields a copy that any user can read except for the path in the test's parameter, and that path."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         copy = shutil.copytree(root, Path(folder) / "pictures")
@@ -284,7 +284,7 @@ def reachable(root, request):
 @pytest.mark.parametrize("reachable", [".", "train", "train/dog", "test/dog/0.png"], indirect=True)
 def test_forbidden_path_is_named(reachable, request):
     copy, where = reachable
-    request.getfixturevalue("forbidden")  # from here on this process is no root
+    request.getfixturevalue("forbidden")  # from here on this process is not root
     line = error_line(load, copy)
     assert "Permission denied" in line
     assert str(copy / where) in line

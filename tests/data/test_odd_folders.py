@@ -1,4 +1,4 @@
-"""Links, names and numbers of pictures in a folder that are unusual."""
+"""Tests folders with unusual links, file names and numbers of pictures."""
 
 import os
 import resource
@@ -24,7 +24,7 @@ def test_links_to_directories_above_are_not_followed_within_a_class(root, where)
 
 @pytest.mark.parametrize("target", [".", "..", "../.."])
 def test_a_class_that_leads_back_to_a_directory_above_is_named(root, target):
-    """Its own split, the root, and what holds the root: none holds pictures."""
+    """A link to its split, the root or the root's parent is a class without pictures, and the error names it."""
     (root / "test" / "loop").symlink_to(target, target_is_directory=True)
     assert "class 'loop' has no images in train/" in error_line(load, root)
     (root / "train" / "loop").symlink_to(target, target_is_directory=True)
@@ -34,7 +34,7 @@ def test_a_class_that_leads_back_to_a_directory_above_is_named(root, target):
 
 
 def test_a_directory_may_be_named_like_a_picture(root):
-    """As a class it is one; within a class it is none."""
+    """Such a directory is a class in a split, and is ignored within a class."""
     for split in ("train", "test"):
         save(root / split / "x.png" / "0.png", Image.new("RGB", (6, 4), (1, 2, 3)))
         (root / split / "x.png" / "1.png").mkdir()
@@ -104,7 +104,7 @@ def test_any_name_is_one_line_that_can_be_printed(root, name):
 
 
 def test_errors_can_be_printed_where_the_terminal_knows_ascii_alone(root):
-    """Names that are not UTF-8, everywhere; all others where the whole locale is ASCII."""
+    """Errors about names that are not UTF-8 print on an ASCII stream, and about any other name in an ASCII locale."""
     for name, environment in (
         (os.fsdecode(b"\xff"), {"PYTHONIOENCODING": "ascii"}),
         ("\xe9🐈", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
@@ -128,7 +128,7 @@ except ValueError as error:
 
 @pytest.mark.parametrize("count", [3_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_a_class_of_many_pictures(tmp_path, count):
-    """Links to ten files, so that they are quickly there; with few files open at any time."""
+    """Many pictures (links to ten files, which are quick to make) are read with few files open at a time."""
     for i in range(10):
         save(tmp_path / "sources" / f"{i}.png", Image.new("RGB", (8, 8), (i, 10 * i, 255 - i)))
     for split, name, number in (("train", "many", count), ("train", "one", 1), ("test", "many", 1), ("test", "one", 1)):

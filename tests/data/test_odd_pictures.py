@@ -1,4 +1,4 @@
-"""Real files as they come: whole ones are decoded to the right pixels, all others are one line with the path."""
+"""Tests unusual image files: valid ones decode to the right pixels, and for all others one line names the path."""
 
 import io
 import resource
@@ -23,9 +23,9 @@ WHOLE = {
 
 
 def lost(kind, whole):
-    """Lengths to which a file is cut: its header, half of it, the last bytes; always a part of the pixels is lost.
+    """Returns lengths at which to truncate a file, from its header to the last bytes, so that pixels are always lost.
 
-    Behind those of a PNG are 20 bytes: two checksums, and a chunk that says "end".
+    After the pixels of a PNG come 20 bytes: two checksums, and the IEND chunk.
     """
     most = len(whole) - (20 if kind.endswith("PNG") else 0)
     return [*range(2, most - 12, 61), *range(most - 12, most)]
@@ -33,7 +33,7 @@ def lost(kind, whole):
 
 @pytest.mark.parametrize("kind", WHOLE)
 def test_a_picture_cut_short_anywhere_is_refused(load_one, kind):
-    """Never is it decoded with grey pixels for those that are lost."""
+    """A truncated picture is never decoded with grey pixels in place of the missing ones."""
     whole = WHOLE[kind]
     for length in lost(kind, whole):
         load_one(whole[:length], test=whole, refused=True)
@@ -41,7 +41,7 @@ def test_a_picture_cut_short_anywhere_is_refused(load_one, kind):
 
 @pytest.mark.parametrize("kind", WHOLE)
 def test_a_picture_whose_rest_is_zeros_is_refused(load_one, kind):
-    """What a crash leaves of a file that was being written; Pillow alone decodes such a JPEG to grey."""
+    """A crash during a write leaves such a file; Pillow alone decodes such a JPEG to grey."""
     whole = WHOLE[kind]
     for length in lost(kind, whole):
         load_one(whole[:length] + bytes(len(whole) - length), test=whole, refused=True)
@@ -62,14 +62,14 @@ def test_the_end_of_a_thumbnail_is_not_that_of_the_picture(load_one):
 
 
 def test_what_follows_the_end_is_no_matter(load_one):
-    """Cameras put films and depth there."""
+    """Bytes after the end are ignored; cameras put videos and depth maps there."""
     for kind in ("JPEG", "PNG"):
         np.testing.assert_array_equal(load_one(WHOLE[kind] + b"\xff\xda film"), load_one(WHOLE[kind]))
 
 
 @pytest.mark.parametrize("kind", WHOLE)
 def test_garbage_within_a_picture_is_refused_or_decoded_to_its_shape(load_one, kind):
-    """A PNG's checksums notice it all; a JPEG has none, and its decoder goes on where it can."""
+    """A PNG's checksums detect all damage; a JPEG has none, and its decoder resumes where it can."""
     whole, rng, decoded = WHOLE[kind], np.random.default_rng(1), 0
     start = whole.find(b"\xff\xda") if "JPEG" in kind else whole.find(b"IDAT")
     for _ in range(20):
@@ -92,7 +92,7 @@ def test_a_png_with_a_wrong_checksum_of_its_header_is_refused(load_one):
 
 
 def test_a_flipped_bit_of_a_png_never_changes_a_pixel(load_one):
-    """It is refused, unless it is in what Pillow does not read; the pixels' own checksum must agree."""
+    """A flipped bit is refused unless Pillow does not read it, because the checksum of the pixels must agree."""
     whole = WHOLE["PNG"]
     right, decoded = load_one(whole), 0
     for at in range(8, len(whole), 7):
@@ -107,7 +107,7 @@ def test_a_flipped_bit_of_a_png_never_changes_a_pixel(load_one):
 @pytest.mark.parametrize("file_format", ["PPM", "PDF", "JPEG2000", "ICO", "EPS"])
 @pytest.mark.parametrize("name", ["0.png", "0.jpg"])
 def test_another_format_under_our_suffix_is_refused(load_one, file_format, name):
-    """One rule for all of them: no decoder is started but those of the kinds that a folder takes."""
+    """Only the decoders of the formats that a folder accepts are started, whatever the suffix."""
     assert "is not a JPEG, PNG, WebP, BMP, TIFF or GIF image" in load_one(encoded(NOISE, file_format), name, refused=True)
 
 
@@ -127,12 +127,12 @@ def test_a_decompression_bomb_is_refused_before_it_goes_off(load_one, width, hei
     assert len(bomb) < 2**19
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     assert "pixels" in load_one(bomb, refused=True)
-    assert time.perf_counter() - began < 5  # on a busy machine; else some milliseconds
+    assert time.perf_counter() - began < 5  # for a busy machine; normally it takes milliseconds
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16  # KiB
 
 
 def adobe_marker(content):
-    """Where the APP14 segment begins, and ends."""
+    """Returns the offsets at which the APP14 segment begins and ends."""
     at = content.find(b"\xff\xee\0\x0eAdobe")
     return at, at + 16
 
@@ -143,7 +143,7 @@ def without_marker(content):
 
 
 def as_ycck(content):
-    """The same file, its first three channels now said to be YCbCr."""
+    """Returns the same file with its marker changed, so that the first three channels mean YCbCr."""
     _, end = adobe_marker(content)
     return content[: end - 1] + b"\2" + content[end:]
 
@@ -153,7 +153,7 @@ def cmyk_jpeg(*ink):
 
 
 def ycc(r, g, b):
-    """JFIF's YCbCr of RGB."""
+    """Converts RGB to the YCbCr of JFIF."""
     y = 0.299 * r + 0.587 * g + 0.114 * b
     return round(y), round(128 + (b - y) / 1.772), round(128 + (r - y) / 1.402)
 
@@ -163,11 +163,11 @@ INK, RGB = (0, 120, 220, 60), (195, 103, 27)  # RGB = (255 - ink) (255 - black) 
 
 @pytest.mark.parametrize("kind", ["Adobe", "no marker", "YCCK"])
 def test_cmyk_jpegs_have_their_colours(load_one, kind):
-    """Stored inverted, as Adobe's are; so is what has no marker to say whose it is."""
+    """CMYK is stored inverted in Adobe's files, and also in files without a marker."""
     content = cmyk_jpeg(*INK)
     if kind == "no marker":
         content = without_marker(content)
-    if kind == "YCCK":  # of YCC that stand for RGB = 255 - stored CMY = CMY; Pillow inverts what it is given to write
+    if kind == "YCCK":  # YCC encodes RGB = 255 - stored CMY = CMY; Pillow inverts the values that it writes
         content = as_ycck(cmyk_jpeg(*(255 - value for value in ycc(*INK[:3])), INK[3]))
     assert Image.open(io.BytesIO(content)).info.get("adobe_transform") == {"Adobe": 0, "no marker": None, "YCCK": 2}[kind]
     found = load_one(content)
@@ -177,7 +177,7 @@ def test_cmyk_jpegs_have_their_colours(load_one, kind):
 
 @pytest.mark.parametrize("colour_first", [True, False])
 def test_a_grey_jpeg_among_colour_pictures(tmp_path, colour_first):
-    """As digits are among photos: its value in all three channels, within JPEG's own error."""
+    """A grey JPEG among colour pictures has its value in all three channels."""
     names = ("1.jpg", "0.png") if colour_first else ("0.jpg", "1.png")
     for split in ("train", "test"):
         save(tmp_path / split / "a" / names[0], Image.new("L", (16, 16), 90))
@@ -194,7 +194,7 @@ GREY, COLOUR, GREY_ALPHA, COLOUR_ALPHA = 0, 2, 4, 6  # PNG's colour types
 @pytest.mark.parametrize(("colour_type", "channels"), [(GREY, 1), (COLOUR, 3), (GREY_ALPHA, 1), (COLOUR_ALPHA, 3)])
 @pytest.mark.parametrize("depth", [8, 16])
 def test_every_png_keeps_the_upper_eight_bits_and_drops_alpha(load_one, colour_type, channels, depth):
-    """Transparent pixels too: they show what is stored beneath, not a background."""
+    """Transparent pixels keep their stored colour and are not blended with a background."""
     rng = np.random.default_rng(2)
     samples = rng.integers(0, 2**depth, (5, 7, channels + (colour_type in (GREY_ALPHA, COLOUR_ALPHA))))
     samples[0, :, channels:] = 0  # wholly transparent
@@ -224,7 +224,7 @@ def test_a_transparent_palette_is_shown_as_stored(load_one):
 
 
 def test_an_interlaced_png_is_put_together(load_one):
-    """Adam7's seven passes: first column and row, and their steps."""
+    """The seven passes of Adam7 (first column and row, and their steps) are decoded to the picture."""
     picture = NOISE[:13, :11]
     passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
     rows = [row for x, y, dx, dy in passes for row in picture[y::dy, x::dx]]
@@ -250,7 +250,7 @@ def test_sixteen_bits_are_turned_too(load_one):
 
 
 def test_turned_and_upright_pictures_share_a_folder(tmp_path):
-    """It is the size as seen that must agree."""
+    """Pictures must agree in their size after the EXIF rotation."""
     exif = Image.Exif()
     exif[0x0112] = 8
     for split in ("train", "test"):

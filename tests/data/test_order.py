@@ -1,4 +1,4 @@
-"""Which examples step k sees: constant work, nothing dropped, and an order that only (seed, epoch) decide."""
+"""Tests which examples step k sees: constant work, nothing dropped, and an order that depends only on (seed, epoch)."""
 
 import inspect
 import math
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from smallbatch_jax.data.order import BatchSchedule, epoch_end, epoch_permutation, stream, total_steps
 from smallbatch_jax.optim import step_schedule
 
-# (examples, batch size): dividing and not, halves exactly (7 / 2), whole training sets, and m = 1.
+# (examples, batch size): divisible or not, exact halves (7 / 2), whole training sets, and m = 1.
 SIZES = [(1, 1), (5, 1), (5, 5), (6, 3), (7, 2), (7, 3), (7, 5), (9, 6), (10, 4), (10, 7), (13, 13)]
 
 
@@ -22,7 +22,7 @@ def all_batches(num_examples, batch_size, epochs, seed=0):
 
 
 def test_epoch_ends_at_the_rounded_number_of_steps():
-    """floor(e·N/m + 1/2), in exact arithmetic: halves round up, and no float is involved."""
+    """Epoch e ends at step floor(e·N/m + 1/2) in exact integer arithmetic, so halves round up."""
     sizes = [*SIZES, (1437, 512), (50_000, 3), (1_281_167, 2), (10**12 + 1, 2)]
     for epoch in (0, 1, 2, 3, 7, 82, 164):
         for n, m in sizes:
@@ -30,7 +30,7 @@ def test_epoch_ends_at_the_rounded_number_of_steps():
 
 
 def test_a_run_is_the_same_work_for_every_batch_size():
-    """§3.1: E·N/m steps to the nearest, so that m·steps is within m/2 examples of E·N."""
+    """A run has E·N/m steps, rounded to the nearest, so that m·steps is within m/2 examples of E·N (§3.1)."""
     for n, m in SIZES:
         for epochs in range(1, 9):
             assert abs(total_steps(epochs, n, m) * m - epochs * n) <= m / 2
@@ -38,7 +38,7 @@ def test_a_run_is_the_same_work_for_every_batch_size():
 
 @pytest.mark.parametrize(("num_examples", "batch_size"), SIZES)
 def test_epoch_of_step_is_the_inverse_of_epoch_end(num_examples, batch_size):
-    """Every step from the end of epoch e - 1 to before the end of e belongs to e, and to no other epoch."""
+    """Exactly the steps from the end of epoch e - 1 to before the end of epoch e belong to epoch e."""
     ends = [epoch_end(e, num_examples, batch_size) for e in range(41)]
     expected = [e for e in range(1, 41) for _ in range(ends[e - 1], ends[e])]
     assert [BatchSchedule(num_examples, batch_size).epoch_of_step(k) for k in range(ends[-1])] == expected
@@ -67,7 +67,7 @@ def test_every_epoch_of_the_stream_holds_each_example_once(num_examples, batch_s
 
 
 def test_order_is_the_same_for_every_batch_size():
-    """Only where the stream is cut depends on m."""
+    """Every m cuts the same stream of examples into batches."""
     single = all_batches(10, 1, epochs=3).reshape(-1)
     for m in range(2, 11):
         stream = all_batches(10, m, epochs=3).reshape(-1)[: len(single)]
@@ -87,13 +87,13 @@ def test_order_depends_on_nothing_else():
 
 
 def test_order_is_pinned():
-    """Stored results are reproduced by later versions: this stream never changes."""
+    """The stream never changes, so that later versions reproduce stored results."""
     found = tiny.batch_indices(seed=3, first_step=1, num_steps=3, batch_size=4, num_examples=5)
     np.testing.assert_array_equal(found, [[3, 0, 1, 3], [2, 4, 4, 1], [0, 3, 2, 3]])
 
 
 def test_a_batch_may_be_written_to_without_changing_the_order():
-    """What is handed out is the caller's own; the cached permutation is read-only."""
+    """The returned array is a copy, and the cached permutation is read-only."""
     before = tiny.batch_indices(0, 0, 1, 4, 4).copy()
     tiny.batch_indices(0, 0, 1, 4, 4)[:] = 0
     np.testing.assert_array_equal(tiny.batch_indices(0, 0, 1, 4, 4), before)
@@ -101,14 +101,14 @@ def test_a_batch_may_be_written_to_without_changing_the_order():
 
 
 def test_no_steps_are_an_empty_batch():
-    """Shape [0, m], so that a segment without work needs no special case."""
+    """The result has shape [0, m], so that a segment without steps needs no special case."""
     found = tiny.batch_indices(0, 5, 0, 4, 10)
     assert (found.shape, found.dtype) == ((0, 4), np.int32)
 
 
 @st.composite
 def growing(draw):
-    """Batches that grow, none beyond the training set."""
+    """Draws a schedule of growing batches, none larger than the training set."""
     boundaries = tuple(draw(st.lists(st.sampled_from([0.0, 0.3, 1 / 3, 0.5, 0.55, 0.75, 0.99, 1.0]), max_size=3, unique=True)))
     growth, n = draw(st.integers(1, 5)), draw(st.integers(1, 300))
     most = n // growth ** len(boundaries)
@@ -154,7 +154,7 @@ def test_epochs_of_growing_batches_end_at_the_nearest_update(batches):
 @many
 @given(growing())
 def test_batches_grow_where_the_learning_rate_is_reduced(batches):
-    """By the exact steps of the schedule, however many boundaries fall onto one."""
+    """Batches grow at the exact steps of the schedule, even if several boundaries fall on one step."""
     multiplier = step_schedule(batches.schedule_steps, batches.schedule_boundaries, 0.5)
     for phase in batches.phases if batches.growth > 1 else ():
         reductions = round(math.log2(1 / float(multiplier(phase.step))))
@@ -174,7 +174,7 @@ def test_without_growth_everything_is_as_for_one_batch_size(batches):
 
 
 def test_a_boundary_that_leaves_less_than_half_a_larger_batch_does_not_enlarge_it():
-    """10 examples, m = 2: at 80 % two are left, fewer than half of 6; at 60 % four are, which one batch of 6 takes."""
+    """With 10 examples and m = 2, a boundary at 80 % leaves 2, less than half of 6; one at 60 % leaves 4, one batch of 6."""
     assert BatchSchedule(10, 2, 1, (0.8,), 3).phases == ((0, 0, 2),)
     assert BatchSchedule(10, 2, 1, (0.6,), 3).phases == ((0, 0, 2), (3, 6, 6))
     assert BatchSchedule(10, 2, 1, (0.6,), 3).total_steps == 4

@@ -1,4 +1,4 @@
-"""Pictures that are neither JPEG nor PNG."""
+"""Tests pictures that are neither JPEG nor PNG."""
 
 import struct
 
@@ -30,7 +30,7 @@ def test_alpha_of_other_kinds_is_dropped(load_one, kind):
 
 
 def test_only_of_a_png_a_byte_is_the_colour_type(load_one):
-    """A TIFF with the same byte in the same place: its height is a LONG, type 4."""
+    """In a TIFF the byte at that offset can have the same value: here its height is a LONG, type 4."""
     tags = [
         (256, 3, 2),
         (257, 4, 1),

@@ -1,4 +1,4 @@
-"""Images decoded ahead: the same under every number whoever asks, in whatever order, and however many workers there are."""
+"""Tests the Prefetcher: an index gives the same image for any process, any order and any number of workers."""
 
 import contextlib
 import io
@@ -42,7 +42,7 @@ def one_by_one(images, first, count):
 
 
 def equal(found, expected, first=None):
-    """The same images, of which `found` has the first so many."""
+    """Asserts that `found` equals `expected`, or its first `first` examples."""
     for name, a, b in zip(Decoded._fields, found, expected, strict=True):
         np.testing.assert_array_equal(a, b[:first] if first is not None else b, name)
 
@@ -59,7 +59,7 @@ def two_workers(root):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.long
 def test_a_prefetcher_goes_on_from_any_number(root, two_workers, workers, monkeypatch):
-    """Forwards, backwards, into the middle of a message, across the seeds and to the test set."""
+    """Seeks forwards, backwards, into the middle of a message, across seeds and to the test set give the right images."""
     monkeypatch.setattr(prefetch, "MOST_PER_MESSAGE", 7)
     images = sample_index(root)
     prefetcher = two_workers if workers else Prefetcher(sample_index(root), BYTES, 0)
@@ -68,7 +68,7 @@ def test_a_prefetcher_goes_on_from_any_number(root, two_workers, workers, monkey
         prefetcher.seek(number)
         equal(prefetcher.take(0), one_by_one(images, number, 1), first=0)
         equal(prefetcher.take(count), one_by_one(images, number, count))
-        time.sleep(0.2 * (number == test))  # in which workers run on beyond the last image
+        time.sleep(0.2 * (number == test))  # lets the workers run on beyond the last image
         assert prefetcher.number == number + count
 
 
@@ -97,7 +97,7 @@ def test_what_an_image_looks_like_depends_on_seed_epoch_and_example(root):
 
 
 def test_the_parts_of_two_processes_are_the_whole(root):
-    """Of batches of 6 each takes half, and of 8 test images at a time."""
+    """Each process takes half of every batch of 6, and of every 8 test images."""
     whole = sample_index(root)
     halves = [sample_index(root, train=BatchSlice(6, first, 3), test=BatchSlice(8, first // 3 * 4, 4)) for first in (0, 3)]
     for seed in SEEDS:
@@ -110,7 +110,7 @@ def test_the_parts_of_two_processes_are_the_whole(root):
     for begin in (0, 8):
         found = [int(half[half.testing(begin) + i].examples) for half in halves for i in range(4)]
         assert found == list(range(begin, begin + 8))
-    assert not halves[1][halves[1].testing(16) + 4].valid  # beyond the 20 test images: there is none
+    assert not halves[1][halves[1].testing(16) + 4].valid  # there are only 20 test images
 
 
 def test_a_broken_file_is_marked_and_the_others_are_as_they_were(root, tmp_path):
@@ -127,13 +127,13 @@ def test_a_broken_file_is_marked_and_the_others_are_as_they_were(root, tmp_path)
 @pytest.mark.long
 @pytest.mark.parametrize("taken", [0, 3])
 def test_a_worker_that_dies_is_reported(root, taken):
-    """With images taken, and before it is ready to decode any."""
+    """A dead worker is reported after some images were taken, and before it is ready to decode any."""
     before = children(os.getpid())
     prefetcher = Prefetcher(sample_index(root), BYTES, 1)
     prefetcher.seek(0)
     if taken:
         prefetcher.take(taken)
-    while not (workers := children(os.getpid()) - before):  # it is about to run Python
+    while not (workers := children(os.getpid()) - before):  # it has not started Python yet
         time.sleep(0.01)
     os.kill(workers.pop(), signal.SIGKILL)
     with pytest.raises(WorkerDied, match=r"a process that decodes images died: .* exit code -9"):
@@ -142,7 +142,7 @@ def test_a_worker_that_dies_is_reported(root, taken):
 
 
 def children(pid):
-    """Processes that decode for this one."""
+    """Returns the ids of the processes that decode for process `pid`."""
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -194,7 +194,7 @@ def test_workers_outlive_a_signal_to_their_group_and_not_their_parent(root, tmp_
     command = [sys.executable, str(tmp_path / "reader.py"), str(root)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(command, **pipes, text=True, env=WITH_TESTS, start_new_session=True) as process:
-        while len(workers := children(process.pid)) < 2:  # still importing, and not able to say what a signal shall do
+        while len(workers := children(process.pid)) < 2:  # still importing, and has not set its signal handlers
             assert process.poll() is None
         end(workers)
         assert process.stdout.readline() == "reading\n"
@@ -233,7 +233,7 @@ def photograph(i):
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
-    """A folder as `prepare_data.py` leaves it, in small: array_record files of JPEGs, written by TFDS itself."""
+    """Returns a small folder as `prepare_data.py` leaves it: array_record files of JPEGs, written by TFDS itself."""
     import tensorflow_datasets as tfds
 
     class Imagenet2012(tfds.core.GeneratorBasedBuilder):

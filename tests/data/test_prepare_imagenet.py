@@ -1,4 +1,4 @@
-"""ImageNet is prepared from archives that a person has to fetch: what is said without them, and what they become."""
+"""Tests the preparation of ImageNet from manually downloaded archives, and the errors without them."""
 
 import io
 import os
@@ -16,13 +16,13 @@ TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 
 
 def prepare(data_dir, **environment):
-    """The command for ImageNet, to its end."""
+    """Runs the command that prepares ImageNet and returns its result."""
     line = [sys.executable, "experiments/prepare_data.py", "--dataset=imagenet2012", f"--data_dir={data_dir}"]
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}, timeout=200)
 
 
 def archive(files):
-    """A tar of these, by name."""
+    """Returns a tar archive of `files`, a dict from name to content."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
         for name, content in files.items():
@@ -40,7 +40,7 @@ def jpeg(seed):
 
 @pytest.fixture
 def data_dir(tmp_path):
-    """Archives of the shape of ImageNet's: six training images of two classes, one archive each, and four for validation."""
+    """Returns a folder with archives like ImageNet's: six training images in two nested archives, and four for validation."""
     manual = tmp_path / "downloads" / "manual"
     manual.mkdir(parents=True)
     classes = {f"{wnid}.tar": archive({f"{wnid}_{i}.JPEG": jpeg(i) for i in range(3)}) for wnid in ("n01440764", "n01443537")}
@@ -51,7 +51,7 @@ def data_dir(tmp_path):
 
 @pytest.fixture
 def no_tfds(tmp_path_factory):
-    """An environment in which the import of TensorFlow or its datasets ends the command."""
+    """Returns environment variables under which importing TensorFlow or TFDS ends the command."""
     folder = tmp_path_factory.mktemp("modules")
     for name in ("tensorflow", "tensorflow_datasets"):
         (folder / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')")
@@ -60,7 +60,7 @@ def no_tfds(tmp_path_factory):
 
 @pytest.mark.parametrize("missing", [(TRAIN, VALIDATION), (TRAIN,), (VALIDATION,)])
 def test_missing_archives_are_one_line_with_every_step(data_dir, no_tfds, missing):
-    """Before anything is imported that takes long, or anything is written."""
+    """The error comes before TensorFlow or TFDS is imported, and before anything is written."""
     manual = data_dir / "downloads" / "manual"
     for name in missing:
         (manual / name).unlink()
@@ -94,7 +94,7 @@ def test_once_it_is_prepared_the_archives_may_go(tmp_path, no_tfds, folder, goes
 
 
 def test_the_counts_are_printed_and_no_image_is_loaded(data_dir, tmp_path_factory):
-    """TFDS's own builder needs TensorFlow; one that knows the numbers of ImageNet stands in for it."""
+    """A fake builder with ImageNet's counts replaces that of TFDS, which needs TensorFlow."""
     folder = tmp_path_factory.mktemp("modules")
     (folder / "tensorflow.py").touch()
     (folder / "tensorflow_datasets.py").write_text(

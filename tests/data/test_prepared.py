@@ -1,4 +1,4 @@
-"""Datasets prepared by TensorFlow Datasets: real folders, read without TensorFlow."""
+"""Tests datasets prepared by TensorFlow Datasets: real folders are read without TensorFlow."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from smallbatch_jax import data
 from smallbatch_jax.data import prepared
 
 ROOT = Path(__file__).parents[2]
-NAMES = [f"class {i}" for i in range(300)]  # more than a byte tells apart
+NAMES = [f"class {i}" for i in range(300)]  # more classes than a byte can index
 
 
 def label(i):
@@ -32,7 +32,7 @@ def picture(i):
 
 @pytest.fixture(scope="module")
 def builder():
-    """TFDS's builder of a small dataset of PNGs."""
+    """Returns a TFDS builder of a small dataset of PNGs."""
     import tensorflow_datasets as tfds
 
     class Cifar10(tfds.core.GeneratorBasedBuilder):
@@ -58,14 +58,14 @@ def builder():
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory, builder):
-    """A folder as `prepare_data.py` leaves it: array_record files, written by TFDS itself."""
+    """Returns a folder as `prepare_data.py` leaves it: array_record files, written by TFDS itself."""
     folder = tmp_path_factory.mktemp("tfds")
     builder(data_dir=folder, file_format="array_record").download_and_prepare()
     return folder
 
 
 def by_content(images, labels):
-    """TFDS shuffles as it writes, so examples are told by what they show."""
+    """Returns the labels by pixel content, because TFDS shuffles the examples as it writes them."""
     return {image.tobytes(): int(label) for image, label in zip(images, labels, strict=True)}
 
 
@@ -121,14 +121,14 @@ def test_a_damaged_folder_is_one_line(data_dir, tmp_path):
 
 
 def test_another_file_format_is_one_line_that_helps(data_dir, tmp_path):
-    """TFDS's default is tfrecord; to prepare it once more in the same folder changes nothing."""
+    """The line names another folder: TFDS's default is tfrecord, and preparing again in the same folder changes nothing."""
     folder = tmp_path / "my data"
     version = shutil.copytree(data_dir, folder) / "cifar10" / "3.0.2"
     for path in version.glob("*array_record*"):
         path.rename(path.with_name(path.name.replace("array_record", "tfrecord")))
     info = version / "dataset_info.json"
     facts = json.loads(info.read_text())
-    for named in ({"fileFormat": "tfrecord"}, {}):  # an old version of TFDS does not say
+    for named in ({"fileFormat": "tfrecord"}, {}):  # old versions of TFDS do not store the format
         info.write_text(json.dumps({k: v for k, v in facts.items() if k != "fileFormat"} | named))
         line = error_line(data.load, "cifar10", folder)
         assert "was prepared as tfrecord, and lacks array_record files" in line
@@ -149,7 +149,7 @@ def test_prepare_data_refuses_what_it_does_not_know():
 
 
 def downloaded(name, folder):
-    """Files of the binary format of CIFAR's authors, of random pixels; the pixels and class of the first test image."""
+    """Writes random CIFAR files in the authors' binary format; returns the pixels and class of the first test image."""
     rng = np.random.default_rng(0)
     if name == "cifar10":
         batches, classes = folder / "cifar-10-batches-bin", [10]
@@ -174,7 +174,7 @@ def downloaded(name, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_tfds_own_builder_prepares_what_we_read(name, tmp_path):
-    """Only the download is replaced: the command runs TFDS's own builder."""
+    """The command runs TFDS's own builder, with only its download replaced."""
     pytest.importorskip("tensorflow")
     pixels, label = downloaded(name, tmp_path)
     code = f"""

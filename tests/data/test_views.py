@@ -1,4 +1,4 @@
-"""From photographs of any size to images of one size."""
+"""Tests the views that turn photographs of any size into images of one size."""
 
 import io
 
@@ -37,7 +37,7 @@ def training(content, seed=0, size=SIZE, jitter=False, upright=True):
 
 
 def near(found, expected, mean, most=255):
-    """Within so many of 255 levels."""
+    """Asserts that the mean and the largest difference are within `mean` and `most` of 255 levels."""
     difference = np.abs(found.astype(int) - expected.astype(int))
     assert difference.mean() < mean, difference.mean()
     assert difference.max() <= most
@@ -45,7 +45,7 @@ def near(found, expected, mean, most=255):
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (1500, 2000), (100, 140), (256, 256)])
 def test_for_testing_the_shorter_side_becomes_256_and_the_middle_is_taken(height, width):
-    """As Pillow has it, which resizes the whole picture; 2000 × 1500 is decoded at a quarter, 140 × 100 is enlarged."""
+    """The view matches Pillow's resize of the whole picture; 2000 × 1500 is decoded at a quarter, 140 × 100 is enlarged."""
     image = smooth(height, width)
     shorter = min(height, width)
     resized = Image.fromarray(image).resize(
@@ -57,7 +57,7 @@ def test_for_testing_the_shorter_side_becomes_256_and_the_middle_is_taken(height
 
 
 def test_for_training_scale_place_and_mirror_are_random(monkeypatch):
-    """Read off a picture whose colours are its coordinates: sides of 224/480 … 224/256, all over the picture, half mirrored."""
+    """A picture whose colours are its coordinates shows sides of 224/480 … 224/256, at all places, half of them mirrored."""
     down, right = np.mgrid[:HEIGHT, :WIDTH]
     image = np.stack([down * 0.6, right * 0.5, np.zeros_like(down)], -1).astype(np.uint8)
     content = file(Image.fromarray(image), "PNG")
@@ -70,7 +70,7 @@ def test_for_training_scale_place_and_mirror_are_random(monkeypatch):
         tops.append(found[0, 0, 0] / 0.6)
         lefts.append(min(ends))
     sides = np.array(sides)
-    low, high = SIZE * HEIGHT / 480, SIZE * HEIGHT / 256  # pixels of the picture
+    low, high = SIZE * HEIGHT / 480, SIZE * HEIGHT / 256  # in pixels of the picture
     assert low - 5 < sides.min() < low + 8
     assert high - 8 < sides.max() < high + 5
     assert 110 < mirrored < 190
@@ -78,7 +78,7 @@ def test_for_training_scale_place_and_mirror_are_random(monkeypatch):
     for place in places:
         assert np.abs(np.percentile(place, [10, 50, 90]) - [0.1, 0.5, 0.9]).max() < 0.12
     shorter = HEIGHT * SIZE / sides
-    assert abs(np.median(shorter) - 368) < 15  # uniform in the side, not in the scale
+    assert abs(np.median(shorter) - 368) < 15  # the side is uniformly distributed, the scale is not
 
 
 def test_the_same_draws_give_the_same_view():
@@ -88,7 +88,7 @@ def test_the_same_draws_give_the_same_view():
 
 
 def test_decoding_at_a_fraction_changes_little(monkeypatch):
-    """A large photograph in all its pixels, and at a half or a quarter."""
+    """Views of a large photograph decoded in full and at a reduced scale differ by less than one level on average."""
     content = jpeg(smooth(1500, 2000))
     fast = [training(content, seed) for seed in range(5)]
     decode = simplejpeg.decode_jpeg
@@ -110,7 +110,7 @@ def test_color_jitter_adds_one_colour_to_all_pixels():
         shift = training(content, seed, jitter=True).astype(int) - plain
         assert np.abs(shift - shift[0, 0]).max() <= 1
         shifts.append(shift[0, 0])
-    expected = 25.5**2 * views.COLOR_COMPONENTS @ views.COLOR_COMPONENTS.T  # a deviation of 0.1 of 255
+    expected = 25.5**2 * views.COLOR_COMPONENTS @ views.COLOR_COMPONENTS.T  # standard deviation 0.1 · 255
     found = np.cov(np.array(shifts).T)
     np.testing.assert_allclose(found, expected, atol=0.35 * np.abs(expected).max())
 
@@ -124,7 +124,7 @@ def test_color_jitter_stays_within_the_range():
 
 def test_a_picture_is_turned_as_its_exif_says_where_that_is_wanted():
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90° clockwise
+    exif[0x0112] = 6  # must be turned by 90° clockwise
     image = smooth()
     turned = views.center_view(jpeg(np.ascontiguousarray(np.rot90(image, -1))), SIZE, True)
     near(views.center_view(jpeg(image, exif=exif), SIZE, True), turned, mean=1)

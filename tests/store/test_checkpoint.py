@@ -1,4 +1,4 @@
-"""Checkpoints: whole or passed over, of these runs or refused."""
+"""Tests checkpoints: damaged ones are skipped, and those of another experiment or model are refused."""
 
 import dataclasses
 import shutil
@@ -16,7 +16,7 @@ RUNS = [tiny.grid().runs()[0], None]
 
 
 def lanes(value, rows=2):
-    """Stands for the lanes of a program: some arrays of different dtypes, stacked by lane."""
+    """Returns a stand-in for the lanes of a program: arrays of different dtypes, stacked by lane."""
     noise = np.random.default_rng(value).normal(size=(rows, 40, 30)).astype(np.float32)
     return {"params": noise, "step": np.full(rows, value, np.int32), "alive": np.ones(rows, bool)}
 
@@ -27,7 +27,7 @@ def equal(found, expected):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder with two checkpoints, of 1 and of 2."""
+    """Returns a folder with two checkpoints, of `lanes(1)` and `lanes(2)`."""
     folder = tmp_path_factory.mktemp("checkpoints") / "m00004_b00004"
     checkpoints = Checkpoints(folder, tiny.grid())
     for value in (0, 1, 2):
@@ -109,7 +109,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.long
 def test_any_damaged_file_is_noticed_and_the_checkpoint_before_is_taken(saved, tmp_path, damage):
-    """What does not matter may be missing; but what comes back was saved, to the bit."""
+    """Damage to an unimportant file is ignored, and restored arrays always equal saved ones bit for bit."""
     files = [path.relative_to(saved) for path in (saved / "2").rglob("*") if path.is_file()]
     fell_back = []
     for i, name in enumerate(files):
@@ -129,7 +129,7 @@ def test_any_damaged_file_is_noticed_and_the_checkpoint_before_is_taken(saved, t
 
 
 def test_a_number_changed_in_the_description_is_noticed(folder):
-    """Or the lanes would go on under another base learning rate."""
+    """Otherwise the lanes would resume with another base learning rate."""
     (described,) = (path for path in (folder / "2").rglob("*") if path.is_file() and b'"base_lr": ' in path.read_bytes())
     described.write_text(described.read_text().replace('"base_lr": 0.00', '"base_lr": 0.01'))
     found, said = restored(folder)

@@ -1,4 +1,4 @@
-"""Nothing is ever unpickled, imported or started because of what a dataset, a cache or a workdir holds."""
+"""Tests that no content of a dataset, a cache or a workdir is ever unpickled, imported or executed."""
 
 import contextlib
 import io
@@ -37,14 +37,14 @@ def test_a_pipe_is_not_replaced_and_a_link_leads_to_the_file(tmp_path):
 
 @pytest.fixture
 def mark(tmp_path):
-    """A path that comes to be if anything of what is planted runs; no test may end with it."""
+    """Yields a path that planted code creates when it runs, and fails the test if the path exists at its end."""
     yield tmp_path / "exploded"
     assert not (tmp_path / "exploded").exists()
 
 
 @pytest.fixture(params=["text pickle", "binary pickle", "array of objects"])
 def bomb(request, mark):
-    """The bytes of a file that runs code if it is unpickled."""
+    """Returns the bytes of a file that runs code if it is unpickled."""
     if request.param == "array of objects":
         stream = io.BytesIO()
         np.save(stream, np.array([Bomb(mark)], object), allow_pickle=True)
@@ -84,7 +84,7 @@ def module(mark):
 
 @pytest.fixture
 def postscript(mark, tmp_path, monkeypatch):
-    """A picture for which Pillow, if one let it, would start the program gs: here one that leaves the mark."""
+    """Returns an EPS picture for which Pillow would start the program gs, replaced here by one that creates `mark`."""
     program = tmp_path / "bin" / "gs"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\nmkdir {mark}\n")
@@ -108,7 +108,7 @@ def png_of(value):
 
 
 def write_records(version, split, images):
-    """An array_record file of examples, labelled 0, 1, 2, …"""
+    """Writes an array_record file of examples, labelled 0, 1, 2, …"""
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -126,7 +126,7 @@ FEATURES = {"featuresDict": {"features": {"label": {"classLabel": {"numClasses":
 
 @pytest.fixture
 def prepared(tmp_path):
-    """The version folder of a dataset as TFDS prepares it: two training examples and one for testing."""
+    """Returns the version folder of a dataset as TFDS prepares it, with two training examples and one test example."""
     version = tmp_path / "tfds" / "cifar10" / "3.0.2"
     version.mkdir(parents=True)
     splits = [{"name": "train", "shardLengths": ["2"]}, {"name": "test", "shardLengths": ["1"]}]
@@ -169,7 +169,7 @@ def test_a_prepared_dataset_cannot_have_a_module_imported(prepared, mark, monkey
     """TFDS's own reader would import the module of any class that features.json names."""
     (prepared / "planted.py").write_text(module(mark))
     monkeypatch.chdir(prepared)
-    monkeypatch.syspath_prepend(str(prepared))  # as for a notebook beside the data
+    monkeypatch.syspath_prepend(str(prepared))  # as in a notebook in the same folder
     (prepared / "features.json").write_text(json.dumps(FEATURES | {key: "planted.Feature", "content": {}}))
     info = json.loads((prepared / "dataset_info.json").read_text())
     (prepared / "dataset_info.json").write_text(json.dumps(info | {"moduleName": "planted", "name": "planted"}))
@@ -200,7 +200,7 @@ def test_any_place_of_a_prepared_dataset_is_one_line_that_can_be_printed(data_di
 
 
 def test_a_prepared_dataset_below_a_name_that_is_no_text_is_one_line(prepared, tmp_path):
-    """The reader of records takes UTF-8 alone."""
+    """The record reader accepts only UTF-8 paths."""
     version = shutil.copytree(prepared, tmp_path / os.fsdecode(b"\xff") / "cifar10" / "3.0.2")
     assert f"the records in {str(version)!r} cannot be read" in error_line(load_prepared, version)
 
@@ -209,20 +209,20 @@ def test_a_pickle_in_the_cache_of_a_prepared_dataset_is_mended(prepared, cache_d
     first = load_prepared(prepared)
     (path,) = cache_dir.glob("cifar10-*.npz")
     path.write_bytes(bomb)
-    for _ in range(2):  # the second time from the mended file
+    for _ in range(2):  # the second load reads the repaired file
         np.testing.assert_array_equal(load_prepared(prepared).train_images, first.train_images)
     assert capsys.readouterr().err.count(repr(str(path))) == 1
 
 
 @pytest.fixture(scope="module")
 def restored_with():
-    """The arguments with which the checkpoints of `stopped` are opened, after the folder, and restored."""
+    """Returns a dict that `stopped` fills with the arguments for opening (after the folder) and restoring its checkpoints."""
     return {}
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, restored_with):
-    """A workdir that was stopped within its second epoch, with its checkpoint."""
+    """Returns a workdir whose training was stopped in its second epoch, with its checkpoint."""
     workdir = tmp_path_factory.mktemp("stopped") / "w"
     begin, restore = Checkpoints.__init__, Checkpoints.restore
 
@@ -282,7 +282,7 @@ def test_readers_run_no_pickle_beside_the_results(workdir, bomb, name):
 
 
 def test_figures_are_drawn_beside_pickles(workdir, mark, monkeypatch):
-    monkeypatch.setattr(figures.style, "write", lambda figure, stem: [stem])  # which takes most of the time
+    monkeypatch.setattr(figures.style, "write", lambda figure, stem: [stem])  # writing takes most of the time
     for name in REST[1:]:
         (workdir / name).write_bytes(pickle.dumps(Bomb(mark)))
     assert draw(workdir)
@@ -290,7 +290,7 @@ def test_figures_are_drawn_beside_pickles(workdir, mark, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*left out lines that are not whole")
 def test_a_workdir_of_pickles_is_resumed_and_none_is_run(workdir, mark):
-    """All but the experiment and the checkpoint, whose lanes begin in the second epoch."""
+    """Every file is a pickle except the experiment and the checkpoint, whose lanes resume in the second epoch."""
     for name in REST:
         (workdir / name).write_bytes(pickle.dumps(Bomb(mark)))
     train(workdir)
@@ -301,10 +301,10 @@ def checkpoint_files(workdir):
     return sorted(path for path in (workdir / "checkpoints").rglob("*") if path.is_file())
 
 
-@pytest.mark.filterwarnings("ignore")  # of damaged checkpoints, and what becomes of them, there are tests elsewhere
+@pytest.mark.filterwarnings("ignore")  # test_checkpoint.py tests the warnings about damage
 @pytest.mark.long
 def test_no_file_of_a_checkpoint_is_unpickled(stopped, restored_with, mark, tmp_path):
-    """Each in turn, and all at once."""
+    """Pickles replace each file of the checkpoint in turn, and then all at once."""
 
     def restore(workdir):
         (folder,) = (workdir / "checkpoints").iterdir()

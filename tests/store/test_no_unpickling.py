@@ -1,4 +1,4 @@
-"""No source of ours can run code that a file brings."""
+"""Tests that no source of this repository can run code from a data file."""
 
 import ast
 from pathlib import Path
@@ -16,7 +16,7 @@ NUMPY = {"np", "numpy", "jnp", "npy", "format"}
 
 
 def offences(source):
-    """What in a Python source could run code that a file brings."""
+    """Yields the names in a Python source that could run code from a data file."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] in MODULES)
@@ -39,7 +39,7 @@ def offences(source):
 SOURCES = sorted(path for folder in ("smallbatch_jax", "experiments", "configs") for path in (ROOT / folder).rglob("*.py"))
 
 
-# What one process of a run tells the others, in memory; and a config, which is code.
+# processes.py pickles messages between the processes of a run, in memory only.
 # A config file is the user's own code, as in ml_collections.
 ALLOWED = {"smallbatch_jax/program/processes.py": ["pickle"], "experiments/command.py": ["runpy"]}
 

@@ -1,4 +1,4 @@
-"""Kept parameters: each run's whole or not there, the best of each batch size, and what loads them."""
+"""Tests kept parameters: each run's are complete or absent, "best" keeps one run per batch size, and all can be loaded."""
 
 import math
 import shutil
@@ -21,7 +21,7 @@ from smallbatch_jax.store.workdir import open_workdir
 
 
 def variables(value):
-    """Arrays of several dtypes and shapes, in dicts whose order is not sorted, and no batch_stats."""
+    """Returns arrays of several dtypes and shapes in unsorted dicts, with empty batch_stats."""
     kernel = np.random.default_rng(value).normal(size=(4, 3)).astype(np.float32)
     return {
         "params": {"b": {"kernel": kernel}, "a": np.full(3, value, jnp.bfloat16), "c": np.int32(value)},
@@ -29,7 +29,7 @@ def variables(value):
     }
 
 
-# Accuracies by run; of equals the first run is the best.
+# Accuracies by run; ties go to the first run in order.
 RUNS = {Run(4, 4, 0.5, 0): 0.3, Run(4, 2, 0.1, 0): 0.7, Run(4, 4, 0.1, 1): 0.7, Run(4, 4, 0.1, 0): 0.7, Run(8, 8, 0.5, 0): 0.1}
 
 
@@ -116,7 +116,7 @@ def test_nothing_is_written_unasked_or_by_other_processes(tmp_path, keep):
 
 
 def test_a_half_written_folder_is_not_loaded_and_goes_with_the_next_run(folder, monkeypatch):
-    """Killed while Orbax writes, just before it gives the folder its name."""
+    """The writer is killed just before Orbax renames the folder to its final name."""
     run = Run(4, 4, 2.0, 0)
 
     def killed(*names):
@@ -159,7 +159,7 @@ def test_a_damaged_folder_is_left_out_with_a_warning(folder, damage):
 
 
 def test_other_arrays_than_those_described_are_not_loaded(folder, monkeypatch):
-    """As after a disk that gave other bytes than it took, which Orbax does not notice."""
+    """A checksum detects arrays that the disk corrupted, which Orbax does not notice."""
     monkeypatch.setattr(parameters, "_checksum", lambda variables: 0)
     with pytest.warns(UserWarning, match="arrays do not match"), pytest.raises(InputError, match="holds no run with seed 1"):
         sbj.load_parameters(folder, seed=1)

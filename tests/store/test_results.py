@@ -1,4 +1,4 @@
-"""The store: rows appended once and read back to the bit, whatever a crash left behind."""
+"""Tests the store: rows are appended once and read back bit for bit, whatever a crash left behind."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def row(epoch, base_lr=2**-7, seed=0, test_accuracy=0.5, **fields):
 
 @pytest.fixture
 def store(tmp_path):
-    """A workdir of a 3-epoch experiment without rows."""
+    """Yields a workdir of a 3-epoch experiment without rows, which this process owns."""
     with workdir.open_workdir(tmp_path / "w", tiny.grid(), {"num_classes": 3}) as folder:
         yield folder
 
@@ -122,7 +122,7 @@ def test_who_reads_is_told_of_rows_that_are_lost(store):
     "damage", ["a line lost", "a line damaged", "a number beyond int64", "the header lost", "a line twice", "no UTF-8"]
 )
 def test_the_next_writer_mends_the_file_and_drops_what_counts_on_lost_rows(store, damage):
-    """So that the run is trained again from there, and another that lost nothing is not."""
+    """A run with lost rows is trained again from the first of them; a run without is not."""
     append(store, row(1), row(1, seed=1), row(2), row(2, seed=1), row(3), row(3, seed=1, test_accuracy=NAN))
     path = store / "results/m00004_b00004.csv"
     lines = path.read_text().splitlines(keepends=True)
@@ -156,7 +156,7 @@ def test_a_missing_file_is_named_and_the_rest_is_read(tmp_path):
 
 
 def limit_file_size(size):
-    """Lets this process write no file beyond `size` bytes, as a disk that is full would: the hard limit stays."""
+    """Limits files that this process writes to `size` bytes, like a full disk; the hard limit is unchanged."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
@@ -232,7 +232,7 @@ def test_no_rows_are_an_empty_frame_with_all_columns(store):
 
 
 def test_a_read_only_reader_needs_no_lock(store):
-    """`store` owns the workdir throughout these tests."""
+    """Rows can be read although the fixture `store` holds the lock."""
     append(store, row(1))
     assert len(results.load(str(store))) == 1
 
@@ -269,7 +269,7 @@ def test_a_workdir_that_cannot_be_written_is_refused_in_one_line(tmp_path, path)
 
 
 def test_a_workdir_without_permission_is_refused_in_one_line(forbidden):
-    """As an ordinary user, in folders of root's and below one that may not be entered."""
+    """An ordinary user is refused in root's folders and in one without permission."""
     for path in (Path("/root/runs/w"), forbidden / "w"):
         with pytest.raises(InputError, match=r"^--workdir: .* cannot be (read|written): Permission denied\.$"), open_(path):
             pass
@@ -280,7 +280,7 @@ def open_(path):
 
 
 def test_a_full_paper_grid_loads_within_two_seconds(store):
-    """143 runs × 164 epochs × 5 seeds."""
+    """The grid has 143 cells × 164 epochs × 5 seeds."""
     import time
 
     with ProgramResults(store, 4, 4) as program:
@@ -290,4 +290,4 @@ def test_a_full_paper_grid_loads_within_two_seconds(store):
     assert time.process_time() - began < 2 * SLACK
 
 
-SLACK = 2  # for machines that are busy with other tests
+SLACK = 2  # allows for machines that are busy with other tests

@@ -1,4 +1,4 @@
-"""What analysis must get right: which epochs and seeds count, and where convergence begins."""
+"""Tests the analysis: which epochs and seeds are used, and which cells converge."""
 
 import math
 
@@ -22,7 +22,7 @@ from smallbatch_jax.study import analysis
     ],
 )
 def test_run_counts_by_median_of_its_last_five_epochs(accuracies, expected):
-    """§3.1: the median of the last min(5, E) epochs, E = 1, 2, 3, 5, 7."""
+    """The accuracy of a run of E = 1, 2, 3, 5, 7 epochs is the median of the last min(5, E) (§3.1)."""
     assert analysis.final_accuracy(results(run(accuracies)))["test_accuracy"].tolist() == pytest.approx([expected])
 
 
@@ -33,7 +33,7 @@ def test_last_epochs_are_by_epoch_and_not_by_row_order():
 
 
 def test_mean_and_deviation_are_over_seeds():
-    """Medians 0.2, 0.3, 0.7: mean 0.4, variance (0.04 + 0.01 + 0.09) / (3 − 1)."""
+    """Medians 0.2, 0.3, 0.7 have mean 0.4 and variance (0.04 + 0.01 + 0.09) / (3 − 1)."""
     row = analysis.final_accuracy(results(run([0.2]), run([0.1, 0.3, 0.9], seed=1), run([0.7], seed=2))).iloc[0]
     assert row["test_accuracy"] == pytest.approx(0.4)
     assert row["test_accuracy_std"] == pytest.approx(math.sqrt(0.07))
@@ -41,7 +41,7 @@ def test_mean_and_deviation_are_over_seeds():
 
 
 def test_only_finished_seeds_enter_the_mean():
-    """A diverged seed is counted, a running one is not even that; neither has a final accuracy."""
+    """Neither a diverged nor a running seed has a final accuracy, and only the diverged one is counted."""
     row = analysis.final_accuracy(
         results(run([0.6]), run([0.1, 0.2], "diverged", seed=1), run([0.9, 0.9], "running", seed=2))
     ).iloc[0]
@@ -83,7 +83,7 @@ def test_no_results_have_no_cells():
 @pytest.mark.parametrize(
     ("accuracy", "finished", "diverged", "expected"),
     [
-        (0.55, 1, 0, True),  # exactly half way from 0.2 to 0.9
+        (0.55, 1, 0, True),  # exactly halfway from 0.2 to 0.9
         (0.549, 1, 0, False),
         (0.9, 2, 1, False),  # as good as the best, but one seed diverged
         (math.nan, 0, 1, False),
@@ -112,7 +112,7 @@ def test_chance_must_be_a_fraction(chance):
 
 
 def test_convergent_range_spans_gaps_but_counts_cells():
-    """Fig. 16's bar from 2^-3 to 2^-1 with a hole in it; at m = 4 nothing converges."""
+    """The bar of Fig. 16 spans 2^-3 to 2^-1 with a gap in it; at m = 4 nothing converges."""
     accuracies = {0.0625: 0.2, 0.125: 0.8, 0.25: 0.15, 0.5: 0.9, 1.0: 0.1}
     cells = cells_of(*(cell(2, x, a) for x, a in accuracies.items()), cell(4, 0.5, math.nan, 0, 1))
     ranges = analysis.convergent_range(cells, chance=0.1)
@@ -123,7 +123,7 @@ def test_convergent_range_spans_gaps_but_counts_cells():
 
 
 def test_best_cell_is_the_most_accurate_then_the_smallest_base_lr():
-    """`replicates` are the best cell's seeds, `finished` and `diverged` the whole row's of the grid."""
+    """`replicates` counts the best cell's seeds; `finished` and `diverged` count those of all cells of the batch size."""
     cells = cells_of(cell(2, 0.25, 0.5, finished=3), cell(2, 0.5, 0.8, finished=2, diverged=1), cell(2, 1.0, 0.8, diverged=2))
     best = analysis.best_cells(cells).iloc[0]
     assert (best["test_accuracy"], best["base_lr"], best["replicates"]) == (0.8, 0.5, 2)

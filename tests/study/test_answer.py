@@ -1,4 +1,4 @@
-"""The answer in one sentence, and what a careful reader would ask."""
+"""Tests the answer in one sentence, and what it says about noise and unfinished runs."""
 
 import dataclasses
 
@@ -64,7 +64,7 @@ def test_the_best_cell_is_that_of_the_analysis():
 
 
 def test_seeds_give_the_deviation_and_the_noise():
-    """0.02 are 12 standard errors of three seeds; with one seed 0.03 are 2.2 of a test set of 1,000, 1.5 of one of 500."""
+    """0.02 is 12 standard errors with three seeds; with one seed 0.03 is 2.2 for 1,000 test examples and 1.5 for 500."""
     close = {4: [[0.9, 0.902, 0.898]], 8: [[0.88, 0.882, 0.878]]}
     assert sentence(close, lrs=LRS[:1], seeds=(0, 1, 2)) == "Best at m = 4, η̃ = 2^-9: 90.0 ± 0.2 %; m = 8 never reaches it."
     one = study("fig08", {4: 0.91, 8: 0.88})

@@ -1,4 +1,4 @@
-"""What each claim takes from stored results: when it holds, which part fails, and what is missing."""
+"""Tests each claim on stored results: when it holds, which of its checks fail, and which data it lacks."""
 
 import dataclasses
 import functools
@@ -50,7 +50,7 @@ HOLDS = {
         "fig18": {2: 0.53, 16: 0.62, 128: 0.50, 256: 0.40},
     },
 }
-FAILS = [  # claim, what its studies hold instead, the parts that fail
+FAILS = [  # claim, replaced studies, indices of the checks that fail
     ("C1", {"fig01": {2: 0.4, 8: 0.49, 16: 0.5}}, {0}),
     ("C2", {"fig02": {2: 0.5, 8: 0.6}}, {0}),
     ("C2", {"fig03": {1: 0.6, 4: 0.5, 16: 0.4}}, {1}),
@@ -80,7 +80,7 @@ FAILS = [  # claim, what its studies hold instead, the parts that fail
     ("C8", {"fig12": IMAGENET | {128: [0.71, LOST, LOST]}}, {0}),
     ("C8", {"fig12": IMAGENET | {4: [0.71, 0.5, 0.5]}}, {0}),
     ("C8", {"fig12": IMAGENET | {8: [0.5, 0.65, LOST]}}, {1}),
-    ("C8", {"fig12": IMAGENET | {2: [0.3, 0.6, 0.5]}}, {1}),  # ends, but below half way from chance to the best
+    ("C8", {"fig12": IMAGENET | {2: [0.3, 0.6, 0.5]}}, {1}),  # finishes, but below halfway from chance to the best
     ("C9", {"fig13_cifar100": fig13("cifar100", {2: {2: 0.7}, 16: {16: 0.6}, 32: {8: 0.56}, 64: {8: 0.5}})}, {0, 1}),
     ("C9", {"fig13_cifar100": fig13("cifar100", {2: {2: 0.7}, 16: {2: 0.6}, 32: {8: 0.56}, 64: {8: 0.5}})}, {1}),
     ("C9", {"fig13_cifar10": fig13("cifar10", {2: {2: 0.9}, 16: {4: 0.8}, 32: {32: 0.7}, 64: {16: 0.65}})}, {2}),
@@ -97,17 +97,17 @@ FAILS = [  # claim, what its studies hold instead, the parts that fail
     ("C13", {"fig17": {2: 0.4, 16: 0.5, 128: 0.44, 256: 0.34}}, {3}),
     ("C13", {"fig18": {2: 0.53, 16: 0.62, 128: 0.64, 256: 0.4}}, {4}),
 ]
-SAME_CHECKS = [  # of the other figures of a claim about all of them
+SAME_CHECKS = [  # the same for the other figures of claims about all figures
     *(("C11", {name: SMALLEST | {64: 0.61}}, {i}) for i, name in enumerate(FIG15) if i > 0),
     *(("C11", {name: SMALLEST | {2: 0.5, 8: 0.55}}, {i}) for i, name in enumerate(FIG15[:2], 8)),
     *(("C12", {name: WIDE}, {i}) for i, name in enumerate(FIG16) if i > 0),
 ]
-# Studies without which a claim lacks data, of those that may be judged in part; others need all.
+# Studies that each claim needs, for claims that may be judged in part; the others need all of theirs.
 NEEDS = {"C3": ("resnet32_nobn",), "C6": (), "C7": (), "C9": (), "C11": (), "C12": (), "C13": ("fig17", "fig18")}
 
 
 def needed(claim):
-    """(claim, study) of each study; of a claim about every figure, which examines all alike, the first and last by default."""
+    """Returns (claim, study) for each study; of more than four, which are examined alike, all but the ends are slow."""
     names = list(HOLDS[claim])
     few = names if len(names) <= 4 else (names[0], names[-1])
     return [pytest.param(claim, name, marks=[] if name in few else pytest.mark.slow) for name in names]
@@ -118,12 +118,12 @@ NEEDED = [case for claim in HOLDS for case in needed(claim)]
 
 @functools.cache
 def holding(claim):
-    """The studies for which a claim holds."""
+    """Returns the studies for which a claim holds."""
     return studies(HOLDS[claim])
 
 
 def without(claim, name):
-    """The answer where one study of those that make a claim hold is not there or not whole."""
+    """Returns the answer when one of the studies for which a claim holds is missing or incomplete."""
     return "lacks data" if name in NEEDS.get(claim, HOLDS[claim]) else "holds"
 
 

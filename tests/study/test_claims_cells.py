@@ -1,4 +1,4 @@
-"""What counts as the accuracy of a batch size, a curve or a range of base learning rates, in the checks of claims."""
+"""Tests which cells and seeds give the accuracy of a batch size, a curve and a range of base_lrs in claims."""
 
 import math
 
@@ -7,14 +7,14 @@ from claimed import LOST, LRS, chosen_rates, exact, fig04, study, texts, verdict
 
 
 def test_seeds_are_averaged_before_batch_sizes_are_compared():
-    """m = 2 has the best seed and the worse mean."""
+    """m = 2 has the best single seed but the lower mean."""
     table = {2: [[0.6, 0.2, 0.4], LOST, LOST], 16: [LOST, [0.5, 0.5, 0.48], LOST]}
     found = verdict("C1", {"fig01": exact("fig01", table, seeds=(0, 1, 2))}).findings[0]
     assert found.margin == pytest.approx((0.4 - 1.48 / 3) / math.hypot(0.2, 0.02 / math.sqrt(3)) * math.sqrt(3))
 
 
 def test_the_full_range_of_base_learning_rates_is_that_of_each_batch_size_over_its_seeds():
-    """m = 4 converges at two of three: one of its seeds diverged at the last."""
+    """m = 4 converges at two of three base_lrs, because one of its seeds diverged at the last."""
     table = {4: [[0.5, 0.5], [0.6, 0.6], [0.5, LOST]], 16: [[0.7, 0.7], [0.7, 0.7], LOST], 128: [[0.6, 0.6], LOST, LOST]}
     assert "fig12: converging base_lrs 2 at m = 4, of 3" in texts("C8", {"fig12": two_seeds(table)}, "does not hold")
     mended = table | {4: [[0.5, 0.5], [0.6, 0.55], [0.5, 0.5]], 2: [[0.5, 0.5]] * 3}
@@ -34,7 +34,7 @@ def test_the_best_base_lr_of_each_batch_size_counts():
 
 
 def test_ordinary_batch_norm_counts_where_it_was_trained():
-    """m = 16 is 90 % with BN over 2 examples, and 30 % with BN over all 16; m = 32 has BN over 2 and 16 only."""
+    """m = 16 reaches 90 % with BN over 2 examples and 30 % with BN over all 16; m = 32 has BN over 2 and 16 only."""
     table = {2: {2: 0.5}, 16: {2: 0.9, 16: 0.3}, 32: {2: 0.45}, 64: {2: 0.2}}
     assert verdict("C1", {"fig01": chosen_rates("fig01", table, (2, 16))}).answer == "holds"
     assert verdict("C1", {"fig01": chosen_rates("fig01", table | {32: {2: 0.51}}, (2, 16))}).answer == "does not hold"
@@ -43,7 +43,7 @@ def test_ordinary_batch_norm_counts_where_it_was_trained():
 
 
 def test_a_convergence_curve_counts_by_its_mean_over_epochs_and_seeds():
-    """Means 0.5, 0.5 and 0.3, though m = 128 ends best; a seed that diverged counts 0."""
+    """The means are 0.5, 0.5 and 0.275 although m = 128 ends highest, because a diverged seed counts as 0."""
     table = {4: [[(0.4, 0.6), (0.5, 0.5)]], 64: [[(0.3, 0.6), (0.5, 0.6)]], 128: [[(0.2, 0.9), LOST]]}
     curves = fig04(table, epochs=2, seeds=(0, 1))
     assert [finding.text for finding in verdict("C4", {"fig04": curves}).findings] == [
@@ -62,7 +62,7 @@ def test_a_convergence_curve_is_taken_at_one_base_lr():
     [
         ((3, 2, 1), "holds"),
         ((2, 3, 1), "holds"),
-        ((3, 1, 3, 0), "cannot tell"),  # m = 2 converges at the largest base_lr tried: how far it goes is not known
+        ((3, 1, 3, 0), "cannot tell"),  # m = 2 converges at the largest base_lr tried, so its limit is unknown
         ((2, 0, 2, 0), "does not hold"),
         ((2, 1, 2), "does not hold"),
         ((1, 2, 2), "does not hold"),
@@ -74,13 +74,13 @@ def test_a_range_may_widen_by_one_rate_on_its_way_down(counts, answer):
 
 
 def test_an_accuracy_within_the_noise_of_chance_does_not_converge():
-    """12 % of 1,000 images is 1.9 standard errors above chance, and the best there is."""
+    """The best accuracy, 12 % of 1,000 images, is 1.9 standard errors above chance."""
     table = {m: [0.11, 0.12, LOST] for m in (2, 8, 16)}
     assert texts("C12", {"fig01": study("fig01", table)}, "lacks data")[0] == "fig01: no base_lr converges at any batch size"
 
 
 def test_two_studies_are_compared_at_the_base_lrs_that_both_have():
-    """Without warm-up 2^-6, which the other has not tried, is best; at the three rates of both warm-up gains 1 point."""
+    """At the three base_lrs of both, warm-up gains 1 point; 2^-6, best without warm-up, was not tried with it."""
     table = {m: [0.3, 0.5, 0.4] for m in (4, 16, 128)}
     more = exact("fig08", {m: [0.3, 0.49, 0.4, 0.6, 0.3] for m in table}, (*LRS, 2**-6, 2**-5))
     told = next(text for text in texts("C7", {"fig10": table, "fig08": more}, "holds") if text.startswith("fig10 over fig08"))
@@ -90,7 +90,7 @@ def test_two_studies_are_compared_at_the_base_lrs_that_both_have():
 
 
 def test_where_every_run_diverged_no_base_lr_converges():
-    """As in `cifar10_5000/resnet32_nobn`: that nothing converges at m = 16 and above holds, that m = 2 … 8 learn does not."""
+    """Like `cifar10_5000/resnet32_nobn`: no convergence from m = 16 on holds, learning at m = 2 … 8 does not."""
     found = verdict("C3", {"resnet32_nobn": dict.fromkeys((2, 8, 32), LOST)})
     assert [(finding.verdict, finding.text) for finding in found.findings[:2]] == [
         ("holds", "resnet32_nobn: converging base_lrs 0 at m = 32"),

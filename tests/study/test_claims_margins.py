@@ -1,4 +1,4 @@
-"""Margins in standard errors: what is told of what noise, at the edges of a grid, and on the stored tables."""
+"""Tests margins in standard errors: under noise, at the edges of a grid, and on the stored tables."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ DRAWS = 200
 
 
 def test_a_margin_is_a_difference_over_the_errors_of_both_sides():
-    """Errors 3 and 4 make 5: a difference of 12 points is 2.4 of them; one of 9 points tells nothing."""
+    """Errors of 3 and 4 points combine to 5: a difference of 12 points is 2.4 errors, and one of 9 is inconclusive."""
     assert compared("", Side(0.60, 0.03), Side(0.48, 0.04)) == ("holds", "", pytest.approx(2.4))
     assert compared("", Side(0.48, 0.03), Side(0.60, 0.04)) == ("does not hold", "", pytest.approx(-2.4))
     assert compared("", Side(0.60, 0.03), Side(0.51, 0.04)) == ("cannot tell", "", pytest.approx(1.8))
@@ -60,17 +60,17 @@ def test_a_margin_is_shown_with_its_sign_and_never_rounded_up():
 
 
 def test_a_share_of_the_batch_sizes_has_the_margin_of_a_partial_conjunction():
-    """All of three hold by the weakest. That one of three fails by −3 is three times as likely by chance, p = 3 · 0.00135."""
+    """All of three hold by the weakest margin; that one of three fails by −3 has p = 3 · 0.00135 by chance."""
     assert at_share([5, 3, 4]) == pytest.approx(3)
     assert at_share([5, -3, 4]) == pytest.approx(-2.65, abs=0.01)
-    assert at_share([5, -3, 4, 3], 0.5) == pytest.approx(3.73, abs=0.01)  # the second largest, p = 3 · 0.0000317
+    assert at_share([5, -3, 4, 3], 0.5) == pytest.approx(3.73, abs=0.01)  # the second largest margin, p = 3 · 0.0000317
     assert at_share([-0.1, 0.1, 5]) == 0
     assert at_share([50.0, -60.0]) == -60
     assert math.isnan(at_share([5, math.nan]))
 
 
 def flat(name, table, seed, rates=RATES, images=IMAGES, **options):
-    """A study whose cells have measured accuracies: binomial draws around those of `table`, by batch size and base_lr."""
+    """Returns a study whose accuracies are binomial draws around those of `table`, by batch size and base_lr."""
     found = base(name, tuple(table), rates, **options)
     rng = np.random.default_rng(seed)
     cells = found.cells.copy()
@@ -86,7 +86,7 @@ def base(name, batch_sizes, rates, **options):
 
 
 def plateau(height):
-    """A best at several base learning rates, none of them at an edge."""
+    """Returns accuracies over RATES with the best at every rate except the two at the edges."""
     return (height - 0.3, *[height] * (len(RATES) - 2), height - 0.3)
 
 
@@ -100,21 +100,21 @@ def bn_base(name):
 
 
 def bn_level(name, seed):
-    """The best BN batch is any at all."""
+    """Returns a study in which every BN batch size is equally good, so that the best is random."""
     found = bn_base(name)
     cells = found.cells.assign(test_accuracy=np.random.default_rng(seed).binomial(IMAGES, 0.5, len(found.cells)) / IMAGES)
     return dataclasses.replace(found, cells=cells, examples=(5000, IMAGES))
 
 
 def curves(low, seed):
-    """Training accuracies, one epoch: m = 4 lower than the others."""
+    """Returns a one-epoch study whose training accuracy is `low` at m = 4 and 0.5 at the others."""
     found = base("fig04", (4, 16, 64, 128), (2**-8,))
     true = found.rows["batch_size"].map(lambda m: low if m == 4 else 0.5)
     accuracy = np.random.default_rng(seed).binomial(5000, true) / 5000
     return dataclasses.replace(found, rows=found.rows.assign(train_accuracy=accuracy))
 
 
-NULLS = {  # draws of a check whose truth is neither: a difference of zero, or of exactly what is allowed
+NULLS = {  # draws of a check without a true answer: the difference is zero or exactly the tolerance
     "best": lambda i: checks.best_is_at(flat("fig01", LEVEL, i), SMALL),
     "tolerance": lambda i: checks.best_is_at(flat("fig01", LEVEL | {128: plateau(0.48)}, i), Sizes(128, 128), tolerance=0.02),
     "falls": lambda i: checks.accuracy_falls(flat("fig01", LEVEL, i), Sizes(1, 32)),
@@ -131,7 +131,7 @@ NULLS = {  # draws of a check whose truth is neither: a difference of zero, or o
     "lower": lambda i: checks.curves_are_lower(curves(0.5, i), 2**-8, ~Sizes(1, 64), Sizes(4, 64)),
 }
 FAST = ("best", "falls", "curves")
-TRUTHS = {  # the same with a truth of at least five standard errors
+TRUTHS = {  # the same with a true difference of at least five standard errors
     "best": (lambda i: checks.best_is_at(flat("fig01", LEVEL | {2: plateau(0.6)}, i), SMALL), "holds"),
     "falls": (
         lambda i: checks.accuracy_falls(flat("a", {m: plateau(0.8 - 0.05 * k) for k, m in enumerate(SIZES)}, i)),
@@ -152,7 +152,7 @@ TRUTHS = {  # the same with a truth of at least five standard errors
 @pytest.mark.parametrize("check", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in NULLS])
 @pytest.mark.long
 def test_where_nothing_is_true_a_verdict_is_rare(check):
-    """Twice the tail beyond two standard errors, 2.3 %, is allowed for."""
+    """Either verdict may occur in 5 % of draws, twice the tail beyond two standard errors (2.3 %)."""
     told = Counter(NULLS[check](i).verdict for i in range(DRAWS))
     assert told["holds"] <= 0.05 * DRAWS, told
     assert told["does not hold"] <= 0.05 * DRAWS, told
@@ -170,13 +170,13 @@ def test_a_large_difference_is_told(check):
         # m = 16 is best at its largest or smallest base_lr: it may be better than m = 8 at one that was not tried.
         ({8: [0.4, 0.5, 0.4], 16: [0.2, 0.3, 0.4], 32: [0.2, 0.3, 0.2]}, "cannot tell"),
         ({8: [0.4, 0.5, 0.4], 16: [0.4, 0.3, 0.2], 32: [0.2, 0.3, 0.2]}, "cannot tell"),
-        ({8: [0.4, 0.5, 0.4], 16: [0.3, 0.4, LOST], 32: [0.2, 0.3, 0.2]}, "holds"),  # diverges at the next one up
-        ({8: [0.4, 0.4, 0.5], 16: [0.2, 0.4, 0.3], 32: [0.2, 0.3, 0.2]}, "holds"),  # at an edge, better than the others even so
+        ({8: [0.4, 0.5, 0.4], 16: [0.3, 0.4, LOST], 32: [0.2, 0.3, 0.2]}, "holds"),  # diverges at the next larger base_lr
+        ({8: [0.4, 0.4, 0.5], 16: [0.2, 0.4, 0.3], 32: [0.2, 0.3, 0.2]}, "holds"),  # at an edge, but better than the others
         ({8: [0.4, 0.5, 0.4], 16: [0.2, 0.4, 0.3], 32: [0.2, 0.3, 0.4]}, "cannot tell"),  # m = 32 as good as m = 16
-        ({8: [0.4, 0.5, 0.4], 16: [0.2, 0.4, 0.3], 32: [0.2, 0.3, 0.35]}, "holds"),  # but not if it is worse
+        ({8: [0.4, 0.5, 0.4], 16: [0.2, 0.4, 0.3], 32: [0.2, 0.3, 0.35]}, "holds"),  # m = 32 worse than m = 16
         ({2: [0.1, 0.2, 0.1], 8: [0.2, 0.3, 0.4], 16: [0.4, 0.5, 0.4]}, "cannot tell"),
         ({2: [0.1, 0.2, 0.1], 8: [0.2, 0.4, 0.3], 16: [0.4, 0.4, 0.5]}, "does not hold"),
-        # A batch size beyond those tried, of the side that loses; the paper has none below 2.
+        # The losing side may be better at a batch size beyond those tried; the paper has none below 2.
         ({8: [0.4, 0.5, 0.4], 16: [0.2, 0.4, 0.3]}, "cannot tell"),
         ({8: [0.2, 0.4, 0.3], 16: [0.4, 0.5, 0.4]}, "cannot tell"),
         ({2: [0.2, 0.4, 0.3], 16: [0.4, 0.5, 0.4]}, "does not hold"),
@@ -191,7 +191,7 @@ def test_an_edge_of_the_grid_leaves_open_what_it_may_reverse(table, shown):
 
 @pytest.mark.parametrize(("lowest", "shown"), [(2**-12, "holds"), (2**-11, "cannot tell")])
 def test_an_edge_where_the_papers_grid_ends_too_leaves_nothing_open(lowest, shown):
-    """The claims are about η̃ from 2^-12 to 2^0: at m = 16 the best is the smallest tried."""
+    """At m = 16 the smallest η̃ tried is best, which leaves a claim open unless it is 2^-12, where the paper's grid begins."""
     table = {8: [0.3, 0.5, 0.4], 16: [0.4, 0.3, 0.2], 32: [0.3, 0.2, LOST]}
     found = verdict("C1", {"fig01": exact("fig01", table, (lowest, 2**-9, 2**-8))})
     assert found.answer == shown
@@ -256,14 +256,14 @@ NAMES = ("fig01", "fig02", "fig03", "fig05", "fig06", "fig07", "fig08", "fig10",
 
 
 def test_a_reduced_grid_judges_every_claim_about_cifar_10():
-    """m = 2, 8, … 512 and five base learning rates, of 5,000 images."""
+    """The grid has m = 2, 8, … 512 and five base learning rates, on 5,000 images."""
     rates = tuple(2.0**k for k in range(-12, -2, 2))
     given = {name: study(name, COARSE, rates) for name in NAMES}
     given["fig04"] = study("fig04", {m: [0.5] for m in SIZES}, (2**-8,))
     given["fig13_cifar10"] = chosen_rates("fig13_cifar10", {m: {} for m in SIZES}, SIZES)
     found = claims.judge(given)
     assert [v.claim.id for v in found if v.answer == "lacks data"] == ["C8", "C10"]
-    # 76 % is of 50,000 images; figures of CIFAR-100
+    # The 76 % needs all 50,000 images, and some figures are of CIFAR-100.
     assert [v.claim.id for v in found if v.shown.endswith("in part")] == ["C3", "C6", "C7", "C9", "C12"]
 
 
@@ -278,7 +278,7 @@ STORED = {
 
 @pytest.mark.parametrize(("folder", "expected"), STORED.items())
 def test_stored_tables_give_the_verdicts_that_the_docs_report(folder, expected):
-    """With 2,000 test images or fewer nothing is told but what converges; with 10,000 up to seven claims are."""
+    """With 2,000 test images or fewer only C12 (what converges) is decided; with 10,000 up to seven claims are."""
     found = claims.judge(load_all(sorted(RESULTS.joinpath(folder).iterdir())))
     told = {v.claim.id: v.answer if math.isnan(v.margin) else round(v.margin, 1) for v in found if v.answer != "lacks data"}
     assert told == expected

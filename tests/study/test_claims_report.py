@@ -1,4 +1,4 @@
-"""What the report says of the studies and verdicts, and the command that prints it."""
+"""Tests the report of studies and verdicts, and the command that prints it."""
 
 import dataclasses
 import itertools
@@ -74,9 +74,9 @@ def test_judging_needs_no_jax():
 
 
 def store(path, name, accuracies, ended=True):
-    """A workdir of two epochs as the writer leaves it; without `ended` its last run has one epoch to go.
+    """Writes a workdir of two-epoch runs and returns its path; without `ended` the last run has one epoch to go.
 
-    `accuracies` are at the second of three base learning rates, those at the others a tenth.
+    `accuracies` are those at the second of three base learning rates; at the others a tenth of them is reached.
     """
     lrs = (2**-9, 2**-8, 2**-7)
     experiment = tiny.grid(name=name, batch_sizes=tuple(accuracies), base_lrs=lrs, epochs=2)
@@ -96,7 +96,7 @@ def command(*arguments):
 
 
 def test_the_command_prints_the_verdicts_and_exits_0_unless_a_claim_fails(tmp_path):
-    """So it does where a claim cannot be told, or lacks data."""
+    """It also exits 0 where a claim cannot be decided or lacks data."""
     good = store(tmp_path / "a", "fig01", {2: 0.5, 2048: 0.4})
     open_ = store(tmp_path / "b", "fig02", {2: 0.5, 8: 0.4}, False)
     done = command(f"--workdir={good}", f"--workdir={open_}")

@@ -1,4 +1,4 @@
-"""The critical batch size: examples to a target, censored where it is not reached, and the hyperbola through them."""
+"""Tests the critical batch size: examples to a target, censored where it is not reached, and the fitted hyperbola."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,7 @@ SIZES = 2.0 ** np.arange(1, 10)
 
 
 def study(*runs, seeds=(0,)):
-    """A study of chance 0.1; an epoch of the runs is 10 steps."""
+    """Returns a study with chance accuracy 0.1, whose runs have 10 steps an epoch."""
     frame = results(*runs)
     experiment = tiny.grid(name="exp", epochs=4, seeds=seeds)
     return Study(Path("exp"), experiment, frame, known_cells(frame), 10, (40, 10))
@@ -36,7 +36,7 @@ def test_the_critical_size_is_recovered_and_its_interval_covers_it():
 
 
 def test_batch_sizes_that_never_get_there_are_censored_and_not_dropped():
-    """The four largest need more than 300,000 examples, which says that the curve rises; the others alone hardly do."""
+    """The four largest need more than 300,000 examples, which shows that the curve rises; the others alone hardly show it."""
     draw = np.random.default_rng(1)
     true = 1e5 * (1 + SIZES / 16) * np.exp(0.1 * draw.normal(size=9))
     reached = SIZES <= 32
@@ -44,7 +44,7 @@ def test_batch_sizes_that_never_get_there_are_censored_and_not_dropped():
     _, size, low, high = fit_hyperbola(SIZES, np.where(reached, true, 3e5), reached)
     assert low < 16 < high < dropped
     assert size == pytest.approx(16, rel=0.5)
-    enough = np.where(reached, true, np.array(1e4))  # of which it is known that they need more than 10,000: nothing new
+    enough = np.where(reached, true, np.array(1e4))  # a bound of 10,000 examples adds no information
     assert fit_hyperbola(SIZES, enough, reached)[3] > 0.7 * dropped
 
 
@@ -54,14 +54,14 @@ def test_examples_are_interpolated_within_the_epoch_at_the_rate_that_is_there_fi
     assert table.to_dict("list") == {
         "batch_size": [2, 4],
         "base_lr": [0.25, 0.5],
-        "examples": pytest.approx([20 * 0.75, 40 + 20]),  # of 0.1 … 0.5, a guess at first, and of 0.3 … 0.5
+        "examples": pytest.approx([20 * 0.75, 40 + 20]),  # between 0.1 (chance) and 0.5, and between 0.3 and 0.5
         "reached": [True, True],
     }
 
 
 def test_examples_of_batches_that_grow_are_as_many_as_were_trained_on():
     made = study(run([0.5, 0.6, 0.7], batch_size=4))
-    made.rows["examples"] = [40, 120, 280]  # an epoch of 10 steps at m = 4, 8 and 16
+    made.rows["examples"] = [40, 120, 280]  # epochs of 10 steps at m = 4, 8 and 16
     assert examples_to_target(made, 0.65)["examples"].tolist() == pytest.approx([120 + 160 / 2])
 
 
@@ -82,7 +82,7 @@ def test_a_turn_is_named_and_without_one_it_cannot_be_told():
         epochs = [(1 + m / crit) * math.exp(0.02 * z) * 2 for m, z in zip(sizes, logs, strict=True)]
         rows = [run([0.1 + 0.8 * e / n for e in range(1, 40)], batch_size=m) for m, n in zip(sizes, epochs, strict=True)]
         made = study(*rows)
-        made.rows["step"] = made.rows["epoch"] * 6400 // made.rows["batch_size"]  # an epoch is as long at every m
+        made.rows["step"] = made.rows["epoch"] * 6400 // made.rows["batch_size"]  # an epoch has 6400 examples at every m
         return critical_batch_size(made, 0.9)
 
     turn = found(20)

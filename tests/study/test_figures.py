@@ -1,4 +1,4 @@
-"""What figures must show: every cell where it belongs, and no cell for what it is not."""
+"""Tests that figures show every cell at its place and with the right status."""
 
 import io
 import math
@@ -15,7 +15,7 @@ from smallbatch_jax.study import figures
 
 @pytest.fixture
 def cells():
-    """Three batch sizes: all finished; one cell diverged; one partly diverged, one running, one never started (8, 0.125)."""
+    """Returns cells of m = 2, all finished; m = 4, one diverged; m = 8, one partly diverged and two without an ended seed."""
     rows = [
         cell(2, 0.125, 0.6, 0.01, finished=2),
         cell(2, 0.25, 0.7, 0.02, finished=2),
@@ -32,13 +32,13 @@ def cells():
 
 @pytest.fixture
 def seeds_pending():
-    """At 0.125 one seed of three has finished; at 0.25 one has, one diverged; at 0.5 one diverged; one is pending in each."""
+    """Returns cells with one pending seed each: the first two also have a finished seed, and the last two a diverged one."""
     rows = [cell(2, 0.125, 0.6, pending=1), cell(2, 0.25, 0.7, diverged=1, pending=1)]
     return table(*rows, cell(2, 0.5, math.nan, finished=0, diverged=1, pending=1))
 
 
 def marks(figure):
-    """The marked cells of a heat map, as kind → set of (column, row)."""
+    """Returns the marked cells of a heat map, as kind → set of (column, row)."""
     scatters = [c for c in figure.axes[0].collections if not str(c.get_label()).startswith("_")]
     return {c.get_label(): {tuple(map(round, xy)) for xy in c.get_offsets().tolist()} for c in scatters}
 
@@ -74,7 +74,7 @@ def test_axes_are_log2_with_ticks_at_the_grid(cells):
 
 
 def test_error_bars_are_deviations_over_seeds(cells):
-    """Only m = 2 has two finished seeds per cell: bars of ±1, ±2, ±3 % and no others."""
+    """Only m = 2 has two finished seeds per cell, so there are bars of ±1, ±2 and ±3 % and no others."""
     figure = figures.accuracy_against_base_lr(cells)
     assert bars(figure) == {0.125: (59, 61), 0.25: (68, 72), 0.5: (77, 83)}
 
@@ -96,7 +96,7 @@ def test_points_with_seeds_pending_are_hollow(seeds_pending):
 
 @pytest.mark.parametrize("draw", [figures.accuracy_against_batch_size, figures.accuracy_against_base_lr])
 def test_curves_say_how_much_is_missing(cells, draw):
-    """Nine cells: two not finished, one diverged. Of finished ones there is nothing to say."""
+    """The note counts cells that have not finished or diverged, and is empty if all have finished."""
     assert foot(draw(cells))[0] == "2 of 9 cells not finished, 1 diverged"
     assert foot(draw(cells[cells["batch_size"] == 4]))[0] == "1 of 3 cells diverged"
     assert foot(draw(cells[cells["batch_size"] == 2])) == ("", [])
@@ -104,14 +104,14 @@ def test_curves_say_how_much_is_missing(cells, draw):
 
 @pytest.mark.parametrize("draw", [figures.accuracy_against_batch_size, figures.accuracy_against_base_lr, figures.heat_map])
 def test_cells_without_a_plan_are_drawn_the_same(cells, draw):
-    """`final_accuracy` has no column `pending`: a cell of which no seed has ended is taken to be pending."""
+    """Without the column `pending`, as in `final_accuracy`, a cell without an ended seed is taken to be pending."""
     plain, planned = draw(cells.drop(columns="pending")), draw(cells)
     assert foot(plain) == foot(planned)
     assert marks(plain) == marks(planned)
 
 
 def test_curve_keeps_its_colour_as_results_arrive(cells):
-    """Colours go by the planned grid: m = 8 looks the same before and after the others are there."""
+    """Colours depend on the planned grid, so m = 8 has the same colour before and after the others have results."""
     early = cells.copy()
     early.loc[early["batch_size"] < 8, ["test_accuracy", "finished", "diverged", "pending"]] = math.nan, 0, 0, 1
 
@@ -124,7 +124,7 @@ def test_curve_keeps_its_colour_as_results_arrive(cells):
 
 
 def test_heat_map_tells_four_kinds_of_cell_apart(cells):
-    """Columns are base_lr, rows are m; (0, 2) was never started, (2, 2) is running."""
+    """Columns are base_lr and rows are m; the cells (0, 2) and (2, 2) have no ended seed."""
     figure = figures.heat_map(cells)
     assert marks(figure) == {"diverged": {(2, 1)}, "not finished": {(0, 2), (2, 2)}, "some seeds diverged": {(1, 2)}}
     assert foot(figure)[1] == list(marks(figure))
@@ -134,7 +134,7 @@ def test_heat_map_tells_four_kinds_of_cell_apart(cells):
 
 
 def test_heat_map_marks_cells_with_seeds_pending(seeds_pending):
-    """Also the one that is crossed: the seed that is pending may yet finish."""
+    """A cell with diverged seeds is marked as pending too, because its pending seed may yet finish."""
     shown = marks(figures.heat_map(seeds_pending))
     assert shown == {"diverged": {(2, 0)}, "some seeds diverged": {(1, 0)}, "some seeds pending": {(0, 0), (1, 0), (2, 0)}}
 
@@ -150,7 +150,7 @@ def test_heat_map_writes_each_accuracy_in_its_cell(cells):
 
 
 def test_a_cell_that_is_not_planned_is_blank(cells):
-    """Without (8, 0.125) in the plan its place has neither colour nor mark; a planned batch size has a row of its own."""
+    """An unplanned cell, such as (8, 0.125), has neither colour nor mark; every planned batch size has a row."""
     figure = figures.heat_map(cells.drop(index=6))
     assert marks(figure)["not finished"] == {(2, 2)}
     colored, grey = (np.ma.asarray(mesh.get_array()) for mesh in figure.axes[0].collections[:2])
@@ -193,7 +193,7 @@ def test_one_figure_shows_one_experiment(cells):
 
 
 def test_results_without_a_finished_run_can_be_drawn(cells):
-    """Nothing finished yet: no curve to show, no warning, and the heat map still tells diverged from running."""
+    """Without a finished run there is no curve and no warning, and the heat map still tells diverged from running."""
     early = cells[cells["finished"] == 0]
     figure = figures.accuracy_against_batch_size(early)
     figure.savefig(io.BytesIO(), format="png")

@@ -1,4 +1,4 @@
-"""figures.py as a user types it: one workdir, several, or the workdirs that a config names."""
+"""Tests the command figures.py with one workdir, several, or the workdirs that a config names."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ run = partial(shell.run, "figures.py")
 
 
 def store(path, name):
-    """A workdir of two batch sizes, the second of which has not begun."""
+    """Writes a workdir of two batch sizes, the second of which has no rows, and returns its path."""
     experiment = tiny.grid(name=name, batch_sizes=(2, 4), base_lrs=(2**-6,))
     facts = {"num_classes": 3, "examples": [50, 20]}
     with (

@@ -1,4 +1,4 @@
-"""Figures of cost: which run makes a curve and when, what is seen of what never gets there, and when there is no figure."""
+"""Tests the figures of cost: which runs make a curve, how missing times are marked, and when there is no figure."""
 
 import io
 import math
@@ -25,7 +25,7 @@ def known(*sizes, lanes=16, memory=True):
 
 
 def study(rows, given=(), *missing):
-    """A study of chance 0.1 that plans the runs it has rows of and those missing, pairs of (m, base_lr)."""
+    """Returns a study with chance accuracy 0.1 whose plan has the runs of `rows` and the `missing` pairs (m, base_lr)."""
     frame = results(*rows)
     fields = ["batch_size", "bn_batch_size", "base_lr", "seed"]
     runs = {Run(*values) for values in frame[fields].itertuples(index=False)} | {Run(m, m, lr, 0) for m, lr in missing}
@@ -34,7 +34,7 @@ def study(rows, given=(), *missing):
 
 
 def lines(figure):
-    """Every line of the panel with more than one point, as lists of (x, y)."""
+    """Returns every line of the panel with more than one point, as lists of (x, y)."""
     return [line.get_xydata().tolist() for line in figure.axes[0].get_lines() if len(line.get_xdata()) > 1]
 
 
@@ -85,7 +85,7 @@ def times(*given, accuracy=0.5, **options):
 
 
 def test_the_time_to_an_accuracy_is_a_point_per_batch_size():
-    """Epochs of 10, 4 and 4 s; both epochs are needed of all three."""
+    """Epochs take 10, 4 and 4 s, and all three batch sizes need both of their epochs."""
     figure = times(THREE, known(2, 4, 8))
     assert lines(figure) == [near((2, 20), (4, 8), (8, 8))]
     axes = figure.axes[0]
@@ -95,7 +95,7 @@ def test_the_time_to_an_accuracy_is_a_point_per_batch_size():
 
 
 def test_the_target_is_90_percent_of_the_way_from_chance_to_the_best_unless_it_is_given():
-    """The best is 0.55, the median of 0.2 and 0.9: 0.1 + 0.9 · 0.45 = 0.505, where a final 0.5 is not enough."""
+    """The best is 0.55 (median of 0.2 and 0.9), so the target is 0.1 + 0.9 · 0.45 = 0.505, which 0.5 does not reach."""
     figure = figures.time_to_accuracy(study(THREE, known(2, 4, 8)))
     assert figure.axes[0].get_title() == "exp, time to 50.5 % test accuracy"
     assert foot(figure)[0].startswith("accuracy: 90 % of the way from chance to the best\n")
@@ -128,7 +128,7 @@ def test_a_batch_size_that_gets_there_in_an_unknown_time_is_named():
 
 
 def test_accuracy_over_memory_is_a_labelled_point_per_batch_size():
-    """The median of two epochs is their mean."""
+    """Each point is at the final accuracy, which with two epochs is their mean."""
     figure = figures.accuracy_against_memory(study(THREE, known(2, 4, 8)))
     np.testing.assert_allclose(placed(figure), [[2 * 2**20, 40], [4 * 2**20, 50], [8 * 2**20, 55]])
     axes = figure.axes[0]
@@ -180,7 +180,7 @@ def test_times_and_memory_have_ticks_at_round_values(low, high, units, expected)
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The stems of the figures that are drawn, as they are."""
+    """Returns a list to which the stem of every drawn figure is appended."""
     stems = []
     monkeypatch.setattr(figures.style, "write", lambda figure, stem: stems.append(stem.name) or [stem])
     return stems
@@ -192,7 +192,7 @@ def drawn(monkeypatch):
         ([], ()),
         ([("import", 0, 0, 0, 1.0, 0, 0, 0)], ()),
         ([compiled(4)], ()),
-        ([compiled(64, peak_bytes=1), segment(64, 1, 10)], ()),  # of a program that is not the study's
+        ([compiled(64, peak_bytes=1), segment(64, 1, 10)], ()),  # this program is not in the study
         ([compiled(4, peak_bytes=1)], STEMS[2:]),
         (known(4, memory=False), STEMS[:2]),
         (known(2, 8), STEMS),

@@ -1,4 +1,4 @@
-"""Fig. 4 and Fig. 13: which runs make a curve, where it ends, and what is seen of pairs that have no accuracy."""
+"""Tests Fig. 4 and Fig. 13: which runs make a curve, where it ends, and how pairs without an accuracy are marked."""
 
 import io
 import math
@@ -17,7 +17,7 @@ from smallbatch_jax.study.figures import style
 
 
 def lines(figure, panel):
-    """Every line of a panel with more than one point, as lists of y."""
+    """Returns every line of a panel with more than one point, as lists of y."""
     return [line.get_ydata().tolist() for line in figure.axes[panel].get_lines() if len(line.get_xdata()) > 1]
 
 
@@ -40,7 +40,7 @@ def test_convergence_is_training_and_test_accuracy_by_epoch_per_batch_size():
 
 
 def test_convergence_is_the_mean_over_seeds_in_a_band_of_their_deviation():
-    """Accuracies 0.2 and 0.4: 30 % ± 14.14 %."""
+    """Accuracies of 0.2 and 0.4 give a band of 30 % ± 14.14 %."""
     figure = figures.convergence(results(run([0.2, 0.5]), run([0.4, 0.5], seed=1)))
     assert lines(figure, 1) == [pytest.approx([30, 50])]
     (band,) = (c for c in figure.axes[1].collections if isinstance(c, PolyCollection))
@@ -50,7 +50,7 @@ def test_convergence_is_the_mean_over_seeds_in_a_band_of_their_deviation():
 
 
 def test_a_diverged_run_is_a_curve_of_its_own_up_to_a_cross():
-    """Seed 1 dies in epoch 3: it is in no mean, and its × is at epoch 2."""
+    """Seed 1 diverges in epoch 3, so it is not part of the mean and its × is at epoch 2."""
     figure = figures.convergence(results(run([0.2, 0.4, 0.5]), run([0.3, 0.6], "diverged", seed=1)))
     assert lines(figure, 1) == [pytest.approx([20, 40, 50]), pytest.approx([30, 60])]
     for panel in (0, 1):
@@ -68,7 +68,7 @@ def test_a_run_that_dies_in_its_first_epoch_is_a_cross_in_the_legend():
 
 
 def test_a_running_run_ends_without_a_cross_and_what_has_not_begun_is_named():
-    """Of three planned batch sizes one is done, one at epoch 1, and one without an epoch."""
+    """One of three planned batch sizes has finished, one is at epoch 1, and one has no epoch."""
     rows = results(run([0.4, 0.5, 0.6], batch_size=2), run([0.3], "running", batch_size=4))
     cells = planned_cells(rows, [Run(m, m, 0.5, 0) for m in (2, 4, 64)], "exp")
     figure = figures.convergence(rows, cells=cells)
@@ -80,7 +80,7 @@ def test_a_running_run_ends_without_a_cross_and_what_has_not_begun_is_named():
 
 def test_base_lr_of_the_curves_is_that_of_the_best_cell():
     rows = results(run([0.5]), run([0.9], batch_size=2, base_lr=0.25), run([0.3], base_lr=0.25), run([0.9], base_lr=1.0))
-    assert heading(figures.convergence(rows)) == r"exp, $\tilde{\eta} = 2^{-2}$"  # of equals the smallest
+    assert heading(figures.convergence(rows)) == r"exp, $\tilde{\eta} = 2^{-2}$"  # the smaller of two equals
     np.testing.assert_allclose(placed(figures.convergence(rows), 1), [[1, 90], [1, 30]])
     np.testing.assert_allclose(placed(figures.convergence(rows, base_lr=0.5), 1), [[1, 50]])
 
@@ -101,7 +101,7 @@ def test_a_base_lr_that_is_not_there_is_refused():
 
 
 def test_batch_sizes_with_a_base_lr_each_are_all_drawn():
-    """As in Fig. 13, where a curve at one base_lr would be the only one."""
+    """Each m has its own base_lr, as in Fig. 13, where a figure at one base_lr would have a single curve."""
     figure = figures.convergence(results(run([0.5, 0.6]), run([0.4, 0.3], batch_size=8, base_lr=0.25)))
     assert lines(figure, 1) == [pytest.approx([50, 60]), pytest.approx([40, 30])]
     assert legend_texts(figure.axes[1]) == ["4, $2^{-1}$", "8, $2^{-2}$"]
@@ -122,13 +122,13 @@ def test_convergence_can_be_drawn_before_the_first_epoch():
 
 
 def pairs(*rows):
-    """Cells of (m, BN batch size, accuracy, …) at the rate that Fig. 13 gives to m."""
+    """Returns cells of (m, BN batch size, accuracy, …) with one base_lr for each m, as in Fig. 13."""
     return table(*(cell(m, 2.0 ** (-m // 8), accuracy, bn_batch_size=b, **more) for m, b, accuracy, more in rows))
 
 
 @pytest.fixture
 def fig13():
-    """m = 8 is done but for a pair that diverged; of m = 16 two pairs are there, one provisional, and two missing."""
+    """Returns cells of m = 8, done except for a diverged pair, and m = 16: one pair done, one provisional, two missing."""
     lost, none = {"finished": 0, "diverged": 2}, {"finished": 0, "pending": 2}
     return pairs(
         (8, 2, math.nan, lost),
@@ -168,7 +168,7 @@ def test_bn_figure_tells_provisional_and_partly_diverged_pairs(fig13):
 
 
 def test_pairs_without_accuracy_stand_below_in_the_row_of_their_batch_size(fig13):
-    """(8, 16) is not planned, and nowhere."""
+    """The pair (8, 16) is not planned and has no mark."""
     figure = figures.accuracy_against_bn_batch_size(fig13)
     assert tick_texts(figure.axes[1].yaxis) == ["$m$ = 8", "$m$ = 16"]
     np.testing.assert_array_equal(placed(figure, 1, marker="x"), [[2, 0]])
@@ -183,7 +183,7 @@ def test_bn_figure_that_misses_nothing_has_one_panel(fig13):
 
 
 def test_bn_figure_takes_the_best_base_lr_of_each_pair():
-    """It is provisional while any base_lr of the pair is pending, and has diverged when all have."""
+    """A pair is provisional while any of its base_lrs is pending, and diverged when all have diverged."""
     cells = table(
         cell(8, 0.25, 0.5, std=0.03, finished=2, bn_batch_size=4),
         cell(8, 0.5, 0.6, std=0.01, finished=2, bn_batch_size=4),

@@ -1,4 +1,4 @@
-"""Figures of the noise scale and the sharpness: which points are shown, and when they are drawn."""
+"""Tests the figures of the noise scale and the sharpness: which points they show, and when they are drawn."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ NAMES = ("noise_scale", "sharpness")
 
 
 def study(rows, diagnostics=NAMES, **columns):
-    """The study of rows of m = 2 and 8 with values in further columns; 4 epochs, reduced after half of them."""
+    """Returns a study of `rows` with additional columns; runs have 4 epochs, and η is reduced after half of them."""
     base_lrs = tuple(sorted(set(rows["base_lr"])))
     grid = {"batch_sizes": (2, 8), "base_lrs": base_lrs}
     chosen = tiny.grid(name="exp", diagnostics=diagnostics, epochs=4, schedule={"boundaries": (0.5,)}, **grid)
@@ -25,7 +25,7 @@ def study(rows, diagnostics=NAMES, **columns):
 
 @pytest.fixture
 def rows():
-    """At η̃ = 1/4 a run of 4 epochs at m = 2, and one at m = 8 that dies in epoch 3."""
+    """Returns the rows at η̃ = 1/4 of a run of 4 epochs at m = 2, and of one at m = 8 that diverges in epoch 3."""
     return results(run([0.2, 0.5, 0.6, 0.6], batch_size=2, base_lr=0.25), run([0.1, 0.3], "diverged", 8, 0.25))
 
 
@@ -39,7 +39,7 @@ def test_a_noise_scale_is_shown_where_it_is_larger_than_its_error(rows):
 
 
 def test_a_sharpness_stands_over_two_over_the_learning_rate_before_the_first_reduction(rows):
-    """η = η̃·m is 0.5 and 2; the second epoch is the last before the reduction."""
+    """η = η̃·m is 0.5 and 2, and the second epoch is the last one before the reduction."""
     figure = figures.sharpness(study(rows, train_sharpness=[1.0, 2, 3, 4, 0.5, 0.75, np.nan]))
     np.testing.assert_allclose(placed(figure, marker="o"), [[4, 2]])
     np.testing.assert_allclose(placed(figure, marker="x"), [[1, 0.75]])

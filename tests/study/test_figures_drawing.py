@@ -1,4 +1,4 @@
-"""What drawing a whole experiment writes, where, and that it is always the same."""
+"""Tests which files drawing an experiment writes, and that they are reproducible."""
 
 import matplotlib
 import pandas as pd
@@ -14,7 +14,7 @@ FILES = [f"{stem}.{kind}" for stem in STEMS for kind in ("png", "pdf")]
 
 @pytest.fixture
 def cells():
-    """Two batch sizes: at m = 2 all finished; at m = 4 one diverged, one running."""
+    """Returns cells of m = 2, both finished, and of m = 4, one diverged and one running."""
     lost = cell(4, 0.25, float("nan"), finished=0, diverged=2)
     return table(cell(2, 0.125, 0.6, finished=2), cell(2, 0.25, 0.7), missing(4, 0.125), lost)
 
@@ -27,7 +27,7 @@ def test_draw_writes_eight_files(cells, tmp_path):
 
 @pytest.mark.long
 def test_figures_carry_no_date_and_depend_on_no_settings_or_order(cells, tmp_path, monkeypatch):
-    """A reader's matplotlibrc changes nothing, and neither does the date or the order of the rows."""
+    """The files do not depend on a user's matplotlibrc, the date or the order of the rows."""
     df = results(cells[:1])
     plain = figures.draw(df, tmp_path / "plain")
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
@@ -41,13 +41,13 @@ def test_figures_carry_no_date_and_depend_on_no_settings_or_order(cells, tmp_pat
 
 @pytest.fixture
 def unwritten(monkeypatch):
-    """Figures are made but not written, which takes most of the time; their paths are returned all the same."""
+    """Makes figures without writing them, which takes most of the time; their paths are still returned."""
     monkeypatch.setattr(figures.style, "write", lambda figure, stem: [stem.with_suffix(".png"), stem.with_suffix(".pdf")])
 
 
 @pytest.mark.usefixtures("unwritten")
 def test_a_notebook_shows_a_figure_that_is_the_value_of_a_cell(cells):
-    """IPython shows pyplot's figures by itself, and of other values what `_repr_png_` gives, whatever the settings."""
+    """IPython shows figures that pyplot does not know through `_repr_png_`, which does not depend on settings."""
     plain = figures.heat_map(cells)._repr_png_()
     assert plain.startswith(b"\x89PNG\r\n")
     with matplotlib.rc_context({"savefig.dpi": 50, "savefig.transparent": True}):
@@ -89,7 +89,7 @@ def test_experiment_name_cannot_leave_the_folder(cells, tmp_path):
     ],
 )
 def test_only_figures_that_a_grid_gives_rise_to_are_drawn(rates, bn_batch_sizes, stems, tmp_path):
-    """One base_lr needs no axis of its own, and where each m has its own, curves at one base_lr would be points."""
+    """A single base_lr needs no axis, and where each m has its own base_lr, curves at one base_lr would be points."""
     rows = [cell(m, x, 0.5, bn_batch_size=b) for m in rates for x in rates[m] for b in bn_batch_sizes or (m,)]
     drawn = figures.draw(results(table(*rows)), tmp_path)
     assert tuple(path.stem for path in drawn[::2]) == stems

@@ -1,4 +1,4 @@
-"""The figures of the critical batch size and of the best learning rates, drawn of stored studies."""
+"""Tests the figures of the critical batch size and of the best learning rates on stored studies."""
 
 import dataclasses
 from functools import cache
@@ -23,7 +23,7 @@ def stored(name):
 
 
 def styles(figure):
-    """The line styles of the curves, by label."""
+    """Returns the line styles of the curves, by label."""
     return {line.get_label(): line.get_linestyle() for line in figure.axes[0].get_lines() if len(line.get_xdata()) > 20}
 
 

@@ -1,4 +1,4 @@
-"""Figs. 15 and 16: studies beside each other, provisional ones told from finished ones."""
+"""Tests Figs. 15 and 16, which compare studies and mark provisional results."""
 
 import io
 import math
@@ -17,7 +17,7 @@ from smallbatch_jax.study.study import Study
 
 
 def study(*cells, name="exp", num_classes=10, workdir="runs/exp", **fields):
-    """A study with the cells given, whatever its experiment's own grid is; what is missing has not begun."""
+    """Returns a study with the given cells, regardless of its experiment's grid; cells without an ended seed have no rows."""
     chosen, cells = asked.experiment(name=name, **fields), table(*cells).assign(experiment=name)
     rows = results(cells[cells["finished"] + cells["diverged"] > 0])
     return Study(Path(workdir), chosen, rows, cells, num_classes, (50, 20))
@@ -59,7 +59,7 @@ def test_labels_name_the_dataset_or_the_experiment_only_where_they_must():
 
 @pytest.fixture
 def alexnet():
-    """m = 2 is done, its best at 0.5; m = 4 is provisional; of m = 8 nothing has finished; m = 16 is done."""
+    """Returns a study: m = 2 is done with its best at 0.5, m = 4 provisional, m = 8 without a finished run, m = 16 done."""
     cells = [
         cell(2, 0.25, 0.7, std=0.05, finished=2),
         cell(2, 0.5, 0.8, std=0.02, finished=2),
@@ -74,7 +74,7 @@ def alexnet():
 
 @pytest.fixture
 def resnet():
-    """m = 2 and 16 only; at m = 16 one of the best cell's seeds diverged."""
+    """Returns a study of m = 2 and 16 only; at m = 16 one seed of the best cell diverged."""
     names = {"name": "fig08", "model__name": "resnet32", "model__norm": "batch", "dataset__name": "cifar10"}
     return study(cell(2, 0.5, 0.9), cell(16, 0.5, 0.5, diverged=1), cell(16, 1.0, 0.4), **names)
 
@@ -83,7 +83,7 @@ ALEXNET, RESNET = "AlexNet, noBN, noAug", "ResNet-32, BN, noAug"
 
 
 def test_best_accuracy_has_one_curve_per_study(alexnet, resnet):
-    """A line breaks where nothing has finished, and goes on over a batch size that is not planned."""
+    """A line breaks where nothing has finished, and continues across a batch size that is not planned."""
     figure = figures.best_accuracy([alexnet, resnet])
     drawn = curves(figure)
     assert list(drawn) == [ALEXNET, RESNET]
@@ -110,7 +110,7 @@ def test_best_accuracy_on_imagenet_is_the_papers_top_1_validation_accuracy(resne
     ("dataset", "metric"), [("imagenet2012", "top-1 validation"), ("cifar100", "test"), ("own:imagenet2012", "test")]
 )
 def test_the_figures_of_a_study_call_the_accuracy_what_the_paper_calls_it(dataset, metric, monkeypatch):
-    """A grid as Fig. 12's and one as Fig. 14's, drawn as Figs. 7–9 and 13 are."""
+    """A grid like that of Fig. 12 and one like that of Fig. 14 are drawn like Figs. 7–9 and 13."""
     drawn = {}
     monkeypatch.setattr(figures.style, "write", lambda figure, stem: [drawn.setdefault(stem, figure) and stem])
     grid = [cell(m, lr, 0.7, std=0.01, finished=2) for m in (16, 32) for lr in (0.25, 0.5)]
@@ -160,7 +160,7 @@ def test_many_studies_have_looks_of_their_own():
 
 @pytest.fixture
 def ranges():
-    """Converging: at m = 2 all but 0.25, at m = 4 up to 0.25 so far; at m = 8 none, at m = 16 none yet."""
+    """Returns a study that converges at m = 2 except at 0.25, at m = 4 up to 0.25 so far, never at m = 8, not yet at m = 16."""
     nan = math.nan
     by_size = {2: [0.8, 0.1, 0.9], 4: [0.8, 0.7, None], 8: [0.1, nan, nan], 16: [nan, None, None]}
     cells = []
@@ -174,7 +174,7 @@ def ranges():
 
 
 def bar_colors(figure):
-    """The colour of each kind of bar that is drawn, by label."""
+    """Returns the colour of each kind of bar in the figure, by label."""
     return {c.get_label(): tuple(c.get_color()[0]) for c in figure.axes[0].collections if len(c.get_segments())}
 
 
@@ -221,7 +221,7 @@ def test_limits_of_the_grid_are_those_of_each_study_and_batch_size(ranges):
 
 @pytest.mark.parametrize(("num_classes", "converging"), [(10, {2: (0.25, 0.5)}), (2, {2: (0.25, 0.25)})])
 def test_convergence_is_judged_by_the_studys_own_chance(num_classes, converging):
-    """Half way from 0.1 to 0.6 is 0.35, from 0.5 to 0.6 it is 0.55."""
+    """Halfway from chance 0.1 to 0.6 is 0.35, and from 0.5 to 0.6 it is 0.55."""
     one = study(cell(2, 0.25, 0.6), cell(2, 0.5, 0.5), num_classes=num_classes)
     assert bars(figures.convergent_base_lrs([one])) == converging
 
@@ -245,7 +245,7 @@ def test_summaries_can_be_drawn_before_a_run_has_finished():
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures by path as they are drawn, in a dict that grows; writing them takes most of the time."""
+    """Returns a dict to which every drawn figure is added by path; figures are not written, which takes most of the time."""
     made = {}
     monkeypatch.setattr(figures.style, "write", lambda figure, stem: made.update({stem.as_posix(): figure}) or [stem])
     return made
@@ -277,7 +277,7 @@ def test_a_study_without_rows_is_drawn_beside_others_but_not_alone():
 
 
 def test_drawing_a_study_knows_what_has_not_begun(drawn):
-    """A planned batch size without a row of results has one in the heat map all the same."""
+    """A planned batch size without results still has a row in the heat map."""
     partial = study(cell(2, 0.25, 0.5), cell(2, 0.5, 0.6), missing(4, 0.25), missing(4, 0.5))
     figures.draw_studies([partial], "plan")
     figures.draw(partial.rows, "rows")

@@ -1,4 +1,4 @@
-"""The rule of the best learning rates η*(m), on surfaces whose rule is known."""
+"""Tests the fitted rule of the best learning rates η*(m) on surfaces whose rule is known."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ SIZES, RATES = 2.0 ** np.arange(1, 9), 2.0 ** np.arange(-13, 1)
 
 
 def surface(where, draw, examples, sizes=SIZES):
-    """A study whose accuracy is 90 %, less 2 points for each squared octave of η from 2^where(log2 m), seen on `examples`."""
+    """Returns a study of accuracy 0.9 - 0.02·(log2 η - where(log2 m))², with the noise of `examples` test examples."""
     m, lr = (values.ravel() for values in np.meshgrid(sizes, RATES, indexing="ij"))
     true = np.clip(0.9 - 0.02 * (np.log2(lr * m) - where(np.log2(m))) ** 2, 0.05, None)
     seen = true + np.sqrt(true * (1 - true) / examples) * draw.normal(size=m.size)

@@ -1,4 +1,4 @@
-"""The recommendation: which cell, how sure, confirmed by which seeds, and what is said at equal epochs and time."""
+"""Tests the recommendation: its cell, its uncertainty, its fresh seeds, and the best at equal epochs and time."""
 
 import dataclasses
 import math
@@ -31,7 +31,7 @@ def said(found, **options):
 
 
 def of_losses(table, **options):
-    """The study whose test loss is what `table` says, and chooses."""
+    """Returns a study with the test losses of `table`, which is selected by test loss."""
     made = study("fig08", table, **options)
     experiment = dataclasses.replace(made.experiment, select=("test_loss", "min"))
     rows = made.rows.assign(test_loss=made.rows["test_accuracy"])
@@ -40,7 +40,7 @@ def of_losses(table, **options):
 
 
 def test_a_cell_of_which_only_some_seeds_have_ended_is_not_named():
-    """The mean of one lucky seed of m = 4 is best, but its other seed still trains."""
+    """m = 4 has the best mean by one lucky seed, but its other seed is still training."""
     made = study("fig08", {4: [[0.95, None]], 8: [[0.9, 0.9]], 16: [[0.8, 0.8]]}, lrs=LRS[:1], seeds=(0, 1))
     assert recommend(made).best["batch_size"] == 8
     assert answer(made).sentence.startswith("So far (5 of 6 runs ended): best at m = 8, η̃ = 2^-9: 90.0 ± 0.0 %")
@@ -50,7 +50,7 @@ def test_a_cell_of_which_only_some_seeds_have_ended_is_not_named():
 
 
 def test_where_a_search_gave_runs_up_cells_with_all_its_seeds_are_named():
-    """The single run of m = 8 is better than the mean of three of m = 4, and chosen by luck; nothing is pending."""
+    """The single run of m = 8 beats the mean of three of m = 4 only by luck, so m = 4 is named; nothing is pending."""
     finished = [run([0.9], seed=seed) for seed in (0, 1, 2)] + [run([0.92], batch_size=8)]
     rows = results(*finished, run([0.5], "stopped", batch_size=16))
     cells = analysis.known_cells(rows)
@@ -63,7 +63,7 @@ def test_where_a_search_gave_runs_up_cells_with_all_its_seeds_are_named():
 
 
 def with_fresh(values, seeds=(0,), table=None):
-    """A study with fresh seeds 7, 8, … of its best cell, m = 8."""
+    """Returns a study with fresh seeds 7, 8, … of its best cell, m = 8."""
     made = study("fig08", table or {4: 0.8, 8: 0.9, 16: 0.7}, lrs=LRS[:1], seeds=seeds)
     if not values:
         return made
@@ -125,7 +125,7 @@ def test_each_split_has_its_own_size():
 def test_the_best_of_many_noisy_cells_looks_better_than_it_is():
     many = dict.fromkeys((2, 4, 8, 16, 32, 64), 0.9)
     found = recommend(study("fig08", many))
-    assert found.optimism == pytest.approx(1.267 * math.sqrt(0.9 * 0.1 / 1000), rel=0.1)  # the largest of six normal deviates
+    assert found.optimism == pytest.approx(1.267 * math.sqrt(0.9 * 0.1 / 1000), rel=0.1)  # mean maximum of six normal deviates
     assert "The test set chose it among 6 cells, so it looks better than it is, by up to 1.2 points." in found.sentences
     assert "looks better" not in said({4: 0.9, 8: 0.5})
 
@@ -159,7 +159,7 @@ def test_the_noise_of_a_loss_comes_from_late_epochs_or_neighbouring_rates():
 
 
 def timed(epochs=4, name="exp", best=0.9):
-    """m = 2 is best and takes 4 s an epoch of 40 examples, m = 8 takes 1 s and is ahead after 4 s."""
+    """Returns a study where m = 2 is best at 4 s an epoch of 40 examples, and m = 8, at 1 s, is ahead after 4 s."""
     slow, fast = [0.3, 0.5, best, best], [0.6, 0.7, 0.7, 0.7]
     frame = results(run(slow[-epochs:], batch_size=2, experiment=name), run(fast[-epochs:], batch_size=8, experiment=name))
     frame["step"] = 40 * frame["epoch"] // frame["batch_size"]

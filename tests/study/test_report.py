@@ -1,4 +1,4 @@
-"""The page of a study: what is in it, and that it needs nothing else."""
+"""Tests the HTML report of studies: what it contains, and that it needs no other files."""
 
 import base64
 import dataclasses
@@ -32,7 +32,7 @@ STORED = ROOT / "notebooks/results/cifar10_subset/fig02"
 
 
 class Parts(html.parser.HTMLParser):
-    """Elements by their tags, the text that is shown, and the content of scripts by their attributes."""
+    """The elements of a page with their attributes, its visible text, and its scripts."""
 
     def __init__(self, page):
         super().__init__()
@@ -162,9 +162,9 @@ def test_bn_batch_sizes_have_maps_of_their_own():
     one_rate = data_of(Parts(report.page([fig13("cifar10", {8: {4: 0.7}, 16: {}})])))
     assert [map_["chart"]["layout"]["xaxis"]["title"]["text"] for map_ in one_rate["maps"]] == ["BN batch size"]
     parts = Parts(report.page([study("x", {4: {}, 8: {}}, bn=(2, 4))]))
-    assert "BN batch size = mBN batch size 2BN batch size 4" in parts.text  # the options of a choice
+    assert "BN batch size = mBN batch size 2BN batch size 4" in parts.text  # the options of a select element
     counts = pd.Series([cell for map_ in data_of(parts)["maps"] for cell in map_["cells"]]).value_counts()
-    assert sorted(counts.index) == list(range(12))  # every cell is in some map; those of m = b = 4 in two
+    assert sorted(counts.index) == list(range(12))  # every cell is in a map, and those of m = b = 4 are in two
 
 
 def test_several_studies_are_compared_and_judged():
@@ -209,7 +209,7 @@ def test_text_of_a_users_cannot_break_out_of_its_place():
     experiment = dataclasses.replace(found.experiment, dataset=Dataset("folder", data_dir=f"/data/{bad}"))
     page = report.page([dataclasses.replace(found, experiment=experiment)])
     assert "</script><b>" not in page
-    assert json.dumps(bad)[1:-1] in Parts(page).text  # in the config, as it is
+    assert json.dumps(bad)[1:-1] in Parts(page).text  # unchanged in the shown config
     assert len(re.findall("<script", page)) == len(re.findall("</script>", page))
 
 
@@ -222,7 +222,7 @@ def test_json_in_a_script_is_itself_and_ends_no_script():
 
 
 def store(path, rows):
-    """A workdir of two batch sizes with one rate and 3 epochs; `rows` are (batch size, epoch)."""
+    """Writes a workdir of two batch sizes with one base_lr and 3 epochs; `rows` are (batch size, epoch). Returns its path."""
     experiment = tiny.grid(name="mine", batch_sizes=(2, 4), base_lrs=(2**-6,))
     with workdir.open_workdir(path, experiment, {"num_classes": 3, "examples": [50, 20]}) as folder:
         for m in (2, 4):
@@ -296,7 +296,7 @@ SEGMENTS = [("segment", 3.0, 2, 2, 1, 75, 150), ("segment", 1.0, 4, 4, 1, 36, 14
 
 @pytest.fixture
 def timed(tmp_path):
-    """m = 2 and 4 to epoch 3, of which m = 2 took 20 ms for each image, 50 in an epoch, and m = 4 about 7."""
+    """Returns a study of m = 2 and 4 up to epoch 3, of about 50 images each: 20 ms per image at m = 2, about 7 at m = 4."""
     folder = store(tmp_path / "timed", [(m, epoch) for m in (2, 4) for epoch in (1, 2, 3)])
     for segment in SEGMENTS:
         results.Timings(folder).add(*segment)

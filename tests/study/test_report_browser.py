@@ -1,4 +1,4 @@
-"""The page in a real browser, opened from disk with the network off: what a mouse, a finger and a keyboard do there.
+"""Tests the report in a real browser, opened from disk and offline: what mouse, touch and keyboard do there.
 
 Needs Chromium, and `pip install -e ".[browser]"`.
 """
@@ -35,7 +35,7 @@ def browser():
 
 @pytest.fixture(params=WIDTHS)
 def page(browser, studies, tmp_path, request):
-    """All studies on one page; fails if anything was said on the console or asked of the network."""
+    """Yields all studies on one page; fails if the page writes to the console or makes a network request."""
     report.write(studies, tmp_path / "report.html")
     narrow = request.param < 500
     screen = {"width": request.param, "height": 900}
@@ -45,7 +45,7 @@ def page(browser, studies, tmp_path, request):
     opened.on("pageerror", lambda error: said.append(str(error)))
     opened.on("request", lambda made: asked.append(made.url))
     opened.goto(f"file://{tmp_path}/report.html")
-    opened.locator('[data-chart="study2-accuracy"] .scatterlayer .trace').first.wait_for()  # the last of all charts
+    opened.locator('[data-chart="study2-accuracy"] .scatterlayer .trace').first.wait_for()  # the last chart of the page
     yield opened
     assert said == []
     assert set(asked) == {f"file://{tmp_path}/report.html"}
@@ -53,7 +53,7 @@ def page(browser, studies, tmp_path, request):
 
 
 def middle_of_cell(page, study, x, y, columns, rows):
-    """Where on the screen the cell of a heat map is, counted from the lower left."""
+    """Returns the screen position of a heat map's cell (x, y), counted from the lower left."""
     plot = page.locator(f'[data-chart="{study}-map"] .nsewdrag').first
     plot.scroll_into_view_if_needed()
     box = plot.bounding_box()
@@ -69,7 +69,7 @@ def test_it_fits_the_screen_and_shows_the_answer(page, studies):
     for line, found in zip(page.locator("p.answer").all(), studies, strict=True):
         assert answer(found).sentence in line.text_content()
     charts = page.locator(".chart").all()
-    assert len(charts) >= 1 + 4 * len(studies)  # those of cost and theory need three batch sizes or times
+    assert len(charts) >= 1 + 4 * len(studies)  # charts of cost and theory need timings or three batch sizes
     assert all(chart.locator(".main-svg").count() for chart in charts)
 
 

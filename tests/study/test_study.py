@@ -1,4 +1,4 @@
-"""A study is a workdir read whole: rows, planned cells, and the best base learning rates for another grid."""
+"""Tests studies read from workdirs: rows, planned cells, and the best base learning rates for another grid."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ RATES = (2**-9, 2**-7, 2**-5)
 
 
 def store(path, accuracies, **fields):
-    """A workdir of three epochs a run, in which (m, base_lr) reaches the accuracy given; NaN diverged, None never began."""
+    """Writes a workdir of 3-epoch runs with `accuracies` by (m, base_lr): NaN diverged, None never began. Returns `path`."""
     sizes = tuple(dict.fromkeys(m for m, _ in accuracies))
     experiment = tiny.grid(batch_sizes=sizes, base_lrs=RATES, **fields)
     with workdir.open_workdir(path, experiment, {"num_classes": 3, "examples": [50, 20]}) as folder:
@@ -30,7 +30,7 @@ def store(path, accuracies, **fields):
 
 
 def whole(path, best, **fields):
-    """A complete store in which batch size m is best at best[m]."""
+    """Writes a complete workdir in which batch size m is best at base_lr best[m], and returns `path`."""
     return store(path, {(m, lr): 0.9 if lr == best[m] else 0.5 for m in best for lr in RATES}, **fields)
 
 
@@ -57,7 +57,7 @@ def test_a_study_has_the_timings_of_its_workdir(tmp_path):
 
 
 def test_rows_of_growing_batches_say_how_many_examples_were_seen(tmp_path):
-    """4 updates of 4 and 8 of 8 examples before those of 16: 64 in 10 updates, 208 in 20; time is by example."""
+    """4 updates have 4 examples, 8 have 8 and then all have 16: 10 updates see 64 examples, 20 see 208; time is by example."""
     schedule = {"boundaries": (0.1, 0.5), "batch_growth": 2}
     path = store(tmp_path / "w", {(4, RATES[0]): 0.5}, schedule=schedule)
     Timings(path).add("segment", 2.0, 4, 4, 1, 10, 64)
@@ -115,7 +115,7 @@ def test_the_batch_sizes_may_lie_in_several_workdirs(tmp_path):
 
 
 def test_rates_that_are_given_are_not_read_and_the_others_are(tmp_path):
-    """As in Fig. 14: what is given needs no stored result, and stays as it is where there is one."""
+    """A given base_lr needs no stored result and takes precedence over one, as in Fig. 14."""
     source = whole(tmp_path / "s", {2: RATES[2], 8: RATES[0]})
     given = {"batch_sizes": (2, 8, 32), "base_lr_by_batch_size": ((32, 2**-10), (8, 2**-3))}
     assert chosen(source, **given) == {2: RATES[2], 8: 2**-3, 32: 2**-10}
@@ -158,7 +158,7 @@ def test_results_that_do_not_say_which_rate_is_best_are_refused(tmp_path, cells,
 
 
 def test_a_resumed_workdir_keeps_the_rates_it_began_with(tmp_path):
-    """Also when the results that they came from have changed or gone."""
+    """The base_lrs stay the same even when the results that they came from are gone."""
     source = whole(tmp_path / "s", {2: RATES[2], 8: RATES[0]})
     began = study.choose_base_lrs(fig13(source))
     with workdir.open_workdir(tmp_path / "w", began, {}):

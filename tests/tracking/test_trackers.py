@@ -1,4 +1,4 @@
-"""TensorBoard's own reader shows the rows of the store, each once, whatever became of the process."""
+"""Tests that TensorBoard's own reader shows each stored row once, however the process ended."""
 
 import gc
 import math
@@ -33,7 +33,7 @@ NAN = float("nan")
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
-    """A grid trained without a stop: its workdir and rows."""
+    """Returns the workdir and rows of a grid that was trained without interruption."""
     workdir = tmp_path_factory.mktemp("watched") / "w"
     return workdir, train(workdir)
 
@@ -102,7 +102,7 @@ def test_the_final_accuracy_is_the_median_of_the_last_five_epochs(tmp_path):
 
 
 class Looking(NoProgress):
-    """Has TensorBoard read after every segment."""
+    """Progress display that checks TensorBoard's content after every segment."""
 
     def __init__(self, workdir):
         self.workdir, self.seen = workdir, []
@@ -123,7 +123,7 @@ def test_tensorboard_sees_each_epoch_as_it_ends(tmp_path):
 @pytest.mark.parametrize("checkpoint", ["kept", "lost"])
 @pytest.mark.long
 def test_a_stopped_grid_shows_each_row_once_when_it_goes_on(watched, tmp_path, monkeypatch, segments, checkpoint):
-    """Even those that are trained once more, where the checkpoint is lost."""
+    """Rows that are trained again because the checkpoint is lost appear once, too."""
     monkeypatch.setattr(feeder.Pace, "FIRST_IMAGES", 24)
     with pytest.raises(driver.Interrupted):
         train(tmp_path / "w", tiny.StopAfter(segments), segment_seconds=1e-9)
@@ -137,7 +137,7 @@ def test_a_stopped_grid_shows_each_row_once_when_it_goes_on(watched, tmp_path, m
 
 @pytest.mark.parametrize("before", [0, 1, 4])
 def test_rows_that_a_kill_kept_from_being_shown_are_shown_by_the_next_start(tmp_path, before):
-    """Stored, and the process killed before TensorBoard's file had them; or TensorBoard was off until now."""
+    """The next start shows rows stored before a kill, or while TensorBoard was off."""
     show(tmp_path, *(row(e) for e in range(1, before + 1)), row(1, seed=1))
     show(tmp_path, *(row(e) for e in range(before + 1, 7)), row(2, seed=1), tensorboard=False)
     show(tmp_path)
@@ -179,7 +179,7 @@ def test_a_damaged_event_file_is_replaced_by_the_next_start(tmp_path, damage):
 
 
 def event_files(workdir):
-    """The event files of a run that hold anything."""
+    """Returns the event files of a run that are not empty."""
     return [file for file in (workdir / "tensorboard/m00004_lr2^-7_seed0").glob("*tfevents*") if file.stat().st_size]
 
 
@@ -195,7 +195,7 @@ def test_an_event_file_of_an_earlier_version_is_replaced(tmp_path):
 def test_a_tensorboard_that_is_open_shows_each_row_once_after_a_resume(tmp_path):
     show(tmp_path, row(1), row(2))
     watching = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "tensorboard")).Reload()
-    time.sleep(1.1)  # the names of event files hold the second
+    time.sleep(1.1)  # event file names contain the time in seconds
     show(tmp_path, row(3))
     watching.Reload()
     assert [s.step for s in watching.Scalars("m00004_lr2^-7_seed0", "updates")] == [1, 2, 3]
@@ -210,7 +210,7 @@ def test_a_run_that_ended_is_not_written_again(tmp_path):
     assert file.read_bytes() == before
 
 
-@pytest.mark.filterwarnings("ignore")  # of the file that could not be closed
+@pytest.mark.filterwarnings("ignore")  # a warning about the file that could not be closed
 @pytest.mark.parametrize("room", [0, 50, 300])
 def test_a_full_disk_is_one_warning_and_the_next_start_shows_all_rows(tmp_path, capsys, room):
     with ProgramResults(tmp_path, 4, 4) as stored:
@@ -251,7 +251,7 @@ def test_a_sweep_from_python_is_shown(tmp_path):
 
 
 def test_what_a_worker_trained_elsewhere_is_shown_in_the_launchers_workdir(tmp_path, monkeypatch):
-    """One that does not see the workdir tracks nothing itself, into a folder that would be lost."""
+    """A worker that cannot see the workdir runs no trackers, because its own folder would be lost."""
     asked, grid = [], tiny.grid(tensorboard=True, wandb="p")
     monkeypatch.setattr(driver, "train_program", lambda experiment, *_: asked.append(experiment))
     monkeypatch.setattr(sys, "argv", sys.argv)
@@ -272,6 +272,6 @@ def test_a_program_that_needs_no_worker_is_shown_by_the_launcher(tmp_path):
 
 
 def test_of_several_processes_one_shows_the_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "is_first", lambda: False)  # as in the others
+    monkeypatch.setattr(processes, "is_first", lambda: False)  # as in the other processes
     train(tmp_path / "w")
     assert not (tmp_path / "w/tensorboard").exists()

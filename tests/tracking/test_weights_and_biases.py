@@ -1,4 +1,4 @@
-"""W&B's own files show the rows of the store, each once, whatever became of the process."""
+"""Tests that W&B's own files hold each stored row once, however the process ended."""
 
 import json
 import math
@@ -17,14 +17,14 @@ from smallbatch_jax.tracking.trackers import name_of
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
-    """A grid trained without a stop: its workdir and rows."""
+    """Returns the workdir and rows of a grid that was trained without interruption."""
     workdir = tmp_path_factory.mktemp("watched") / "w"
     return workdir, train(workdir)
 
 
 @pytest.fixture
 def wandb(monkeypatch, tmp_path):
-    """W&B offline, with nothing of the user's."""
+    """Yields the wandb module in offline mode, without the user's settings and caches."""
     import wandb as found
 
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -35,7 +35,7 @@ def wandb(monkeypatch, tmp_path):
 
 
 def logged(workdir):
-    """What W&B's own files hold, by the name of the run: (epoch, values) of each line of history, and the last summary."""
+    """Returns the content of W&B's own files by run name: (epoch, values) of each history line, and the final summary."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     shown = {}
@@ -53,7 +53,7 @@ def logged(workdir):
 
 
 def ended(read):
-    """The records of a session once its end is among them: W&B writes in a process of its own, some milliseconds later."""
+    """Waits for the end of a session and returns its records; W&B writes them in another process, milliseconds later."""
     deadline = time.monotonic() + 10
     while True:
         records = read()
@@ -64,7 +64,7 @@ def ended(read):
 
 
 def leveldb_records(content):
-    """Of LevelDB's log format, behind seven bytes that are W&B's own."""
+    """Yields the records of a file in LevelDB's log format, after W&B's own header of seven bytes."""
     at, data = 7, b""
     while at + 7 <= len(content):
         left = 32768 - at % 32768
@@ -74,7 +74,7 @@ def leveldb_records(content):
         _, length, kind = struct.unpack_from("<IHB", content, at)
         data += content[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a full record, or the last fragment of one
             yield data
             data = b""
 
@@ -103,11 +103,11 @@ def test_wandb_goes_on_in_the_same_runs_without_a_row_twice(wandb, tmp_path):
     names = [f"m00004_lr2^-7_seed{seed}" for seed in (0, 1, 2)]
     assert shown == dict(zip(names, ([1, 2, 3], [1, 2, 3], [1]), strict=True))
     assert set(before) == set(names[:2])
-    assert len(list((tmp_path / "wandb").glob("offline-run-*/seen"))) == 1  # of the run that was complete
+    assert len(list((tmp_path / "wandb").glob("offline-run-*/seen"))) == 1  # only the complete run's session was not replaced
 
 
 class Resumed:
-    """A W&B run that its server has up to some epoch."""
+    """A fake W&B run of which the server already has the first `epochs` epochs."""
 
     def __init__(self, epochs):
         self.step, self.epochs, self.summary, self.ended = epochs + 1, [], {}, None

@@ -51,7 +51,7 @@ def correlate(shape: Correlation, x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def kernel_gradient(shape: Correlation, x: jax.Array, dy: jax.Array) -> jax.Array:
-    """Returns the gradient of Σ y·dy by the kernel of a correlation without dilation, float32[kh, kw, C, O].
+    """Returns the gradient of Σ y·dy with respect to the kernel of a correlation without dilation, float32[kh, kw, C, O].
 
     x, float32[N, H, W, C], are its images and dy, float32[N, H', W', O], the cotangents of its outputs.
     """
@@ -71,9 +71,9 @@ def _call(routine: str, shape: Correlation, result: tuple[int, ...], a: jax.Arra
 
 @_call.defjvp
 def _(routine, shape, result, primals, tangents):
-    """The derivative of a routine, which is linear in each array.
+    """Differentiates a routine, which is linear in each array.
 
-    Forward only: `conv` says what the gradient is, and a Hessian-vector product is the forward derivative of that gradient.
+    Forward mode only: `conv` defines the gradient, and a Hessian-vector product is the forward derivative of that gradient.
     """
     (a, b), (da, db) = primals, tangents
     call = partial(_call, routine, shape, result)

@@ -19,7 +19,7 @@ from smallbatch_jax.models.native.routine import INT32, INT64, POINTER, Routine,
 
 ROUTINES = {"correlation": correlation, "kernel_gradient": kernel_gradient}
 
-VERSION = (0, 3)  # of the interface
+VERSION = (0, 3)  # interface version, (major, minor)
 
 # Offsets in bytes in the structs XLA_FFI_CallFrame, _Metadata_Extension, _Metadata and _Buffer.
 FRAME_EXTENSION, FRAME_ARGUMENTS, FRAME_RESULTS = 8, 72, 112
@@ -28,7 +28,7 @@ METADATA_VERSION = (24, 28)
 BUFFER_DATA, BUFFER_DIMENSIONS = 24, 40
 METADATA = 1  # XLA_FFI_Extension_Metadata: at registration XLA calls the function once to ask for its version
 
-_names: set[str] = set()  # of the routines that XLA knows
+_names: set[str] = set()  # names of the routines registered with XLA
 _lock = threading.Lock()  # programs are traced in several threads, and a name can be registered once
 
 

@@ -131,7 +131,7 @@ def _output_pixels(
 
 
 def _columns(code: Routine, shape: Correlation) -> Iterator[tuple[Index, list[int]]]:
-    """Output columns, each with its taps inside the image: those near an edge one by one, the others in a loop."""
+    """Yields output columns, each with its taps inside the image: those near an edge one by one, the others in a loop."""
     inside = [[j for j in range(shape.window[1]) if shape.column(a, j) is not None] for a in range(shape.outputs[1])]
     whole = [column for column, taps in enumerate(inside) if len(taps) == shape.window[1]]
     start, stop = (whole[0], whole[-1] + 1) if whole else (0, 0)
@@ -145,5 +145,5 @@ def _columns(code: Routine, shape: Correlation) -> Iterator[tuple[Index, list[in
 
 
 def _vectors_at_once(shape: Correlation, processor: Processor) -> int:
-    """Vectors of features in a tile: a divisor of their number, small enough to leave registers for several pixels."""
+    """Returns the feature vectors per tile: a divisor of their number, small enough to leave registers for several pixels."""
     return max(count for count in (1, 2, 3) if shape.features // processor.lanes % count == 0)

@@ -7,7 +7,7 @@ X86, ARM = ("x86_64", "amd64"), ("aarch64", "arm64")  # names that operating sys
 
 
 class Processor(NamedTuple):
-    """A vector unit, as far as the loops depend on it."""
+    """The properties of a vector unit that the loops depend on."""
 
     machines: tuple[str, ...]  # platform.machine() in lower case
     flags: tuple[str, ...]  # optional CPU features that it needs, by LLVM's names
@@ -23,13 +23,13 @@ PROCESSORS = (AVX512, AVX2, NEON)  # a machine uses the first that it has
 
 
 def processor() -> Processor | None:
-    """The vector unit of this machine; None if none is supported."""
+    """Returns this machine's vector unit; None if none is supported."""
     machine, flags = platform.machine().lower(), host_features()
     return next((p for p in PROCESSORS if machine in p.machines and all(flags.get(flag) for flag in p.flags)), None)
 
 
 def host_features() -> Any:
-    """LLVM's map of the optional features of this CPU; empty except on x86, because the loops use none elsewhere."""
+    """Returns LLVM's map of the optional features of this CPU; empty except on x86, because the loops use none elsewhere."""
     import llvmlite.binding as llvm
 
     return llvm.get_host_cpu_features() if platform.machine().lower() in X86 else llvm.FeatureMap()

@@ -37,7 +37,7 @@ class Integer:
         return self * -1 + other
 
     def ceil_div(self, divisor: int) -> "Integer":
-        """⌈self / divisor⌉ if self is not negative, else an integer below 1."""
+        """Returns ⌈self / divisor⌉ if self is not negative, else an integer below 1."""
         return self if divisor == 1 else (self + (divisor - 1))._apply("sdiv", divisor)
 
     def at_least(self, bound: "Index") -> "Integer":
@@ -60,7 +60,7 @@ def operand(value: Index) -> Any:
 
 @dataclass(frozen=True)
 class Pointer:
-    """The address of a float32; `pointer + offset` counts elements."""
+    """The address of a float32; `pointer + offset` advances by elements."""
 
     build: ir.IRBuilder
     value: Any
@@ -110,7 +110,7 @@ class Routine:
         return accumulator
 
     def add_product(self, accumulator: Accumulator, a: Vector, b: Vector) -> None:
-        """accumulator += a·b, rounded once."""
+        """Adds a·b to an accumulator, rounding once."""
         self.build.store(self.build.call(self._fma, [a, b, self.get(accumulator)]), accumulator)
 
     def get(self, accumulator: Accumulator) -> Vector:
@@ -146,7 +146,7 @@ def machine_code(code: Routine, name: str) -> int:
 
 
 def optimised(code: Routine, target: llvm.TargetMachine) -> llvm.ModuleRef:
-    """Ends a routine; returns its module after LLVM's passes for a target machine."""
+    """Finishes a routine and returns its module, optimised by LLVM for a target machine."""
     code.build.ret_void()
     module = llvm.parse_assembly(str(code.module))
     module.verify()

@@ -1,7 +1,7 @@
 """The paper's written claims, judged on stored results.
 
 A claim is a passage of Masters & Luschi (2018) and the checks that make it up, an entry of `paper.CLAIMS`. Each check is judged
-on the studies that it is about, known by their names ("fig08").
+on the studies that it is about, which are given by name ("fig08").
 """
 
 import textwrap
@@ -45,15 +45,15 @@ class Verdict(NamedTuple):
 
 
 def judge(studies: Studies) -> list[Verdict]:
-    """Judges every entry of CLAIMS on the studies, which have their names as keys, such as "fig08" (`study.load_all`)."""
+    """Judges every entry of CLAIMS on the studies, given by name, such as "fig08" (`study.load_all`)."""
     return [judge_one(claim, studies) for claim in CLAIMS]
 
 
 def judge_one(claim: Claim, studies: Studies) -> Verdict:
     """Judges one claim on the studies, as `judge` does.
 
-    It does not hold if a check does not. Otherwise it lacks data if checks that it needs do (`Claim.one_of`), cannot be told if
-    a check cannot, and holds.
+    It does not hold if any check does not. Otherwise it lacks data if checks that it needs do (`Claim.one_of`), cannot be
+    told if any check cannot, and else holds.
     """
     absent = dict.fromkeys(name for check in claim.checks for name in check.figures if name not in studies)
     found = [(check, _examine(check, studies)) for check in claim.checks if absent.keys().isdisjoint(check.figures)]
@@ -66,7 +66,7 @@ def judge_one(claim: Claim, studies: Studies) -> Verdict:
         findings.append(Finding(LACKS, f"{and_list([*absent])} {'are' if len(absent) > 1 else 'is'} not among the workdirs"))
     verdicts = {finding.verdict for finding in findings}
     answer = FAILS if FAILS in verdicts else LACKS if lacks else OPEN if OPEN in verdicts else HOLDS
-    return Verdict(claim, answer, tuple(dict.fromkeys(findings)))  # checks that lack the same say so once
+    return Verdict(claim, answer, tuple(dict.fromkeys(findings)))  # equal findings are listed once
 
 
 def _examine(check: Check, studies: Studies) -> Finding:

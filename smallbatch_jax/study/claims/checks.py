@@ -23,8 +23,8 @@ SIMILAR = 0.02  # §3.3 "similar generalization performance", §3.4 "quite good 
 SIMILAR_CURVES = 0.05  # §3.3 "similar convergence": training accuracy, averaged over the epochs
 AS_STATED = 0.03  # §3.2 "76%", which another framework, initialisation and seed reached
 MOST = 0.5  # §3.3 "a wide range of batch sizes", §3.6 "appears to": fraction of the batch sizes
-WIDENS = 1  # §4 "progressively reduces the range": base learning rates, of which the grid has few
-TREND = 3  # batch sizes; with fewer nothing rises or falls
+WIDENS = 1  # §4 "progressively reduces the range": tolerated rise in base learning rates, of which the grid has few
+TREND = 3  # least number of batch sizes for a trend
 
 
 def best_is_at(study: Study, sizes: Sizes, than: Sizes | None = None, tolerance: float = 0.0) -> Finding:
@@ -38,7 +38,7 @@ def best_is_at(study: Study, sizes: Sizes, than: Sizes | None = None, tolerance:
 
 
 def falls_off_more(steep: Study, flat: Study, batch_size: int) -> Finding:
-    """At one batch size, one study is further below the best of its others than another."""
+    """At one batch size, `steep` is further below the best of its other batch sizes than `flat` is."""
     at = Sizes(batch_size, batch_size)
     (own, best), (flat_own, flat_best) = ((tables.side(study, at), tables.side(study, ~at)) for study in (steep, flat))
     loss, flat_loss = best.accuracy - own.accuracy, flat_best.accuracy - flat_own.accuracy
@@ -48,7 +48,7 @@ def falls_off_more(steep: Study, flat: Study, batch_size: int) -> Finding:
 
 
 def has_accuracy(study: Study, accuracy: float, tolerance: float, images: int, epochs: int) -> Finding:
-    """The best accuracy is the paper's, within a tolerance, after training of no fewer images and epochs."""
+    """The best accuracy is within a tolerance of the paper's, after training on at least as many images and epochs."""
     if (study.examples or (images,))[0] < images or study.experiment.epochs < epochs:
         raise NotEnoughData(f"{study.name}: the paper's {100 * accuracy:g} % is of {images:,} images and {epochs} epochs")
     found = tables.side(study)
@@ -87,7 +87,7 @@ def gains_more(long: Study, short: Study, sizes: Sizes, than: Sizes) -> Finding:
 
 
 def _gain(study: Study, before: Study, sizes: Sizes) -> tuple[float, float, tuple[bool, bool], str]:
-    """The mean gain over the batch sizes at which both finished, its error, whose accuracies are lower bounds, and words."""
+    """Returns the mean gain over the batch sizes that both finished, its error, which studies have lower bounds, and a text."""
     own, other = tables.shared_finished(study, before, sizes)
     gain = float((own["accuracy"] - other["accuracy"]).mean())
     error = math.sqrt((own["error"] ** 2 + other["error"] ** 2).sum()) / len(own)
@@ -98,7 +98,7 @@ def _gain(study: Study, before: Study, sizes: Sizes) -> tuple[float, float, tupl
 def best_base_lr_is_out_of_reach(study: Study, sizes: Sizes) -> Finding:
     """At each of the batch sizes, base learning rates below that of the study's best cell are better than it and those above.
 
-    That this base_lr is itself uncertain is ignored.
+    The uncertainty of that base_lr itself is ignored.
     """
     _need_base_lrs(study)
     top, best = tables.side(study), tables.best_by_size(study)
@@ -150,7 +150,7 @@ def range_narrows(study: Study) -> Finding:
 
 
 def _converging(study: Study, sizes: Sizes = ALL, least: int = 1) -> tuple[pd.Series, pd.Series, str]:
-    """By batch size how many base learning rates converge and the highest, also in words; within noise of chance none does."""
+    """Returns by batch size how many base_lrs converge and the highest, and a text; within noise of chance none converges."""
     cells = tables.ordinary(study.cells)
     noise = TELLS * noise_of(study).error(cells)
     cells = cells.assign(test_accuracy=cells["test_accuracy"].where(cells["test_accuracy"] - noise > study.chance))
@@ -177,7 +177,7 @@ def curves_are_lower(study: Study, base_lr: float, sizes: Sizes, than: Sizes) ->
 
 
 def _training_accuracy(study: Study, base_lr: float, sizes: Sizes, least: int = 1) -> tuple[list[Side], str]:
-    """By batch size: accuracy, mean over the epochs of a run (0 if it diverged), then over seeds, and its error; also in words.
+    """Returns accuracy and error by batch size, the mean over a run's epochs (0 if it diverged), then over seeds; and a text.
 
     The error of the mean over epochs is taken to be that of one epoch, as examples that are hard in one are hard in all.
     """
@@ -196,7 +196,7 @@ def _training_accuracy(study: Study, base_lr: float, sizes: Sizes, least: int = 
 
 
 def best_bn_batch_is(study: Study, sizes: Sizes, share: float = 1.0, bn_sizes: Sizes | None = None) -> Finding:
-    """At this share of the batch sizes m or more, the best BN batch is one of `bn_sizes`, or (None) smaller than m."""
+    """For at least this share of the batch sizes m, the best BN batch is one of `bn_sizes` or, if None, smaller than m."""
     cells, b = study.cells, study.cells["bn_batch_size"]
     wanted = b.map(bn_sizes.__contains__) if bn_sizes else b < cells["batch_size"]
     which = str(bn_sizes or "below m")
@@ -212,8 +212,8 @@ def best_bn_batch_is(study: Study, sizes: Sizes, share: float = 1.0, bn_sizes: S
 def accuracy_falls(study: Study, sizes: Sizes = ALL) -> Finding:
     """The accuracy, best over the BN batch sizes, falls as the batch size grows.
 
-    The slope of a line over log2 m, with its error from those of the cells: steps between neighbours are smaller than the
-    noise, and the line pools them. It has no weights, since errors hardly differ and m at both ends is to count.
+    The test is on the slope of a line over log2 m, with its error from those of the cells: steps between neighbours are
+    smaller than the noise, and the line pools them. It is unweighted, since errors hardly differ and both ends matter.
     """
     best = tables.best_by_size(study, sizes, TREND, study.cells)
     x = np.log2(best.index.to_numpy(float))

@@ -1,9 +1,9 @@
 """Verdicts and their margins in standard errors.
 
-A margin is a difference of accuracies over its standard error (`study.noise`), positive where a check holds. Below `TELLS` in
-size nothing can be told. Errors of two cells are taken as independent; they share a test set, so that the margin of cells with
-one or two seeds is rather too small. That each side of a comparison is the best of several cells, and so an optimist, is
-ignored: the optimism of both sides is similar.
+A margin is a difference of accuracies over its standard error (`study.noise`), positive where a check holds. One that is
+smaller than `TELLS` in size decides nothing. The errors of two cells are treated as independent; the cells share a test set, so
+with one or two seeds the margin is somewhat too small. Each side of a comparison is the best of several cells and so too
+optimistic; this is ignored, because both sides are similarly optimistic.
 """
 
 import math
@@ -12,7 +12,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 VERDICTS = HOLDS, FAILS, OPEN, LACKS = "holds", "does not hold", "cannot tell", "lacks data"
-TELLS = 2.0  # standard errors
+TELLS = 2.0  # least margin that decides, in standard errors
 
 
 class Finding(NamedTuple):
@@ -30,7 +30,7 @@ class Finding(NamedTuple):
         """The verdict with its margin, such as "holds, +3.1 standard errors"."""
         if math.isnan(self.margin):
             return f"{self.verdict}, by count" if self.verdict in (HOLDS, FAILS) else self.verdict
-        margin = math.trunc(self.margin * 10) / 10 if math.isfinite(self.margin) else self.margin  # 1.96 tells nothing, as 1.9
+        margin = math.trunc(self.margin * 10) / 10 if math.isfinite(self.margin) else self.margin  # 1.96 shows as 1.9, not 2.0
         edge = ", but an edge of the grid may reverse it" if self.verdict == OPEN and abs(self.margin) >= TELLS else ""
         return f"{self.verdict}, {margin:+.1f} standard errors{edge}"
 
@@ -45,7 +45,7 @@ class Side(NamedTuple):
 
 
 def ratio(gain: float, error: float) -> float:
-    """Returns a gain over its error; rounding of means over seeds decides nothing where the error is 0."""
+    """Returns gain / error, with the gain rounded so that float errors in means over seeds are not decisive if error is 0."""
     gain = round(float(gain), 9)
     return gain / float(error) if gain and error else math.copysign(math.inf, gain) if gain else 0.0
 
@@ -69,10 +69,10 @@ def alike(text: str, one: Side, other: Side, tolerance: float) -> Finding:
 
 
 def at_share(margins: Iterable[float], share: float = 1.0) -> float:
-    """Returns the margin of a statement that is made of this share of the batch sizes or more.
+    """Returns the margin of a statement about at least this share of the batch sizes.
 
-    With n sizes and k = ⌈share·n⌉ it is the k-th largest margin z, moved towards 0 for the number of ways in which chance alone
-    brings it about: p = (n − k + 1)·Φ(−z), or k·Φ(z) if z < 0 (partial conjunction, Benjamini & Heller 2008, Eq. 4).
+    With n sizes and k = ⌈share·n⌉ it is the k-th largest margin z, shrunk towards 0 for the number of ways in which chance
+    alone produces it: p = (n − k + 1)·Φ(−z), or k·Φ(z) if z < 0 (partial conjunction, Benjamini & Heller 2008, Eq. 4).
     """
     ordered = sorted(margins, reverse=True)
     k = max(1, math.ceil(share * len(ordered)))

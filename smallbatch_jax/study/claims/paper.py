@@ -23,7 +23,7 @@ class Check(NamedTuple):
 class Claim(NamedTuple):
     """A claim of the paper in its own words.
 
-    With `one_of`, groups of figures, it is judged as soon as a check about a figure of each group can be; without, as soon as
+    With `one_of`, groups of figures, it is judged as soon as a check about a figure of each group can be; otherwise, as soon as
     all its checks can be.
     """
 
@@ -171,7 +171,7 @@ CLAIMS = (
         "without BN, the performance is seen to continue to improve down to batch size m = 2. … In all cases the best "
         "results have been obtained with batch sizes m = 32 or smaller …",
         (
-            # m = 32 itself counts: §4 says "below m = 32", §5 "m = 32 or smaller"
+            # m = 32 itself is included: §4 says "below m = 32", §5 "m = 32 or smaller"
             *(_check(checks.best_is_at, name, sizes=Sizes(1, 32)) for name in (*WITHOUT_BN, *CIFAR10_WITH_BN)),
             *(_check(checks.accuracy_falls, name, sizes=Sizes(1, 32)) for name in WITHOUT_BN),
         ),

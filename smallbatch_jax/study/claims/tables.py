@@ -1,7 +1,7 @@
-"""What claims are checked on: the best cells by batch size, their standard errors, and whether the grid ends there.
+"""Tables on which claims are checked: the best cells by batch size, their standard errors, and whether the grid ends there.
 
 The accuracy of a batch size is that of its best cell, or that of a guess if every run diverged. Where its base_lr is the
-largest or smallest of those tried, and the paper tried more beyond it, it is only a lower bound.
+largest or smallest of those tried, and the paper tried more beyond it, the accuracy is only a lower bound.
 """
 
 import functools
@@ -76,7 +76,7 @@ ALL = Sizes()
 
 
 def pick(values: Any, who: str, sizes: Sizes = ALL, least: int = 1) -> Any:
-    """The values at those batch sizes; `who` ("fig01 has") begins the sentence if they are too few."""
+    """Returns the values at those batch sizes; `who` ("fig01 has") begins the error message if there are too few."""
     found = values.loc[[m for m in values.index if m in sizes]]
     if len(found) < least:
         words = f"{who} {plural(len(found), 'batch size') if len(found) else 'no batch size'} {sizes}".rstrip()
@@ -85,7 +85,7 @@ def pick(values: Any, who: str, sizes: Sizes = ALL, least: int = 1) -> Any:
 
 
 def ordinary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Cells or rows whose BN batch is the whole batch, at every batch size that has such."""
+    """Returns the cells or rows whose BN batch is the whole batch, or all of a batch size that has none."""
     own = frame["bn_batch_size"] == frame["batch_size"]
     return frame[own | ~own.groupby(frame["batch_size"]).transform("any")]
 
@@ -100,7 +100,7 @@ def best_of(study: Study, cells: pd.DataFrame, sizes: Sizes = ALL) -> pd.DataFra
 
 
 def best_by_size(study: Study, sizes: Sizes = ALL, least: int = 1, cells: pd.DataFrame | None = None) -> pd.DataFrame:
-    """`best_of`, with `end`: "smallest", "largest" or "only" where the best base_lr is that of those tried, otherwise "".
+    """Returns `best_of` with `end`: "smallest", "largest" or "only" if the best base_lr is that one of those tried, else "".
 
     `bound` says where the accuracy is a lower bound.
     """
@@ -119,7 +119,7 @@ def best_by_size(study: Study, sizes: Sizes = ALL, least: int = 1, cells: pd.Dat
 
 
 def side(study: Study, sizes: Sizes = ALL) -> Side:
-    """The best accuracy at those batch sizes, also in words; of equals, the one of the smallest batch size."""
+    """Returns the best accuracy at those batch sizes, also in words; ties go to the smallest batch size."""
     best = best_by_size(study)
     low, high = best.index[0], best.index[-1]
     best = pick(best, f"{study.name} has", sizes)
@@ -177,7 +177,7 @@ def edges(*tables: pd.DataFrame) -> str:
 
 
 def margins_of(wanted: pd.DataFrame, others: pd.DataFrame) -> pd.Series:
-    """The margins of one table above another where either finished, by batch size; 0 where the lower is only a lower bound."""
+    """Returns a table's margins above another by batch size where either finished; 0 where the lower is only a lower bound."""
     finished = wanted["finished"].add(others["finished"])  # NaN where one of them lacks the batch size
     margins = {}
     for m in finished.index[finished > 0]:

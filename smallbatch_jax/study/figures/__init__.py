@@ -1,9 +1,9 @@
 """The paper's figures from stored results, complete or partial.
 
 A figure is a function of the cells of one experiment (`analysis.planned_cells`, or `analysis.final_accuracy`), of its rows,
-or of several studies; it returns a matplotlib Figure that pyplot does not know, so drawing works without a display and leaves
-a notebook's settings alone. `_own_figures` and `draw_summaries` make those that the commands draw: a new figure is a function
-in one of these modules and a line there.
+or of several studies; it returns a matplotlib Figure unknown to pyplot, so drawing works without a display and leaves
+a notebook's settings alone. `_own_figures` and `draw_summaries` list what the commands draw: to add a figure, write a function
+in one of these modules and add a line there.
 """
 
 import os
@@ -49,7 +49,7 @@ def draw(df: pd.DataFrame, out_dir: PathLike) -> list[Path]:
     Args:
       df: results, one row per run and epoch. Several experiments go into one folder each, under their names. Runs without a
         row are unknown; with a workdir, `draw_studies` shows them as missing. Where there are no accuracies, losses are drawn.
-      out_dir: created if need be. An existing file is replaced whole or not at all.
+      out_dir: created if needed. Existing files are replaced atomically.
     Returns:
       The paths written.
     Raises:
@@ -72,8 +72,8 @@ def draw_studies(studies: Iterable[Study], out_dir: PathLike | None = None) -> l
 
     Args:
       studies: of different names.
-      out_dir: of one study, the folder of its figures; of several, that of their comparison, with a folder for each
-        study under its name. None: the folder `figures` of each workdir, and of the first for their comparison.
+      out_dir: the folder of the figures; for several studies it holds their comparison, and a folder for each study under
+        its name. None: the folder `figures` of each workdir, and of the first for their comparison.
     Returns:
       The paths written.
     Raises:
@@ -103,7 +103,7 @@ def draw_summaries(studies: Sequence[Study], out_dir: PathLike) -> list[Path]:
 def _own_figures(
     rows: pd.DataFrame, cells: pd.DataFrame, metric: Metric = ACCURACY, study: Study | None = None
 ) -> Iterator[tuple[str, Figure]]:
-    """The figures that an experiment's grid and stored results give rise to, by file name; those of cost need its study."""
+    """Yields the figures that an experiment's grid and results allow, with their file names; some need `study`."""
     rates, bn_varies = own_base_lrs(cells), (cells["bn_batch_size"] != cells["batch_size"]).any()
     own = rates.notna().all()
     if not (bn_varies and own and rates.nunique() > 1):

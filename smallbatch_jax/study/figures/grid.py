@@ -16,7 +16,7 @@ ROW = 0.13  # inches, the height of one row of marks
 
 @style.styled()
 def accuracy_against_batch_size(cells: pd.DataFrame, metric: Metric = ACCURACY) -> Figure:
-    """Test accuracy over m, one curve per η̃, and a note of how much is missing. Arguments as for `heat_map`."""
+    """Plots test accuracy over m, one curve per η̃, with a note of how much is missing. Arguments as for `heat_map`."""
     return _curves(cells, "base_lr", "batch_size", metric)
 
 
@@ -84,8 +84,8 @@ def heat_map(cells: pd.DataFrame, metric: Metric = ACCURACY) -> Figure:
     """Test accuracy of every cell, m upwards and η̃ to the right.
 
     Args:
-      cells: one experiment's rows of `analysis.planned_cells`, or of `analysis.final_accuracy`, which has no cell before its
-        first epoch. Where BN batch sizes vary, only those equal to m are drawn, or the largest of each m if none is, and the
+      cells: one experiment's rows of `analysis.planned_cells`, or of `analysis.final_accuracy`, which lacks cells without
+        an epoch. Where BN batch sizes vary, only those equal to m are drawn, or the largest of each m if none is, and the
         title says so.
       metric: the column that is shown.
     Returns:

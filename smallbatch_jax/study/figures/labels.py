@@ -14,7 +14,7 @@ from smallbatch_jax.study.study import Study
 def paper_labels(studies: Sequence[Study]) -> list[str]:
     """The paper's name of each study, such as "ResNet-32, BN, Aug, WU".
 
-    The dataset comes first if there are several, and the experiment's name last where two labels would be one.
+    The dataset comes first if there are several, and the experiment's name last where two labels would be equal.
     """
     several = len({dataset_name(study.experiment) for study in studies}) > 1
     labels = [(f"{dataset_name(study.experiment)}, " if several else "") + _network(study.experiment) for study in studies]
@@ -33,7 +33,7 @@ def _network(experiment: Experiment) -> str:
 
 
 def dataset_name(experiment: Experiment) -> str:
-    """The paper's name of the dataset; the folder's of a dataset in a folder."""
+    """Returns the paper's name of the dataset, or the folder's name for a dataset in a folder."""
     name = experiment.dataset.name
     if name == "folder" and experiment.dataset.data_dir:
         return style.plain(Path(experiment.dataset.data_dir).name or name)
@@ -41,7 +41,7 @@ def dataset_name(experiment: Experiment) -> str:
 
 
 def named_metric(*experiments: Experiment) -> Metric:
-    """The metric that says which run of the experiments is best, under the paper's name for the images that they test on.
+    """Returns the metric by which the experiments are compared, under the paper's name for their test images.
 
     Raises:
       InputError: if they do not agree on it.

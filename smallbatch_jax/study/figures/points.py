@@ -17,7 +17,7 @@ PROVISIONAL = "provisional (runs pending)"
 
 
 def with_pending(cells: pd.DataFrame) -> pd.DataFrame:
-    """The cells of one experiment; without a plan, a cell of which no seed has ended has one pending."""
+    """Returns the cells of one experiment with `pending`, by default one seed in a cell of which none has ended."""
     names = cells["experiment"].unique()
     if len(names) != 1:
         raise ValueError(f"cells: a figure shows one experiment, got {len(names)} ({', '.join(map(str, names))}).")
@@ -26,7 +26,7 @@ def with_pending(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def one_bn_batch_size(cells: pd.DataFrame, metric: Metric = ACCURACY) -> tuple[pd.DataFrame, str]:
-    """One cell per (m, η̃), and a note for the title if that leaves cells out or none is ordinary BN."""
+    """Returns one cell per (m, η̃), and a note for the title if that leaves out cells or none has BN batch size m."""
     best = f" (best {', '.join(map(axis_title, axes(cells)))} of each)" if axes(cells) else ""
     cells = best_over_axes(cells, metric)
     b = cells["bn_batch_size"]
@@ -108,7 +108,7 @@ def plot_rows(axes: Axes, cells: pd.DataFrame, rows: str, x: str, labels: list[s
 
 
 def plot_absent(axes: Axes, kinds: dict[str, tuple[Any, Any, dict[str, Any]]]) -> dict[str, Any]:
-    """Marks what has no value, by kind: label → (places, height or heights, look); returns the legend's entries."""
+    """Marks missing values by kind: label → (places, height or heights, look); returns the legend's entries."""
     for label, (places, heights, look) in kinds.items():
         axes.plot(places, np.broadcast_to(heights, len(places)), label=label, **look)
     return {label: style.mark(**{**look, "color": style.QUIET}) for label, (places, _, look) in kinds.items() if len(places)}
@@ -134,6 +134,6 @@ def run_note(*cells: pd.DataFrame, diverged: bool = False) -> str:
 
 
 def _counted(unit: str, total: int, unfinished: int, diverged: int) -> str:
-    """Counts such as "12 of 143 cells not finished, 40 diverged"; empty if all is well."""
+    """Counts such as "12 of 143 cells not finished, 40 diverged"; empty if both are 0."""
     parts = [f"{count} {what}" for count, what in ((unfinished, "not finished"), (diverged, "diverged")) if count]
     return ", ".join(parts).replace(" ", f" of {total} {unit} ", 1)

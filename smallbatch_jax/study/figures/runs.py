@@ -1,7 +1,7 @@
 """Runs of single cells: learning curves by epoch (Fig. 4) or time, time to an accuracy, accuracy against memory, diagnostics.
 
-Times are those of the machine that trained (`study.cost`), so the figures of cost are not the same for the same results; their
-study must have timings. Where BN batch sizes vary, they are chosen as in `grid.heat_map`.
+Times depend on the machine that trained (`study.cost`), so equal results can give different cost figures; these need a study
+with timings. Where BN batch sizes vary, they are chosen as in `grid.heat_map`.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ def convergence(
 
     Args:
       rows: one experiment's results, one row per run and epoch.
-      base_lr: that of the best cell by default; where each m has just one, all are drawn, each at its own.
+      base_lr: the η̃ shown; by default that of the best cell or, where each m has only one η̃, each at its own.
       cells: `analysis.planned_cells` of the experiment, so that a batch size without an epoch is named; by default those of
         `rows`.
       metric: as for `heat_map`.
@@ -78,14 +78,14 @@ def _choose_cells(rows: pd.DataFrame, base_lr: float | None, cells: pd.DataFrame
 
 
 def _best_first(cells: pd.DataFrame, rows: pd.DataFrame, metric: Metric) -> pd.DataFrame:
-    """Sorts cells, the best first; those that have not finished come last, the one with most epochs first."""
+    """Sorts cells, the best first and those that have not finished last, by falling number of epochs."""
     epochs = rows.groupby(cell_columns(cells), observed=True).size().rename("epochs").reset_index()
     order = {metric.column: metric.best == "min", "epochs": False, "base_lr": True}
     return cells.merge(epochs, how="left").sort_values(list(order), ascending=list(order.values()))
 
 
 def _plot_best(study: Study, rows: pd.DataFrame, column: str, scale: float, x: str) -> tuple[Figure, Axes, list[int]]:
-    """Draws the cell of each m that is best, or has trained longest while none has finished; as `_plot_cells` otherwise."""
+    """Draws the best cell of each m, or the one that has trained longest while none has finished, by `_plot_cells`."""
     cells, title = points.titled(study.cells, study.metric)
     chosen = _best_first(cells, study.rows, study.metric).drop_duplicates("batch_size").sort_values("batch_size")
     figure, axes = style.new_axes(title + r", best $\tilde{\eta}$ of each $m$")
@@ -115,7 +115,7 @@ def accuracy_against_time(study: Study) -> Figure:
 
 
 def _plot_cells(panels: dict[str, Axes], rows: pd.DataFrame, chosen: pd.DataFrame, scale: float, x: str = "epoch") -> list[int]:
-    """Draws the runs of chosen cells into panels, by column, times `scale` over `x`; returns the batch sizes without rows."""
+    """Draws each panel's column, times `scale`, over `x` for the chosen cells; returns the batch sizes without rows."""
     entries, without, key = {}, [], cell_columns(chosen)[1:]
     labels, legend_title = points.setting_labels(chosen)
     looks, lost = style.ordered_looks(len(chosen)), False
@@ -154,7 +154,7 @@ def _plot_runs(axes: Axes, runs: pd.DataFrame, x: str, look: dict[str, Any]) -> 
 
 @style.styled()
 def time_to_accuracy(study: Study, accuracy: float | None = None) -> Figure:
-    """A run's own time until it reaches a test accuracy, for each m at the η̃ that is there first.
+    """Plots a run's own time until it reaches a test accuracy, for each m at the η̃ that gets there first.
 
     Args:
       study: one with `timings`; where its BN batch sizes vary, they are chosen as in `heat_map`.
@@ -192,7 +192,7 @@ def time_to_accuracy(study: Study, accuracy: float | None = None) -> Figure:
 
 @style.styled()
 def accuracy_against_memory(study: Study) -> Figure:
-    """The best test accuracy over η̃ of each m, over the peak memory of the program that trained it.
+    """Plots the best test accuracy over η̃ of each m against the peak memory of the program that trained it.
 
     Returns:
       A figure with a point per m, hollow and crossed as in `best_accuracy`. The memory is that of all lanes of the program,
@@ -223,10 +223,10 @@ def accuracy_against_memory(study: Study) -> Figure:
 
 @style.styled()
 def noise_scale(study: Study) -> Figure:
-    """The gradient noise scale by epoch, one curve per m at its best η̃; the study's experiment has that diagnostic.
+    """Plots the gradient noise scale by epoch, one curve per m at its best η̃; the experiment must have that diagnostic.
 
     Returns:
-      A figure in which a curve is drawn as in `convergence`, of the evaluations whose noise scale is larger than its error.
+      A figure with curves as in `convergence`, of the evaluations whose noise scale is larger than its error.
     """
     value, error = study.rows["train_noise_scale"], study.rows["train_noise_scale_error"]
     known = study.rows.assign(train_noise_scale=value.where(error < value))
@@ -246,7 +246,7 @@ def noise_scale(study: Study) -> Figure:
 
 @style.styled()
 def sharpness(study: Study) -> Figure:
-    """The sharpness of every run against 2/η by m, before the learning rate is reduced; the experiment has that diagnostic.
+    """Plots every run's sharpness against 2/η by m, before the learning rate is reduced; the experiment needs that diagnostic.
 
     Gradient descent on a quadratic diverges where λ > 2/η, and full-batch training settles near λ = 2/η, the edge of stability
     (Cohen et al. 2021, arXiv 2103.00065).

@@ -1,4 +1,4 @@
-"""What theory asks of a study: the examples to a target against m with the critical batch size, and the best rates η*(m)."""
+"""Figures of scaling theory: the examples to a target against m with the critical batch size, and the best rates η*(m)."""
 
 import math
 from typing import Any
@@ -20,7 +20,7 @@ HYPERBOLA: dict[str, Any] = {"color": style.CATEGORIES[1], "linewidth": 1.2}
 BAND: dict[str, Any] = {"color": style.CATEGORIES[1], "alpha": 0.15, "linewidth": 0}
 DASHED = (0, (3, 2))
 NUMBERS = {count * 10**n: f"{count * 10**n:,}" for n in range(14) for count in (1, 2, 5)}
-LEAST_SIZES = 3  # batch sizes from which on these figures are drawn
+LEAST_SIZES = 3  # least number of batch sizes for these figures
 
 
 @style.styled()
@@ -29,7 +29,7 @@ def examples_to_target(study: Study) -> Figure:
 
     Returns:
       A figure with the fitted hyperbola, dashed where its turn is not certain; a line at the batch size that needs 20 % more,
-      with a band over its interval; and a hollow triangle for an m that never gets there, at as many examples as it has seen.
+      with a band over its interval; and a hollow triangle for an m that never gets there, at the number of examples seen.
       Where the results have a noise scale, a second panel shows it, with its error and m_crit as a line.
     """
     fit, scale = critical_batch_size(study), noise_scale(study)
@@ -77,9 +77,9 @@ def best_learning_rates(study: Study) -> Figure:
     """The best learning rate η* on the mean gradient of each m, and the rules that the data support.
 
     Returns:
-      A figure with 90 % intervals of η*, which the spacing of the rates tried and the noise give; a hollow point has its best
-      at the end of the rates tried and is not fitted. A supported rule is a solid line; rules that the data do not tell apart
-      are dashed.
+      A figure with 90 % intervals of η*, from the spacing of the rates tried and the noise; a hollow point has its best at the
+      end of the rates tried and is not fitted. A supported rule is a solid line; rules that the data do not distinguish are
+      dashed.
     """
     rule = fit_rule(best_rates(study))
     table, entries = rule.table, {}

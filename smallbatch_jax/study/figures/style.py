@@ -40,12 +40,12 @@ STYLE = {
     "pdf.fonttype": 42,  # TrueType: text stays text in an editor, and journals accept it
 }
 COLORS = "viridis"  # perceptually uniform, ordered, and safe for colour-blind readers
-CATEGORIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, for no order
+CATEGORIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, unordered
 MARKERS = "osD^v"  # a second cue, since the colours of neighbouring curves are close
 WIDTH, HEIGHT = 5.4, 3.3  # inches; still legible when shrunk to one column of a two-column page
 QUIET = "0.4"  # the grey of notes and of marks in a legend
 NOTEBOOK_DPI = 120
-MOST_SPREAD = 20  # of losses on a linear axis, largest to smallest
+MOST_SPREAD = 20  # largest ratio of losses on a linear axis
 MOST_TICKS = 14  # more labels than this would touch
 NOTE_WIDTH = 110  # characters
 
@@ -57,7 +57,7 @@ NOT_YET: dict[str, Any] = {"marker": ".", "linestyle": "", "markersize": 5, "col
 
 
 def styled() -> Any:
-    """A context or decorator: matplotlib's defaults and STYLE inside, the caller's settings again afterwards."""
+    """Returns a context manager or decorator that applies matplotlib's defaults and STYLE, then restores the settings."""
     return matplotlib.style.context(["default", STYLE])
 
 
@@ -72,7 +72,7 @@ class NotebookFigure(Figure):
 
 
 def new_figure(height: float = HEIGHT) -> Figure:
-    """A figure that no pyplot state knows of; `height` in inches."""
+    """Returns a figure that pyplot does not register; `height` is in inches."""
     return NotebookFigure(figsize=(WIDTH, height), layout="constrained")
 
 
@@ -88,7 +88,7 @@ def ordered_colors(count: int) -> np.ndarray:
 
 
 def ordered_looks(count: int) -> list[dict[str, Any]]:
-    """Colours and markers of curves in order, by their place in the whole grid: they stay the same as results arrive."""
+    """Returns colours and markers by place in the whole grid, so that curves keep theirs as results arrive."""
     return [{"color": color, "marker": MARKERS[i % len(MARKERS)]} for i, color in enumerate(ordered_colors(count))]
 
 
@@ -121,7 +121,7 @@ def spreads(values: Any, metric: Metric) -> bool:
 
 
 def with_rule(figure: Figure, rule: str) -> Figure:
-    """Says on an axis of base learning rates what the learning rate is, where it is not the paper's η̃·m; returns the figure."""
+    """Adds the learning rate to labels of base learning rates, unless it is the paper's η̃·m; returns the figure."""
     label = COLUMNS["base_lr"].label
     for text in figure.findobj(Text) if rule != "linear" else ():
         if text.get_text() == label:
@@ -130,7 +130,7 @@ def with_rule(figure: Figure, rule: str) -> Figure:
 
 
 def grid_axis(axes: Axes, which: str, column: str, values: Iterable[float], most_ticks: int = MOST_TICKS) -> None:
-    """A log2 axis, "x" or "y", with its ticks at `values` of a column; y has room for a mark below the lowest."""
+    """Sets up a log2 axis, "x" or "y", with ticks at `values` of a column; y has room for a mark below the lowest."""
     values, (below, above) = sorted(set(values)), {"x": (1.4, 1.4), "y": (4, 2)}[which]
     ticks = values[:: tick_step(len(values), most_ticks)]
     getattr(axes, f"set_{which}scale")("log", base=2)
@@ -151,7 +151,7 @@ BYTES = {1024**n * 2**k: f"{2**k} {unit}" for n, unit in enumerate(("B", "KiB", 
 
 
 def unit_axis(axes: Axes, which: str, values: Iterable[float], units: Mapping[float, str]) -> None:
-    """A log axis, "x" or "y", that holds `values`, with ticks at round values of `SECONDS` or `BYTES`; two at least."""
+    """Sets up a log axis, "x" or "y", that holds `values`, with at least two ticks from `units`, such as `SECONDS`."""
     below, above, ticks = unit_ticks(values, units)
     getattr(axes, f"set_{which}scale")("log")
     getattr(axes, f"set_{which}ticks")(ticks, [units[tick] for tick in ticks])
@@ -187,20 +187,20 @@ def mark(**look: Any) -> Artist:
 
 
 def side_legend(axes: Axes, entries: Mapping[str, Any], title: str) -> None:
-    """A legend to the right of the panel, if there are entries: artists, or tuples of them, by label."""
+    """Adds a legend to the right of the panel, if there are entries: artists, or tuples of them, by label."""
     if entries:
         place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
         axes.legend(list(entries.values()), list(entries), title=title, labelspacing=0.3, **place)
 
 
 def say_nothing_finished(axes: Axes, text: str = "no run has finished") -> None:
-    """The text of a panel without a curve."""
+    """Writes the text of a panel without a curve."""
     axes.set_ylim(0, 100)
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=QUIET)
 
 
 def foot(figure: Figure, entries: Mapping[str, Any], text: str = "", columns: int = 4) -> None:
-    """A legend under all panels and over it a small grey text; nothing if there is neither. `entries` as in `side_legend`."""
+    """Adds a legend under all panels, and a small grey text over it, if there are any; `entries` as in `side_legend`."""
     if not entries and not text:
         return
     spacing = {"columnspacing": 1.2, "labelspacing": 0.3, "handletextpad": 0.5, "borderpad": 0.1, "borderaxespad": 0.2}
@@ -217,12 +217,12 @@ def named(what: str, batch_sizes: Iterable[Any]) -> str:
 
 
 def note(*parts: str, end: str = "") -> str:
-    """The text under a panel; `end` begins a line of its own."""
+    """Returns the text under a panel; `end` begins a new line."""
     return "\n".join(textwrap.fill(line, NOTE_WIDTH) for line in ("; ".join(filter(None, parts)), end) if line)
 
 
 def write(figure: Figure, stem: Path) -> list[Path]:
-    """Writes STEM.png and STEM.pdf, each complete under a temporary name first; no date or version goes in."""
+    """Writes STEM.png and STEM.pdf, each atomically and without a date or version."""
     paths = []
     for kind, dated in (("png", "Software"), ("pdf", "CreationDate")):
         buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Several studies beside each other: the best accuracy of each batch size (Fig. 15), and the range of η̃ (Fig. 16).
+"""Figures that compare studies: the best accuracy of each batch size (Fig. 15), and the range of η̃ (Fig. 16).
 
 Where BN batch sizes vary, they are chosen as in `grid.heat_map`.
 """
@@ -16,12 +16,12 @@ from smallbatch_jax.study.figures import points, style
 from smallbatch_jax.study.figures.labels import dataset_name, named_metric, paper_labels
 from smallbatch_jax.study.study import Study
 
-WIDEST_OF_TWO = 36  # characters of a legend entry, of which two stand side by side
+WIDEST_OF_TWO = 36  # most characters of a legend entry in two columns
 BAR = {"linewidth": 4.5, "color": "#7FB8DA"}
 LIGHT_BAR = {**BAR, "color": "#D5E6F3"}
 RATE: dict[str, Any] = {"color": "#08519C", "marker": "o", "markersize": 2.5, "linestyle": ""}
 LIMIT: dict[str, Any] = {"color": "0.55", "linewidth": 0.8, "linestyle": (0, (3, 2)), "zorder": 1.5}
-PANELS = {1: (1.9, 80, 8), 2: (1.9, 40, 8), 3: (1.5, 28, 7)}  # by columns: inches high, characters and points of a title
+PANELS = {1: (1.9, 80, 8), 2: (1.9, 40, 8), 3: (1.5, 28, 7)}  # by columns: inches high, characters and font size of a title
 
 
 @style.styled()

@@ -34,11 +34,11 @@ JSON: dict[str, Any] = {"separators": (",", ":"), "allow_nan": False}
 
 
 def write(studies: Iterable[Study], path: str | os.PathLike[str], refresh_seconds: int | None = None) -> None:
-    """Writes the page of one or several studies, finished or not, whole or not at all.
+    """Writes the page of one or several studies, finished or not, atomically.
 
     Args:
       studies: of different names.
-      path: the HTML file; its folder is made if need be.
+      path: the HTML file; its folder is created if needed.
       refresh_seconds: the interval at which a browser reloads it; None: never.
 
     Raises:
@@ -131,5 +131,5 @@ def _chart(figure: Any) -> Any:
 
 
 def _packed(text: str) -> Markup:
-    """The text compressed, in letters that need no escape; deterministic."""
+    """Compresses a text deterministically to base64, which needs no escaping."""
     return Markup(base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode())

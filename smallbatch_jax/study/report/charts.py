@@ -52,7 +52,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # title of a legend, t
 
 
 def maps_of(study: Study) -> list[CellMap]:
-    """The heat maps that together hold every cell of a study, some for each point on its further axes."""
+    """Returns heat maps that together hold every cell of a study, one or more for each point on its further axes."""
     found, further = [], axes(study.cells)
     for values, cells in study.cells.groupby(further) if further else [((), study.cells)]:
         point = [f"{axis_title(name)} {value:g}" for name, value in zip(further, values, strict=True)]
@@ -75,14 +75,14 @@ def _maps_of(cells: pd.DataFrame) -> list[CellMap]:
 def heat_map(study: Study, shown: CellMap, labels: Sequence[str]) -> go.Figure:
     """Test accuracy of every cell: coloured where a seed finished, × on grey where all diverged, a dot where none has ended.
 
-    `labels` are by the position of the cell in `study.cells`; `customdata` of a point is that position.
+    `labels` are in the order of `study.cells`; `customdata` of a point is the position of its cell there.
     """
     metric = named_metric(study.experiment)
     cells = marked(shown.cells, metric)
     position = pd.Series(study.cells.index.get_indexer(cells.index), cells.index)
 
     def grid(values: pd.Series, empty: Any = None) -> list[list[Any]]:
-        """The values at the places of their cells; `empty` at other places."""
+        """Returns the values at the places of their cells, and `empty` elsewhere."""
         table = cells.assign(value=values.astype(object)).pivot(index="batch_size", columns=shown.column, values="value")
         return table.where(table.notna(), empty).to_numpy().tolist()
 
@@ -133,7 +133,7 @@ def cell_labels(study: Study) -> list[str]:
 
 
 def _state(run: Mapping[Any, Any], epochs: int, metric: Metric) -> str:
-    """The state of a run, by its last row."""
+    """Describes the state of a run from its last row."""
     if run["status"] == "diverged":
         return f"seed {run['seed']}: diverged in epoch {run['epoch']}"
     finished = run["status"] == "finished"
@@ -142,7 +142,7 @@ def _state(run: Mapping[Any, Any], epochs: int, metric: Metric) -> str:
 
 
 def learning_curves(study: Study) -> list[dict[str, Any]]:
-    """By cell, in the order of `study.cells`: a title, and the traces of accuracy and loss by epoch of every run."""
+    """Returns a title and the accuracy and loss traces of all runs for each cell, in the order of `study.cells`."""
     by_cell: dict[Any, list[pd.DataFrame]] = {}
     cell_key = cell_columns(study.cells)
     for key, run in study.rows.groupby([*cell_key, "seed"], observed=True):
@@ -160,7 +160,7 @@ def learning_curves(study: Study) -> list[dict[str, Any]]:
 
 
 def _traces(run: pd.DataFrame, index: int, what: str) -> Iterator[dict[str, Any]]:
-    """A run's test curve, solid, and its training curve, dotted."""
+    """Yields a run's test curve, solid, and its training curve, dotted."""
     lost = " (diverged)" * bool((run["status"] == "diverged").any())
     unit = ":.2f} %" if what == "accuracy" else ":.4g}"
     for part, dash in (("test", "solid"), ("train", "dot")):
@@ -179,7 +179,7 @@ def _traces(run: pd.DataFrame, index: int, what: str) -> Iterator[dict[str, Any]
 
 
 def curves_layout(study: Study, what: str) -> go.Figure:
-    """The empty chart into which the curves of a cell are put."""
+    """Returns the empty chart for the learning curves of a cell."""
     figure = go.Figure(layout={**LAYOUT, "height": 330})
     figure.update_xaxes(title="epoch", dtick=1 if study.experiment.epochs <= 12 else None)
     if what == "accuracy":
@@ -190,7 +190,7 @@ def curves_layout(study: Study, what: str) -> go.Figure:
 
 
 def best_by_batch_size(studies: dict[str, Study]) -> go.Figure:
-    """The best test accuracy of each m over all its η̃ (Fig. 15), a curve for each study by its label."""
+    """Plots the best test accuracy of each m over all its η̃ (Fig. 15), one curve per study, by label."""
     tables = []
     for label, study in studies.items():
         cells, note = one_bn_batch_size(study.cells, study.metric)
@@ -201,7 +201,7 @@ def best_by_batch_size(studies: dict[str, Study]) -> go.Figure:
 
 
 def accuracy_by_batch_size(study: Study, shown: CellMap) -> go.Figure:
-    """Test accuracy over m, one curve per η̃: the paper's form (Figs. 1–3, 5–12)."""
+    """Plots test accuracy over m, one curve per η̃, in the paper's form (Figs. 1–3, 5–12)."""
     title, text = COLUMNS[shown.column]
     cells = shown.cells.sort_values([shown.column, "batch_size"])
     metric = named_metric(study.experiment)
@@ -210,7 +210,7 @@ def accuracy_by_batch_size(study: Study, shown: CellMap) -> go.Figure:
 
 
 def _chart_by_batch_size(cells: pd.DataFrame, metric: Metric, title: str, colors: Sequence[str] | None = None) -> go.Figure:
-    """A metric over m with its deviation over seeds; curves of which no cell has finished are left out."""
+    """Plots a metric over m with its deviation over seeds; leaves out curves without a finished cell."""
     table = marked(cells[cells.groupby("curve")["finished"].transform("any")], metric)
     hover = [
         f"<b>{setting(cell)}</b><br>{score(cell, metric)}" if cell["finished"] else "none has finished"
@@ -220,7 +220,7 @@ def _chart_by_batch_size(cells: pd.DataFrame, metric: Metric, title: str, colors
 
 
 def cost_charts(study: Study) -> dict[str, go.Figure]:
-    """The charts of cost by name; none without timings."""
+    """Returns the cost charts by name; empty without timings."""
     if not len(cost.seconds_per_image(study.timings)):
         return {}
     return {"time": accuracy_by_time(study), "target": time_to_accuracy(study)}
@@ -244,7 +244,7 @@ def accuracy_by_time(study: Study) -> go.Figure:
 
 
 def time_to_accuracy(study: Study) -> go.Figure:
-    """A run's own time until it reaches `cost.target_accuracy`, for each m at the η̃ that is there first."""
+    """Plots a run's own time until it reaches `cost.target_accuracy`, for each m at the η̃ that gets there first."""
     cells, _ = one_bn_batch_size(study.cells, study.metric)
     target = cost.target_accuracy(cells, study.chance, metric=study.metric)
     times = cost.planned_times(cells, study.rows, study.timings, target, study.metric)
@@ -263,7 +263,7 @@ def time_to_accuracy(study: Study) -> go.Figure:
 
 
 def _line_chart(table: pd.DataFrame, x: str, y: str, title: str, colors: Sequence[str] | None = None) -> go.Figure:
-    """A line for each `curve` of a table, its points labelled by `hover`, error bars of `std`; says so if there is none."""
+    """Plots a line per `curve` of a table, with hover labels `hover` and error bars `std`; says if the table is empty."""
     figure = px.line(
         table,
         x=x,

@@ -1,4 +1,4 @@
-"""The charts of what theory asks, by Plotly: the examples to a target and the best learning rates, as `figures.scaling`."""
+"""Plotly charts of scaling theory: the examples to a target and the best learning rates, as in `figures.scaling`."""
 
 import math
 from typing import Any
@@ -16,14 +16,14 @@ from smallbatch_jax.study.study import Study
 
 
 def scaling_charts(study: Study, found: Recommendation) -> dict[str, go.Figure]:
-    """The charts by name; none with fewer than three batch sizes."""
+    """Returns the charts by name; empty with fewer than three batch sizes."""
     if found.critical is None:
         return {}
     return {"examples": _examples(study, found.critical)} | ({"rates": _rates(study, found.rule)} if found.rule else {})
 
 
 def _examples(study: Study, fit: CriticalBatchSize) -> go.Figure:
-    """The examples to the target against m, with the hyperbola; a triangle needs more than that."""
+    """Plots the examples to the target against m, with the hyperbola; a triangle is a lower bound."""
     figure = go.Figure(layout={**LAYOUT, "height": 360})
     for reached, name, symbol in ((True, "reached", "circle"), (False, "needs more than that", "triangle-up-open")):
         rows = fit.table[fit.table["reached"] == reached]

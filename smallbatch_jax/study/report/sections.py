@@ -17,7 +17,7 @@ from smallbatch_jax.study.study import Study
 
 
 class Value(NamedTuple):
-    """A value, by which a table is sorted and a cell is chosen, and its text."""
+    """A value, used to sort a table or choose a cell, and its text."""
 
     value: Any
     shown: str
@@ -50,7 +50,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def axis_label(study: Study, column: str) -> str:
-    """The title of a column's axis; that of η̃ says what the learning rate is, where it is not the paper's η̃·m."""
+    """Returns the title of a column's axis; that of η̃ defines the learning rate, unless it is the paper's η̃·m."""
     rule = study.experiment.optimizer.rule
     said = f" (η = {catalog.RULES[rule][0]})" if column == "base_lr" and rule != "linear" else ""
     return LABELS[column] + said
@@ -98,7 +98,7 @@ def choices(cells: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def cost_sentence(study: Study) -> str:
-    """The time in which the study trained and compiled, in all."""
+    """Returns a sentence on the study's total training and compilation time."""
     costs = cost.program_costs(study.timings)
     trained, compiled = duration(costs["segment_seconds"].sum()), duration(costs["compile_seconds"].sum())
     images = f"{plural(len(costs), 'program')} trained {costs['images'].sum():,} images in {trained}"
@@ -115,7 +115,7 @@ def cost_caption(study: Study) -> str:
 
 
 def claims_of(studies: dict[str, Study]) -> dict[str, Any] | None:
-    """The verdicts on the paper's claims about these studies, judged and lacking data; None if there are none."""
+    """Returns the verdicts on the paper's claims about these studies, judged or lacking data; None if there are none."""
     verdicts = claims.judge(studies)
     about = [v for v in verdicts if any(name in studies for check in v.claim.checks for name in check.figures)]
     if not about:
