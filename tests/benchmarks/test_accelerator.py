@@ -1,4 +1,4 @@
-"""The script for the day there is a GPU, tried on a CPU."""
+"""The benchmark script for a GPU, tried on a CPU."""
 
 import subprocess
 import sys

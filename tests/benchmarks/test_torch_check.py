@@ -1,4 +1,4 @@
-"""The PyTorch check of stored studies: what it prints of trainings that are there."""
+"""The PyTorch check of stored studies prints a table of existing trainings."""
 
 import pandas as pd
 import pytest
@@ -11,7 +11,7 @@ STORED = ROOT / "notebooks" / "results" / "pytorch"
 
 @pytest.mark.long
 def test_a_stored_check_is_printed_without_images_and_pytorch():
-    """Six cells, each within two standard errors; the means of one are those of its rows."""
+    """Each of six cells agrees within two standard errors, and the means of one are those of its rows."""
     done = run("../benchmarks/torch_check.py", *(f"--workdir={STORED / name}" for name in ("fig02", "fig05", "fig08")))
     assert done.returncode == 0, done.stderr
     table = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]

@@ -1,4 +1,4 @@
-"""Grids on a Ray cluster: what a program asks for, what a worker does, what becomes of one that dies; then real clusters."""
+"""Grids on a Ray cluster, tested without one: what a program requests, what a worker does, and what follows its death."""
 
 import json
 import math
@@ -40,7 +40,7 @@ FACTS = {"num_classes": 3, "examples": [50, 20]}
         ([{"CPU": 64.0}], 143, 40, {"num_cpus": 40}),
         ([{"CPU": 8.0}], 13, 2, {"num_cpus": 2}),
         ([{"CPU": 8.0}, {"CPU": 8.0, "GPU": 2.0}], 13, None, {"num_gpus": 1}),
-        ([{"memory": 1e9}], 13, None, {"num_cpus": 1}),  # a head that does no work, alone so far
+        ([{"memory": 1e9}], 13, None, {"num_cpus": 1}),  # only a head node that does no work so far
         ([], 13, None, {"num_cpus": 1}),
     ],
 )
@@ -50,18 +50,18 @@ def test_a_program_asks_for_a_gpu_or_for_the_cpus_that_its_lanes_can_use(nodes, 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A workdir that this process owns, without rows."""
+    """Yields a workdir that this process owns, without rows."""
     with open_workdir(tmp_path / "w", tiny.grid(), FACTS) as path:
         yield path
 
 
 def found(folder, **fields):
-    """The programs of a tiny grid, as the launcher finds them."""
+    """Returns the programs of a tiny grid, as the launcher finds them."""
     return launcher._programs(tiny.grid(**fields), folder, 50)
 
 
 def test_programs_of_the_most_updates_start_first(folder, monkeypatch):
-    """Of all configs together; of equals those with more runs left."""
+    """All configs are ordered together; ties go to programs with more runs left."""
     programs = found(folder, batch_sizes=(8, 2, 4)) + found(folder, batch_sizes=(16,), epochs=30)
     fewer, more = found(folder, batch_sizes=(6,), bn_batch_sizes=(2, 3))
     done, *_ = found(folder, batch_sizes=(10,))
@@ -105,7 +105,7 @@ def test_the_status_of_all_programs_is_the_sum():
 
 
 class EndedTask:
-    """Stands for Ray, of which one task has ended."""
+    """A stand-in for Ray in which one task has ended."""
 
     exceptions = ray.exceptions
 
@@ -136,7 +136,7 @@ def test_the_rows_of_a_program_have_one_writer(tmp_path):
         stored.append([results.Row(4, 4, 2**-9, 0, 1, 1, 1.0, 0.5, 1.0, 0.5)])
     with open(stored.path, "a") as torn:
         torn.write("4,4,")
-    with ProgramResults(tmp_path, 4, 4), pytest.raises(Owned):  # mended: it is another file now
+    with ProgramResults(tmp_path, 4, 4), pytest.raises(Owned):  # repaired, which made it another file
         ProgramResults(tmp_path, 4, 4)
 
 
@@ -153,7 +153,7 @@ def test_a_worker_waits_for_the_rows_until_its_predecessor_is_dead(tmp_path):
 
 
 def test_who_adds_a_line_to_a_shared_file_waits_for_its_turn(tmp_path):
-    """Or else two that begin the file at once would both give it a header."""
+    """Otherwise two that begin the file at once would both write a header."""
     path = tmp_path / "timings.csv"
     add = "import sys; from pathlib import Path; from smallbatch_jax.store.results import Timings;"
     add += "timings = Timings(Path(sys.argv[1])); print(flush=True); timings.add('compile', 1.0)"
@@ -170,7 +170,7 @@ def test_who_adds_a_line_to_a_shared_file_waits_for_its_turn(tmp_path):
 
 @pytest.fixture
 def tiny_worker(monkeypatch):
-    """Workers in this process train the tiny model on its data."""
+    """Makes workers in this process train the tiny model on its data."""
     monkeypatch.setattr(
         "smallbatch_jax.runner.jobs.Setup.named_model", lambda setup, bn_decay, *rest, **_: tiny.TinyModel(*rest)
     )

@@ -82,7 +82,7 @@ def test_a_worker_that_dies_has_a_successor_and_one_that_fails_keeps_nobody_from
     first_tries = list(dict.fromkeys(int(m) for m, _ in tries))
     assert first_tries == [2, 4, 8, 16, 32]  # the most updates first
     assert sorted(int(m) for m, _ in tries) == [2, 4, 4, 8, 16, 32, 32]
-    assert len({process for _, process in tries}) == len(tries)  # a process for each
+    assert len({process for _, process in tries}) == len(tries)  # one process each
     assert not [path for path in (tmp_path / "w").iterdir() if path.name.startswith(".")]
 
 
@@ -110,12 +110,12 @@ def launch(workdir, *arguments, **options):
 
 
 def finished(process):
-    """What it said on stderr, once it has ended well."""
+    """Returns a process's lines on stderr once it has exited with status 0."""
     output, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, errors
     assert output.startswith("quickstart\n")
     lines = errors.splitlines()
-    assert [line for line in lines if "programs at work" not in line] == lines[-1:]  # Ray has nothing to say
+    assert [line for line in lines if "programs at work" not in line] == lines[-1:]  # Ray logs nothing
     return lines
 
 
@@ -132,12 +132,12 @@ def files(workdir):
 
 
 def saved(workdir):
-    """Of which programs there is a whole checkpoint."""
+    """Returns the programs that have a complete checkpoint."""
     return {path.parent.parent.name for path in workdir.glob("checkpoints/*/*[0-9]/commit_success.txt")}
 
 
 def begun(workdir):
-    """The programs that have rows."""
+    """Returns the programs that have at least five rows."""
     return {path.stem for path in workdir.glob("results/*.csv") if path.read_bytes().count(b"\n") > 5}
 
 
@@ -147,11 +147,11 @@ def starts(workdir):
 
 
 def assert_as_if_swept(workdir, swept):
-    """The same rows and figures bit for bit, and the same files."""
+    """Requires the same rows and figures bit for bit, and the same files."""
     pd.testing.assert_frame_equal(results.load(workdir), results.load(swept), check_exact=True)
     assert files(workdir) == files(swept)
     for figure in swept.glob("figures/*"):
-        if figure.stem not in COST_STEMS:  # which show what the clock said
+        if figure.stem not in COST_STEMS:  # which show measured times
             assert (workdir / "figures" / figure.name).read_bytes() == figure.read_bytes()
 
 
@@ -166,7 +166,7 @@ LONG = (
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """The workdir of the same grid, trained by sweep.py."""
+    """Returns the workdir of the same grid, trained by sweep.py."""
     workdir = tmp_path_factory.mktemp("swept") / "w"
     done = run("experiments/sweep.py", QUICKSTART, f"--workdir={workdir}", *LONG)
     assert done.returncode == 0, done.stderr
@@ -190,7 +190,7 @@ cluster.shutdown()
 
 @contextmanager
 def two_nodes(head, other):
-    """A cluster of two machines with so many CPUs: its address, and what kills the second one."""
+    """Yields the address of a cluster of two machines with these CPU counts, and a function that kills the second."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     nodes = subprocess.Popen([sys.executable, "-c", NODES, str(head), str(other)], cwd=ROOT, env=environment(), **pipes)
 
@@ -211,7 +211,7 @@ def two_nodes(head, other):
 @pytest.mark.slow
 @pytest.mark.parametrize(("head", "other"), [(1, 1), (1, 2)])
 def test_a_grid_outlives_a_machine_that_dies_while_it_trains(tmp_path, swept, head, other):
-    """With equal machines each trains a program; a larger one has them all, until what is left must do with less."""
+    """Equal machines train a program each; a larger one trains all, until it dies and the smaller one takes over."""
     workdir = tmp_path / "w"
     with two_nodes(head, other) as (address, kill):
         process = launch(workdir, f"--address={address}", *LONG)

@@ -1,4 +1,4 @@
-"""The commands as a user types them: one line and exit status 2 for a mistake, the same results however they are asked for."""
+"""Commands as a user types them: a mistake is one line and exit status 2; results do not depend on how they are requested."""
 
 import os
 import re
@@ -24,7 +24,7 @@ SMALL = (QUICKSTART, "--config.epochs=1", "--config.grid.batch_sizes=(512,)", "-
 
 
 def sweep(workdir, *arguments):
-    """A tiny program of the reduced AlexNet on digits."""
+    """Trains a tiny program of the reduced AlexNet on digits."""
     return run("sweep.py", *SMALL, f"--workdir={workdir}", *arguments)
 
 
@@ -41,7 +41,7 @@ def test_help_says_how_and_exits_0_within_two_seconds(script):
     assert done.returncode == 0
     assert f"python experiments/{script}" in done.stdout
     assert "--workdir" in done.stdout
-    after = os.times()  # of ended children: the processor's seconds, which other processes do not lengthen
+    after = os.times()  # CPU seconds of ended children, which other processes do not lengthen
     assert after.children_user + after.children_system - before.children_user - before.children_system < 2
 
 
@@ -208,7 +208,7 @@ def test_a_workdir_of_another_experiment_is_refused_with_the_fields_that_differ(
 
 @pytest.fixture
 def pictures(tmp_path):
-    """The arguments of a small sweep on a folder of two classes."""
+    """Returns the arguments of a small sweep on a folder of two classes."""
     data = tmp_path / "data"
     for split, count in (("train", 12), ("test", 4)):
         for kind, shade in (("dark", 40), ("light", 200)):

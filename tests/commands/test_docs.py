@@ -1,4 +1,4 @@
-"""What the documentation points to is there: files, headings, commands with their flags, configs and their fields."""
+"""Everything that the documentation points to exists: files, headings, commands and flags, configs and fields."""
 
 import re
 from pathlib import Path
@@ -16,24 +16,24 @@ PAGES = [
     ROOT / "notebooks/results/README.md",
 ]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NOT_A_VALUE = re.compile(r"[…\[\]<>]|DIR|ROOT|NAME|FILE")  # what a reader puts something else for
+NOT_A_VALUE = re.compile(r"[…\[\]<>]|DIR|ROOT|NAME|FILE")  # placeholders that a reader replaces
 
 ids = {"ids": lambda path: str(path.relative_to(ROOT))}
 
 
 def anchors(page):
-    """The fragments of a page's headings, as GitHub makes them."""
+    """Returns the fragments of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def links(text):
-    """Targets of links and pictures that are not on the web."""
+    """Returns the targets of links and pictures that are not on the web."""
     return [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", target)]
 
 
 def commands(text):
-    """Every command line of experiments/ and benchmarks/ in a page: script and arguments, lines joined, without comments."""
+    """Yields (script, arguments) of a page's commands of experiments/ and benchmarks/, lines joined, without comments."""
     code = [*re.findall(r"```\w*\n(.*?)```", text, re.S), *re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)]
     code += re.findall(r"^ {4}(.*(?:\\\n.*)*)$", text, re.M)
     for block in code:
@@ -44,13 +44,13 @@ def commands(text):
 
 
 def file_of(script):
-    """A script of benchmarks/ or experiments/."""
+    """Returns the path of a script of benchmarks/ or experiments/."""
     timed = ROOT / "benchmarks" / f"{script}.py"
     return timed if timed.is_file() else ROOT / "experiments" / f"{script}.py"
 
 
 def flags_of(script):
-    """Names of the flags that a script defines, its own and those of the modules of experiments/ that it imports."""
+    """Returns the names of the flags that a script defines itself or imports with modules of experiments/."""
     text = file_of(script).read_text()
     own = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text)
     own += [f"no{name}" for name in re.findall(r'DEFINE_bool\(\s*"(\w+)"', text)]
@@ -60,7 +60,7 @@ def flags_of(script):
 
 
 def mistakes(script, arguments):
-    """What is wrong with a command line of the documentation."""
+    """Returns what is wrong with a command line of the documentation."""
     if not file_of(script).is_file():
         return [f"experiments/{script}.py is not there"]
     found, known = [], flags_of(script)
@@ -113,7 +113,7 @@ def test_a_planted_mistake_is_found(command, said):
 
 
 def packages_of(root):
-    """Each package of a tree by dotted name, "top level" for the root, with the names of its modules."""
+    """Returns the module names of each package of a tree by dotted name, "top level" for the root."""
     found = {}
     for init in root.rglob("__init__.py"):
         folder = init.parent
@@ -123,7 +123,7 @@ def packages_of(root):
 
 
 def packages_on_the_map(text):
-    """The rows of CONTRIBUTING's map, as `packages_of` gives them."""
+    """Returns the rows of CONTRIBUTING's map in the form of `packages_of`."""
     rows = re.findall(r"^\| (`[\w.]+`|top level) \| (.*) \|$", text.partition("## Map of")[2], re.M)
     return {package.strip("`"): set(re.findall(r"`(\w+)`", modules)) for package, modules in rows}
 

@@ -1,4 +1,4 @@
-"""What the commands meet outside their flags: signals, full disks, other processes, the environment."""
+"""Commands under conditions outside their flags: signals, full disks, other processes, the environment."""
 
 import os
 import pty
@@ -45,7 +45,7 @@ def refused(done, says):
     assert errors.count("\n") == 1
 
 
-# In a new process, which imports JAX: JAX reads its variables then.
+# These run in a new process, which imports JAX: JAX reads its variables then.
 @pytest.mark.parametrize(
     ("environment", "says"),
     [
@@ -93,7 +93,7 @@ def test_output_that_cannot_be_written_is_one_line():
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of one MiB; its size can be changed."""
+    """Yields a file system of one MiB and a function that changes its size."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -111,7 +111,7 @@ TWO_RATES = ("--config.epochs=3", "--config.grid.batch_sizes=(64,)", "--config.g
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The workdir of a sweep of two rates."""
+    """Returns the workdir of a sweep of two rates."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "w"
     assert run("sweep.py", QUICKSTART, *TWO_RATES, f"--workdir={workdir}")[0] == 0
     return workdir
@@ -119,7 +119,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_sweep_on_a_full_disk_says_so_and_goes_on_once_there_is_room(small_disk, undisturbed):
-    """The lanes of an AlexNet do not fit on it."""
+    """A checkpoint of an AlexNet's lanes does not fit on it."""
     folder, resize = small_disk
     often = ("--config.checkpoint_seconds=0", "--config.segment_seconds=0.05")
     limit = "from smallbatch_jax.runner import scheduler as feeder; feeder.CHECKPOINT_SHARE = 1e9; "
@@ -137,7 +137,7 @@ def test_a_sweep_on_a_full_disk_says_so_and_goes_on_once_there_is_room(small_dis
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_while_the_first_program_compiles_ends_the_command_soon(tmp_path, signum):
-    """ResNet-32 takes longer to compile than this allows."""
+    """ResNet-32 takes longer to compile than the 15 s allowed here."""
     slow = ("--config.model.name=resnet32", "--config.model.norm=batch", *SMALL)
     with shell.start("sweep.py", QUICKSTART, *slow, f"--workdir={tmp_path / 'w'}") as process:
         while not (tmp_path / "w/provenance.jsonl").exists():
@@ -170,7 +170,7 @@ def test_flags_of_jax_change_no_bit_of_a_sweep_and_home_is_the_users(undisturbed
 
 @pytest.mark.slow
 def test_a_terminal_that_closes_saves_what_was_trained(tmp_path):
-    """SIGHUP, and nowhere to write to; `nohup` has it ignored, which stays."""
+    """The sweep gets SIGHUP and has nowhere to write to; under `nohup` the signal stays ignored."""
     terminal, inner = pty.openpty()
     line = ["experiments/sweep.py", QUICKSTART, *SMALL, "--config.epochs=4000", f"--workdir={tmp_path / 'w'}"]
     line = ["setsid", "--ctty", sys.executable, *line]
@@ -191,7 +191,7 @@ def test_a_terminal_that_closes_saves_what_was_trained(tmp_path):
 
 
 def test_a_workdir_that_may_only_be_read_is_read_and_what_cannot_be_drawn_is_one_line(tmp_path):
-    """Its figures folder is taken by a file: not even root, who runs the tests at times, may write into that."""
+    """A file takes the place of its figures folder: not even root, who may run the tests, can write into that."""
     workdir = shutil.copytree(ROOT / "notebooks/results/digits/fig08", tmp_path / "w")
     (workdir / "figures").write_text("")
     done = shell.run("figures.py", f"--workdir={workdir}")
@@ -223,7 +223,7 @@ ASK = "import jax; from smallbatch_jax.program import devices; print(devices.mem
 
 
 def memory_under(limit):
-    """Bytes that programs may use, by a process that a line of shell puts under a limit before it starts."""
+    """Returns the bytes that programs may use in a process that a shell command limits before it starts."""
     line = ["sh", "-c", f'{limit}; exec "$@"', "sh", sys.executable, "-c", ASK]
     return int(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
 
@@ -234,7 +234,7 @@ def test_the_memory_there_is_ends_where_the_user_said():
 
 @pytest.fixture
 def control_group():
-    """A control group of this machine, as a container or a job of Slurm is in; none can be made without the right to."""
+    """Yields a control group, such as a container or Slurm job runs in; skips the test without the right to create one."""
     for root, name in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
         group = Path(root, f"smallbatch_jax_{os.getpid()}")
         try:

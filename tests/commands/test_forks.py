@@ -1,4 +1,4 @@
-"""A command that a test runs as a fork ends and says as one that a user starts."""
+"""A command that a test runs as a fork prints and exits like one that a user starts."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ STORED = ROOT / "notebooks/results/digits/fig08"
     ("script", "arguments", "status"),
     [
         ("sweep.py", [QUICKSTART, "--workdir=w", "--config.epochs=many"], 2),
-        ("sweep.py", [QUICKSTART, "--workdir=w", "--config.grid.batch_sizes=(2,5000)"], 2),  # once JAX is imported
+        ("sweep.py", [QUICKSTART, "--workdir=w", "--config.grid.batch_sizes=(2,5000)"], 2),  # after JAX is imported
         ("claims.py", [f"--workdir={STORED}"], 0),
     ],
 )

@@ -1,4 +1,4 @@
-"""Notebooks of stored results never train and have no outputs; the others train, which .ci/run tries, and some keep outputs."""
+"""Notebooks of stored results never train and have no outputs; the others train, as .ci/run tests, and some keep outputs."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def cells(notebook):
 
 @pytest.fixture
 def stored(tmp_path):
-    """A finished grid of 2 × 3 runs, one of them diverged, as the writer leaves it."""
+    """Returns the workdir of a finished grid of 2 × 3 runs, one of them diverged, as the writer leaves it."""
     experiment = tiny.grid(batch_sizes=(2, 8), base_lrs=(2**-9, 2**-7, 2**-5))
     with workdir.open_workdir(tmp_path / "w", experiment, {"num_classes": 10}) as folder:
         for m in (2, 8):
@@ -45,7 +45,7 @@ def content(folder):
 
 
 def execute(notebook, monkeypatch):
-    """The names that a notebook leaves behind, run top to bottom where it lies."""
+    """Runs a notebook top to bottom in its folder and returns the names that it defines."""
     monkeypatch.chdir(notebook.parent)
     names: dict = {}
     for cell in cells(notebook):
@@ -116,7 +116,7 @@ def test_stored_outputs_are_small_and_name_no_machine_and_no_speed(name):
     assert {output["output_type"] for output in outputs} == {"stream", "execute_result"}
     assert any("image/png" in output.get("data", {}) for output in outputs)
     for output in outputs:
-        assert output.get("name") != "stderr"  # has paths, and a progress that is this machine's
+        assert output.get("name") != "stderr"  # has paths and progress of this machine
         assert len(json.dumps(output)) < 80_000  # 60 KB of picture
         assert not re.search(r"/(tmp|home|root|work)/|images/s", json.dumps(output.get("text", "")))
 

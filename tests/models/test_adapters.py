@@ -1,4 +1,4 @@
-"""Models of flax.nnx, Equinox and pairs of functions: they train as the linen module does, and what is refused."""
+"""Models of flax.nnx, Equinox and pairs of functions train as the linen module does; any others are refused."""
 
 import functools
 import sys
@@ -71,7 +71,7 @@ def equinox_params(*layers):
     return {f"layers.{i}.{name}": x for i, (k, b) in enumerate(layers) for name, x in (("weight", k.T), ("bias", b))}
 
 
-NETWORKS = {  # what is given, and its parameters from those of the layers, (kernel, bias) each
+NETWORKS = {  # the model as given, and its parameters from the (kernel, bias) of each layer
     "linen": (LinenMlp(), linen_params),
     "nnx": (NnxMlp, nnx_params),
     "equinox": (make_mlp, equinox_params),
@@ -81,7 +81,7 @@ NETWORKS = {  # what is given, and its parameters from those of the layers, (ker
 
 @functools.cache
 def losses(library):
-    """The losses of 50 steps from the same parameters on the same batches."""
+    """Returns the losses of 50 steps from the same parameters on the same batches."""
     given, place = NETWORKS[library]
     model, rng = adapted(given).settled(ROWS), np.random.default_rng(0)
     x = rng.normal(size=(50, 8, FEATURES)).astype(np.float32)
@@ -105,7 +105,7 @@ def test_equal_networks_have_equal_losses_in_every_library(library):
 
 
 class Noisy(nnx.Module):
-    """Batch norm and dropout, which are state of a run."""
+    """A module with batch norm and dropout, which are state of a run."""
 
     def __init__(self, rngs, rate=0.5):
         self.hidden, self.norm = nnx.Linear(FEATURES, HIDDEN, rngs=rngs), nnx.BatchNorm(HIDDEN, rngs=rngs)
@@ -120,7 +120,7 @@ class EquinoxNoisy(eqx.Module):
     norm: eqx.nn.BatchNorm
     dropout: eqx.nn.Dropout
     out: eqx.nn.Linear
-    order: jax.Array  # of integers, which are no parameters
+    order: jax.Array  # integers, hence not parameters
 
     def __init__(self, key):
         keys = jax.random.split(key)
@@ -134,7 +134,7 @@ class EquinoxNoisy(eqx.Module):
 
 
 def noisy_apply(params, rng, x, is_training):
-    """In the order of Haiku, and with noise while it trains."""
+    """Takes its arguments in Haiku's order and adds noise in training."""
     (kernel, bias), (), out = params
     x = jnp.tanh(x.reshape(len(x), -1) @ kernel + bias[None])
     return (x * jax.random.bernoulli(rng, 0.5, x.shape) if is_training else x) @ out
@@ -216,7 +216,7 @@ def test_random_streams_are_raw_state_that_follows_from_the_seed_and_advances():
 
 @pytest.mark.long
 def test_an_equinox_batch_norm_uses_the_batch_in_training_and_its_state_at_evaluation():
-    """As the module does in a loop of its own."""
+    """The outputs are those of the module called directly."""
     model, x = adapted(make_noisy).settled(ROWS), np.random.default_rng(0).normal(size=(6, FEATURES)).astype(np.float32)
     variables, key = model.init(jax.random.key(0), x[:1]), jax.random.key(1)
     outputs, changed = model.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key})

@@ -1,4 +1,4 @@
-"""Convolution and pooling against their definitions."""
+"""Convolution and pooling compared with their definitions."""
 
 from functools import cache, partial
 
@@ -33,7 +33,7 @@ CONVOLUTIONS = [
 
 @pytest.fixture(params=[None, "cpu", "gpu"])
 def platform(request):
-    """Off CPU `conv` is lax's; None has both and decides at compilation."""
+    """Returns a platform; off CPU `conv` is lax's, and None has both and decides at compilation."""
     return request.param
 
 
@@ -48,7 +48,7 @@ def images_and_kernel(images, image, channels, window, features):
 
 @cache
 def of_lax(shapes, strides, padding):
-    """Output and gradients of the images and kernel of these shapes: the same for every implementation."""
+    """Returns lax's output and gradients for images and kernel of these shapes, to compare implementations with."""
     return with_gradients(lambda x, k: lax_conv(x, k, strides, padding), *images_and_kernel(*shapes))
 
 
@@ -60,7 +60,7 @@ def assert_errors_within_three_times(ours, theirs, exact):
 
 @pytest.mark.parametrize(("image", "window", "strides", "padding"), CONVOLUTIONS)
 def test_conv_and_its_gradients_are_those_of_lax(platform, image, window, strides, padding):
-    """Output, gradient of the image, gradient of the kernel, to rounding."""
+    """Output and the gradients of image and kernel agree to rounding."""
     shapes = (2, image, 3, window, 4)
     ours = with_gradients(lambda x, k: conv(x, k, strides, padding, platform), *images_and_kernel(*shapes))
     assert_all_close(ours, of_lax(shapes, strides, padding))
@@ -90,7 +90,7 @@ def test_rows_of_images_are_convolved_as_the_images_are(window, strides, padding
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
 @pytest.mark.long
 def test_conv_however_many_images_channels_and_features(examples, channels, features, strides):
-    """Features that are no whole vectors go by im2col, some images at a time."""
+    """Features that do not fill whole vectors use im2col, a few images at a time."""
     shapes, padding = (examples, (8, 8), channels, (3, 3), features), ((1, 1), (1, 1))
     ours = with_gradients(lambda x, k: conv(x, k, strides, padding, "cpu"), *images_and_kernel(*shapes))
     assert_all_close(ours, of_lax(shapes, strides, padding), atol=1e-4)
@@ -102,7 +102,7 @@ def test_conv_however_many_images_channels_and_features(examples, channels, feat
 ])  # fmt: skip
 @pytest.mark.long
 def test_conv_of_the_shapes_of_resnet50(image, window, strides, channels, features):
-    """By whatever is chosen for them, 8 images; errors, measured in float64, within three times those of lax."""
+    """For 8 images, errors measured in float64 are within three times those of lax, whichever kernel is chosen."""
     pads = ((window // 2,) * 2,) * 2
     x, kernel = normal(8, *image, channels), normal(window, window, channels, features, seed=1)
     ours = with_gradients(lambda x, k: conv(x, k, (strides,) * 2, pads, "cpu"), x, kernel)
@@ -142,7 +142,7 @@ def test_off_cpu_small_batches_are_a_matrix_product_on_gpu_and_all_others_one_co
 
 @pytest.mark.parametrize(("height", "width"), [(1, 9), (8, 2), (3, 7), (6, 4), (5, 5)])
 def test_max_pool_and_its_gradient_are_those_of_reduce_window(height, width):
-    """3×3 windows of stride 2, SAME, at every size from 1 to 9."""
+    """They agree for 3×3 windows of stride 2, SAME, at every size from 1 to 9."""
 
     def reduce_window(x):
         return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
@@ -155,7 +155,7 @@ def test_max_pool_and_its_gradient_are_those_of_reduce_window(height, width):
 @pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 2), (2, 0))])
 @pytest.mark.long
 def test_max_pool_pads_as_it_is_told(height, width, padding):
-    """Output and gradient are those of reduce_window with these pads; -∞ in them, never the maximum."""
+    """Output and gradient are those of reduce_window with these pads, whose -∞ is never the maximum."""
 
     def reduce_window(x):
         pads = ((0, 0), *padding, (0, 0))
@@ -167,7 +167,7 @@ def test_max_pool_pads_as_it_is_told(height, width, padding):
 
 
 def test_max_pool_hands_on_every_nan():
-    """A window is NaN wherever in it the NaN stands, and other windows are not: 25 images with one NaN each."""
+    """In 25 images with one NaN each, a window is NaN exactly if it contains the NaN, wherever in it."""
     where_nan = jnp.eye(25, dtype=bool).reshape(25, 5, 5, 1)
     pool = jax.jit(max_pool)
     found = pool(jnp.where(where_nan, jnp.nan, normal(25, 5, 5, 1)))
@@ -175,7 +175,7 @@ def test_max_pool_hands_on_every_nan():
 
 
 def test_gradient_of_equal_maxima_goes_to_the_first():
-    """Of a constant 4×4 image, the top left pixel of each of the four windows, the whole gradient."""
+    """In a constant 4×4 image, the top left pixel of each of the four windows gets the whole gradient."""
     gradient = jax.jit(jax.grad(lambda x: max_pool(x).sum()))(jnp.ones((1, 4, 4, 1)))
     expected = np.zeros((4, 4))
     expected[::2, ::2] = 1

@@ -22,7 +22,7 @@ from smallbatch_jax.models.layers import Conv, Dense
     ids=["Conv", "Dense"],
 )
 def test_kernels_start_as_he_gaussians_and_biases_at_zero(layer, shape, fan_in):
-    """Deviation √(2/fan-in); a Gaussian not cut off: 1.24 % of it lies beyond 2.5 deviations."""
+    """The deviation is √(2/fan-in), and the Gaussian is not truncated: 1.24 % lies beyond 2.5 deviations."""
     params = layer.init(jax.random.key(0), jnp.zeros(shape))["params"]
     kernel = np.asarray(params["kernel"]) / math.sqrt(2 / fan_in)
     assert abs(kernel.mean()) < 0.03
@@ -32,7 +32,7 @@ def test_kernels_start_as_he_gaussians_and_biases_at_zero(layer, shape, fan_in):
 
 
 def shapes_of(model, height=32, width=32, channels=3):
-    """Variables of a model by shape, and the shapes its layers put out; nothing is computed."""
+    """Returns the shapes of a model's variables and of its layers' outputs; nothing is computed."""
     images = jax.ShapeDtypeStruct((4, height, width, channels), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     apply = partial(model.apply, capture_intermediates=True, mutable=["intermediates"])
@@ -43,7 +43,7 @@ def shapes_of(model, height=32, width=32, channels=3):
 
 
 def test_alexnet_has_472_794_parameters_and_halves_the_image_three_times():
-    """At 32×32×3 with 10 classes, without norm (§3.1): 32 → 16 → 8 → 4 pixels, then 256, 256, 10 units."""
+    """At 32×32×3 with 10 classes and no norm (§3.1), it has 32 → 16 → 8 → 4 pixels, then 256, 256, 10 units."""
     variables, outputs = shapes_of(create_model("alexnet", 10, norm="none"))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables)) == 472_794
     convolved = {"conv1": (4, 32, 32, 16), "conv2": (4, 16, 16, 48), "conv3": (4, 8, 8, 96)}
@@ -55,7 +55,7 @@ def test_alexnet_has_472_794_parameters_and_halves_the_image_three_times():
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 9), (11, 8), (8, 13), (33, 31)])
 def test_alexnet_takes_images_from_8_by_8(height, width):
-    """Odd sizes and other channel counts too."""
+    """Odd sizes and other channel counts are accepted too."""
     assert shapes_of(create_model("alexnet", 7, norm="none"), height, width, channels=1)[1][""] == (4, 7)
 
 
@@ -74,7 +74,7 @@ def test_alexnet_refuses_smaller_images(height, width):
     ],
 )
 def test_alexnet_normalises_the_layers_that_its_norm_names(norm, normalised):
-    """Those have no bias of their own; the others and always the logits have one, and no norm."""
+    """Those have no bias of their own; the others, which always include the logits, have one and no norm."""
     variables, _ = shapes_of(create_model("alexnet", 10, norm=norm))
     layers = ["conv1", "conv2", "conv3", "conv4", "conv5", "dense1", "dense2", "logits"]
     expected = {layer: {"kernel"} if layer in normalised else {"kernel", "bias"} for layer in layers}
@@ -86,7 +86,7 @@ def test_alexnet_normalises_the_layers_that_its_norm_names(norm, normalised):
 
 @pytest.mark.long
 def test_resnet50_has_25_557_032_parameters(monkeypatch):
-    """At 1000 classes, with batch norm: 23,454,912 of 53 convolutions, 53,120 of their norms, 2,049,000 of the logits."""
+    """With 1000 classes and batch norm, 53 convolutions have 23,454,912, their norms 53,120 and the logits 2,049,000."""
     convolved = []
     monkeypatch.setattr(layers_module, "conv", lambda *args: convolved.append(y := conv(*args)) or y)
     variables, outputs = shapes_of(create_model("resnet50", 1000), 224, 224)
@@ -116,7 +116,7 @@ def test_resnet50_has_25_557_032_parameters(monkeypatch):
     ],
 )
 def test_resnet50_has_a_norm_or_a_bias_after_each_convolution(norm, leaves):
-    """53 of either; the logits have a bias and no norm. In bfloat16 too all variables and the logits are float32."""
+    """There are 53 of either; the logits have a bias and no norm. In bfloat16, variables and logits are float32 too."""
     model = create_model("resnet50", 10, norm, dtype=jnp.bfloat16)
     variables, _ = shapes_of(model)
     params = variables["params"]
@@ -133,7 +133,7 @@ def test_resnet50_has_a_norm_or_a_bias_after_each_convolution(norm, leaves):
 
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_train_defaults_to_false(norm):
-    """`apply(variables, images)` is what it is with train=False: nothing is mutable, and any number of images will do."""
+    """`apply(variables, images)` equals train=False: nothing is mutable, and any number of images is accepted."""
     model = create_model("alexnet", 10, norm=norm, bn_batch_size=2)
     variables, _ = shapes_of(model, 8, 8)
     images = jax.ShapeDtypeStruct((3, 8, 8, 3), jnp.float32)  # b = 2 does not divide it: only training cares
@@ -172,7 +172,7 @@ def test_create_model_refuses_what_there_is_not(arguments, message):
 
 @pytest.mark.parametrize(("norm", "bn_batch_size"), [("none", None), ("batch", None), ("batch_renorm", 2)])
 def test_for_a_tpu_a_resnet_trains_on_rows_of_few_images_as_on_the_images(norm, bn_batch_size, monkeypatch):
-    """Logits, gradients, running averages and the logits they give, to rounding."""
+    """Logits, gradients, and the logits that the updated running averages give agree to rounding."""
     images, labels = normal(4, 8, 8, 3), jnp.arange(4)
     model = create_model("resnet8", 10, norm, bn_batch_size, platform="tpu")
     variables = create_model("resnet8", 10, norm, bn_batch_size).init(jax.random.key(0), images)

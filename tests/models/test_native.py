@@ -1,4 +1,4 @@
-"""Convolution in machine code against its definition, for each vector unit, and how it is compiled."""
+"""Convolution in machine code, compared with its definition for each vector unit, and its compilation."""
 
 import itertools
 import platform
@@ -18,7 +18,7 @@ from smallbatch_jax.models.native import ffi, loops
 from smallbatch_jax.models.native.processor import AVX2, AVX512, NEON, processor
 from smallbatch_jax.models.native.routine import optimised
 
-# Image, window, strides, padding: the first as in the networks, with more columns than a processor holds sums of.
+# Image, window, strides, padding. The first is as in the networks, with more columns than fit in registers as sums.
 SAME = ((1, 1), (1, 1))
 SHAPES = [
     ((32, 33), (3, 3), (1, 1), SAME),
@@ -41,7 +41,7 @@ CHANNELS = [(3, 16), (16, 16), (32, 48), (16, 64), (5, 96)]
 
 @pytest.fixture(params=[NEON, AVX2, AVX512], ids=["NEON", "AVX2", "AVX-512"])
 def unit(request, monkeypatch):
-    """Each vector unit's code: LLVM splits vectors that are too wide for this machine, and leaves registers unused."""
+    """Selects each vector unit's code; LLVM splits vectors that are too wide for this machine and leaves registers unused."""
     monkeypatch.setattr(native, "_processor", lambda: request.param)
     return request.param
 
@@ -57,7 +57,7 @@ def by_lax(x, kernel, strides, pads):
 
 
 def ours(x, kernel, dy, strides, pads):
-    """Output, and gradients of image and kernel; that of the image only where its channels fill vectors."""
+    """Returns the output, the kernel's gradient and, if its channels fill vectors, the image's gradient."""
     shape = shape_of(x, kernel, strides, pads)
     found = [native.correlate(shape, x, kernel), native.kernel_gradient(shape, x, dy)]
     if native.possible(shape.channels):
@@ -83,7 +83,7 @@ def operands(image, window, strides, pads, channels, features, images=3):
 )
 @pytest.mark.long
 def test_it_and_its_gradients_are_those_of_lax(shape, channels):
-    """Output, gradient of the kernel, gradient of the image, to rounding."""
+    """Output and the gradients of kernel and image agree to rounding."""
     arrays = operands(*shape, *channels)
     assert_all_close(ours(*arrays, *shape[2:]), theirs(*arrays, *shape[2:]), rtol=1e-4, atol=5e-4)
 
@@ -97,7 +97,7 @@ def test_the_gradient_of_the_kernel_over_more_images_than_the_cache_holds():
 
 @pytest.mark.usefixtures("unit")
 def test_the_gradient_of_the_kernel_over_many_images_is_as_exact_as_over_few():
-    """Sums of 262,144 positive products: if they were added one by one to one sum, each addition would round off more."""
+    """With 262,144 positive products added one by one to a single sum, each addition would round off more."""
     shape = native.Correlation((32, 32), 1, 16, (1, 1), (32, 32), (0, 0))
     x, dy = (np.random.default_rng(seed).uniform(1, 2, (256, 32, 32, c)).astype(np.float32) for seed, c in ((0, 1), (1, 16)))
     dw = native.kernel_gradient(shape, jnp.asarray(x), jnp.asarray(dy))[0, 0, 0]
@@ -156,7 +156,7 @@ def test_where_xla_refuses_the_code_there_is_one_warning(monkeypatch, caplog):
 
 
 def innermost_loops(assembly):
-    """The instructions of each loop of AArch64 assembly that contains no other."""
+    """Returns the instructions of each loop of AArch64 assembly that contains no other loop."""
     lines = [line.strip() for line in assembly.splitlines()]
     labels = {line.partition(":")[0]: i for i, line in enumerate(lines) if re.match(r"\.LBB\w+:", line)}
     spans = [(labels[name], i) for i, line in enumerate(lines) for name in re.findall(r"\.LBB\w+", line) if labels[name] <= i]
@@ -168,7 +168,7 @@ def innermost_loops(assembly):
 @pytest.mark.parametrize("write", [loops.correlation, loops.kernel_gradient])
 @pytest.mark.parametrize(("channels", "features", "strides"), [(3, 16, (1, 1)), (16, 16, (1, 1)), (32, 64, (2, 2))])
 def test_for_64_bit_arm_the_loops_are_vector_products_without_spills(write, channels, features, strides):
-    """Cross-compiled: each innermost loop with products has more `fmla` of 4 floats than loads, and no access to the stack."""
+    """Cross-compiled innermost loops with products have more `fmla` of 4 floats than loads, and no access to the stack."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     target = llvm.Target.from_triple("aarch64-unknown-linux-gnu").create_target_machine(cpu="neoverse-n1", opt=3, jit=True)

@@ -1,4 +1,4 @@
-"""Batch norm against its definition."""
+"""Batch norm compared with its definition."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ from smallbatch_jax.models.norm import BatchNorm
 
 
 def batch_norm(batch_size=None, **options):
-    """(x, scale, bias) → the output in training."""
+    """Returns (x, scale, bias) → the output in training."""
     module = BatchNorm(batch_size, **options)
     return lambda x, scale, bias: module.apply(norm_variables(scale, bias), x, True, mutable=["batch_stats"])[0]
 
 
 def train(module, variables, x) -> Any:
-    """(output, new batch_stats) of one call in training."""
+    """Returns (output, new batch_stats) of one call in training."""
     y, state = jax.jit(lambda v, x: module.apply(v, x, True, mutable=["batch_stats"]))(variables, x)
     return y, state["batch_stats"]
 
@@ -35,7 +35,7 @@ def norm_variables(scale, bias, mean=None, var=None):
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("shape", [(6, 4, 3, 5), (6, 5), (2, 5)])
 def test_norm_over_the_whole_batch_is_that_of_flax(shape, platform):
-    """b = N: output and gradients of image, scale and bias equal flax.linen.BatchNorm's, two-pass variance."""
+    """With b = N, output and gradients of image, scale and bias equal flax.linen.BatchNorm's with two-pass variance."""
     flax_norm = nn.BatchNorm(use_running_average=False, epsilon=1e-5, use_fast_variance=False)
 
     def theirs(x, scale, bias):
@@ -64,7 +64,7 @@ def test_sub_batches_are_normalised_each_by_itself(shape, batch_size):
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_variance_in_one_pass_is_taken_about_the_running_mean(platform):
-    """Mean 10⁴, deviation 1, and a running mean one deviation away: right to 1 %."""
+    """With mean 10⁴, deviation 1 and a running mean one deviation away, it is right to 1 %."""
     x = 1e4 + np.random.default_rng(0).normal(size=(4, 8, 8, 2)).astype(np.float32)
     variables = norm_variables(jnp.ones(2), jnp.zeros(2), jnp.full(2, 1e4 + 1.0))
     _, batch_stats = train(BatchNorm(platform=platform), variables, x)
@@ -73,7 +73,7 @@ def test_variance_in_one_pass_is_taken_about_the_running_mean(platform):
 
 
 def test_variance_is_two_pass():
-    """Mean 10⁴, deviation 1, in float32: the output is right to 0.005, and the running variance to 1 %.
+    """With mean 10⁴ and deviation 1 in float32, the output is right to 0.005 and the running variance to 1 %.
 
     E[x²] - μ² would be lost in rounding: 10⁸ is held to ±4.
     """
@@ -89,7 +89,7 @@ def test_variance_is_two_pass():
 
 @pytest.mark.parametrize(("shape", "batch_size"), [((6, 4, 3, 5), 2), ((6, 5), 3), ((6, 5), None), ((4, 3, 5), 1)])
 def test_running_averages_move_once_per_call_towards_the_mean_over_sub_batches(shape, batch_size):
-    """0.99 of the old, 0.01 of the mean of the sub-batches' means and unbiased variances."""
+    """They become 0.99 of the old plus 0.01 of the mean of the sub-batches' means and unbiased variances."""
     x, old_mean, old_var = normal(*shape), normal(5, seed=1), jnp.abs(normal(5, seed=2))
     variables = norm_variables(jnp.ones(5), jnp.zeros(5), old_mean, old_var)
     _, batch_stats = train(BatchNorm(batch_size), variables, x)
@@ -103,7 +103,7 @@ def test_running_averages_move_once_per_call_towards_the_mean_over_sub_batches(s
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, None])
 def test_a_batch_sharded_over_devices_is_normalised_as_on_one(batch_size):
-    """Four examples on each of two devices: BN groups smaller than, equal to and larger than a shard; output and gradients."""
+    """Output and gradients agree with four examples on each of two devices and BN groups below, at and above a shard."""
     x, scale, bias, weights = normal(8, 3, 5), normal(5, seed=1), normal(5, seed=2), normal(8, 3, 5, seed=3)
 
     def loss(axis_name):
@@ -130,7 +130,7 @@ def test_a_batch_sharded_over_devices_is_normalised_as_on_one(batch_size):
 
 
 def test_evaluation_uses_running_averages_with_epsilon_1e_5():
-    """(x - mean) / √(var + 10⁻⁵)·scale + bias, whatever b, and nothing moves; with var = 0 only ε is left."""
+    """The output is (x - mean) / √(var + 10⁻⁵)·scale + bias for any b, and no average moves; var = 0 leaves only ε."""
     x, scale, bias, mean, var = normal(3, 2, 4), *(normal(4, seed=s) for s in (1, 2, 3)), jnp.array([0.0, 1e-5, 1.0, 4.0])
     found, state = jax.jit(lambda v: BatchNorm(2).apply(v, x, False, mutable=["batch_stats"]))(
         norm_variables(scale, bias, mean, var)
@@ -143,7 +143,7 @@ def test_evaluation_uses_running_averages_with_epsilon_1e_5():
 
 
 def test_statistics_of_bfloat16_are_float32():
-    """Means are taken in float32 (257 has no bfloat16), and the output is bfloat16 again."""
+    """Means are taken in float32 (bfloat16 cannot represent 257), and the output is bfloat16 again."""
     x = jnp.repeat(jnp.array([256.0, 258.0], jnp.bfloat16), 32).reshape(64, 1)
     variables = norm_variables(jnp.ones(1), jnp.zeros(1))
     found, batch_stats = train(BatchNorm(), variables, x)

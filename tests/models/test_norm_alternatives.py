@@ -11,7 +11,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(2.0, 3.0, (8, 4, 4, 32)), jnp.fl
 
 
 def renorm(updates, mean, var, bn_batch_size=4, **bounds):
-    """(output in training, statistics after, output in evaluation) of a layer that has taken `updates` updates."""
+    """Returns (training output, statistics after it, evaluation output) of a layer that has taken `updates` updates."""
     layer = BatchRenorm(bn_batch_size, **bounds)
     params = {"scale": jnp.full(32, 1.5), "bias": jnp.full(32, -0.5)}
     stats = {"mean": jnp.full(32, mean), "var": jnp.full(32, var), "updates": jnp.float32(updates)}
@@ -39,7 +39,7 @@ def test_batch_renorm_ends_with_training_equal_to_evaluation_while_its_bounds_ar
 
 
 def test_batch_renorm_keeps_r_and_d_within_their_bounds():
-    """Against running averages that are far off: σ_B/σ = 30 is cut to 3, (μ_B - μ)/σ = 200 to 5."""
+    """With running averages that are far off, σ_B/σ = 30 is clipped to 3 and (μ_B - μ)/σ = 20 to 5."""
     out, _, _ = renorm(10_000, 0.0, 0.01)
     normalised = (out + 0.5) / 1.5
     groups = normalised.reshape(2, 4 * 4 * 4, 32)
@@ -48,7 +48,7 @@ def test_batch_renorm_keeps_r_and_d_within_their_bounds():
 
 
 def test_no_gradient_flows_through_r_and_d():
-    """So the gradient by x is that of batch norm, times r: the sum over a sub-batch's examples is 0."""
+    """The gradient with respect to x is thus batch norm's times r, and its sum over a sub-batch's examples is 0."""
 
     def total(x):
         stats = {"mean": jnp.zeros(32), "var": jnp.full(32, 0.5), "updates": jnp.float32(1e4)}

@@ -1,4 +1,4 @@
-"""The user's own module: how it is told that it trains, how a workdir recognises it, and what is refused."""
+"""The user's own module: its training mode, its fingerprint in a workdir, and what is refused."""
 
 import functools
 import json
@@ -31,7 +31,7 @@ def settled(module, shape=ROWS):
 
 
 def called(argument, default="", inverted=False, body="nn.Dropout(0.5)(nn.BatchNorm()(x, use_running_average=off), off)"):
-    """A module whose mode has any name."""
+    """Returns a module whose mode argument has the given name."""
     scope: dict[str, Any] = {"nn": nn}
     lines = [
         "class Own(nn.Module):",
@@ -70,7 +70,7 @@ def test_a_mode_of_another_name_without_a_default_is_refused():
 
 
 class Stuck(nn.Module):
-    """Its mode is a field."""
+    """A module whose mode is a field."""
 
     kind: str
     training: bool
@@ -193,7 +193,7 @@ def test_batch_norm_over_a_single_value_is_refused(axis, shape, batch_size, refu
 
 
 def waves(key, shape, dtype=jnp.float32):
-    """Initial parameters that compile in a moment, as random numbers do not."""
+    """Returns initial parameters that compile quickly, unlike random numbers."""
     return jnp.sin(jnp.arange(math.prod(shape), dtype=dtype)).reshape(shape)
 
 
@@ -252,7 +252,7 @@ def test_fields_that_change_what_is_computed_change_the_fingerprint():
 
 @pytest.mark.long
 def test_a_fingerprint_is_the_same_in_another_process():
-    """Addresses and the order of sets differ there."""
+    """Addresses and the order of sets differ in the other process."""
     code = """
         import json
         from test_own import *
@@ -274,7 +274,7 @@ def test_a_fingerprint_of_an_earlier_version_is_compared_without_the_updated_sta
 
 
 def written(text):
-    """A module named Own, of one field."""
+    """Returns a module named Own whose `__call__` has these lines."""
     scope: dict[str, Any] = {"nn": nn, "jnp": jnp, "Dense": Dense}
     lines = ["class Own(nn.Module):", "    @nn.compact", "    def __call__(self, x, train=False):", *text]
     exec(compile("\n".join(lines), "<string>", "exec"), scope)

@@ -1,6 +1,6 @@
-"""The models compute what independent ones in PyTorch do: logits, gradients and running statistics, layer by layer.
+"""The models agree with independent ones in PyTorch: logits, gradients and running statistics, layer by layer.
 
-tests/reference/torch_models.py made the fixtures; this test needs no PyTorch.
+tests/models/reference/torch_models.py made the fixtures; this test needs no PyTorch.
 """
 
 import functools
@@ -23,18 +23,18 @@ FIXTURES = np.load(FOLDER / "models.npz", allow_pickle=False)
 CASES = sorted({name.rsplit("|", 1)[0] for name in FIXTURES if name.endswith("|logits")})
 BY_DEFAULT = ["alexnet|none|4|None|32", "alexnet|batch|8|4|16", "resnet8|none|4|None|32", "resnet8|batch|6|2|32"]
 BLOCKS = [f"stage{stage}_block{block}" for stage, count in enumerate((3, 4, 6, 3), 1) for block in range(1, count + 1)]
-# Relative, of what goes forward and of gradients. Of ResNet-50's millions of ReLUs rounding may turn one on or off, and one in
+# Relative tolerances of forward values and of gradients. Rounding may flip one of ResNet-50's millions of ReLUs, and one in
 # its last block is 2 % of a gradient (3.7 % was seen).
 TOLERANCES, RESNET50_TOLERANCES = (1e-4, 1e-4), (1e-4, 5e-2)
-# Rounding alone is off by 1.1e-4 there: with sums one after another, as in code that is compiled quickly, on any processor, and
-# with those of vectors on some.
+# Rounding alone is off by 1.1e-4 there: with sequential sums, as in code that is compiled quickly, on any processor, and with
+# vectorised sums on some.
 OF_VECTORS, OF_VECTORS_TOLERANCES = "alexnet|batch|8|4|16", (1e-4, 2e-4)
 START = {"mean": 0.0, "var": 1.0, "updates": 1500.0}  # running statistics before the step, as in the reference
 
 
 @functools.cache
 def draw():
-    """The generator of weights that the fixtures were made with; its module imports torch, which need not be there."""
+    """Returns the generator of the fixtures' weights, without its module's import of torch, which may not be installed."""
     source = (FOLDER / "torch_models.py").read_text()
     module = types.ModuleType("reference_draw")
     spec = importlib.util.find_spec("numpy")
@@ -45,7 +45,7 @@ def draw():
 
 
 def weights(params):
-    """The reference's weights in our tree, drawn by name."""
+    """Returns the reference's weights in our tree, drawn by name."""
 
     def leaf(path, like):
         name = "/".join(part.key for part in path)
@@ -62,7 +62,7 @@ def weights(params):
 
 
 def compute(case, monkeypatch):
-    """(logits, loss, gradients by name, running statistics by name, outputs of ResNet-50's blocks by name) of our model."""
+    """Returns our model's logits and loss, and by name its gradients, running statistics and ResNet-50 block outputs."""
     name, norm, batch, bn_batch, size = case.split("|")
     model = create_model(name, 10, norm, None if bn_batch == "None" else int(bn_batch), platform="cpu")
     images = draw()(f"images {case}", (int(batch), int(size), int(size), 3))
@@ -115,7 +115,7 @@ def test_model_equals_its_pytorch_reference(case, monkeypatch):
 
 
 def assert_summary(case, name, found, tolerance):
-    """Its norm, and its product with a random vector, which is about the norm, and as exact."""
+    """Compares an array's norm, and its product with a random vector, which is about as large and as exact."""
     names, norms, products = (FIXTURES[f"{case}|{part}"] for part in ("names", "norms", "products"))
     norm, product = norms[names == name].item(), products[names == name].item()
     found = found.astype(np.float64)
@@ -124,7 +124,7 @@ def assert_summary(case, name, found, tolerance):
 
 
 def close(found, expected, name, tolerance):
-    """Relative in norm."""
+    """Requires a small error in norm, relative to the expected norm."""
     error = np.linalg.norm(np.asarray(found, np.float64) - expected)
     assert error <= tolerance * np.linalg.norm(expected), f"{name}: off by {error / np.linalg.norm(expected):.1e}"
 

@@ -1,4 +1,4 @@
-"""Hessian-vector products through the layers whose gradient is written out are those of plain formulas."""
+"""Hessian-vector products through layers with custom gradients equal those of plain formulas."""
 
 import functools
 
@@ -18,7 +18,7 @@ SAME = ((1, 1), (1, 1))
 
 
 def hessian_vector_product(function, *primals):
-    """Of a loss whose own curvature is not constant, along random vectors."""
+    """Returns the product for a loss whose own curvature is not constant, along random vectors."""
 
     def gradient(*primals):
         return jax.grad(lambda *primals: jnp.sin(function(*primals)).sum(), tuple(range(len(primals))))(*primals)

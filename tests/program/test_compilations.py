@@ -9,7 +9,7 @@ from smallbatch_jax.program import device_data, devices, lanes, train
 
 @pytest.fixture
 def chosen():
-    """Sets JAX's own directory of compiled programs, which the tests share, and restores it."""
+    """Yields a function that sets JAX's directory of compiled programs, which the tests share; restores it."""
     before = jax.config.values["jax_compilation_cache_dir"]
     yield lambda value: jax.config.update("jax_compilation_cache_dir", value)
     jax.config.update("jax_compilation_cache_dir", before)

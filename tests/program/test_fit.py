@@ -80,7 +80,7 @@ def summaries(weights=(1.0, 1.0, 1.0), decay=0.1):
 
 
 def test_another_loss_or_optimizer_of_the_name_is_recognised():
-    """By the weight of a class that few examples have, and by a decay of arrays of two dimensions alone."""
+    """It is recognised by the weight of a rare class, and by a decay of two-dimensional arrays only."""
     ours = summaries()
     assert _model_difference(ours, summaries()) is None
     assert _model_difference(ours, summaries(weights=(1.0, 1.0, 30.0))) == "classes loss"

@@ -1,4 +1,4 @@
-"""What an NVIDIA GPU computes is what a CPU does: run with `pytest -m gpu -n 0` where there is one."""
+"""An NVIDIA GPU computes what a CPU computes; run with `pytest -m gpu -n 0` on a machine that has one."""
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ STEPS, BATCH_SIZE = 5, 8
 
 
 def first_losses(platform, base_lrs, precision="float32"):
-    """Mean losses of the first steps of ResNet-8 with batch norm and augmentation, by lane."""
+    """Returns, by lane, the mean loss of the first steps of ResNet-8 with batch norm and augmentation, and `alive`."""
     dataset = random("cifar10", None, None)
     mesh = lane_mesh(jax.devices(platform)[:1])
     model = create_model("resnet8", 10, "batch", platform=platform)

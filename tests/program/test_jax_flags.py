@@ -1,4 +1,4 @@
-"""A sweep under JAX's and Flax's flags: whatever they are set to, the rows are the same, or what was set is written down."""
+"""JAX's and Flax's flags either change no row of a sweep or are recorded with it."""
 
 import gc
 import json
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("optimized")
 
 @pytest.fixture(autouse=True)
 def as_before():
-    """Every flag as it was."""
+    """Restores every flag after the test."""
     before = {name: jax_flags._of_all_threads(name) for name in jax.config.values}
     yield
     for name, value in before.items():  # jax_transfer_guard before those that it sets
@@ -32,7 +32,7 @@ def as_before():
 
 
 def swept(workdir):
-    """Rows of two rates, of which the higher diverges."""
+    """Returns the rows of two rates, of which the higher diverges."""
     rates = {"batch_sizes": (10,), "base_lrs": (2**-9, 1e30)}
     frame = sweep(tiny.PlainModel(), tiny.dataset(), **rates, epochs=2, workdir=workdir, progress=NoProgress())
     assert set(frame.status) == {"finished", "diverged"}
@@ -45,7 +45,7 @@ def plain(tmp_path_factory):
 
 
 def others(values):
-    """Another value of each flag that this version of JAX has."""
+    """Returns another value for each flag that this version of JAX has."""
     special = {
         "jax_default_matmul_precision": "bfloat16",
         "jax_numpy_dtype_promotion": "strict",

@@ -41,7 +41,7 @@ def settings(base_lrs, seeds=0, weight_decay=0.0, warmup_fraction=0.0):
 
 
 def segment(seeds, steps, first=0, evaluate=True):
-    """Every lane takes its own number of steps of an epoch."""
+    """Returns a segment in which every lane takes its own number of steps of an epoch."""
     indices = np.zeros((len(seeds), STEPS, BATCH_SIZE), np.int32)
     for lane, (seed, count) in enumerate(zip(seeds, steps, strict=True)):
         indices[lane, :count] = tiny.batch_indices(seed, first, count, BATCH_SIZE, 50)
@@ -49,7 +49,7 @@ def segment(seeds, steps, first=0, evaluate=True):
 
 
 def train(program, base_lrs, seeds=None, steps=None, model=tiny.PlainModel, segments=None):
-    """Fresh lanes after their segments: (states, last report), stacked by lane, as NumPy arrays."""
+    """Trains fresh lanes for all segments; returns (states, last report) as NumPy arrays, stacked by lane."""
     seeds = seeds or [0] * len(base_lrs)
     segments = segments or [segment(seeds, steps or [STEPS] * len(base_lrs))]
     state = program.start(program.empty(), {lane: initial(model)(seed) for lane, seed in enumerate(seeds)})
@@ -129,7 +129,7 @@ def test_a_test_set_that_no_batch_divides_is_padded_with_images_that_do_not_coun
 
 
 def test_no_rate_seed_decay_or_warmup_compiles_anything():
-    """Counted by JAX itself: after one segment, others with other settings ask for no compilation."""
+    """After one segment, others with other settings request no compilation, as counted by JAX itself."""
     program = compiled()
     train(program, [2**-7] * 4)
     fresh = initial(tiny.PlainModel)
@@ -156,7 +156,7 @@ def test_lanes_must_spread_evenly_over_the_devices():
 
 @functools.cache
 def shared_by(devices, mapping):
-    """Two epochs of two lanes, each batch on so many devices: steps that straddle two epochs, augmented, 21 test images."""
+    """Trains two lanes for two augmented epochs, each batch on `devices`; a step straddles both; 21 test images."""
     data = on_device.to_device(tiny.dataset(num_test=21), lanes.lane_mesh())
     program = Program(BATCH_SIZE, total_steps=26, axis_name="data" if devices > 1 else None, augment=True)
     mesh = lanes.lane_mesh(data_devices=devices)
@@ -169,7 +169,7 @@ def shared_by(devices, mapping):
 @pytest.mark.parametrize("mapping", ["vmap", pytest.param("map", marks=pytest.mark.slow)])
 @pytest.mark.long
 def test_a_batch_shared_by_two_devices_trains_and_is_evaluated_as_on_one(mapping):
-    """Parameters, sums, test loss and images right; and the lane that diverges does so at the same step."""
+    """Parameters, sums, test loss and number correct agree, and the diverging lane diverges at the same step."""
     one, two = shared_by(1, mapping), shared_by(2, mapping)
     assert list(two[1].alive) == [True, False]
     assert_lanes_close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The gradient noise scale: its value, its interval, and the sub-batches that it is taken from."""
+"""The gradient noise scale: its value, its error, and the sub-batches that it is estimated from."""
 
 import dataclasses
 
@@ -29,13 +29,13 @@ def fresh(model):
 
 @pytest.fixture
 def whole(monkeypatch):
-    """The sample is the whole training set, in sub-batches as small as batch norm allows."""
+    """Makes the sample the whole training set, in sub-batches as small as batch norm allows."""
     entry = dataclasses.replace(catalog.DIAGNOSTICS["noise_scale"], share=1, sub_batches=1000)
     monkeypatch.setitem(catalog.DIAGNOSTICS, "noise_scale", entry)
 
 
 def estimates(gradients, size):
-    """B and its jackknife error from the gradients of sub-batches, float64[k, P]."""
+    """Returns B and its jackknife error from the gradients of sub-batches, float64[k, P]."""
 
     def value(gradients):
         trace = size * gradients.var(0, ddof=1).sum()
@@ -47,7 +47,7 @@ def estimates(gradients, size):
 
 
 def gradients_of_training(model, size):
-    """The gradients of consecutive batches of the sample, as a training step of η = 1 takes them; float64[k, P]."""
+    """Returns the gradients of consecutive batches of the sample, from training steps of η = 1; float64[k, P]."""
     data, state = on_device(), fresh(model)
     step = jax.jit(make_train_step(model, Program(size, 10**6)))
     setting = Setting(np.float32(1 / size), np.int32(0), np.float32(0), np.float32(0))
@@ -76,7 +76,7 @@ def test_it_is_that_of_the_gradients_that_training_would_take_of_its_sub_batches
 
 @jax.jit
 def samples(ratio):
-    """The estimates of 1,000 samples; the eigenvalues of Σ fall as the root of their place."""
+    """Returns the estimates of 1,000 samples; the i-th eigenvalue of Σ is proportional to 1/√i."""
     size, parameters = 24, 200
     eigenvalues = 1 / jnp.sqrt(jnp.arange(1, parameters + 1))
     deviations = jnp.sqrt(eigenvalues / eigenvalues.sum() * ratio / size)[None]
@@ -112,7 +112,7 @@ def shape(name, examples, m, model, batch_stats, **options):
 @pytest.mark.parametrize("examples", [1_000, 1_437, 50_000])
 @pytest.mark.parametrize("group", [1, 2, 5, 6])
 def test_it_takes_a_twentieth_of_the_gradients_of_an_epoch_at_most(examples, group):
-    """Two of each example, as long as 160 BN groups are no more than the training set."""
+    """Each sampled example takes two; this holds as long as 160 BN groups are no more than the training set."""
     k, size = shape("noise_scale", examples, 6, tiny.TinyModel(group), {"mean": 0} if group > 1 else {})
     assert size % group == 0
     assert k >= 4
@@ -133,7 +133,7 @@ class SharedModel(tiny.TinyModel):
 @pytest.mark.long
 @pytest.mark.parametrize("examples", [48, 46, 2])
 def test_devices_that_share_a_batch_share_the_sub_batches(examples):
-    """The examples in BN groups of 2: 12 on each of two devices, 12 and 11, or one alone."""
+    """The examples form BN groups of 2: 12 on each of two devices, 12 and 11, or a single one."""
     mesh, names = lanes.lane_mesh(jax.devices()[:2], 2), ("noise_scale", "sharpness")
     model = SharedModel(2, axis_name="data")
     data = device_data.to_device(DATA, mesh)._replace(shuffled=np.asarray(on_device().shuffled)[:examples])

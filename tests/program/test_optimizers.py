@@ -23,7 +23,7 @@ from smallbatch_jax.store import results
 
 BATCH_SIZE, STEPS, LANES, DECAY = 4, 50, 5, 1e-2
 BASE_LRS = np.array([2.0**-k for k in range(7, 7 + LANES)], np.float32)
-SCALARS = {"momentum": 0.8, "beta1": 0.85, "beta2": 0.97, "epsilon": 1e-4}  # none is a default
+SCALARS = {"momentum": 0.8, "beta1": 0.85, "beta2": 0.97, "epsilon": 1e-4}  # none equals its default
 PLAIN = {  # by the formulas of the papers, from optax's own optimizers
     "sgd": lambda lr, mask: optax.chain(optax.add_decayed_weights(DECAY, mask), optax.sgd(lr)),
     "momentum": lambda lr, mask: optax.chain(optax.add_decayed_weights(DECAY, mask), optax.sgd(lr, 0.8)),
@@ -48,7 +48,7 @@ def dataset():
 
 
 def trained(name, rule, mapping, values=None, mask="all"):
-    """The parameters of every lane after 50 steps, those before them, and the examples of each step."""
+    """Returns every lane's parameters after 50 steps, the fresh state, and the example indices of each step."""
     return trained_by(Setup(chosen(name, rule, mask), dataset(), lambda b: tiny.PlainModel()), mapping, values)
 
 
@@ -70,13 +70,13 @@ def trained_by(setup, mapping, values=None):
 
 
 def by_name(learning_rate):
-    """An optimizer of the user's own, which takes kernels by the norm of each and tells them from biases by their names."""
+    """Returns a user's own optimizer: by name, LAMB for kernels, which uses the norm of each, and SGD for biases."""
     rules = {"kernel": optax.lamb(learning_rate), "bias": optax.sgd(learning_rate)}
     return optax.multi_transform(rules, partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key))
 
 
 def test_an_own_optimizer_gets_the_parameters_as_the_model_has_them():
-    """Side by side too, where vectors are packed into one for an optimizer that updates each element for itself."""
+    """This holds side by side too, where vectors are packed into one for an elementwise optimizer."""
     chosen = tiny.grid(optimizer={"name": "own:by_name"}, weight_decay=0.0)
     setup = Setup(chosen, dataset(), lambda b: tiny.PlainModel(), Own(by_name))
     ours, theirs = (trained_by(setup, mapping)[0] for mapping in ("vmap", "map"))
@@ -84,7 +84,7 @@ def test_an_own_optimizer_gets_the_parameters_as_the_model_has_them():
 
 
 def plain_loop(name, rule, fresh, indices, mask):
-    """One run of a rate by Optax alone, the schedule as a function of its own count."""
+    """Returns base_lr → parameters after a run by Optax alone, whose schedule is a function of its own count."""
     model, stored, labelled = tiny.PlainModel(), dataset().train_images, jnp.asarray(dataset().train_labels)
     images = jnp.asarray((stored - stored.mean((0, 1, 2))) / stored.std((0, 1, 2)), jnp.float32)
 
@@ -122,7 +122,7 @@ LOOPS = [
 @pytest.mark.parametrize(("mapping", "mask"), LOOPS)
 @pytest.mark.long
 def test_a_lane_trains_as_a_plain_optax_loop(name, mapping, mask):
-    """50 steps with warm-up, two reductions and weight decay; the rules take turns."""
+    """The 50 steps have warm-up, two reductions and weight decay; each case has one of the three rules."""
     rule = list(RATES)[(list(PLAIN).index(name) + (mapping == "vmap")) % 3]
     require_the_plain_loop(name, rule, mapping, mask)
 

@@ -1,4 +1,4 @@
-"""Batches a part at a time, and the gradients of dense layers."""
+"""Micro-batch sizes, and the gradients of dense layers."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def test_dense_gradients_of_few_examples_are_those_of_a_product(examples):
     ],
 )  # fmt: skip
 def test_parts_hold_whole_bn_batches_and_divide_the_batch(norm, m, b, parts):
-    """About 32 examples; none where the batch norm takes the whole batch, or no size would do."""
+    """A micro-batch has about 32 examples; there is none if a BN group is the whole batch or no size fits."""
     assert micro_batch_size(norm, m, b) == parts
 
 

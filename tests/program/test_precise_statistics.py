@@ -21,7 +21,7 @@ DATA = tiny.dataset()
 
 @pytest.fixture(scope="module", autouse=True)
 def small_batches():
-    """The 50 images make three batches of 16, and two are left over."""
+    """Splits the 50 images into three batches of 16, with two left over."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device_data, "LARGEST_EVAL_BATCH", 16)
         yield
@@ -29,7 +29,7 @@ def small_batches():
 
 @functools.cache
 def trained(b, precise):
-    """One lane after an epoch of m = 8 with BN batches of b: (state, report), as NumPy arrays without the lane axis."""
+    """Trains a lane for an epoch of m = 8 with BN batches of b; returns (state, report) in NumPy, without the lane axis."""
     data, mesh = device_data.to_device(DATA, lanes.lane_mesh()), lanes.lane_mesh()
     statistics_model = tiny.TinyModel(b, bn_decay=0.0) if precise else None
     model = tiny.TinyModel(None if b == M else b)
@@ -44,7 +44,7 @@ def trained(b, precise):
 
 
 def by_hand(params, b):
-    """Test loss and number right with statistics over BN batches of b of the shuffled training images, in float64."""
+    """Returns test loss and number correct by statistics over BN batches of b of shuffled training images, in float64."""
     mean, deviation = (np.asarray(x, np.float64) for x in DATA.channel_statistics())
 
     def hidden(images):

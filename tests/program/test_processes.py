@@ -1,4 +1,4 @@
-"""Several processes that run one command together: real ones, on this machine."""
+"""Several real processes on this machine that run one command together."""
 
 import shutil
 import signal
@@ -25,7 +25,7 @@ import distributed  # noqa: E402
 
 SMALL = ("--config=configs/quickstart.py", "--config.epochs=1", "--config.grid.batch_sizes=(512,)")
 RATES = "--config.grid.base_lrs=(0.0001,0.0005,8.0)"
-# One run whose batch four devices share, BN batches on two of them; a checkpoint as often as can be.
+# One run whose batch four devices share, with BN groups that span two; checkpoints are as frequent as possible.
 SHARED = (
     "--config=configs/quickstart.py",
     "--config.model.name=resnet8",
@@ -46,7 +46,7 @@ def start(script, *arguments, devices=2, flags="", **environment):
 
 
 def start_two(script, *arguments, others=(), flags=""):
-    """Two processes of two devices each; the second may have other arguments."""
+    """Starts two processes of two devices each; the second may have other arguments."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"--coordinator_address=localhost:{probe.getsockname()[1]}"
@@ -55,7 +55,7 @@ def start_two(script, *arguments, others=(), flags=""):
 
 
 def ended(processes, seconds=240):
-    """(exit status, output, errors) of each."""
+    """Returns (exit status, output, errors) of each process."""
     outputs = [process.communicate(timeout=seconds) for process in processes]
     return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
@@ -66,9 +66,9 @@ def files(folder):
 
 @pytest.mark.slow
 def test_a_sweep_of_two_processes_is_that_of_one(tmp_path):
-    """The same files, rows and parameters; the first process alone says how it went, and native code says nothing.
+    """Files, rows and parameters are the same; only the first process prints results, and native code prints nothing.
 
-    The rows agree to rounding: XLA:CPU cuts some sums by how many devices there are in all.
+    The rows agree to rounding: XLA:CPU splits some sums by the total number of devices.
     """
     flags, asked = compiled.QUICKLY, (*SMALL, RATES, "--config.keep_parameters=all")
     alone = ended([start("sweep.py", *asked, f"--workdir={tmp_path / 'alone'}", flags=flags)])[0]
@@ -88,7 +88,7 @@ def test_a_sweep_of_two_processes_is_that_of_one(tmp_path):
 
 @pytest.mark.long
 def test_processes_that_were_not_started_alike_are_refused(tmp_path):
-    """Both, in one line each, with nothing written."""
+    """Both are refused in one line each, and nothing is written."""
     given = (*SMALL, f"--workdir={tmp_path / 'w'}")
     for status, output, errors in ended(start_two("sweep.py", *given, RATES, others=given)):
         assert (status, output) == (2, "")
@@ -165,7 +165,7 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_when_one_process_is_killed_the_other_ends_and_both_go_on_later(tmp_path, undisturbed, lost):
-    """The other within a minute, with one line; the second life goes on from a checkpoint and ends with the same bytes."""
+    """The other ends within a minute, with one line; both then resume from a checkpoint and end with the same bytes."""
     arguments = ("train.py", *SHARED, f"--workdir={tmp_path / 'w'}")
     processes = start_two(*arguments)
     wait_for(lambda: has_checkpoint(tmp_path / "w"), processes)
@@ -203,7 +203,7 @@ def test_a_signal_to_one_process_stops_both_and_both_go_on_later(tmp_path, undis
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_run_of_two_processes_goes_on_in_one(tmp_path, undisturbed, devices):
-    """On fewer devices, from its checkpoint: the next epochs' losses agree, until rounding makes them part."""
+    """It resumes on fewer devices from its checkpoint; the next epochs' losses agree until rounding separates them."""
     arguments = ["train.py", *SHARED, f"--workdir={tmp_path / 'w'}"]
     processes = start_two(*arguments)
     wait_for(lambda: rows(tmp_path / "w").count(b"\n") > 3, processes)

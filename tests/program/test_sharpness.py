@@ -20,7 +20,7 @@ PROGRAM = Program(10, 6, diagnostics=("sharpness",))
 
 
 def plain(params, images):
-    """The logits of `tiny.PlainModel` by matrix products; of `tiny.TinyModel` with BN groups of 10."""
+    """Returns the logits of `tiny.PlainModel`, or of `tiny.TinyModel` with BN groups of 10, by matrix products."""
     x = images.reshape(len(images), -1)
     names = [name for name in params if name.startswith("Dense")]
     *hidden, last = sorted(names, key=lambda name: params[name]["kernel"].shape[1] == 3)
@@ -57,7 +57,7 @@ def test_it_is_the_largest_eigenvalue_and_not_the_largest_magnitude():
 
 
 def test_it_may_be_negative():
-    """One step finds the only eigenvalue, and the others have no vector left."""
+    """One step finds the only eigenvalue, and no vector is left for the others."""
     assert sharpness_of(lambda vector, one: -2.0 * vector, jnp.ones(4), jnp.ones(2)) == pytest.approx(-2)
     assert sharpness_of(lambda vector, one: -2.0 * vector, jnp.ones(1), jnp.ones(2)) == -2
 
@@ -67,7 +67,7 @@ def test_it_is_zero_where_the_loss_has_no_curvature():
 
 
 def test_it_takes_about_an_eighth_of_the_work_of_an_epoch():
-    """8 Hessian-vector products, each of two gradients of a sample."""
+    """It takes 8 Hessian-vector products of a sample, each worth two gradients."""
     data = device_data.DeviceData(None, None, np.arange(50_000), None, None, {})
     k, size = diagnostics.sample_shape(catalog.DIAGNOSTICS["sharpness"], tiny.PlainModel(), Program(8, 1), {}, data)
     assert 2 * ITERATIONS * k * size <= 0.13 * 50_000

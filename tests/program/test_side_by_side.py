@@ -1,4 +1,4 @@
-"""The program of lanes side by side, which GPUs and TPUs get: what it computes, and what it is made of."""
+"""The program of lanes side by side, for GPUs and TPUs: its results and its operations."""
 
 import functools
 import re
@@ -20,7 +20,7 @@ from smallbatch_jax.program.side_by_side import Packing, summed_value_and_grad
 from smallbatch_jax.program.train import Metrics, Program, Setting, TrainState
 
 LANES, STEPS, BATCH_SIZE, EXAMPLES = 3, 4, 6, 24
-CONVOLUTIONS = 7  # of ResNet-8
+CONVOLUTIONS = 7  # in ResNet-8
 
 
 def one_device():
@@ -36,7 +36,7 @@ def data():
 
 
 class OneBlock(CifarResNet):
-    """Three convolutions of a ResNet, one of which halves the image, and few channels."""
+    """A ResNet of three convolutions with few channels, one of which halves the image."""
 
     @nn.compact
     def __call__(self, images, train=False):
@@ -56,20 +56,20 @@ def arguments(platform, mapping, bn_batch_size=None, make=resnet8, **options):
 
 @functools.cache
 def lowered(platform):
-    """The text of the program as it is given to XLA."""
+    """Returns the text of the program as it is given to XLA."""
     traced, _ = lanes.trace_lanes(*arguments(platform, "vmap"))
     return traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,)).as_text()
 
 
 def train(platform, mapping, bn_batch_size, make, **options):
-    """The states after one segment and the reports; the last lane trains two steps fewer."""
+    """Returns the states after one segment and the reports; the last lane trains two steps fewer."""
     args = arguments(platform, mapping, bn_batch_size, make, **options)
     program = lanes.compile_lanes(*args)
     init = lanes.initialiser(args[0], jax.ShapeDtypeStruct((8, 8, 3), np.float32))
     state = program.start(program.empty(), {lane: init(lane) for lane in range(LANES)})
     indices = np.stack([tiny.batch_indices(lane, 0, STEPS, BATCH_SIZE, EXAMPLES) for lane in range(LANES)])
     segments = lanes.Segment(indices, np.array([STEPS, STEPS, STEPS - 2], np.int32), np.ones(LANES, bool))
-    rates = np.array([2**-13, 2**-11, 2**-12], np.float32)  # so low that rounding turns no ReLU
+    rates = np.array([2**-13, 2**-11, 2**-12], np.float32)  # so low that rounding flips no ReLU
     setting = Setting(rates, np.arange(LANES, dtype=np.int32), np.full(LANES, 1e-3, np.float32), np.zeros(LANES, np.float32))
     return jax.tree.map(np.asarray, program.run(state, setting, segments))
 
@@ -86,7 +86,7 @@ def test_side_by_side_for_a_gpu_trains_as_one_after_the_other_for_a_cpu(make, bn
 
 
 def test_padding_of_a_crop_is_zero_after_normalisation():
-    """Lin et al. pad the normalised image; here images are cropped as they are stored, so that their zeros are black."""
+    """Lin et al. pad the normalised image; here images are cropped before normalisation, where zeros are black."""
     seen = []
 
     def train_step(state, setting, batch):
@@ -106,7 +106,7 @@ def test_padding_of_a_crop_is_zero_after_normalisation():
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_a_step_contains_no_loop(platform):
-    """One loop over the steps, one over the batches of the test set."""
+    """The program's two loops are over the steps and over the batches of the test set."""
     assert lowered(platform).count("stablehlo.while") == 2
 
 
@@ -121,7 +121,7 @@ def test_weight_gradients_keep_the_window_of_their_kernel():
 )
 @pytest.mark.long
 def test_devices_exchange_gradients_and_statistics_of_a_bn_group_that_spans_them(sharing, bn_batch_size, gathered):
-    """A norm exchanges both statistics of its input at once, and both sums of its gradient; images stay where they are."""
+    """A norm gathers both statistics of its input at once, as it does both sums of its gradient; images are not exchanged."""
     axis = "data" if sharing > 1 else None
     mesh = lanes.lane_mesh(jax.devices()[:2], sharing)
     model = create_model("resnet8", 10, "batch", bn_batch_size, axis_name=axis, platform="tpu")

@@ -1,7 +1,7 @@
-"""A run is the same run on one device, on several and on several processes: whole networks, on images.
+"""A run of a whole network on images is the same on one device, on several and on several processes.
 
-Bit for bit on the same number of devices; on another number the sums over a batch are rounded otherwise, so that float64
-agrees to 1e-8 after twenty steps. In float32 rounding turns a ReLU sooner or later: there the first losses are compared.
+It is bit-equal on the same number of devices. On another number, sums over a batch round differently: float64 agrees to 1e-8
+after twenty steps, and in float32 rounding flips a ReLU sooner or later, so that only the first losses are compared.
 """
 
 import json
@@ -52,7 +52,7 @@ def on_processes(out, cases, devices_each, count=2):
 
 
 def largest_difference(one, other, name, other_name=None, count=ARRAYS):
-    """The largest difference of any array from its namesake, relative to the larger of 1 and its largest element."""
+    """Returns the largest difference of any array from its namesake, relative to the larger of 1 and its largest element."""
     arrays = [key.removeprefix(name) for key in one.files if key.startswith(f"{name}[")]
     assert len(arrays) == count
     pairs = [(one[name + key], other[(other_name or name) + key]) for key in arrays]
@@ -66,7 +66,7 @@ def assert_same(one, other, name, other_name=None, count=ARRAYS, within=1e-8):
 
 
 def share_cases(devices):
-    """BN groups smaller than, equal to and larger than a shard of four devices, and the whole batch; then larger images."""
+    """Returns cases of BN groups below, at and above a shard of four devices and of a whole batch; then larger images."""
     digits = {f"{m}-{b}": {"m": m, "b": b, "devices": devices} for m, b in
               [(8, 1), (8, 2), (8, 4), (8, 8), (64, 8), (64, 16), (64, 32), (64, 64)]}  # fmt: skip
     large = {f"large {m}-{b}": {"m": m, "b": b, "devices": devices, "random_images": True} for m, b in [(8, 4), (20, 20)]}
@@ -85,7 +85,7 @@ def test_every_shard_and_bn_group_is_the_same_run_on_several_devices(tmp_path, o
     for name in share_cases(devices):
         assert on_one_device[f"{name} loss"].dtype == np.float64
         assert_same(on_one_device, found, name)
-    assert largest_difference(on_one_device, found, "8-2", "8-4") > 1e-3  # BN groups cut at devices would be told apart
+    assert largest_difference(on_one_device, found, "8-2", "8-4") > 1e-3  # BN groups split at devices would be detected
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ def test_the_first_five_losses_in_float32_agree_to_1e_5(tmp_path):
 
 
 def other_cases(devices):
-    """Every other norm and the other network, with micro-batches and without; five steps."""
+    """Returns cases of the other norms and the other network, with and without micro-batches, of five steps."""
     case = {"m": 16, "devices": devices, "last": 5, "random_images": True, "base_lr": 2**-20}
     networks = [("alexnet", norm) for norm in ("none", "batch")]
     networks += [("resnet8", norm) for norm in ("none", "group", "batch_renorm")]
@@ -125,7 +125,7 @@ def test_every_norm_and_network_is_the_same_run_on_two_devices(tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_four_devices_goes_on_on_one_and_on_four(tmp_path):
-    """Ten steps on four devices, then ten on four, bit for bit as twenty on four, or on one, to rounding."""
+    """After ten steps on four devices, ten more equal twenty: bit for bit on four devices, to rounding on one."""
     size, saved = {"m": 16, "b": 8}, str(tmp_path / "saved")
     whole = {str(d): {**size, "devices": d} for d in (1, 4)}
     half = {"half": {**size, "devices": 4, "last": 10, "save": saved}}
@@ -138,7 +138,7 @@ def test_a_checkpoint_of_four_devices_goes_on_on_one_and_on_four(tmp_path):
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """Ten classes of smooth noise, 400 × 300 pixels."""
+    """Returns a folder of ten classes of smooth noise, 400 × 300 pixels."""
     root, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
     for split, count in (("train", 40), ("test", 10)):
         for i in range(count):
@@ -150,7 +150,7 @@ def photographs(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_network_streamed_to_two_processes_is_the_same_run(tmp_path, photographs):
-    """Twenty steps, m = 4, BN groups of one process's shard and of both."""
+    """Twenty steps of m = 4 agree for BN groups of one process's shard and of both."""
     size = {"m": 4, "model": "resnet20", "base_lr": 2**-12, "photographs": str(photographs), "image_size": 32}
     cases = {f"b{b}": {**size, "b": b} for b in (2, 4)}
     one = on_devices(tmp_path / "one.npz", {name: {**case, "devices": 1} for name, case in cases.items()}, 1)

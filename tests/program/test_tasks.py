@@ -1,4 +1,4 @@
-"""What a run learns: losses and metrics by hand, label smoothing, and what is refused."""
+"""Tasks: losses and metrics computed by hand, label smoothing, and what is refused."""
 
 import jax
 import jax.numpy as jnp

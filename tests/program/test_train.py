@@ -60,14 +60,14 @@ def fresh_state(model: Any) -> Any:
 
 
 def state_at(model: Any, step=0) -> Any:
-    """A fresh state, as if `step` updates had been taken."""
+    """Returns a fresh state whose counts say that `step` updates were taken."""
     state = fresh_state(model)
     return state._replace(step=jnp.int32(step), opt_state=state.opt_state._replace(count=jnp.int32(step)))
 
 
 @pytest.fixture(scope="module")
 def example_gradients(batch):
-    """Of every example by itself, float32[n, …], at the fresh parameters without norm."""
+    """Returns the gradient of each example by itself, float32[n, …], at the fresh parameters without norm."""
     model = Tiny()
 
     def loss(params, image, label):
@@ -83,7 +83,7 @@ def assert_trees_close(ours, theirs, rtol=1e-6, atol=1e-7):
 
 @pytest.mark.parametrize(("step", "multiplier"), [(0, 1 / 32), (2, 1 / 32 + 31 / 32 * 2 / 4), (4, 1), (10, 0.1), (15, 0.01)])
 def test_update_is_eq_5_by_hand(batch, example_gradients, step, multiplier):
-    """θ - s(k)·η̃·Σ∇(L_i + λ/2‖θ‖²), the sum over gradients of one example each; T = 20, warm-up over 4 updates."""
+    """The new θ is θ - s(k)·η̃·Σ∇(L_i + λ/2‖θ‖²), summed over single examples; T = 20, warm-up over 4 updates."""
     state = state_at(Tiny(), step)
     expected = jax.tree.map(
         lambda p, g: p - multiplier * 0.02 * (np.sum(g, 0) + EXAMPLES * 0.1 * np.asarray(p)), state.params, example_gradients
@@ -95,7 +95,7 @@ def test_update_is_eq_5_by_hand(batch, example_gradients, step, multiplier):
 
 
 def test_metrics_are_of_the_batch_before_the_update_without_the_penalty(batch):
-    """Mean cross-entropy and the number right under the parameters the step began with; weight decay is not in it."""
+    """Mean cross-entropy and number correct are those before the step; weight decay is not included."""
     state = state_at(Tiny())
     logits = np.asarray(jax.jit(Tiny().apply)({"params": state.params}, batch.images))
     labels = logits.argmax(-1)
@@ -109,13 +109,13 @@ def test_metrics_are_of_the_batch_before_the_update_without_the_penalty(batch):
 
 @pytest.fixture(scope="module")
 def on_one_device(batch):
-    """State and metrics after a step of the whole batch with BN sub-batches of half of it."""
+    """Returns state and metrics after a step of the whole batch with BN groups of half of it."""
     model = Tiny(EXAMPLES // 2)
     return jax.jit(make_train_step(model, Program(EXAMPLES, 20)))(state_at(model), SETTING, batch)
 
 
 def test_running_averages_move_with_the_step(batch, on_one_device):
-    """0.99 of the old and 0.01 of what BN's own definition finds in the batch."""
+    """They become 0.99 of the old plus 0.01 of the batch's statistics, as a call of the model computes them."""
     model = Tiny(EXAMPLES // 2)
     state = state_at(model)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -128,14 +128,14 @@ def test_running_averages_move_with_the_step(batch, on_one_device):
 
 @pytest.mark.parametrize("parts", [2, 1])
 def test_micro_batches_are_the_same_step(batch, on_one_device, parts):
-    """The BN batch is half of the examples: in halves or at once, parameters, statistics, loss and count are the same."""
+    """With BN groups of half the batch, parameters, statistics, loss and count are the same in two micro-batches or one."""
     model = Tiny(EXAMPLES // 2)
     step = jax.jit(make_train_step(model, Program(EXAMPLES, 20, micro_batch_size=EXAMPLES // parts)))
     assert_trees_close(step(state_at(model), SETTING, batch), on_one_device)
 
 
 def test_micro_batches_drop_other_units_each():
-    """Every part has a dropout key of its own: equal images in two parts do not lose the same units."""
+    """Each micro-batch has its own dropout key, so that equal images in two of them do not lose the same units."""
 
     class Dropped(nn.Module):
         @nn.compact
@@ -179,7 +179,7 @@ def by_pmap(step, state, batch, devices=2):
 
 @functools.cache
 def whole_step(bn_batch_size):
-    """Of the whole batch on one device."""
+    """Returns the step of the whole batch on one device."""
     return jax.jit(make_train_step(Tiny(bn_batch_size), Program(EXAMPLES, 20)))
 
 
@@ -193,9 +193,9 @@ def whole_step(bn_batch_size):
 )
 @pytest.mark.long
 def test_a_batch_spread_over_devices_is_the_same_step(batch, spread, bn_batch_size):
-    """Half the batch on each of two devices, one per-device step: parameters, statistics, loss and count are those of one.
+    """With half the batch on each of two devices, parameters, statistics, loss and count are those of one device.
 
-    The BN batch is half of a device's share, all of it, or both devices'.
+    The BN group is half a shard, a shard, or the shards of both devices.
     """
     step = make_train_step(Tiny(bn_batch_size, axis_name="data"), Program(EXAMPLES, 20, axis_name="data"))
     state = state_at(Tiny(bn_batch_size))
@@ -208,7 +208,7 @@ def test_a_batch_spread_over_devices_is_the_same_step(batch, spread, bn_batch_si
 @pytest.mark.parametrize(("bn_batch_size", "parts"), [(1, 1), (2, None), (4, None), (8, None)])
 @pytest.mark.long
 def test_four_devices_are_the_same_step(batch, bn_batch_size, parts):
-    """Two examples on each, taken one at a time or together; a BN batch is of a part of a device, one, two or all of them."""
+    """Each has two examples, in micro-batches of one or both; a BN group is half a shard, or one, two or all shards."""
     program = Program(EXAMPLES, 20, axis_name="data", micro_batch_size=parts)
     step = make_train_step(Tiny(bn_batch_size, axis_name="data"), program)
     state = state_at(Tiny(bn_batch_size))
@@ -243,7 +243,7 @@ def test_devices_drop_other_units_each():
 
 
 class Fixed(nn.Module):
-    """Logits are the image's own values: a model of which every output is chosen."""
+    """A model whose logits are the image's own values, so that a test chooses every output."""
 
     @nn.compact
     def __call__(self, images, train=False):
@@ -259,7 +259,7 @@ def evaluate(logits, labels, counts):
 
 
 def test_evaluation_is_of_what_counts():
-    """Cross-entropies of ln 4 and nearly 0; an image that is masked has none and is not right."""
+    """The cross-entropies are ln 4 and nearly 0; a masked image adds none and does not count as correct."""
     logits = [[jnp.log(2.0), 0.0, 0.0], [9.0, 0.0, 0.0]]
     masked = evaluate(logits, [1, 0], [True, False])
     np.testing.assert_allclose(masked["loss"], np.log(4), rtol=1e-6)
@@ -278,12 +278,12 @@ def test_masked_padding_may_hold_anything():
 
 @pytest.mark.parametrize("label", [0, 1, 2])
 def test_a_nan_logit_is_never_right(label):
-    """Whatever the label: argmax of NaNs is class 0, or the NaN itself."""
+    """This holds for every label, although argmax of NaNs is class 0 or the NaN itself."""
     for logits in ([jnp.nan] * 3, [jnp.nan, 1.0, 2.0], [0.0, jnp.nan, 2.0], [0.0, 1.0, jnp.nan]):
         assert evaluate([logits], [label], [True])["accuracy"] == 0
 
 
-# The deeper ResNets are of the blocks of ResNet-8, and are traced slowly.
+# The deeper ResNets are slow to trace; the CIFAR ones repeat the blocks of ResNet-8.
 MODELS_AND_NORMS = [
     pytest.param(name, norm, marks=[pytest.mark.slow] if name in ("resnet20", "resnet32", "resnet50") else [])
     for name, model in MODELS.items()
@@ -311,7 +311,7 @@ def test_a_step_of_resnet50_lowers_the_loss_by_what_its_length_says():
     rng = np.random.default_rng(0)
     batch = Batch(jnp.asarray(rng.normal(size=(m, 64, 64, 3)), jnp.float32), jnp.asarray(rng.integers(0, 10, m), jnp.int32))
     state = jax.jit(lambda: init_state(model, batch.images, jnp.int32(0)))()
-    # Residual branches of a tenth: else the loss is straight over no length that float32 resolves.
+    # Residual branches are scaled by 1/10; else the loss is not linear over any length that float32 resolves.
     params = {name: jax.tree.map(lambda x: x / 10, p) if "_conv3_norm" in name else p for name, p in state.params.items()}
     state = state._replace(params=params)
     step = jax.jit(make_train_step(model, Program(m, 10)))

@@ -1,4 +1,4 @@
-"""`diagnostics`: columns of the results beside the metrics; without them nothing changes."""
+"""`diagnostics` adds columns to the results beside the metrics; without it nothing changes."""
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ RATES = (2**-9, 2**-7, 2**-5)
 
 
 def train(workdir, names=NAMES, **fields):
-    """Trains `tiny.PlainModel` into a workdir; the highest rate diverges. Its rows."""
+    """Trains `tiny.PlainModel` into a workdir and returns its rows; the highest rate diverges."""
     chosen = tiny.grid(diagnostics=names, **{"base_lrs": (*RATES[:2], 1e30), **fields})
     train_grid(chosen, workdir, tiny.dataset(), NoProgress(), lambda _: tiny.PlainModel())
     return results.load(workdir)
@@ -55,7 +55,7 @@ def test_without_them_the_columns_and_the_rows_are_those_of_before(workdir, tmp_
 
 @pytest.mark.long
 def test_a_workdir_resumes_bit_for_bit(workdir, tmp_path):
-    """The grid grows by runs whose rows were cut off after the first epoch, and is trained to its end again."""
+    """A run whose rows were cut off after the first epoch trains again to the same rows, in a grid that has grown."""
     first = train(tmp_path / "w", base_lrs=RATES[:1])
     path = tmp_path / "w" / "results" / "m00004_b00004.csv"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))

@@ -1,4 +1,4 @@
-"""A grid's stored results: the same whatever ran beside a run, however often the work was killed and resumed."""
+"""A grid's stored results depend neither on what ran beside a run nor on how often the work was killed and resumed."""
 
 import dataclasses
 import io
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("optimized")
 
 
 def train(workdir, model=tiny.TinyModel, data=None, **fields):
-    """Trains a tiny grid into a workdir; its rows."""
+    """Trains a tiny grid into a workdir and returns its rows."""
     make = (lambda b: model(b)) if model is tiny.TinyModel else (lambda b: model())
     train_grid(tiny.grid(**fields), workdir, data or tiny.dataset(), NoProgress(), make)
     return results.load(workdir)
@@ -47,7 +47,7 @@ def test_a_compilation_that_takes_long_is_announced(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Six lanes, thirteen runs of two seeds: every lane but one is refilled."""
+    """Returns the rows of fourteen runs of two seeds, trained in six lanes, which are refilled."""
     return train(tmp_path_factory.mktemp("undisturbed") / "w", **GRID)
 
 
@@ -108,7 +108,7 @@ def test_a_test_loss_that_is_not_finite_is_a_divergence_too(tmp_path):
 
 
 class Overflowing(nn.Module):
-    """Its activations are so large that their variance overflows, and what is normalised by it is 0."""
+    """A model whose activations are so large that their variance overflows, which normalises them to 0."""
 
     @nn.compact
     def __call__(self, images, train=False):
@@ -129,7 +129,7 @@ def test_the_slot_of_a_diverged_run_is_given_to_the_next_within_a_segment(tmp_pa
     monkeypatch.setattr(scheduler.LaneProgram, "run", lambda self, *a: sent.append(a[2].steps.copy()) or run(self, *a))
     frame = train(tmp_path / "w", tiny.PlainModel, base_lrs=(1e30, 2e30, 3e30, 4e30), lanes=2)
     assert (frame.status == "diverged").all()
-    # Two runs in segment 1; nothing known in segment 2; the other two in 3, known to be lost by the end of 4.
+    # Two runs in segment 1; no results yet in segment 2; the other two in 3, known to have diverged by the end of 4.
     assert [list(s > 0) for s in sent] == [[True, True]] * 4
     assert len(frame) == 4
 
@@ -208,7 +208,7 @@ def test_a_stopped_grid_goes_on_from_its_checkpoint_bit_for_bit(undisturbed, tmp
 
 
 def test_rows_lost_behind_a_checkpoint_are_trained_again(undisturbed, tmp_path, monkeypatch):
-    """As in a workdir copied while it was written: its checkpoint may be newer than its rows."""
+    """A workdir that was copied while it was written may have a checkpoint newer than its rows."""
     monkeypatch.setattr(scheduler.Pace, "FIRST_IMAGES", 8)
     fields = {**GRID, "segment_seconds": 1e-9}
     with pytest.raises(Interrupted):
@@ -224,7 +224,7 @@ def test_rows_lost_behind_a_checkpoint_are_trained_again(undisturbed, tmp_path, 
 
 @pytest.mark.parametrize("size", [1500, *(pytest.param(size, marks=pytest.mark.slow) for size in (64, 2500))])
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(undisturbed, tmp_path, monkeypatch, size):
-    """No file may grow beyond `size` bytes: the experiment, the rows or a checkpoint does not fit."""
+    """With files limited to `size` bytes, the experiment, the rows or a checkpoint does not fit."""
     monkeypatch.setattr(scheduler, "CHECKPOINT_SHARE", 1e9)
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -268,7 +268,7 @@ def test_a_grid_killed_again_and_again_ends_bit_for_bit_as_one_never_killed(undi
             kills += process.poll() is None
     assert kills == 2
     with open(file, "a") as torn:
-        torn.write("4,4,0.0078125,0,")  # what a kill within a write would leave
+        torn.write("4,4,0.0078125,0,")  # as a kill during a write leaves it
     with Fork(["-c", code], os.environ) as process:
         assert process.wait() == 0
     pd.testing.assert_frame_equal(undisturbed, results.load(workdir), check_exact=True)
@@ -300,7 +300,7 @@ def test_a_second_process_on_the_same_workdir_is_refused(tmp_path):
     ],
 )
 def test_loops_are_not_unrolled_unless_the_user_chose(monkeypatch, given, then):
-    """Added to XLA_FLAGS once; whatever the user gave stays."""
+    """The option is added to XLA_FLAGS once, and the user's own flags are kept."""
     monkeypatch.setenv("XLA_FLAGS", given)
     devices.use_all_cores()
     devices.use_all_cores()

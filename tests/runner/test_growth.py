@@ -45,7 +45,7 @@ def table():
 
 @pytest.mark.long
 def test_a_run_is_a_plain_optax_loop_over_batches_of_growing_size():
-    """200 examples, 3 epochs: 45 updates of 4, 15 of 16 from 30 % on, 3 of 64 from 70 % on, 612 examples in all.
+    """Three epochs of 200 examples take 45 updates of 4, 15 of 16 from 30 % on and 3 of 64 from 70 % on: 612 examples.
 
     Momentum has the same half-life in examples at every size, and the warm-up takes 10 % of the examples.
     """
@@ -118,7 +118,7 @@ def test_rows_of_growing_batches_are_under_the_batch_size_that_they_begin_with(u
 
 
 class Stop(NoProgress):
-    """Sends this process a signal once so many examples were trained, or a line says what is being done."""
+    """Sends this process SIGINT once `examples` are trained or the progress line contains `doing`."""
 
     def __init__(self, examples=np.inf, doing="nothing"):
         self.examples, self.doing = examples, doing
@@ -131,7 +131,7 @@ class Stop(NoProgress):
 
 @pytest.fixture
 def saved(monkeypatch):
-    """The steps of the runs in each checkpoint."""
+    """Returns a list that collects the steps of the runs in each checkpoint."""
     found, save = [], scheduler.Checkpoints.save
 
     def spy(self, lanes, runs):
@@ -182,7 +182,7 @@ def test_without_growth_the_program_is_the_one_of_one_batch_size():
 
 
 def test_a_phase_is_the_program_of_its_batch_size():
-    """A BN batch that is the whole batch grows with it, another stays; half-lives are those of the size."""
+    """A BN batch that is the whole batch grows with it, any other stays; a beta keeps its half-life in examples."""
     optimizer = {"name": "momentum", "momentum": 0.9, "beta_rule": "half_life", "beta_batch_size": 4}
     for b, models, last in ((4, [None, None, None], 16), (2, [2, 2, 2], 2)):
         job = job_of(schedule=GROWING.__dict__, bn_batch_sizes=(b,), optimizer=optimizer)
@@ -246,7 +246,7 @@ def test_a_batch_that_would_outgrow_the_training_set_is_refused_and_nothing_is_w
 
 
 def test_devices_share_a_batch_at_every_size_that_it_grows_to():
-    """A BN group of 6 spans three shares of 2 examples, and no whole number of shares of 4."""
+    """A BN group of 6 spans three shards of 2 examples but no whole number of shards of 4."""
     model = {"model__name": "alexnet", "model__norm": "batch"}
     for growth, shared in ((1, True), (2, False), (3, True)):
         found = from_config(changed(**model, schedule__batch_growth=growth, schedule__boundaries=(0.5,)))

@@ -1,4 +1,4 @@
-"""`keep_parameters`: the final parameters of finished runs are those that were evaluated, whatever killed the sweep."""
+"""`keep_parameters` stores the final parameters of finished runs as they were evaluated, whatever killed the sweep."""
 
 import jax
 import numpy as np
@@ -16,12 +16,12 @@ from smallbatch_jax.runner.signals import Stop
 from smallbatch_jax.store import parameters, results
 from smallbatch_jax.store.results import ProgramResults
 
-# Two lanes for three runs and more: lanes are refilled while the parameters of runs that ended are on their way.
+# Two lanes for three or more runs: lanes are refilled while the parameters of ended runs are still being stored.
 GRID = {"batch_sizes": (4, 8), "bn_batch_sizes": (4, 8), "base_lrs": (2**-9, 2**-6, 1e30), "seeds": (0, 1), "lanes": 2}
 
 
 def train(workdir, keep, **fields):
-    """Trains a tiny grid into a workdir; its rows."""
+    """Trains a tiny grid into a workdir and returns its rows."""
     chosen = tiny.grid(**GRID | {"keep_parameters": keep} | fields)
     train_grid(chosen, workdir, tiny.dataset(), NoProgress(), lambda b: tiny.TinyModel(b))
     return results.load(workdir)
@@ -42,7 +42,7 @@ def loaded(workdir, row):
 
 
 def last_rows(frame):
-    """The last row of each finished run, with its final accuracy."""
+    """Returns the last row of each finished run, with its final accuracy."""
     finished = frame[frame.status == "finished"]
     runs = finished.groupby(list(results.RUN_COLUMNS))
     accuracies = runs.test_accuracy.median().rename("final")  # of three epochs

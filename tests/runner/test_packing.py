@@ -1,4 +1,4 @@
-"""Where the last runs of a program go: evenly over the devices, into a smaller program, or into one that fits the memory."""
+"""Packing of a program's last runs: evenly over the devices, into a smaller program, or into one that fits the memory."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture
 def packed(monkeypatch):
-    """(runs on each device before, after) of every time that lanes were packed; small segments, so that there are many."""
+    """Returns a list of (runs on each device before, after) of each packing of lanes; segments are short, so there are many."""
     seen, move = [], Lanes.move
 
     def spy(self, program, state, runs):
@@ -49,7 +49,7 @@ def packed(monkeypatch):
 
 
 def test_runs_left_on_one_device_are_spread_over_both_and_no_bit_changes(packed, tmp_path):
-    """Of three runs the one alone on its device goes twice as fast; when it is done, one of the two others moves there."""
+    """A run alone on its device goes twice as fast as two that share one; when it ends, one of those moves there."""
     rates = (2**-9, 2**-8, 2**-7)
     alone = pd.concat([train(tmp_path / str(rate), base_lrs=(rate,)) for rate in rates], ignore_index=True)
     packed.clear()
@@ -63,7 +63,7 @@ def test_the_device_with_fewer_lanes_takes_more_steps_of_each():
     program = lanes.LaneProgram(6, 40, True, sharding, 0.0, None, None, None)  # pyright: ignore
     running = [True, True, True, True, False, False]
     assert program.even_steps(running, 10) == [10, 10, 10, 30, 0, 0]
-    assert program.even_steps(running, 20) == [20, 20, 20, 40, 0, 0]  # as many as were compiled in
+    assert program.even_steps(running, 20) == [20, 20, 20, 40, 0, 0]  # at most the compiled segment length
     assert program.even_steps([*running[:4], True, False], 1) == [1, 1, 1, 2, 1, 0]
     assert program.even_steps([False] * 6, 10) == [0] * 6
     side_by_side = dataclasses.replace(program, any_length=False)
@@ -92,7 +92,7 @@ def test_side_by_side_the_program_shrinks_once_half_of_it_is_empty(packed, tmp_p
     pd.testing.assert_frame_equal(kept, whole[whole.base_lr < 1].reset_index(drop=True), rtol=1e-5)
 
 
-REFUSAL = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, temporaries (32.11G) exceed available HBM (15.75G)."  # as for a TPU
+REFUSAL = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, temporaries (32.11G) exceed available HBM (15.75G)."  # as on a TPU
 
 
 def submit_and_wait(submit):
@@ -140,7 +140,7 @@ def test_other_failures_of_the_device_are_not_taken_for_a_lack_of_memory(tmp_pat
 
 
 def test_a_program_that_the_compiler_refuses_is_compiled_with_half_the_lanes(undisturbed, tmp_path, monkeypatch):
-    """As those of TPUs do for want of memory; any other error of a compiler is raised."""
+    """TPU compilers refuse in this way when memory is short; any other compiler error is raised."""
     tried, compile_lanes = [], lanes.compile_lanes
 
     def refusing(*args, **kwargs):
@@ -195,7 +195,7 @@ def test_a_program_that_would_not_fit_is_compiled_with_half_the_lanes(undisturbe
 
 @pytest.mark.slow
 def test_more_rates_and_more_seeds_compile_nothing_more(tmp_path):
-    """One program for each batch size, however many runs it has."""
+    """Each batch size compiles one program, however many runs it has."""
     few = train(tmp_path / "few", batch_sizes=(4, 8), base_lrs=(2**-7,))
     many = train(tmp_path / "many", batch_sizes=(4, 8), base_lrs=tuple(2.0**-k for k in range(5, 15)), seeds=(0, 1))
     assert len(many) == 20 * len(few)

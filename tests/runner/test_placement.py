@@ -1,4 +1,4 @@
-"""How many devices share a batch, what is refused, and in what layout a program fits the memory."""
+"""Placement: the number of devices that share a batch, what is refused, and the layout that fits the memory."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from smallbatch_jax.runner.input import Resident
 
 
 def shared(chosen):
-    """Devices that share each batch."""
+    """Returns the number of devices that share each batch."""
     return jobs.Setup(chosen, tiny.dataset()).mesh.shape["data"]
 
 
@@ -51,7 +51,7 @@ def test_idle_cores_share_large_batches_unasked(eight_devices, monkeypatch):
     runs = {"model": {"name": "resnet32", "norm": "batch"}, "grid": grid}
     assert asked(2048) == 8
     assert asked(2048, data_devices=2) == 2
-    assert asked(66) == 2  # 66 / 4 is odd
+    assert asked(66) == 2  # 4 does not divide 66
     assert asked(32) == 1  # exchanges would cost too much
     assert shared(experiment.from_config(runs)) == 4  # two runs, four devices each
     assert shared(experiment.from_config(runs | {"grid": grid | {"seeds": range(3)}})) == 1
@@ -97,7 +97,7 @@ def test_a_job_has_a_lane_for_each_row_of_devices():
 
 
 def test_a_shard_that_does_not_fit_is_computed_in_micro_batches(monkeypatch):
-    """Half as many examples at a time until it fits; the BN group is the smallest micro-batch."""
+    """The micro-batch is halved until the program fits; the smallest one is a BN group."""
     tried = []
 
     class Fitting:

@@ -1,4 +1,4 @@
-"""What a plan says of a grid, against what is known of it and against what it takes."""
+"""Plans of what a grid takes, compared with known values and with measured trials."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def test_a_plan_counts_the_runs_that_go_on(probed):
 
 
 def test_a_trial_takes_the_steps_it_says(probed):
-    """Both living runs have taken as many updates as images were counted, from the stream that training would see."""
+    """The two surviving runs take exactly the updates whose images are counted, on the stream that training would see."""
     trial, _ = probed
     before = np.asarray(trial._lanes.read().train.step)
     images, seconds = trial.train(0.02)
@@ -98,7 +98,7 @@ class OneProduct(nn.Module):
 
 
 def test_flops_are_those_of_the_model_as_written():
-    """One product of 400 inputs and 10 outputs, forward and for the kernel: 2·2·4000 per image, and little beside."""
+    """A product of 400 inputs and 10 outputs, forward and for the kernel's gradient, takes 2·2·4000 and little else."""
     assert flops.flops_per_image(OneProduct(), (20, 20, 1)) == pytest.approx(16_000, rel=0.05)
     # ResNet-8 on 32×32×3: 12.2 M multiplications forward (padding left out: 11.7 M), thrice that in a step, and BN.
     assert flops.flops_per_image(create_model("resnet8", 10), (32, 32, 3)) == pytest.approx(6 * 11.7e6, rel=0.05)
@@ -139,7 +139,7 @@ def test_plan_prints_what_each_program_costs_and_the_sum(tmp_path):
 
 
 def test_plan_lists_what_fig_12_costs_on_one_device_and_on_eight_from_stored_rates(tmp_path):
-    """286 runs of 90 epochs of 1,281,167 images; at m = 2 26 of them at 1,000 images/s, 4 on the busiest of eight."""
+    """At m = 2, 26 of the 286 runs take 90 epochs of 1,281,167 images at 1,000 images/s; the busiest of 8 devices has 4."""
     sizes = [2**k for k in range(1, 12)]
     rows = [{"model": "resnet50", "norm": "batch", "batch_size": m, "images_per_second": 500.0 * m} for m in sizes]
     (tmp_path / "h100.json").write_text(json.dumps({"device": "1 x H100", "results": rows}))

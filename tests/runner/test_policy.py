@@ -1,4 +1,4 @@
-"""What a search trains next: on stored grids, on surfaces whose best is known, and on curves of any kind."""
+"""Search policies on stored grids, on surfaces whose best is known, and on curves of any kind."""
 
 import dataclasses
 import itertools
@@ -32,12 +32,12 @@ def runs_of(space):
 
 
 def surface(epochs=16, follows=1.0, slow=None, top=None, noise=0.004, sign=1, dead=()):
-    """Curves that have one best rate per batch size, a cliff two rates above it, and at half of the schedule a rise.
+    """Returns run → curve, with one best rate per batch size, a cliff two rates above it and a rise at mid-schedule.
 
     Args:
-      follows: by what power of 1/m the best η̃ falls with m: 1 keeps η = η̃·m, 0 keeps η̃.
-      slow: epochs in which a batch size learns; 2 if it is not named.
-      top: final value of the best rate of a batch size; 0.9 falling by 0.02 for each factor of 4 if it is not named.
+      follows: exponent of 1/m in the best η̃; 1 keeps η = η̃·m constant, 0 keeps η̃ constant.
+      slow: time constant of learning in epochs, by batch size; 2 by default.
+      top: final value of the best rate, by batch size; by default 0.9, falling by 0.02 for each factor of 4.
       sign: -1 for a loss.
       dead: batch sizes at which every run diverges.
     """
@@ -60,7 +60,7 @@ def surface(epochs=16, follows=1.0, slow=None, top=None, noise=0.004, sign=1, de
 
 
 def drive(space, curve, shuffled=False):
-    """Runs a search; returns its rounds, what it knows at the end and the epochs trained, a diverged run's last as a whole."""
+    """Runs a search; returns its rounds, the curves it has seen and the epochs trained, a diverged one counted whole."""
     seen, rounds, given_up, asked = {}, [], set(), None
     policy = search(space)
     try:
@@ -84,7 +84,7 @@ def drive(space, curve, shuffled=False):
 
 
 def regret(space, curve):
-    """By how much the best cell of the whole grid is better than that of a search, by the grid's values."""
+    """Returns how much better the whole grid's best cell is than the search's, by the grid's values."""
     _, seen, spent = drive(space, curve)
     assert spent <= space.budget
     grid = {run: curve(run) for run in runs_of(space)}
@@ -113,7 +113,7 @@ def test_every_study_with_a_free_rate_is_replayed():
 
 
 def test_of_rates_that_begin_about_as_well_the_higher_ones_go_on():
-    """As at m = 8 with warm-up: three rates are equal after an epoch, of which the highest ends best."""
+    """Three rates are about equal after an epoch, as at m = 8 with warm-up, where the highest of them ends best."""
     chosen = space(10, (8,), tuple(2.0**k for k in (-9, -7, -5, -3)), epochs=5)
     first = dict(zip(runs_of(chosen), ([0.303], [0.302], [0.302], [0.225]), strict=True))
     assert _Search(chosen, 10, first).ranked((8, 8), range(4)) == [2, 1, 0, 3]

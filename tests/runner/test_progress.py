@@ -1,4 +1,4 @@
-"""What the terminal and a log are told of a grid."""
+"""Progress of a grid on the terminal and in a log."""
 
 import io
 import math
@@ -16,7 +16,7 @@ from smallbatch_jax.runner.progress import LiveProgress, NoProgress, PlainProgre
 
 
 def training():
-    """13 runs of m = 8 in a grid of 65: two diverged, one finished, 1,000 images/s after a slow first segment."""
+    """Returns a status: 13 of 65 runs, m = 8; two diverged, one finished, 1,000 images/s after a slow first segment."""
     status = Status(runs=65, images=65_000)
     status.begin(ProgramStatus(13, 13_000, lanes=14))
     status.end_run(True, math.nan)
@@ -112,7 +112,7 @@ class FakeJob:
 
 
 def later(jobs, *trained):
-    """Seconds that the programs to come will take, where the first ones trained so many images in a second."""
+    """Returns the expected seconds of later programs, given the images per second that the first ones trained."""
     found, status = Forecast(NoProgress(), jobs), Status(9, 1800)
     for place, images in enumerate(trained or (0,)):
         status.begin(ProgramStatus(3, 600))

@@ -1,4 +1,4 @@
-"""A search trains the rounds of its policy into an ordinary workdir, and ends the same however often it was killed."""
+"""A search trains the rounds of its policy into an ordinary workdir, with the same results however often it is killed."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def rows_of(frame, run, epochs):
 
 @pytest.fixture
 def begun(monkeypatch):
-    """The seeds of the runs that begin with the state before their first update, in a list that grows."""
+    """Returns a list that collects the seed of each run that starts from its initial state."""
     seeds, lanes = [], scheduler.Lanes
     monkeypatch.setattr(scheduler, "Lanes", lambda *given: lanes(*given[:3], lambda seed: seeds.append(seed) or given[3](seed)))
     return seeds
@@ -115,7 +115,7 @@ def test_a_stopped_search_goes_on_from_its_checkpoint_bit_for_bit(undisturbed, t
 
 
 class Fails(tiny.StopAfter):
-    """Ends the search after a number of segments without another word, as a kill would; the last sixty are not saved."""
+    """Ends the search with an exception after a number of segments, as a kill would; the last sixty are not saved."""
 
     def show(self, status, doing):
         self.left -= 1
@@ -197,7 +197,7 @@ def test_a_larger_budget_goes_on_with_what_is_there(undisturbed, tmp_path):
 
 
 def test_a_search_may_confirm_less_and_then_become_the_whole_grid(tmp_path, monkeypatch):
-    """A checkpoint may then hold runs that are no longer asked for."""
+    """A checkpoint may then hold runs that are no longer requested."""
     monkeypatch.setattr(scheduler.Pace, "FIRST_IMAGES", 8)
     fields = {"batch_sizes": (4,), "base_lrs": (2**-9, 2**-8, 2**-7), "epochs": 4, "segment_seconds": 1e-9}
     with pytest.raises(Interrupted):
@@ -232,7 +232,7 @@ def test_examples_in_a_time_are_the_mean_over_batch_sizes(monkeypatch):
     monkeypatch.setattr(planning, "measure", lambda setup: map(Trial, setup.experiment.grid.batch_sizes))
     monkeypatch.setattr(planning, "plan_program", plan)
     images = planning.examples_in(60.0, planning.Setup(tiny.grid(batch_sizes=(4, 2, 16)), tiny.dataset()))
-    expected = [100.0, 100.0 * 2 ** (2 / 3), 400.0]  # between them by powers of two
+    expected = [100.0, 100.0 * 2 ** (2 / 3), 400.0]  # m = 4 is interpolated on log axes
     assert images == pytest.approx(60 / np.mean([1 / rate for rate in expected]))
 
 

@@ -1,6 +1,6 @@
-"""Kill it anywhere: sweeps killed, stopped, doubled and copied as real processes end with the undisturbed results.
+"""Sweeps in real processes that are killed, stopped, doubled and copied end with the undisturbed results.
 
-pytest -m slow -s tests/test_soak.py
+pytest -m slow -s tests/runner/test_soak.py
 """
 
 import random
@@ -53,7 +53,7 @@ def small(tmp_path_factory):
 
 @pytest.mark.parametrize("name", SOAKS)
 def test_a_sweep_killed_anywhere_again_and_again_ends_with_the_undisturbed_results(name, tmp_path, capsys):
-    """At least 13 kills, then one life to the end; after each kill the rows are some of the undisturbed, none lost."""
+    """After each of at least 13 kills no row is lost and all are undisturbed ones; the next process then finishes."""
     stop = time.monotonic() + SOAK_SECONDS
     reference = undisturbed(tmp_path, SOAKS[name])
     wanted, workdir, draw = rows(reference.workdir), tmp_path / "killed", random.Random(name)
@@ -99,7 +99,7 @@ def test_a_sweep_killed_anywhere_again_and_again_ends_with_the_undisturbed_resul
 
 
 def test_a_process_killed_before_a_file_gets_its_name_leaves_nothing_in_the_way(tmp_path, small):
-    """The first file of a new workdir; then, of one that is done, the same file again and figures."""
+    """The kill hits the first file of a new workdir and then, in a finished one, the same file and figures."""
     workdir = tmp_path / "w"
     for n in (1, 1, None, 1, 2, 5, 9):
         with life(workdir, SMALL, OFTEN if n is None else DIES.format(n=n)) as process:
@@ -166,13 +166,13 @@ def test_a_workdir_has_one_owner_until_that_dies(tmp_path, small):
 
 
 def copy(source: Path, target: Path) -> None:
-    """As `cp -a`, which goes on where a file vanishes before its eyes."""
+    """Copies with `cp -a`, which continues if a file vanishes meanwhile."""
     target.mkdir(parents=True, exist_ok=True)
     subprocess.run(["cp", "-a", f"{source}/.", str(target)], capture_output=True)
 
 
 def test_a_workdir_copied_while_the_sweep_runs_loads_and_is_finished_by_the_same_command(tmp_path, small):
-    """At once, at three moments; and in parts, rows long before checkpoints and long after them."""
+    """Three copies are made whole and two in parts, rows long before checkpoints or long after them."""
     workdir, draw, copies = tmp_path / "w", random.Random(0), []
     with life(workdir, SMALL) as process:
         assert comes(process, saving(workdir, look(workdir)))
@@ -197,7 +197,7 @@ def test_a_workdir_copied_while_the_sweep_runs_loads_and_is_finished_by_the_same
     assert_as_if_undisturbed(workdir, small)
     for copied in copies:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a row may have been copied by half
+            warnings.simplefilter("ignore")  # a copied row may be cut off
             loaded = results.load(copied)
         assert len(loaded) <= len(rows(small.workdir))
         finish(copied, SMALL)

@@ -1,4 +1,4 @@
-"""A grid trained on streamed photographs: as on the same images in memory, whatever the workers, the room and the lanes."""
+"""Training on streamed photographs equals training on them in memory, whatever the workers, the room and the lanes."""
 
 import dataclasses
 import os
@@ -27,7 +27,7 @@ def root(tmp_path_factory):
 
 
 def train(workdir, dataset, progress=None, lanes=2, seeds=(0,), base_lrs=RATES, model=tiny.PlainModel, **streaming):
-    """Trains a tiny grid into a workdir; its rows. Without worker processes, which take seconds to start."""
+    """Trains a tiny grid into a workdir and returns its rows; uses no worker processes, which take seconds to start."""
     chosen = tiny.grid(base_lrs=base_lrs, lanes=lanes, seeds=seeds, segment_seconds=1e-9)
     chosen = dataclasses.replace(chosen, dataset=dataclasses.replace(chosen.dataset, **{"workers": 0, **streaming}))
     driver.train_grid(chosen, workdir, dataset, progress or NoProgress(), lambda b: model())
@@ -45,7 +45,7 @@ def augmented(root, tmp_path_factory):
 
 @pytest.mark.parametrize("model", [tiny.PlainModel, pytest.param(tiny.TinyModel, marks=pytest.mark.slow)])
 def test_streamed_images_train_as_the_same_images_in_memory_do(root, tmp_path, model):
-    """Diverged runs and evaluations included; to rounding, that of the channels' statistics."""
+    """All rows, also of diverged runs and evaluations, agree to the rounding of the channel statistics."""
     found = train(tmp_path / "streamed", photos.load(root), model=model)
     pd.testing.assert_frame_equal(found, train(tmp_path / "w", photos.in_memory(root), model=model), rtol=1e-5)
     assert model is tiny.TinyModel or set(found.status) == {"finished", "diverged"}
@@ -66,7 +66,7 @@ def test_augmentation_shows_other_images(root, augmented, tmp_path):
     assert not jittered.train_loss.equals(augmented.train_loss)
 
 
-OUT_OF_STEP = (2**-9, 2**-8, 1e30, 2e30, 3e30, 4e30)  # the last begin when those before them have diverged
+OUT_OF_STEP = (2**-9, 2**-8, 1e30, 2e30, 3e30, 4e30)  # the last two start once others have diverged
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def out_of_step(root, tmp_path_factory):
 
 @pytest.mark.parametrize("room", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_lanes_out_of_step_wait_for_each_other_where_there_is_no_room(root, out_of_step, tmp_path, monkeypatch, room):
-    """A pool with room for one or two batches, two lanes per device, and lanes that are refilled."""
+    """The pool has room for one or two batches; each device has two lanes, which are refilled."""
     monkeypatch.setattr(streamed, "POOL_BYTES", room * photos.SIZE**2 * 3)
     streams, load, steps = [], streamed.Streamed.prepare, streamed.Streamed.steps
 
@@ -105,7 +105,7 @@ def test_two_seeds_are_two_streams(root, augmented, tmp_path):
 
 
 def test_lanes_in_step_share_what_is_decoded(root, tmp_path, monkeypatch):
-    """Four runs of one seed: the images of one, and of each epoch's evaluation."""
+    """Four runs of one seed decode the training images of one run and the images of each epoch's evaluation."""
     asked, take = [], Prefetcher.take
     monkeypatch.setattr(Prefetcher, "take", lambda self, count: asked.append(count) or take(self, count))
     train(tmp_path / "w", photos.load(root), base_lrs=(2**-9, 2**-8, 2**-7, 2**-6), lanes=4)
@@ -132,7 +132,7 @@ def shared_model(bn_batch_size, axis_name=None):
 
 
 class Killed(NoProgress):
-    """Ends the work after so many segments, as a SIGKILL would: nothing more is saved."""
+    """Ends the work after `after` segments, as a SIGKILL would: nothing more is saved."""
 
     def __init__(self, after):
         self.left = after
@@ -145,7 +145,7 @@ class Killed(NoProgress):
 
 @pytest.mark.long
 def test_killed_and_resumed_the_next_image_is_the_next(root, augmented, tmp_path, monkeypatch):
-    """Again and again, with a checkpoint after every segment: the same rows, and hardly an image decoded twice."""
+    """Killed every six segments, with a checkpoint after each, a sweep has the same rows and decodes few images twice."""
     monkeypatch.setattr(feeder, "CHECKPOINT_SHARE", 1e9)
     monkeypatch.setattr(tiny, "grid", lambda grid=tiny.grid, **fields: grid(checkpoint_seconds=0, **fields))
     lives = 0
@@ -161,7 +161,7 @@ def test_killed_and_resumed_the_next_image_is_the_next(root, augmented, tmp_path
 
 
 def broken_root(root, tmp_path, split, count=1):
-    """A copy of the folder with damaged files: (root, their paths)."""
+    """Copies the folder, damages files and returns (root, their paths)."""
     copy = shutil.copytree(root, tmp_path / "broken")
     paths = sorted((copy / split).glob("*/*.jpg"))[-3 - count : -3]  # of the last class
     for path in paths:
@@ -181,7 +181,7 @@ def test_a_broken_image_ends_the_sweep_with_its_path(root, tmp_path, split):
 
 @pytest.mark.long
 def test_what_was_trained_before_a_broken_image_is_kept(root, augmented, tmp_path, monkeypatch):
-    """The file is mended; the same command goes on from the last segment before it."""
+    """Once the file is repaired, the same command goes on from the last segment before it."""
     copy, (path,) = broken_root(root, tmp_path, "train")
     with pytest.raises(InputError):
         train(tmp_path / "w", photos.load(copy), augment=True)
@@ -204,7 +204,7 @@ def test_a_broken_training_image_is_replaced_and_counted_once(root, augmented, t
 
 @pytest.mark.long
 def test_the_next_image_of_the_training_set_takes_the_place_of_a_broken_one(root, tmp_path):
-    """With its label: as if its file were there twice."""
+    """Its label is used too, as if its file were there twice."""
     statistics = photos.load(root).channel_statistics()
     copy, (path,) = broken_root(root, tmp_path, "train")
     found = train(tmp_path / "w", dataclasses.replace(photos.load(copy), statistics=statistics), broken_images="skip")

@@ -1,4 +1,4 @@
-"""`sbj.sweep`: the same grid from Python, on a model and data that are not ours."""
+"""`sbj.sweep` trains a grid from Python on a user's own model and data."""
 
 import json
 
@@ -18,7 +18,7 @@ import jax  # isort: skip
 
 
 class Mlp(nn.Module):
-    """A user's own module: knows nothing of `train`, takes rows of a table."""
+    """A user's own module that has no `train` argument and takes rows of a table."""
 
     hidden: int = 16
 
@@ -28,7 +28,7 @@ class Mlp(nn.Module):
 
 
 class Dropped(nn.Module):
-    """Needs `train`, a dropout key and running statistics, as Flax's own layers do."""
+    """A module that needs `train`, a dropout key and running statistics, as Flax's own layers do."""
 
     @nn.compact
     def __call__(self, rows, train):
@@ -37,7 +37,7 @@ class Dropped(nn.Module):
 
 
 def table(num_train=200, num_test=60):
-    """Tabular data: 5 floats a row, three classes."""
+    """Returns tabular data of three classes with 5 floats per row."""
     rng = np.random.default_rng(1)
     labels = rng.integers(0, 3, num_train + num_test)
     rows = (np.eye(3, 5)[labels] * 3 + rng.normal(0, 1, (len(labels), 5))).astype(np.float32)
@@ -49,7 +49,7 @@ def quiet(*args, **kwargs):
 
 
 def test_a_users_mlp_trains_as_a_plain_optax_loop_does():
-    """50 steps of SGD with η = η̃·m on the same batches: the epochs' mean losses agree to 1e-5."""
+    """Over 50 steps of SGD with η = η̃·m on the same batches, the epochs' mean losses agree to 1e-5."""
     data, m, base_lr, decay, seed = table(), 8, 2**-8, 1e-3, 3
     frame = quiet(Mlp(), data, [m], [base_lr], epochs=2, seeds=[seed], weight_decay=decay)
     model = Mlp()
@@ -170,7 +170,7 @@ def refused(**given):
 
 
 def written(line):
-    """Always the same name and fields; other code."""
+    """Returns a module of the given code; name and fields are always the same."""
     scope = {"nn": nn}
     exec(f"class Own(nn.Module):\n    @nn.compact\n    def __call__(self, x):\n        return nn.Dense(3)({line})", scope)
     return scope["Own"]()
@@ -178,7 +178,7 @@ def written(line):
 
 @pytest.mark.long
 def test_other_code_or_fields_never_get_a_workdirs_results(tmp_path):
-    """Not where class, fields and the names of functions are the same."""
+    """This holds even if class, fields and function names are the same."""
     quiet(written("x"), table(), (8,), (2**-8,), epochs=1, workdir=tmp_path / "w")
     quiet(written("x"), table(), (8,), (2**-8,), epochs=1, workdir=tmp_path / "w")
     line = refused(model=written("2 * x"), batch_sizes=(8,), workdir=tmp_path / "w")
@@ -198,7 +198,7 @@ def test_a_workdir_of_an_earlier_version_is_refused_in_one_line(tmp_path):
 
 
 def test_a_workdir_that_has_a_digest_in_its_models_name_is_resumed(tmp_path):
-    """As versions before December 2026 wrote it; the fingerprint says whether the model is the same."""
+    """Versions before December 2026 wrote such names; the fingerprint tells whether the model is the same."""
     first = quiet(Mlp(), table(), (8,), (2**-8,), epochs=1, workdir=tmp_path / "w")
     file = tmp_path / "w" / "experiment.json"
     stored = json.loads(file.read_text())
@@ -209,7 +209,7 @@ def test_a_workdir_that_has_a_digest_in_its_models_name_is_resumed(tmp_path):
 
 
 def test_other_numbers_of_examples_are_another_dataset(tmp_path):
-    """A folder is known by its name: pictures that are new there would train beside results without them."""
+    """A folder is identified by its name alone; otherwise added pictures would train beside results without them."""
     with open_workdir(tmp_path / "w", tiny.grid(), {"num_classes": 3, "examples": [50, 20]}):
         pass
     changed = {"num_classes": 3, "examples": [51, 20]}
@@ -308,7 +308,7 @@ def test_what_a_users_model_raises_is_its_own(tmp_path):
     ],
 )
 def test_an_own_model_is_warned_of_axes_that_may_not_be_meant(capsys, monkeypatch, shape, says):
-    """It may transpose its images itself; but uint8 is normalised over the last axis."""
+    """The model may transpose its images itself, but uint8 is normalised over the last axis."""
     monkeypatch.setattr("smallbatch_jax.runner.grid._train", lambda *given: (_ for _ in ()).throw(InputError("enough")))
     assert refused(model=Flat(), dataset=pictures(shape)) == "enough"
     warnings = capsys.readouterr().err.splitlines()

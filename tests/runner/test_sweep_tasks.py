@@ -29,7 +29,7 @@ class NextToken(nn.Module):
 
 @functools.cache
 def table():
-    """Targets are a line through the features and noise of variance 0.01."""
+    """Returns a regression whose targets are linear in the features plus noise of variance 0.01."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(140, 3)).astype(np.float32)
     y = x @ [1.0, -2.0, 0.5] + 0.1 * rng.normal(size=140)
@@ -246,7 +246,7 @@ def test_a_named_model_gives_no_real_numbers():
 
 @pytest.mark.long
 def test_sequences_predict_their_next_token_with_adamw(tmp_path):
-    """Each token follows from the one before, so the loss goes to zero; the second of two equal tokens is a guess."""
+    """Each token determines the next, so the loss goes to zero; a uniform guess has a loss of log 4."""
     rng = np.random.default_rng(0)
     tokens = (rng.integers(0, 4, (120, 1)) + np.arange(6)) % 4
     data = sbj.data.Dataset(tokens[:100], None, tokens[100:], None, 4)

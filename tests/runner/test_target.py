@@ -1,4 +1,4 @@
-"""Estimates for accelerators that are not here: what is read of a compiled program, and what is made of it."""
+"""Estimates for accelerators that this machine does not have, from the text of compiled programs."""
 
 import sys
 
@@ -67,7 +67,7 @@ def test_iterations_are_those_of_the_condition_where_the_compiler_does_not_say()
 
 
 def test_a_fusion_that_slices_an_array_reads_the_slice():
-    """As the batch of one step is sliced from those of the whole segment."""
+    """A step slices its batch in this way from the batches of the whole segment."""
     sliced = PROGRAM.replace(
         "ROOT %double = f32[4,8]{1,0} add(%p, %p)",
         "ROOT %row = f32[1,8]{1,0} dynamic-slice(%p, %at), dynamic_slice_sizes={1,8}",
@@ -78,7 +78,7 @@ def test_a_fusion_that_slices_an_array_reads_the_slice():
 
 @pytest.fixture
 def here(monkeypatch, tmp_path):
-    """A device of this machine in place of the target's."""
+    """Uses a device of this machine in place of the target's, and an empty cache."""
     monkeypatch.setattr(target, "devices", lambda name: jax.devices()[:1])
     monkeypatch.setenv("SMALLBATCH_CACHE", str(tmp_path / "cache"))
 
@@ -115,7 +115,7 @@ def test_a_target_with_little_memory_gets_fewer_lanes_and_so_more_time(monkeypat
 
 @pytest.mark.usefixtures("here")
 def test_a_program_that_the_compiler_refuses_is_estimated_with_half_the_lanes_and_refused_once(monkeypatch):
-    """As a TPU's compiler does for want of memory; that it refused is read from the cache afterwards."""
+    """A TPU's compiler refuses in this way when memory is short; afterwards the refusal is read from the cache."""
     compiled, compile_lowered = [], jax.stages.Lowered.compile
 
     def refusing(lowered, *args, **kwargs):
@@ -150,7 +150,7 @@ def test_a_target_whose_compiler_is_not_installed_names_the_extra(monkeypatch, n
 
 
 def resnet20(name, m, precision):
-    """The estimate for ResNet-20 with batch norm, 13 lanes."""
+    """Returns the estimate for ResNet-20 with batch norm and 13 lanes."""
     config = tiny.grid(batch_sizes=(m,), base_lrs=tuple(2.0**-k for k in range(13)), precision=precision).to_dict()
     config["model"] |= {"name": "resnet20", "norm": "batch"}
     config["dataset"] |= {"name": "cifar10", "augment": True}
@@ -163,7 +163,7 @@ def resnet20(name, m, precision):
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(("m", "kernels", "moved"), [(4, 201, 16.0), (128, 249, 3.7)])
 def test_an_h100_gets_few_kernels_and_writes_little(m, kernels, moved):
-    """By jax 0.10.2, with 15 % to spare."""
+    """The expected values are those of jax 0.10.2, with 15 % to spare for the kernels."""
     found = resnet20("h100", m, "float32")
     assert found.compiled.kernels <= 1.15 * kernels
     assert found.mib_per_step >= moved * m * 13  # reads come on top of what is written
@@ -173,6 +173,6 @@ def test_an_h100_gets_few_kernels_and_writes_little(m, kernels, moved):
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(("precision", "milliseconds"), [("bfloat16", 2.51), ("float32", 3.55)])
 def test_a_v5e_takes_few_images_by_their_rows(precision, milliseconds):
-    """A step at m = 4 by jax 0.10.2, with 15 % to spare; with whole images it takes 3.9 and 8.7 ms."""
+    """The limit is a step at m = 4 by jax 0.10.2 plus 15 %; with whole images it takes 3.9 and 8.7 ms."""
     pytest.importorskip("libtpu")
     assert 1e3 * resnet20("v5e", 4, precision).step_seconds <= 1.15 * milliseconds

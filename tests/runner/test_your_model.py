@@ -1,4 +1,4 @@
-"""A caller's own model, data and task, against numbers known beforehand: the entropy of a language, a constant guess."""
+"""A caller's own model, data and task, checked against known numbers: the entropy of a language, a constant guess."""
 
 import sys
 from functools import partial

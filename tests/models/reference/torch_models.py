@@ -1,11 +1,11 @@
-"""The paper's models written independently in PyTorch, and what they compute: the fixtures of test_reference.py.
+"""The paper's models, written independently in PyTorch, whose outputs are the fixtures of test_reference.py.
 
-    pip install torch==2.13.0 numpy && python tests/reference/torch_models.py
+    pip install torch==2.13.0 numpy && python tests/models/reference/torch_models.py
 
-writes tests/reference/models.npz. Weights and data come from NumPy by the parameters' names, so that only what the models
-compute is stored: logits, loss, running statistics, and for each parameter the norm of its gradient and its product with a
-random vector of the same shape; of ResNet-50, computed in float64, as little of the running statistics and of the output of
-each block. Nothing here is imported by the package.
+writes tests/models/reference/models.npz. Weights and data come from NumPy by the parameters' names, so that only what the
+models compute is stored: logits, loss, running statistics, and for each parameter the norm of its gradient and its product with
+a random vector of the same shape; for ResNet-50, computed in float64, only those two numbers of each running statistic and of
+each block's output. Nothing here is imported by the package.
 """
 
 import pathlib
@@ -38,16 +38,16 @@ CASES = [
     ("resnet50", "batch_renorm", 4, 2, 64),
 ]
 MOMENTUM, EPSILON = 0.99, 1e-5
-UPDATES = 1500  # of batch renorm: half way from 500 to 2500, so that r is within [1/2, 2] and d within ±2.5
+UPDATES = 1500  # for batch renorm: half way from 500 to 2500, so that r is within [1/2, 2] and d within ±2.5
 
 
 def draw(name, shape, scale=1.0):
-    """Numbers that depend on the name alone: the same here and in the test."""
+    """Returns numbers that depend on the name alone, the same here and in the test."""
     return (np.random.RandomState(zlib.crc32(name.encode())).normal(size=shape) * scale).astype(np.float32)
 
 
 class Reference:
-    """Parameters by our names, in PyTorch's layout; created where they are first used, He-scaled."""
+    """Parameters under our names and in our layout, He-scaled; each is created on first use."""
 
     def __init__(self, norm, bn_batch):
         self.norm, self.bn_batch = norm, bn_batch
@@ -55,7 +55,7 @@ class Reference:
 
     def param(self, name, shape, scale, offset=0.0):
         if name not in self.params:
-            # Blocks that change their input little: else rounding grows from each to the next, and turns ReLUs on or off.
+            # Blocks change their input little; otherwise rounding grows from block to block and flips ReLUs.
             factor = np.float32(0.1 if "_conv3_norm/" in name else 1.0)
             values = (draw(name, shape, scale) + np.float32(offset)) * factor
             self.params[name] = torch.tensor(values, dtype=torch.get_default_dtype(), requires_grad=True)
@@ -63,7 +63,7 @@ class Reference:
 
     def conv(self, x, name, features, kernel, stride, normed):
         fan_in = kernel * kernel * x.shape[1]
-        # SyntheticImages as HWIO, our layout, then brought to PyTorch's OIHW.
+        # Drawn as HWIO, our layout, then transposed to PyTorch's OIHW.
         w = self.param(f"{name}/kernel", (kernel, kernel, x.shape[1], features), (2 / fan_in) ** 0.5)
         b = None if normed else self.param(f"{name}/bias", (features,), 0.1)
         return F.conv2d(x, w.permute(3, 2, 0, 1), b, stride=stride, padding=kernel // 2)
@@ -101,7 +101,7 @@ class Reference:
         return torch.cat(outs)
 
     def batch_norm(self, x, name):
-        """PyTorch's own batch norm, chunk by chunk; the running statistics are those of the chunks' mean."""
+        """PyTorch's own batch norm, chunk by chunk; the running statistics average those of the chunks."""
         scale = self.param(f"{name}/scale", (x.shape[1],), 0.2, 1.0)
         bias = self.param(f"{name}/bias", (x.shape[1],), 0.2)
         means, variances, outs = [], [], []
