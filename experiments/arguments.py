@@ -98,7 +98,7 @@ def parse(argv: Sequence[str]) -> list[str]:
         ours = error.__context__ if isinstance(error.__context__, InputError) else error  # without absl's own words before it
         raise InputError(fields.cut(str(ours), 1000)) from None
     if "config" in flags.FLAGS and flags.FLAGS["config"].value is None and (changed := given_fields()):
-        raise InputError(f"--config: not given, of which --config.{next(iter(changed))} is a field")
+        raise InputError(f"--config: not given, but --config.{next(iter(changed))} is")
     return rest
 
 

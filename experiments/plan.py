@@ -89,7 +89,7 @@ def main() -> int:
         return 0
     if chosen.schedule.batch_growth > 1 and (SECONDS.value or TARGET.value or ELSEWHERE.value):
         raise InputError(
-            f"schedule.batch_growth: got {chosen.schedule.batch_growth}, the time of batches that grow is not predicted; use 1 "
+            f"schedule.batch_growth: got {chosen.schedule.batch_growth}, the time of growing batches is not predicted; use 1 "
             "or --probe_seconds=0 without --target and --elsewhere."
         )
     there = Elsewhere(chosen, ELSEWHERE.value)

@@ -222,7 +222,7 @@ def distinct(element: Check, least: int = 0, most: int = MOST_VALUES) -> Check:
             rounded = struct.unpack("f", struct.pack("f", item))[0] if isinstance(item, float) else item
             if rounded in seen:
                 precisely = "" if item in seen.values() else " in float32"
-                raise InputError(f"{name}: {shown(item)} stands twice in {shown(value)}{precisely}; give every value once.")
+                raise InputError(f"{name}: {shown(item)} appears twice in {shown(value)}{precisely}; give every value once.")
             seen[rounded] = item
         return tuple(seen.values())
 

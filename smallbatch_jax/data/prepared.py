@@ -127,7 +127,7 @@ def _read(prepared: Prepared) -> dict[str, np.ndarray]:
         for paths, count in zip(prepared.records, prepared.counts, strict=True):
             with ArrayRecordDataSource(paths) as records:
                 if len(records) != count:
-                    raise ValueError(f"{len(records)} of {count} examples are there")
+                    raise ValueError(f"{len(records)} of {count} examples found")
                 found.extend(map(parsed_example, records))
         contents, labels = zip(*found, strict=True)
         with decode.quiet_pillow():

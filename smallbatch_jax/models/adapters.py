@@ -42,7 +42,7 @@ def adapted(model: Any) -> OwnModel:
         kind, argument = type(first).__name__, "rngs" if isinstance(first, nnx.Module) else "key"
         example = f"lambda {argument}: {kind}(…, {argument}={argument})"
         raise InputError(
-            f"model: got an instance of {kind}, whose parameters would ignore the seed; give what makes it, e.g. {example}."
+            f"model: got an instance of {kind}, whose parameters would ignore the seed; give a factory, e.g. {example}."
         )
     if isinstance(model, tuple) and len(model) == 2 and all(map(callable, model)):
         return FunctionsModel(*model)

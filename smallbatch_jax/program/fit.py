@@ -48,7 +48,7 @@ def require_model(model: Model, task: Task, data: Any, batch_size: int = 2) -> T
         _require_score(name, score, outputs, batch)
     trained, _ = jax.eval_shape(make_train_step(model, Program(batch_size, 1, task=task)), state, setting, batch)
     if jax.tree.structure(trained) != jax.tree.structure(state):
-        raise InputError("model: training makes other variables than init did; make them whatever `train` is.")
+        raise InputError("model: training creates other variables than init; create the same ones whatever `train` is.")
     return state
 
 
@@ -68,7 +68,7 @@ def require_diagnostics(model: Model, program: Program, data: Any) -> None:
         jax.jit(diagnose).lower(stored)  # only lowering reveals a gradient that has no derivative
     except Exception as error:  # of any type: the model may be the caller's own
         reason = cut(" ".join(str(error).split()), 200)
-        raise InputError(f"diagnostics: {program.diagnostics} cannot be had of the model: {reason}") from error
+        raise InputError(f"diagnostics: {program.diagnostics} cannot be computed for this model: {reason}") from error
 
 
 def _require_outputs(outputs: Any, task: Task, batch: Batch, num_classes: int | None) -> None:
@@ -117,7 +117,7 @@ def require_optimizer(optimizer: Optimizer, params: PyTree, name: str) -> None:
     with errors_explained(f"optimizer: {name}", f"{called}; its update with gradients, state and parameters"):
         traced, (updates, new_state, state) = jax.make_jaxpr(update, return_shape=True)(params, *scalars)
     if _shapes(updates, False) != _shapes(params, False):
-        raise InputError(f"optimizer: the updates of {name} are no tree of arrays like the parameters.")
+        raise InputError(f"optimizer: the updates of {name} do not have the tree structure and shapes of the parameters.")
     if any(jnp.issubdtype(leaf.dtype, jax.dtypes.extended) for leaf in jax.tree.leaves(state)):
         raise InputError(
             f"optimizer: {name} keeps a typed random key in its state, which is not stored; use jax.random.PRNGKey."
@@ -127,8 +127,8 @@ def require_optimizer(optimizer: Optimizer, params: PyTree, name: str) -> None:
     rate, first = len(jax.tree.leaves(params)), len(jax.tree.leaves((updates, new_state)))  # input and output indices
     if any(used_inputs(traced.jaxpr, first)[rate:]):
         raise InputError(
-            f"optimizer: {name} keeps its learning rate or another scalar in its state, as inject_hyperparams does, where no "
-            "run's own value arrives; make the transformation of the arguments themselves."
+            f"optimizer: {name} keeps its learning rate or another scalar in its state, as inject_hyperparams does, so a run's "
+            "own value has no effect; build the transformation from the arguments themselves."
         )
     if not used_inputs(traced.jaxpr)[rate]:
         raise InputError(f"optimizer: {name} does not use its learning rate, so all runs of a batch size would be the same.")

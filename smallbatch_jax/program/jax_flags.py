@@ -87,7 +87,7 @@ def hold(stack: ExitStack) -> None:
             changed[name] = before
     if changed:
         named = ", ".join(f"{name}={value}" for name, value in changed.items())
-        warnings.warn(f"{named}: without effect here, results are made with the defaults of JAX", stacklevel=4)
+        warnings.warn(f"{named}: ignored here, training uses JAX's defaults", stacklevel=4)
     if not jax.sharding.get_abstract_mesh().empty:
         stack.enter_context(jax.set_mesh(None))  # lanes have a mesh of their own
 
@@ -128,8 +128,8 @@ def xla_flags() -> str:
     for flag in given.split():
         if FAST_MATH.fullmatch(flag):
             raise InputError(
-                f"XLA_FLAGS={flag}: lets the compiler assume that no number is NaN, by which a diverged run is known; "
-                "leave it out."
+                f"XLA_FLAGS={flag}: lets the compiler assume that there are no NaNs, so no diverged run could be "
+                "detected; leave it out."
             )
     return given
 

@@ -65,7 +65,7 @@ def require_same(value: Any, field: str) -> None:
         differs = on_first(lambda: value) != value
         others = np.flatnonzero(multihost_utils.process_allgather(np.int32(differs)))
         if len(others):
-            raise InputError(f"{field}: process {others[0]} was given another than process 0; start all of them alike.")
+            raise InputError(f"{field}: process {others[0]} has another value than process 0; start all of them alike.")
 
 
 def least(value: int) -> int:

@@ -53,7 +53,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not (path.is_file() or path.is_dir()):  # a device or a pipe, which would be replaced
-        raise InputError(f"{path} cannot be written: it is no regular file.")
+        raise InputError(f"{path} cannot be written: it is not a regular file.")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:

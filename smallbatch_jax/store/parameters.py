@@ -125,7 +125,7 @@ def load_parameters(
       running averages, also where a run was evaluated by precise statistics; {} without batch norm.
 
     Raises:
-      InputError: if the folder is no workdir, or holds no such run; the line says which it holds.
+      InputError: if the folder is not a workdir, or holds no such run; the line says which it holds.
     """
     path = Path(expanded_path("workdir", workdir))
     experiment, _ = read_workdir(path)

@@ -256,7 +256,7 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     A warning, one line, names what could not be read: a file that is missing, lines that are damaged or lost.
 
     Raises:
-      InputError: if the folder is no workdir.
+      InputError: if the folder is not a workdir.
     """
     import numpy as np
     import pandas as pd

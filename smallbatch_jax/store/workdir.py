@@ -96,7 +96,7 @@ def _differing_facts(known: Mapping[str, Any], facts: Mapping[str, Any]) -> list
         for name in ("num_classes", "examples")
         if name in known and name in facts and known[name] != facts[name]
     ]
-    another = "model is another one of the same name, with other fields or code ({} differs)"
+    another = "model has the same name but other fields or code ({} differs)"
     for name, text in (("model", another), ("own", "{} is another function of the same name")):
         if name in known and name in facts and (place := _model_difference(known[name], facts[name])):
             found.append(text.format(place if name == "model" else place.rpartition(" ")[2]))
@@ -135,7 +135,7 @@ def read_workdir(path: Path) -> tuple[Experiment, dict[str, Any]]:
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"--workdir: {path} is no workdir, it has no experiment.json.") from None
+        raise InputError(f"--workdir: {path} is not a workdir, it has no experiment.json.") from None
     except OSError as error:
         raise InputError(f"--workdir: {path}/experiment.json cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -85,7 +85,7 @@ def _in_words(study: Study, best: pd.Series) -> str:
     weight_decay = further.get("weight_decay", experiment.weight_decay)
     decay = f", weight decay {weight_decay:g}" if weight_decay else ""
     decay += " of kernels alone" if decay and experiment.weight_decay_mask == "kernels" else ""
-    return f"As most write it: learning rate {rate} on the mean gradient, {optimizer.title}{scalars}{decay}{then}{warm_up}."
+    return f"In usual terms: learning rate {rate} on the mean gradient, {optimizer.title}{scalars}{decay}{then}{warm_up}."
 
 
 def _confirmed(study: Study, best: pd.Series) -> list[str]:
@@ -121,7 +121,7 @@ def _caveats(study: Study, best: pd.Series, noise: Noise) -> list[str]:
         seeds = int(best["diverged"] + best["finished"] + best["pending"])
         found.append(f"{int(best['diverged'])} of its {seeds} seeds diverged.")
     if best["finished"] == 1 and study.fresh.empty:
-        found.append("One seed: how much chance there is in it is not known.")
+        found.append("One seed: its variation between seeds is not known.")
     others = cells.drop(index=best.name)
     near = [int(cell["batch_size"]) for _, cell in others.iterrows() if noise.reaches(cell, best)]
     if near:

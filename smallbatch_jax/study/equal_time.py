@@ -67,6 +67,6 @@ def sentence(studies: Sequence[Study]) -> str:
         return ""
     epochs = f"At equal epochs the best is {', '.join(lengths)}"
     if not (times := by_time(studies)):
-        return f"{epochs}; at equal time it is not known, since not all were timed."
+        return f"{epochs}; the best at equal time is not known, since some runs have no timings."
     fast, slow = (f"{told(best)} in {short_duration(best.seconds)}" for best in times)
     return f"{epochs}; at equal time {fast}, the time of the fastest batch size, and {slow}, that of the slowest."

@@ -64,7 +64,7 @@ class RateRule(NamedTuple):
         fitted = int((~self.table["edge"]).sum()) if len(self.table) else 0
         if math.isnan(self.exponent):
             return "Rule of the best learning rate η*(m): cannot tell" + (
-                f"; {fitted} batch sizes have their best inside the rates tried, and three are needed."
+                f"; {fitted} batch sizes have their best rate inside the range tried; three are needed."
                 if self.table["std"].notna().all()
                 else "; the noise of a single seed is not known."
             )

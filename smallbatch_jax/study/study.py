@@ -92,7 +92,7 @@ def load(workdir: str | Path) -> Study:
     """Returns the study that a workdir holds, finished or not; writes nothing.
 
     Raises:
-      InputError: if the folder is no workdir, or its experiment.json is damaged.
+      InputError: if the folder is not a workdir, or its experiment.json is damaged.
     """
     path = Path(expanded_path("workdir", workdir))
     (experiment, facts), rows = read_workdir(path), results.load(path)
@@ -115,7 +115,7 @@ def load_all(workdirs: Iterable[str | Path]) -> dict[str, Study]:
     """Returns the studies of several workdirs by name, in the order given.
 
     Raises:
-      InputError: if a folder is no workdir, or two hold an experiment of one name.
+      InputError: if a folder is not a workdir, or two hold an experiment of one name.
     """
     studies: dict[str, Study] = {}
     for workdir in workdirs:
@@ -206,7 +206,7 @@ def _best_base_lr(batch_size: int, sources: list[Study]) -> float:
         raise InputError(f"grid.base_lrs_from: no run of batch size {batch_size} in {named}.")
     if pending := int(cells["pending"].sum()):
         lack = f"{pending} run(s) of batch size {batch_size} have not ended yet in {named}"
-        raise InputError(f"grid.base_lrs_from: {lack}; the same sweep.py command goes on there.")
+        raise InputError(f"grid.base_lrs_from: {lack}; the same sweep.py command resumes them.")
     if not cells["finished"].any():
         raise InputError(f"grid.base_lrs_from: every run of batch size {batch_size} diverged in {named}.")
     return float(analysis.best_first(cells, sources[0].metric)["base_lr"].iloc[0])

@@ -90,10 +90,10 @@ def test_bad_value_is_refused_in_one_line_that_begins_with_the_field(field, valu
         ),
         ({"grid__batch_sizes": (4.5,)}, "grid.batch_sizes: got 4.5, accepts an integer from 1 to 2147483647."),
         ({"grid__base_lrs": (math.nan,)}, "grid.base_lrs: got nan, accepts a number above 0 and finite (in float32)."),
-        ({"grid__seeds": (3, 3)}, "grid.seeds: 3 stands twice in (3, 3); give every value once."),
+        ({"grid__seeds": (3, 3)}, "grid.seeds: 3 appears twice in (3, 3); give every value once."),
         (
             {"grid__base_lrs": (0.1, 0.1 + 1e-9)},
-            "grid.base_lrs: 0.100000001 stands twice in (0.1, 0.100000001) in float32; give",
+            "grid.base_lrs: 0.100000001 appears twice in (0.1, 0.100000001) in float32; give",
         ),
         ({"grid__seeds": ()}, "grid.seeds: got (), accepts a tuple of at least 1 value(s)."),
         ({"schedule__boundaries": (1.5,)}, "schedule.boundaries: got 1.5, accepts a number from 0 to 1."),

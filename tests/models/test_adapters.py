@@ -293,11 +293,11 @@ def made_of(result):
     [
         (
             NnxMlp(nnx.Rngs(0)),
-            "got an instance of NnxMlp, whose parameters would ignore the seed; give what makes it, e.g. lambda rngs: NnxMlp(",
+            "got an instance of NnxMlp, whose parameters would ignore the seed; give a factory, e.g. lambda rngs: NnxMlp(",
         ),
         (
             make_mlp(jax.random.key(0)),
-            "got an instance of MLP, whose parameters would ignore the seed; give what makes it, e.g. lambda key: MLP(",
+            "got an instance of MLP, whose parameters would ignore the seed; give a factory, e.g. lambda key: MLP(",
         ),
         (make_noisy(jax.random.key(0)), "got an instance of EquinoxNoisy, whose parameters"),
         (3, "got int, accepts a model's name, a flax.linen.Module, a function or class"),

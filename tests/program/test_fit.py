@@ -36,7 +36,7 @@ def bare(init, update):
         ),
         (own(lambda lr: optax.add_noise(0.1, 0.5, jax.random.key(0))), "keeps a typed random key in its state"),
         (bare(lambda p: jnp.int32(0), lambda lr, g, s: (g, s * 1.5)), "changes the tree, a shape or a dtype of its state"),
-        (bare(lambda p: (), lambda lr, g, s: (jax.tree.map(jnp.sum, g), s)), "are no tree of arrays like the parameters"),
+        (bare(lambda p: (), lambda lr, g, s: (jax.tree.map(jnp.sum, g), s)), "do not have the tree structure and shapes of"),
         (own(lambda lr: optax.adam(1e-3)), "mine does not use its learning rate"),
         (own(lambda lr: optax.contrib.reduce_on_plateau()), "(called with learning_rate; its update with gradients, state and"),
     ],

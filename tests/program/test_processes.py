@@ -92,7 +92,7 @@ def test_processes_that_were_not_started_alike_are_refused(tmp_path):
     given = (*SMALL, f"--workdir={tmp_path / 'w'}")
     for status, output, errors in ended(start_two("sweep.py", *given, RATES, others=given)):
         assert (status, output) == (2, "")
-        assert errors == "config: process 1 was given another than process 0; start all of them alike.\n"
+        assert errors == "config: process 1 has another value than process 0; start all of them alike.\n"
     assert not (tmp_path / "w").exists()
 
 

@@ -88,4 +88,4 @@ def test_a_model_that_cannot_be_differentiated_twice_is_refused():
     model = (lambda key, x: jax.random.normal(key, (4, 3))), apply
     asked = tiny.dataset(), (4,), (2**-9,), 1
     line = error_line(sbj.sweep, model, *asked, diagnostics=("sharpness",), progress=NoProgress())
-    assert line.startswith("diagnostics: ('sharpness',) cannot be had of the model: ")
+    assert line.startswith("diagnostics: ('sharpness',) cannot be computed for this model: ")

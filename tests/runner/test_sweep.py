@@ -89,7 +89,7 @@ def test_a_workdir_is_resumed_grown_and_kept_apart_from_other_models_and_data(tm
     grown = quiet(Mlp(), table(), np.array([8, 16]), np.array([2**-8, 2**-6]), epochs=1, workdir=tmp_path / "w")
     assert len(grown) == 4
     pd.testing.assert_frame_equal(first, grown.head(1), check_exact=True)
-    with pytest.raises(InputError, match=r"model is another one of the same name, with other fields or code"):
+    with pytest.raises(InputError, match=r"model has the same name but other fields or code"):
         quiet(Mlp(32), table(), (8, 16), (2**-8, 2**-6), epochs=1, workdir=tmp_path / "w")
     with pytest.raises(InputError, match=r"dataset.name is 'own:.* there and 'own:.* here"):
         quiet(Mlp(), table(199), (8, 16), (2**-8, 2**-6), epochs=1, workdir=tmp_path / "w")
@@ -182,7 +182,7 @@ def test_other_code_or_fields_never_get_a_workdirs_results(tmp_path):
     quiet(written("x"), table(), (8,), (2**-8,), epochs=1, workdir=tmp_path / "w")
     quiet(written("x"), table(), (8,), (2**-8,), epochs=1, workdir=tmp_path / "w")
     line = refused(model=written("2 * x"), batch_sizes=(8,), workdir=tmp_path / "w")
-    assert "holds a different experiment: model is another one of the same name, with other fields or code" in line
+    assert "holds a different experiment: model has the same name but other fields or code" in line
     drawn = [nn.Dense(3, kernel_init=nn.initializers.normal(scale)) for scale in (0.01, 10.0)]
     quiet(drawn[0], table(), (8,), (2**-8,), epochs=1, workdir=tmp_path / "d")
     assert "with other fields or code" in refused(model=drawn[1], batch_sizes=(8,), workdir=tmp_path / "d")

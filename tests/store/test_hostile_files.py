@@ -28,7 +28,7 @@ from smallbatch_jax.study import figures, study
 def test_a_pipe_is_not_replaced_and_a_link_leads_to_the_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link.html").symlink_to("page.html")
-    assert error_line(write_atomically, tmp_path / "pipe", "page").endswith("pipe cannot be written: it is no regular file.")
+    assert error_line(write_atomically, tmp_path / "pipe", "page").endswith("pipe cannot be written: it is not a regular file.")
     assert (tmp_path / "pipe").is_fifo()
     write_atomically(tmp_path / "link.html", "page")
     assert (tmp_path / "link.html").is_symlink()
@@ -191,7 +191,7 @@ def test_hostile_json_of_a_prepared_dataset_is_one_line(prepared, splits):
 def test_a_wrong_number_of_examples_is_one_line(prepared, number):
     path = prepared / "dataset_info.json"
     path.write_text(path.read_text().replace('"2"', f'"{number}"'))
-    assert f"of {number} examples are there" in error_line(load_prepared, prepared)
+    assert f"of {number} examples found" in error_line(load_prepared, prepared)
 
 
 @pytest.mark.parametrize("data_dir", [5, b"x", "a\0b", "x" * 5000, "~nobody/x", "two\nlines", os.fsdecode(b"\xff")])

@@ -176,8 +176,8 @@ def test_what_is_not_stored_is_told_in_one_line(every, tmp_path):
     line = refused(every, batch_size=16, seed=0)
     assert line.startswith("workdir: ")
     assert "holds no run with batch_size 16, seed 0; it holds m4_b2_lr0.1_seed0, m4_b4_lr0.1_seed0, " in line
-    assert "is no workdir" in refused(tmp_path)
-    assert "is no workdir" in refused(tmp_path / "missing")
+    assert "is not a workdir" in refused(tmp_path)
+    assert "is not a workdir" in refused(tmp_path / "missing")
     assert "holds no parameters; a sweep with keep_parameters='best' or 'all' keeps some." in refused(
         saved(tmp_path / "w", None)
     )

@@ -244,7 +244,7 @@ def test_complete_says_which_runs_need_no_more_training(store):
 
 
 def test_a_folder_that_is_no_workdir_is_refused_in_one_line(tmp_path):
-    with pytest.raises(InputError, match="is no workdir"):
+    with pytest.raises(InputError, match="is not a workdir"):
         results.load(tmp_path)
     (tmp_path / "experiment.json").write_text("{")
     with pytest.raises(InputError, match=r"experiment.json is damaged"):

@@ -131,8 +131,8 @@ def test_weight_decay_is_told_where_there_is_any(fields, said):
 def test_a_best_inside_the_grid_that_stands_alone_needs_no_caveat_but_its_seed():
     lost = [0.2, 0.3, 0.2]
     first, *caveats = answer(study("fig08", {2: lost, 4: [0.5, 0.9, 0.4], 8: lost})).caveats
-    assert first.startswith("As most write it: learning rate η = η̃·m = 0.015625 on the mean gradient, SGD without momentum")
-    assert caveats == ["One seed: how much chance there is in it is not known."]
+    assert first.startswith("In usual terms: learning rate η = η̃·m = 0.015625 on the mean gradient, SGD without momentum")
+    assert caveats == ["One seed: its variation between seeds is not known."]
     lost = [[0.2] * 3, [0.3] * 3, [0.2] * 3]
     three = {2: lost, 4: [[0.5] * 3, [0.9, 0.89, LOST], [0.4] * 3], 8: lost}
     assert answer(study("fig08", three, seeds=(0, 1, 2))).caveats[1:] == ("1 of its 3 seeds diverged.",)
@@ -145,7 +145,7 @@ def test_the_learning_rate_is_told_with_its_schedule():
             dataclasses.replace(found, experiment=dataclasses.replace(found.experiment, schedule=Schedule(**schedule)))
         ).caveats[0]
 
-    start = "As most write it: learning rate η = η̃·m = 0.0078125 on the mean gradient, SGD without momentum, weight decay 0.001"
+    start = "In usual terms: learning rate η = η̃·m = 0.0078125 on the mean gradient, SGD without momentum, weight decay 0.001"
     assert told(boundaries=()) == f"{start}."
     assert told(boundaries=(1 / 3, 0.5), factor=0.2, warmup_fraction=0.05) == (
         f"{start}, times 0.2 after 33.3 % and 50 % of the training, after a warm-up over 5 %."

@@ -31,7 +31,7 @@ def test_the_report_names_the_studies_and_counts_the_verdicts():
         "6 of 6 runs ended",
         "fig10: alexnet, norm batch, precise statistics, cifar10 (5,000 + 1,000 images), augmented, 2 epochs, warm-up 5 %, "
         "m = 4 … 128, base_lr 2^-9 … 2^-7, 1 seed: 6 of 6 runs ended",
-        "mine: holds no figure that a claim is about",
+        "mine: is not a figure that a claim is about",
         "fig13_cifar10: alexnet, norm none, digits (50,000 + 1,000,000 images), 1 epoch, m = 16, BN batch 2 … 16, "
         "base_lr 2^-9, 1 seed: 4 of 4 runs ended",
         "",
@@ -125,7 +125,7 @@ def test_the_command_refuses_what_it_cannot_judge_in_one_line(tmp_path):
     wrong = {
         (): "--workdir: not given; for example --workdir=runs/fig01",
         ("--workdir=",): "--workdir: empty; give a path.",
-        (f"--workdir={tmp_path}/none",): f"--workdir: {tmp_path}/none is no workdir, it has no experiment.json.",
+        (f"--workdir={tmp_path}/none",): f"--workdir: {tmp_path}/none is not a workdir, it has no experiment.json.",
         (f"--workdir={first}", f"--workdir={second}"): f"--workdir: {first} and {second} both hold 'fig01'; ",
     }
     for arguments, line in wrong.items():

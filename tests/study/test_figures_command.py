@@ -66,6 +66,6 @@ def test_what_cannot_be_drawn_is_one_line_and_exit_status_2(tmp_path):
     refused(run(fig15, f"--workdir={a}"), "--config, --workdir: give one of them")
     refused(run(config(tmp_path / "fig01.py", name="fig01")), "fig01 has no drawn_from")
     refused(run(f"--workdir={a}", f"--workdir={again}"), "both hold 'one'")
-    refused(run(f"--workdir={a}", f"--workdir={tmp_path / 'none'}"), "none is no workdir")
+    refused(run(f"--workdir={a}", f"--workdir={tmp_path / 'none'}"), "none is not a workdir")
     refused(run(), "--workdir: not given")
     assert not (a / "figures").exists()

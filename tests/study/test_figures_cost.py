@@ -109,7 +109,7 @@ def test_what_never_gets_there_is_a_cross_above_all_times_and_what_has_not_yet_a
     assert (cross[0], dot[0]) == (16, 32)
     assert max(20, *figure.axes[0].get_yticks()) < cross[1] < figure.axes[0].get_ylim()[1]
     assert dot[1] == cross[1]
-    assert foot(figure)[1] == ["none gets there", "none yet"]
+    assert foot(figure)[1] == ["target not reached", "none yet"]
 
 
 def test_a_time_is_hollow_while_runs_of_its_batch_size_may_be_faster_and_crossed_where_seeds_diverged():

@@ -76,7 +76,7 @@ def test_only_fresh_seeds_confirm():
     found = recommend(made)
     assert found.fresh["test_accuracy"] == pytest.approx(0.87)
     assert found.fresh["finished"] == 3
-    assert "3 fresh seeds, of no part in the choice: test accuracy 87.0 ± 0.6 %, mean ± standard error." in said(made)
+    assert "3 fresh seeds, not used for the choice: test accuracy 87.0 ± 0.6 %, mean ± standard error." in said(made)
     assert "looks better than it is" not in said(made)
     assert "1 fresh seed, of no part in the choice: test accuracy 86.0 %." in said(with_fresh([0.86]))
     assert "Fresh seeds do not confirm it: all 1 diverged." in said(with_fresh([LOST]))
@@ -177,7 +177,7 @@ def test_the_best_at_equal_epochs_and_at_equal_time():
     )
     untimed = dataclasses.replace(timed(), timings=timings())
     for some in ([untimed], [untimed, timed(2, "short", best=0.8)]):
-        assert equal_time.sentence(some).endswith("; at equal time it is not known, since not all were timed.")
+        assert equal_time.sentence(some).endswith("; the best at equal time is not known, since some runs have no timings.")
     other = dataclasses.replace(timed().experiment, model=dataclasses.replace(timed().experiment.model, norm="batch"))
     assert equal_time.sentence([timed(), dataclasses.replace(timed(), experiment=other)]) == ""
 

@@ -245,7 +245,7 @@ def test_the_command_writes_the_page_and_says_the_answer(tmp_path):
     ("flags", "says"),
     [
         (["--workdir=W", "--out=OUT"], "--out: OUT is a folder"),
-        (["--workdir=OUT"], "--workdir: OUT is no workdir"),
+        (["--workdir=OUT"], "--workdir: OUT is not a workdir"),
         (["--workdir="], "--workdir: empty"),
         ([], "--workdir: not given"),
         (["--workdir=W", "--workdir=W"], "both hold 'mine'"),

@@ -93,7 +93,7 @@ def format_report(studies: Studies, verdicts: Iterable[Verdict]) -> str:
     verdicts = list(verdicts)
     known = {name for claim in CLAIMS for check in claim.checks for name in check.figures}
     facts = {
-        name: describe(study) if name in known else "holds no figure that a claim is about" for name, study in studies.items()
+        name: describe(study) if name in known else "is not a figure that a claim is about" for name, study in studies.items()
     }
     blocks = ["\n".join(f"{name}: {fact}" for name, fact in facts.items()), *map(_format_verdict, verdicts)]
     counts = [sum(verdict.answer == answer for verdict in verdicts) for answer in VERDICTS]

@@ -180,7 +180,7 @@ def time_to_accuracy(study: Study, accuracy: float | None = None) -> Figure:
     points.plot_curve(axes, times, "batch_size", "", color=style.CATEGORIES[0], marker="o")
     lost, waiting = (table.loc[never & where, "batch_size"] for where in (~pending, pending))
     top = high * (high / low) ** 0.08
-    absent = {"none gets there": (lost, top, style.LOST), "none yet": (waiting, top, style.NOT_YET)}
+    absent = {"target not reached": (lost, top, style.LOST), "none yet": (waiting, top, style.NOT_YET)}
     marks = points.mark_entries(times, pending=points.PROVISIONAL) | points.plot_absent(axes, absent)
     axes.set_ylabel("time of a run")
     style.grid_axis(axes, "x", "batch_size", table["batch_size"])
