@@ -94,7 +94,8 @@ def _watch(child: int, reader: int, number: int | None) -> NoReturn:
             print(line, end="", file=sys.stderr, flush=True)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status == -signal.SIGABRT and not JOINED[0]:
-        print(f"--coordinator_address: not all processes joined within {JOIN_SECONDS.value} seconds (--join_seconds)", file=sys.stderr)
+        waited = f"{JOIN_SECONDS.value} seconds (--join_seconds)"
+        print(f"--coordinator_address: not all processes joined within {waited}", file=sys.stderr)
         status = 2
     if status < 0:
         which = "" if number is None else f" {number}"

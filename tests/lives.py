@@ -73,7 +73,7 @@ SOAKS = {
     "resnet8 with batch norm": (
         "--config.model.name=resnet8",
         "--config.model.norm=batch",
-        "--config.epochs=3",
+        "--config.epochs=12",
         "--config.grid.batch_sizes=(16,64,256)",
         "--config.grid.base_lrs=(0.0005,0.002,0.008,0.03,0.5,8.0)",
         "--config.grid.seeds=(0,1)",

@@ -26,7 +26,7 @@ from smallbatch_jax.cluster.worker import OWNER_SECONDS, Outcome, ProgramTask
 from smallbatch_jax.config import extras
 from smallbatch_jax.config.experiment import Experiment, InputError, programs
 from smallbatch_jax.runner.progress import Progress, Status, title
-from smallbatch_jax.runner.signals import Interrupted, Stop, noted_signals
+from smallbatch_jax.runner.signals import Interrupted, Stop, handled, noted_signals
 from smallbatch_jax.store.files import append_line
 from smallbatch_jax.store.results import Format, ProgramResults
 from smallbatch_jax.store.workdir import open_workdir, record_provenance
@@ -158,18 +158,20 @@ def connected(address: str | None) -> Iterator[Any]:
         cpus = len(os.sched_getaffinity(0))
         options |= {"include_dashboard": False, "num_cpus": cpus, "object_store_memory": STORE_BYTES}
     before = signal.getsignal(signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, handled())  # Ray's processes inherit the mask and survive a signal to the group
     try:
         if address and re.fullmatch(r"[^/]+:\d+", address):  # Ray would try for minutes, and log that
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)  # by Ray, whose child executes at once
+            warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)  # the child executes Ray at once
             ray.init(address or "local", **options)
     except Exception as error:  # of many types
         failed = f"--address={address}: no Ray cluster can be reached" if address else "no Ray cluster can be started here"
         raise InputError(f"{failed}: {_one_line(error)}") from error
     finally:
         signal.signal(signal.SIGTERM, before)  # Ray's handler would exit without a word
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handled())
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), ExitStack() as stack:
         stack.callback(ray.shutdown)
         yield ray  # which prints a report of each worker that dies
