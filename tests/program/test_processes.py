@@ -1,5 +1,6 @@
 """Several real processes on this machine that run one command together."""
 
+import re
 import shutil
 import signal
 import socket
@@ -74,7 +75,8 @@ def test_a_sweep_of_two_processes_is_that_of_one(tmp_path):
     alone = ended([start("sweep.py", *asked, f"--workdir={tmp_path / 'alone'}", flags=flags)])[0]
     first, second = ended(start_two("sweep.py", *asked, f"--workdir={tmp_path / 'two'}", flags=flags))
     assert (alone[0], first[0], second) == (0, 0, (0, "", "")), first[2]
-    assert first[1] == alone[1].replace("/alone", "/two")
+    untimed = partial(re.sub, r"in [\d.]+ s", "in … s")
+    assert untimed(first[1]) == untimed(alone[1].replace("/alone", "/two"))
     assert "Gloo" not in first[2]
     pd.testing.assert_frame_equal(*(results.load(tmp_path / name) for name in ("alone", "two")), rtol=1e-4)
     kept = [sbj.load_parameters(tmp_path / name, base_lr=0.0005) for name in ("alone", "two")]
@@ -203,7 +205,7 @@ def test_a_signal_to_one_process_stops_both_and_both_go_on_later(tmp_path, undis
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_run_of_two_processes_goes_on_in_one(tmp_path, undisturbed, devices):
-    """It resumes on fewer devices from its checkpoint; the next epochs' losses agree until rounding separates them."""
+    """It resumes on fewer devices from its checkpoint; the next epoch's loss agrees; later ones differ by rounding."""
     arguments = ["train.py", *SHARED, f"--workdir={tmp_path / 'w'}"]
     processes = start_two(*arguments)
     wait_for(lambda: rows(tmp_path / "w").count(b"\n") > 3, processes)
@@ -212,10 +214,10 @@ def test_a_run_of_two_processes_goes_on_in_one(tmp_path, undisturbed, devices):
     shutil.copytree(tmp_path / "w", tmp_path / "before")
     stored = results.load(tmp_path / "w")
     fewer = start(*arguments, f"--config.data_devices={devices}", devices=devices)
-    wait_for(lambda: rows(tmp_path / "w").count(b"\n") > len(stored) + 4, [fewer])
+    wait_for(lambda: rows(tmp_path / "w").count(b"\n") > len(stored) + 2, [fewer])
     fewer.kill()
     fewer.communicate()
     (tmp_path / "undisturbed.csv").write_bytes(undisturbed)
     expected, found = pd.read_csv(tmp_path / "undisturbed.csv"), results.load(tmp_path / "w")
-    after = slice(len(stored), len(stored) + 2)
-    assert abs(found.train_loss[after] / expected.train_loss[after] - 1).max() < 1e-4
+    after = len(stored)
+    assert found.train_loss[after] == pytest.approx(expected.train_loss[after], rel=1e-4)
