@@ -38,7 +38,7 @@ def test_the_recommendation_is_said_and_confirmed_by_a_fresh_seed(found):
     assert text.startswith(
         f"Best at m = {best.batch_size}, η̃ = {sbj.analysis.format_base_lr(best.base_lr)}: validation accuracy"
     )
-    assert "1 fresh seed, of no part in the choice: test accuracy" in text
+    assert "1 fresh seed, not used for the choice: test accuracy" in text
     fresh = result.study.fresh
     assert set(zip(fresh.batch_size, fresh.base_lr, fresh.seed, strict=True)) == {(best.batch_size, best.base_lr, 2)}
 

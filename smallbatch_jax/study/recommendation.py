@@ -138,4 +138,4 @@ def _confirmed(found: Recommendation, metric: Metric) -> list[str]:
     diverged = f"; {lost} more diverged" * bool(lost)
     spread = ", mean ± standard error" if seeds > 1 else ""
     shown = metric.show(fresh[metric.column], error)
-    return [f"{seeds} fresh seed{'s' * (seeds > 1)}, of no part in the choice: {metric.title} {shown}{spread}{diverged}."]
+    return [f"{seeds} fresh seed{'s' * (seeds > 1)}, not used for the choice: {metric.title} {shown}{spread}{diverged}."]

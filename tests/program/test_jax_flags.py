@@ -82,7 +82,7 @@ def test_no_held_flag_changes_a_bit_and_all_are_the_users_again(plain, tmp_path)
     for name, value in jax_flags.HELD_OF_FLAX.items():
         flax.config.update(name, not value)
     try:
-        with pytest.warns(UserWarning, match=r"jax_debug_nans=True.*flax_fix_rng_separator=True.*: without effect here"):
+        with pytest.warns(UserWarning, match=r"jax_debug_nans=True.*flax_fix_rng_separator=True.*: ignored here"):
             frame = swept(tmp_path / "w")
         assert {name: getattr(flax.config, name) for name in jax_flags.HELD_OF_FLAX} != jax_flags.HELD_OF_FLAX
         found = {name: jax_flags._of_all_threads(name) for name in changed}
@@ -100,7 +100,7 @@ def test_nor_does_a_context_manager_around_the_call(plain, tmp_path):
                 stack.enter_context(jax_flags._holder(name)(value))
         stack.enter_context(jax.set_mesh(jax.make_mesh((len(jax.devices()),), ("mine",))))
         before = jax.config.values
-        with pytest.warns(UserWarning, match="jax_enable_x64=True.*: without effect here"):
+        with pytest.warns(UserWarning, match="jax_enable_x64=True.*: ignored here"):
             frame = swept(tmp_path / "w")
         assert jax.config.values == before
         assert jax.sharding.get_abstract_mesh().axis_names == ("mine",)
@@ -109,7 +109,7 @@ def test_nor_does_a_context_manager_around_the_call(plain, tmp_path):
 
 def test_a_command_holds_them_for_good():
     jax.config.update("jax_numpy_dtype_promotion", "strict")
-    with pytest.warns(UserWarning, match="jax_numpy_dtype_promotion=strict: without effect here"):
+    with pytest.warns(UserWarning, match="jax_numpy_dtype_promotion=strict: ignored here"):
         jax_flags.hold(ExitStack())
     gc.collect()
     assert jax_flags._plain(jax.config.values["jax_numpy_dtype_promotion"]) == "standard"
@@ -137,7 +137,7 @@ def test_the_provenance_of_a_sweep_has_the_flags(plain, tmp_path):
 )
 def test_flags_that_take_no_number_to_be_nan_are_refused(monkeypatch, given):
     monkeypatch.setenv("XLA_FLAGS", given)
-    with pytest.raises(InputError, match=r"XLA_FLAGS=--xla_cpu_enable_fast_.*lets the compiler assume that no number is NaN"):
+    with pytest.raises(InputError, match=r"XLA_FLAGS=--xla_cpu_enable_fast_.*lets the compiler assume that there are no NaNs"):
         jax_flags.xla_flags()
 
 

@@ -185,7 +185,7 @@ def test_other_code_or_fields_never_get_a_workdirs_results(tmp_path):
     assert "holds a different experiment: model has the same name but other fields or code" in line
     drawn = [nn.Dense(3, kernel_init=nn.initializers.normal(scale)) for scale in (0.01, 10.0)]
     quiet(drawn[0], table(), (8,), (2**-8,), epochs=1, workdir=tmp_path / "d")
-    assert "with other fields or code" in refused(model=drawn[1], batch_sizes=(8,), workdir=tmp_path / "d")
+    assert "other fields or code" in refused(model=drawn[1], batch_sizes=(8,), workdir=tmp_path / "d")
 
 
 def test_a_workdir_of_an_earlier_version_is_refused_in_one_line(tmp_path):
@@ -204,7 +204,7 @@ def test_a_workdir_that_has_a_digest_in_its_models_name_is_resumed(tmp_path):
     stored = json.loads(file.read_text())
     stored["experiment"]["model"]["name"] += "-0123456789ab"
     file.write_text(json.dumps(stored))
-    assert "with other fields or code" in refused(model=Mlp(32), batch_sizes=(8,), workdir=tmp_path / "w")
+    assert "other fields or code" in refused(model=Mlp(32), batch_sizes=(8,), workdir=tmp_path / "w")
     pd.testing.assert_frame_equal(first, quiet(Mlp(), table(), (8,), (2**-8,), epochs=1, workdir=tmp_path / "w"))
 
 

@@ -78,7 +78,7 @@ def test_only_fresh_seeds_confirm():
     assert found.fresh["finished"] == 3
     assert "3 fresh seeds, not used for the choice: test accuracy 87.0 ± 0.6 %, mean ± standard error." in said(made)
     assert "looks better than it is" not in said(made)
-    assert "1 fresh seed, of no part in the choice: test accuracy 86.0 %." in said(with_fresh([0.86]))
+    assert "1 fresh seed, not used for the choice: test accuracy 86.0 %." in said(with_fresh([0.86]))
     assert "Fresh seeds do not confirm it: all 1 diverged." in said(with_fresh([LOST]))
     assert "fresh" not in said(with_fresh([]))
 
