@@ -39,7 +39,7 @@ class Stored(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """What a search found, beside the grid's best: cells with their final metric, None and NaN where all runs diverged."""
+    """Result of a search and the grid's best: cells with their final metric, or None and NaN if all runs diverged."""
 
     best: Cell | None  # of the grid
     best_value: float

@@ -46,7 +46,7 @@ class Step:
 
 
 class Setup(NamedTuple):
-    """How one worker computes."""
+    """Configuration of one worker."""
 
     threads: int
     device: str = "cpu"

@@ -1,4 +1,4 @@
-"""What the commands do with a workdir: refuse an experiment that does not belong there, and show the results in it."""
+"""Shared by the commands: refuses an experiment that does not belong in a workdir, and shows a workdir's results."""
 
 import time
 from pathlib import Path

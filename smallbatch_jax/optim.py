@@ -80,7 +80,7 @@ class Optimizer(NamedTuple):
     make: Callable[..., optax.GradientTransformation]  # (learning_rate, weight_decay, **scalars, mask=None)
     scalars: tuple[str, ...] = ()  # names of the arguments of `make` beyond the first two
     rule: float | None = None  # ratio of the learning rate to η̃; None: the batch size (Eq. 6)
-    elementwise: bool = True  # whether an element's update depends on no other element, and on no name
+    elementwise: bool = True  # whether an element's update depends on that element alone, not on others or on names
 
     def init(self, params: optax.Params) -> optax.OptState:
         """Returns the state before the first update, which depends on no scalar."""
@@ -186,7 +186,7 @@ def step_schedule(
 
 
 def _first_step_from(fraction: float | Fraction, total_steps: Any) -> Any:
-    """The first integer step k ≥ fraction·T, in exact integers."""
+    """Returns the first integer step k ≥ fraction·T, in exact integers."""
     if isinstance(total_steps, (int, np.integer)):
         return math.ceil(exact_fraction(fraction) * int(total_steps))
     near = Fraction(fraction).limit_denominator(10_000)

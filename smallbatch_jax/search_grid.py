@@ -18,8 +18,8 @@ from smallbatch_jax.study.recommendation import Recommendation
 from smallbatch_jax.study.study import Study
 
 BATCH_SIZES = tuple(2**k for k in range(1, 12, 2))  # 2, 8, … 2048
-BASE_LRS = tuple(2.0**k for k in range(-20, 3))  # the lattice: what is far from the best costs a search little
-LEAST_UPDATES = 4  # of an epoch at the largest batch size tried unasked
+BASE_LRS = tuple(2.0**k for k in range(-20, 3))  # lattice of rates; those far from the best cost a search little
+LEAST_UPDATES = 4  # minimum updates per epoch at the largest default batch size
 VALIDATION_FRACTION = 0.1
 
 
@@ -31,7 +31,7 @@ class Found(NamedTuple):
 
     @property
     def recommendation(self) -> Recommendation:
-        """The recommended cell, and how sure it is."""
+        """The recommended cell and its uncertainty."""
         return self.answer.recommendation
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ def search(
     workdir: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Found:
-    """Finds the batch size m and base learning rate η̃ to train with, by runs that are given up where they lose.
+    """Finds the batch size m and base learning rate η̃ to train with, stopping runs that lose early.
 
     At each m learning rates are bracketed and then halved in rungs of examples seen (`runner.policy`); further seeds go to the
     leaders, and fresh ones confirm the recommended cell on the test set. The workdir is an ordinary one: the same call resumes
@@ -62,7 +62,7 @@ def search(
       model: as for `sweep`.
       dataset: as for `sweep`. A tenth of its training examples is held out to choose by, unless `validation_fraction` or
         `select` says otherwise, or the data have a validation split of their own or are streamed.
-      epochs: E, of a whole run; those that are given up train for fewer. None takes as many as make the budget in examples
+      epochs: E, of a whole run; stopped runs train for fewer. None takes as many as make the budget in examples
         that of `budget=None`, or without one those of a config, 8.
       budget: training examples over all runs, the sum of all epochs times the number of examples; None takes three whole runs
         for each batch size (two if there is one seed), and the confirming ones.
@@ -70,14 +70,14 @@ def search(
       batch_sizes: the candidates; None takes 2, 8, 32, … that make four updates an epoch or more.
       base_lrs: the lattice of η̃ on which rates are sought; a finer one costs little more.
       seeds: the first finds rates, the others are replicates of the leaders.
-      workdir: where the results are kept and resumed; None keeps nothing.
+      workdir: folder that stores the results and resumes; None stores nothing.
       **options: those of `sweep`, such as `optimizer`, `norm`, `loss` and `confirm`, the number of fresh seeds.
 
     Returns:
       The answer with its recommendation, and the study behind them.
 
     Raises:
-      InputError: in one line that names what cannot be used.
+      InputError: in one line that names the invalid argument.
     """
     if budget is not None and seconds is not None:
         raise InputError("seconds: a search has one budget; give seconds or budget, not both.")

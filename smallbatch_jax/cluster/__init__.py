@@ -1,4 +1,4 @@
-"""Programs of grids as Ray tasks: the workdirs' owner (`launcher`), a program on a worker (`worker`).
+"""Runs programs as Ray tasks: `launcher` owns the workdirs, `worker` trains one program.
 
 May import every other package; only the commands import it.
 """

@@ -32,24 +32,24 @@ from smallbatch_jax.store.results import Format, ProgramResults
 from smallbatch_jax.store.workdir import open_workdir, record_provenance
 from smallbatch_jax.tracking.trackers import Trackers
 
-RETRIES = 5  # of a program whose worker or machine died
+RETRIES = 5  # retries of a program whose worker or machine died
 POLL_SECONDS = 0.5
-ANSWER_SECONDS = 10.0  # for which a cluster's head, or the actor with the workers' reports, may not answer
-STOP_SECONDS = 60.0  # in which workers that are to stop save
-STORE_BYTES = 128 * 2**20  # a local cluster's object store, through which only rows go
+ANSWER_SECONDS = 10.0  # timeout of a cluster's head and of the actor that holds the workers' reports
+STOP_SECONDS = 60.0  # time for workers to save after a signal
+STORE_BYTES = 128 * 2**20  # object store of a local cluster; only rows go through it
 
 
 @dataclass
 class LaunchedProgram:
-    """A program of a launch, and how far it has come."""
+    """A program of a launch and its progress."""
 
     name: str  # for the user
     task: ProgramTask
-    pending: int  # runs to be trained when the launch began
+    pending: int  # runs left to train when the launch began
     steps: int  # updates of one run
-    status: Status  # as reported last
+    status: Status  # as last reported
     failure: str = ""  # one line
-    resources: dict[str, int] = field(default_factory=dict)  # that its task asks for, by Ray's names
+    resources: dict[str, int] = field(default_factory=dict)  # requested by its task, by Ray's names
 
 
 def train_grids(grids: Sequence[tuple[Experiment, Path]], address: str | None, progress: Progress) -> list[bool]:
@@ -87,7 +87,7 @@ def train_grids(grids: Sequence[tuple[Experiment, Path]], address: str | None, p
 
 
 def _facts(experiment: Experiment) -> dict[str, Any]:
-    """The facts about an experiment's data, after checking that the experiment fits it."""
+    """Returns the facts about an experiment's data, after checking that the experiment fits it."""
     import jax
 
     from smallbatch_jax import data
@@ -100,7 +100,7 @@ def _facts(experiment: Experiment) -> dict[str, Any]:
 
 
 def _programs(experiment: Experiment, workdir: Path, num_examples: int) -> list[LaunchedProgram]:
-    """The programs of a grid, and how far they have come; makes the results file of each."""
+    """Returns the programs of a grid with their progress; makes the results file of each."""
     from smallbatch_jax.data.order import BatchSchedule
 
     sent, data_dir = experiment, experiment.dataset.data_dir
@@ -123,7 +123,7 @@ def _programs(experiment: Experiment, workdir: Path, num_examples: int) -> list[
 
 
 def summed(programs: list[LaunchedProgram], started: float) -> Status:
-    """The status of the programs together since `started`, a time.monotonic()."""
+    """Returns the combined status of programs since `started`, a time.monotonic()."""
     names = ("runs", "images", "finished", "diverged", "trained", "running", "images_per_second")
     total: dict[str, Any] = {name: sum(getattr(program.status, name) for program in programs) for name in names}
     status = Status(started=started, **total)
@@ -178,7 +178,7 @@ def connected(address: str | None) -> Iterator[Any]:
 
 
 class Reports:
-    """An actor that holds the last report of each task by Ray's id; if its process dies, it restarts without any."""
+    """Actor that holds the last report of each task by Ray's id; if its process dies, it restarts empty."""
 
     def __init__(self) -> None:
         self._last: dict[str, Status | None] = {}
@@ -191,7 +191,7 @@ class Reports:
 
 
 def _train(task: ProgramTask, cpu_devices: int | None, reports: Any) -> Outcome:
-    """The body of a Ray task. `ray.cancel` interrupts it, as SIGINT would: then it saves and returns."""
+    """Body of a Ray task. `ray.cancel` interrupts it as SIGINT would; it then saves and returns."""
     import ray
 
     stop, task_id = Stop(), ray.get_runtime_context().get_task_id()
@@ -281,7 +281,7 @@ class Launch:
 
 
 def _store(task: ProgramTask, outcome: Outcome) -> None:
-    """Adds to the workdir what a worker wrote elsewhere."""
+    """Adds the files that a worker wrote elsewhere to the workdir."""
     if outcome.rows:
         with ProgramResults(task.workdir, *task.shape, format=Format.of(task.experiment)) as stored:
             stored.append(outcome.rows)

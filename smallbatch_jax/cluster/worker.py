@@ -19,9 +19,9 @@ from smallbatch_jax.store.files import WriteError
 from smallbatch_jax.store.results import Format, ProgramResults, Row
 from smallbatch_jax.tracking.trackers import TRACKERS
 
-OWNER_SECONDS = 60.0  # for which a dead worker may keep its program's files: the death of its machine spreads slowly
+OWNER_SECONDS = 60.0  # time to wait for a dead worker's lock: the death of a machine is noticed late
 
-Report = Callable[[Status | None], object]  # takes the status of a program, None before it trains
+Report = Callable[[Status | None], object]  # called with a program's status, None before it trains
 
 
 @dataclass(frozen=True)
@@ -29,28 +29,28 @@ class ProgramTask:
     """One program of an experiment, as the launcher hands it out."""
 
     experiment: Experiment
-    workdir: Path  # the launcher's, absolute
+    workdir: Path  # the launcher's workdir, absolute
     shape: tuple[int, int]  # batch size, BN batch size
     owner: str  # the launcher's entry in the workdir's lock, by which a worker recognises the workdir
-    rows: list[Row]  # stored when the task was made
-    command: list[str]  # the launcher's, which provenance records
+    rows: list[Row]  # rows stored when the task was made
+    command: list[str]  # the launcher's command line, recorded in provenance
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a task, and the files it wrote if it could not reach the workdir."""
+    """Result of a task, with the files it wrote if it could not reach the workdir."""
 
-    status: Status | None  # None if it did not come to train
+    status: Status | None  # None if it did not train
     failure: str = ""  # one line; empty if all runs are stored or it was asked to stop
     rows: list[Row] = field(default_factory=list)
-    logs: dict[str, str] = field(default_factory=dict)  # other files, by name, to which all programs of a workdir append
+    logs: dict[str, str] = field(default_factory=dict)  # lines for files shared by all programs of a workdir, by file name
 
 
 def train(task: ProgramTask, cpu_devices: int | None, stop: Stop, report: Report) -> Outcome:
-    """Trains the runs of a program that are missing; to be called in a process that has not used JAX.
+    """Trains the missing runs of a program; call it in a process that has not used JAX.
 
     `cpu_devices` of None stands for all devices that this process finds, of whatever kind. Once `stop` is set, the program is
-    saved and left.
+    saved and ended.
     """
     from smallbatch_jax import data
     from smallbatch_jax.program import devices

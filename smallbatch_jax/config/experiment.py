@@ -68,7 +68,7 @@ class Model:
 class Experiment:
     """The fields of a config. They decide the results of a workdir; a few decide only how fast the results come."""
 
-    name: str = config_field("experiment", fields.folder_name)  # in results, tables and figures, such as "fig08"
+    name: str = config_field("experiment", fields.folder_name)  # shown in results, tables and figures, such as "fig08"
     drawn_from: tuple[str, ...] = config_field((), fields.distinct(fields.text))  # workdirs of a figure that trains nothing
     dataset: Dataset = Dataset()
     model: Model = Model()
@@ -77,23 +77,23 @@ class Experiment:
     weight_decay_mask: str = config_field("all", fields.choice(WEIGHT_DECAY_MASKS, "mask"))
     task: str = config_field("classification", fields.choice(catalog.TASKS, "task", OWN))  # the loss
     label_smoothing: float = config_field(0.0, fields.decay)  # in training; evaluation takes the plain loss
-    metrics: tuple[str, ...] = config_field((), fields.distinct(fields.choice(catalog.METRICS, "metric", OWN)))  # more columns
-    # Further columns that say why training goes as it does: names in `config.catalog.DIAGNOSTICS`.
+    metrics: tuple[str, ...] = config_field((), fields.distinct(fields.choice(catalog.METRICS, "metric", OWN)))  # further ones
+    # Further columns that help explain training: names in `config.catalog.DIAGNOSTICS`.
     diagnostics: tuple[str, ...] = config_field((), fields.distinct(fields.choice(catalog.DIAGNOSTICS, "diagnostic")))
-    # The column of the results that says which run is best, and "max" or "min"; None takes that of the task.
+    # The results column that ranks runs, and "max" or "min"; None takes the task's.
     select: tuple[str, str] | None = config_field(None, fields.selection)
     schedule: Schedule = Schedule()
     optimizer: Optimizer = Optimizer()
     grid: Grid = Grid()
     search: Search = Search()
-    # Of matrix products and convolutions; parameters and statistics are float32.
+    # Precision of matrix products and convolutions; parameters and statistics are float32.
     precision: str = config_field("float32", fields.choice(PRECISIONS, "precision"))
     lanes: int | None = config_field(None, fields.integer(1, 4096))  # runs trained side by side; None: chosen by the runner
     # Number of devices that share each batch; None: one, or CPU cores that would be idle.
     data_devices: int | None = config_field(None, fields.integer(1, 65536))
-    micro_batch_size: int | None = config_field(None, fields.integer(1))  # most examples of a shard at a time; None: chosen
-    segment_seconds: float = config_field(2.0, fields.positive(3600))  # work between two visits to the host
-    checkpoint_seconds: float = config_field(30.0, fields.number(0, 1e6))  # least time between two checkpoints
+    micro_batch_size: int | None = config_field(None, fields.integer(1))  # maximum micro-batch size; None: chosen by the runner
+    segment_seconds: float = config_field(2.0, fields.positive(3600))  # target length of a segment
+    checkpoint_seconds: float = config_field(30.0, fields.number(0, 1e6))  # minimum time between checkpoints
     tensorboard: bool = config_field(False, fields.boolean)  # whether WORKDIR/tensorboard shows the runs while they train
     wandb: str | None = config_field(None, fields.text)  # W&B project
     # Which final parameters WORKDIR/parameters keeps of the runs that finish from now on, and how much disk they may take.
@@ -125,7 +125,7 @@ class Experiment:
     def runs(self) -> list[Run]:
         """Returns every run of the grid: batch sizes in the order given, then BN batch sizes, base learning rates, seeds.
 
-        Those are all that a search may train, the confirming seeds included.
+        These are all the runs that a search may train, including the confirming seeds.
 
         Raises:
           InputError: if base learning rates are still to be read from other workdirs (`study.choose_base_lrs`).
@@ -144,17 +144,17 @@ class Experiment:
         ]
 
     def metric_names(self) -> tuple[str, ...]:
-        """Names of the metrics beside the loss; columns of the results, after "train_", "test_" or "validation_"."""
+        """Returns names of the metrics beside the loss; columns of the results, after "train_", "test_" or "validation_"."""
         of_task = catalog.TASKS[self.task].metrics if self.task in catalog.TASKS else ()
         return (*of_task, *(name.removeprefix(OWN) for name in self.metrics))
 
     def splits(self) -> tuple[str, ...]:
-        """The splits of the data that every epoch ends with an evaluation on."""
+        """Returns the splits that are evaluated after every epoch."""
         return ("test", "validation") if self.dataset.validation_fraction else ("test",)
 
     @property
     def metric(self) -> Metric:
-        """The metric that says which run is best: `select`, or that of the task on the split that chooses."""
+        """The metric that ranks runs: `select`, or the task's on the selection split."""
         if self.select is not None:
             return Metric(*self.select)
         column, best = catalog.TASKS[self.task].select if self.task in catalog.TASKS else ("test_loss", "min")
@@ -291,7 +291,7 @@ def single_run(config: ConfigDict | Mapping[str, Any]) -> Experiment:
 
 
 def differences(stored: Experiment, asked: Experiment) -> list[str]:
-    """One phrase for each field that keeps `stored`'s workdir from being resumed as `asked`; empty if none does.
+    """Returns a phrase for each field that prevents `stored`'s workdir from being resumed as `asked`.
 
     The grid may grow. Its old runs are kept, so none of them may be missing from the new grid; those that confirmed the choice
     of a search may.
@@ -314,7 +314,7 @@ def differences(stored: Experiment, asked: Experiment) -> list[str]:
 
 
 def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields by dotted name."""
+    """Returns fields by dotted name."""
     flat = {}
     for name, value in sections.items():
         flat |= {f"{name}.{inner}": x for inner, x in value.items()} if isinstance(value, dict) else {name: value}

@@ -8,7 +8,7 @@ from typing import Any
 from smallbatch_jax.config import catalog, fields
 from smallbatch_jax.config.fields import InputError, config_field
 
-MOST_RUNS = 100_000  # in a grid: far beyond any study, and still listed at once
+MOST_RUNS = 100_000  # maximum runs in a grid: far beyond any study, yet still listed quickly
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Grid:
     base_lr_by_batch_size: tuple[tuple[int, float], ...] = config_field((), fields.by_batch_size(fields.positive()))
     # b, each with every batch size that it does not exceed, which it must divide; None: b = m.
     bn_batch_sizes: tuple[int, ...] | None = config_field(None, fields.distinct(fields.integer(1), least=1))
-    seeds: tuple[int, ...] = config_field((0,), fields.distinct(fields.integer(0), least=1))  # of initialisation and order
+    seeds: tuple[int, ...] = config_field((0,), fields.distinct(fields.integer(0), least=1))  # of initial values and data order
     # Further axes, none by default: values of `weight_decay`, `schedule.warmup_fraction` and of the optimizer's scalars.
     weight_decays: tuple[float, ...] = config_field((), fields.distinct(fields.number(0, 1e6)))
     warmup_fractions: tuple[float, ...] = config_field((), fields.distinct(fields.number(0, 1)))
@@ -71,11 +71,11 @@ class Grid:
 
 @dataclass(frozen=True)
 class Search:
-    """`search`: a budget within which the best cells of the grid are sought, in place of training all (`runner.policy`)."""
+    """`search`: budget for a search for the best cells, which replaces training all (`runner.policy`)."""
 
-    budget: float | None = config_field(None, fields.positive(1e18))  # examples to train on, summed over all runs
-    seconds: float | None = config_field(None, fields.positive(1e9))  # a budget in time, from which that is measured once
-    confirm: int = config_field(2, fields.integer(0, 1000))  # fresh seeds of the recommended cell, trained last
+    budget: float | None = config_field(None, fields.positive(1e18))  # training examples, summed over all runs
+    seconds: float | None = config_field(None, fields.positive(1e9))  # time budget, converted once to examples by measurement
+    confirm: int = config_field(2, fields.integer(0, 1000))  # number of fresh seeds of the recommended cell, trained last
 
     @property
     def active(self) -> bool:
@@ -123,7 +123,7 @@ class Run:
         return cls(**{**stored, "scalars": tuple((name, value) for name, value in stored.get("scalars", ()))})
 
     def to_dict(self) -> dict[str, Any]:
-        """Its values by column of the results."""
+        """Returns its values by column of the results."""
         return {name: getattr(self, name) for name in RUN_COLUMNS} | dict(self.scalars)
 
 
@@ -131,7 +131,7 @@ RUN_COLUMNS = ("batch_size", "bn_batch_size", "base_lr", "seed")
 
 
 def name_of(run: Run) -> str:
-    """The name of a run, unique in its grid: m00008_b00004_lr2^-7_seed0, without b where that is m."""
+    """Returns the name of a run, unique in its grid: m00008_b00004_lr2^-7_seed0, without b where that is m."""
     mantissa, exponent = math.frexp(run.base_lr)
     base_lr = f"2^{exponent - 1}" if mantissa == 0.5 else repr(run.base_lr)
     bn = f"_b{run.bn_batch_size:05d}" if run.bn_batch_size != run.batch_size else ""
@@ -142,7 +142,7 @@ def name_of(run: Run) -> str:
 def programs(runs: Iterable[Run]) -> dict[tuple[int, int], list[Run]]:
     """Groups runs by (batch size, BN batch size), the shape of one program, lowest base_lr first.
 
-    High rates tend to diverge, that is to end early: started last, they fill the lanes that the others leave.
+    High rates tend to diverge and end early: started last, they fill lanes that other runs free.
     """
     by_shape: dict[tuple[int, int], list[Run]] = {}
     for run in runs:

@@ -1,4 +1,4 @@
-"""The metric that says which run is best, a column of the results: its direction, its name and how it is shown."""
+"""The metric that ranks runs, a column of the results: its direction, name and display format."""
 
 import math
 from typing import Any, NamedTuple
@@ -16,17 +16,17 @@ class Metric(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its name without the split, as in `config.catalog.METRICS`, or "loss"."""
+        """Name without the split, as in `config.catalog.METRICS`, or "loss"."""
         return self.column.partition("_")[2]
 
     @property
     def title(self) -> str:
-        """Its name in figures and tables, such as "test accuracy"."""
+        """Name in figures and tables, such as "test accuracy"."""
         return self.called or f"{self.column.partition('_')[0]} {self.noun}"
 
     @property
     def noun(self) -> str:
-        """Its name without the split, such as "accuracy" or "loss"."""
+        """Name without the split, such as "accuracy" or "loss"."""
         return catalog.METRICS[self.name].title if self.name in catalog.METRICS else self.name.replace("_", " ")
 
     @property
@@ -41,7 +41,7 @@ class Metric(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Its name with its unit, for an axis."""
+        """Name and unit, for an axis."""
         return f"{self.title} (%)" if self.fraction else self.title
 
     def gain(self, value: Any, over: Any) -> Any:

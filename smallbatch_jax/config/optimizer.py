@@ -1,4 +1,4 @@
-"""The section `optimizer` of a config, and what its scalars and learning rate are at a batch size."""
+"""The section `optimizer` of a config, and its scalars and learning rate at a batch size."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
 
 @dataclass(frozen=True)
 class Optimizer:
-    """`optimizer`: what makes an update of the mean gradient, and how its scalars depend on the batch size m."""
+    """`optimizer`: the update rule, and how its scalars depend on the batch size m."""
 
     name: str = config_field("sgd", fields.choice(catalog.OPTIMIZERS, "optimizer", OWN))  # in `config.catalog.OPTIMIZERS`
     rule: str = config_field("linear", fields.choice(catalog.RULES, "rule"))  # the learning rate at m: η̃·m, η̃·√m or η̃
@@ -96,11 +96,11 @@ class Optimizer:
 
     @property
     def title(self) -> str:
-        """Its name in sentences."""
+        """Name in sentences."""
         return self.name.removeprefix(OWN) if self.name.startswith(OWN) else catalog.OPTIMIZERS[self.name].title
 
     def described(self) -> list[str]:
-        """Returns what sets it apart from the paper's: ["AdamW", "sqrt rule"]."""
+        """Returns its differences from the paper's: ["AdamW", "sqrt rule"]."""
         named = [self.title] * (self.name != "sgd")
         return named + [f"{self.rule} rule"] * (self.rule != "linear")
 

@@ -1,6 +1,6 @@
 """Overrides of a config: the text of --config.FIELD=VALUE becomes a value, by the type of the field.
 
-`experiment.from_config` judges the values later; a text that makes no sense stays text.
+`experiment.from_config` checks the values later; a text that cannot be read stays text.
 """
 
 import ast

@@ -12,7 +12,7 @@ SUBSET = 5_000  # training images of a reduced figure for CPUs
 SUBSET_EPOCHS = 5  # in place of 82
 SUBSET_BATCH_SIZES = (2, 8, 32, 128, 512)  # larger ones would make fewer than 50 updates
 SUBSET_BASE_LRS = tuple(2.0**k for k in range(-11, -2, 2))  # 2^-11, 2^-9, … 2^-3
-LAST_EPOCHS = 5  # of a run, whose median test accuracy is reported
+LAST_EPOCHS = 5  # of a run, over which the median test accuracy is reported
 
 
 def full_grid(name: str, model: str, norm: str, dataset: str = "cifar10", augment: bool = False) -> Any:

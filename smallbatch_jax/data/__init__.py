@@ -1,4 +1,4 @@
-"""Where images come from: `load(name)` gives a `Dataset`, which lives in memory, or `Photographs`, which are streamed.
+"""Datasets: `load(name)` returns a `Dataset`, which is held in memory, or `Photographs`, which are streamed.
 
 DATASETS (`config/datasets.py`) names the loader of each dataset. The package may import `config` alone.
 """

@@ -23,7 +23,7 @@ def directory() -> Path:
     chosen = os.environ.get("SMALLBATCH_CACHE")
     if chosen:
         return Path(os.path.expanduser(chosen))
-    base = os.environ.get("XDG_CACHE_HOME", "")  # to be ignored if relative, says its specification
+    base = os.environ.get("XDG_CACHE_HOME", "")  # its specification says to ignore a relative path
     return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "smallbatch_jax"
 
 

@@ -14,7 +14,7 @@ from smallbatch_jax.data import order
 if TYPE_CHECKING:
     import jax
 
-_SPLIT_SEED = 2**31 - 1  # of `with_validation`: no run has its order
+_SPLIT_SEED = 2**31 - 1  # used by `with_validation`; no run uses this order
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Dataset:
     become float32 and are used as given; uint8 images are normalised on the device with `channel_statistics`.
     Features need not be pictures: images of shape [N, features] are fine.
 
-    The labels say what can be learnt: integers are classes, floating point numbers are targets of a regression. Examples that
+    The labels determine the task: integers are classes, floating point numbers are targets of a regression. Examples that
     are integers [N, T] are sequences of tokens; without labels the model is to predict each next token.
 
     Raises:
@@ -37,7 +37,7 @@ class Dataset:
     test_images: np.ndarray  # [M, ...], of the training images' dtype and shape
     test_labels: Any  # [M, ...], like train_labels
     num_classes: int | None = None  # of classes, or of different tokens; None for targets
-    class_names: tuple[str, ...] | None = None  # the name of each label, where the source has names
+    class_names: tuple[str, ...] | None = None  # the name of each label, if the source has names
     # Examples that choose the best run, which the test set then confirms (`with_validation` takes them from the training set).
     validation_images: np.ndarray | None = None  # [K, ...]
     validation_labels: Any = None  # [K, ...]
@@ -65,11 +65,11 @@ class Dataset:
                 if got != train:
                     raise InputError(f"Dataset.{split}_{kind}: got {what} {got}, but those of train_{kind} are {train}")
         for name, value in checked.items():
-            object.__setattr__(self, name, value)  # the class is frozen for everyone else
+            object.__setattr__(self, name, value)  # the dataclass is frozen
 
     @property
     def task(self) -> str:
-        """The task that the labels suggest, a name in `config.catalog.TASKS`."""
+        """Returns the task that the labels imply, a name in `config.catalog.TASKS`."""
         if self.num_classes is None:
             return "regression"
         return "next_token" if self.train_images.dtype == np.int32 and self.train_labels.ndim == 2 else "classification"
@@ -89,7 +89,7 @@ class Dataset:
 
         labels = self.train_labels
         classes = labels if self.task == "classification" else np.zeros(self.num_train, int)
-        rank = pd.Series(classes).groupby(classes).cumcount()  # of an example in its class
+        rank = pd.Series(classes).groupby(classes).cumcount()  # index of an example within its class
         kept = np.sort(np.argsort(rank, kind="stable")[:count])
         return replace(self, train_images=self.train_images[kept], train_labels=self._labels(kept))
 

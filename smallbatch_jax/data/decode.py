@@ -26,13 +26,13 @@ from smallbatch_jax.config.experiment import InputError
 VERSION = 2  # version of the rules above; arrays cached under another version are decoded again
 KINDS = "JPEG, PNG, WebP, BMP, TIFF or GIF"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # a suffix chooses no decoder: some of Pillow's start other programs
-MOST_PIXELS = 2**26  # of one picture; it takes seven bytes a pixel while it is decoded, in each thread
-_CHUNK = 64  # files a thread takes at once
+MOST_PIXELS = 2**26  # pixel limit of a picture; decoding takes seven bytes a pixel, in each thread
+_CHUNK = 64  # files per thread and task
 _MAX_THREADS = 8
 
 
 def version() -> str:
-    """Returns the versions that decide the pixels beside the file itself."""
+    """Returns the versions that affect decoded pixels."""
     import PIL
 
     return f"decode {VERSION}, Pillow {PIL.__version__}"

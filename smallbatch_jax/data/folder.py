@@ -21,7 +21,7 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", "
 # Notes about pictures, and files of file managers. Any other file that is left out is counted in the warning.
 _NOTES = (".txt", ".csv", ".tsv", ".json", ".xml", ".md", ".yaml", ".yml", ".html", ".log", ".py", ".ipynb", ".db", ".ini")
 _LAYOUT = f"train/CLASS/* and test/CLASS/*, pictures of {decode.KINDS}"
-_MOST_WALKED = 100_000  # files below a class that are counted
+_MOST_WALKED = 100_000  # maximum number of files counted below a class
 
 
 class Listing(NamedTuple):

@@ -52,8 +52,8 @@ def stream(seed: int, position: int, count: int, num_examples: int) -> np.ndarra
 class Phase(NamedTuple):
     """Consecutive updates of a run with one batch size."""
 
-    step: int  # the first one
-    position: int  # of its first example in the stream
+    step: int  # first update
+    position: int  # position of its first example in the stream
     batch_size: int
 
 
@@ -81,12 +81,12 @@ class BatchSchedule:
 
     @functools.cached_property
     def phases(self) -> tuple[Phase, ...]:
-        """The phases that have an update, in order."""
+        """Returns the phases that have an update, in order."""
         return self._phases_and_boundaries[0]
 
     @property
     def total_steps(self) -> int:
-        """Updates in the whole run."""
+        """Returns the number of updates in the whole run."""
         return self.epoch_end(self.epochs)
 
     @property

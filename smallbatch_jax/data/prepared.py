@@ -27,7 +27,7 @@ class Prepared(NamedTuple):
     """One version of a dataset, as TFDS prepared it."""
 
     folder: Path  # DATA_DIR/NAME/VERSION
-    key: str  # changes with the place of the folder and with its listing
+    key: str  # changes with the folder's path and listing
     class_names: tuple[str, ...]
     counts: list[int]  # examples of each split
     records: list[list[str]]  # array_record files of each split
@@ -90,7 +90,7 @@ def _command(name: str, root: Path) -> str:
 
 
 def _open(folder: Path, splits: tuple[str, ...]) -> Prepared:
-    """Reads what TFDS wrote about a dataset; refuses one without array_record files."""
+    """Reads TFDS's description of a dataset; refuses one without array_record files."""
     name = folder.parent.name
     try:
         files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]

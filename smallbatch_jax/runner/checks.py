@@ -12,7 +12,7 @@ from smallbatch_jax.data.doubts import doubts
 from smallbatch_jax.program import processes
 from smallbatch_jax.program.train import TrainState
 
-MOST_CHANNELS = 4  # of a picture: grey, RGB, RGBA
+MOST_CHANNELS = 4  # channels of a picture: grey, RGB or RGBA
 
 
 def require_fitting(experiment: Experiment, dataset: Dataset | Photographs) -> None:
@@ -53,7 +53,7 @@ def require_fitting(experiment: Experiment, dataset: Dataset | Photographs) -> N
 
 
 def require_disk(experiment: Experiment, state: TrainState) -> None:
-    """Refuses parameters to keep, of such a state, that would take more disk than `keep_gib`."""
+    """Refuses to keep parameters of this size if they would take more disk than `keep_gib`."""
     if experiment.keep_parameters is None:
         return
     sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.params, state.batch_stats))]

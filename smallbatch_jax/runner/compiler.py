@@ -10,14 +10,14 @@ from smallbatch_jax.program.lanes import LaneProgram
 from smallbatch_jax.runner.jobs import Job, Layout, Session
 from smallbatch_jax.runner.signals import Interrupted
 
-SLOW_SECONDS = 30  # after which a compilation is announced
+SLOW_SECONDS = 30  # a longer compilation is announced
 
 
 class Compiler:
     """The compilations of a grid's programs."""
 
     def __init__(self, session: Session, jobs: Sequence[Job]):
-        """`jobs` are in the order in which they will probably be trained."""
+        """`jobs` are in the expected order of training."""
         self._session = session
         self._executor = ThreadPoolExecutor(2)
         self._programs: dict[Job, Future[LaneProgram]] = {}
@@ -31,7 +31,7 @@ class Compiler:
         """Returns a job's program; while the caller trains it, the next job's compiles.
 
         Raises:
-          Interrupted: if asked to stop while there is nothing to do but to compile.
+          Interrupted: if asked to stop while waiting for the compiler.
         """
         first = not self._programs
         compiling = self._programs[job] = self._programs.get(job) or self.submit(job)
@@ -43,7 +43,7 @@ class Compiler:
         return program
 
     def close(self) -> None:
-        """Ends without waiting for what still compiles."""
+        """Ends without waiting for running compilations."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, job: Job, layout: Layout | None) -> LaneProgram:
@@ -54,7 +54,7 @@ class Compiler:
         return program
 
     def _result(self, job: Job, future: Future[Any]) -> Any:
-        """Waits for a future's result, unless asked to stop before; says so where a compilation takes long."""
+        """Waits for a future's result, unless asked to stop first; announces a slow compilation."""
         began, announced = time.monotonic(), False
         while not wait([future], timeout=0.1).done:
             if signum := self._session.stop.signum:

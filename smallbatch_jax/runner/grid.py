@@ -87,7 +87,7 @@ def train_grid(
         status = _train(setup, folder, list(setup.programs), progress, stop)
         if processes.is_first():
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        if stop.signum:  # it came too late to interrupt anything
+        if stop.signum:  # the signal came after the last segment
             raise Interrupted(stop.signum)
         if processes.is_first():
             record_provenance(folder, "finish", finished=status.finished, diverged=status.diverged)
@@ -123,7 +123,7 @@ def require_trainable(experiment: Experiment, dataset: Dataset | Photographs) ->
 
 
 def facts(experiment: Experiment, dataset: Dataset | Photographs) -> dict[str, Any]:
-    """The properties of its data that a workdir stores: "guess" has the loss of the best constant prediction, if known."""
+    """Returns the data properties that a workdir stores; "guess" is the loss of the best constant prediction, if known."""
     found: dict[str, Any] = {"num_classes": dataset.num_classes, "examples": [dataset.num_train, dataset.num_test]}
     if experiment.task == "regression" and isinstance(dataset, Dataset):
         mean = dataset.train_labels.mean(0, dtype=np.float64)
@@ -145,7 +145,7 @@ def _checked_setup(
         if isinstance(model, OwnModel):
             for size in experiment.schedule.batch_sizes(m):
                 model.require_batch(dataset.example, size)
-        if place == 0:  # with the smallest b, which alone may be too small for a named model
+        if place == 0:  # the smallest b; only that may be too small for a named model
             state = fit.require_model(model, setup.task, dataset, m)
             fit.require_diagnostics(model, Program(m, 1, task=setup.task, diagnostics=experiment.diagnostics), dataset)
             fit.require_optimizer(setup.optimizer(m), state.params, experiment.optimizer.title)

@@ -22,11 +22,11 @@ _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
 
 @dataclass
 class Cost:
-    """The cost of the operations of a computation; loops are counted once for each iteration."""
+    """Cost of a computation's operations; a loop counts once per iteration."""
 
-    kernels: list[float] = field(default_factory=list)  # bytes that each reads and writes
+    kernels: list[float] = field(default_factory=list)  # bytes read and written by each
     written: float = 0.0  # bytes
-    cycles: float = 0.0  # by the TPU compiler's estimate
+    cycles: float = 0.0  # estimated by the TPU compiler
 
     def add(self, other: "Cost", times: int = 1) -> None:
         self.kernels += other.kernels * times
@@ -35,7 +35,7 @@ class Cost:
 
 
 class Module:
-    """The computations of an optimised program, by name."""
+    """Returns the computations of an optimised program, by name."""
 
     def __init__(self, text: str):
         self._computations: dict[str, list[tuple[str, str, str, str]]] = {}
@@ -50,7 +50,7 @@ class Module:
                 self._shapes[name] = shape
 
     def step(self) -> Cost:
-        """Cost of one training step: the outermost loop of the segment with the most operations."""
+        """Returns the cost of one training step, that is of the outermost loop with the most operations."""
         bodies = {
             name: [_called(rest, "body") for *_, operation, rest in lines if operation == "while"]
             for name, lines in self._computations.items()
@@ -74,11 +74,11 @@ class Module:
         return total
 
     def _read(self, rest: str) -> int:
-        """Bytes of an operation's operands; of one that a fusion only slices, those of the slices."""
+        """Returns the bytes of an operation's operands; for one that a fusion only slices, the bytes of the slices."""
         body = self._computations.get(_called(rest, "calls"), [])
         total = 0
         for position, operand in enumerate(_operands(rest)):
-            same, uses = set(), []  # names of the operand within the fusion, and what is made of it
+            same, uses = set(), []  # names of the operand within the fusion and of values made from it
             for name, shape, operation, text in body:
                 if operation == "parameter" and text.startswith(f"{position})"):
                     same.add(name)
@@ -109,6 +109,6 @@ def _called(rest: str, role: str) -> str:
 
 
 def _bytes(shape: str) -> int:
-    """Bytes of an array or a tuple of arrays, written as in `f32[13,64]{1,0}`."""
+    """Returns the bytes of an array or a tuple of arrays, written as in `f32[13,64]{1,0}`."""
     found = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)
     return sum(BYTES.get(dtype, 0) * math.prod(int(size) for size in sizes.split(",") if size) for dtype, sizes in found)

@@ -26,7 +26,7 @@ from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
 from smallbatch_jax.program.lanes import LaneProgram, Segment
 
 FIXED_SEGMENT_IMAGES = 4096  # per lane, where a segment's length is compiled in: about a second of 13 lanes
-# Of images in a segment: for each device where they are streamed, two or three segments at a time; else for each lane.
+# Memory for the images of a segment: per device if streamed, with two or three segments at a time; otherwise per lane.
 POOL_BYTES = 2**27
 MOST_SKIPPED = 1000  # undecodable images in a row
 
@@ -35,15 +35,15 @@ class LaneSteps(NamedTuple):
     """The updates that a lane takes in a segment."""
 
     run: Run
-    epoch: int  # of the first one
+    epoch: int  # epoch of the first step
     first_step: int
-    position: int  # of its first example in the stream of the run's seed
-    steps: int  # wanted or taken
-    evaluate: bool = False  # whether an evaluation follows them
+    position: int  # of the first example in the stream of the run's seed
+    steps: int  # number wanted or taken
+    evaluate: bool = False  # whether an evaluation follows the steps
 
 
 class SegmentInput(NamedTuple):
-    """The arguments of `LaneProgram.run` beside states and settings."""
+    """Arguments of `LaneProgram.run` other than states and settings."""
 
     segment: Segment
     pool: Pool | None = None
@@ -59,7 +59,7 @@ def blank_segment(program: LaneProgram, batch_size: int, lanes: Sequence[LaneSte
 
 
 class Resident:
-    """The pipeline of a dataset that lies whole on every device; lanes take from it by index, as much as they want.
+    """Input pipeline of a dataset that is replicated on every device; lanes index into it and never wait.
 
     Any pipeline has these methods.
     """
@@ -74,7 +74,7 @@ class Resident:
         return self._data
 
     def most_steps(self, mesh: Mesh, batch_size: int, any_length: bool) -> int:
-        """Returns the most steps of a segment: an epoch, or an even fraction of it where a segment's length is compiled in."""
+        """Returns the maximum steps of a segment: an epoch, or an even fraction of one if a segment's length is compiled in."""
         longest_epoch = self._num_train // batch_size + 1
         if any_length:
             return longest_epoch
@@ -118,7 +118,7 @@ class Streamed:
         self._statistics = photographs.channel_statistics()
         self._image_bytes = int(np.prod(photographs.image_shape))
         self._prefetchers: list[Prefetcher] = []
-        self._slices: tuple[BatchSlice, BatchSlice] | None = None  # that are read of each training and test batch
+        self._slices: tuple[BatchSlice, BatchSlice] | None = None  # what this process reads of each training and test batch
 
     def data(self, mesh: Mesh, batch_size: int) -> Pool:
         shard = batch_size // mesh.shape[DATA]
@@ -181,7 +181,7 @@ class Streamed:
         return Pool(*arrays, *processes.put(self._statistics, NamedSharding(mesh, P())))
 
     def _prefetchers_for(self, streams: Sequence[Stream]) -> list[Prefetcher]:
-        """Returns prefetchers that stand where the streams begin: those that do already, then idle ones, then new ones."""
+        """Returns prefetchers positioned where the streams begin: those already there, then idle ones, then new ones."""
         numbers = [self._index.training(stream.seed, stream.position) for stream in streams]
         standing = {prefetcher.number: prefetcher for prefetcher in self._prefetchers}
         idle = [prefetcher for prefetcher in self._prefetchers if prefetcher.number not in numbers]
@@ -242,7 +242,7 @@ class Streamed:
             yield TestImages(*jax.make_array_from_process_local_data(NamedSharding(mesh, P(DATA)), local))
 
     def _test_size(self, mesh: Mesh) -> int:
-        """Test images in a batch, equally many on each device that shares it."""
+        """Number of test images in a batch, a multiple of the devices that share it."""
         devices = mesh.shape[DATA]
         return -(-min(LARGEST_EVAL_BATCH, self._photographs.num_test) // devices) * devices
 

@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 class Own(NamedTuple):
-    """Parts of an experiment that a Python caller brought beside a model; None where the config names them."""
+    """A Python caller's own optimizer, loss and metrics; None where the config names them."""
 
     optimizer: Callable[..., optax.GradientTransformation] | None = None  # (learning_rate, **scalars)
     loss: Score | None = None
@@ -53,7 +53,7 @@ NOTHING_OWN = Own()
 
 
 class Setup:
-    """The experiment, data, model and devices that all programs of a grid share."""
+    """Experiment, data, model and devices shared by all programs of a grid."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Setup:
         self.own, self.task = own, task_of(experiment, own.loss, own.metrics)
         self.experiment, self.dataset, self.devices = experiment, dataset, target or jax.devices()
         self.platform = target[0].platform if target else jax.default_backend()
-        self.own_model = chosen.name.startswith(OWN)  # the user's, which may do anything with its batch
+        self.own_model = chosen.name.startswith(OWN)  # a user's model may do anything with its batch
         self.model_of = model_of or partial(self.named_model, chosen.bn_decay)
         self.programs = programs(experiment.runs())  # runs by (batch size, BN batch size)
 
@@ -121,7 +121,7 @@ class Setup:
         return Optimizer(make, tuple(scalars), chosen.learning_rate(1.0, batch_size), elementwise=not self.own.optimizer)
 
     def _own_optimizer(self, learning_rate: Any, weight_decay: Any, /, **scalars: Any) -> optax.GradientTransformation:
-        """The caller's optimizer; its weight decay, if it has any, is one of its own scalars."""
+        """Returns the caller's optimizer; weight decay, if any, is one of its own scalars."""
         assert self.own.optimizer is not None
         return self.own.optimizer(learning_rate, **scalars)
 
@@ -146,10 +146,10 @@ def lacks_memory(error: Exception) -> bool:
 
 
 class Layout(NamedTuple):
-    """The sizes that decide how much memory a program needs."""
+    """Sizes that determine how much memory a program needs."""
 
     lanes: int
-    micro_batch_size: int | None  # examples of a shard that are computed at a time; None: all
+    micro_batch_size: int | None  # examples per micro-batch; None: the whole shard
 
 
 class Job:
@@ -162,19 +162,19 @@ class Job:
         experiment, mesh = setup.experiment, setup.mesh
         self.setup, self.experiment, self.model_of = setup, experiment, setup.model_of
         self.shape, self.results = (batch_size, bn_batch_size), results
-        self.batch_size, self.bn_batch_size = self.shape  # of the phase
+        self.batch_size, self.bn_batch_size = self.shape  # batch sizes of the phase
         self.name = f"m{batch_size:05d}_b{bn_batch_size:05d}"
         self.title = title(batch_size, bn_batch_size)
         self.runs = setup.programs[batch_size, bn_batch_size]  # lowest base_lr first
         self.num_examples = setup.dataset.num_train
         self.batches = BatchSchedule.of(experiment, self.num_examples, batch_size)
         self.total_steps = self.batches.total_steps
-        self.steps = range(self.total_steps)  # updates of a run that belong to the phase
-        self.parked: dict[Run, LaneState] = {}  # runs that have left their lane and may go on later, as NumPy arrays
-        self.goals = dict.fromkeys(self.runs, experiment.epochs)  # epochs that each run trains to
-        self.data_devices = mesh.shape[DATA]  # that share each batch
+        self.steps = range(self.total_steps)  # updates that belong to the phase
+        self.parked: dict[Run, LaneState] = {}  # runs that left their lane and may continue later, as NumPy arrays
+        self.goals = dict.fromkeys(self.runs, experiment.epochs)  # epochs to train each run to
+        self.data_devices = mesh.shape[DATA]  # number that share a batch
         self._memory_bytes = memory_bytes or devices.memory_bytes(mesh)
-        self.layout = self._first_layout()  # of the program compiled last
+        self.layout = self._first_layout()  # layout of the last compiled program
 
     @cached_property
     def phases(self) -> list["Job"]:
@@ -200,7 +200,7 @@ class Job:
         return Layout(even, self._micro_batch_size(self.experiment.micro_batch_size))
 
     def pending(self) -> list[Run]:
-        """Returns the runs that have not reached their goal, and are in the phase."""
+        """Returns the runs of this phase that have not reached their goal."""
         return [run for run, epochs in self.goals.items() if not self.results.complete(run, epochs) and self._has(run)]
 
     def _has(self, run: Run) -> bool:
@@ -216,7 +216,7 @@ class Job:
         return lane._replace(loss_sum=np.float32(lane.loss_sum * np.float32(self.batch_size / following)))
 
     def settings(self, runs: list[Run | None]) -> Setting:
-        """The scalars of the run in each lane, stacked; any valid ones for a lane without a run."""
+        """Returns the scalars of each lane's run, stacked; a lane without a run gets any valid ones."""
         experiment, axes = self.experiment, [dict((run or self.runs[0]).scalars) for run in runs]
         scalars = [experiment.optimizer.scalars(self.batch_size, of_run) for of_run in axes]
 

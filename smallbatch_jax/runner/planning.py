@@ -28,9 +28,9 @@ from smallbatch_jax.runner.progress import Progress, Status
 from smallbatch_jax.runner.segments import Lanes
 from smallbatch_jax.store.results import Format, ProgramResults
 
-WARM_UP_IMAGES = 512  # per lane, of the first segment, which is not timed
-PROBE_SECONDS = 1.0  # of training at each end, to see what fits into a time
-EVALUATED_BATCHES = 4  # of a streamed test set
+WARM_UP_IMAGES = 512  # per lane in the first segment, which is not timed
+PROBE_SECONDS = 1.0  # training time per probe when fitting a time budget
+EVALUATED_BATCHES = 4  # batches timed of a streamed test set
 COMPILING_BESIDE = {"cpu": 1.75}  # slow-down of a compilation by training beside it, measured on 2 cores; elsewhere none
 
 
@@ -49,7 +49,7 @@ class Trial:
         self._seconds_per_step = 0.0
 
     def train(self, seconds: float) -> tuple[int, float]:
-        """Trains for about so many seconds, or until all runs have ended; returns the images trained and the seconds."""
+        """Trains for about `seconds`, or until all runs have ended; returns the images trained and the seconds taken."""
         trained, spent = 0, 0.0
         while spent < seconds:
             steps = round((seconds - spent) / max(self._seconds_per_step, 1e-9))
@@ -66,7 +66,7 @@ class Trial:
     def evaluate(self) -> float:
         """Seconds to evaluate all lanes, measured the second time; extrapolated from a few batches of a streamed test set."""
         self._time_evaluation(True)
-        masked = 0.0 if self.program.any_length else self._time_evaluation(False)[0]  # of a segment without a step
+        masked = 0.0 if self.program.any_length else self._time_evaluation(False)[0]  # seconds of a segment without steps
         seconds, scale = self._time_evaluation(True)
         return max(0.0, seconds - masked) * scale
 
@@ -118,10 +118,10 @@ def measure(setup: Setup) -> Iterator[Trial]:
 class ProgramPlan:
     """Cost of one program, extrapolated from a few seconds of it."""
 
-    flops: float  # of all runs, if every one trains to its last epoch
+    flops: float  # of all runs, if none diverges
     diverging: int  # runs expected to end at once
     compile_seconds: float
-    images_per_second: float  # trained, over all lanes; NaN if nothing was
+    images_per_second: float  # trained, over all lanes; NaN if no image was
     evaluation_seconds: float  # of the whole test set, per run
     seconds: float  # of training and evaluation
     peak_bytes: int  # of all devices, by the compiled program, without the dataset

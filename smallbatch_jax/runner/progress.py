@@ -25,7 +25,7 @@ class RunCounts:
     """Progress of the runs of one program, or of the whole grid."""
 
     runs: int = 0
-    images: int = 0  # training images that they will need, without those of runs that ended early
+    images: int = 0  # training images needed, not counting runs that ended early
     finished: int = 0
     diverged: int = 0
     trained: int = 0  # images trained by this process
@@ -67,7 +67,7 @@ class ProgramStatus(RunCounts):
     """Progress of the program that trains."""
 
     lanes: int = 0
-    seconds: float = 0.0  # of its segments
+    seconds: float = 0.0  # total time of its segments
     segments: int = 0
 
     @property
@@ -83,8 +83,8 @@ class Status(RunCounts):
     started: float = field(default_factory=time.monotonic)
     running: int = 0  # lanes with a run
     images_per_second: float = 0.0  # smoothed
-    program: ProgramStatus | None = None  # None before the first, or where several train at once
-    later_seconds: float = 0.0  # that the programs after it are expected to take
+    program: ProgramStatus | None = None  # None before the first, or if several train at once
+    later_seconds: float = 0.0  # expected time of later programs
 
     def begin(self, program: ProgramStatus) -> None:
         """Shows this program from now on."""
@@ -164,7 +164,7 @@ class PlainProgress:
         self._last, self._doing = -math.inf, ""
 
     def show(self, status: Status, doing: str) -> None:
-        early = status.program is not None and status.program.segments == 1  # its time left is not known yet
+        early = status.program is not None and status.program.segments == 1  # its time left is unknown so far
         if (doing != self._doing and not early) or time.monotonic() - self._last >= self._every:
             self._last, self._doing = time.monotonic(), doing
             print(f"{doing}: {status.line()}" if status.trained else doing, file=self._stream, flush=True)

@@ -30,16 +30,16 @@ from smallbatch_jax.runner.signals import Interrupted
 from smallbatch_jax.store.checkpoint import Checkpoints
 from smallbatch_jax.store.results import Row
 
-CHECKPOINT_SHARE = 0.02  # of the training time, at most
-FIRST_SAVE_SECONDS = 0.3  # assumed cost of a checkpoint before one was made
+CHECKPOINT_SHARE = 0.02  # maximum fraction of training time spent on checkpoints
+FIRST_SAVE_SECONDS = 0.3  # assumed time of the first checkpoint
 
 
 class Proposal(NamedTuple):
-    """What this host would do next; all-gathered so that hosts agree."""
+    """Action this host would take next; all-gathered so that hosts agree."""
 
-    signum: int  # of the signal that came, else 0
+    signum: int  # signal received, else 0
     save: int  # 1 if a checkpoint is due
-    steps: int  # of the next segment
+    steps: int  # steps per lane in the next segment
 
 
 class Scheduler:
@@ -251,7 +251,7 @@ class Pace:
     def __init__(self, segment_seconds: float, batch_size: int, program: LaneProgram):
         self._target, self._most, self._adapts = segment_seconds, program.segment_steps, program.any_length
         self.steps = max(1, min(self._most, self.FIRST_IMAGES // batch_size)) if self._adapts else self._most
-        self.seconds_per_step = 0.0  # of a lane in the last segment
+        self.seconds_per_step = 0.0  # per lane, in the last segment
         self.restart()
 
     def restart(self) -> None:

@@ -56,17 +56,17 @@ def sweep(
       model: a name of `create_model`, with the option `norm`; or your own, which gives logits float[n, num_classes]: a linen
         module; `make(rngs)` of a `flax.nnx.Module`; `make(key)` of an `equinox.Module` of one example, or of the pair that
         `equinox.nn.make_with_state` gives; or a pair of functions, `init(key, x)` of parameters and `apply(params, x)`. It is
-        told `train=…` or a mode of another usual name (`models.own.MODES`) if it takes one.
+        passed `train=…`, or a mode of another usual name (`models.own.MODES`), if it takes one.
       dataset: a name of `data.load`, with the options `data_dir` and `image_size`; or a `data.Dataset` of your own arrays, of
         any shape [n, …].
       batch_sizes: m, each at most the number of training examples.
       base_lrs: η̃ = η/m, the step length per example: crossed with all batch sizes, or given for each batch size.
       epochs: E, of every run, whatever m.
       seeds: of initialisation and order: the replicates of a cell.
-      workdir: where the results are kept and resumed, with the same model and data alone; None keeps nothing.
+      workdir: folder that stores the results and resumes with the same model and data; None stores nothing.
       loss: your own (outputs, batch) → float32[n], one value for each example of `batch.images` and `batch.labels`; None takes
         that of the `task`, which follows from the labels: classes, targets of a regression, or the next token of sequences.
-      metrics: what is reported beside the loss: names in `config.catalog.METRICS`, or functions by name, called like `loss`.
+      metrics: reported in addition to the loss: names in `config.catalog.METRICS`, or functions by name, called like `loss`.
       optimizer: a name in `config.catalog.OPTIMIZERS`; an `experiment.Optimizer`; or your own function (learning_rate,
         **scalars) → optax.GradientTransformation. It gets the learning rate with its schedule, and the option `scalars`, a dict
         of numbers or of tuples of numbers to try, all of them traced: other values need no compilation.
@@ -77,7 +77,7 @@ def sweep(
           `epsilon`, `beta_rule`, `beta_batch_size`;
         - further axes of the grid: `weight_decays`, `warmup_fractions`, `momenta`, `beta1s`, `beta2s`, `beta1_half_lives` and
           `beta2_half_lives` in examples, `epsilons`, and the `scalars` of an own optimizer;
-        - `diagnostics`, columns that say why training goes as it does: names in `config.catalog.DIAGNOSTICS`;
+        - `diagnostics`, columns that help explain training: names in `config.catalog.DIAGNOSTICS`;
         - `label_smoothing`, and `select`, the column that says which run is best, as ("test_loss", "min");
         - `schedule`: an `experiment.Schedule`; or its `boundaries`, `factor`, `warmup_fraction`, `batch_growth`;
         - of the dataset `augment`, `subset`, `validation_fraction`, `data_dir`, `image_size`, `color_jitter`, `broken_images`,
@@ -94,7 +94,7 @@ def sweep(
       The rows of `results.load(workdir)`.
 
     Raises:
-      InputError: in one line that names what cannot be used.
+      InputError: in one line that names the invalid argument.
       KeyboardInterrupt: `runner.signals.Interrupted`, on Ctrl-C or another signal, once all lanes are saved in the workdir;
         the same call goes on.
     """
@@ -130,7 +130,7 @@ def sweep(
 
 
 def require_dataset(images: Any) -> None:
-    """Refuses what is no dataset."""
+    """Refuses anything but a dataset."""
     if not isinstance(images, (Dataset, Photographs)):
         raise InputError(f"dataset: got a {type(images).__name__}; accepts a name, or a data.Dataset of your own arrays.")
 
@@ -185,7 +185,7 @@ def _sections(options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the config that the options stand for, its sections as dicts.
 
     Raises:
-      InputError: naming an option that is none, and those that there are.
+      InputError: naming an unknown option, and the known ones.
     """
     known = dict.fromkeys(_names(Experiment), "")
     for section, kind in _SECTIONS.items():
@@ -205,7 +205,7 @@ def _names(kind: type) -> list[str]:
 
 
 def _require_usable(options: Mapping[str, Any], own: OwnModel | None, workdir: str | None) -> None:
-    """Refuses options that the model or the workdir leaves without a meaning."""
+    """Refuses options that have no meaning for this model or without a workdir."""
     if options.get("tensorboard") and workdir is None:
         raise InputError("tensorboard: shows what a workdir keeps, and there is none; give one, or leave tensorboard out.")
     if options.get("keep_parameters") and workdir is None:

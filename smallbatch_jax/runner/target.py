@@ -28,8 +28,8 @@ from smallbatch_jax.runner.input import input_pipeline
 from smallbatch_jax.runner.jobs import GIB, Job, ModelOf, Setup, lacks_memory
 from smallbatch_jax.store.results import Format, ProgramResults
 
-ANY_STEPS = 10_000  # of a run: a constant that costs nothing, so that Figs. 8, 17 and 18 share programs
-EVALUATED = 1 / 3  # of the time of a trained image: a forward pass of three passes of equal work
+ANY_STEPS = 10_000  # steps of a run: a constant with no effect on cost, so that Figs. 8, 17 and 18 share programs
+EVALUATED = 1 / 3  # of a training image's time: one forward pass instead of three equal passes
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Target:
     """An accelerator, by its vendor's nominal figures."""
 
     platform: str  # "gpu" or "tpu"
-    topology: str  # of a TPU its name, of a GPU XLA's description of the device
+    topology: str  # name of a TPU topology, or XLA's description of a GPU
     memory_gib: float
     gb_per_second: float = 0.0  # memory bandwidth of a GPU
-    tflops: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of a GPU in float32, tf32 and bfloat16
+    tflops: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of a GPU, in float32, tf32 and bfloat16
     gigahertz: float = 0.0  # clock of a TPU
 
 
@@ -72,7 +72,7 @@ TARGETS = {
     "v6e": Target("tpu", "v6e:2x2", 32, gigahertz=1.75),
     "v5p": Target("tpu", "v5p:2x2x1", 95, gigahertz=1.75),
 }
-LAUNCH_SECONDS = 2.5e-6  # of a kernel on a GPU
+LAUNCH_SECONDS = 2.5e-6  # launch latency of a GPU kernel
 # Share of a GPU's peak that convolutions of few channels reach in float32, tf32 and bfloat16 on one H200 (2026-11-26). In
 # float32 it is fitted to ResNet-20: the step of 13 lanes is then within -25 % and +15 % of the measured one from m = 2 to 512.
 # In the others it is that of single layers.
@@ -89,8 +89,8 @@ class Compiled:
     """Measures of one compiled program, read from its text and memory analysis."""
 
     lanes: int
-    peak_bytes: int  # without the dataset; all that the target has if the compiler refused the program for want of memory
-    kernels: int  # of a step of all lanes
+    peak_bytes: int  # without the dataset; the target's whole memory if the compiler ran out of it
+    kernels: int  # per step of all lanes
     launches_or_bytes: float  # seconds × bandwidth: the sum over kernels of their bytes, or those of a launch if that is more
     moved: float  # bytes, read and written by the kernels
     written: float
@@ -180,7 +180,7 @@ def _compiled(name: str, **arguments: Any) -> Compiled:
     with suppress(OSError, ValueError, TypeError):
         return Compiled(**json.loads(kept.read_text()))
     target = TARGETS[name]
-    options: Any = {"xla_gpu_autotune_level": "0"} if target.platform == "gpu" else {}  # no device to try kernels on
+    options: Any = {"xla_gpu_autotune_level": "0"} if target.platform == "gpu" else {}  # there is no device to time kernels on
     step = Cost()
     try:
         executable = lowered.compile(compiler_options=options)
@@ -207,7 +207,7 @@ def _compiled(name: str, **arguments: Any) -> Compiled:
 
 
 def _step_seconds(target: Target, compiled: Compiled, flops: float, precision: str) -> float:
-    """On TPU the compiler's cycles; on GPU each kernel's launch or bytes, and the arithmetic."""
+    """Returns a step's seconds, on TPU from the compiler's cycles, on GPU from kernel launches, bytes and arithmetic."""
     if target.platform == "tpu":
         return compiled.cycles / (target.gigahertz * 1e9)
     kind = ("float32", "tf32", "bfloat16").index(precision)

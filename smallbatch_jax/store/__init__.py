@@ -1,4 +1,4 @@
-"""Everything that touches a workdir: results, timings, checkpoints, its owner and provenance, and the files they are in.
+"""Reads and writes workdirs: results, timings, checkpoints, parameters, owner and provenance.
 
 May import `config` only.
 """

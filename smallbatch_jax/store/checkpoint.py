@@ -1,6 +1,6 @@
 """Checkpoints of a program's lanes, by Orbax: atomic; keeps the last two and skips damaged ones.
 
-One process writes and reads them, however many train: it gathers all lanes, and sends the others what it read. The number of
+One process writes and reads them, however many train: it gathers all lanes and sends the others what it reads. The number of
 processes and devices may therefore change between starts. (This is Orbax's older interface; the newer one always involves all
 processes.)
 """
@@ -81,13 +81,13 @@ class Checkpoints:
             raise WriteError(self._folder, reason(error)) from error
 
     def restore(self, template: PyTree) -> tuple[PyTree, list[Run | None]] | None:
-        """The lanes saved last, as NumPy arrays stacked by lane, and the run in each; None if nothing was saved.
+        """Returns the lanes saved last, as NumPy arrays stacked by lane, and the run in each; None if nothing was saved.
 
         Their number may differ from that of `template`, whose leaves give the other axes and the dtypes. A checkpoint that
         is damaged or of another format is put aside with a warning, and the one before is taken.
 
         Raises:
-          InputError: if they are of another experiment or model.
+          InputError: if they belong to another experiment or model.
         """
         if not self._folder.is_dir():
             return None
@@ -117,7 +117,7 @@ class Checkpoints:
         return lanes, runs
 
     def _require_same(self, description: Any, template: PyTree) -> None:
-        """Refuses an undamaged checkpoint of other runs, naming what differs."""
+        """Refuses an undamaged checkpoint of other runs, and names the difference."""
         if description["format"] != FORMAT:
             raise ValueError(f"it has format {description['format']}, this version reads {FORMAT}; its runs begin again")
         found = differences(parse_stored(description["experiment"]), self._experiment)
@@ -138,7 +138,7 @@ class Checkpoints:
         return (self._folder / str(step)).rename(aside / str(step))
 
     def delete(self) -> None:
-        """Removes the checkpoints of a program that is done."""
+        """Removes the checkpoints of a completed program."""
         self.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -150,7 +150,7 @@ class Checkpoints:
 
 
 def _arrays(lanes: PyTree) -> dict[str, str]:
-    """The dtype and shape of each array by its name, without the axis of lanes."""
+    """Returns the dtype and shape of each array by its name, without the lane axis."""
     leaves = jax.tree_util.tree_leaves_with_path(lanes)
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape[1:])}" for path, leaf in leaves}
 
@@ -195,6 +195,6 @@ def quietly() -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """The system's error message if Orbax's message names its code, or else the start of Orbax's message."""
+    """Returns the system's error message if Orbax's message names its code, otherwise the start of Orbax's message."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(code.group(1))) if code else (str(error).strip() or type(error).__name__).split("\n")[0][:200]

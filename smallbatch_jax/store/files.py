@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the one line that users see where they cannot be written."""
+"""Atomic file writes, append-only files, and one-line errors for files that cannot be written."""
 
 import errno
 import fcntl
@@ -13,15 +13,15 @@ from pathlib import Path
 from smallbatch_jax.config.fields import InputError
 
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-ABANDONED_SECONDS = 3600  # age of a temporary file that no process writes any more
+ABANDONED_SECONDS = 3600  # age at which a temporary file has no writer
 
 
 class WriteError(Exception):
-    """The disk is full or fails; what was saved before is whole.
+    """The disk is full or fails; data saved before is intact.
 
     Args:
       path: the file or folder that cannot be written.
-      reason: what the system said.
+      reason: the system's message.
     """
 
     def __str__(self) -> str:  # built from the arguments, so that the error can be pickled
@@ -31,7 +31,7 @@ class WriteError(Exception):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what the system raises within the block into one line that names the path.
+    """Turns system errors within the block into one line that names the path.
 
     Raises:
       WriteError: if the disk is full or fails.
@@ -52,7 +52,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
       WriteError, InputError: as `writing` does; the old file is still there.
     """
     path = Path(os.path.realpath(path))
-    if path.exists() and not (path.is_file() or path.is_dir()):  # a device or a pipe, which would be replaced
+    if path.exists() and not (path.is_file() or path.is_dir()):  # replacing would remove a device or a pipe
         raise InputError(f"{path} cannot be written: it is not a regular file.")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ class AppendOnly(io.FileIO):
         self._path = path
 
     def lock(self, wait: bool) -> bool:
-        """Makes this the only writer until it is closed; False if another is, or if another file has taken the path."""
+        """Locks the file until it is closed; returns False if another process holds it, or another file has taken the path."""
         try:
             fcntl.flock(self, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             return os.path.samestat(os.fstat(self.fileno()), os.stat(self._path))
@@ -118,7 +118,7 @@ class AppendOnly(io.FileIO):
 def append_line(path: Path, line: str, header: str = "") -> None:
     """Adds a line to a file that other processes may append to as well; an empty file begins with the line `header`."""
     with AppendOnly(path) as file:
-        file.lock(wait=True)  # where there are no locks, lines are whole all the same
+        file.lock(wait=True)  # without locks, lines are still written whole
         file.append(f"{line}\n", f"{header}\n" if header else "")
 
 

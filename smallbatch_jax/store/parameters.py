@@ -25,7 +25,7 @@ from smallbatch_jax.store.checkpoint import crc32, quietly, reason, this_process
 from smallbatch_jax.store.files import WriteError, writing
 from smallbatch_jax.store.workdir import read_workdir
 
-MOST_CHARACTERS = 1000  # of the names of stored runs in an error
+MOST_CHARACTERS = 1000  # maximum length of the list of stored runs in an error
 PyTree = Any
 
 
@@ -34,13 +34,13 @@ class Kept(NamedTuple):
 
     folder: Path
     run: Run
-    value: float  # the median of the metric over its last epochs (§3.1)
-    metric: Metric  # by which runs were chosen, test accuracy as a rule
+    value: float  # median of the metric over its last epochs (§3.1)
+    metric: Metric  # metric that chose the runs, by default test accuracy
     checksum: int
 
 
 def best_first(kept: Iterable[Kept]) -> list[Kept]:
-    """Sorts by the metric; of equals the smallest batch size, BN batch size, base learning rate and seed comes first."""
+    """Sort key: the metric, then smallest batch size, BN batch size, base learning rate and seed."""
     return sorted(kept, key=lambda one: (math.isnan(one.value), one.metric.gain(0.0, one.value), one.run))
 
 
@@ -60,8 +60,8 @@ class Parameters:
         """Stores a finished run as parameters/`name`, unless the best alone is kept and this is not the best of its batch size.
 
         Args:
-          name: of the run, unique in its grid.
-          run: a run that did not diverge; what an earlier start stored of it is replaced.
+          name: the run's name, unique in its grid.
+          run: a run that did not diverge; parameters stored by an earlier start are replaced.
           value: the median of the metric over its last epochs.
           variables: {"params": …, "batch_stats": …}.
 
@@ -112,8 +112,8 @@ def load_parameters(
     """Returns the final parameters of the best run that `keep_parameters` kept in a workdir.
 
     Args:
-      workdir: of a sweep with `keep_parameters`.
-      batch_size: m of the run; None takes any, as for the next three, and of several runs the best.
+      workdir: folder of a sweep with `keep_parameters`.
+      batch_size: m of the run. For this and the next three, None matches any; of several runs the best is taken.
       base_lr: its η̃.
       bn_batch_size: its BN batch size.
       seed: its seed.
@@ -125,7 +125,7 @@ def load_parameters(
       running averages, also where a run was evaluated by precise statistics; {} without batch norm.
 
     Raises:
-      InputError: if the folder is not a workdir, or holds no such run; the line says which it holds.
+      InputError: if the folder is not a workdir, or holds no such run; the message lists those it holds.
     """
     path = Path(expanded_path("workdir", workdir))
     experiment, _ = read_workdir(path)
@@ -161,11 +161,11 @@ def _read(kept: Kept) -> dict[str, PyTree]:
 def _stored(folder: Path, metric: Metric) -> list[Kept]:
     """Returns the runs whose parameters are stored; a warning names a folder that is damaged.
 
-    `metric` is that of folders of earlier versions, which do not say.
+    `metric` applies to folders of earlier versions, which do not store it.
     """
     found = []
     for path in sorted(folder.glob("m*")):
-        if ".orbax-checkpoint-tmp" not in path.name:  # which Orbax was writing when it was killed
+        if ".orbax-checkpoint-tmp" not in path.name:  # Orbax was writing it when killed
             try:
                 with _checkpointer() as orbax:
                     described: Any = orbax.metadata(path.resolve()).custom_metadata
@@ -182,7 +182,7 @@ def _warn(path: Path, error: Exception) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes parameters so that a kill leaves nothing which looks like them."""
+    """Removes parameters so that a kill midway leaves no folder that looks complete."""
     shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}")), ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""The results store: rows appended by runs as they come, read by everyone else.
+"""The results store: rows appended by running programs and read by everything else.
 
 WORKDIR/results/m00008_b00008.csv holds the rows of one program (batch size, BN batch size), one row per run and epoch.
 Files are only ever appended to, and a row that is stored already is not written again: a run that is trained again from an
@@ -45,10 +45,10 @@ class Row(NamedTuple):
     epoch: int  # 1…E
     step: int  # updates taken
     train_loss: float  # mean over the epoch's training batches as seen, without the penalty
-    train_accuracy: float | None  # fraction of those examples classified rightly as they were seen; None: not of this task
+    train_accuracy: float | None  # fraction of those examples classified correctly as seen; None: not of this task
     test_loss: float  # mean over the whole test set; NaN in a diverged run's last row if the task has no accuracy
     test_accuracy: float | None  # fraction
-    scalars: tuple[tuple[str, float], ...] = ()  # of the run, on the grid's further axes
+    scalars: tuple[tuple[str, float], ...] = ()  # the run's values on the grid's further axes
     metrics: tuple[tuple[str, float], ...] = ()  # other columns, such as "test_top5_accuracy" and "validation_loss"
 
     @property
@@ -60,7 +60,7 @@ class Row(NamedTuple):
         return not math.isfinite(self.test_loss) if self.test_accuracy is None else math.isnan(self.test_accuracy)
 
     def to_dict(self) -> dict[str, Any]:
-        """Its values by column."""
+        """Returns its values by column."""
         return dict(zip(_FIXED, self, strict=False)) | dict(self.scalars) | dict(self.metrics)
 
 
@@ -74,7 +74,7 @@ def _whole(text: str) -> int:
     return value
 
 
-SPLITS = ("train_", "test_", "validation_")  # begin the columns of metrics
+SPLITS = ("train_", "test_", "validation_")  # prefixes of metric columns
 _PARSERS: dict[Any, Callable[[str], Any]] = {int: _whole, float: float, float | None: _fraction}
 _FIXED = {name: _PARSERS[kind] for name, kind in [*Row.__annotations__.items()][:10]}
 COLUMNS = ("experiment", "batch_size", "base_lr", "bn_batch_size", *list(_FIXED)[3:], "status", "bn_statistics")  # of `load`
@@ -82,7 +82,7 @@ _DTYPES = {name: "int64" if parse is _whole else "float64" for name, parse in _F
 
 
 class Format(NamedTuple):
-    """The columns of an experiment's results beside the fixed ones, and the one that says how good a run is."""
+    """Further columns of an experiment's results, and the metric that ranks its runs."""
 
     further: tuple[str, ...] = ()
     metric: Metric = ACCURACY
@@ -100,16 +100,16 @@ PAPER = Format()  # of classification on the paper's grid
 
 
 def path_of(workdir: Path, batch_size: int, bn_batch_size: int) -> Path:
-    """The file that holds the rows of a program."""
+    """Returns the file that holds a program's rows."""
     return workdir / "results" / f"m{batch_size:05d}_b{bn_batch_size:05d}.csv"
 
 
 class Owned(InputError):
-    """Another process writes the rows of this program."""
+    """Raised if another process writes the rows of this program."""
 
 
 class ProgramResults(AbstractContextManager["ProgramResults"]):
-    """The rows of one program, open for appending by one process at a time; a context manager.
+    """Rows of one program, open for appending by one process at a time; a context manager.
 
     Raises:
       Owned: if another process has them open, and does not close them within `wait_seconds`.
@@ -149,7 +149,7 @@ class ProgramResults(AbstractContextManager["ProgramResults"]):
         return file
 
     def followed(self) -> "ProgramResults":
-        """A copy for a process that writes nothing; it must be given every row that the writer appends."""
+        """Returns a copy for a process that writes nothing; it must be given every row that the writer appends."""
         follower = copy.copy(self)
         follower._file = None
         return follower
@@ -163,7 +163,7 @@ class ProgramResults(AbstractContextManager["ProgramResults"]):
         return math.nan if row.diverged else row.to_dict()[self.format.metric.column]
 
     def rows(self) -> list[Row]:
-        """All stored rows, those of a run in the order of its epochs; for the process that writes them."""
+        """Returns all stored rows, sorted by epoch; only for the process that writes them."""
         return sorted(read_rows(self.path, self.format.further)[0], key=lambda row: row.epoch)
 
     def append(self, rows: Iterable[Row]) -> list[Row]:
@@ -180,12 +180,12 @@ class ProgramResults(AbstractContextManager["ProgramResults"]):
         return new
 
     def sync(self) -> None:
-        """Waits until the rows are on the disk; to be called before a checkpoint that counts on them."""
+        """Waits until the rows are on the disk; call it before saving a checkpoint that relies on them."""
         if self._file:
             self._file.sync()
 
     def epochs(self, run: Run) -> int:
-        """Number of epochs of a run that are stored."""
+        """Returns the number of stored epochs of a run."""
         return len(self._curves.get(run, ()))
 
     def curve(self, run: Run, epochs: int) -> list[float]:
@@ -200,7 +200,7 @@ class ProgramResults(AbstractContextManager["ProgramResults"]):
         return run in self._diverged
 
     def final(self, run: Run, *new: Row) -> float:
-        """The median of a run's metric over its last epochs (§3.1), with rows not stored yet; NaN if it diverged."""
+        """Returns the median of a run's metric over its last epochs (§3.1), including `new` rows; NaN if it diverged."""
         last = [*self._curves.get(run, ()), *map(self._value, new)][-LAST_EPOCHS:]
         return math.nan if self.diverged(run) else statistics.median(last)
 
@@ -217,17 +217,17 @@ def _line(row: Row) -> str:
 
 
 def read_rows(path: Path, after: Sequence[str] = ()) -> tuple[list[Row], bool]:
-    """Reads the rows of a file; `after` are its columns after the fixed ones where its header is damaged.
+    """Reads the rows of a file; if its header is damaged, `after` names the columns after the fixed ones.
 
     Returns:
-      The whole rows, and whether there is anything else: damaged lines, or one that a kill left half written.
+      The valid rows, and whether there were damaged lines, or one that a kill left half written.
     """
     lines, damaged = whole_lines(path)
     columns = lines[0].split(",") if lines else []
     if columns[: len(_FIXED)] != list(_FIXED):
         columns, damaged = [*_FIXED, *after], damaged or bool(lines)
     names = columns[len(_FIXED) :]
-    scalars = sum(not name.startswith(SPLITS) for name in names)  # which come before the metrics
+    scalars = sum(not name.startswith(SPLITS) for name in names)  # scalars come before metrics
     parsers = [*_FIXED.values(), *[float] * len(names)]
     rows = []
     for line in lines:
@@ -241,19 +241,19 @@ def read_rows(path: Path, after: Sequence[str] = ()) -> tuple[list[Row], bool]:
 
 
 def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
-    """Every row stored in a workdir, one per run and epoch, sorted by run and epoch.
+    """Loads every row stored in a workdir, one per run and epoch, sorted by run and epoch.
 
     Columns: experiment (its name); batch_size m; base_lr η̃; bn_batch_size (m where none was given); seed; epoch 1…E; step,
     updates taken; train_loss and train_accuracy, means over the epoch's batches as seen; test_loss and test_accuracy over
-    the whole test set (accuracies are fractions); status of the run: running, finished, diverged, or stopped if a search gave
-    it up. A diverged run ends with the epoch it died in, the step of the first loss that was not finite, and accuracies NaN.
+    the whole test set (accuracies are fractions); status of the run: running, finished, diverged, or stopped (by a
+    search). A diverged run ends with the epoch it died in, the step of the first loss that was not finite, and accuracies NaN.
     bn_statistics: what batch norm was evaluated with, running averages or precise statistics (`model.bn_statistics`).
 
-    Where they are used there are further columns: the grid's further axes (`grid.weight_decays` is weight_decay), further
+    There are further columns where these are used: the grid's further axes (`grid.weight_decays` is weight_decay), further
     metrics ("train_top5_accuracy", "test_top5_accuracy"), "validation_loss" and others of a validation split, and those of
     `diagnostics` ("train_noise_scale"). A task without an accuracy, a regression, has NaN there.
 
-    A warning, one line, names what could not be read: a file that is missing, lines that are damaged or lost.
+    One warning line names data that could not be read: missing files, damaged or lost lines.
 
     Raises:
       InputError: if the folder is not a workdir.
@@ -291,7 +291,7 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
 
 
 def _readable_rows(path: Path, further: Sequence[str]) -> list[Row]:
-    """The rows of a file; a warning says what was left out."""
+    """Returns the rows of a file; warns of lines left out."""
     try:
         rows, damaged = read_rows(path, further)
     except OSError as error:

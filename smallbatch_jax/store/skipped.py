@@ -35,7 +35,7 @@ class SkippedImages:
 
 
 def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
-    """The images that the runs of a workdir left out, one row each: columns image (its path) and reason."""
+    """Loads the images that the runs of a workdir left out, one row each: columns image (its path) and reason."""
     import pandas as pd
 
     path = Path(expanded_path("workdir", workdir)) / "skipped.csv"

@@ -1,4 +1,4 @@
-"""Where the time of a workdir went: WORKDIR/timings.csv, kept apart from the results, which hold no clock."""
+"""Wall times of a workdir in WORKDIR/timings.csv, separate from the results, which hold no wall-clock times."""
 
 import os
 import warnings
@@ -66,7 +66,7 @@ def load_timings(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
 
 
 def timing_frame(rows: Iterable[Sequence[Any]] = ()) -> "pd.DataFrame":
-    """Timings, each with a value for every column, as `load_timings` returns them."""
+    """Returns timings, each with a value for every column, as `load_timings` does."""
     import pandas as pd
 
     dtypes = {name: f"{kind.__name__}64" for name, kind in TIMING_COLUMNS.items() if kind is not str}

@@ -1,4 +1,4 @@
-"""The folder of one experiment: its contents, its owner, and the provenance of its results."""
+"""The folder of one experiment: the experiment, its owner, and the provenance of its results."""
 
 import fcntl
 import importlib.metadata
@@ -62,7 +62,7 @@ def open_workdir(path: Path, experiment: Experiment, facts: dict[str, Any]) -> I
 def refuse_difference(path: Path, experiment: Experiment, facts: Mapping[str, Any] | None = None) -> None:
     """Refuses a folder that holds anything but this experiment; a missing or empty one is accepted.
 
-    Only those facts are compared that both have.
+    Only facts present in both are compared.
 
     Raises:
       InputError: with the fields that differ.
@@ -90,7 +90,7 @@ def refuse_difference(path: Path, experiment: Experiment, facts: Mapping[str, An
 
 
 def _differing_facts(known: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
-    """The differences between two datasets or own models of one name."""
+    """Returns the differences between two datasets or own models of the same name."""
     found = [
         f"the dataset has {name} {known[name]} there and {facts[name]} here"
         for name in ("num_classes", "examples")
@@ -104,7 +104,7 @@ def _differing_facts(known: Mapping[str, Any], facts: Mapping[str, Any]) -> list
 
 
 def _model_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """The first thing that two fingerprints (`models.identity`) differ in by more than their tolerance, or None."""
+    """Returns the first entry in which two fingerprints (`models.identity`) differ by more than their tolerance, or None."""
     if there["tolerance"] != here["tolerance"]:
         return "precision"
     old, new = dict(there["values"]), dict(here["values"])
@@ -129,7 +129,7 @@ def read_workdir(path: Path) -> tuple[Experiment, dict[str, Any]]:
         if content["format"] != FORMAT:
             raise InputError(f"--workdir: {path} has format {content['format']}, this version reads {FORMAT}.")
         facts = dict(content["facts"])
-        # Without a fingerprint, the digest in an own model's name is all that tells it from others: it stays.
+        # Without a fingerprint, only the digest in its name identifies an own model, so it stays.
         read = parse_stored if "model" in facts else partial(fields.parse, Experiment)
         return read(content["experiment"]), facts
     except InputError:
@@ -149,13 +149,13 @@ def parse_stored(stored: Mapping[str, Any]) -> Experiment:
 
 
 def record_provenance(path: Path, event: str, **facts: Any) -> None:
-    """Appends one line to WORKDIR/provenance.jsonl: when, where and with what the results are made."""
+    """Appends one line to WORKDIR/provenance.jsonl: time, machine and versions."""
     line = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}
     append_line(path / "provenance.jsonl", json.dumps(line))
 
 
 def read_provenance(path: Path) -> list[dict[str, Any]]:
-    """The undamaged lines of WORKDIR/provenance.jsonl, oldest first; empty if there is no such file."""
+    """Returns the undamaged lines of WORKDIR/provenance.jsonl, oldest first; empty if there is no such file."""
     found = []
     with suppress(OSError):
         for line in (path / "provenance.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
@@ -165,12 +165,12 @@ def read_provenance(path: Path) -> list[dict[str, Any]]:
 
 
 def is_finished(path: Path) -> bool:
-    """Returns whether the last command that trained into a workdir came to its end."""
+    """Returns whether the last command that trained into a workdir completed."""
     return [line.get("event") for line in read_provenance(path)][-1:] == ["finish"]
 
 
 def surroundings() -> dict[str, Any]:
-    """Versions, machine and commit of this process."""
+    """Returns versions, machine and commit of this process."""
     packages = ("smallbatch_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},

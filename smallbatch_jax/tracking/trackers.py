@@ -34,7 +34,7 @@ def require(experiment: Experiment) -> None:
 
 
 class Trackers(AbstractContextManager):
-    """The trackers that an experiment asks for, none as a rule; a context manager.
+    """Trackers of an experiment, by default none; a context manager.
 
     The process that writes a program's rows opens them. A tracker is a convenience and may depend on a network: its first
     failure of any kind is one line on stderr, and training goes on without it. The next start brings it up to date, but for
@@ -48,7 +48,7 @@ class Trackers(AbstractContextManager):
             self.add(program, program.rows())
 
     def add(self, stored: ProgramResults, rows: Iterable[Row]) -> None:
-        """Shows rows that `stored` has by now; each is given once, those of a run in the order of its epochs."""
+        """Shows newly stored rows, each once, and a run's rows in the order of its epochs."""
         points: dict[Run, dict[int, dict[str, float]]] = {}
         for row in rows if self._open else ():
             points.setdefault(row.run, {})[row.epoch] = scalars(row)
@@ -86,7 +86,7 @@ class Trackers(AbstractContextManager):
 
 
 def hparams(experiment: Experiment, run: Run) -> dict[str, object]:
-    """The hyperparameters of a run, for tables that compare runs."""
+    """Returns the hyperparameters of a run, for tables that compare runs."""
     return {
         "weight_decay": experiment.weight_decay,
         "weight_decay_mask": experiment.weight_decay_mask,
@@ -106,7 +106,7 @@ def hparams(experiment: Experiment, run: Run) -> dict[str, object]:
 
 
 def scalars(row: Row) -> dict[str, float]:
-    """The points of a run's curves at one epoch: losses, accuracies as fractions, other metrics, updates taken.
+    """Returns the points of a run's curves at one epoch: losses, accuracies as fractions, other metrics, updates taken.
 
     Values that are not finite are left out: one infinite loss would spoil the axes of the runs beside it.
     """
@@ -116,7 +116,7 @@ def scalars(row: Row) -> dict[str, float]:
 
 
 def outcome(stored: ProgramResults, run: Run, epochs: int) -> dict[str, float]:
-    """How a run ended: 1 if it diverged, else 0 and its final accuracy or other metric (§3.1); empty while it goes on."""
+    """Returns how a run ended: 1 if it diverged, else 0 and its final accuracy or other metric (§3.1); {} while it trains."""
     if stored.diverged(run):
         return {DIVERGED: 1.0}
     return {DIVERGED: 0.0, f"final/{stored.format.metric.column}": stored.final(run)} if stored.complete(run, epochs) else {}

@@ -1,4 +1,4 @@
-"""Photographs: a dataset of pictures of many sizes that are decoded as they are needed, never kept.
+"""Photographs: a dataset of pictures of many sizes, decoded on demand and never kept.
 
 A source gives the bytes of each file and its label; `views.py` makes images of one size, `prefetch.py` decodes ahead.
 """
@@ -22,8 +22,8 @@ from smallbatch_jax.data.dataset import as_received, channel_sums, mean_and_devi
 if TYPE_CHECKING:
     import jax
 
-DIGEST_IMAGES = 64  # of each split, whose content names a dataset without a listing
-STATISTICS_IMAGES = 1024  # training images that the channels' mean and deviation are taken over
+DIGEST_IMAGES = 64  # pictures per split whose content identifies a dataset without a listing
+STATISTICS_IMAGES = 1024  # training images sampled for the channels' mean and deviation
 # Of all ImageNet's training images, as everyone who trains on it normalises them; in 0 … 255.
 IMAGENET_STATISTICS = np.array([123.675, 116.28, 103.53], np.float32), np.array([58.395, 57.12, 57.375], np.float32)
 

@@ -16,11 +16,11 @@ import numpy as np
 
 from smallbatch_jax.data.streaming.sample_index import Decoded, SampleIndex
 
-MESSAGE_BYTES = 2**22  # of images that a worker hands over at once
+MESSAGE_BYTES = 2**22  # image bytes per message from a worker
 MOST_PER_MESSAGE = 64
 MESSAGES_AHEAD = 2  # per worker; Grain holds as many again in this process
 SHARED_ABOVE = 2**10  # bytes of an array; the rest goes by a pipe, whose writes are whole or nothing up to 4,096 bytes
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # that all processes of a job may get
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # sent to all processes of a job
 
 
 class WorkerDied(Exception):
@@ -28,7 +28,7 @@ class WorkerDied(Exception):
 
 
 class Prefetcher:
-    """Reads consecutive images of a SampleIndex, from any number on; `seek` says from which."""
+    """Reads consecutive images of a SampleIndex from any number; `seek` sets the number."""
 
     def __init__(self, index: SampleIndex, image_bytes: int, workers: int):
         """`workers` processes decode; 0 decodes in one thread of this process."""
@@ -53,11 +53,11 @@ class Prefetcher:
             pipeline = pipeline.mp_prefetch(options, worker_init_fn=_begin_worker)
         shared = grain.experimental.DatasetOptions(min_shm_size=SHARED_ABOVE)
         self._pipeline: Any = iter(grain.experimental.WithOptionsIterDataset(pipeline, shared))
-        self._message: tuple[int, Decoded] | None = None  # the last one received, and its index
-        self.number: int | None = None  # of the next image
+        self._message: tuple[int, Decoded] | None = None  # last message received, and its index
+        self.number: int | None = None  # number of the next image
 
     def seek(self, number: int) -> None:
-        """Goes on from this number."""
+        """Continues from this number."""
         if number == self.number:
             return
         message = number // self._per_message
@@ -114,7 +114,7 @@ class Prefetcher:
 def _has_failed(self: Any) -> bool:
     """Grain's own check, which also ends the wait for a worker that died before it confirmed a new state.
 
-    Grain 0.2.18 waits for it for ever, for instance where a worker imports a script that raises an error.
+    Grain 0.2.18 waits for it forever, for instance where a worker imports a script that raises an error.
     """
     process = self._prefetch_process
     if process is None or process.exitcode in (None, 0):
