@@ -36,7 +36,7 @@ def summed_sgd(
 
     The sum over the batch is m times the mean, so this is Eq. 2-3 with η = η̃·m (Eq. 6). The penalty belongs to the loss of
     every example, so the summed update contains m·λ·θ. Every leaf decays: kernels, biases and normalisation parameters alike.
-    To decay fewer, give no weight_decay here and chain ``optax.add_decayed_weights(weight_decay, mask)`` before it.
+    To decay only some, give no weight_decay here and chain ``optax.add_decayed_weights(weight_decay, mask)`` before it.
 
     Args:
       base_lr: η̃, step length per example; scalar, may be traced.
@@ -75,12 +75,12 @@ def summed_sgd(
 
 
 class Optimizer(NamedTuple):
-    """An optimizer of a program. The scalars of a run are arguments of `make`, so that other values need no compilation."""
+    """An optimizer of a program. The scalars of a run are arguments of `make`, so that new values need no recompilation."""
 
     make: Callable[..., optax.GradientTransformation]  # (learning_rate, weight_decay, **scalars, mask=None)
     scalars: tuple[str, ...] = ()  # names of the arguments of `make` beyond the first two
     rule: float | None = None  # ratio of the learning rate to η̃; None: the batch size (Eq. 6)
-    elementwise: bool = True  # whether an element's update depends on that element alone, not on others or on names
+    elementwise: bool = True  # whether an element's update depends on neither other elements nor parameter names
 
     def init(self, params: optax.Params) -> optax.OptState:
         """Returns the state before the first update, which depends on no scalar."""
@@ -88,10 +88,10 @@ class Optimizer(NamedTuple):
 
 
 def is_kernel(params: optax.Params) -> Any:
-    """A `mask` of weight decay: True for arrays of two or more dimensions, so that biases and normalisation do not decay.
+    """Returns a `mask` of weight decay: True for arrays of two or more dimensions; biases and normalisation do not decay.
 
-    It is the same where the lanes of a program train side by side, whose vectors are packed into one
-    (`program.side_by_side.Packing`): that array has one dimension, and kernels stay as they are.
+    The mask also holds for lanes that train side by side, whose vectors are packed into one array
+    (`program.side_by_side.Packing`): that array has one dimension, and kernels are not packed.
     """
     return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
 
@@ -186,17 +186,17 @@ def step_schedule(
 
 
 def _first_step_from(fraction: float | Fraction, total_steps: Any) -> Any:
-    """Returns the first integer step k ≥ fraction·T, in exact integers."""
+    """Returns the first integer step k ≥ fraction·T, in exact integer arithmetic."""
     if isinstance(total_steps, (int, np.integer)):
         return math.ceil(exact_fraction(fraction) * int(total_steps))
     near = Fraction(fraction).limit_denominator(10_000)
-    # Quotient and remainder apart, so that no product exceeds int32.
+    # Computed from quotient and remainder, so that no product exceeds int32.
     steps = jnp.asarray(total_steps, jnp.int32)
     p, q = near.numerator, near.denominator
     return steps // q * p + -(-(steps % q * p) // q)
 
 
 def _require(value: Any, name: str, accepts: Any, what: str) -> None:
-    """Refuses a concrete number out of range; traced values and arrays pass."""
+    """Raises ValueError for a concrete number out of range; traced values and arrays pass."""
     if isinstance(value, (int, float, np.number)) and not (math.isfinite(value) and accepts(value)):
         raise ValueError(f"{name}: got {value}, must be {what}")

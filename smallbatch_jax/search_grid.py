@@ -1,4 +1,4 @@
-"""The public function `search`: within a budget, the batch size and learning rate to train with."""
+"""The public function `search`, which finds the batch size and learning rate to train with, within a budget."""
 
 import os
 import tempfile
@@ -54,30 +54,30 @@ def search(
 ) -> Found:
     """Finds the batch size m and base learning rate η̃ to train with, stopping runs that lose early.
 
-    At each m learning rates are bracketed and then halved in rungs of examples seen (`runner.policy`); further seeds go to the
-    leaders, and fresh ones confirm the recommended cell on the test set. The workdir is an ordinary one: the same call resumes
-    it, and `results.load`, figures and the report read it.
+    At each m learning rates are bracketed and then pruned by successive halving, with rungs in examples seen (`runner.policy`);
+    the leaders get further seeds, and fresh seeds confirm the recommended cell on the test set. The workdir is an ordinary one:
+    the same call resumes it, and `results.load`, figures and the report read it.
 
     Args:
       model: as for `sweep`.
-      dataset: as for `sweep`. A tenth of its training examples is held out to choose by, unless `validation_fraction` or
-        `select` says otherwise, or the data have a validation split of their own or are streamed.
-      epochs: E, of a whole run; stopped runs train for fewer. None takes as many as make the budget in examples
-        that of `budget=None`, or without one those of a config, 8.
-      budget: training examples over all runs, the sum of all epochs times the number of examples; None takes three whole runs
-        for each batch size (two if there is one seed), and the confirming ones.
-      seconds: the budget in time instead, turned into examples by a measurement before the first run.
-      batch_sizes: the candidates; None takes 2, 8, 32, … that make four updates an epoch or more.
-      base_lrs: the lattice of η̃ on which rates are sought; a finer one costs little more.
-      seeds: the first finds rates, the others are replicates of the leaders.
-      workdir: folder that stores the results and resumes; None stores nothing.
-      **options: those of `sweep`, such as `optimizer`, `norm`, `loss` and `confirm`, the number of fresh seeds.
+      dataset: as for `sweep`. A tenth of its training examples is held out for selection, unless `validation_fraction` or
+        `select` is given, or the data have a validation split of their own or are streamed.
+      epochs: E, of a whole run; stopped runs train for fewer. None takes as many as have a default
+        budget within `budget`, or 8, a config's default, if `budget` is None.
+      budget: training examples summed over all runs and epochs; None takes three whole runs for each batch size (two if there
+        is one seed), and the confirming runs.
+      seconds: the budget as time instead, converted to examples by a measurement before the first run.
+      batch_sizes: the candidates; None takes those of 2, 8, 32, … 2048 with at least four updates per epoch.
+      base_lrs: the lattice of η̃ to search; a finer one costs little more.
+      seeds: the first is used to find rates, the others replicate the leaders.
+      workdir: folder of the results, which the same call resumes; None stores nothing.
+      **options: options of `sweep`, such as `optimizer`, `norm`, `loss` and `confirm`, the number of fresh seeds.
 
     Returns:
       The answer with its recommendation, and the study behind them.
 
     Raises:
-      InputError: in one line that names the invalid argument.
+      InputError: one line that names the invalid argument.
     """
     if budget is not None and seconds is not None:
         raise InputError("seconds: a search has one budget; give seconds or budget, not both.")

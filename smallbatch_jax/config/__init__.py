@@ -1,4 +1,4 @@
-"""What to train, as plain values: the experiment, its checks, models and norms, the paper's protocol, optional packages.
+"""Configuration as plain values: the experiment, its checks, models and norms, the paper's protocol, optional packages.
 
 Imports no other package of this project, and neither JAX nor pandas.
 """

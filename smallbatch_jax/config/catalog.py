@@ -1,4 +1,4 @@
-"""Models, norms, tasks, metrics, diagnostics and optimizers: an entry for each, with what config, programs and figures know.
+"""Models, norms, tasks, metrics, diagnostics and optimizers: an entry for each, with what config, programs and figures need.
 
 A new norm is a module and an entry in NORMS; a new model is a module and an entry in MODELS; a new optimizer is a function in
 `optim.py` and an entry in OPTIMIZERS. They are named, not imported: `pkgutil.resolve_name` loads "module:attribute".
@@ -15,12 +15,12 @@ from smallbatch_jax.config.fields import InputError
 
 @dataclass(frozen=True)
 class NormEntry:
-    """A value of `model.norm`."""
+    """Description of a value of `model.norm`."""
 
-    title: str  # in the legends of figures, as the paper has it
+    title: str  # in the legends of figures, as in the paper
     layer: str | None  # "module:attribute" of the linen module; None for no normalisation
-    batch_statistics: bool = False  # whether it normalises over BN groups, which may not be cut, and has running averages
-    after_dense: bool = True  # whether it also follows hidden dense layers, not convolutions alone
+    batch_statistics: bool = False  # whether it normalises over BN groups, which must not be split, and has running averages
+    after_dense: bool = True  # whether it also follows hidden dense layers, not only convolutions
 
 
 NORMS = {
@@ -37,7 +37,7 @@ EVERYWHERE = tuple(name for name, norm in NORMS.items() if norm.after_dense)
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A value of `model.name`."""
+    """Description of a value of `model.name`."""
 
     title: str  # in the legends of figures
     module: str  # "module:attribute" of the linen module
@@ -58,11 +58,11 @@ MODELS = {
 
 @dataclass(frozen=True)
 class TaskEntry:
-    """A value of `task`."""
+    """Description of a value of `task`."""
 
     loss: str  # "module:attribute" of (outputs, batch) → float32[n]
     metrics: tuple[str, ...]  # names in METRICS that are always reported
-    select: tuple[str, str]  # the column of the results that says which run is best, unless `select` says another
+    select: tuple[str, str]  # the results column that ranks runs, and "max" or "min"; `select` overrides it
     smoothing: bool = True  # whether its loss takes label smoothing
 
 
@@ -75,12 +75,12 @@ TASKS = {
 
 @dataclass(frozen=True)
 class MetricEntry:
-    """A value of `metrics`, reported beside the loss."""
+    """Description of a value of `metrics`, reported beside the loss."""
 
     title: str  # in figures and tables, after "test"
     functions: Mapping[str, str]  # "module:attribute" of (outputs, batch) → [n], by the task that has the metric
     fraction: bool = False  # whether it is shown in percent
-    guesses: int = 0  # classes that an output names, one of which must be right: chance is so many of all; 0: not known
+    guesses: int = 0  # k of a top-k accuracy, so that chance is k / num_classes; 0: not known
 
 
 METRICS = {
@@ -100,14 +100,14 @@ METRICS = {
 
 @dataclass(frozen=True)
 class DiagnosticEntry:
-    """A value of `diagnostics`, computed at each evaluation from sub-batches of a sample of the training examples."""
+    """Description of a value of `diagnostics`, computed at each evaluation from sub-batches of sampled training examples."""
 
-    compute: str  # "module:attribute" of a function of a `program.diagnostics.Sample`, float[] for each column
+    compute: str  # "module:attribute" of a function from a `program.diagnostics.Sample` to float[] per column
     columns: tuple[str, ...]  # of the results
-    share: int  # its sample is one of so many training examples,
-    examples: int  # but at least so many,
-    sub_batches: int  # in about so many sub-batches where no BN group asks for another size,
-    least: int  # and in at least so many sub-batches
+    share: int  # the sample is one in `share` training examples,
+    examples: int  # but at least this many,
+    sub_batches: int  # in about this many sub-batches unless BN groups require another size,
+    least: int  # and in at least this many sub-batches
 
 
 DIAGNOSTICS = {
@@ -125,13 +125,13 @@ DIAGNOSTICS = {
 
 
 def diagnostic_columns(names: Iterable[str]) -> list[str]:
-    """Returns the columns of the results that these diagnostics have."""
+    """Returns the results columns of these diagnostics."""
     return [column for name in names for column in DIAGNOSTICS[name].columns]
 
 
 @dataclass(frozen=True)
 class OptimizerEntry:
-    """A value of `optimizer.name`."""
+    """Description of a value of `optimizer.name`."""
 
     title: str  # in answers
     make: str  # "module:attribute" of (learning_rate, weight_decay, **scalars) → optax.GradientTransformation
@@ -147,7 +147,7 @@ OPTIMIZERS = {
     "adamw": OptimizerEntry("AdamW", "smallbatch_jax.optim:adamw", ADAM),
     "lion": OptimizerEntry("Lion", "smallbatch_jax.optim:lion", {"beta1": 0.9, "beta2": 0.99}),
 }
-# Fields of `grid` whose values are crossed with the rest, by the scalar of a run that they give.
+# Scalars of a run that a grid may cross with its other axes, and the field of `grid` that lists their values.
 AXES = {
     "weight_decay": "weight_decays",
     "warmup_fraction": "warmup_fractions",
@@ -158,8 +158,8 @@ AXES = {
     "beta2_half_life": "beta2_half_lives",
     "epsilon": "epsilons",
 }
-OWN_SCALAR = "scalar_"  # begins the column of a scalar of an own optimizer (`grid.scalars`)
-# What the learning rate is at batch size m: its text with η̃ = base_lr, and its ratio to η̃.
+OWN_SCALAR = "scalar_"  # prefix of the column of an own optimizer's scalar (`grid.scalars`)
+# Learning rate at batch size m: its formula as text, with η̃ = base_lr, and its ratio to η̃.
 RULES: dict[str, tuple[str, Callable[[int], float]]] = {
     "linear": ("η̃·m", float),
     "sqrt": ("η̃·√m", math.sqrt),
@@ -168,7 +168,7 @@ RULES: dict[str, tuple[str, Callable[[int], float]]] = {
 
 
 def require_norm(model: str, norm: str) -> None:
-    """Refuses a norm that does not exist or that the model does not accept; a model of the user's own takes any."""
+    """Raises InputError for a norm that does not exist or that the model does not accept; own models accept any."""
     fields.choice(NORMS, "norm")("model.norm", norm)
     accepted = MODELS[model].norms if model in MODELS else tuple(NORMS)
     if norm not in accepted:

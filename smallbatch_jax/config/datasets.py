@@ -1,4 +1,4 @@
-"""Datasets that have a name: one entry for each, with what config validation, `data`, the commands and figures know about it.
+"""The named datasets: one entry each, with the facts that config validation, `data`, the commands and figures need.
 
 A new dataset is a loader and an entry in DATASETS. Loaders are named, not imported: `pkgutil.resolve_name` loads
 "module:attribute".
@@ -19,14 +19,14 @@ class DatasetSize:
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """A value of `dataset.name`."""
+    """Description of a value of `dataset.name`."""
 
     title: str  # in figures
     loader: str | None = None  # "module:attribute" of `data_dir -> data.Dataset`; None if the images do not fit in memory
     stream: str | None = None  # "module:attribute" of `(data_dir, image_size) -> data.Photographs`; None if never streamed
-    size: DatasetSize | None = None  # None where only the files tell
+    size: DatasetSize | None = None  # None if known only from the files
     prepared: bool = False  # whether TensorFlow Datasets prepares it, under the same name (`experiments/prepare_data.py`)
-    test_metric: str | None = None  # name of the test accuracy in figures, where its authors call it something else
+    test_metric: str | None = None  # name of the test accuracy in figures, if its authors use another
 
 
 DATASETS = {

@@ -1,4 +1,4 @@
-"""What to train: frozen values made from a config, checked field by field; the grid → runs → programs.
+"""The experiment: frozen values made from a config, checked field by field; the grid → runs → programs.
 
 Nothing here imports JAX, so bad input is refused before anything is compiled or written.
 """
@@ -26,9 +26,9 @@ BROKEN_IMAGES = ("fail", "skip")
 BN_STATISTICS = ("running", "precise")  # running averages, or recomputed over training images at each evaluation
 WEIGHT_DECAY_MASKS = ("all", "kernels")  # which parameters decay; kernels are arrays of two or more dimensions
 PRECISIONS = ("float32", "tf32", "bfloat16")
-KEEP_PARAMETERS = ("best", "all")  # of the finished runs: the best of each batch size, or every one
+KEEP_PARAMETERS = ("best", "all")  # which finished runs: the best of each batch size, or all
 
-# Fields outside the grid that may differ when a workdir is resumed: how it is read, place of the data, layout, trackers.
+# Fields outside the grid that may differ when a workdir is resumed: selection, budget, place of the data, layout, trackers.
 MAY_CHANGE = (
     *("select", "search.budget", "search.seconds", "search.confirm"),
     *("dataset.data_dir", "dataset.workers", "lanes", "data_devices", "micro_batch_size"),
@@ -46,11 +46,11 @@ class Dataset:
     augment: bool = config_field(False, fields.boolean)
     image_size: int | None = config_field(None, fields.integer(1))  # in pixels; only for streamed images
     color_jitter: bool = config_field(False, fields.boolean)  # only for streamed images, with `augment`
-    # A streamed image that cannot be decoded ends the sweep with its path, or the next image takes its place.
+    # Whether an undecodable streamed image ends the sweep with an error that names it, or is replaced by the next image.
     broken_images: str = config_field("fail", fields.choice(BROKEN_IMAGES, "way"))
     workers: int | None = config_field(None, fields.integer(0, 1024))  # decoding processes; None: one per core
     subset: int | None = config_field(None, fields.integer(1))  # number of training examples; None: all of them
-    validation_fraction: float = config_field(0.0, fields.number(0, 0.9))  # of the training examples, held out to choose by
+    validation_fraction: float = config_field(0.0, fields.number(0, 0.9))  # of the training examples, held out for selection
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Experiment:
     weight_decay: float = config_field(0.0, fields.number(0, 1e6))  # λ of the penalty (λ/2)‖θ‖² in the loss
     weight_decay_mask: str = config_field("all", fields.choice(WEIGHT_DECAY_MASKS, "mask"))
     task: str = config_field("classification", fields.choice(catalog.TASKS, "task", OWN))  # the loss
-    label_smoothing: float = config_field(0.0, fields.decay)  # in training; evaluation takes the plain loss
+    label_smoothing: float = config_field(0.0, fields.decay)  # in training only; evaluation uses the plain loss
     metrics: tuple[str, ...] = config_field((), fields.distinct(fields.choice(catalog.METRICS, "metric", OWN)))  # further ones
     # Further columns that help explain training: names in `config.catalog.DIAGNOSTICS`.
     diagnostics: tuple[str, ...] = config_field((), fields.distinct(fields.choice(catalog.DIAGNOSTICS, "diagnostic")))
@@ -96,7 +96,7 @@ class Experiment:
     checkpoint_seconds: float = config_field(30.0, fields.number(0, 1e6))  # minimum time between checkpoints
     tensorboard: bool = config_field(False, fields.boolean)  # whether WORKDIR/tensorboard shows the runs while they train
     wandb: str | None = config_field(None, fields.text)  # W&B project
-    # Which final parameters WORKDIR/parameters keeps of the runs that finish from now on, and how much disk they may take.
+    # Runs whose final parameters are kept in WORKDIR/parameters, of those that finish from now on, and the disk they may take.
     keep_parameters: str | None = config_field(None, fields.choice(KEEP_PARAMETERS, "choice"))
     keep_gib: float = config_field(4.0, fields.positive(1e6))
 
@@ -144,7 +144,7 @@ class Experiment:
         ]
 
     def metric_names(self) -> tuple[str, ...]:
-        """Returns names of the metrics beside the loss; columns of the results, after "train_", "test_" or "validation_"."""
+        """Returns the metrics beside the loss; their columns have the prefixes "train_", "test_" and "validation_"."""
         of_task = catalog.TASKS[self.task].metrics if self.task in catalog.TASKS else ()
         return (*of_task, *(name.removeprefix(OWN) for name in self.metrics))
 
@@ -154,14 +154,14 @@ class Experiment:
 
     @property
     def metric(self) -> Metric:
-        """The metric that ranks runs: `select`, or the task's on the selection split."""
+        """The metric that ranks runs: `select`, or the task's on the validation split, or on the test split without one."""
         if self.select is not None:
             return Metric(*self.select)
         column, best = catalog.TASKS[self.task].select if self.task in catalog.TASKS else ("test_loss", "min")
         return Metric(column.replace("test_", f"{self.splits()[-1]}_"), best)
 
     def _require_task(self) -> None:
-        """Refuses metrics, label smoothing or a selection that the task does not have."""
+        """Raises InputError for metrics, label smoothing or a selection that the task does not have."""
         entry = catalog.TASKS.get(self.task)
         always = entry.metrics if entry else ()
         known = [name for name, metric in catalog.METRICS.items() if self.task in metric.functions and name not in always]
@@ -203,7 +203,7 @@ class Experiment:
         return dataclasses.asdict(self)
 
     def can_share(self, batch_size: int, bn_batch_size: int, devices: int) -> bool:
-        """Returns whether a batch, and all it grows to, splits evenly over devices, without splitting a BN group unevenly."""
+        """Returns whether a batch, at all its sizes, splits evenly over devices, without splitting a BN group unevenly."""
         grouped = catalog.NORMS[self.model.norm].batch_statistics
         for m in self.schedule.batch_sizes(batch_size):
             b = m if bn_batch_size == batch_size else bn_batch_size
@@ -250,7 +250,7 @@ class _Float(float):
 def default_config() -> Any:
     """Returns a ConfigDict with every field at its default, from which a config file starts.
 
-    It takes any value: `from_config` checks them all, and says what a field accepts.
+    Its fields take any value: `from_config` checks them all and reports what a field accepts.
     """
     return _default(Config())
 
@@ -291,10 +291,10 @@ def single_run(config: ConfigDict | Mapping[str, Any]) -> Experiment:
 
 
 def differences(stored: Experiment, asked: Experiment) -> list[str]:
-    """Returns a phrase for each field that prevents `stored`'s workdir from being resumed as `asked`.
+    """Returns a phrase for each field that prevents `stored`'s workdir from being resumed as `asked`; empty if none does.
 
-    The grid may grow. Its old runs are kept, so none of them may be missing from the new grid; those that confirmed the choice
-    of a search may.
+    The grid may grow. Its old runs are kept, so none of them may be missing from the new grid, except those that confirmed
+    the choice of a search.
     """
     old, new = _flat(stored.to_dict()), _flat(asked.to_dict())
     found = [
@@ -314,7 +314,7 @@ def differences(stored: Experiment, asked: Experiment) -> list[str]:
 
 
 def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns fields by dotted name."""
+    """Returns the fields by dotted name."""
     flat = {}
     for name, value in sections.items():
         flat |= {f"{name}.{inner}": x for inner, x in value.items()} if isinstance(value, dict) else {name: value}

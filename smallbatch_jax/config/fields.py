@@ -17,8 +17,8 @@ Check = Callable[[str, Any], Any]
 FLOAT32_MAX = 3.4028234663852886e38
 FLOAT32_TINY = 1.1754943508222875e-38
 MAPPINGS = (Mapping, ConfigDict)
-OWN = "own:"  # begins the name of a model, dataset, optimizer, loss or metric that a Python caller brought
-MOST_VALUES = 100_000  # per field, so that checking takes no time
+OWN = "own:"  # prefix of the name of a model, dataset, optimizer, loss or metric passed in from Python
+MOST_VALUES = 100_000  # per field, so that checking is fast
 MOST_CHARACTERS = 4096  # of a path on Linux
 
 
@@ -31,7 +31,7 @@ class InputError(ValueError):
 
 
 def config_field(default: Any, check: Check) -> Any:
-    """A dataclass field with its check; a field whose default is None also accepts None."""
+    """Returns a dataclass field with its check; a field whose default is None also accepts None."""
     return dataclasses.field(default=default, metadata={"check": check})
 
 
@@ -103,7 +103,7 @@ def refuse_unknown(values: Iterable[Any], known: Iterable[str], prefix: str) -> 
 
 
 def label(name: Any) -> str:
-    """A field's name as the beginning of an error; quoted if no field can have this name."""
+    """Returns a field's name to begin an error with; quoted if no field can have this name."""
     return name if isinstance(name, str) and name.isidentifier() and len(name) <= 100 else shown(name)
 
 
@@ -114,7 +114,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as one short line of an error."""
+    """Formats a value as one short line for an error."""
     try:
         return cut(repr(value))
     except Exception:  # an integer of more than 4300 digits, lists a thousand deep, a __repr__ that raises
@@ -122,12 +122,12 @@ def shown(value: Any) -> str:
 
 
 def cut(text: str, most: int = 120) -> str:
-    """The first characters of a text, with "..." for the rest."""
+    """Truncates a text, with "..." for the rest."""
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def expanded_path(name: str, given: str | os.PathLike[str]) -> str:
-    """Expands ~ and ~user to home folders; raises InputError for what cannot be a path."""
+    """Expands ~ and ~user to home folders; raises InputError for anything that cannot be a path."""
     if not isinstance(given, (str, bytes, os.PathLike)):
         raise InputError(f"{name}: got {shown(given)}, accepts a path.")
     path = os.path.expanduser(os.fsdecode(given))

@@ -1,4 +1,4 @@
-"""The section `grid` of a config, and the runs that it stands for, by program."""
+"""The section `grid` of a config, and its runs grouped by program."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,15 +13,15 @@ MOST_RUNS = 100_000  # maximum runs in a grid: far beyond any study, yet still l
 
 @dataclass(frozen=True)
 class Grid:
-    """`grid`: every batch size × BN batch size × base learning rate × seed is one run, and every value of the other axes."""
+    """`grid`: one run for every batch size × BN batch size × base learning rate × seed × value of the other axes."""
 
     batch_sizes: tuple[int, ...] = config_field((2, 8, 32), fields.distinct(fields.integer(1), least=1))  # m
     base_lrs: tuple[float, ...] = config_field((2**-8,), fields.distinct(fields.positive(), least=1))  # η̃ = η/m
-    # Replaces base_lrs: workdirs in whose results each batch size finds its best base_lr (Fig. 13).
+    # Replaces base_lrs: workdirs whose results give the best base_lr of each batch size (Fig. 13).
     base_lrs_from: tuple[str, ...] = config_field((), fields.distinct(fields.text))
     # Replaces base_lrs: pairs of a batch size and its base_lr, one for each batch size.
     base_lr_by_batch_size: tuple[tuple[int, float], ...] = config_field((), fields.by_batch_size(fields.positive()))
-    # b, each with every batch size that it does not exceed, which it must divide; None: b = m.
+    # b, each combined with every batch size m ≥ b, which it must divide; None: b = m.
     bn_batch_sizes: tuple[int, ...] | None = config_field(None, fields.distinct(fields.integer(1), least=1))
     seeds: tuple[int, ...] = config_field((0,), fields.distinct(fields.integer(0), least=1))  # of initial values and data order
     # Further axes, none by default: values of `weight_decay`, `schedule.warmup_fraction` and of the optimizer's scalars.
@@ -39,7 +39,7 @@ class Grid:
         self.require_listable(len(self.seeds))
 
     def require_listable(self, num_seeds: int) -> None:
-        """Refuses a grid of more runs than are listed at once, each cell with `num_seeds` of them."""
+        """Raises InputError for a grid of more than MOST_RUNS runs, with `num_seeds` runs in each cell."""
         rates = 1 if self.base_lr_by_batch_size or self.base_lrs_from else len(self.base_lrs)
         most = len(self.batch_sizes) * len(self.bn_batch_sizes or (None,)) * rates * num_seeds
         most *= math.prod(map(len, self.axes().values()))
@@ -47,16 +47,16 @@ class Grid:
             raise InputError(f"grid: got {most} combinations of its values, accepts at most {MOST_RUNS} runs in all.")
 
     def axes(self) -> dict[str, tuple[float, ...]]:
-        """The further axes in use: values by the name of the scalar, which is a column of the results."""
+        """Returns the values of each further axis in use, by the name of its scalar, a column of the results."""
         found = {name: getattr(self, field) for name, field in catalog.AXES.items()}
         own = {f"{catalog.OWN_SCALAR}{name}": values for name, values in self.scalars}
         return {name: values for name, values in found.items() if values} | own
 
     def shapes(self) -> list[tuple[int, int]]:
-        """Returns every (batch size, BN batch size): a batch size with each BN batch size up to it, which must divide it.
+        """Returns every pair (batch size, BN batch size); the BN batch size is at most the batch size and must divide it.
 
         Raises:
-          InputError: if one does not, or none is left.
+          InputError: if one does not, or no pair is left.
         """
         pairs = [(m, b) for m in self.batch_sizes for b in self.bn_batch_sizes or (m,) if b <= m]
         for m, b in pairs:
@@ -71,7 +71,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Search:
-    """`search`: budget for a search for the best cells, which replaces training all (`runner.policy`)."""
+    """`search`: the budget of a search for the best cells of the grid, instead of training all (`runner.policy`)."""
 
     budget: float | None = config_field(None, fields.positive(1e18))  # training examples, summed over all runs
     seconds: float | None = config_field(None, fields.positive(1e9))  # time budget, converted once to examples by measurement
@@ -83,17 +83,17 @@ class Search:
         return self.budget is not None or self.seconds is not None
 
     def default_budget(self, grid: Grid, epochs: int, num_examples: int) -> float:
-        """Returns the examples of two whole runs for each batch size (of several seeds: three), and of those that confirm."""
+        """Returns the examples of two whole runs per shape (three with several seeds) and of the confirming runs."""
         runs = (2 + (len(grid.seeds) > 1)) * len(grid.shapes()) + self.confirm
         return float(runs * epochs * num_examples)
 
     def fresh_seeds(self, seeds: Sequence[int]) -> tuple[int, ...]:
-        """Returns the seeds that confirm what `seeds`, those of the grid, have chosen; none without a budget."""
+        """Returns the fresh seeds of the confirming runs, all above the grid's `seeds`; none without a budget."""
         first = max(seeds) + 1
         return tuple(range(first, first + self.confirm)) if self.active else ()
 
     def require_grid(self, grid: Grid) -> None:
-        """Refuses a grid in which there is more to choose than batch sizes, base learning rates and seeds."""
+        """Raises InputError for a grid that leaves more to choose than batch sizes, base learning rates and seeds."""
         if not self.active:
             return
         for name in ("base_lrs_from", "base_lr_by_batch_size"):
@@ -112,18 +112,18 @@ class Run:
     """One training, from initialisation to the last epoch."""
 
     batch_size: int  # m
-    bn_batch_size: int  # b; m where none was given
+    bn_batch_size: int  # b; m if not given
     base_lr: float  # η̃
     seed: int
     scalars: tuple[tuple[str, float], ...] = ()  # values on the grid's further axes, in the order of `Grid.axes`
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "Run":
-        """Returns the run of a `dataclasses.asdict` from JSON, in which tuples are lists; earlier versions had no scalars."""
+        """Returns the run whose `dataclasses.asdict` was stored as JSON, with lists for tuples; old versions had no scalars."""
         return cls(**{**stored, "scalars": tuple((name, value) for name, value in stored.get("scalars", ()))})
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns its values by column of the results."""
+        """Returns the run's values by column of the results."""
         return {name: getattr(self, name) for name in RUN_COLUMNS} | dict(self.scalars)
 
 
@@ -131,7 +131,7 @@ RUN_COLUMNS = ("batch_size", "bn_batch_size", "base_lr", "seed")
 
 
 def name_of(run: Run) -> str:
-    """Returns the name of a run, unique in its grid: m00008_b00004_lr2^-7_seed0, without b where that is m."""
+    """Returns the name of a run, unique in its grid: m00008_b00004_lr2^-7_seed0, without b if b = m."""
     mantissa, exponent = math.frexp(run.base_lr)
     base_lr = f"2^{exponent - 1}" if mantissa == 0.5 else repr(run.base_lr)
     bn = f"_b{run.bn_batch_size:05d}" if run.bn_batch_size != run.batch_size else ""
@@ -151,7 +151,7 @@ def programs(runs: Iterable[Run]) -> dict[tuple[int, int], list[Run]]:
 
 
 def require_divisor(bn_batch_size: int, batch_size: int, field: str) -> None:
-    """Refuses a BN batch size that does not split the SGD batch into equal parts (§3.6)."""
+    """Raises InputError for a BN batch size that does not split the SGD batch into equal BN groups (§3.6)."""
     if batch_size % bn_batch_size:
         small = [b for b in range(1, math.isqrt(batch_size) + 1) if batch_size % b == 0]
         choices = listed(sorted({*small, *(batch_size // b for b in small)}))
@@ -162,7 +162,7 @@ def require_divisor(bn_batch_size: int, batch_size: int, field: str) -> None:
 
 
 def listed(choices: Sequence[int]) -> str:
-    """1, 2 or 4; the middle of a long list is left out."""
+    """Formats choices as "1, 2 or 4"; the middle of a long list is left out."""
     named = [str(choice) for choice in choices]
     if len(named) > 12:
         named = [*named[:6], "…", *named[-5:]]

@@ -12,7 +12,7 @@ class Metric(NamedTuple):
 
     column: str = "test_accuracy"
     best: str = "max"  # or "min"
-    called: str = ""  # its title, where the data have another name for it than the column
+    called: str = ""  # title, if the dataset has its own name for the metric
 
     @property
     def name(self) -> str:
@@ -45,11 +45,11 @@ class Metric(NamedTuple):
         return f"{self.title} (%)" if self.fraction else self.title
 
     def gain(self, value: Any, over: Any) -> Any:
-        """Returns by how much a value, or each of a column, is better than another; negative if worse, NaN if either is."""
+        """Returns how much better a value, or each of a column, is than another; negative if worse, NaN if either is."""
         return value - over if self.best == "max" else over - value
 
     def show(self, value: float, std: float = math.nan, digits: int = 1) -> str:
-        """A value as "91.2 %" or "0.3124", with its standard deviation "91.2 ± 0.2 %"; "-" if it is not known."""
+        """Formats a value as "91.2 %" or "0.3124", with its standard deviation "91.2 ± 0.2 %"; "-" if it is not known."""
         if self.fraction or math.isnan(value):
             return percent(value, std, digits)
         return f"{value:.4g}" + ("" if math.isnan(std) else f" ± {std:.2g}")

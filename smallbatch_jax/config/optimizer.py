@@ -13,7 +13,7 @@ BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
 
 @dataclass(frozen=True)
 class Optimizer:
-    """`optimizer`: the update rule, and how its scalars depend on the batch size m."""
+    """`optimizer`: the update rule for the mean gradient, and how its scalars depend on the batch size m."""
 
     name: str = config_field("sgd", fields.choice(catalog.OPTIMIZERS, "optimizer", OWN))  # in `config.catalog.OPTIMIZERS`
     rule: str = config_field("linear", fields.choice(catalog.RULES, "rule"))  # the learning rate at m: η̃·m, η̃·√m or η̃
@@ -22,7 +22,7 @@ class Optimizer:
     beta2: float | None = config_field(None, fields.decay)  # None: as momentum
     epsilon: float | None = config_field(None, fields.positive(1))  # None: as momentum
     beta_rule: str = config_field("constant", fields.choice(BETA_RULES, "rule"))  # how momentum and betas depend on m
-    beta_batch_size: int | None = config_field(None, fields.integer(1))  # m′, at which they have the values given
+    beta_batch_size: int | None = config_field(None, fields.integer(1))  # m′, where they have the given values
 
     def __post_init__(self) -> None:
         known = () if self.name.startswith(OWN) else catalog.OPTIMIZERS[self.name].scalars
@@ -41,7 +41,7 @@ class Optimizer:
             raise InputError("optimizer.beta_batch_size: belongs to the beta_rules 'half_life' and 'sde'; leave it None.")
 
     def require_axes(self, axes: Mapping[str, Sequence[float]]) -> None:
-        """Refuses axes of a grid that the optimizer does not have, or that a field or another axis sets already."""
+        """Raises InputError for a grid axis that the optimizer lacks, or that a field or another axis sets already."""
         own = self.name.startswith(OWN)
         known = () if own else catalog.OPTIMIZERS[self.name].scalars
         for name in axes:
@@ -58,13 +58,13 @@ class Optimizer:
                 raise InputError(f"{field}: optimizer.{scalar} or another axis says what {scalar} is; leave one of them out.")
 
     def scalars(self, batch_size: int, given: Mapping[str, float] | None = None) -> dict[str, float]:
-        """Returns the optimizer's scalars at a batch size m; `given` are those of a run, by axis of the grid.
+        """Returns the optimizer's scalars at a batch size m; `given` are a run's values by axis of the grid.
 
-        With beta_rule "half_life" a beta is β^(m/m′), so that it forgets over equally many examples at every m (Marek et al.
+        With beta_rule "half_life" a beta is β^(m/m′), so that its half-life in examples is the same at every m (Marek et al.
         2025). With "sde" it is 1 - (1 - β)·m/m′, and epsilon ε/√(m/m′) (Malladi et al. 2022, the square-root rule of Adam).
 
         Raises:
-          InputError: if m is so large that the rule "sde" leaves no beta, or momentum or a beta is 1 in float32.
+          InputError: if m is so large that the rule "sde" makes a beta negative, or if momentum or a beta is 1 in float32.
         """
         axes = given or {}
         if self.name.startswith(OWN):
@@ -96,11 +96,11 @@ class Optimizer:
 
     @property
     def title(self) -> str:
-        """Name in sentences."""
+        """Name for use in sentences."""
         return self.name.removeprefix(OWN) if self.name.startswith(OWN) else catalog.OPTIMIZERS[self.name].title
 
     def described(self) -> list[str]:
-        """Returns its differences from the paper's: ["AdamW", "sqrt rule"]."""
+        """Returns its differences from the paper's optimizer, such as ["AdamW", "sqrt rule"]."""
         named = [self.title] * (self.name != "sgd")
         return named + [f"{self.rule} rule"] * (self.rule != "linear")
 

@@ -1,6 +1,6 @@
-"""Overrides of a config: the text of --config.FIELD=VALUE becomes a value, by the type of the field.
+"""Overrides of a config: parses the text of --config.FIELD=VALUE by the type of the field.
 
-`experiment.from_config` checks the values later; a text that cannot be read stays text.
+`experiment.from_config` checks the values later; text that cannot be parsed stays text.
 """
 
 import ast
@@ -25,11 +25,11 @@ def _fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
             yield from _fields(field.default, f"{prefix}{field.name}.")
 
 
-FIELDS = dict(_fields(Config))  # of a config and of its sections, and the sections, by dotted name
+FIELDS = dict(_fields(Config))  # all fields of a config and its sections, and the sections themselves, by dotted name
 
 
 def override(config: ConfigDict, values: Mapping[str, Any]) -> None:
-    """Sets fields of a config, given by dotted name; sections before their fields, which keep their values."""
+    """Sets fields of a config by dotted name; sections are set before their fields, which keep their values."""
     for path in sorted(values, key=lambda path: path.count(".")):
         section, _, name = path.rpartition(".")
         with config.unlocked(), config.ignore_type():
@@ -40,7 +40,7 @@ def override(config: ConfigDict, values: Mapping[str, Any]) -> None:
 
 
 def read(field: dataclasses.Field, text: str) -> Any:
-    """Returns the value that a text stands for, by the type of the field."""
+    """Parses a text into a value by the type of the field."""
     text = text.strip()
     if text == "None" or (field.default is None and text.lower() in ("none", "null")):
         return None
@@ -78,7 +78,7 @@ def _read_tuple(text: str) -> Any:
 
 
 def _read_literal(text: str) -> Any:
-    """Evaluates a Python literal in which 2^-7 and 2**-7 are powers; returns the text itself if it is none."""
+    """Evaluates a Python literal in which 2^-7 and 2**-7 are powers; returns the text itself if it is not one."""
     for written in (text, text.replace("\u2212", "-")):  # the minus sign of a typeset table
         try:
             with warnings.catch_warnings(action="ignore"):

@@ -16,7 +16,7 @@ LAST_EPOCHS = 5  # of a run, over which the median test accuracy is reported
 
 
 def full_grid(name: str, model: str, norm: str, dataset: str = "cifar10", augment: bool = False) -> Any:
-    """Returns the ConfigDict of a figure: the full grid, 143 runs, reduced by 10 at 50 % and at 75 % of the training.
+    """Returns the ConfigDict of a figure: the full grid, 143 runs, with η̃ divided by 10 at 50 % and 75 % of training.
 
     Args:
       name: the figure, such as "fig08".
@@ -41,7 +41,7 @@ def full_grid(name: str, model: str, norm: str, dataset: str = "cifar10", augmen
 def imagenet_config(name: str) -> Any:
     """Returns the ConfigDict of "fig12" or "fig14": ResNet-50 with batch norm on augmented 224 × 224 images, the full grid.
 
-    90 epochs, reduced by 10 after 30, 60 and 80 of them.
+    Runs take 90 epochs, with η̃ divided by 10 after 30, 60 and 80 of them.
     """
     config = full_grid(name, "resnet50", "batch", "imagenet2012", augment=True)
     config.dataset.image_size = 224
@@ -50,16 +50,16 @@ def imagenet_config(name: str) -> Any:
 
 
 def reduced(config: Any, model: str | None = None) -> Any:
-    """Returns a CIFAR-10 figure's config for an hour or less of two CPU cores: 5,000 images, a sixteenth of the epochs.
+    """Returns a CIFAR-10 figure's config for an hour or less on two CPU cores: 5,000 images, a sixteenth of the epochs.
 
     Args:
-      config: of the figure.
-      model: a shallower network in its place; None keeps the figure's.
+      config: the figure's config.
+      model: a shallower network to use instead; None keeps the figure's.
 
     Returns:
-      The config with m = 2, 8, … 512 and every second η̃, under the figure's name, by which claims know it. Batch norm is
+      The config with m = 2, 8, … 512 and every second η̃, under the figure's name, which claims look up. Batch norm is
       evaluated by precise statistics, since running averages lag far behind after so few updates. Evaluations cover the
-      whole test set, as ever.
+      whole test set, as always.
     """
     config.model.name = model or config.model.name
     config.dataset.subset = SUBSET

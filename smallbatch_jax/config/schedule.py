@@ -17,17 +17,17 @@ class Schedule:
     boundaries: tuple[float, ...] = config_field((0.5, 0.75), fields.distinct(fields.number(0, 1), most=100))
     factor: float = config_field(0.1, fields.positive(1))
     warmup_fraction: float = config_field(0.0, fields.number(0, 1))  # fraction of training; 0: none
-    # At each boundary the batch size is multiplied by it (Smith et al. 2017), and η̃ = η/m by `factor` as always. With 1/factor
-    # the learning rate η = η̃·m stays constant: batches grow instead of a decay of η. 1: the batch size stays.
+    # Multiplies the batch size at each boundary (Smith et al. 2017), while `factor` multiplies η̃ = η/m as ever. With 1/factor
+    # the learning rate η = η̃·m stays constant: batches grow instead of η decaying. 1: the batch size stays constant.
     batch_growth: int = config_field(1, fields.integer(1, 1000))
 
     def batch_sizes(self, batch_size: int) -> list[int]:
-        """Returns the batch sizes that a run may come to which begins with this one, the smallest first."""
+        """Returns the batch sizes that a run starting with this one may reach, smallest first."""
         times = sum(boundary < 1 for boundary in self.boundaries) if self.batch_growth > 1 else 0
         return [batch_size * self.batch_growth**k for k in range(times + 1)]
 
     def require_growth(self, batch_sizes: Sequence[int], warmup_fractions: Sequence[float]) -> None:
-        """Refuses batches that grow beyond any training set, or within a warm-up; `warmup_fractions` are an axis of a grid."""
+        """Raises InputError if batches grow beyond MOST_EXAMPLES or during warm-up; `warmup_fractions` is a grid axis."""
         m, growth = max(batch_sizes), self.batch_growth
         if self.batch_sizes(m)[-1] > MOST_EXAMPLES:
             raise InputError(

@@ -1,6 +1,6 @@
 """Datasets: `load(name)` returns a `Dataset`, which is held in memory, or `Photographs`, which are streamed.
 
-DATASETS (`config/datasets.py`) names the loader of each dataset. The package may import `config` alone.
+DATASETS (`config/datasets.py`) names the loader of each dataset. The package may import only `config`.
 """
 
 import os
@@ -25,7 +25,7 @@ def load(name: str, data_dir: str | os.PathLike | None = None, image_size: int |
     Args:
       name: one of DATASETS.
       data_dir: the folder that holds the data; None for a dataset that needs none.
-      image_size: None for images that share one size and live in memory; S for photographs that are read as they are needed,
+      image_size: None for images that share one size and live in memory; S for photographs that are read on demand,
         resized and cropped to S × S pixels ("folder" and "imagenet2012").
     Returns:
       A Dataset with train_images uint8[N, H, W, C] and train_labels int32[N], the same arrays on every call; or Photographs.
@@ -50,13 +50,13 @@ def load(name: str, data_dir: str | os.PathLike | None = None, image_size: int |
 
 
 def load_section(chosen: experiment.Dataset, random_images: bool = False) -> Dataset | Photographs:
-    """Returns the data of the section `dataset` of a config, its subset and split; or random images of its shapes."""
+    """Returns the data that a config's section `dataset` selects, or random images of the same shapes."""
     found = (random if random_images else load)(chosen.name, chosen.data_dir, chosen.image_size)
     return divided(found, chosen.subset, chosen.validation_fraction)
 
 
 def divided(dataset: Dataset | Photographs, subset: int | None, validation_fraction: float) -> Dataset | Photographs:
-    """Returns a subset of the training examples, a share of them as validation split; refuses either of streamed images."""
+    """Returns the dataset with a subset of its training examples and a validation split; refuses both for streamed images."""
     if isinstance(dataset, Dataset):
         return dataset.with_subset(subset).with_validation(validation_fraction)
     if subset is not None:
@@ -76,9 +76,9 @@ def num_train_examples(chosen: experiment.Dataset) -> int:
 
 
 def random(name: str, data_dir: str | os.PathLike | None = None, image_size: int | None = None) -> Dataset | Photographs:
-    """Returns random images and labels in the sizes of a dataset, to measure speed where the data are not.
+    """Returns random images and labels with a dataset's sizes, to measure speed where its files are missing.
 
-    Arguments as for `load`. A folder is loaded, since its files alone tell its sizes. Streamed photographs are synthetic JPEGs.
+    Arguments as for `load`. A folder is loaded, since only its files tell its sizes. Streamed photographs are synthetic JPEGs.
     """
     size = DATASETS[name].size
     if size is None:

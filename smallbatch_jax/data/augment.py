@@ -43,7 +43,7 @@ def crop_and_flip(images: jax.Array, crops: jax.Array) -> jax.Array:
 
 
 def inside(crops: jax.Array, height: int, width: int) -> jax.Array:
-    """Returns which pixels of the crops, bool[n, H, W, 1], belong to the image and not to its padding.
+    """Returns a mask bool[n, H, W, 1] of the crops' pixels that belong to the image and not to its padding.
 
     Lin et al. (2013) and He et al. (2015a) pad the normalised image with zeros, its mean colour. Images are cropped as they
     are stored, so normalised padding must be set to zero.

@@ -1,7 +1,7 @@
-"""Decoded images kept on disk, so that a folder is decoded once.
+"""On-disk cache of decoded images, so that a folder is decoded once.
 
-A cache file is a .npz archive, whose arrays carry checksums. It is read as numbers alone, never as a pickle, and anything else
-is decoded again. Losing the cache costs only time.
+A cache file is a .npz archive, whose arrays carry checksums. It is never read as a pickle, and the images of an
+invalid file are decoded again. Losing the cache costs only time.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def directory() -> Path:
 def kept(name: str, key: str, count: int, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Returns the arrays uint8 or int32 [count, …] that `make` returns, from the cache file NAME-KEY.npz if it is valid.
 
-    If not, they are stored there and other files of this name are removed. The file appears whole or not at all, so that
+    Otherwise they are stored there and other files of this name are removed. The file is written atomically, so that
     processes do not disturb each other. If it cannot be written, one line on stderr says so, and nothing is raised.
     """
     path = directory() / f"{name}-{key}.npz"

@@ -1,4 +1,4 @@
-"""Dataset: labelled examples in memory, checked once, as they enter training."""
+"""Dataset: labelled examples in memory, checked once, on construction."""
 
 import hashlib
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ class Dataset:
     become float32 and are used as given; uint8 images are normalised on the device with `channel_statistics`.
     Features need not be pictures: images of shape [N, features] are fine.
 
-    The labels determine the task: integers are classes, floating point numbers are targets of a regression. Examples that
-    are integers [N, T] are sequences of tokens; without labels the model is to predict each next token.
+    The labels determine the task: integers are classes, floating point numbers are regression targets. Integer examples
+    [N, T] are sequences of tokens; without labels the model predicts each next token.
 
     Raises:
       InputError: one line that names the argument, what it got and what it accepts.
@@ -36,9 +36,9 @@ class Dataset:
     train_labels: Any  # int32[N] in [0, num_classes); targets float32[N, ...]; None: the tokens themselves
     test_images: np.ndarray  # [M, ...], of the training images' dtype and shape
     test_labels: Any  # [M, ...], like train_labels
-    num_classes: int | None = None  # of classes, or of different tokens; None for targets
+    num_classes: int | None = None  # number of classes, or of distinct tokens; None for regression
     class_names: tuple[str, ...] | None = None  # the name of each label, if the source has names
-    # Examples that choose the best run, which the test set then confirms (`with_validation` takes them from the training set).
+    # Examples for choosing the best run, which the test set then confirms (`with_validation` takes them from the training set).
     validation_images: np.ndarray | None = None  # [K, ...]
     validation_labels: Any = None  # [K, ...]
 
@@ -69,7 +69,7 @@ class Dataset:
 
     @property
     def task(self) -> str:
-        """Returns the task that the labels imply, a name in `config.catalog.TASKS`."""
+        """Task that the labels imply, a name in `config.catalog.TASKS`."""
         if self.num_classes is None:
             return "regression"
         return "next_token" if self.train_images.dtype == np.int32 and self.train_labels.ndim == 2 else "classification"
@@ -80,7 +80,7 @@ class Dataset:
         return {name: (getattr(self, f"{name}_images"), getattr(self, f"{name}_labels")) for name in names}
 
     def with_subset(self, count: int | None) -> "Dataset":
-        """Returns the dataset with `count` training examples: the first of every class, equally many where there are enough."""
+        """Returns the dataset with `count` training examples: the first of each class, equally many if there are enough."""
         if count is None:
             return self
         if count > self.num_train:
@@ -156,7 +156,7 @@ class Dataset:
 
 
 def as_received(shape: Sequence[int], dtype: Any) -> "jax.ShapeDtypeStruct":
-    """Returns what a model receives of an example stored as `dtype`: tokens as they are, images as float32."""
+    """Returns the shape and dtype in which a model receives an example stored as `dtype`: tokens int32, images float32."""
     import jax
 
     return jax.ShapeDtypeStruct(tuple(shape), np.int32 if dtype == np.int32 else np.float32)
@@ -171,7 +171,7 @@ def channel_sums(images: np.ndarray) -> tuple[list[int], list[int]]:
 
 
 def mean_and_deviation(sums: Sequence[int], squares: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns each channel's mean and standard deviation, float32[C], of `count` values; the deviation 1 where it is 0."""
+    """Returns each channel's mean and standard deviation, float32[C], of `count` values; a deviation of 0 becomes 1."""
     # Python's integers do not round, so a constant channel has a variance of exactly 0.
     variance = [(count * xx - x * x) / count**2 for x, xx in zip(sums, squares, strict=True)]
     std = np.sqrt(np.array(variance))
@@ -211,7 +211,7 @@ def _checked_images(name: str, value: Any) -> np.ndarray:
 
 
 def _finite(name: str, array: np.ndarray) -> np.ndarray:
-    """Returns an array as float32; refuses values that are not finite then."""
+    """Returns an array as float32; raises InputError for values that are not finite in float32."""
     with np.errstate(over="ignore", invalid="ignore"):
         array = array.astype(np.float32, copy=False)
         finite = np.isfinite(array.min()) and np.isfinite(array.max())

@@ -1,13 +1,13 @@
-"""JPEG, PNG, WebP, BMP, TIFF and GIF files to one uint8 array.
+"""Decodes JPEG, PNG, WebP, BMP, TIFF and GIF files to one uint8 array.
 
-A picture is turned as its EXIF orientation says; EXIF that cannot be read turns nothing. If every picture is grey (also
+A picture is turned as its EXIF orientation says; unreadable EXIF is ignored. If every picture is grey (also
 with 1 or 16 bits, or 8 and alpha) the array has one channel; if any is not, all become RGB, whatever their order. Palettes
 and CMYK are converted to RGB as Pillow does it, which takes every CMYK JPEG for inverted, as Adobe writes them. Alpha is
-dropped, and a transparent pixel shows the colour stored under it. Of 16 bits the upper eight are kept. A file of several
+dropped, and a transparent pixel shows the colour stored under it. The upper eight of 16 bits are kept. A file of several
 pictures, e.g. an animated GIF, is refused, and so is a TIFF of numbers other than integers of 1, 2, 4, 8 or 16 bits.
 
-A file that lacks pixels is refused. Damaged pixels are noticed in a PNG, which has a checksum of them; in a JPEG only where
-the decoder cannot go on, and are taken as they come otherwise.
+A truncated file is refused. Damaged pixels are detected in a PNG, which has a checksum of them; in a JPEG only where the
+decoder cannot continue, and are accepted otherwise.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _MAX_THREADS = 8
 
 
 def version() -> str:
-    """Returns the versions that affect decoded pixels."""
+    """Returns the versions that affect decoded pixels, beside the file itself."""
     import PIL
 
     return f"decode {VERSION}, Pillow {PIL.__version__}"
@@ -112,7 +112,7 @@ def decode(file: BinaryIO, upright: bool = True) -> np.ndarray:
 
 
 def turned(pixels: np.ndarray, content: bytes) -> np.ndarray:
-    """Returns the pixels uint8[H, W, C] of a file, turned as its EXIF says they are to be seen."""
+    """Returns the pixels uint8[H, W, C] of a file, turned as its EXIF orientation says."""
     from PIL import Image
 
     with contextlib.suppress(Exception):  # Pillow may refuse what another decoder took
@@ -169,7 +169,7 @@ def _allocate(count: int, shape: tuple[int, ...]) -> np.ndarray:
 
 @contextlib.contextmanager
 def quiet_pillow() -> Iterator[None]:
-    """Hides warnings about the inside of a file (its EXIF, its palette); errors still come through."""
+    """Suppresses Pillow's warnings about a file's content (EXIF, palette); errors are still raised."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield

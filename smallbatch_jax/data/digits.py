@@ -7,7 +7,7 @@ import numpy as np
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.data.dataset import Dataset
 
-_INK_LEVELS = 16  # a pixel counts the inked ones, 0..16, of a block of 4 × 4
+_INK_LEVELS = 16  # a pixel is the number of inked pixels, 0..16, in a block of 4 × 4
 
 
 def load_digits(data_dir: str | os.PathLike | None = None) -> Dataset:
@@ -19,7 +19,7 @@ def load_digits(data_dir: str | os.PathLike | None = None) -> Dataset:
     writers. Within a split the source's order is kept.
 
     Raises:
-      InputError: data_dir was given; there is nothing to read there.
+      InputError: if data_dir is given, since no folder is read.
     """
     if data_dir is not None:
         raise InputError(

@@ -31,16 +31,16 @@ class Listing(NamedTuple):
     classes: tuple[str, ...]
     paths: list[list[str]]
     labels: list[np.ndarray]  # int32[N]
-    name: str  # depends on the root alone
+    name: str  # depends only on the root
     key: str  # changes with the listing, the way of decoding and the cache's format
 
 
 def load_folder(data_dir: str | os.PathLike | None) -> Dataset:
     """Loads the pictures below `data_dir` as uint8[N, H, W, C], C = 1 if all of them are grey and 3 otherwise.
 
-    The classes are the sorted names of the directories in train/, the same as in test/. Suffixes count in upper and
+    The classes are the sorted names of the directories in train/, the same as in test/. Suffixes may be in upper or
     lower case; other files, hidden files and directories below a class are left out, with one warning that counts those
-    that may be pictures. Pictures come in order of class, then of file name; `decode.py` says how one is decoded. The
+    that may be pictures. Pictures come in order of class, then of file name; `decode.py` describes how they are decoded. The
     arrays are kept in a cache outside the folder (`cache.py`), and read from there until a name, a size or a modification
     time below the folder changes.
 
@@ -56,7 +56,7 @@ def load_folder(data_dir: str | os.PathLike | None) -> Dataset:
 
 
 def stream_folder(data_dir: str | os.PathLike | None, image_size: int) -> Photographs:
-    """Lists the pictures below `data_dir` as `load_folder` does: of any sizes, always RGB, to be read as they are needed.
+    """Lists the pictures below `data_dir` as `load_folder` does; they may be of any size, become RGB, and are read on demand.
 
     Raises:
       InputError: one line with the path of what is missing.
@@ -133,7 +133,7 @@ def _list_split(root: str, split: str, left_out: Counter[str]) -> dict[str, list
 
 
 def _list_class(path: str, left_out: Counter[str]) -> list[tuple[str, str]]:
-    """Lists the path of each picture, and its size and time of change."""
+    """Lists the path of each picture, with its size and modification time."""
     images = []
     for entry in _visible_entries(path):
         if entry.is_dir():

@@ -1,7 +1,7 @@
 """The training order: an endless stream of per-epoch permutations of the examples, cut into batches.
 
 Step k takes positions k·m … k·m+m-1 of the stream, so nothing is dropped and a batch may straddle two epochs; where batches
-grow, each phase goes on where the one before stopped (`BatchSchedule`). The stream is a function of (seed, epoch) alone: every
+grow, each phase starts where the previous one stopped (`BatchSchedule`). The stream is a function of (seed, epoch) alone: every
 base learning rate and batch size sees the examples in the same order. The host draws it, so it is the same on every device and
 for streamed images.
 """
@@ -59,11 +59,11 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """The batches of a run: m examples each, and `growth` times as many from each boundary of the learning rate's schedule on.
+    """Batches of a run: m examples each, multiplied by `growth` at each boundary of the learning rate's schedule.
 
     A boundary is the fraction f of training at which the learning rate is reduced. In a phase that began after p examples and
     has batches of m, the run would have p + R·m examples in all, R = round((E·N - p)/m), and the boundary is the first update
-    with at least f of these before it: without growth, the first one from f·T on. A boundary does not enlarge the batch if less
+    with at least f of these before it: without growth, the first update k ≥ f·T. A boundary does not enlarge the batch if less
     than half a larger batch is left to train, so that the run has E·N examples to within half of its last batch.
     """
 
@@ -75,23 +75,23 @@ class BatchSchedule:
 
     @classmethod
     def of(cls, experiment: Experiment, num_examples: int, batch_size: int) -> "BatchSchedule":
-        """Returns the batches of the experiment's runs that begin with this batch size."""
+        """Returns the schedule of the experiment's runs that begin with this batch size."""
         schedule = experiment.schedule
         return cls(num_examples, batch_size, experiment.epochs, schedule.boundaries, schedule.batch_growth)
 
     @functools.cached_property
     def phases(self) -> tuple[Phase, ...]:
-        """Returns the phases that have an update, in order."""
+        """Phases that have an update, in order."""
         return self._phases_and_boundaries[0]
 
     @property
     def total_steps(self) -> int:
-        """Returns the number of updates in the whole run."""
+        """Number of updates in the whole run."""
         return self.epoch_end(self.epochs)
 
     @property
     def schedule_steps(self) -> int:
-        """T of the learning rate's schedule: updates in the run if batches did not grow, so that a warm-up is of examples."""
+        """T of the learning rate's schedule: updates in the run if batches did not grow, so that warm-up counts examples."""
         return total_steps(self.epochs, self.num_examples, self.batch_size)
 
     @property

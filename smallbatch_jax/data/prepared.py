@@ -1,4 +1,4 @@
-"""Datasets that TensorFlow Datasets prepared once: read without TensorFlow, then kept as uint8 arrays.
+"""Datasets that TensorFlow Datasets prepared, read without TensorFlow and then cached as uint8 arrays or streamed.
 
 TFDS's own reader imports whatever module the folder's features.json names, and hands the images to any of Pillow's decoders,
 some of which start other programs. This module reads JSON, text, records and PNG, and nothing else.
@@ -36,7 +36,7 @@ class Prepared(NamedTuple):
 def load_prepared(name: str, data_dir: str | os.PathLike | None) -> Dataset:
     """Loads images of one size with the splits train and test, from the newest version below data_dir/name.
 
-    The name is TFDS's, and the folder where `prepare_data.py` put it; None takes `default_data_dir()`.
+    The name is TFDS's, and data_dir the folder that `prepare_data.py` wrote to; None takes `default_data_dir()`.
 
     Raises:
       InputError: if it is not there, with the command that prepares it; or cannot be read.
@@ -64,7 +64,7 @@ def stream_imagenet(data_dir: str | os.PathLike | None, image_size: int) -> Phot
 
 
 def default_data_dir() -> Path:
-    """Returns TFDS's own: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    """Returns TFDS's default folder: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
     return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
@@ -90,7 +90,7 @@ def _command(name: str, root: Path) -> str:
 
 
 def _open(folder: Path, splits: tuple[str, ...]) -> Prepared:
-    """Reads TFDS's description of a dataset; refuses one without array_record files."""
+    """Reads TFDS's description of a dataset; raises InputError if there are no array_record files."""
     name = folder.parent.name
     try:
         files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]

@@ -1,4 +1,4 @@
-"""Checkpoints of a program's lanes, by Orbax: atomic; keeps the last two and skips damaged ones.
+"""Atomic Orbax checkpoints of a program's lanes; keeps the last two and skips damaged ones.
 
 One process writes and reads them, however many train: it gathers all lanes and sends the others what it reads. The number of
 processes and devices may therefore change between starts. (This is Orbax's older interface; the newer one always involves all
@@ -34,7 +34,7 @@ from smallbatch_jax.store.workdir import parse_stored
 
 FORMAT = 2
 KEEP = 2
-FAILURE_SECONDS = 0.3  # after a failure, in which Orbax's threads still report it
+FAILURE_SECONDS = 0.3  # wait after a failure, while Orbax's threads still report it
 PyTree = Any
 
 
@@ -83,8 +83,8 @@ class Checkpoints:
     def restore(self, template: PyTree) -> tuple[PyTree, list[Run | None]] | None:
         """Returns the lanes saved last, as NumPy arrays stacked by lane, and the run in each; None if nothing was saved.
 
-        Their number may differ from that of `template`, whose leaves give the other axes and the dtypes. A checkpoint that
-        is damaged or of another format is put aside with a warning, and the one before is taken.
+        The number of lanes may differ from that of `template`, whose leaves give the other axes and the dtypes. A checkpoint
+        that is damaged or of another format is moved aside with a warning, and the previous one is used.
 
         Raises:
           InputError: if they belong to another experiment or model.
@@ -117,7 +117,7 @@ class Checkpoints:
         return lanes, runs
 
     def _require_same(self, description: Any, template: PyTree) -> None:
-        """Refuses an undamaged checkpoint of other runs, and names the difference."""
+        """Raises InputError, naming the difference, for another experiment or model, and ValueError for another format."""
         if description["format"] != FORMAT:
             raise ValueError(f"it has format {description['format']}, this version reads {FORMAT}; its runs begin again")
         found = differences(parse_stored(description["experiment"]), self._experiment)
@@ -162,7 +162,7 @@ def _seal(description: dict[str, Any]) -> int:
 
 
 def this_process_alone(prefix: str) -> ocp.options.MultiprocessingOptions:
-    """Returns options by which Orbax waits for no other process; `prefix` tells its barriers from those of other uses."""
+    """Returns options by which Orbax waits for no other process; `prefix` separates its barriers from those of other uses."""
     alone = {jax.process_index()} if jax.process_count() > 1 else None
     return ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(), active_processes=alone, barrier_sync_key_prefix=prefix
@@ -170,7 +170,7 @@ def this_process_alone(prefix: str) -> ocp.options.MultiprocessingOptions:
 
 
 def crc32(arrays: Iterable[np.ndarray]) -> int:
-    """Returns the checksum of the arrays' bytes, one after the other."""
+    """Returns the CRC-32 of the arrays' bytes, in order."""
     checksum = 0
     for array in arrays:
         checksum = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, checksum)

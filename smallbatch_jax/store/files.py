@@ -13,7 +13,7 @@ from pathlib import Path
 from smallbatch_jax.config.fields import InputError
 
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-ABANDONED_SECONDS = 3600  # age at which a temporary file has no writer
+ABANDONED_SECONDS = 3600  # age above which a temporary file is taken to have no writer
 
 
 class WriteError(Exception):
@@ -35,7 +35,7 @@ def writing(path: Path) -> Iterator[None]:
 
     Raises:
       WriteError: if the disk is full or fails.
-      InputError: if nobody may write there.
+      InputError: for any other system error, such as missing permission.
     """
     try:
         yield
@@ -78,7 +78,7 @@ def remove_abandoned(folder: Path) -> None:
 
 
 class AppendOnly(io.FileIO):
-    """A file that grows by whole lines; lines that do not fit on the disk leave it unchanged."""
+    """A file that grows by whole lines; lines that cannot be written leave it unchanged."""
 
     def __init__(self, path: Path):
         with writing(path):

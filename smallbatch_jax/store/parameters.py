@@ -40,12 +40,12 @@ class Kept(NamedTuple):
 
 
 def best_first(kept: Iterable[Kept]) -> list[Kept]:
-    """Sort key: the metric, then smallest batch size, BN batch size, base learning rate and seed."""
+    """Sorts by the metric, best first; ties by the smallest batch size, BN batch size, base learning rate and seed."""
     return sorted(kept, key=lambda one: (math.isnan(one.value), one.metric.gain(0.0, one.value), one.run))
 
 
 class Parameters:
-    """Writes WORKDIR/parameters, as `keep_parameters` asks; a workdir of None stores nothing."""
+    """Writer of WORKDIR/parameters, according to `keep_parameters`; a workdir of None stores nothing."""
 
     def __init__(self, workdir: Path | None, keep: str | None, metric: Metric = ACCURACY):
         self._folder, self._keep, self._metric = workdir and workdir / "parameters", keep, metric
@@ -57,7 +57,7 @@ class Parameters:
                 )
 
     def save(self, name: str, run: Run, value: float, variables: PyTree) -> None:
-        """Stores a finished run as parameters/`name`, unless the best alone is kept and this is not the best of its batch size.
+        """Stores a finished run as parameters/`name`, unless only the best is kept and this is not the best of its batch size.
 
         Args:
           name: the run's name, unique in its grid.
@@ -134,7 +134,7 @@ def load_parameters(
     asked = {name: value for name, value in given.items() if value is not None}
     with ExitStack() as stack:
         stack.enter_context(quietly())
-        with suppress(OSError):  # of a copy that nobody writes to
+        with suppress(OSError):  # a copy that nobody writes to may have no lock
             stack.enter_context(_locked(folder, "r"))
         stored = _stored(folder, experiment.metric)
         for kept in best_first(kept for kept in stored if asked.items() <= kept.run.to_dict().items()):
@@ -194,12 +194,12 @@ def _checkpointer() -> ocp.Checkpointer:
 
 @contextmanager
 def _locked(folder: Path, mode: Literal["a", "r"]) -> Iterator[None]:
-    """Holds the lock of the folder, alone to write ("a") or with other readers ("r")."""
+    """Holds the lock of the folder, exclusive for writing ("a") or shared for reading ("r")."""
     with open(folder / "lock", mode) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX if mode == "a" else fcntl.LOCK_SH)
         yield
 
 
 def _checksum(variables: PyTree) -> int:
-    """Returns the sum of the arrays' checksums: Orbax gives back dicts for some other trees, which changes the order."""
+    """Returns the sum of the arrays' checksums: Orbax restores some other trees as dicts, which changes the order."""
     return sum(crc32([leaf]) for leaf in jax.tree.leaves(variables))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class Row(NamedTuple):
     """The metrics of a run in one epoch. A diverged run's last row has NaN accuracies, whatever the losses.
 
-    The first ten fields are columns of the CSV files; `scalars` and `metrics` are further columns, where a grid has them.
+    The first ten fields are columns of the CSV files; `scalars` and `metrics` are further columns, if there are any.
     """
 
     batch_size: int
@@ -60,7 +60,7 @@ class Row(NamedTuple):
         return not math.isfinite(self.test_loss) if self.test_accuracy is None else math.isnan(self.test_accuracy)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns its values by column."""
+        """Returns the row's values by column."""
         return dict(zip(_FIXED, self, strict=False)) | dict(self.scalars) | dict(self.metrics)
 
 
@@ -96,7 +96,7 @@ class Format(NamedTuple):
         return cls(further, experiment.metric)
 
 
-PAPER = Format()  # of classification on the paper's grid
+PAPER = Format()  # for classification on the paper's grid
 
 
 def path_of(workdir: Path, batch_size: int, bn_batch_size: int) -> Path:
@@ -134,7 +134,7 @@ class ProgramResults(AbstractContextManager["ProgramResults"]):
                     kept.append(row)
             if damaged or len(kept) < len(found):
                 write_atomically(self.path, self._header + "".join(map(_line, kept)))
-                self._file.close()  # it has another file's name now
+                self._file.close()  # its path belongs to the new file now
                 self._file = self._opened()
         except BaseException:
             self._file.close()
@@ -246,12 +246,12 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     Columns: experiment (its name); batch_size m; base_lr η̃; bn_batch_size (m where none was given); seed; epoch 1…E; step,
     updates taken; train_loss and train_accuracy, means over the epoch's batches as seen; test_loss and test_accuracy over
     the whole test set (accuracies are fractions); status of the run: running, finished, diverged, or stopped (by a
-    search). A diverged run ends with the epoch it died in, the step of the first loss that was not finite, and accuracies NaN.
+    search). A diverged run ends with the epoch it diverged in, the step of the first non-finite loss, and accuracies NaN.
     bn_statistics: what batch norm was evaluated with, running averages or precise statistics (`model.bn_statistics`).
 
     There are further columns where these are used: the grid's further axes (`grid.weight_decays` is weight_decay), further
     metrics ("train_top5_accuracy", "test_top5_accuracy"), "validation_loss" and others of a validation split, and those of
-    `diagnostics` ("train_noise_scale"). A task without an accuracy, a regression, has NaN there.
+    `diagnostics` ("train_noise_scale"). A task without accuracy, such as regression, has NaN accuracies.
 
     One warning line names data that could not be read: missing files, damaged or lost lines.
 

@@ -17,7 +17,7 @@ COLUMNS = ("image", "reason")
 
 
 class SkippedImages:
-    """Warns of each skipped image once and stores it; a workdir of None stores nothing."""
+    """Record of skipped images, which warns of each one once; a workdir of None stores nothing."""
 
     def __init__(self, workdir: Path | None):
         self._path = workdir and workdir / "skipped.csv"

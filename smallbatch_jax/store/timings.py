@@ -22,7 +22,7 @@ TIMING_COLUMNS: dict[str, type] = {
 
 
 class Timings:
-    """Appends to WORKDIR/timings.csv; a workdir of None stores nothing."""
+    """Writer of WORKDIR/timings.csv; a workdir of None stores nothing."""
 
     def __init__(self, workdir: Path | None):
         self._path = workdir and workdir / "timings.csv"
@@ -66,7 +66,7 @@ def load_timings(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
 
 
 def timing_frame(rows: Iterable[Sequence[Any]] = ()) -> "pd.DataFrame":
-    """Returns timings, each with a value for every column, as `load_timings` does."""
+    """Returns rows of timings, each with a value for every column, in the form of `load_timings`."""
     import pandas as pd
 
     dtypes = {name: f"{kind.__name__}64" for name, kind in TIMING_COLUMNS.items() if kind is not str}

@@ -33,8 +33,8 @@ def open_workdir(path: Path, experiment: Experiment, facts: dict[str, Any]) -> I
     `facts` about the data are stored beside the experiment, for readers that do not have the data.
 
     Raises:
-      InputError: if it holds another experiment (with the fields that differ), belongs to a process that is still at
-        work, or cannot be written. Nothing is written then.
+      InputError: if it holds another experiment (with the fields that differ), belongs to a process that is still
+        running, or cannot be written. Nothing is written then.
     """
     refuse_difference(path, experiment, facts)
     with ExitStack() as stack:
@@ -112,7 +112,7 @@ def _model_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str 
     new = {name: pair for name, pair in new.items() if name.partition(" ")[0] in kinds}
     if old.keys() != new.keys():
         return next(name for name in (*old, *new) if name not in old or name not in new)
-    # Gradients may cancel to nothing, e.g. of a bias before a batch norm: they are compared on the scale of the largest.
+    # Gradients may cancel to zero, e.g. that of a bias before batch norm, so the largest one sets the scale for all.
     steepest = max((abs(norm) for name, (norm, _) in new.items() if name.startswith("gradient")), default=0.0)
     for name, values in new.items():
         scale = steepest if name.startswith("gradient") else max(abs(old[name][0]), abs(values[0]))

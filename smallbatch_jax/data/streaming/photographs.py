@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DIGEST_IMAGES = 64  # pictures per split whose content identifies a dataset without a listing
 STATISTICS_IMAGES = 1024  # training images sampled for the channels' mean and deviation
-# Of all ImageNet's training images, as everyone who trains on it normalises them; in 0 … 255.
+# Mean and deviation of ImageNet's training images by which they are commonly normalised, in 0 … 255.
 IMAGENET_STATISTICS = np.array([123.675, 116.28, 103.53], np.float32), np.array([58.395, 57.12, 57.375], np.float32)
 
 
@@ -159,9 +159,9 @@ class Photographs:
         return len(self.test)
 
     def digest(self) -> str:
-        """Returns a name for these pictures, so that their results are not mixed with those of others.
+        """Returns a digest of these pictures, so that their results are not mixed with those of others.
 
-        Without a listing it is taken from the content of a fixed few of them.
+        Without a listing it is computed from the content of a fixed few of them.
         """
         digest = hashlib.sha256(f"{self.listing} {self.image_size} {self.num_classes}".encode())
         for source in () if self.listing else (self.train, self.test):
@@ -172,9 +172,9 @@ class Photographs:
         return digest.hexdigest()[:16]
 
     def channel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (mean, deviation), float32[C] each, in units of 0 … 255, of the training images as they look in testing.
+        """Returns (mean, deviation), float32[C] each, in units of 0 … 255, of the training images in their test view.
 
-        If they are unknown, a fixed random sample of 1,024 images gives them.
+        If they are unknown, they are computed from a fixed random sample of 1,024 images.
 
         Raises:
           InputError: if none of those can be decoded.

@@ -1,4 +1,4 @@
-"""Prefetcher: images decoded ahead of their use by a Grain pipeline, in the order in which they are asked for.
+"""Prefetcher: images decoded ahead of their use by a Grain pipeline, in the order in which they are requested.
 
 A Grain pipeline has one order and lanes have many. Every image that can be requested therefore has a number (SampleIndex),
 and the pipeline jumps to another number when a run begins or resumes there. Its worker processes keep running.
@@ -19,16 +19,16 @@ from smallbatch_jax.data.streaming.sample_index import Decoded, SampleIndex
 MESSAGE_BYTES = 2**22  # image bytes per message from a worker
 MOST_PER_MESSAGE = 64
 MESSAGES_AHEAD = 2  # per worker; Grain holds as many again in this process
-SHARED_ABOVE = 2**10  # bytes of an array; the rest goes by a pipe, whose writes are whole or nothing up to 4,096 bytes
+SHARED_ABOVE = 2**10  # bytes of an array; smaller ones go through a pipe, whose writes are atomic up to 4,096 bytes
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # sent to all processes of a job
 
 
 class WorkerDied(Exception):
-    """A worker process ended by itself."""
+    """Raised if a worker process ended unexpectedly."""
 
 
 class Prefetcher:
-    """Reads consecutive images of a SampleIndex from any number; `seek` sets the number."""
+    """Reader of consecutive images of a SampleIndex from any number; `seek` sets the number."""
 
     def __init__(self, index: SampleIndex, image_bytes: int, workers: int):
         """`workers` processes decode; 0 decodes in one thread of this process."""
@@ -79,7 +79,7 @@ class Prefetcher:
         self._message, self.number = None, number
 
     def take(self, count: int) -> Decoded:
-        """Returns the next images.
+        """Returns the next `count` images.
 
         Raises:
           WorkerDied: if one of the processes has ended.
@@ -105,14 +105,14 @@ class Prefetcher:
         raise WorkerDied(f"a process that decodes images died: {reason}")  # without Grain's frames, which hold its queues
 
     def close(self) -> None:
-        """Ends the workers, and frees what Python would report as leaked at the end."""
+        """Ends the workers, and frees what Python would report as leaked at exit."""
         self._pipeline.close()
         self._message = self._pipeline = None
         gc.collect()
 
 
 def _has_failed(self: Any) -> bool:
-    """Grain's own check, which also ends the wait for a worker that died before it confirmed a new state.
+    """Does the same as Grain's own check, and also ends the wait for a worker that died before it confirmed a new state.
 
     Grain 0.2.18 waits for it forever, for instance where a worker imports a script that raises an error.
     """

@@ -1,6 +1,6 @@
-"""SampleIndex: every image that training and testing may ask for, by number.
+"""SampleIndex: every image that training and testing may request, by number.
 
-The image under a number is a function of (seed, epoch, example) alone, whoever asks for it and whenever.
+The image under a number is a function of (seed, epoch, example) alone, no matter who requests it or when.
 """
 
 import functools
@@ -30,7 +30,7 @@ _last_permutation = functools.lru_cache(maxsize=1)(order.epoch_permutation.__wra
 
 
 class Decoded(NamedTuple):
-    """Images in the order in which they were asked for."""
+    """Images in the order in which they were requested."""
 
     images: Any  # uint8[n, S, S, 3]; zeros where not valid
     labels: Any  # int32[n]
@@ -106,5 +106,5 @@ class SampleIndex:
 
 
 def _position(within: int, part: BatchSlice) -> int:
-    """Position in its stream of the n-th example of all slices."""
+    """Returns the position in the stream of example number `within` of this process's slices."""
     return within // part.count * part.batch + part.first + within % part.count

@@ -1,10 +1,10 @@
-"""Photographs of any size to images of one size (§3.5), after Simonyan & Zisserman (2014) and He et al. (2015a).
+"""Cuts images of one size out of photographs of any size (§3.5), after Simonyan & Zisserman (2014) and He et al. (2015a).
 
-For training the shorter side becomes 256 … 480 pixels at random for images of 224, in proportion for others, and a square is
-cut out at random and mirrored half the time. For testing the shorter side becomes 256, and the square is the one in the middle.
+For training, the shorter side becomes a random 256 … 480 pixels for images of 224, in proportion for other sizes, and a random
+square is cut out and mirrored half the time. For testing, the shorter side becomes 256, and the central square is cut out.
 
-Only the square is resized, from the pixels of the photograph that it covers; a JPEG is decoded at a half of its size or less
-where that leaves pixels enough. Shrinking takes the mean over areas, enlarging interpolates linearly.
+Only the square is resized, from the pixels of the photograph that it covers; a JPEG is decoded at half its size or less
+if that leaves enough pixels. Shrinking takes the mean over areas, enlarging interpolates linearly.
 """
 
 import io
@@ -16,7 +16,7 @@ import simplejpeg
 from smallbatch_jax.data import decode
 
 IMAGE_SIZE, CENTRE, LARGEST = 224, 256, 480  # pixels: of an image, and of the shorter side of what it is cut from
-# Principal components of the colours of ImageNet's training pixels in 0 … 1, as columns, by their standard deviations
+# Principal components of the colours of ImageNet's training pixels in 0 … 1, as columns, times their standard deviations
 # (Krizhevsky et al., 2012, §4.1; the numbers of its reimplementations).
 COLOR_COMPONENTS = np.array(
     [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]], np.float32
@@ -45,13 +45,13 @@ def training_view(content: bytes, size: int, rng: np.random.Generator, color_jit
 
 
 def center_view(content: bytes, size: int, upright: bool) -> np.ndarray:
-    """Cuts the square in the middle out of a photograph; arguments, result and errors as in `training_view`."""
+    """Cuts the central square out of a photograph; arguments, result and errors as in `training_view`."""
     shorter = round(CENTRE * size / IMAGE_SIZE)
     return _square(_decoded(content, shorter, upright), size, shorter, 0.5, 0.5)
 
 
 def _square(image: np.ndarray, size: int, shorter: int, down: float, right: float) -> np.ndarray:
-    """Cuts S × S pixels out of an image resized to a shorter side of `shorter`, `down` and `right` of 0 … 1 of the way."""
+    """Cuts S × S pixels out of an image resized to a shorter side of `shorter`, at the relative offsets `down` and `right`."""
     height, width = image.shape[:2]
     side = max(1, round(size * min(height, width) / shorter))
     top, left = round(down * (height - side)), round(right * (width - side))
