@@ -49,9 +49,7 @@ class Optimizer:
             if own and name in catalog.AXES and name != "warmup_fraction":
                 raise InputError(f"{field}: an own optimizer has scalars of its own; give them as grid.scalars.")
             if not own and name.startswith(catalog.OWN_SCALAR):
-                raise InputError(
-                    f"{field}: {self.name} takes no scalars of a caller, they belong to an own optimizer; leave them out."
-                )
+                raise InputError(f"{field}: {self.name} accepts no custom scalars, only an own optimizer does; leave them out.")
             if not own and name not in ("weight_decay", "warmup_fraction", *known) and scalar not in known:
                 raise InputError(f"{field}: {self.name} has no {scalar}, it has {' and '.join(known) or 'no scalars'}.")
             if getattr(self, scalar, None) is not None or (scalar != name and scalar in axes):

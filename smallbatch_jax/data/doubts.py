@@ -42,7 +42,7 @@ def doubts(dataset: Dataset) -> list[str]:
     shared = sum(_content(image) in seen for image in test)
     if shared > dataset.num_test // 100:
         found.append(
-            f"{shared} of {dataset.num_test} test images are training images too; test accuracy is not that on new ones."
+            f"{shared} of {dataset.num_test} test images are training images too; test accuracy overstates that on new ones."
         )
     return found
 

@@ -80,7 +80,7 @@ def newest_version(name: str, data_dir: str | os.PathLike | None) -> Path:
     versions = [folder for folder in folders if re.fullmatch(r"\d+\.\d+\.\d+", folder.name)]  # not incomplete.XXX_3.0.2
     if not versions:
         other = nearby(root, lambda path: any((path / name).glob("[0-9]*/dataset_info.json")))
-        way = f"Give {str(other)!r}, where it is." if other else f"Once, where the network is: {_command(name, root)}"
+        way = f"Give {str(other)!r}, where it is." if other else f"With a network, once: {_command(name, root)}"
         raise InputError(f"dataset.data_dir: {name} is not in {str(root)!r}. {way}")
     return max(versions, key=lambda folder: tuple(map(int, folder.name.split("."))))
 
@@ -111,7 +111,7 @@ def _open(folder: Path, splits: tuple[str, ...]) -> Prepared:
     if not all(records):
         stored = info.get("fileFormat", "tfrecord")  # TFDS's default
         raise InputError(
-            f"dataset.data_dir: {str(folder)!r} was prepared as {stored}, and lacks array_record files, which alone are read. "
+            f"dataset.data_dir: {str(folder)!r} was prepared as {stored}, and lacks array_record files, the only format read. "
             f"Prepare it in another folder and give that: {_command(name, folder.parent.parent / 'array_record')}"
         )
     content = "\n".join([str(folder.resolve()), str(cache.FORMAT_VERSION), *listing])

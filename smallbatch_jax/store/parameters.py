@@ -144,7 +144,7 @@ def load_parameters(
                 _warn(kept.folder, error)
     if not stored:
         raise InputError(f"workdir: {folder} holds no parameters; a sweep with keep_parameters='best' or 'all' keeps some.")
-    wanted = ", ".join(f"{name} {value}" for name, value in asked.items()) or "parameters that are whole"
+    wanted = ", ".join(f"{name} {value}" for name, value in asked.items()) or "undamaged parameters"
     names = cut(", ".join(sorted(kept.folder.name for kept in stored)), MOST_CHARACTERS)
     raise InputError(f"workdir: {folder} holds no run with {wanted}; it holds {names}.")
 

@@ -266,7 +266,7 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     found = sorted((workdir / "results").glob("m*_b*.csv"))
     missing = sorted({path_of(workdir, m, b) for m, b in programs(experiment.runs())} - set(found))
     if found and missing:  # a sweep makes all files as it begins
-        warnings.warn(f"{', '.join(map(str, missing))}: missing; the runs count as not trained", stacklevel=2)
+        warnings.warn(f"{', '.join(map(str, missing))}: missing; its runs are treated as not trained", stacklevel=2)
     further = Format.of(experiment).further
     rows = [row for path in found for row in _readable_rows(path, further)]
     frame = pd.DataFrame([row[: len(_FIXED)] for row in rows], columns=list(_FIXED)).astype(_DTYPES)
@@ -298,5 +298,5 @@ def _readable_rows(path: Path, further: Sequence[str]) -> list[Row]:
         warnings.warn(f"{path} left out: {error.strerror}", stacklevel=3)
         return []
     if damaged:
-        warnings.warn(f"{path}: left out lines that are not whole", stacklevel=3)
+        warnings.warn(f"{path}: left out damaged or incomplete lines", stacklevel=3)
     return rows

@@ -225,7 +225,7 @@ def test_a_workdir_recognises_own_functions_by_what_they_compute(tmp_path):
         ({"optimizer": heavy_ball, "momenta": (0.9,)}, "grid.momenta: an own optimizer has scalars of its own"),
         ({"optimizer": heavy_ball, "scalars": {"momentum": "high"}}, "grid.scalars.momentum: got 'high', accepts a number"),
         ({"optimizer": heavy_ball}, "optimizer: heavy_ball raised TypeError: "),
-        ({"scalars": {"gamma": 0.5}}, "grid.scalars: sgd takes no scalars of a caller"),
+        ({"scalars": {"gamma": 0.5}}, "grid.scalars: sgd accepts no custom scalars"),
         ({"optimizer": heavy_ball, "scalars": {"momentum": 0.5}, "weight_decay": 0.1}, "weight_decay: an own optimizer decays"),
         ({"validation_fraction": 0.001}, "dataset.validation_fraction: 0.001 of 100 examples leaves a split empty"),
         ({"subset": 101}, "dataset.subset: got 101, but there are only 100 training examples."),

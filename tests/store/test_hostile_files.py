@@ -267,7 +267,7 @@ def test_a_pickle_for_the_experiment_is_refused(workdir, bomb):
         assert f"{workdir}/experiment.json is damaged" in error_line(call, workdir)
 
 
-@pytest.mark.filterwarnings("ignore:.*left out lines that are not whole")
+@pytest.mark.filterwarnings("ignore:.*left out damaged or incomplete lines")
 def test_pickled_results_are_no_rows(workdir, bomb):
     (workdir / REST[0]).write_bytes(bomb)
     assert results.load(workdir).empty
@@ -288,7 +288,7 @@ def test_figures_are_drawn_beside_pickles(workdir, mark, monkeypatch):
     assert draw(workdir)
 
 
-@pytest.mark.filterwarnings("ignore:.*left out lines that are not whole")
+@pytest.mark.filterwarnings("ignore:.*left out damaged or incomplete lines")
 def test_a_workdir_of_pickles_is_resumed_and_none_is_run(workdir, mark):
     """Every file is a pickle except the experiment and the checkpoint, whose lanes resume in the second epoch."""
     for name in REST:

@@ -77,7 +77,7 @@ def test_a_line_torn_by_a_crash_is_left_out_by_readers_and_cut_off_by_the_next_w
     path = store / "results/m00004_b00004.csv"
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
-    with pytest.warns(UserWarning, match=r"m00004_b00004.csv: left out lines that are not whole"):
+    with pytest.warns(UserWarning, match=r"m00004_b00004.csv: left out damaged or incomplete lines"):
         assert list(results.load(store).epoch) == [1]
     append(store, row(2))
     assert path.read_bytes() == whole
@@ -96,7 +96,7 @@ def test_a_damaged_line_in_the_middle_costs_that_line_alone(store):
     path = store / "results/m00004_b00004.csv"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([lines[0], lines[1], "\0garbage\n", lines[3]]))
-    with pytest.warns(UserWarning, match="not whole"), pytest.warns(UserWarning, match="missing"):
+    with pytest.warns(UserWarning, match="damaged or incomplete"), pytest.warns(UserWarning, match="missing"):
         assert list(results.load(store).epoch) == [1, 3]
 
 
@@ -151,7 +151,7 @@ def test_a_missing_file_is_named_and_the_rest_is_read(tmp_path):
     grid = tiny.grid(batch_sizes=(4, 8))
     with workdir.open_workdir(tmp_path / "w", grid, {"num_classes": 3}) as folder:
         append(folder, row(1))
-        with pytest.warns(UserWarning, match=r"m00008_b00008.csv: missing; the runs count as not trained"):
+        with pytest.warns(UserWarning, match=r"m00008_b00008.csv: missing; its runs are treated as not trained"):
             assert list(results.load(folder).batch_size) == [4]
 
 
