@@ -1,10 +1,10 @@
-"""Asks a GPU in under ten minutes what matters here: images/s of ours and of PyTorch, beside the planner's estimate.
+"""Measures our and PyTorch's images/s on a GPU in under ten minutes, beside the planner's estimate.
 
     python benchmarks/accelerator.py --config=configs/fig08_resnet32.py --config.model.name=resnet20 --target=h100
 
 The table has a line for each run of `experiments/benchmark.py`: all lanes at once, beside PyTorch's eager and compiled steps;
 one lane; and all lanes without command buffers (CUDA graphs) at the two smallest batch sizes. The estimate is that of `plan.py
---target`. What a run prints is shown as it comes, the table after the last one.
+--target`. The output of each run is shown as it comes, and the table at the end.
 """
 
 import dataclasses
@@ -46,9 +46,9 @@ def main() -> int:
 
 
 def _measure(name: str, sizes: Sequence[int], options: Sequence[str] = (), xla_flags: str = "") -> dict[str, Rates]:
-    """Runs `benchmark.py`, shows what it prints, and returns the rates of each way, ours by this name; none if it fails."""
+    """Runs `benchmark.py`, shows its output, and returns the rates by way, ours as `name`; no rates if it fails."""
     print(f"\n{name}", flush=True)
-    # Our own flags are `benchmark.py`'s too, except for --target; of a flag given twice the last counts.
+    # `benchmark.py` has all our flags except --target; if a flag is given twice, the last one wins.
     given = [*sys.argv[1:], "--undefok=target", "--nopeer", "--random_images", "--json"]
     timing = [f"--batch_sizes={','.join(map(str, sizes))}", f"--seconds={SECONDS.value}", f"--repeats={REPEATS.value}"]
     environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()}

@@ -5,7 +5,7 @@
 
 Prints images/s of each way, the median of rounds in which they take turns, each with --config.dataset.workers processes:
 
-  bare     every process decodes and crops by itself and drops the images: the most that this machine can do
+  bare     every process decodes and crops by itself and drops the images: the upper bound of this machine
   ours     this process receives the images as training does, from Grain's worker processes
   torch    with --peer: torch's DataLoader on PIL, the same crops; needs pip install -e ".[peer]"
 
@@ -52,7 +52,7 @@ SETTLE_SECONDS = 1.5  # until the processes of the previous way have filled thei
 
 
 class TorchvisionWay:
-    """Item k is the image at position k of the training stream, read as torchvision's examples do: PIL crops and mirrors."""
+    """Item k is the image at position k of the training stream, cropped and flipped by PIL as in torchvision's examples."""
 
     def __init__(self, index: SampleIndex, photographs: Photographs):
         self._index, self._photographs = index, photographs
@@ -79,12 +79,12 @@ def bare_rate(index: SampleIndex, worker: int, seconds: float) -> float:
 
     cv2.setNumThreads(0)
     numbers = itertools.count(worker * 10_000)
-    index[next(numbers)]  # keeps the order of the epoch
+    index[next(numbers)]  # caches the order of the epoch
     return _rate(lambda: index[next(numbers)], 1, seconds)
 
 
 def _rate(receive: Callable[[], object], images: int, seconds: float) -> float:
-    """Receives some images at a time for some seconds; returns images/s."""
+    """Calls `receive`, which gets `images` images, for some seconds; returns images/s."""
     count, began = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - began) < seconds:
         receive()
@@ -104,7 +104,7 @@ def main() -> int:
     print(f"{photographs.num_train:,} photographs to {photographs.image_size} pixels, {workers} processes", flush=True)
     with ExitStack() as stack:
         pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers))
-        pool.starmap(bare_rate, [(index, 0, 0.1)] * workers, chunksize=1)  # all have begun
+        pool.starmap(bare_rate, [(index, 0, 0.1)] * workers, chunksize=1)  # waits until all have begun
         prefetcher = Prefetcher(index, 3 * photographs.image_size**2, workers)
         stack.callback(prefetcher.close)
         prefetcher.seek(0)

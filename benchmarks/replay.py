@@ -26,7 +26,7 @@ from smallbatch_jax.study import study
 from smallbatch_jax.study.study import Study
 
 BUDGET = flags.DEFINE_float("budget", 0.25, "Budget of a search, as a fraction of the grid's images.", lower_bound=0.0)
-FEW_BASE_LRS = 8  # of fewer, a quarter is less than two whole runs for each batch size, the least that a search is given
+FEW_BASE_LRS = 8  # with fewer, a quarter is less than two full runs for each batch size, the minimum budget of a search
 
 STORED = Path(__file__).parents[1] / "notebooks" / "results"
 
@@ -35,7 +35,7 @@ class Stored(NamedTuple):
     """The runs of a whole grid."""
 
     curves: Curves
-    epochs: dict[Run, float]  # that each run trained; the last one in part where it diverged
+    epochs: dict[Run, float]  # epochs that each run trained; fractional if it diverged
 
 
 class Replay(NamedTuple):
@@ -45,12 +45,12 @@ class Replay(NamedTuple):
     best_value: float
     found: Cell | None  # by the search
     found_value: float  # over all seeds of the grid
-    regret: float  # by how much the grid's best is better
+    regret: float  # amount by which the grid's best is better
     cost: float  # images that the search trained on, as a fraction of the grid's
 
 
 def stored(loaded: Study, seeds: Sequence[int]) -> Stored:
-    """Returns the runs of some seeds of a study without further axes, all of which have ended."""
+    """Returns the runs of some seeds of a study that has no further axes and whose runs have all ended."""
     curves: dict[Run, list[float]] = {}
     epochs: dict[Run, float] = {}
     rows, examples = loaded.rows[loaded.rows["seed"].isin(seeds)], loaded.examples[0] if loaded.examples else math.nan
@@ -62,7 +62,7 @@ def stored(loaded: Study, seeds: Sequence[int]) -> Stored:
 
 
 def replay(space: Space, grid: Stored) -> Replay:
-    """Sends the curves of a grid, which has every run of the space, to the policy of a search, cut to its goals."""
+    """Runs the policy of a search on the stored curves, cut to its goals; `grid` has every run of the space."""
     seen: dict[Run, Sequence[float]] = {}
     rounds, curves = search(space), None
     with suppress(StopIteration):
@@ -81,9 +81,9 @@ def replay(space: Space, grid: Stored) -> Replay:
 
 
 def grids(budget: float) -> Iterator[tuple[str, Space, Stored, int]]:
-    """Yields the name of every stored study, what its search chooses from, its runs and its number of test examples.
+    """Yields the name, search space, runs and number of test examples of every stored study.
 
-    A study of several seeds is one grid for each seed, and one of all.
+    A study with several seeds yields one grid for each seed and one with all seeds.
     """
     for path in sorted(STORED.glob("*/*/experiment.json")):
         loaded = study.load(path.parent)

@@ -1,4 +1,4 @@
-"""Times whole training segments of a program, in turn with a PyTorch peer: the measurement of `experiments/benchmark.py`."""
+"""Times whole training segments of a program, alternating with a PyTorch peer, for `experiments/benchmark.py`."""
 
 import ctypes
 from contextlib import ExitStack, suppress
@@ -61,7 +61,7 @@ def time_program(trial: planning.Trial, dataset: Any, seconds: float, repeats: i
 def _reset_peak() -> None:
     """Resets the peak of this process's memory, where the system allows it."""
     with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that compiling freed would be taken first, and not be seen
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else memory freed by compilation is reused and not measured
     if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def compared(loaded: study.Study, workdir: Path) -> pd.DataFrame:
-    """Returns the finished runs of a study with their accuracies, "ours" and "torch"; trains in PyTorch what is missing."""
+    """Returns the finished runs of a study with their accuracies, "ours" and "torch"; trains missing ones in PyTorch."""
     chosen = loaded.experiment
     if chosen.schedule.warmup_fraction or chosen.schedule.batch_growth > 1 or chosen.optimizer.name != "sgd":
         raise InputError(
@@ -76,7 +76,7 @@ def compared(loaded: study.Study, workdir: Path) -> pd.DataFrame:
 
 
 def train_all(chosen: Experiment, runs: Sequence[Run], stored: Path) -> None:
-    """Trains runs in PyTorch, one for each core at a time, and adds the accuracy of each to a file as it ends."""
+    """Trains runs in PyTorch, one per core at a time, and appends the accuracy of each to a file as it ends."""
     images = data.load_section(chosen.dataset)
     if not isinstance(images, Dataset):
         raise InputError(f"--workdir: {stored.parent} has streamed images, which PyTorch does not train here.")
@@ -139,7 +139,7 @@ def train(chosen: Experiment, images: Dataset, run: Run) -> float:
 
 
 def crop_and_flip(batch):
-    """Returns a random crop of each image [n, C, H, W], padded by zeros, flipped or not."""
+    """Returns a random crop of each image [n, C, H, W], padded by zeros and flipped at random."""
     import torch  # pyright: ignore[reportMissingImports]
 
     n, _, height, width = batch.shape

@@ -1,4 +1,4 @@
-"""The same training step in PyTorch, as fast as PyTorch makes it: what `benchmark.py --peer` compares with.
+"""The same training step in PyTorch, as fast as PyTorch makes it; the baseline of `benchmark.py --peer`.
 
 Only worker processes import PyTorch.
 """
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from smallbatch_jax.config.experiment import InputError
 
 EXAMPLES = 4096  # random images, kept on the device
-PAD = 4  # pixels, of the augmentation (§3.1)
+PAD = 4  # pixels of padding in the augmentation (§3.1)
 LEARNING_RATE = 0.01  # has no influence on the speed
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
@@ -55,10 +55,10 @@ class Setup(NamedTuple):
 
 @contextmanager
 def peer(step: Step, accelerator: bool) -> Iterator[Callable[[float], dict[str, float]]]:
-    """Starts workers for each way in which PyTorch can use this machine; ends them with the block.
+    """Starts workers for each way in which PyTorch can use this machine; stops them at the end of the block.
 
     Args:
-      step: what they train.
+      step: training step of the workers.
       accelerator: whether to train on the GPU, eagerly and with CUDA graphs, instead of on every core of the CPU, as one
         process of N threads and as N processes of one thread.
 
@@ -79,7 +79,7 @@ def peer(step: Step, accelerator: bool) -> Iterator[Callable[[float], dict[str, 
 
 
 def _ways(accelerator: bool) -> dict[str, tuple[int, Setup]]:
-    """The number of workers of each way and their setup, by the way's name."""
+    """Returns the number of workers and their setup, by name of the way."""
     cores = len(os.sched_getaffinity(0))
     if accelerator:
         return {"eager": (1, Setup(cores, "cuda")), "CUDA graphs": (1, Setup(cores, "cuda", graphs=True))}
@@ -106,7 +106,7 @@ def _end_with_parent() -> None:
 
 
 def _warm_up(step: Step, setup: Setup) -> None:
-    """Makes the step that this worker trains."""
+    """Builds and warms up this worker's training step."""
     global _train
     _train = make_step(step, setup)
     for _ in range(3):
@@ -147,7 +147,7 @@ def make_step(step: Step, setup: Setup) -> Callable[[], int]:
         batch_loss = torch.compile(batch_loss, mode="reduce-overhead")
 
     def train() -> int:
-        steps = 1 if device == "cpu" else 16  # the GPU is waited for after so many
+        steps = 1 if device == "cpu" else 16  # steps for each synchronisation with the GPU
         for _ in range(steps):
             chosen = torch.randint(0, len(labels), (step.batch_size,), device=device)
             if step.augment:

@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def plain(model, tokens):
-    """Returns a function that trains the runs for about so many seconds in all and returns (sequences, seconds)."""
+    """Returns a function that trains the runs for about `seconds` in total and returns (sequences, seconds)."""
     import jax
     import optax
 

@@ -1,4 +1,4 @@
-"""The command line: flags that are read by this package's checks, the fields of a config among them."""
+"""Command-line flags, including the fields of a config, parsed with this package's own checks."""
 
 import itertools
 import re
@@ -16,7 +16,7 @@ flags.disclaim_key_flags()  # the flags defined here belong to the command that 
 
 
 class _Parser(flags.ArgumentParser):
-    """Reads a flag's text by any function."""
+    """Flag parser that applies a function to the text."""
 
     def __init__(self, read: Callable[[str], Any]):
         self._read = read
@@ -30,7 +30,7 @@ def define_config_flag() -> Any:
     for path, field in overrides.FIELDS.items():
         reader, switch = _Parser(partial(overrides.read, field)), field.type is bool
         flag = flags.Flag(reader, flags.ArgumentSerializer(), f"config.{path}", None, None, boolean=switch)
-        flags.DEFINE_flag(flag, flags.FLAGS, __name__)  # of this module, so that --help does not list each
+        flags.DEFINE_flag(flag, flags.FLAGS, __name__)  # registered here, so that --help does not list each
     reader = _Parser(partial(fields.expanded_path, "--config"))
     return flags.DEFINE(reader, "config", None, "Config file; --config.FIELD=VALUE overrides a field.", flags.FLAGS)
 
@@ -47,7 +47,7 @@ def DEFINE_paths(name: str, described: str) -> Any:
 
 
 def DEFINE_numbers(name: str, default: str | None, described: str) -> Any:
-    """Defines a flag for a comma-separated list of different whole numbers from 1 on."""
+    """Defines a flag for a comma-separated list of distinct positive integers."""
 
     def read(text: str) -> tuple[int, ...]:
         values = [int(part) if part.strip().isdecimal() else part for part in text.split(",")]
@@ -70,19 +70,19 @@ def DEFINE_number(name: str, default: str, described: str, low: float, high: flo
 
 
 def given(flag: Any, example: str) -> Any:
-    """Returns the value of a flag that must be given."""
+    """Returns the value of a required flag; `example` completes the error."""
     if flag.value is None or flag.value == "":
         raise InputError(f"--{flag.name}: not given; for example --{flag.name}={example}")
     return flag.value
 
 
 def given_fields() -> dict[str, Any]:
-    """Returns the values of --config.FIELD=VALUE, the last of each field."""
+    """Returns the values of --config.FIELD=VALUE by field; the last one given wins."""
     return {path: flag.value for path in overrides.FIELDS if (flag := flags.FLAGS[f"config.{path}"]).present}
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-    """Parses flags as absl does, but --help exits with status 0 and a mistake is an InputError."""
+    """Parses flags as absl does, but --help exits with status 0 and mistakes raise InputError."""
     if any(arg in ("--help", "-h", "-help", "--helpfull", "--helpshort") for arg in argv[1:]):
         shared = flags.FLAGS.module_help("distributed") if "distributed" in sys.modules else ""
         print(f"{sys.modules['__main__'].__doc__}\nflags:\n{flags.FLAGS.main_module_help()}\n{shared}")
@@ -91,11 +91,11 @@ def parse(argv: Sequence[str]) -> list[str]:
         args = _with_switches(argv[1:])
         for arg, following in itertools.pairwise(args):
             field = overrides.FIELDS.get(arg.removeprefix("--config."))
-            if field and field.type is not bool and following.startswith("--"):  # absl would take that as the value
+            if field and field.type is not bool and following.startswith("--"):  # absl would take `following` as the value
                 raise InputError(f"{arg}: has no value, the next argument is {fields.shown(following)}")
         rest = flags.FLAGS([argv[0], *args])
     except (flags.Error, ValueError) as error:
-        ours = error.__context__ if isinstance(error.__context__, InputError) else error  # without absl's own words before it
+        ours = error.__context__ if isinstance(error.__context__, InputError) else error  # without absl's prefix
         raise InputError(fields.cut(str(ours), 1000)) from None
     if "config" in flags.FLAGS and flags.FLAGS["config"].value is None and (changed := given_fields()):
         raise InputError(f"--config: not given, but --config.{next(iter(changed))} is")
@@ -103,7 +103,7 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 def _with_switches(args: Iterable[str]) -> list[str]:
-    """Joins a switch and its value after a space, which absl does not take."""
+    """Joins a boolean flag and its value with `=`, since absl does not accept a space."""
     found: list[str] = []
     for arg in args:
         if found and arg.lower() in overrides.BOOLEANS and re.fullmatch(r"--?config\.[^=]+", found[-1]):

@@ -2,10 +2,10 @@
 
     python experiments/benchmark.py --config=configs/fig08_resnet32.py --random_images --peer
 
-Each batch size is one program with as many lanes as the config has learning rates; the benchmark's own are so small that no
-run diverges.
---peer times a PyTorch training step of the same model between our segments, in each way PyTorch can use the machine by itself,
-and prints our ratio to each. --json prints, as the last line, what `plan.py --elsewhere` reads.
+Each batch size is one program with a lane for each learning rate of the config; the rates used here are so small that no run
+diverges.
+--peer times a PyTorch training step of the same model between our segments, in each way that PyTorch can use the machine, and
+prints our speed relative to each. --json prints, as the last line, the input of `plan.py --elsewhere`.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ PEER = flags.DEFINE_bool("peer", False, "Also time PyTorch, in turn with ours.")
 RANDOM = flags.DEFINE_bool("random_images", False, "Random images of the right shape, without the data.")
 JSON = flags.DEFINE_bool("json", False, "Print the results as one line of JSON at the end.")
 
-MOST_IMAGES = 2**30  # per run: more than any timing reaches, and at m = 1 an int32 still counts the steps
+MOST_IMAGES = 2**30  # per run: more than any timing reaches, and int32 still holds the steps at m = 1
 
 
 def main() -> int:
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def _with_batch_sizes(chosen: Experiment) -> Experiment:
-    """Returns the experiment with the batch sizes asked for, which stay, plain batch norm, and rates that change nothing."""
+    """Returns the experiment with the requested batch sizes, constant in training, plain batch norm and tiny rates."""
     sizes = BATCH_SIZES.value or chosen.grid.batch_sizes
     rates = tuple(2.0**-24 * (1 + i) for i in range(len(chosen.grid.base_lrs)))
     grid, schedule = experiment.Grid(batch_sizes=sizes, base_lrs=rates), experiment.Schedule()

@@ -1,4 +1,4 @@
-"""Judges the paper's claims on the stored results of one or more workdirs; exits 1 if one does not hold.
+"""Judges the paper's claims on the stored results of one or more workdirs; exits with status 1 if one fails.
 
 python experiments/claims.py --workdir=runs/fig01 [--workdir=runs/fig02 …]
 """

@@ -1,4 +1,4 @@
-"""Start-up of every command: config, JAX, signals; one line and exit status 2 for bad input."""
+"""Start-up shared by all commands: config, JAX and signals; bad input ends in one line and exit status 2."""
 
 import io
 import os
@@ -28,7 +28,7 @@ STARTED = time.monotonic()
 
 
 def given_config(flag: Any) -> ConfigDict:
-    """Returns the config of the file that --config names, overrides applied; its path may have ":ARGUMENT" for `get_config`."""
+    """Returns the config that --config names, with overrides applied; its path may have ":ARGUMENT" for `get_config`."""
     path = given(flag, "configs/quickstart.py")
     return load_config(f"--config={path}", path, given_fields())
 
@@ -50,7 +50,7 @@ def load_config(flag: str, path: str, changes: Mapping[str, Any] | None = None) 
         return config
     except InputError:
         raise
-    except (Exception, SystemExit) as error:  # any exception of a config file is the user's to mend
+    except (Exception, SystemExit) as error:  # any exception in a config file is the user's to fix
         raise InputError(f"{flag}: {type(error).__name__}: {_one_line(error)}") from None
 
 
@@ -80,10 +80,10 @@ def run(main: Callable[[], int]) -> None:
 
     os.environ["MPLBACKEND"] = "agg"  # commands draw into files
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started us
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # whatever the locale can show
+        if isinstance(stream, io.TextIOWrapper):  # the locale may lack some characters
             stream.reconfigure(errors="backslashreplace")
     try:
         app.run(prepared, flags_parser=parse)
@@ -92,7 +92,7 @@ def run(main: Callable[[], int]) -> None:
         sys.exit(2)
     except WriteError as error:
         leave(str(error), 1)
-    except BrokenPipeError:  # the reader of our output, `head` perhaps, has ended
+    except BrokenPipeError:  # the reader of our output, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
@@ -102,7 +102,7 @@ def run(main: Callable[[], int]) -> None:
 
 
 def _stop(signum: int, frame: object) -> None:
-    """Handles a signal outside training, which saves first. An exception would be lost within JAX's imports."""
+    """Exits on a signal outside training (training saves first); an exception would be lost within JAX's imports."""
     with suppress(OSError):
         os.write(2, b"stopped; the same command goes on\n")
     os._exit(128 + signum)
@@ -121,10 +121,10 @@ def leave(line: str, status: int) -> NoReturn:
 
 
 def import_jax() -> None:
-    """Imports JAX and Flax, which read their variables then.
+    """Imports JAX and Flax, which read environment variables at import.
 
     Raises:
-      InputError: if a variable has a value that they do not accept.
+      InputError: if an environment variable has a value that they do not accept.
     """
     try:
         import flax  # noqa: F401
@@ -133,9 +133,9 @@ def import_jax() -> None:
 
 
 def start_jax(join: Callable[[], None] = lambda: None) -> None:
-    """Starts JAX and its devices as the user's environment asks; on CPU one device per core.
+    """Starts JAX and its devices as the user's environment specifies, with one device per core on CPU.
 
-    Flags that could change a result are held from now on. `join` is called before the devices are made.
+    Flags that could change a result keep JAX's defaults from now on. `join` is called before the devices are created.
 
     Raises:
       InputError: if JAX_PLATFORMS, XLA_FLAGS or another variable asks for something that is not available.

@@ -1,8 +1,8 @@
 """Joins and supervises several processes that run one command together, on one or many machines.
 
-JAX ends a process from native code, with pages of output, when another is lost. So each process here is two: the one that was
-started watches, and its child does the work. The watcher passes on the child's output without the messages of JAX's processes
-about each other, and says in one line how the child ended.
+When one process is lost, JAX ends the others from native code, with pages of output. So each process forks: the parent watches
+and the child does the work. The parent forwards the child's output without JAX's messages about other processes, and reports in
+one line how the child ended.
 """
 
 import ctypes
@@ -42,7 +42,7 @@ def asked() -> dict[str, Any] | None:
     address = COORDINATOR.value or os.environ.get("JAX_COORDINATOR_ADDRESS")
     count, number = _number(PROCESSES, "JAX_NUM_PROCESSES"), _number(PROCESS, "JAX_PROCESS_ID")
     if DISTRIBUTED.value and (not address or (count is None and number is None)):
-        return {"coordinator_address": address}  # JAX finds out the rest
+        return {"coordinator_address": address}  # JAX detects the rest
     if not address:
         if (count or 1) > 1:
             raise InputError("--coordinator_address: not given; several processes need it, for example 10.0.0.1:1234")
@@ -65,7 +65,7 @@ def _number(flag: Any, variable: str) -> int | None:
 
 
 def supervise() -> None:
-    """Forks if there are several processes, and returns in the child only; the parent watches it and ends as it does.
+    """Forks if there are several processes, and returns in the child only; the parent watches it and ends when it does.
 
     Call it before JAX is imported: a child does not inherit JAX's threads.
     """
@@ -114,7 +114,7 @@ def without_noise(lines: Iterable[str]) -> Iterable[str]:
             if line.startswith("F"):
                 return
             dropping = bool(NATIVE_LINE.match(line))
-        elif line.strip() and not dropping:  # lines of two threads at once come in pieces
+        elif line.strip() and not dropping:  # concurrent threads write fragments of lines
             yield line
 
 
@@ -129,12 +129,12 @@ def join() -> None:
         return
     import jax
 
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM itself
     try:
         jax.distributed.initialize(
             **chosen,
             initialization_timeout=JOIN_SECONDS.value,
-            heartbeat_timeout_seconds=30,  # if its connections have not failed before
+            heartbeat_timeout_seconds=30,  # unless connections fail earlier
             shutdown_timeout_seconds=600,  # the first process draws the figures meanwhile
         )
     except (ValueError, RuntimeError) as error:
@@ -143,7 +143,7 @@ def join() -> None:
 
 
 def failure(error: Exception) -> str:
-    """Returns one line that describes an exception of JAX in this process."""
+    """Returns a one-line description of a JAX exception in this process."""
     import jax
 
     reason = " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""Trains the grids of one or several configs on a Ray cluster, each program by a worker wherever there is room.
+"""Trains the grids of one or several configs on a Ray cluster, each program in a worker on any machine with free resources.
 
     python experiments/launch.py --config=configs/quickstart.py --workdir=runs/quickstart [--address=auto] \\
         [--also=configs/fig08_resnet32.py:runs/fig08 ...]

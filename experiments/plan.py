@@ -1,4 +1,4 @@
-"""Predicts what a config costs, program by program, from a few seconds of each; keeps nothing that it trains.
+"""Predicts the cost of a config, program by program, from a few seconds of training each; stores nothing.
 
     python experiments/plan.py --config=configs/quickstart.py
     python experiments/plan.py --config=configs/fig08_resnet32.py --random_images --elsewhere=h100.json
@@ -9,10 +9,10 @@ last line also has the memory of this whole command, which a sweep needs as well
 share each batch; with more than one, a lane is a row of them (docs/scaling.md). Where batches grow, --probe_seconds=0 lists the
 steps and images, and nothing else is predicted.
 --elsewhere adds columns for another device, from the output of `benchmark.py --json` there for the same model;
---elsewhere_devices=1,8 plans for one and for eight of them, which share out the runs of each program.
+--elsewhere_devices=1,8 plans for one and for eight of them, which divide the runs of each program.
 --probe_seconds=0 measures nothing; those columns then assume that no run diverges.
---target=h100 (h200, a100, v5e, v6e, v5p) compiles the programs for an accelerator that need not be here, and estimates what
-they would cost there; --batch_sizes=4,128 does a few. A compilation takes from half a minute to several, and is done once.
+--target=h100 (h200, a100, v5e, v6e, v5p) compiles the programs for an accelerator that this machine may lack, and estimates
+their cost there; --batch_sizes=4,128 selects some. A compilation takes half a minute to several minutes, and is done once.
 """
 
 import json
@@ -63,7 +63,7 @@ class Elsewhere:
         return "".join(f"{'there' if count == 1 else f'there x {count}':>16}" for count in self._counts)
 
     def columns(self, batch_size: int, runs: int, images: int) -> str:
-        """Adds a program to the sums; `images` that each of its runs trains on."""
+        """Returns the columns of a program, each of whose runs trains on `images`, and adds them to the totals."""
         from smallbatch_jax.runner import planning
 
         seconds = [planning.elsewhere(batch_size, runs, images, self._rates, count) for count in self._counts]
@@ -77,7 +77,7 @@ class Elsewhere:
 
 def main() -> int:
     if TARGET.value:
-        os.environ["JAX_PLATFORMS"] = "cpu"  # an installed compiler for TPUs would look for one
+        os.environ["JAX_PLATFORMS"] = "cpu"  # an installed TPU compiler would look for a TPU
     command.import_jax()
     from smallbatch_jax import data
     from smallbatch_jax.data.order import BatchSchedule
@@ -116,7 +116,7 @@ def main() -> int:
 
 
 def measure(chosen: Experiment, there: Elsewhere) -> None:
-    """Prints what each program costs, and the sums."""
+    """Prints the measured cost of each program, and the sums."""
     command.start_jax()
     from smallbatch_jax.program import devices
     from smallbatch_jax.runner import flops, planning
@@ -153,7 +153,7 @@ def measure(chosen: Experiment, there: Elsewhere) -> None:
 
 
 def compile_for(name: str, chosen: Experiment) -> None:
-    """Prints what each program would cost on a target by its compiler's estimate, and the sum."""
+    """Prints the compiler's estimate of each program's time on a target, and the sum."""
     command.start_jax()
     from smallbatch_jax.runner import target
 

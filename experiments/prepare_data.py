@@ -2,7 +2,7 @@
 
     pip install -e ".[prepare]" && python experiments/prepare_data.py --dataset=cifar10 [--data_dir=DIR]
 
-TensorFlow Datasets does the work, which for these datasets needs TensorFlow; the files are array_record, which do not.
+TensorFlow Datasets does the work and needs TensorFlow for these datasets; reading its array_record files does not.
 
 ImageNet takes 300 GB of disk while it is prepared and 150 GB afterwards; the command says which archives it needs, and where.
 """
@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def require_archives(folder: Path) -> None:
-    """Refuses to begin without ImageNet's archives."""
+    """Raises InputError if any of ImageNet's archives is missing."""
     manual = folder / "downloads" / "manual"
     missing = [f"{name} ({size})" for name, size in IMAGENET_ARCHIVES.items() if not (manual / name).is_file()]
     if missing:

@@ -4,7 +4,7 @@
     python experiments/report.py --workdir=runs/fig07 --workdir=runs/fig08 --out=report.html
     python experiments/report.py --workdir=runs/fig08 --watch
 
-With --watch it is written anew as results arrive, and a browser that shows it follows, until every run has ended.
+With --watch the page is rewritten as results arrive, and an open browser reloads it, until every run has ended.
 """
 
 import time

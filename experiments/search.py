@@ -2,8 +2,8 @@
 
     python experiments/search.py --config=configs/quickstart.py --workdir=runs/search
 
-The budget is --config.search.budget in training examples or --config.search.seconds; without one, two whole runs for each
-batch size (three if there are several seeds) and those that confirm. The same command resumes. At the end it draws the
+The budget is --config.search.budget in training examples or --config.search.seconds; by default it is two full runs for each
+batch size (three with several seeds) plus the confirming runs. The same command resumes. At the end it draws the
 figures into WORKDIR/figures and prints the recommendation.
 """
 

@@ -3,7 +3,7 @@
     python experiments/train.py --config=configs/quickstart.py --config.batch_size=8 --config.base_lr=2^-7 \
         --workdir=runs/one
 
-`--config.bn_batch_size` and `--config.seed` choose the rest; the config's grid is not used. The same command resumes.
+`--config.bn_batch_size` and `--config.seed` set the rest; the config's grid is not used. The same command resumes.
 """
 
 import command

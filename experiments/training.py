@@ -1,4 +1,4 @@
-"""Trains an experiment into a workdir, alone or as one of several processes: what sweep.py and train.py share."""
+"""Trains an experiment into a workdir, alone or as one of several processes; shared by sweep.py, train.py and search.py."""
 
 import time
 from pathlib import Path
@@ -13,7 +13,7 @@ from smallbatch_jax.config.experiment import Experiment
 def train(chosen: Experiment, workdir: str) -> int:
     """Trains an experiment into a workdir, draws its figures and prints its table; returns the exit status.
 
-    With several processes all train, and only the first uses the workdir.
+    With several processes, all train and only the first uses the workdir.
     """
     distributed.supervise()
     chosen, folder = workdirs.for_workdir(chosen, workdir), Path(workdir)

@@ -1,4 +1,4 @@
-"""Shared by the commands: refuses an experiment that does not belong in a workdir, and shows a workdir's results."""
+"""Checks that an experiment belongs in a workdir, and shows a workdir's results; shared by the commands."""
 
 import time
 from pathlib import Path
@@ -7,7 +7,7 @@ from smallbatch_jax.config.experiment import Experiment, InputError
 
 
 def for_workdir(chosen: Experiment, workdir: str) -> Experiment:
-    """Returns the experiment to train into a workdir, base learning rates of other workdirs filled in.
+    """Returns the experiment to train into a workdir, with base learning rates from other workdirs filled in.
 
     Raises:
       InputError: if there is nothing to train, or the workdir holds another experiment.

@@ -43,7 +43,7 @@ STORE_BYTES = 128 * 2**20  # object store of a local cluster; only rows go throu
 class LaunchedProgram:
     """A program of a launch and its progress."""
 
-    name: str  # for the user
+    name: str  # as shown to the user
     task: ProgramTask
     pending: int  # runs left to train when the launch began
     steps: int  # updates of one run
@@ -59,11 +59,11 @@ def train_grids(grids: Sequence[tuple[Experiment, Path]], address: str | None, p
 
     Args:
       grids: experiments, each with a workdir of its own.
-      address: of a running cluster, as Ray takes it; None starts one of this machine alone.
-      progress: shown twice a second.
+      address: address of a running cluster, in Ray's form; None starts one on this machine alone.
+      progress: display that is updated twice a second.
 
     Raises:
-      InputError: if a grid does not fit its data, a workdir is not its experiment's, or there is no cluster.
+      InputError: if a grid does not fit its data, a workdir holds another experiment, or no cluster can be reached.
       Interrupted: on a signal of `signals`, once the workers have saved.
     """
     extras.require("cluster", "launch.py")
@@ -133,7 +133,7 @@ def summed(programs: list[LaunchedProgram], started: float) -> Status:
 
 
 def resources(nodes: Iterable[Mapping[str, float]], runs: int, lanes: int | None) -> dict[str, int]:
-    """Returns the resources of a program's task: a GPU if any machine has one, else a CPU per lane, at most one machine's."""
+    """Returns the resources of a task: a GPU if any machine has one, else a CPU per lane, within the largest machine."""
     from smallbatch_jax.runner.jobs import MOST_LANES
 
     nodes = list(nodes)
@@ -145,10 +145,10 @@ def resources(nodes: Iterable[Mapping[str, float]], runs: int, lanes: int | None
 
 @contextmanager
 def connected(address: str | None) -> Iterator[Any]:
-    """Yields `ray`, connected until the block ends, to a cluster of this machine if there is no address; Ray writes nothing.
+    """Yields `ray` connected to the cluster at `address`, or to a new one on this machine; silences Ray within the block.
 
     Raises:
-      InputError: if there is no cluster at the address.
+      InputError: if no cluster can be reached or started.
     """
     import ray
 
@@ -166,11 +166,11 @@ def connected(address: str | None) -> Iterator[Any]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)  # the child executes Ray at once
             ray.init(address or "local", **options)
-    except Exception as error:  # of many types
+    except Exception as error:  # Ray raises errors of many types
         failed = f"--address={address}: no Ray cluster can be reached" if address else "no Ray cluster can be started here"
         raise InputError(f"{failed}: {_one_line(error)}") from error
     finally:
-        signal.signal(signal.SIGTERM, before)  # Ray's handler would exit without a word
+        signal.signal(signal.SIGTERM, before)  # Ray's handler would exit silently
         signal.pthread_sigmask(signal.SIG_UNBLOCK, handled())
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), ExitStack() as stack:
         stack.callback(ray.shutdown)
@@ -199,7 +199,7 @@ def _train(task: ProgramTask, cpu_devices: int | None, reports: Any) -> Outcome:
     try:
         return worker.train(task, cpu_devices, stop, lambda status: reports.add.remote(task_id, status))
     except Exception:
-        traceback.print_exc()  # into the worker's log; the launcher prints one line
+        traceback.print_exc()  # goes to the worker's log; the launcher prints one line
         raise
 
 
@@ -219,14 +219,14 @@ class Launch:
         """Returns when each program is trained or has failed; raises `Interrupted` on a signal, once the workers have saved."""
         with noted_signals() as stop:
             for program in sorted(self._programs, key=lambda program: (-program.steps, -program.pending)):
-                if program.pending:  # what takes longest starts first
+                if program.pending:  # the longest programs start first
                     self._submit(program)
             try:
                 while self._running and not stop.signum:
                     self._follow()
                     for task, program in list(self._running.items()):
                         if self._resources(program).get("num_cpus", math.inf) < program.resources.get("num_cpus", 0):
-                            self._ray.cancel(task)  # no machine that is left has so many CPUs; Ray would wait forever
+                            self._ray.cancel(task)  # no remaining machine has that many CPUs; Ray would wait forever
                             self._submit(self._running.pop(task))
                     doing = f"{self._working} programs at work, {len(self._running) - self._working} waiting"
                     progress.show(summed(self._programs, self._started), doing)
@@ -250,7 +250,7 @@ class Launch:
         self._running[task.remote(program.task, program.resources.get("num_cpus"), self._reports)] = program
 
     def _follow(self) -> None:
-        """Waits a moment for tasks to end, and reads the reports of the others."""
+        """Waits briefly for tasks to end, and reads the reports of the others."""
         ended, _ = self._ray.wait(list(self._running), timeout=POLL_SECONDS)
         for task in ended:
             self._end(self._running.pop(task), task)

@@ -26,7 +26,7 @@ Report = Callable[[Status | None], object]  # called with a program's status, No
 
 @dataclass(frozen=True)
 class ProgramTask:
-    """One program of an experiment, as the launcher hands it out."""
+    """One program of an experiment, which the launcher sends to a worker."""
 
     experiment: Experiment
     workdir: Path  # the launcher's workdir, absolute
@@ -49,8 +49,8 @@ class Outcome:
 def train(task: ProgramTask, cpu_devices: int | None, stop: Stop, report: Report) -> Outcome:
     """Trains the missing runs of a program; call it in a process that has not used JAX.
 
-    `cpu_devices` of None stands for all devices that this process finds, of whatever kind. Once `stop` is set, the program is
-    saved and ended.
+    If `cpu_devices` is None, the process uses all devices that it finds, of any kind. Once `stop` is set, the program is saved
+    and training ends.
     """
     from smallbatch_jax import data
     from smallbatch_jax.program import devices

@@ -1,4 +1,4 @@
-"""Trains grids: the public `sweep`, programs of a grid, runs to lanes, images to programs, plans, progress and signals.
+"""Trains grids: the public `sweep`, jobs and their scheduler, input pipelines, cost plans, searches, progress and signals.
 
 May import every package but `cluster` and `study`.
 """

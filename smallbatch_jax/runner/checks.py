@@ -16,7 +16,7 @@ MOST_CHANNELS = 4  # channels of a picture: grey, RGB or RGBA
 
 
 def require_fitting(experiment: Experiment, dataset: Dataset | Photographs) -> None:
-    """Refuses options of an experiment that its dataset does not support."""
+    """Raises InputError for options of an experiment that its dataset does not support."""
     experiment.require_examples(dataset.num_train)
     streamed = isinstance(dataset, Photographs)
     suits = "classification" if streamed else dataset.task
@@ -53,7 +53,7 @@ def require_fitting(experiment: Experiment, dataset: Dataset | Photographs) -> N
 
 
 def require_disk(experiment: Experiment, state: TrainState) -> None:
-    """Refuses to keep parameters of this size if they would take more disk than `keep_gib`."""
+    """Raises InputError if the parameters to keep would take more disk than `keep_gib`."""
     if experiment.keep_parameters is None:
         return
     sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.params, state.batch_stats))]
@@ -69,7 +69,7 @@ def require_disk(experiment: Experiment, state: TrainState) -> None:
 
 
 def _require_pictures(reason: str, image_shape: Sequence[int]) -> None:
-    """Refuses images that are not pictures [H, W, C]; `reason` begins the error."""
+    """Raises InputError if images are not pictures [H, W, C]; the message begins with `reason`."""
     if len(image_shape) == 2:
         way = "add the axis of channels, images[..., None]"
     elif len(image_shape) != 3:
@@ -89,7 +89,7 @@ def transposed(image_shape: Sequence[int]) -> tuple[int, ...] | None:
 
 
 def data_warnings(experiment: Experiment, dataset: Dataset | Photographs) -> list[str]:
-    """Returns one sentence for each property of the user's own arrays that may not be what was meant."""
+    """Returns a one-sentence warning for each property of the user's own arrays that is probably unintended."""
     name, shape = experiment.dataset.name, list(dataset.image_shape)
     if not isinstance(dataset, Dataset) or not (name == "folder" or name.startswith(OWN)):
         return []

@@ -14,7 +14,7 @@ SLOW_SECONDS = 30  # a longer compilation is announced
 
 
 class Compiler:
-    """The compilations of a grid's programs."""
+    """Background compiler of a grid's programs."""
 
     def __init__(self, session: Session, jobs: Sequence[Job]):
         """`jobs` are in the expected order of training."""
@@ -24,7 +24,7 @@ class Compiler:
         self._following = dict(itertools.pairwise(jobs))
 
     def submit(self, job: Job, layout: Layout | None = None) -> Future[LaneProgram]:
-        """Starts to compile the job's program; see `Job.compile`."""
+        """Starts compiling the job's program; see `Job.compile`."""
         return self._executor.submit(self._compile, job, layout)
 
     def program(self, job: Job) -> LaneProgram:
@@ -35,7 +35,7 @@ class Compiler:
         """
         first = not self._programs
         compiling = self._programs[job] = self._programs.get(job) or self.submit(job)
-        if first:  # the initialiser, which all programs share, compiles beside the first one
+        if first:  # the initialiser, shared by all programs, compiles beside the first one
             self._result(job, self._executor.submit(self._session.initial, job.runs[0].seed))
         program, following = self._result(job, compiling), self._following.get(job)
         if following and following not in self._programs:
@@ -43,7 +43,7 @@ class Compiler:
         return program
 
     def close(self) -> None:
-        """Ends without waiting for running compilations."""
+        """Shuts down without waiting for running compilations."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, job: Job, layout: Layout | None) -> LaneProgram:

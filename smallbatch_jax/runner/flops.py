@@ -1,4 +1,4 @@
-"""Floating-point operations of a model, and how many of them a device does per second."""
+"""Counts the floating-point operations of a model, and measures how many a device does per second."""
 
 import math
 import timeit
@@ -13,7 +13,7 @@ from smallbatch_jax.program.train import Model, init_state
 
 
 def flops_per_image(model: Model, image_shape: Sequence[int]) -> float:
-    """Returns the operations per image of the convolutions and dense layers in a training step.
+    """Returns the floating-point operations per image of a training step's convolutions and dense layers.
 
     A multiply-add is two operations, and padding is included. Each layer has a forward pass and gradients of its kernel and of
     its input; the first layer needs no gradient of its input.
@@ -33,7 +33,7 @@ def flops_per_image(model: Model, image_shape: Sequence[int]) -> float:
 
 
 def matrix_rate(size: int = 1024, products: int = 16) -> float:
-    """Returns the operations per second of one device in a product of square float32 matrices, the best of five."""
+    """Returns one device's floating-point operations per second in products of square float32 matrices, the best of five."""
 
     def loop(a: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, products, lambda _, x: (x @ a) * (1 / size), a)

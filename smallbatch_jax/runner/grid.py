@@ -1,4 +1,4 @@
-"""Trains a grid into a workdir, its programs one after the other; skips the runs that the workdir holds."""
+"""Trains a grid into a workdir, one program after the other; skips runs that the workdir already holds."""
 
 import dataclasses
 import itertools
@@ -56,16 +56,16 @@ def train_grid(
 
     Args:
       experiment: what to train.
-      workdir: created, or resumed if it holds this experiment. With several processes the first alone uses it.
+      workdir: created, or resumed if it holds this experiment. With several processes only the first uses it.
       dataset: the experiment's data, already loaded.
-      progress: shows after every segment how far the grid has come.
+      progress: display that is updated after every segment.
       model_of: makes the model for a BN batch size; None takes the experiment's own.
-      fingerprint: of that model (`models.identity`), which must be the same whenever the workdir is resumed; None for a
+      fingerprint: identifies that model (`models.identity`) and must be the same whenever the workdir is resumed; None for a
         model whose name identifies it.
       own: the caller's own optimizer, loss and metrics, which the experiment names "own:…".
 
     Raises:
-      InputError: if the grid does not fit the data or the workdir is not this experiment's; nothing is written then.
+      InputError: if the grid does not fit the data or the workdir holds another experiment; nothing is written then.
       Interrupted: on a signal of `signals`, after the segment in flight ended and all lanes were saved.
     """
     setup = _checked_setup(experiment, dataset, model_of, own)
@@ -104,8 +104,8 @@ def train_program(
 ) -> None:
     """Trains one program of a grid: the runs of `shape`, (batch size, BN batch size), that `workdir` does not hold yet.
 
-    The workdir belongs to another process, which has opened it and hands out its programs; each has files of its own. The
-    caller handles signals too, and may set `stop` from another thread.
+    Another process has opened the workdir and hands out its programs, each of which has its own files. The caller also handles
+    signals, and may set `stop` from another thread.
 
     Raises:
       InputError: if another process trains this program, or it cannot be trained here.
@@ -118,7 +118,7 @@ def train_program(
 
 @jax_flags.held()
 def require_trainable(experiment: Experiment, dataset: Dataset | Photographs) -> None:
-    """Refuses an experiment that does not fit the data, as `train_grid` would; runs nothing."""
+    """Raises InputError if the experiment does not fit the data, as `train_grid` would; runs nothing."""
     _checked_setup(experiment, dataset, None)
 
 
@@ -136,16 +136,16 @@ def facts(experiment: Experiment, dataset: Dataset | Photographs) -> dict[str, A
 def _checked_setup(
     experiment: Experiment, dataset: Dataset | Photographs, model_of: ModelOf | None, own: Own = NOTHING_OWN
 ) -> Setup:
-    """Returns the setup of a grid, after refusing what cannot be trained; runs nothing."""
+    """Returns the setup of a grid after checking that it can be trained; runs nothing."""
     trackers.require(experiment)
     checks.require_fitting(experiment, dataset)
     setup = Setup(experiment, dataset, model_of, own)
     for place, (m, b) in enumerate(sorted(setup.programs)):
-        model = setup.model_of(None if b == m else b)  # refuses a model that takes no BN batch size
+        model = setup.model_of(None if b == m else b)  # raises if the model takes no BN batch size
         if isinstance(model, OwnModel):
             for size in experiment.schedule.batch_sizes(m):
                 model.require_batch(dataset.example, size)
-        if place == 0:  # the smallest b; only that may be too small for a named model
+        if place == 0:  # the smallest b, the only one that may be too small for a named model
             state = fit.require_model(model, setup.task, dataset, m)
             fit.require_diagnostics(model, Program(m, 1, task=setup.task, diagnostics=experiment.diagnostics), dataset)
             fit.require_optimizer(setup.optimizer(m), state.params, experiment.optimizer.title)
@@ -154,7 +154,7 @@ def _checked_setup(
 
 
 def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: Progress, stop: Stop) -> Status:
-    """Trains the programs of these (batch size, BN batch size), one after the other."""
+    """Trains the programs of these shapes, (batch size, BN batch size), one after the other."""
     with ExitStack() as stack:
         first, mesh = processes.is_first(), setup.mesh
         memory = processes.least(devices.memory_bytes(mesh))
@@ -196,7 +196,7 @@ def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: 
 def _train_job(job: Job, rounds: Iterable[object], checkpoints: Checkpoints, session: Session, compiler: Compiler) -> None:
     """Trains a job to the goals of each round, phase by phase.
 
-    Where memory runs out, the phase gets a smaller layout, and the job goes on from the last checkpoint.
+    If memory runs out, the phase gets a smaller layout and the job resumes from the last checkpoint.
     """
     alone = not processes.several()  # several hosts would not agree on when to change the program
     smaller: dict[Job, LaneProgram] = {}
@@ -228,7 +228,7 @@ def _train_job(job: Job, rounds: Iterable[object], checkpoints: Checkpoints, ses
 
 
 def _open_results(folder: Path, shapes: list[tuple[int, int]], format: Format, stack: ExitStack) -> list[ProgramResults]:
-    """Opens the rows of each program in the first process, until `stack` unwinds; the others follow them."""
+    """Opens the results of each program in the first process until `stack` unwinds; the other processes hold copies."""
     opened: list[ProgramResults] = []
 
     def open_all() -> list[ProgramResults]:

@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-# Operations that start work on the device.
+# Operations that launch work on the device.
 LAUNCHED = {
     *("concatenate", "convolution", "copy", "copy-start", "custom-call", "dot", "dynamic-slice", "dynamic-update-slice"),
     *("fusion", "reduce", "reduce-window", "scatter", "select-and-scatter", "sort", "transpose"),
@@ -22,7 +22,7 @@ _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
 
 @dataclass
 class Cost:
-    """Cost of a computation's operations; a loop counts once per iteration."""
+    """Cost of a computation's operations; the body of a loop is included once per iteration."""
 
     kernels: list[float] = field(default_factory=list)  # bytes read and written by each
     written: float = 0.0  # bytes
@@ -35,7 +35,7 @@ class Cost:
 
 
 class Module:
-    """Returns the computations of an optimised program, by name."""
+    """Computations of an optimised program, by name."""
 
     def __init__(self, text: str):
         self._computations: dict[str, list[tuple[str, str, str, str]]] = {}
@@ -50,7 +50,7 @@ class Module:
                 self._shapes[name] = shape
 
     def step(self) -> Cost:
-        """Returns the cost of one training step, that is of the outermost loop with the most operations."""
+        """Returns the cost of one training step: the body of the outermost loop with the most operations."""
         bodies = {
             name: [_called(rest, "body") for *_, operation, rest in lines if operation == "while"]
             for name, lines in self._computations.items()
@@ -74,7 +74,7 @@ class Module:
         return total
 
     def _read(self, rest: str) -> int:
-        """Returns the bytes of an operation's operands; for one that a fusion only slices, the bytes of the slices."""
+        """Returns the bytes of an operation's operands; an operand that a fusion only slices adds the bytes of the slices."""
         body = self._computations.get(_called(rest, "calls"), [])
         total = 0
         for position, operand in enumerate(_operands(rest)):

@@ -1,9 +1,9 @@
-"""The sources of a program's images: a dataset on the devices (`Resident`), or photographs streamed to them (`Streamed`).
+"""Input pipelines of programs: a dataset on the devices (`Resident`), or photographs streamed to them (`Streamed`).
 
-A pipeline is given the steps that each lane wants to take next, returns how many of them it has images for, and supplies those.
-Worker processes decode photographs while the devices train on the segment before. Each device is given a pool with the images
-of one segment, from which its lanes take by index, as from a resident dataset. Lanes of one seed at the same step follow one
-stream: its images are decoded once, and sent once to each device.
+Given the steps that each lane wants to take next, a pipeline returns how many it has images for, and supplies those images.
+Worker processes decode photographs while the devices train on the previous segment. Each device holds a pool with the images
+of one segment, which its lanes index like a resident dataset. Lanes with the same seed and step share one stream, whose images
+are decoded once and sent once to each device.
 """
 
 import os
@@ -37,7 +37,7 @@ class LaneSteps(NamedTuple):
     run: Run
     epoch: int  # epoch of the first step
     first_step: int
-    position: int  # of the first example in the stream of the run's seed
+    position: int  # index of the first example in the stream of the run's seed
     steps: int  # number wanted or taken
     evaluate: bool = False  # whether an evaluation follows the steps
 
@@ -61,7 +61,7 @@ def blank_segment(program: LaneProgram, batch_size: int, lanes: Sequence[LaneSte
 class Resident:
     """Input pipeline of a dataset that is replicated on every device; lanes index into it and never wait.
 
-    Any pipeline has these methods.
+    Every input pipeline has these methods.
     """
 
     def __init__(self, dataset: Dataset):
@@ -74,7 +74,7 @@ class Resident:
         return self._data
 
     def most_steps(self, mesh: Mesh, batch_size: int, any_length: bool) -> int:
-        """Returns the maximum steps of a segment: an epoch, or an even fraction of one if a segment's length is compiled in."""
+        """Returns the most steps in a segment: an epoch, or an even fraction of one if a segment's length is compiled in."""
         longest_epoch = self._num_train // batch_size + 1
         if any_length:
             return longest_epoch
@@ -82,12 +82,12 @@ class Resident:
         return -(-longest_epoch // -(-longest_epoch * batch_size // images))
 
     def steps(self, program: LaneProgram, batch_size: int, wanted: Sequence[LaneSteps | None], pace: int) -> list[int]:
-        """Returns how many of its wanted steps each lane takes, about `pace`; 0 for one that has to wait."""
+        """Returns how many of its wanted steps each lane takes, about `pace`; 0 for a lane that has to wait."""
         even = program.even_steps([lane is not None for lane in wanted], pace)
         return [min(lane.steps, steps) if lane else 0 for lane, steps in zip(wanted, even, strict=True)]
 
     def prepare(self, program: LaneProgram, batch_size: int, lanes: Sequence[LaneSteps | None]) -> SegmentInput:
-        """Returns the input of a segment in which the lanes take these steps; it is run before the next is prepared."""
+        """Returns the input of a segment in which the lanes take these steps; run that segment before preparing the next."""
         segment = blank_segment(program, batch_size, lanes)
         for indices, lane in zip(segment.indices, lanes, strict=True):
             if lane is not None:
@@ -96,19 +96,19 @@ class Resident:
         return SegmentInput(segment)
 
     def close(self) -> None:
-        """Ends what the pipeline started."""
+        """Stops worker processes, if there are any."""
 
 
 class Stream(NamedTuple):
     """Consecutive steps of a seed, whose images are decoded once."""
 
     seed: int
-    position: int  # of the first example
+    position: int  # index of the first example
     steps: int
 
 
 class Streamed:
-    """The input pipeline of a streamed dataset; its methods are those of `Resident`."""
+    """Input pipeline of a streamed dataset; it has the methods of `Resident`."""
 
     def __init__(self, photographs: Photographs, experiment: Experiment, skipped: Callable[[str, str], object]):
         """`skipped` is called with the name of each undecodable picture that is left out, and the reason."""
@@ -118,7 +118,7 @@ class Streamed:
         self._statistics = photographs.channel_statistics()
         self._image_bytes = int(np.prod(photographs.image_shape))
         self._prefetchers: list[Prefetcher] = []
-        self._slices: tuple[BatchSlice, BatchSlice] | None = None  # what this process reads of each training and test batch
+        self._slices: tuple[BatchSlice, BatchSlice] | None = None  # this process's slice of each training and test batch
 
     def data(self, mesh: Mesh, batch_size: int) -> Pool:
         shard = batch_size // mesh.shape[DATA]
@@ -139,7 +139,7 @@ class Streamed:
         return min(self._photographs.num_train // batch_size + 1, self._batches(mesh, batch_size))
 
     def steps(self, program: LaneProgram, batch_size: int, wanted: Sequence[LaneSteps | None], pace: int) -> list[int]:
-        """Gives all lanes equal step counts, so that those that share a stream stay aligned; the furthest behind come first."""
+        """Gives all lanes equal step counts, so that lanes that share a stream stay aligned; the furthest behind go first."""
         room = self._batches(program.mesh, batch_size)
         streams = dict.fromkeys(sorted((lane.position, lane.run.seed) for lane in wanted if lane))
         taking = list(streams)[:room]
@@ -181,7 +181,7 @@ class Streamed:
         return Pool(*arrays, *processes.put(self._statistics, NamedSharding(mesh, P())))
 
     def _prefetchers_for(self, streams: Sequence[Stream]) -> list[Prefetcher]:
-        """Returns prefetchers positioned where the streams begin: those already there, then idle ones, then new ones."""
+        """Returns a prefetcher at the start of each stream: one that is already there, else an idle one, else a new one."""
         numbers = [self._index.training(stream.seed, stream.position) for stream in streams]
         standing = {prefetcher.number: prefetcher for prefetcher in self._prefetchers}
         idle = [prefetcher for prefetcher in self._prefetchers if prefetcher.number not in numbers]
@@ -191,13 +191,13 @@ class Streamed:
         return found
 
     def _new_prefetcher(self) -> Prefetcher:
-        """Adds a prefetcher, with fewer processes of its own than the one before."""
+        """Adds a prefetcher with fewer worker processes than the previous one."""
         workers = -(-self._workers // (len(self._prefetchers) + 1))
         self._prefetchers.append(Prefetcher(self._index, self._image_bytes, workers))
         return self._prefetchers[-1]
 
     def _take(self, prefetcher: Prefetcher, stream: Stream, count: int) -> Decoded:
-        """Reads the next images of a stream, undecodable ones replaced by those after them in the training set."""
+        """Reads the next images of a stream; replaces an undecodable image by the next valid one in the training set."""
         first = prefetcher.number or 0
         found = prefetcher.take(count)
         for i in np.flatnonzero(~found.valid):
@@ -219,7 +219,7 @@ class Streamed:
         raise InputError(f"dataset.data_dir: the {len(following)} images after {name!r} are broken too.")
 
     def _report_undecodable(self, source: Source, example: int) -> None:
-        """Records a picture as skipped, or raises InputError where the experiment accepts none."""
+        """Records a picture as skipped, or raises InputError if the experiment does not allow skipping."""
         name, what = source.name(example), what_is_wrong(source, example)
         if self._experiment.dataset.broken_images == "fail":
             raise InputError(
@@ -242,12 +242,12 @@ class Streamed:
             yield TestImages(*jax.make_array_from_process_local_data(NamedSharding(mesh, P(DATA)), local))
 
     def _test_size(self, mesh: Mesh) -> int:
-        """Number of test images in a batch, a multiple of the devices that share it."""
+        """Returns the number of test images in a batch, a multiple of the number of devices that share it."""
         devices = mesh.shape[DATA]
         return -(-min(LARGEST_EVAL_BATCH, self._photographs.num_test) // devices) * devices
 
     def _use_slices(self, mesh: Mesh, batch_size: int) -> None:
-        """Reads only what this process needs of each batch."""
+        """Restricts reading to this process's slice of each batch."""
         whole = len(_local_block(mesh)[1]) == mesh.shape[DATA]
         sizes = batch_size, self._test_size(mesh)
         slices = (WHOLE, WHOLE) if whole else (_batch_slice(mesh, sizes[0]), _batch_slice(mesh, sizes[1]))

@@ -1,4 +1,4 @@
-"""A grid's setup, and the job of each of its programs: which runs it trains, in what layout it is compiled."""
+"""A grid's setup, and the job of each of its programs: the runs that it trains and the layout that it is compiled in."""
 
 import copy
 import pkgutil
@@ -34,7 +34,7 @@ from smallbatch_jax.tracking.trackers import Trackers
 
 MOST_LANES = 16
 SEARCH_LANES = 8  # a round of a search has few runs
-SHARED_FROM = 64  # smallest batch size that idle cores share unasked
+SHARED_FROM = 64  # smallest batch size that idle cores share by default
 GIB = 2**30
 # Makes the model for a BN batch size (None: the whole batch) and, as `axis_name`, the mesh axis that shards a batch, if any.
 ModelOf = Callable[..., Model]
@@ -63,7 +63,7 @@ class Setup:
         own: Own = NOTHING_OWN,
         target: Sequence[Any] | None = None,
     ):
-        """`model_of` of None takes the experiment's named model; `target` of None this machine's devices."""
+        """If None, `model_of` makes the experiment's named model, and `target` is this machine's devices."""
         chosen = experiment.model
         self.own, self.task = own, task_of(experiment, own.loss, own.metrics)
         self.experiment, self.dataset, self.devices = experiment, dataset, target or jax.devices()
@@ -80,10 +80,10 @@ class Setup:
 
     @cached_property
     def mesh(self) -> Mesh:
-        """The devices, `experiment.data_devices` of which share each batch; unasked, only CPU cores share that would be idle.
+        """Mesh of the devices; `experiment.data_devices` of them share each batch, by default only otherwise idle CPU cores.
 
         Raises:
-          InputError: if the number asked for does not divide that of the devices, or the model is the user's own.
+          InputError: if `data_devices` does not divide the number of devices, or is above 1 with the user's own model.
         """
         devices, sharing = len(self.devices), self.experiment.data_devices or self._idle_devices()
         if devices % sharing:
@@ -94,7 +94,7 @@ class Setup:
         return lane_mesh(self.devices, sharing)
 
     def _idle_devices(self) -> int:
-        """Returns how many cores can share each batch without a run having to wait: 1.5 to 2 times as fast on two."""
+        """Returns how many cores can share each batch without making a run wait; two are 1.5 to 2 times as fast as one."""
         if self.own_model or processes.several() or self.platform != "cpu":
             return 1
         devices, shapes = len(self.devices), self.programs
@@ -104,11 +104,11 @@ class Setup:
         return max(even, default=1) if min(shapes)[0] >= SHARED_FROM else 1
 
     def initialiser(self) -> Callable[[int], TrainState]:
-        """Returns seed → the state before the first update."""
+        """Returns a function that maps a seed to the state before the first update."""
         return lane_programs.initialiser(self.model_of(None), self.dataset.example, self.optimizer(1))
 
     def optimizer(self, batch_size: int) -> Optimizer:
-        """Returns the optimizer of a program; its learning rate alone depends on the batch size."""
+        """Returns the optimizer of a program; only its learning rate depends on the batch size."""
         chosen = self.experiment.optimizer
         if not self.own.optimizer and chosen.name not in catalog.OPTIMIZERS:
             name = repr(chosen.name)
@@ -128,12 +128,12 @@ class Setup:
 
 @dataclass
 class Session:
-    """The open files, input pipeline and progress that all programs of a grid use while they train in this process."""
+    """Open files, input pipeline and progress, shared by all programs of a grid that train in this process."""
 
     pipeline: InputPipeline
     initial: Callable[[int], TrainState]  # seed → the state before the first update
     status: Status
-    show: Callable[[Status, str], None]  # takes the status, and what is being done
+    show: Callable[[Status, str], None]  # takes the status and what is being done
     timings: Timings
     stop: Stop
     trackers: Trackers
@@ -153,12 +153,12 @@ class Layout(NamedTuple):
 
 
 class Job:
-    """The runs of one (batch size, BN batch size), which one compiled program trains; or one phase of them, if batches grow."""
+    """The runs of one (batch size, BN batch size), trained by one compiled program; one phase of them if batches grow."""
 
     def __init__(
         self, setup: Setup, batch_size: int, bn_batch_size: int, results: ProgramResults, memory_bytes: int | None = None
     ):
-        """`memory_bytes` are for the program; None stands for all that its devices have."""
+        """`memory_bytes` is the program's memory limit; None allows all that its devices have."""
         experiment, mesh = setup.experiment, setup.mesh
         self.setup, self.experiment, self.model_of = setup, experiment, setup.model_of
         self.shape, self.results = (batch_size, bn_batch_size), results
@@ -170,15 +170,15 @@ class Job:
         self.batches = BatchSchedule.of(experiment, self.num_examples, batch_size)
         self.total_steps = self.batches.total_steps
         self.steps = range(self.total_steps)  # updates that belong to the phase
-        self.parked: dict[Run, LaneState] = {}  # runs that left their lane and may continue later, as NumPy arrays
+        self.parked: dict[Run, LaneState] = {}  # states of runs that may continue later, as NumPy arrays
         self.goals = dict.fromkeys(self.runs, experiment.epochs)  # epochs to train each run to
-        self.data_devices = mesh.shape[DATA]  # number that share a batch
+        self.data_devices = mesh.shape[DATA]  # number of devices that share a batch
         self._memory_bytes = memory_bytes or devices.memory_bytes(mesh)
         self.layout = self._first_layout()  # layout of the last compiled program
 
     @cached_property
     def phases(self) -> list["Job"]:
-        """A job for each batch size that the runs come to; this job alone if batches do not grow."""
+        """One job for each batch size that the runs reach; only this job if batches do not grow."""
         found = self.batches.phases
         if found == (Phase(0, 0, self.batch_size),):
             return [self]
@@ -196,7 +196,7 @@ class Job:
     def _first_layout(self) -> Layout:
         most = self.experiment.lanes or (SEARCH_LANES if self.experiment.search.active else MOST_LANES)
         lanes, rows = min(len(self.runs), most), self.setup.mesh.shape[LANE]
-        even = -(-lanes // rows) * rows  # every row of devices has the same number
+        even = -(-lanes // rows) * rows  # the same number in every row of devices
         return Layout(even, self._micro_batch_size(self.experiment.micro_batch_size))
 
     def pending(self) -> list[Run]:
@@ -207,11 +207,11 @@ class Job:
         return (int(self.parked[run].train.step) if run in self.parked else 0) in self.steps
 
     def goal(self, run: Run) -> int:
-        """Returns the number of updates that a run trains to in the phase."""
+        """Returns the update number at which a run stops in this phase."""
         return min(self.batches.epoch_end(self.goals[run]), self.steps.stop)
 
     def left(self, lane: LaneState) -> LaneState:
-        """Returns a lane that was parked; at the end of the phase its losses are counted in batches of the next."""
+        """Returns the state of a parked lane; at the end of the phase its loss sum is rescaled to the next batch size."""
         following = self.batches.phase_of_step(int(lane.train.step)).batch_size
         return lane._replace(loss_sum=np.float32(lane.loss_sum * np.float32(self.batch_size / following)))
 
@@ -241,25 +241,25 @@ class Job:
         return self.fitted(lane_programs.compile_lanes, pipeline)
 
     def fitted(self, make: Callable[..., T], pipeline: InputPipeline) -> T:
-        """Returns what `make`, called as `compile_lanes`, gives in the first layout whose `peak_bytes` fit the memory."""
+        """Calls `make` like `compile_lanes` and returns its result for the first layout whose `peak_bytes` fit the memory."""
         while True:
             needed = None
             try:
                 program: Any = make(**self.arguments(pipeline, self.layout))
                 if (needed := program.peak_bytes) <= self._memory_bytes:
                     return program
-            except jax.errors.JaxRuntimeError as error:  # TPU compilers refuse what does not fit
+            except jax.errors.JaxRuntimeError as error:  # TPU compilers raise if a program does not fit
                 if not lacks_memory(error):
                     raise
             self.layout = self.smaller(needed)
 
     def smaller(self, needed: int | None) -> Layout:
-        """Returns the layout to try where memory ran out: half the lanes, or if there is one per device half the micro-batch.
+        """Returns the layout to try after memory ran out: half the lanes, or with one lane per device half the micro-batch.
 
         `needed` is the memory in bytes that the present layout needs, for the message; None if it is not known.
 
         Raises:
-          InputError: if there is none.
+          InputError: if there is no smaller layout.
         """
         lanes, rows = self.layout.lanes, self.setup.mesh.shape[LANE]
         if lanes > rows:

@@ -1,7 +1,7 @@
-"""Predicts the cost of a grid before it is run, and the time that the rest of it takes while it runs.
+"""Predicts the cost of a grid before it runs, and the time left while it runs.
 
-Each program is compiled as in training and timed for a few seconds on its own runs. The probe so also sees which base learning
-rates diverge at once, and leaves out the time that their runs will not need; one that diverges later makes the plan too long.
+Each program is compiled as in training and timed for a few seconds on its own runs. The probe also finds the base learning
+rates that diverge at once and excludes the time of their runs; a run that diverges later makes the plan an overestimate.
 """
 
 import bisect
@@ -30,15 +30,15 @@ from smallbatch_jax.store.results import Format, ProgramResults
 
 WARM_UP_IMAGES = 512  # per lane in the first segment, which is not timed
 PROBE_SECONDS = 1.0  # training time per probe when fitting a time budget
-EVALUATED_BATCHES = 4  # batches timed of a streamed test set
-COMPILING_BESIDE = {"cpu": 1.75}  # slow-down of a compilation by training beside it, measured on 2 cores; elsewhere none
+EVALUATED_BATCHES = 4  # number of batches of a streamed test set to time
+COMPILING_BESIDE = {"cpu": 1.75}  # slow-down of compilation by concurrent training, measured on 2 cores; elsewhere none
 
 
 class Trial:
-    """The first runs of a job, trained in memory alone to see how fast they are."""
+    """The first runs of a job, trained in memory only to measure their speed."""
 
     def __init__(self, job: Job, program: LaneProgram, pipeline: InputPipeline, initial: Callable[[int], TrainState]):
-        """Fills the lanes of the program, compiled for the job; `initial` is seed → the state before the first update."""
+        """Fills the lanes of the job's compiled program; `initial` maps a seed to the state before the first update."""
         self.job, self.program, self._pipeline = job, program, pipeline
         self._lanes = Lanes(job, program, pipeline, initial)
         first = {run.base_lr: run for run in reversed(job.runs)}
@@ -60,18 +60,18 @@ class Trial:
         return trained, spent
 
     def warm_up(self) -> tuple[int, float]:
-        """Trains the first segment; returns the images trained and the seconds."""
+        """Trains the first segment; returns the images trained and the seconds taken."""
         return self._segment(max(1, WARM_UP_IMAGES // self.job.batch_size))
 
     def evaluate(self) -> float:
-        """Seconds to evaluate all lanes, measured the second time; extrapolated from a few batches of a streamed test set."""
+        """Returns the seconds to evaluate all lanes a second time; a streamed test set is extrapolated from a few batches."""
         self._time_evaluation(True)
         masked = 0.0 if self.program.any_length else self._time_evaluation(False)[0]  # seconds of a segment without steps
         seconds, scale = self._time_evaluation(True)
         return max(0.0, seconds - masked) * scale
 
     def _time_evaluation(self, evaluate: bool) -> tuple[float, float]:
-        """Runs a segment without steps; returns its seconds, and their ratio to those of the whole test set."""
+        """Runs a segment without steps; returns its seconds and the factor that scales them to the whole test set."""
         settings = self.job.settings(self.runs)
         load = self._pipeline.prepare(self.program, self.job.batch_size, [None] * self.program.lanes)
         segment = load.segment._replace(evaluate=np.full(self.program.lanes, evaluate))
@@ -82,11 +82,11 @@ class Trial:
         return time.monotonic() - began, max(1.0, load.test_batches / EVALUATED_BATCHES)
 
     def diverged(self) -> set[float]:
-        """Base learning rates whose run has diverged."""
+        """Returns the base learning rates whose run has diverged."""
         return {run.base_lr for run, lives in zip(self.runs, self.alive, strict=True) if run and not lives}
 
     def _segment(self, pace: int) -> tuple[int, float]:
-        """Trains about so many steps per lane; returns the images trained and the seconds, 0 if all runs have ended."""
+        """Trains about `pace` steps per lane; returns the images trained and the seconds, 0 if all runs have ended."""
         most = self.program.segment_steps
         pace = min(pace, most) if self.program.any_length else most
         began = time.monotonic()  # loading a streamed segment's images is part of its time
@@ -105,7 +105,7 @@ class Trial:
 
 
 def measure(setup: Setup) -> Iterator[Trial]:
-    """Compiles every program of a setup, one after the other, whose dataset may be any of the same shape; stores nothing."""
+    """Compiles each program of a setup and yields its trial; any dataset of the same shape will do. Stores nothing."""
     initial = setup.initialiser()
     with tempfile.TemporaryDirectory() as folder, closing(input_pipeline(setup.dataset, setup.experiment)) as pipeline:
         for m, b in setup.programs:
@@ -118,17 +118,17 @@ def measure(setup: Setup) -> Iterator[Trial]:
 class ProgramPlan:
     """Cost of one program, extrapolated from a few seconds of it."""
 
-    flops: float  # of all runs, if none diverges
+    flops: float  # over all runs, if none diverges
     diverging: int  # runs expected to end at once
     compile_seconds: float
-    images_per_second: float  # trained, over all lanes; NaN if no image was
-    evaluation_seconds: float  # of the whole test set, per run
-    seconds: float  # of training and evaluation
-    peak_bytes: int  # of all devices, by the compiled program, without the dataset
+    images_per_second: float  # training rate of all lanes; NaN if no image was trained
+    evaluation_seconds: float  # per run, for the whole test set
+    seconds: float  # training and evaluation
+    peak_bytes: int  # over all devices, from the compiled program, without the dataset
 
 
 def plan_program(trial: Trial, flops_per_image: float, seconds: float) -> ProgramPlan:
-    """Trains for about so many seconds after a first segment that is not timed, evaluates once, and extrapolates."""
+    """Returns a plan extrapolated from a warm-up segment, about `seconds` of timed training and one evaluation."""
     first, later = trial.warm_up(), trial.train(seconds)
     trained, spent = later if later[0] else first  # all runs may end in the first segment
     rate = trained / spent if trained else math.nan
@@ -148,7 +148,7 @@ def plan_program(trial: Trial, flops_per_image: float, seconds: float) -> Progra
 
 
 def total_seconds(plans: Sequence[ProgramPlan]) -> float:
-    """Seconds of all programs in the order of training, each compiled while the one before trains."""
+    """Returns the seconds of all programs in the order of training, each compiled while the previous one trains."""
     slowdown = COMPILING_BESIDE.get(jax.default_backend(), 1.0)
     compiling = [slowdown * plan.compile_seconds for plan in plans]
     hidden = zip(plans, [*compiling[1:], 0.0], strict=False)
@@ -156,9 +156,9 @@ def total_seconds(plans: Sequence[ProgramPlan]) -> float:
 
 
 def examples_in(seconds: float, setup: Setup) -> float:
-    """Returns the examples that a search can train on in so many seconds, as many at each batch size of the grid.
+    """Returns how many examples a search can train on in `seconds`, spread evenly over the grid's batch sizes.
 
-    Measured at the smallest and the largest batch size, and interpolated; the time to compile comes on top.
+    The rate is measured at the smallest and the largest batch size and interpolated; compile time is not included.
     """
     experiment, sizes = setup.experiment, setup.experiment.grid.batch_sizes
     ends = replace(experiment, grid=replace(experiment.grid, batch_sizes=tuple(sorted({min(sizes), max(sizes)}))))
@@ -171,10 +171,10 @@ def examples_in(seconds: float, setup: Setup) -> float:
 
 
 def elsewhere(batch_size: int, runs: int, images: int, stored: Sequence[Mapping[str, Any]], devices: int = 1) -> float:
-    """Seconds that the runs of a program would train on so many images each, spread over devices of another kind.
+    """Returns the seconds that a program's runs would train on `images` each, spread over devices of another kind.
 
-    `stored` are results of `benchmark.py --json` on one of them, for the same model. The rate is interpolated between the two
-    nearest batch sizes on logarithmic axes; NaN without any.
+    `stored` has the results of `benchmark.py --json` on one such device, for the same model. The rate is interpolated between
+    the two nearest batch sizes on logarithmic axes; NaN if there are no results.
     """
     rates = {int(row["batch_size"]): float(row["images_per_second"]) for row in stored}
     if not rates:
@@ -185,10 +185,10 @@ def elsewhere(batch_size: int, runs: int, images: int, stored: Sequence[Mapping[
 
 
 class Forecast:
-    """Adds the expected time of the programs to come to what a `Progress` shows.
+    """Display that passes a status on to a `Progress` with the expected time of later programs.
 
-    They are expected to train at the rates of the programs so far, interpolated between batch sizes; a base learning rate that
-    diverged at a smaller batch size is expected to diverge at once.
+    Later programs are expected to train at the rates of those so far, interpolated between batch sizes; a base learning rate
+    that diverged at a smaller batch size is expected to diverge at once.
     """
 
     def __init__(self, progress: Progress, jobs: Sequence[Job]):
@@ -198,7 +198,7 @@ class Forecast:
         self._later: list[tuple[Job, list[float]]] = []
 
     def begin(self, job: Job, later: Sequence[Job]) -> None:
-        """Notes that a program begins to train, and that `later` are to come."""
+        """Records that `job` begins to train, and the jobs that follow it."""
         self._job = job
         self._later = [(other, sorted(run.base_lr for run in other.pending())) for other in later]
 
@@ -212,7 +212,7 @@ class Forecast:
             lowest = min((base_lr for m, base_lr in diverged if m <= job.batch_size), default=math.inf)
             runs = bisect.bisect_left(base_lrs, lowest)
             status.later_seconds += elsewhere(job.batch_size, runs, job.experiment.epochs * job.num_examples, stored)
-        if not self._later and status.program is not None and status.images_per_second:  # what a search has left
+        if not self._later and status.program is not None and status.images_per_second:  # the rest of a search's budget
             now = status.program.images - status.program.trained
             status.later_seconds = max(0, status.images - status.trained - now) / status.images_per_second
         self._progress.show(status, doing)

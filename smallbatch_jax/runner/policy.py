@@ -1,12 +1,12 @@
-"""The policy of a search: which runs train next and how far, decided by the curves of its own rounds and nothing else.
+"""The policy of a search: decides from the curves of its own rounds alone which runs train next, and how far.
 
-At each batch size, learning rates are bracketed by short runs, and the promising ones go on in successive halving (Jamieson &
-Talwalkar 2016). Its rungs are epochs: examples seen, the same at every batch size. Batch sizes are compared by full runs alone.
+At each batch size, learning rates are bracketed by short runs, and the promising ones continue in successive halving (Jamieson
+& Talwalkar 2016). Rungs are epochs, that is examples seen, the same at every batch size. Only full runs compare batch sizes.
 
 High rates gain most when the schedule reduces them. In the grids that the policy was tuned on
 (docs/choose_a_batch_size.md), the best rate after one epoch is below the final best at 38 of 57 batch sizes (mostly by one or
-two powers of two) and above it at 3. So each rate is judged together with the next lower one, the highest of those about as
-good goes on first, and about half of the survivors train to the middle of the schedule, where the best rate so far is within
+two powers of two) and above it at 3. So each rate is scored together with the next lower one, the highest of nearly tied
+rates continues first, and about half of the survivors train to the middle of the schedule, where the best rate so far is within
 the noise of the final best at all 57.
 """
 
@@ -22,26 +22,26 @@ from smallbatch_jax.config.protocol import LAST_EPOCHS
 
 Shape = tuple[int, int]  # (batch size, BN batch size)
 Cell = tuple[Shape, float]  # shape and base_lr; seeds are its replicates
-Curves = Mapping[Run, Sequence[float]]  # the metric after epochs 1, 2, …; NaN in the last place if the run diverged
+Curves = Mapping[Run, Sequence[float]]  # the metric after epochs 1, 2, …; the last is NaN if the run diverged
 
-FIRST_RUNG = 16  # the part of a run's epochs that a rate is first tried for is one over this
-TIED = 0.05  # rates are about as good as the best within this part of the range from the worst to the best
-FULL_RUNS = 2  # the least budget of a shape, in full runs; where there is less, fewer shapes are searched
+FIRST_RUNG = 16  # a rate is first tried for 1/FIRST_RUNG of a run's epochs
+TIED = 0.05  # rates tie with the best if they are within this fraction of the range from worst to best
+FULL_RUNS = 2  # minimum budget of a shape, in full runs; with less, fewer shapes are searched
 
 
 class Round(NamedTuple):
-    """Runs of one program that train on together."""
+    """Runs of one program that train together up to their goals."""
 
     shape: Shape
-    goals: dict[Run, int]  # epochs that each run shall have reached; runs of this shape that are not named are given up
+    goals: dict[Run, int]  # epochs that each run trains to; runs of this shape that are not listed are given up
 
 
 @dataclass(frozen=True)
 class Space:
     """The batch sizes, rates and seeds that a search chooses from, and its budget."""
 
-    shapes: tuple[Shape, ...]  # in the order of search, neighbours beside each other
-    base_lrs: tuple[float, ...]  # rising: the lattice on which rates are sought
+    shapes: tuple[Shape, ...]  # in the order of search, neighbours adjacent
+    base_lrs: tuple[float, ...]  # increasing: the lattice of candidate rates
     epochs: int  # of a full run
     seeds: tuple[int, ...]  # the first finds rates, the others are replicates of the leaders
     budget: float  # epochs of training data, over all runs
@@ -50,13 +50,13 @@ class Space:
 
 
 def search(space: Space) -> Generator[Round, Curves, None]:
-    """Yields the rounds of a search, and takes the curves of each round before the next.
+    """Yields the rounds of a search; send it the curves of each round to get the next.
 
     The rounds of a shape follow each other until its halving ends; its later rounds start new runs only. A run that a round of
-    its shape leaves out is never named again with a higher goal. The same curves give the same rounds.
+    its shape leaves out never returns with a higher goal. The same curves give the same rounds.
 
-    The epochs trained, a diverged run's last one as a whole, do not exceed the budget, except to complete the first run that
-    finishes: by less than `space.epochs`.
+    The epochs trained, including the whole last epoch of a diverged run, exceed the budget only to complete the first run that
+    finishes, and by less than `space.epochs`.
     """
     state = _Search(space, space.budget - min(len(space.fresh), space.budget // (4 * space.epochs)) * space.epochs)
     yield from state.find()
@@ -103,7 +103,7 @@ def recommended(space: Space, curves: Curves) -> Cell | None:
 
 @dataclass
 class _Search:
-    """The curves so far, and what may still be spent."""
+    """State of a search: the curves so far and the budget."""
 
     space: Space
     budget: float
@@ -126,12 +126,12 @@ class _Search:
         return not math.isnan(self.curves.get(run, (math.nan,))[-1])
 
     def best(self, shape: Shape) -> int | None:
-        """The index of the best rate of a shape by whole runs; None until one has finished."""
+        """Returns the index of a shape's best rate by full runs; None until one has finished."""
         best = best_cells(self.space, self.curves)
         return self.space.base_lrs.index(best[shape][0]) if shape in best else None
 
     def train(self, shape: Shape, runs: Iterable[Run], goal: int) -> Generator[Round, Curves, None]:
-        """Trains runs, the most promising first, as far as the budget goes; while none has finished, one in any case."""
+        """Trains runs, the most promising first, as far as the budget allows; at least one until a run has finished."""
         left, goals, alone = self.left, {}, not best_cells(self.space, self.curves)
         for run in runs:
             reached = len(self.curves.get(run, ()))
@@ -143,7 +143,7 @@ class _Search:
             self.curves |= {run: curves[run] for run in goals}
 
     def find(self) -> Generator[Round, Curves, None]:
-        """Searches the shapes in their order; a short budget goes to every n-th of them, then to those nearest to the best."""
+        """Searches the shapes in order; a short budget covers every n-th shape, then those nearest to the best."""
         shapes, least = self.space.shapes, FULL_RUNS * self.space.epochs
         all_shapes = least * len(shapes)
         replicates = max(0.0, min(self.budget / 2, self.budget - all_shapes)) if len(self.space.seeds) > 1 else 0.0
@@ -160,7 +160,7 @@ class _Search:
                 order, rest = rest[:fit], rest[fit:]
 
     def halve(self, shape: Shape, allowance: float) -> Generator[Round, Curves, None]:
-        """Brackets the rates of a shape and halves them rung by rung; lower rates follow while every survivor diverges."""
+        """Brackets the rates of a shape and halves them rung by rung; tries lower rates while every survivor diverges."""
         floor, epochs = self.left - allowance, self.space.epochs
         live = yield from self.bracket(shape, floor)
         for k in range(1, len(self.rungs)):
@@ -173,7 +173,7 @@ class _Search:
             yield from self.train(shape, [self.run(shape, tried[0])], epochs)
 
     def bracket(self, shape: Shape, floor: float) -> Generator[Round, Curves, list[int]]:
-        """Tries rates at the first rung, a comb and then ever finer around the best; returns the indices of the live ones."""
+        """Tries rates at the first rung, evenly spaced and then finer around the best; returns the indices of live rates."""
         low, high = self.expected(shape)
         most, stride = self.affordable(0, self.left - floor), 1
         while (high - low) // stride > most // 2:
@@ -194,7 +194,7 @@ class _Search:
         return live
 
     def further(self, shape: Shape, tried: list[int], live: list[int], stride: int) -> tuple[list[int], int]:
-        """Returns the rates to try next at the first rung, and their stride; none once the best one has both neighbours."""
+        """Returns the rates to try next at the first rung, and their stride; no rates once the best has both neighbours."""
         if not live:  # all diverged
             return [max(0, min(tried) - stride)] if min(tried) else [], 2 * stride
         promise = self.promise(shape, live)
@@ -207,10 +207,10 @@ class _Search:
             stride //= 2
 
     def expected(self, shape: Shape) -> tuple[int, int]:
-        """Returns the lowest and the highest index between which the best rate of a shape is expected.
+        """Returns the lowest and the highest index at which the best rate of a shape is expected.
 
-        From the nearest batch size that is known, the best rate keeps η̃, or η = η̃·m, or lies between. One more rate is included
-        above, as the first rung prefers low rates.
+        From the nearest known batch size, the best rate is expected to keep η̃, to keep η = η̃·m, or to lie between. The next
+        higher rate is included, since the first rung favours low rates.
         """
         base_lrs, best = self.space.base_lrs, best_cells(self.space, self.curves)
         if not best:
@@ -228,13 +228,13 @@ class _Search:
         return {i: (best[i] + best[lower]) / 2 for lower, i in zip(order[:1] + order, order, strict=False)}
 
     def ranked(self, shape: Shape, live: Iterable[int]) -> list[int]:
-        """Returns the indices of live rates, the most promising first; of those about as good as the best the highest first."""
+        """Returns the indices of live rates, the most promising first; rates that tie with the best, highest first."""
         promise = self.promise(shape, live)
         top, least = max(promise.values(), default=0.0), min(promise.values(), default=0.0)
         return sorted(promise, key=lambda i: (-min(promise[i], top - TIED * (top - least)), -i))
 
     def affordable(self, rung: int, epochs: float) -> int:
-        """Returns how many runs can go on to a rung, half of them to the next, and so on; at least one."""
+        """Returns how many runs can continue to a rung, half of them to the next, and so on; at least one."""
         steps = [end - start for start, end in zip([0, *self.rungs], self.rungs, strict=False)][rung:]
         counts = range(1, len(self.space.base_lrs) + 1)
         fit = [n for n in counts if sum(max(1, n >> k) * step for k, step in enumerate(steps)) <= epochs]
@@ -243,7 +243,7 @@ class _Search:
     def replicate(self) -> Generator[Round, Curves, None]:
         """Trains further seeds of the leaders.
 
-        They are the best cells of the shapes within two standard errors of the best one; the r-th gets about 1/r of its seeds.
+        Leaders are the shapes' best cells within two standard errors of the best one; the r-th gets about 1/r of its seeds.
         """
         while self.left >= self.space.epochs:
             values = final_values(self.space, self.curves)
@@ -261,7 +261,7 @@ class _Search:
             yield from self.train(shape, new, self.space.epochs)
 
     def use_up(self) -> Generator[Round, Curves, None]:
-        """Trains the grid's other runs while the budget lasts, those with rates next to the best of their shape first."""
+        """Trains the grid's other runs while the budget lasts, starting with rates closest to the best of their shape."""
         while self.left >= self.space.epochs:
             best = best_cells(self.space, self.curves)
             ranks = list(dict.fromkeys([*best, *self.space.shapes]))
@@ -285,7 +285,7 @@ class _Search:
 
 
 def _pooled_variance(values: Iterable[Sequence[float]]) -> float:
-    """Returns the variance of a value about the mean of its cell, over all cells; inf if no cell has two."""
+    """Returns the pooled variance of values within cells; inf if no cell has two."""
     several = [cell for cell in values if len(cell) > 1 and min(cell) > -math.inf]
     freedom = sum(len(cell) - 1 for cell in several)
     return sum(statistics.variance(cell) * (len(cell) - 1) for cell in several) / freedom if several else math.inf

@@ -1,4 +1,4 @@
-"""Shows how far a grid has come: live bars on a terminal, elsewhere a plain line now and then."""
+"""Progress displays of a grid: live bars on a terminal, occasional plain lines elsewhere."""
 
 import math
 import sys
@@ -16,7 +16,7 @@ SMOOTHING = 0.2  # weight of the last segment in the images/s that are shown
 
 
 def title(batch_size: int, bn_batch_size: int) -> str:
-    """A program's name for the user: "m = 8, BN batch 4"."""
+    """Returns a program's name for the user, such as "m = 8, BN batch 4"."""
     return f"m = {batch_size}" + (f", BN batch {bn_batch_size}" if bn_batch_size != batch_size else "")
 
 
@@ -57,14 +57,14 @@ class RunCounts:
                 self.images += epochs * num_examples
 
     def counts(self) -> str:
-        """Runs done and diverged, and the best so far."""
+        """Returns the runs done and diverged, and the best metric so far, as text."""
         best = "" if math.isnan(self.best) else f", best run {self.metric.show(self.best)}"
         return f"{self.done}/{self.runs} runs done ({self.diverged} diverged){best}"
 
 
 @dataclass
 class ProgramStatus(RunCounts):
-    """Progress of the program that trains."""
+    """Progress of the program in training."""
 
     lanes: int = 0
     seconds: float = 0.0  # total time of its segments
@@ -78,7 +78,7 @@ class ProgramStatus(RunCounts):
 
 @dataclass
 class Status(RunCounts):
-    """Progress of a grid, and of the program that trains."""
+    """Progress of a grid, and of the program in training."""
 
     started: float = field(default_factory=time.monotonic)
     running: int = 0  # lanes with a run
@@ -109,7 +109,7 @@ class Status(RunCounts):
         if self.program:
             self.program.seconds += seconds
             self.program.segments += 1
-            known *= self.program.segments > 2  # the first also waits for what is done once
+            known *= self.program.segments > 2  # the first also includes one-time work
         self.images_per_second = (1 - SMOOTHING) * known + SMOOTHING * rate if known else rate
 
     def _all(self) -> list[RunCounts]:
@@ -128,14 +128,14 @@ class Status(RunCounts):
         return self.program_seconds + self.later_seconds
 
     def line(self) -> str:
-        """One line: the program's lanes, speed and time left, then the grid's runs and time left."""
+        """Returns one line: the program's lanes, speed and time left, then the grid's runs and time left."""
         grid = f"{self.counts()}, {duration(self.seconds)} left"
         if self.program is None:
             return f"{self.running} running, {self.images_per_second:,.0f} images/s; {grid}"
         return f"{self.program_line()}, {duration(self.program_seconds)} left; grid: {grid}"
 
     def program_line(self) -> str:
-        """The present program's lanes at work, images/s and runs done; empty without one."""
+        """Returns the present program's busy lanes, images/s and runs done; empty without a program."""
         if self.program is None:
             return ""
         lanes = f"{self.running} of {self.program.lanes} lanes at work" if self.running else "ending"
@@ -143,7 +143,7 @@ class Status(RunCounts):
 
 
 class Progress(Protocol):
-    """A display of how far a grid has come."""
+    """Display of a grid's progress."""
 
     def show(self, status: Status, doing: str) -> None:
         """Called after every segment."""
@@ -153,11 +153,11 @@ class Progress(Protocol):
 
 
 class NoProgress(Progress):
-    """Shows nothing."""
+    """Progress display that shows nothing."""
 
 
 class PlainProgress:
-    """Lines for a log: one when each program has begun to train, at most one in `every_seconds`, and one at the end."""
+    """Lines of a log: one when each program has begun to train, at most one in `every_seconds`, and one at the end."""
 
     def __init__(self, stream: TextIO | None = None, every_seconds: float = 60.0):
         self._stream, self._every = stream or sys.stderr, every_seconds
@@ -186,7 +186,7 @@ class LiveProgress:
             TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=6)),
             BarColumn(bar_width=16, table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[line]}", table_column=Column(no_wrap=True, ratio=1)),  # cut where there is little room
+            TextColumn("{task.fields[line]}", table_column=Column(no_wrap=True, ratio=1)),  # truncated on narrow terminals
         )
         self._bars = Bars(*columns, console=console or Console(stderr=True), transient=True, expand=True)
         self._program = self._bars.add_task("", total=None, left="", line="", visible=False)

@@ -1,6 +1,6 @@
-"""The rounds of a search: runs of one program that train on together, chosen by `policy` from the stored rows alone.
+"""The rounds of a search: runs of one program that train together, chosen by `policy` from the stored rows alone.
 
-The policy starts anew in every process, so that a search that was killed goes on as if it had not been.
+Every process replays the policy from its start, so that a killed search resumes as if it had not been interrupted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ def search_rounds(jobs: Sequence[Job], status: Status) -> Iterator[Job]:
 
     Args:
       jobs: one for each program of the grid.
-      status: shows the runs that have begun and what is left of the budget.
+      status: updated with the runs that have begun and the rest of the budget.
     """
     by_shape = {(job.batch_size, job.bn_batch_size): job for job in jobs}
     experiment, num_examples = jobs[0].experiment, jobs[0].num_examples
@@ -47,10 +47,10 @@ def search_rounds(jobs: Sequence[Job], status: Status) -> Iterator[Job]:
 
 
 def with_budget(setup: Setup, workdir: Path) -> Experiment:
-    """Returns the experiment, whose budget in seconds, if it has one, is given in examples: those that its workdir began with.
+    """Returns the experiment with a budget in seconds converted to examples; a resumed workdir keeps its first conversion.
 
     Raises:
-      InputError: with several processes, which would not measure the same.
+      InputError: with several processes, whose measurements would differ.
     """
     experiment, search = setup.experiment, setup.experiment.search
     if search.seconds is None or search.budget is not None:
@@ -66,7 +66,7 @@ def with_budget(setup: Setup, workdir: Path) -> Experiment:
 
 
 def space_of(experiment: Experiment, num_examples: int) -> policy.Space:
-    """Returns what the search of an experiment may choose from and spend."""
+    """Returns the search space of an experiment, including its budget."""
     grid, search = experiment.grid, experiment.search
     return policy.Space(
         shapes=tuple(grid.shapes()),

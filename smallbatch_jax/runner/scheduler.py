@@ -1,11 +1,11 @@
 """Trains the pending runs of one program: refills lanes, dispatches segments, records them, retires runs, saves.
 
-The host stays one segment ahead of what it knows: it dispatches segment k+1, then reads the report of segment k. A run that
+The host stays one segment ahead of the reports: it dispatches segment k+1, then reads the report of segment k. A run that
 reaches its last epoch is known to end without reading anything, so its lane is refilled at once; the lane of a run that
 diverged in segment k is refilled in k+2, and computes nothing in k+1.
 
-With several hosts each has a scheduler, and all do the same. What a clock or a signal suggests to one host is its proposal. It
-travels with a segment; all hosts act on the proposals when they read that segment.
+With several hosts, each has a scheduler, and all take the same actions. Each host sends a proposal, which depends on its own
+clock and signals, along with a segment; all hosts act on the proposals when they read that segment's report.
 """
 
 import time
@@ -59,7 +59,7 @@ class Scheduler:
         self._compiling: Future[LaneProgram] | None = None
 
     def train(self) -> None:
-        """Trains until all runs have reached the job's goals; those that may go on from there are parked.
+        """Trains until all runs have reached the job's goals; runs that may continue later are parked.
 
         Raises:
           Interrupted: on a signal, after the segment in flight ended and all lanes were saved.
@@ -69,7 +69,7 @@ class Scheduler:
         ended = {run for run in parked if run not in job.goals or job.results.complete(run, job.experiment.epochs)}
         for run in ended.difference(pending):
             del parked[run]
-        self._queue = deque(sorted(pending, key=lambda run: run not in parked))  # those that have begun come first
+        self._queue = deque(sorted(pending, key=lambda run: run not in parked))  # runs that have begun come first
         self._begin(pending)
         self._pace.restart()
         while True:
@@ -91,7 +91,7 @@ class Scheduler:
                 self._agreed = self._agreed._replace(save=0)
 
     def restore(self) -> None:
-        """Parks the runs of the last checkpoint, to go on from there, and no others."""
+        """Replaces the parked runs by those of the last checkpoint, to resume from there."""
         self.lanes.parked.clear()
         restored = processes.on_first(lambda: self._checkpoints.restore(self.lanes.program.template))
         if restored is not None:
@@ -104,7 +104,7 @@ class Scheduler:
                     self._session.status.images -= batches.examples(step)
 
     def _begin(self, pending: list[Run]) -> None:
-        """Shows what is left to do, less what parked runs have done already."""
+        """Shows the work that is left, excluding what parked runs have done already."""
         job, status, parked = self._job, self._session.status, self.lanes.parked
         program = ProgramStatus(lanes=self.lanes.program.lanes)
         program.add_program(job.goals, job.results, job.num_examples)
@@ -128,7 +128,7 @@ class Scheduler:
         return flight._replace(proposals=processes.exchange(proposal, self.lanes.program.mesh))
 
     def _record(self, flight: InFlight) -> None:
-        """Waits for a segment, stores its rows, frees the lanes of runs that diverged, and shows how far the grid has come."""
+        """Waits for a segment, stores its rows, frees the lanes of runs that diverged, and shows progress."""
         job, session, status, rows, trained = self._job, self._session, self._session.status, [], 0
         report = flight.fetch()
         for i, lane in enumerate(flight.lanes):
@@ -138,7 +138,7 @@ class Scheduler:
             row = _row(job, lane, jax.tree.map(lambda values, i=i: values[i], report))
             if row is not None:
                 rows.append(row)
-                if i in flight.final and not row.diverged:  # stored before its last row: a kill in between trains it again
+                if i in flight.final and not row.diverged:  # stored before the last row: a kill in between repeats the run
                     value = job.results.final(row.run, row)
                     session.parameters.save(name_of(row.run), row.run, value, flight.final[i])
                 if row.diverged:
@@ -179,7 +179,7 @@ class Scheduler:
         return Proposal(int(proposals[:, 0].max()), *map(int, proposals[0, 1:]))
 
     def _pack(self) -> None:
-        """Moves the last runs together, where that keeps devices from waiting or from computing for empty lanes."""
+        """Repacks the last runs if that keeps devices from idling or from computing for empty lanes."""
         program = self._better_program()
         if program is not None:
             self._land()
@@ -191,7 +191,7 @@ class Scheduler:
         program, loads = self.lanes.program, self.lanes.loads()
         if self._queue or not any(loads):
             return None
-        if program.any_length:  # an empty lane costs nothing, a device without lanes does
+        if program.any_length:  # an empty lane costs nothing, an idle device does
             return program if max(loads) - min(loads) > 1 else None
         if self._compiling is not None:
             if not self._compiling.done():
@@ -207,7 +207,7 @@ class Scheduler:
         return None
 
     def save(self) -> None:
-        """Saves all lanes, after the rows of the steps behind them."""
+        """Saves all lanes, after syncing the rows of their epochs to disk."""
         began = time.monotonic()
         state, runs = self.lanes.read_all()
         if processes.is_first():
@@ -220,11 +220,11 @@ class Scheduler:
 
 
 def _row(job: Job, lane: LaneSteps, found: Report) -> Row | None:
-    """Returns the row of an epoch that ended, well or by divergence; None while it goes on."""
+    """Returns the row of an epoch that ended, normally or by divergence; None while it continues."""
     if found.alive and not lane.evaluate:
         return None
     run, m, batches, step = lane.run, job.batch_size, job.batches, int(found.step)
-    # A batch whose loss was not finite was seen, though it made no update.
+    # A batch with a non-finite loss is included, although it made no update.
     examples = batches.examples(step) - batches.examples(batches.epoch_end(lane.epoch - 1)) + m * (not found.alive)
     values = {"train_loss": float(found.loss_sum) / (examples / m)}
     values |= {f"train_{name}": float(total) / examples for name, total in found.sums.items()}
@@ -255,7 +255,7 @@ class Pace:
         self.restart()
 
     def restart(self) -> None:
-        """Starts the clock anew, after time that no segment took."""
+        """Restarts the clock, to exclude time spent outside segments."""
         self._since = time.monotonic()
 
     def measure(self, trained: int) -> float:

@@ -1,6 +1,6 @@
-"""The runs in the lanes of one program: which run is in which lane, what each does next, and the segments that do it.
+"""Assigns runs to the lanes of one program, chooses the next steps of each, and dispatches segments.
 
-`Lanes` dispatches segments and does not wait for them. The scheduler fetches their reports, stores them and refills lanes; the
+`Lanes` does not wait for the segments that it dispatches. The scheduler fetches and stores their reports and refills lanes; the
 planner only times them.
 """
 
@@ -25,8 +25,8 @@ class InFlight(NamedTuple):
     lanes: list[LaneSteps | None]
     report: Report
     final: dict[int, PyTree]  # params and batch_stats of the runs that end, by lane; empty unless parameters are kept
-    parked: dict[int, LaneState]  # the lanes of the runs that reach a goal, or a larger batch, before their end
-    proposals: Any = None  # int32[hosts, 3], a `Proposal` of every host
+    parked: dict[int, LaneState]  # states of runs that reach a goal, or a larger batch, before their end
+    proposals: Any = None  # int32[hosts, 3], the `Proposal` of each host
 
     def fetch(self) -> Report:
         """Waits for the segment and returns its report as NumPy arrays."""
@@ -56,7 +56,7 @@ class Lanes:
         return load
 
     def refill(self, queue: deque[Run]) -> None:
-        """Starts queued runs in the free lanes, or goes on with them where they were parked."""
+        """Starts queued runs in the free lanes, or resumes them if they were parked."""
         entering: dict[int, TrainState | LaneState] = {}
         for lane in self._free_lanes():
             if not queue:
@@ -95,7 +95,7 @@ class Lanes:
         self.state = program.put(packed)
 
     def send(self, pace: int, evaluate: bool = True) -> InFlight | None:
-        """Dispatches a segment of about `pace` steps per lane, and frees the lanes of runs that end in it; None without any.
+        """Dispatches a segment of about `pace` steps per lane and frees the lanes of runs that end in it; None if all are free.
 
         A lane stops at the end of its epoch and is evaluated there, unless `evaluate` is False.
         """
@@ -120,7 +120,7 @@ class Lanes:
         return InFlight(lanes, processes.readable(report, self.program.mesh), final, parked)
 
     def _copy(self, stacked: PyTree, lane: int) -> PyTree:
-        """Returns a copy of a lane's part, which outlives the state."""
+        """Returns a copy of one lane's arrays, which outlives the donated state."""
         return processes.readable(_take_lane(stacked, np.int32(lane)), self.program.mesh)
 
     def _free_lanes(self) -> Iterator[int]:

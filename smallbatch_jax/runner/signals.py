@@ -10,7 +10,7 @@ from contextlib import contextmanager
 ENDING = (signal.SIGINT, signal.SIGTERM)
 # Batch systems send the first three before a time limit; a closing terminal sends SIGHUP.
 WARNING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)
-SAME_SIGNAL_SECONDS = 0.1  # two signals closer than this are one
+SAME_SIGNAL_SECONDS = 0.1  # two signals closer than this are treated as one
 
 
 def handled() -> list[signal.Signals]:
@@ -20,7 +20,7 @@ def handled() -> list[signal.Signals]:
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the work early; everything is saved, and the same command goes on."""
+    """Raised when a signal ended the work early; everything is saved, and the same command resumes."""
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
@@ -69,7 +69,7 @@ def noted_signals() -> Iterator[Stop]:
 
 
 def _leave_closed_terminal() -> None:
-    """Sends output to /dev/null if the terminal is gone, where printing would raise."""
+    """Sends output to /dev/null if the terminal is gone, since printing would raise."""
     for descriptor in (1, 2):
         try:
             os.write(descriptor, b"")

@@ -1,4 +1,4 @@
-"""The public function `sweep`: a grid from Python, on a model and data of any kind."""
+"""The public function `sweep`, which trains a grid from Python on any model and data."""
 
 import dataclasses
 import multiprocessing
@@ -50,7 +50,7 @@ def sweep(
     progress: Progress | None = None,
     **options: Any,
 ) -> "pd.DataFrame":
-    """Trains the grid batch_sizes × base_lrs × seeds on your own model and data; lanes, store and resume as in the commands.
+    """Trains the grid batch_sizes × base_lrs × seeds on your own model and data; lanes, storage and resume as in the commands.
 
     Args:
       model: a name of `create_model`, with the option `norm`; or your own, which gives logits float[n, num_classes]: a linen
@@ -61,16 +61,16 @@ def sweep(
         any shape [n, …].
       batch_sizes: m, each at most the number of training examples.
       base_lrs: η̃ = η/m, the step length per example: crossed with all batch sizes, or given for each batch size.
-      epochs: E, of every run, whatever m.
-      seeds: of initialisation and order: the replicates of a cell.
+      epochs: E, the same for every run at any m.
+      seeds: of initialisation and data order; the replicates of a cell.
       workdir: folder that stores the results and resumes with the same model and data; None stores nothing.
-      loss: your own (outputs, batch) → float32[n], one value for each example of `batch.images` and `batch.labels`; None takes
-        that of the `task`, which follows from the labels: classes, targets of a regression, or the next token of sequences.
+      loss: your own (outputs, batch) → float32[n], one value for each example of `batch.images` and `batch.labels`; None uses
+        the loss of the `task`, which follows from the labels: classes, regression targets, or the next token of sequences.
       metrics: reported in addition to the loss: names in `config.catalog.METRICS`, or functions by name, called like `loss`.
       optimizer: a name in `config.catalog.OPTIMIZERS`; an `experiment.Optimizer`; or your own function (learning_rate,
         **scalars) → optax.GradientTransformation. It gets the learning rate with its schedule, and the option `scalars`, a dict
-        of numbers or of tuples of numbers to try, all of them traced: other values need no compilation.
-      progress: shows after every segment how far the grid has come; None shows lines or a bar on stderr.
+        of numbers or of tuples of numbers to try, all of them traced: new values need no compilation.
+      progress: display that is updated after every segment; None shows lines or a bar on stderr.
       **options: fields of a config (`config.experiment`), each by its own name, with the config's defaults:
 
         - of the optimizer its `rule` ("linear": η = η̃·m, "sqrt": η̃·√m, "constant": η̃), `momentum`, `beta1`, `beta2`,
@@ -96,9 +96,9 @@ def sweep(
     Raises:
       InputError: in one line that names the invalid argument.
       KeyboardInterrupt: `runner.signals.Interrupted`, on Ctrl-C or another signal, once all lanes are saved in the workdir;
-        the same call goes on.
+        the same call resumes.
     """
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # in a process that is to decode photographs
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # in a worker process that decodes photographs
         raise SystemExit("sweep: call it below `if __name__ == '__main__':`, since processes that decode import this script.")
     workdir = None if workdir is None else fields.expanded_path("workdir", workdir)
     sections = _sections(options)
@@ -130,7 +130,7 @@ def sweep(
 
 
 def require_dataset(images: Any) -> None:
-    """Refuses anything but a dataset."""
+    """Raises InputError if `images` is not a dataset."""
     if not isinstance(images, (Dataset, Photographs)):
         raise InputError(f"dataset: got a {type(images).__name__}; accepts a name, or a data.Dataset of your own arrays.")
 
@@ -182,10 +182,10 @@ def _train(
 
 
 def _sections(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the config that the options stand for, its sections as dicts.
+    """Returns the config that the options describe, with sections as dicts.
 
     Raises:
-      InputError: naming an unknown option, and the known ones.
+      InputError: if an option is unknown; the message lists the known ones.
     """
     known = dict.fromkeys(_names(Experiment), "")
     for section, kind in _SECTIONS.items():
@@ -205,7 +205,7 @@ def _names(kind: type) -> list[str]:
 
 
 def _require_usable(options: Mapping[str, Any], own: OwnModel | None, workdir: str | None) -> None:
-    """Refuses options that have no meaning for this model or without a workdir."""
+    """Raises InputError for options that have no meaning for this model or without a workdir."""
     if options.get("tensorboard") and workdir is None:
         raise InputError("tensorboard: shows what a workdir keeps, and there is none; give one, or leave tensorboard out.")
     if options.get("keep_parameters") and workdir is None:

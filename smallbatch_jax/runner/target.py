@@ -29,18 +29,18 @@ from smallbatch_jax.runner.jobs import GIB, Job, ModelOf, Setup, lacks_memory
 from smallbatch_jax.store.results import Format, ProgramResults
 
 ANY_STEPS = 10_000  # steps of a run: a constant with no effect on cost, so that Figs. 8, 17 and 18 share programs
-EVALUATED = 1 / 3  # of a training image's time: one forward pass instead of three equal passes
+EVALUATED = 1 / 3  # evaluation time per image relative to training: one forward pass instead of three equal passes
 
 
 @dataclass(frozen=True)
 class Target:
-    """An accelerator, by its vendor's nominal figures."""
+    """An accelerator and its vendor's nominal figures."""
 
     platform: str  # "gpu" or "tpu"
     topology: str  # name of a TPU topology, or XLA's description of a GPU
     memory_gib: float
     gb_per_second: float = 0.0  # memory bandwidth of a GPU
-    tflops: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of a GPU, in float32, tf32 and bfloat16
+    tflops: tuple[float, float, float] = (0.0, 0.0, 0.0)  # peak rates of a GPU in float32, tf32 and bfloat16
     gigahertz: float = 0.0  # clock of a TPU
 
 
@@ -75,7 +75,7 @@ TARGETS = {
 LAUNCH_SECONDS = 2.5e-6  # launch latency of a GPU kernel
 # Share of a GPU's peak that convolutions of few channels reach in float32, tf32 and bfloat16 on one H200 (2026-11-26). In
 # float32 it is fitted to ResNet-20: the step of 13 lanes is then within -25 % and +15 % of the measured one from m = 2 to 512.
-# In the others it is that of single layers.
+# For the others it is measured on single layers.
 REACHED = (0.24, 0.10, 0.12)
 ASSUMPTIONS = {  # by platform
     "gpu": "each kernel takes its bytes ÷ bandwidth, at least 2.5 µs, and the FLOPs the time at a share of the peak rate that "
@@ -91,7 +91,7 @@ class Compiled:
     lanes: int
     peak_bytes: int  # without the dataset; the target's whole memory if the compiler ran out of it
     kernels: int  # per step of all lanes
-    launches_or_bytes: float  # seconds × bandwidth: the sum over kernels of their bytes, or those of a launch if that is more
+    launches_or_bytes: float  # sum over kernels of max(bytes moved, launch seconds × bandwidth)
     moved: float  # bytes, read and written by the kernels
     written: float
     cycles: float
@@ -113,7 +113,7 @@ def devices(name: str) -> Sequence[Any]:
     """Returns one device of the target, for which programs can be compiled but not run.
 
     Raises:
-      InputError: if the extra that brings its compiler is not installed, or the compiler refuses.
+      InputError: if the extra that brings its compiler is not installed, or the compiler fails.
     """
     from jax.experimental import topologies
 

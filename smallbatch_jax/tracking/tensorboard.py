@@ -1,6 +1,6 @@
 """TensorBoard as a tracker: an event file for each run in WORKDIR/tensorboard/RUN, by tensorboardX."""
 
-# The messages are made as their modules load.
+# The protobuf message classes are created at import.
 # pyright: reportAttributeAccessIssue=false
 
 import os
@@ -9,13 +9,13 @@ from pathlib import Path
 
 from smallbatch_jax.config.experiment import Experiment
 
-DIVERGED = "final/diverged"  # 1 if a run ended so
+DIVERGED = "final/diverged"  # 1 if the run diverged, else 0
 
 
 class TensorBoardRun:
     """The event file of a run, rewritten from the stored rows by each process that trains the run.
 
-    It replaces the file before it, and begins with a START event, at which an open TensorBoard drops what it has read.
+    It replaces earlier files and begins with a START event, which makes an open TensorBoard discard what it has read.
     tensorboardX's `SummaryWriter` is not used: it writes from a thread, which dies silently on a full disk.
     """
 
@@ -27,7 +27,7 @@ class TensorBoardRun:
         folder = workdir / "tensorboard" / name
         folder.mkdir(parents=True, exist_ok=True)
         for earlier in folder.glob("*tfevents*"):
-            os.truncate(earlier, 0)  # an open TensorBoard reads no further if it is gone
+            os.truncate(earlier, 0)  # an open TensorBoard stops reading if the file is deleted
         self._writer = event_file_writer.EventsWriter(str(folder / "events"))
         self._write(session_log={"status": "START"})
         columns, row, self._success = summary.hparams(hparams, dict.fromkeys((f"final/{experiment.metric.column}", DIVERGED)))
@@ -35,14 +35,14 @@ class TensorBoardRun:
         self._write(summary=row)
 
     def show(self, points: dict[int, dict[str, float]]) -> None:
-        """Adds points to the curves, by epoch: those of the first epochs, then those that follow."""
+        """Adds points to the curves, by epoch; later calls add later epochs."""
         for epoch, scalars in points.items():
             self._epoch = epoch
             self._write(summary={"value": [{"tag": name, "simple_value": value} for name, value in scalars.items()]})
         self._writer.flush()
 
     def close(self, outcome: dict[str, float]) -> None:
-        """Shows how the run ended; `outcome` is empty if another process goes on with it."""
+        """Shows how the run ended; `outcome` is empty if another process is to continue it."""
         from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
         if outcome:

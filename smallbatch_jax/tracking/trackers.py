@@ -1,7 +1,7 @@
-"""Trackers show a grid while it trains: TensorBoard, Weights & Biases.
+"""Trackers, which show a grid while it trains: TensorBoard, Weights & Biases.
 
-The results store is the truth and is written first. A tracker is opened with what is stored, and adds what it lacks: nothing
-is lost or shown twice whenever a process was killed, and a tracker that is turned on later shows what was trained before.
+The results store is the source of truth and is written first. A tracker starts from the stored rows and adds those it lacks:
+a kill neither loses nor repeats rows, and a tracker that is turned on later also shows earlier training.
 """
 
 import math
@@ -18,13 +18,13 @@ from smallbatch_jax.store.results import SPLITS, ProgramResults, Row
 from smallbatch_jax.tracking.tensorboard import DIVERGED, TensorBoardRun
 from smallbatch_jax.tracking.wandb import WandbRun
 
-# One run in a tracker: a class with the methods of TensorBoardRun, which keeps its files in WORKDIR/NAME. NAME is the
-# experiment's field that turns the tracker on, and the extra of setup.cfg with its package.
+# Classes of a tracked run by NAME, with the methods of TensorBoardRun; each keeps its files in WORKDIR/NAME. NAME is both the
+# experiment's field that turns the tracker on and the extra of setup.cfg that installs its package.
 TRACKERS = {"tensorboard": TensorBoardRun, "wandb": WandbRun}
 
 
 def require(experiment: Experiment) -> None:
-    """Raises InputError if the package of a tracker is not installed, or W&B accepts no project of that name."""
+    """Raises InputError if the package of a tracker is not installed, or W&B does not accept the project's name."""
     for name in TRACKERS:
         if getattr(experiment, name):
             extras.require(name, name)
@@ -34,11 +34,11 @@ def require(experiment: Experiment) -> None:
 
 
 class Trackers(AbstractContextManager):
-    """Trackers of an experiment, by default none; a context manager.
+    """An experiment's trackers, none by default, as a context manager.
 
     The process that writes a program's rows opens them. A tracker is a convenience and may depend on a network: its first
-    failure of any kind is one line on stderr, and training goes on without it. The next start brings it up to date, but for
-    runs that WORKDIR/NAME/complete lists. `stored`, the programs that this process trains, are shown at once.
+    failure of any kind prints one line on stderr, and training continues without it. The next start brings it up to date,
+    except for runs listed in WORKDIR/NAME/complete. `stored`, the programs that this process trains, are shown at once.
     """
 
     def __init__(self, experiment: Experiment, workdir: Path, stored: Iterable[ProgramResults]):

@@ -1,4 +1,4 @@
-"""Weights & Biases as a tracker; the package is an extra and imported only where it is asked for."""
+"""Weights & Biases as a tracker; the package is an extra, imported only when a run is tracked."""
 
 import hashlib
 import secrets
@@ -14,8 +14,8 @@ LIMITS = {"finish_timeout": 60.0, "finish_timeout_raises": True}  # seconds for 
 class WandbRun:
     """A W&B run; the workdir keeps its id, so that a resumed run continues the same W&B run.
 
-    W&B says how many rows its server has; only the rest is logged. Offline it keeps each session in a folder of its own,
-    WORKDIR/wandb/offline-run-…: a session logs all rows, and replaces those before it unless they were uploaded.
+    W&B reports how many rows its server has; only later rows are logged. Offline, each session has its own folder,
+    WORKDIR/wandb/offline-run-…: a session logs all rows, and replaces earlier sessions that were not uploaded.
     """
 
     def __init__(self, experiment: Experiment, workdir: Path, name: str, hparams: dict[str, object]):
@@ -24,7 +24,7 @@ class WandbRun:
         folder = workdir / "wandb"
         if not (folder / "identity").exists():
             append_line(folder / "identity", secrets.token_hex(8))
-        key = (folder / "identity").read_text().split("\n")[0]  # the first, if several processes made one at once
+        key = (folder / "identity").read_text().split("\n")[0]  # the first line, if several processes wrote one at once
         identity = hashlib.sha256(f"{key} {experiment.wandb} {name}".encode()).hexdigest()[:16]
         for session in folder.glob(f"offline-run-*-{identity}"):
             if not list(session.glob("*.synced")):
