@@ -29,8 +29,8 @@ JOIN_SECONDS = flags.DEFINE_integer("join_seconds", 300, "How long to wait for t
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 NOISE = re.compile(r"\[Gloo\]|connected to \d+ peer ranks|coordination_service|preemption_sync|JAX distributed service")
-JOINED = mmap.mmap(-1, 1)  # shared by the watcher and its child: 1 once the processes have joined
 NATIVE_LINE = re.compile(r"[IWEF]\d{4} ")  # beginning of a native log entry, which may have more lines
+JOINED = mmap.mmap(-1, 1)  # shared by the watcher and its child: 1 once the processes have joined
 
 
 def asked() -> dict[str, Any] | None:
@@ -94,9 +94,7 @@ def _watch(child: int, reader: int, number: int | None) -> NoReturn:
             print(line, end="", file=sys.stderr, flush=True)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status == -signal.SIGABRT and not JOINED[0]:
-        waited = f"{JOIN_SECONDS.value} seconds (--join_seconds)"
-        print(f"--coordinator_address: not all processes joined within {waited}", file=sys.stderr)
-        status = 2
+        raise InputError(f"--coordinator_address: not all processes joined within --join_seconds={JOIN_SECONDS.value}")
     if status < 0:
         which = "" if number is None else f" {number}"
         lost = status == -signal.SIGABRT

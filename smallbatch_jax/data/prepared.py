@@ -80,7 +80,7 @@ def newest_version(name: str, data_dir: str | os.PathLike | None) -> Path:
     versions = [folder for folder in folders if re.fullmatch(r"\d+\.\d+\.\d+", folder.name)]  # not incomplete.XXX_3.0.2
     if not versions:
         other = nearby(root, lambda path: any((path / name).glob("[0-9]*/dataset_info.json")))
-        way = f"Give {str(other)!r}, where it is." if other else f"With a network, once: {_command(name, root)}"
+        way = f"Give {str(other)!r}, where it is." if other else f"Prepare it, with a network: {_command(name, root)}"
         raise InputError(f"dataset.data_dir: {name} is not in {str(root)!r}. {way}")
     return max(versions, key=lambda folder: tuple(map(int, folder.name.split("."))))
 

@@ -25,7 +25,7 @@ def require_fitting(experiment: Experiment, dataset: Dataset | Photographs) -> N
             f"task: {experiment.task!r} does not go with the dataset's labels; use {suits!r}, or a loss of your own."
         )
     if dataset.num_classes == 1:
-        raise InputError("dataset: has a single class, which is always right; it accepts two or more.")
+        raise InputError("dataset: has a single class, so every prediction is correct; it accepts two or more.")
     if experiment.dataset.color_jitter and not (streamed and experiment.dataset.augment):
         raise InputError(
             "dataset.color_jitter: is a part of the augmentation of streamed images; use it with dataset.image_size and "
@@ -47,6 +47,8 @@ def require_fitting(experiment: Experiment, dataset: Dataset | Photographs) -> N
             "whose shares are cut for one batch size."
         )
     if not experiment.model.name.startswith(OWN):
+        if dataset.num_classes is None:
+            raise InputError(f"model.name: {experiment.model.name} gives logits of classes, but the labels are real numbers.")
         _require_pictures(f"model.name: {experiment.model.name} takes images [N, H, W, C]", dataset.image_shape)
     if experiment.dataset.augment:
         _require_pictures("dataset.augment: crops and flips images [H, W, C] (use False for others)", dataset.image_shape)
@@ -78,7 +80,7 @@ def _require_pictures(reason: str, image_shape: Sequence[int]) -> None:
         way = f"that is {image_shape[2]} channels: if another axis is the channels, use images.transpose{axes}"
     else:
         return
-    raise InputError(f"{reason}, those of the dataset are {list(image_shape)} each; {way}.")
+    raise InputError(f"{reason}, but the dataset's have shape {list(image_shape)}; {way}.")
 
 
 def transposed(image_shape: Sequence[int]) -> tuple[int, ...] | None:

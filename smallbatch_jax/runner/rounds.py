@@ -56,7 +56,7 @@ def with_budget(setup: Setup, workdir: Path) -> Experiment:
     if search.seconds is None or search.budget is not None:
         return experiment
     if processes.several():
-        raise InputError("search.seconds: is measured by one process alone; give search.budget in examples.")
+        raise InputError("search.seconds: works in a single process only; give search.budget in examples.")
     if (workdir / "experiment.json").exists():
         stored = read_workdir(workdir)[0].search
         if stored.seconds == search.seconds:

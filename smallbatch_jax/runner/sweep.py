@@ -108,8 +108,6 @@ def sweep(
     place = [sections["dataset"].pop(name, None) for name in ("data_dir", "image_size")]
     images = data.load(dataset, *place) if isinstance(dataset, str) else dataset
     require_dataset(images)
-    if own is None and isinstance(images, Dataset) and not images.num_classes:
-        raise InputError(f"model: {model} gives logits of classes, but the labels are real numbers; give a model of your own.")
     division = {name: sections["dataset"][name] for name in ("subset", "validation_fraction") if name in sections["dataset"]}
     asked = fields.parse(experiment.Dataset, division, "dataset")
     images = data.divided(images, asked.subset, asked.validation_fraction)
@@ -144,14 +142,13 @@ def _own_parts(sections: dict[str, Any], loss: Any, metrics: Any, optimizer: Any
     if loss is not None:
         sections["task"] = f"{OWN}{_name_of(loss)}"
     sections["metrics"] = [f"{OWN}{name}" for name in functions] if functions else metrics
-    if not (isinstance(optimizer, (str, experiment.Optimizer)) or callable(optimizer)):
-        kind = type(optimizer).__name__
-        raise InputError(f"optimizer: got a {kind}, accepts a name or a function of the learning rate such as optax.adam.")
     own: Any = optimizer if callable(optimizer) else None
     if isinstance(optimizer, experiment.Optimizer):
         sections["optimizer"] = dataclasses.asdict(optimizer) | sections["optimizer"]
-    else:
+    elif own or isinstance(optimizer, str):
         sections["optimizer"]["name"] = f"{OWN}{_name_of(optimizer)}" if own else optimizer
+    else:
+        raise InputError(f"optimizer: got a {_name_of(optimizer)}, accepts a name or a function such as optax.adam.")
     return Own(own, loss, functions)
 
 
@@ -206,10 +203,9 @@ def _names(kind: type) -> list[str]:
 
 def _require_usable(options: Mapping[str, Any], own: OwnModel | None, workdir: str | None) -> None:
     """Raises InputError for options that have no meaning for this model or without a workdir."""
-    if options.get("tensorboard") and workdir is None:
-        raise InputError("tensorboard: shows what a workdir keeps, and there is none; give one, or leave tensorboard out.")
-    if options.get("keep_parameters") and workdir is None:
-        raise InputError("keep_parameters: are kept in a workdir, and there is none; give one, or leave keep_parameters out.")
+    for name in ("tensorboard", "keep_parameters"):
+        if options.get(name) and workdir is None:
+            raise InputError(f"{name}: needs a workdir; give one, or leave {name} out.")
     named = experiment.Model()
     for_named = ("norm", "bn_decay", "bn_statistics")
     if own is not None and any(options.get(name, getattr(named, name)) != getattr(named, name) for name in for_named):

@@ -121,7 +121,7 @@ def _caveats(study: Study, best: pd.Series, noise: Noise) -> list[str]:
         seeds = int(best["diverged"] + best["finished"] + best["pending"])
         found.append(f"{int(best['diverged'])} of its {seeds} seeds diverged.")
     if best["finished"] == 1 and study.fresh.empty:
-        found.append("One seed: its variation between seeds is not known.")
+        found.append("One seed: the variation between seeds is not known.")
     others = cells.drop(index=best.name)
     near = [int(cell["batch_size"]) for _, cell in others.iterrows() if noise.reaches(cell, best)]
     if near:

@@ -110,7 +110,7 @@ def test_processes_that_were_not_started_alike_are_refused(tmp_path):
         pytest.param(
             ("--coordinator_address=127.0.0.1:1", "--num_processes=2", "--process_id=1", "--join_seconds=1"),
             {},
-            "--coordinator_address: not all processes joined within 1 seconds (--join_seconds)",
+            "--coordinator_address: not all processes joined within --join_seconds=1",
             marks=pytest.mark.long,
         ),
     ],
@@ -205,7 +205,7 @@ def test_a_signal_to_one_process_stops_both_and_both_go_on_later(tmp_path, undis
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_run_of_two_processes_goes_on_in_one(tmp_path, undisturbed, devices):
-    """It resumes on fewer devices from its checkpoint; the next epoch's loss agrees; later ones differ by rounding."""
+    """It resumes on fewer devices from its checkpoint; the next losses agree to rounding."""
     arguments = ["train.py", *SHARED, f"--workdir={tmp_path / 'w'}"]
     processes = start_two(*arguments)
     wait_for(lambda: rows(tmp_path / "w").count(b"\n") > 3, processes)
@@ -219,5 +219,6 @@ def test_a_run_of_two_processes_goes_on_in_one(tmp_path, undisturbed, devices):
     fewer.communicate()
     (tmp_path / "undisturbed.csv").write_bytes(undisturbed)
     expected, found = pd.read_csv(tmp_path / "undisturbed.csv"), results.load(tmp_path / "w")
-    after = len(stored)
-    assert found.train_loss[after] == pytest.approx(expected.train_loss[after], rel=1e-4)
+    difference, after = abs(found.train_loss / expected.train_loss - 1), len(stored)
+    assert difference[after] < 1e-5
+    assert difference[after + 1] < 1e-2  # rounding may have flipped a ReLU

@@ -127,7 +127,7 @@ def test_more_parameters_than_may_be_kept_are_refused_before_anything_is_written
 
 
 def test_a_sweep_without_a_workdir_keeps_no_parameters():
-    with pytest.raises(InputError, match=r"^keep_parameters: are kept in a workdir, and there is none; give one,"):
+    with pytest.raises(InputError, match=r"^keep_parameters: needs a workdir; give one,"):
         sbj.sweep(tiny.TinyModel(), tiny.dataset(), (4,), (2**-7,), 1, keep_parameters="best", progress=NoProgress())
 
 

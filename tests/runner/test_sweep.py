@@ -232,7 +232,7 @@ def pictures(shape, num_classes=3, dtype=np.uint8):
         ((1, 28, 28), "use images.transpose(0, 2, 3, 1)"),
         ((32, 3, 32), "use images.transpose(0, 1, 3, 2)"),
         ((28, 28), "add the axis of channels, images[..., None]"),
-        ((3072,), "takes images [N, H, W, C], those of the dataset are [3072] each; reshape them"),
+        ((3072,), "takes images [N, H, W, C], but the dataset's have shape [3072]; reshape them"),
         ((2, 8, 8, 3), "takes images [N, H, W, C]"),
     ],
 )

@@ -241,7 +241,7 @@ def test_a_mistake_is_named_in_one_line(options, says, tmp_path):
 
 
 def test_a_named_model_gives_no_real_numbers():
-    assert error_line(quiet, "resnet8", table(), (4,), (2**-7,), 1).startswith("model: resnet8 gives logits of classes")
+    assert error_line(quiet, "resnet8", table(), (4,), (2**-7,), 1).startswith("model.name: resnet8 gives logits of classes")
 
 
 @pytest.mark.long

@@ -132,7 +132,7 @@ def test_a_best_inside_the_grid_that_stands_alone_needs_no_caveat_but_its_seed()
     lost = [0.2, 0.3, 0.2]
     first, *caveats = answer(study("fig08", {2: lost, 4: [0.5, 0.9, 0.4], 8: lost})).caveats
     assert first.startswith("In usual terms: learning rate η = η̃·m = 0.015625 on the mean gradient, SGD without momentum")
-    assert caveats == ["One seed: its variation between seeds is not known."]
+    assert caveats == ["One seed: the variation between seeds is not known."]
     lost = [[0.2] * 3, [0.3] * 3, [0.2] * 3]
     three = {2: lost, 4: [[0.5] * 3, [0.9, 0.89, LOST], [0.4] * 3], 8: lost}
     assert answer(study("fig08", three, seeds=(0, 1, 2))).caveats[1:] == ("1 of its 3 seeds diverged.",)
