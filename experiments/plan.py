@@ -89,8 +89,8 @@ def main() -> int:
         return 0
     if chosen.schedule.batch_growth > 1 and (SECONDS.value or TARGET.value or ELSEWHERE.value):
         raise InputError(
-            f"schedule.batch_growth: got {chosen.schedule.batch_growth}, the time of growing batches is not predicted; use 1 "
-            "or --probe_seconds=0 without --target and --elsewhere."
+            f"schedule.batch_growth: got {chosen.schedule.batch_growth}, but its time cannot be predicted; use 1 or "
+            "--probe_seconds=0 without --target and --elsewhere."
         )
     there = Elsewhere(chosen, ELSEWHERE.value)
     listed = Elsewhere(chosen, None) if SECONDS.value else there  # the runs that diverge are known after the probe
@@ -105,7 +105,7 @@ def main() -> int:
         columns = listed.columns(m, len(runs), images)
         print(f"{m:>6}{b:>10}{len(runs):>6}{steps:>15,}{images * len(runs):>16,}{columns}")
     if chosen.search.budget:
-        print(f"its search trains on at most {chosen.search.budget:,.0f} of these images, and one run more")
+        print(f"the search trains on at most {chosen.search.budget:,.0f} of these images, plus one run")
     if TARGET.value:
         compile_for(TARGET.value, chosen)
     elif SECONDS.value:

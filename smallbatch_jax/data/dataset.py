@@ -46,14 +46,13 @@ class Dataset:
         num_classes = self.num_classes
         if num_classes is not None:
             num_classes = fields.integer(1)("Dataset.num_classes", fields.plain(num_classes))
-        names = self.class_names
-        if names is not None:
-            if isinstance(names, str) or len(names) != num_classes or not all(isinstance(name, str) for name in names):
-                raise InputError(f"Dataset.class_names: got {names!r}; it accepts None or {num_classes} strings, one a class")
-            names = tuple(names)
+        given = self.class_names
+        names = tuple(given) if np.iterable(given) and not isinstance(given, str) else ()
+        if given is not None and (len(names) != num_classes or not all(isinstance(name, str) for name in names)):
+            raise InputError(f"Dataset.class_names: got {given!r}; it accepts None or {num_classes} strings, one a class")
         if self.validation_images is None and self.validation_labels is not None:
             raise InputError("Dataset.validation_labels: given without validation_images; give both, or neither")
-        checked: dict[str, Any] = {"num_classes": num_classes, "class_names": names}
+        checked: dict[str, Any] = {"num_classes": num_classes, "class_names": names or None}
         for split in ["train", "test"] + ["validation"] * (self.validation_images is not None):
             name = f"{split}_labels"
             images = checked[f"{split}_images"] = _checked_images(f"{split}_images", getattr(self, f"{split}_images"))
@@ -222,9 +221,9 @@ def _finite(name: str, array: np.ndarray) -> np.ndarray:
 
 def _checked_labels(name: str, value: Any, num_classes: int | None, images: np.ndarray) -> np.ndarray:
     """Returns classes int32[N] in [0, num_classes), next tokens int32[N, T], or targets float32[N, ...]."""
-    if value is None and (images.dtype != np.int32 or num_classes is None):
+    if value is None and (images.dtype != np.int32 or num_classes is None or images.shape[1] < 2):
         raise InputError(
-            f"Dataset.{name}: got None, which stands for the next token of sequences: integers [N, T] as "
+            f"Dataset.{name}: got None, which stands for the next token of sequences: integers [N, T ≥ 2] as "
             f"{name.replace('labels', 'images')}, and the number of different tokens as num_classes"
         )
     labels = images if value is None else _as_array(name, value)

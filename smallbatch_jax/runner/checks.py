@@ -43,8 +43,8 @@ def require_fitting(experiment: Experiment, dataset: Dataset | Photographs) -> N
         )
     if streamed and experiment.schedule.batch_growth > 1 and processes.several():
         raise InputError(
-            f"schedule.batch_growth: got {experiment.schedule.batch_growth}, accepts 1 where several hosts stream images, "
-            "whose shares are cut for one batch size."
+            f"schedule.batch_growth: got {experiment.schedule.batch_growth}, but each of several hosts streams its "
+            "slice of batches of one size; use 1."
         )
     if not experiment.model.name.startswith(OWN):
         if dataset.num_classes is None:
@@ -100,7 +100,7 @@ def data_warnings(experiment: Experiment, dataset: Dataset | Photographs) -> lis
     if axes or (len(shape) == 3 and shape[0] < shape[1] == shape[2]):
         meant = "[H, C, W]" if axes == (0, 1, 3, 2) else "[C, H, W]"
         way = f"if they are {meant}, use images.transpose{axes or (0, 2, 3, 1)}"
-        found.append(f"images of shape {shape} are taken, and normalised, as [H, W, C]; {way}.")
+        found.append(f"images of shape {shape} are normalised as [H, W, C]; {way}.")
     elif len(shape) == 2 and dataset.train_images.dtype == np.uint8:
         found.append(f"uint8 images of shape {shape} are normalised by column; for grey pictures give images[..., None].")
     return found

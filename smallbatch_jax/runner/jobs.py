@@ -112,7 +112,7 @@ class Setup:
         chosen = self.experiment.optimizer
         if not self.own.optimizer and chosen.name not in catalog.OPTIMIZERS:
             name = repr(chosen.name)
-            raise InputError(f"optimizer.name: {name} is the optimizer of a Python caller, which `sweep` takes as optimizer.")
+            raise InputError(f"optimizer.name: {name} is a function of a Python caller; resume with `sweep(optimizer=…)`.")
         make = self._own_optimizer if self.own.optimizer else pkgutil.resolve_name(catalog.OPTIMIZERS[chosen.name].make)
         if self.experiment.weight_decay_mask == "kernels":
             make = partial(make, mask=is_kernel)

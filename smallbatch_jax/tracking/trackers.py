@@ -76,7 +76,7 @@ class Trackers(AbstractContextManager):
         except Exception as error:
             del self._open[name]
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            print(f"warning: {name} shows no more of this grid; training continues: {reason}", file=sys.stderr, flush=True)
+            print(f"warning: {name} gets no further results; training continues: {reason}", file=sys.stderr, flush=True)
 
     def __exit__(self, *_: object) -> None:
         for name, runs in list(self._open.items()):

@@ -118,6 +118,8 @@ def test_dataset_does_not_copy_what_already_fits():
         ({"num_classes": 2.5}, "num_classes", "2.5"),
         ({"class_names": ("a", "b")}, "class_names", "3 strings"),
         ({"class_names": "abc"}, "class_names", "3 strings"),
+        ({"class_names": 3}, "class_names", "3 strings"),
+        ({"train_images": np.zeros((4, 1), int), "train_labels": None}, "train_labels", "[N, T ≥ 2] as train_images"),
     ],
 )
 def test_bad_arrays_are_refused_by_name(changes, argument, said):

@@ -258,4 +258,4 @@ def test_plan_lists_steps_and_images_of_growing_batches_and_predicts_no_time():
     line = ["--config=configs/quickstart.py", "--config.schedule.batch_growth=10", "--config.grid.batch_sizes=(8,)"]
     done = run("plan.py", *line, "--probe_seconds=0")
     assert "     8         8    13            759         144,456\n" in done.stdout
-    refused(run("plan.py", *line), "schedule.batch_growth: got 10, the time of growing batches is not predicted; use 1 or")
+    refused(run("plan.py", *line), "schedule.batch_growth: got 10, but its time cannot be predicted; use 1 or")

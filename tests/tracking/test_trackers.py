@@ -224,7 +224,7 @@ def test_a_full_disk_is_one_warning_and_the_next_start_shows_all_rows(tmp_path, 
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr().err
-    assert said == "warning: tensorboard shows no more of this grid; training continues: OSError: [Errno 27] File too large\n"
+    assert said == "warning: tensorboard gets no further results; training continues: OSError: [Errno 27] File too large\n"
     show(tmp_path)
     assert [s.step for s in runs_shown(tmp_path)["m00004_lr2^-7_seed0"].Scalars("updates")] == [1, 2, 3, 4, 5, 6]
 

@@ -132,7 +132,7 @@ def test_a_failure_of_wandb_is_one_line_and_the_grid_goes_on(wandb, watched, tmp
 
     monkeypatch.setattr(wandb, "init", fail)
     pd.testing.assert_frame_equal(train(tmp_path / "w", wandb="p"), watched[1], check_exact=True)
-    assert capsys.readouterr().err == "warning: wandb shows no more of this grid; training continues: CommError: no network\n"
+    assert capsys.readouterr().err == "warning: wandb gets no further results; training continues: CommError: no network\n"
     assert_all_shown(tmp_path / "w")
 
 
