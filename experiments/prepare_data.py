@@ -10,7 +10,6 @@ ImageNet takes 300 GB of disk while it is prepared and 150 GB afterwards; the co
 import logging
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import command
 from absl import flags
@@ -34,13 +33,10 @@ def main() -> int:
         if name == "imagenet2012":
             require_archives(folder)
         extras.require("prepare", f"--dataset={name}")
-    builder = prepare(name, folder)
-    if name == "imagenet2012":  # too large to be loaded
-        counts = [builder.info.splits[split].num_examples for split in ("train", "validation")]
-    else:
-        dataset = prepared.load_prepared(name, folder)
-        counts = [len(dataset.train_labels), len(dataset.test_labels)]
-    print(f"{name}: {counts[0]:,} training and {counts[1]:,} test images are ready")
+        prepare(name, folder)
+    streamed = name == "imagenet2012"  # too large to be loaded
+    dataset = prepared.stream_imagenet(folder, 224) if streamed else prepared.load_prepared(name, folder)
+    print(f"{name}: {dataset.num_train:,} training and {dataset.num_test:,} test images are ready")
     return 0
 
 
@@ -57,15 +53,14 @@ def require_archives(folder: Path) -> None:
         )
 
 
-def prepare(name: str, folder: Path) -> Any:
-    """Returns the TFDS builder of a dataset, after preparing it if needed."""
+def prepare(name: str, folder: Path) -> None:
+    """Downloads a dataset and prepares it with TensorFlow Datasets."""
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # it would report each attempt
     try:
         import requests
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder(name, data_dir=folder, file_format="array_record")
-        builder.download_and_prepare()
+        tfds.builder(name, data_dir=folder, file_format="array_record").download_and_prepare()
     except ImportError as error:
         raise extras.MissingPackage(f"--dataset={name}", error.name or f"a package ({error})", "prepare") from error
     except requests.RequestException as error:
@@ -73,7 +68,6 @@ def prepare(name: str, folder: Path) -> Any:
         command.leave(f"{name} cannot be downloaded from {host}: no answer; prepare it where the network is.", 1)
     except tarfile.TarError as error:
         raise InputError(f"--dataset: an archive of {name} is damaged ({error}); download it again.") from error
-    return builder
 
 
 if __name__ == "__main__":

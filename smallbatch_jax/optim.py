@@ -87,6 +87,21 @@ class Optimizer(NamedTuple):
         return self.make(1.0, 0.0, **dict.fromkeys(self.scalars, 0.5)).init(params)
 
 
+def in_float32(make: Callable[..., optax.GradientTransformation]) -> Callable[..., optax.GradientTransformation]:
+    """Returns `make` with a state in float32 and arithmetic in float32, also for parameters in bfloat16 or float16."""
+
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)
+
+    def made(*args: Any, **scalars: Any) -> optax.GradientTransformation:
+        init, update = make(*args, **scalars)
+        return optax.GradientTransformation(
+            lambda params: init(wide(params)), lambda updates, state, params=None: update(wide(updates), state, wide(params))
+        )
+
+    return made
+
+
 def is_kernel(params: optax.Params) -> Any:
     """Returns a `mask` of weight decay: True for arrays of two or more dimensions; biases and normalisation do not decay.
 

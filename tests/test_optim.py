@@ -1,6 +1,7 @@
 """Tests the update by summed gradients (Eq. 2-8) and the unitless schedules."""
 
 import math
+from pkgutil import resolve_name
 from typing import Any
 
 import jax
@@ -9,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from smallbatch_jax.optim import step_schedule, summed_sgd
+from smallbatch_jax.config.catalog import OPTIMIZERS
+from smallbatch_jax.optim import in_float32, step_schedule, summed_sgd
 
 IMAGENET = (30 / 90, 60 / 90, 80 / 90)
 PARAMS = {"kernel": np.array([[0.5, -2.0], [1.5, 0.25]], np.float32), "bias": np.array([3.0, -1.0], np.float32)}
@@ -121,6 +123,25 @@ def test_composes_in_a_chain():
     chained = optax.chain(optax.clip(0.5), summed_sgd(0.5, 4, weight_decay=0.25))
     expected = jax.tree.map(lambda g, p: -0.5 * 4 * (np.clip(g, -0.5, 0.5) + 0.25 * p), GRADS, PARAMS)
     assert_close(updates(chained, GRADS, PARAMS), expected)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_named_optimizer_keeps_a_float32_state_for_bfloat16_parameters(name):
+    entry = OPTIMIZERS[name]
+    scalars = {scalar: jnp.float32(value) for scalar, value in entry.scalars.items()}
+    narrow, grads = (jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tree) for tree in (PARAMS, GRADS))
+    wide, wide_grads = (jax.tree.map(lambda x: x.astype(jnp.float32), tree) for tree in (narrow, grads))
+    ours, theirs = (
+        make(jnp.float32(0.5), jnp.float32(0.25), **scalars)
+        for make in (in_float32(resolve_name(entry.make)), resolve_name(entry.make))
+    )
+    state, expected = ours.init(narrow), theirs.init(wide)
+    for _ in range(2):
+        update, state = ours.update(grads, state, narrow)
+        expected_update, expected = theirs.update(wide_grads, expected, wide)
+        assert_close(update, expected_update)
+        assert_close(state, expected)
+    assert jnp.bfloat16 not in {leaf.dtype for leaf in jax.tree.leaves(state)}
 
 
 def test_updates_keep_the_dtype_of_the_gradients():

@@ -186,7 +186,7 @@ def _as_array(name: str, value: Any) -> np.ndarray:
         array = np.asarray(value)
         foreign = array.dtype.kind == "V" and "float" in array.dtype.name  # such as JAX's bfloat16
         return array.astype(np.float32) if foreign else array
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # of any type: the array may be another library's
         reason = " ".join(str(error).split())
         raise InputError(f"Dataset.{name}: cannot be made an array ({reason}); it accepts a numpy array") from error
 

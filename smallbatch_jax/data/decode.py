@@ -4,7 +4,8 @@ A picture is turned as its EXIF orientation says; unreadable EXIF is ignored. If
 with 1 or 16 bits, or 8 and alpha) the array has one channel; if any is not, all become RGB, whatever their order. Palettes
 and CMYK are converted to RGB as Pillow does it, which takes every CMYK JPEG for inverted, as Adobe writes them. Alpha is
 dropped, and a transparent pixel shows the colour stored under it. The upper eight of 16 bits are kept. A file of several
-pictures, e.g. an animated GIF, is refused, and so is a TIFF of numbers other than integers of 1, 2, 4, 8 or 16 bits.
+pictures, e.g. an animated GIF, is refused, but of a camera's JPEG with several the first is taken. A TIFF of numbers other than
+integers of 1, 2, 4, 8 or 16 bits is refused.
 
 A truncated file is refused. Damaged pixels are detected in a PNG, which has a checksum of them; in a JPEG only where the
 decoder cannot continue, and are accepted otherwise.
@@ -100,7 +101,7 @@ def decode(file: BinaryIO, upright: bool = True) -> np.ndarray:
     if image.width * image.height > MOST_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels, at most {MOST_PIXELS} are accepted")
     after_header = file.tell()
-    if image.format in ("WEBP", "TIFF", "GIF"):
+    if image.format not in ("JPEG", "MPO"):  # MPO: a camera's JPEG with further views
         _require_one_picture(image)
     image.load()
     if image.format == "JPEG":  # where the rest is lost, Pillow decodes zeros to grey pixels

@@ -31,8 +31,9 @@ class Listing(NamedTuple):
     classes: tuple[str, ...]
     paths: list[list[str]]
     labels: list[np.ndarray]  # int32[N]
+    files: str  # digest of the files' names, the same for a copy of the folder and after a broken picture is replaced
     name: str  # depends only on the root
-    key: str  # changes with the listing, the way of decoding and the cache's format
+    key: str  # changes with the files, the way of decoding and the cache's format
 
 
 def load_folder(data_dir: str | os.PathLike | None) -> Dataset:
@@ -63,8 +64,7 @@ def stream_folder(data_dir: str | os.PathLike | None, image_size: int) -> Photog
     """
     listing = _list_folder(data_dir)
     train, test = (Files(listing.root, *split) for split in zip(listing.paths, listing.labels, strict=True))
-    name = f"{listing.name}-{listing.key}"
-    return Photographs(train, test, image_size, len(listing.classes), listing.classes, listing=name)
+    return Photographs(train, test, image_size, len(listing.classes), listing.classes, listing=listing.files)
 
 
 def _list_folder(data_dir: str | os.PathLike | None) -> Listing:
@@ -87,16 +87,18 @@ def _list_folder(data_dir: str | os.PathLike | None) -> Listing:
     if left_out:
         counted = ", ".join(f"{count} {what}" for what, count in sorted(left_out.items()))
         _warn(f"dataset.data_dir: {root!r} has files that are left out: {counted}; read are {_LAYOUT}")
-    digest = hashlib.sha256(f"{cache.FORMAT_VERSION} {decode.version()}\0".encode())
+    names, key = hashlib.sha256(), hashlib.sha256(f"{cache.FORMAT_VERSION} {decode.version()}\0".encode())
     paths, labels = [], []
     for of_class in splits.values():
         files = [file for name in classes for file in of_class[name]]
         for path, version in files:
-            digest.update(os.fsencode(path.removeprefix(root)) + f"\0{version}\0".encode())
+            name = os.fsencode(path.removeprefix(root)) + b"\0"
+            names.update(name)
+            key.update(name + f"{version}\0".encode())
         paths.append([path for path, _ in files])
         labels.append(np.repeat(np.arange(len(classes), dtype=np.int32), [len(of_class[name]) for name in classes]))
     name = "folder-" + hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
-    return Listing(root, classes, paths, labels, name, digest.hexdigest())
+    return Listing(root, classes, paths, labels, names.hexdigest(), name, key.hexdigest())
 
 
 def _checked_root(data_dir: str | os.PathLike | None) -> str:

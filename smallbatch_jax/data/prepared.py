@@ -60,7 +60,8 @@ def stream_imagenet(data_dir: str | os.PathLike | None, image_size: int) -> Phot
     """
     found = _open(newest_version("imagenet2012", data_dir), ("train", "validation"))
     train, test = map(Records, found.records, found.counts)
-    return Photographs(train, test, image_size, len(found.class_names), found.class_names, IMAGENET_STATISTICS, found.key)
+    names = " ".join(os.path.basename(path) for paths in found.records for path in paths)
+    return Photographs(train, test, image_size, len(found.class_names), found.class_names, IMAGENET_STATISTICS, names)
 
 
 def default_data_dir() -> Path:
@@ -96,8 +97,8 @@ def _open(folder: Path, splits: tuple[str, ...]) -> Prepared:
         files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
         listing = [f"{file} {status.st_size} {status.st_mtime_ns}" for file, status in files]
         info = json.loads((folder / "dataset_info.json").read_text())
-        shards = {split["name"]: split["shardLengths"] for split in info["splits"]}
-        counts = [sum(map(int, shards[split])) for split in splits]
+        named = {split["name"]: split["shardLengths"] for split in info["splits"]}
+        shards = [[int(length) for length in named[split]] for split in splits]
         features = json.loads((folder / "features.json").read_text())["featuresDict"]["features"]
         num_classes = int(features["label"]["classLabel"]["numClasses"])
         class_names = tuple(filter(None, map(str.strip, (folder / "label.labels.txt").read_text().splitlines())))
@@ -114,8 +115,14 @@ def _open(folder: Path, splits: tuple[str, ...]) -> Prepared:
             f"dataset.data_dir: {str(folder)!r} was prepared as {stored}, and lacks array_record files, the only format read. "
             f"Prepare it in another folder and give that: {_command(name, folder.parent.parent / 'array_record')}"
         )
+    for split, there, lengths in zip(splits, records, shards, strict=True):
+        if len(there) != len(lengths):
+            raise InputError(
+                f"dataset.data_dir: {str(folder)!r} has {len(there)} of the {len(lengths)} array_record files of {split}; "
+                f"delete it and prepare it again: {_command(name, folder.parent.parent)}"
+            )
     content = "\n".join([str(folder.resolve()), str(cache.FORMAT_VERSION), *listing])
-    return Prepared(folder, hashlib.sha256(os.fsencode(content)).hexdigest()[:32], class_names, counts, records)
+    return Prepared(folder, hashlib.sha256(os.fsencode(content)).hexdigest()[:32], class_names, [*map(sum, shards)], records)
 
 
 def _read(prepared: Prepared) -> dict[str, np.ndarray]:

@@ -38,7 +38,7 @@ def adapted(model: Any) -> OwnModel:
     first = model[0] if isinstance(model, tuple) and model else model
     if isinstance(model, linen.Module):
         return LinenModel(model)
-    if isinstance(first, nnx.Module) or _is_of_equinox(first):
+    if isinstance(first, nnx.Module) or (_is_of_equinox(first) and not isinstance(first, type)):
         kind, argument = type(first).__name__, "rngs" if isinstance(first, nnx.Module) else "key"
         example = f"lambda {argument}: {kind}(…, {argument}={argument})"
         raise InputError(

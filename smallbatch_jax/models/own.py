@@ -106,7 +106,9 @@ class OwnModel(ABC):
         )
         read = used_inputs(evaluated, count)[:count]
         draws = any(compress(read, (kind == "key" for kind in kinds)))
-        if draws or any(compress(moved_later, statistics)):
+        others = [moves and kind == "others" for moves, kind in zip(moved_later, kinds, strict=True)]
+        learns = dce_jaxpr(evaluated, others + [False] * (len(evaluated.outvars) - count))[1][-1]  # the examples come last
+        if draws or learns or any(compress(moved_later, statistics)):
             raise self._refuse_at_evaluation(draws)
         key_used = used_inputs(trained)[count]
         return Trace.of(key_used, any(moved), list(compress(moved, statistics)), list(compress(read, statistics)))

@@ -124,7 +124,8 @@ def require_trainable(experiment: Experiment, dataset: Dataset | Photographs) ->
 
 def facts(experiment: Experiment, dataset: Dataset | Photographs) -> dict[str, Any]:
     """Returns the data properties that a workdir stores; "guess" is the loss of the best constant prediction, if known."""
-    found: dict[str, Any] = {"num_classes": dataset.num_classes, "examples": [dataset.num_train, dataset.num_test]}
+    counts = [dataset.num_train, dataset.num_test]
+    found: dict[str, Any] = {"num_classes": dataset.num_classes, "examples": counts, "digest": dataset.digest()}
     if experiment.task == "regression" and isinstance(dataset, Dataset):
         mean = dataset.train_labels.mean(0, dtype=np.float64)
         found["guess"] = {"loss": float(np.square(dataset.test_labels - mean).mean())}

@@ -233,11 +233,15 @@ class Streamed:
         size, part = self._test_size(mesh), _batch_slice(mesh, self._test_size(mesh))
         prefetcher = self._prefetchers[0] if self._prefetchers else self._new_prefetcher()
         prefetcher.seek(self._index.testing(0))
+        valid = 0
         for begin in range(0, self._photographs.num_test, size):
             found = prefetcher.take(part.count)  # not valid beyond the end of the test set
             there = max(0, min(part.count, self._photographs.num_test - begin - part.first))
             for i in np.flatnonzero(~found.valid[:there]):
                 self._report_undecodable(self._photographs.test, int(found.examples[i]))
+            valid += np.count_nonzero(found.valid[:there])
+            if not valid and begin + size >= self._photographs.num_test and not processes.several():
+                raise InputError(f"dataset.data_dir: none of the {self._photographs.num_test} test images can be decoded.")
             local = found.images, found.labels, found.valid
             yield TestImages(*jax.make_array_from_process_local_data(NamedSharding(mesh, P(DATA)), local))
 

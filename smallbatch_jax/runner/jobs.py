@@ -17,7 +17,7 @@ from smallbatch_jax.config.experiment import OWN, Experiment, InputError, Run, p
 from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.data.order import BatchSchedule, Phase
 from smallbatch_jax.models import create_model, micro_batch_size
-from smallbatch_jax.optim import Optimizer, is_kernel
+from smallbatch_jax.optim import Optimizer, in_float32, is_kernel
 from smallbatch_jax.program import devices, processes
 from smallbatch_jax.program import lanes as lane_programs
 from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
@@ -113,7 +113,9 @@ class Setup:
         if not self.own.optimizer and chosen.name not in catalog.OPTIMIZERS:
             name = repr(chosen.name)
             raise InputError(f"optimizer.name: {name} is a function of a Python caller; resume with `sweep(optimizer=…)`.")
-        make = self._own_optimizer if self.own.optimizer else pkgutil.resolve_name(catalog.OPTIMIZERS[chosen.name].make)
+        make = self._own_optimizer
+        if not self.own.optimizer:
+            make = in_float32(pkgutil.resolve_name(catalog.OPTIMIZERS[chosen.name].make))
         if self.experiment.weight_decay_mask == "kernels":
             make = partial(make, mask=is_kernel)
         first = {name: values[0] for name, values in self.experiment.grid.axes().items()}

@@ -106,6 +106,8 @@ def sweep(
     own = None if isinstance(model, str) else adapted(model)
     _require_usable(options, own, workdir)
     place = [sections["dataset"].pop(name, None) for name in ("data_dir", "image_size")]
+    if not isinstance(dataset, str) and place != [None, None]:
+        raise InputError("data_dir, image_size: belong to a dataset's name; give them to data.load, which made the dataset.")
     images = data.load(dataset, *place) if isinstance(dataset, str) else dataset
     require_dataset(images)
     division = {name: sections["dataset"][name] for name in ("subset", "validation_fraction") if name in sections["dataset"]}

@@ -24,6 +24,7 @@ class SkippedImages:
         self._known = set() if workdir is None else set(load(workdir)["image"])
 
     def add(self, image: str, reason: str) -> None:
+        image = image.encode(errors="backslashreplace").decode()  # a file's name need not be UTF-8
         if image in self._known:
             return
         self._known.add(image)

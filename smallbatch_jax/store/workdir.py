@@ -93,7 +93,7 @@ def _differing_facts(known: Mapping[str, Any], facts: Mapping[str, Any]) -> list
     """Returns the differences between two datasets or own models of the same name."""
     found = [
         f"the dataset has {name} {known[name]} there and {facts[name]} here"
-        for name in ("num_classes", "examples")
+        for name in ("num_classes", "examples", "digest")
         if name in known and name in facts and known[name] != facts[name]
     ]
     another = "model has the same name but other fields or code ({} differs)"

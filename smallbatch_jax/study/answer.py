@@ -31,10 +31,12 @@ def answer(study: Study) -> Answer:
     """
     ended, runs = study.runs
     so_far = f"So far ({ended:,} of {runs:,} runs ended): " if study.unfinished else ""
-    found = recommend(study)
+    found, metric = recommend(study), study.metric
     if (best := found.best) is None:
-        return Answer(f"{so_far}{'none of them has finished.' if so_far else 'Every run diverged.'}", (), None, found)
-    metric = study.metric
+        unknown = f"{metric.title} is NaN in every finished run." if study.cells["finished"].any() else ""
+        return Answer(
+            f"{so_far}{unknown or ('none of them has finished.' if so_far else 'Every run diverged.')}", (), None, found
+        )
     if metric.gain(best[metric.column], study.chance) <= 0:
         return Answer(f"{so_far}No run is better than chance, {metric.show(study.chance)}.", (), best, found)
     named = "" if metric == ACCURACY else f"{metric.title} "

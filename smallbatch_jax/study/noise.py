@@ -43,8 +43,9 @@ class Noise:
         """Returns the error of each mean by its seeds (0 for one), and the least error that fewer than three seeds have."""
         column = self.metric.column
         value, deviation, seeds = (np.asarray(cells[name], float) for name in (column, f"{column}_std", "finished"))
-        of_seeds = np.where(seeds > 1, deviation / np.sqrt(np.maximum(seeds, 1)), 0.0)
-        if self.metric.fraction and self.examples:
+        rounding = 1 / (self.examples * math.sqrt(12)) if self.metric.fraction and self.examples else 0.0  # of k of n examples
+        of_seeds = np.where(seeds > 1, np.maximum(deviation, rounding) / np.sqrt(np.maximum(seeds, 1)), 0.0)
+        if rounding:
             return of_seeds, np.sqrt(np.maximum(value * (1 - value), 0) / self.examples)
         return of_seeds, self.scatter / np.sqrt(np.maximum(seeds, 1))
 

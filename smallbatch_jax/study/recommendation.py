@@ -26,7 +26,8 @@ class Recommendation(NamedTuple):
 
     Attributes:
       best: the best row of `study.cells` among those `analysis.with_most_seeds`; None until a run has finished.
-      low, high: interval of its metric, Student's where seeds give its error, else normal; NaN if the noise is not known.
+      low, high: interval of its metric, Student's where seeds give its error, else Wilson's for a fraction, or normal; NaN if
+        the noise is not known.
       optimism: upper bound on how much choosing the best of many noisy values overstates it.
       as_good: the best and the cells within its noise, if complete and without diverged seeds.
       largest: the largest batch size among them; None if there is none.
@@ -50,7 +51,7 @@ class Recommendation(NamedTuple):
 
 def recommend(study: Study) -> Recommendation:
     """Returns the recommendation of a study, finished or not."""
-    metric, cells = study.metric, with_most_seeds(study.cells)
+    metric, cells = study.metric, with_most_seeds(study.cells).dropna(subset=[study.metric.column])
     best = None if cells.empty else best_first(cells, metric).iloc[0]
     if best is None or metric.gain(best[metric.column], study.chance) <= 0:
         return Recommendation(best)
@@ -78,7 +79,10 @@ def interval(cell: pd.Series, noise: Noise) -> tuple[float, float]:
     With three seeds, a percentile bootstrap covers the mean in two cases of three, Student's interval in nine of ten.
     """
     seeds, value = cell["finished"], cell[noise.metric.column]
-    half = noise.error(cell) * (stdtrit(seeds - 1, (1 + LEVEL) / 2) if noise.by_seeds(cell) else Z)
+    by_seeds, n = noise.by_seeds(cell), noise.examples
+    half = noise.error(cell) * (stdtrit(seeds - 1, (1 + LEVEL) / 2) if by_seeds else Z)
+    if noise.metric.fraction and n and not by_seeds:  # Wilson (1927): not of zero width where all n examples are right
+        value, half = (value + Z**2 / (2 * n)) / (1 + Z**2 / n), math.hypot(half, Z**2 / (2 * n)) / (1 + Z**2 / n)
     return value - half, value + half
 
 

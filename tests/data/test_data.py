@@ -128,6 +128,15 @@ def test_bad_arrays_are_refused_by_name(changes, argument, said):
     assert said in message
 
 
+def test_an_array_of_another_library_that_cannot_be_read_is_refused_by_name():
+    class Tensor:  # as one of PyTorch's that needs a gradient
+        def __array__(self, dtype=None, copy=None):
+            raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+
+    line = error_line(data.Dataset, **arrays(train_images=Tensor()))
+    assert line.startswith("Dataset.train_images: cannot be made an array (Can't call numpy() on Tensor that requires grad.)")
+
+
 def sound(**changes):
     """Returns a dataset about which there is no warning, with some of its arrays changed."""
     rng = np.random.default_rng(0)

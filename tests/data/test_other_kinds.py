@@ -62,11 +62,17 @@ def test_a_tiff_of_other_numbers_is_refused(load_one, dtype):
     assert "unsigned integers of up to 16 bits are accepted" in line
 
 
-@pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP"])
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF", "WEBP"])
 def test_a_file_of_several_pictures_is_refused(load_one, kind):
     frames = [Image.fromarray(NOISE), Image.fromarray(NOISE[::-1])]
     content = encoded_image(frames[0], kind, save_all=True, append_images=frames[1:])
     assert "2 pictures in one file" in load_one(content, "0.png", refused=True)
+
+
+def test_the_first_picture_of_a_cameras_jpeg_is_taken(load_one):
+    grey = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (50, 200)]
+    content = encoded_image(grey[0], "MPO", save_all=True, append_images=grey[1:])
+    np.testing.assert_array_equal(load_one(content, "0.jpg"), np.full((8, 8, 1), 50))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "BMP"])

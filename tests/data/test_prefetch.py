@@ -277,6 +277,30 @@ def test_workers_read_records(imagenet):
     assert found.valid.all()
 
 
+def test_a_missing_file_of_records_is_refused(imagenet, tmp_path):
+    copy = shutil.copytree(imagenet, tmp_path / "copy")
+    info = copy / "imagenet2012" / "5.1.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace('"30"', '"20", "10"'))
+    line = error_line(data.load, "imagenet2012", copy, 16)
+    assert "5.1.0' has 1 of the 2 array_record files of train; delete it and prepare it again: python experiments/" in line
+
+
+def test_a_copy_of_a_folder_has_its_digest_and_a_changed_one_another(imagenet, root, tmp_path):
+    def digest(name, folder):
+        return data.load(name, folder, 16).digest()
+
+    copy = tmp_path / "copy"
+    shutil.copytree(imagenet, copy, copy_function=shutil.copyfile)  # with other modification times
+    assert digest("imagenet2012", copy) == digest("imagenet2012", imagenet)
+    shutil.copytree(root, copy, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    assert digest("folder", copy) == digest("folder", root)
+    first = min(copy.glob("train/*/*"))
+    first.write_bytes(b"")  # a broken picture may be replaced
+    assert digest("folder", copy) == digest("folder", root)
+    first.rename(first.with_stem("renamed"))
+    assert digest("folder", copy) != digest("folder", root)
+
+
 def test_imagenet_that_is_not_there_says_how_to_prepare_it(tmp_path):
     assert "python experiments/prepare_data.py --dataset=imagenet2012" in error_line(data.load, "imagenet2012", tmp_path, 224)
 

@@ -90,23 +90,34 @@ def test_with_its_archives_the_command_goes_on_to_tfds(data_dir, no_tfds):
 def test_once_it_is_prepared_the_archives_may_go(tmp_path, no_tfds, folder, goes_on):
     (tmp_path / "imagenet2012" / folder).mkdir(parents=True)
     (tmp_path / "imagenet2012" / folder / "dataset_info.json").write_text("{}")
-    assert ("tensorflow_datasets was imported" in prepare(tmp_path, **no_tfds).stderr) is goes_on
+    done = prepare(tmp_path, **no_tfds)
+    assert done.returncode == 2
+    assert ("5.1.0' cannot be read as imagenet2012: KeyError" in done.stderr) is goes_on
 
 
 def test_the_counts_are_printed_and_no_image_is_loaded(data_dir, tmp_path_factory):
-    """A fake builder with ImageNet's counts replaces that of TFDS, which needs TensorFlow."""
+    """A fake builder of empty files replaces that of TFDS, which needs TensorFlow; reading an image would fail."""
     folder = tmp_path_factory.mktemp("modules")
     (folder / "tensorflow.py").touch()
     (folder / "tensorflow_datasets.py").write_text(
         """if True:
+        import json
         from types import SimpleNamespace as Namespace
-        from smallbatch_jax.data import prepared
-        prepared.load_prepared = None
 
         def builder(name, data_dir, file_format):
-            splits = {"train": Namespace(num_examples=1281167), "validation": Namespace(num_examples=50000)}
-            made = lambda: print(name, data_dir, file_format)
-            return Namespace(info=Namespace(splits=splits), download_and_prepare=made)
+            def prepare():
+                print(name, data_dir, file_format)
+                folder = data_dir / name / "5.1.0"
+                folder.mkdir(parents=True)
+                splits = [{"name": "train", "shardLengths": ["1281167"]}, {"name": "validation", "shardLengths": ["50000"]}]
+                (folder / "dataset_info.json").write_text(json.dumps({"splits": splits}))
+                features = {"featuresDict": {"features": {"label": {"classLabel": {"numClasses": "1"}}}}}
+                (folder / "features.json").write_text(json.dumps(features))
+                (folder / "label.labels.txt").write_text("n01440764")
+                for split in ("train", "validation"):
+                    (folder / f"{name}-{split}.array_record-00000-of-00001").touch()
+
+            return Namespace(download_and_prepare=prepare)
         """
     )
     done = prepare(data_dir, PYTHONPATH=os.pathsep.join([str(folder), str(ROOT)]))

@@ -271,6 +271,40 @@ def test_an_nnx_module_that_is_stuck_is_refused(kind, says):
     assert error_line(adapted(functools.partial(Stuck, kind)).settled, ROWS).startswith(f"model: {says}")
 
 
+class Averaging(nnx.Module):
+    """Divides by a running mean, which is a plain variable, and counts its calls."""
+
+    def __init__(self, rngs, always):
+        self.out, self.mean = nnx.Linear(FEATURES, CLASSES, rngs=rngs), nnx.Variable(jnp.ones((1, FEATURES)))
+        self.calls, self.always = nnx.Variable(jnp.int32(0)), always
+
+    def __call__(self, x, train):
+        self.calls[...] += 1
+        if train or self.always:
+            self.mean[...] = 0.9 * self.mean[...] + 0.1 * jnp.abs(x).mean(0, keepdims=True)
+        return self.out(x / self.mean[...])
+
+
+def test_a_variable_that_learns_from_the_test_examples_is_refused_and_a_counter_is_not():
+    adapted(lambda rngs: Averaging(rngs, False)).settled(ROWS)
+    line = error_line(adapted(lambda rngs: Averaging(rngs, True)).settled, ROWS)
+    assert line.startswith("model: Averaging changes its batch_stats at evaluation, where it must not train")
+
+
+def test_an_equinox_class_is_a_factory():
+    adapted(EquinoxLinear).settled(ROWS)
+
+
+class EquinoxLinear(eqx.Module):
+    out: eqx.nn.Linear
+
+    def __init__(self, key):
+        self.out = eqx.nn.Linear(FEATURES, CLASSES, key=key)
+
+    def __call__(self, x):
+        return self.out(x)
+
+
 def test_an_array_that_nnx_does_not_find_is_refused():
     class Inner(nnx.Module):
         def __init__(self, rngs):

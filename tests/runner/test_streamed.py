@@ -213,6 +213,23 @@ def test_the_next_image_of_the_training_set_takes_the_place_of_a_broken_one(root
     same(found, train(tmp_path / "twice", dataclasses.replace(photos.load(copy), statistics=statistics)))
 
 
+def test_broken_test_images_alone_are_refused(root, tmp_path):
+    copy = shutil.copytree(root, tmp_path / "copy")
+    for path in copy.glob("test/*/*"):
+        path.write_bytes(b"x")
+    with pytest.raises(InputError, match=r"^dataset\.data_dir: none of the 20 test images can be decoded"):
+        train(tmp_path / "w", photos.load(copy), broken_images="skip", base_lrs=(2**-8,), lanes=1)
+
+
+def test_a_folder_of_other_files_is_refused_on_resuming(root, tmp_path):
+    train(tmp_path / "w", photos.load(root), base_lrs=(2**-8,), lanes=1)
+    copy = shutil.copytree(root, tmp_path / "copy")
+    for split in ("train", "test"):
+        (copy / split / photos.CLASSES[0]).rename(copy / split / "zebra")  # the labels change
+    with pytest.raises(InputError, match="holds a different experiment: the dataset has digest"):
+        train(tmp_path / "w", photos.load(copy), base_lrs=(2**-8,), lanes=1)
+
+
 @pytest.mark.long
 def test_a_broken_test_image_is_left_out_of_the_accuracy(root, augmented, tmp_path):
     copy, (path,) = broken_root(root, tmp_path, "test")

@@ -169,6 +169,11 @@ def refused(**given):
     return str(caught.value)
 
 
+def test_a_place_is_refused_for_a_dataset_that_is_loaded():
+    assert refused(image_size=32).startswith("data_dir, image_size: belong to a dataset's name")
+    assert refused(data_dir="/nowhere").startswith("data_dir, image_size: belong to a dataset's name")
+
+
 def written(line):
     """Returns a module of the given code; name and fields are always the same."""
     scope = {"nn": nn}

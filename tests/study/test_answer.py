@@ -56,6 +56,12 @@ def test_while_runs_are_to_come_only_what_has_ended_is_judged(table, says):
     assert says in sentence(table)
 
 
+def test_a_metric_without_a_value_has_no_best():
+    made = study("fig08", {4: 0.9, 8: 0.8})
+    said = answer(dataclasses.replace(made, cells=made.cells.assign(test_accuracy=float("nan"))))
+    assert (said.sentence, said.best) == ("test accuracy is NaN in every finished run.", None)
+
+
 def test_the_best_cell_is_that_of_the_analysis():
     found = study("fig08", {2: 0.4, **FAR})
     cells = analysis.final_accuracy(found.rows)

@@ -107,7 +107,12 @@ def test_the_interval_covers_by_seeds_and_by_the_test_set():
             hits.append(low <= 0.9 <= high)
         assert 0.86 <= np.mean(hits) <= 0.94
         assert noise.source(cell).endswith("seeds")
-    assert "Its test accuracy is 88.4 … 91.6 % (90 %, by 1,000 test examples)." in said({4: 0.9})
+    assert "Its test accuracy is 88.3 … 91.5 % (90 %, by 1,000 test examples)." in said({4: 0.9})
+    assert interval(
+        pd.Series({"test_accuracy": 1.0, "test_accuracy_std": 0.0, "finished": 1}), Noise(Metric(), 20, math.nan)
+    ) == (
+        pytest.approx((1 / (1 + 1.645**2 / 20), 1.0), abs=1e-3)  # 88.1 %, by Wilson
+    )
     three = said({4: [[0.9, 0.89, 0.91]]}, lrs=LRS[:1], seeds=(0, 1, 2))
     assert "Its test accuracy is 88.3 … 91.7 % (90 %, by 3 seeds)." in three
 

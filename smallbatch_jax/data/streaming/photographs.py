@@ -134,7 +134,7 @@ class Photographs:
     num_classes: int
     class_names: tuple[str, ...]
     statistics: tuple[np.ndarray, np.ndarray] | None = None  # mean and deviation of the channels in 0 … 255, if known
-    listing: str = ""  # changes when a file does
+    listing: str = ""  # the names of the files, or a digest of them
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
