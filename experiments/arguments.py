@@ -90,8 +90,8 @@ def parse(argv: Sequence[str]) -> list[str]:
     try:
         args = _with_switches(argv[1:])
         for arg, following in itertools.pairwise(args):
-            field = overrides.FIELDS.get(arg.removeprefix("--config."))
-            if field and field.type is not bool and following.startswith("--"):  # absl would take `following` as the value
+            flag = flags.FLAGS[name] if (name := arg.lstrip("-")) in flags.FLAGS and arg.startswith("-") else None
+            if flag is not None and not flag.boolean and following.startswith("--"):  # absl would take `following` as the value
                 raise InputError(f"{arg}: has no value, the next argument is {fields.shown(following)}")
         rest = flags.FLAGS([argv[0], *args])
     except (flags.Error, ValueError) as error:

@@ -48,6 +48,7 @@ def main() -> int:
     from smallbatch_jax.runner.jobs import Setup
 
     dataset = command.load_data(chosen.dataset, RANDOM.value)
+    chosen.require_examples(dataset.num_train)
     chosen = dataclasses.replace(chosen, epochs=max(1, min(10_000, MOST_IMAGES // dataset.num_train)))
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     augmented = "augmented" if chosen.dataset.augment else "as they are"

@@ -44,7 +44,7 @@ def asked() -> dict[str, Any] | None:
     if DISTRIBUTED.value and (not address or (count is None and number is None)):
         return {"coordinator_address": address}  # JAX detects the rest
     if not address:
-        if (count or 1) > 1:
+        if (count or 1) > 1 or PROCESS.value is not None:
             raise InputError("--coordinator_address: not given; several processes need it, for example 10.0.0.1:1234")
         return None
     if not re.fullmatch(r".+:\d{1,5}", address):

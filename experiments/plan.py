@@ -92,6 +92,10 @@ def main() -> int:
             f"schedule.batch_growth: got {chosen.schedule.batch_growth}, but its time cannot be predicted; use 1 or "
             "--probe_seconds=0 without --target and --elsewhere."
         )
+    if SIZES.value and not TARGET.value:
+        raise InputError("--batch_sizes: belongs to --target; use --config.grid.batch_sizes to plan fewer.")
+    if TARGET.value and ELSEWHERE.value:
+        raise InputError("--elsewhere: the time on another device is planned without --target; give one of them.")
     there = Elsewhere(chosen, ELSEWHERE.value)
     listed = Elsewhere(chosen, None) if SECONDS.value else there  # the runs that diverge are known after the probe
     num_examples = data.num_train_examples(chosen.dataset)

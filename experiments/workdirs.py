@@ -1,5 +1,6 @@
 """Checks that an experiment belongs in a workdir, and shows a workdir's results; shared by the commands."""
 
+import shlex
 import time
 from pathlib import Path
 
@@ -51,4 +52,4 @@ def show(folder: Path, out: Path | None = None) -> None:
         print(f"skipped images, which could not be decoded: {left_out}, listed in {folder}/skipped.csv")
     drawn = figures.draw_studies([stored], out)
     print(f"figures: {', '.join(dict.fromkeys(path.stem for path in drawn))}, as PNG and PDF in {drawn[0].parent}")
-    print(f"as a page: python experiments/report.py --workdir={folder}")
+    print(f"as a page: python experiments/report.py --workdir={shlex.quote(str(folder))}")

@@ -50,11 +50,13 @@ def with_budget(setup: Setup, workdir: Path) -> Experiment:
     """Returns the experiment with a budget in seconds converted to examples; a resumed workdir keeps its first conversion.
 
     Raises:
-      InputError: with several processes, whose measurements would differ.
+      InputError: if both are given, or with several processes, whose measurements would differ.
     """
     experiment, search = setup.experiment, setup.experiment.search
-    if search.seconds is None or search.budget is not None:
+    if search.seconds is None:
         return experiment
+    if search.budget is not None:
+        raise InputError("search.seconds: a search has one budget; give search.seconds or search.budget, not both.")
     if processes.several():
         raise InputError("search.seconds: works in a single process only; give search.budget in examples.")
     if (workdir / "experiment.json").exists():

@@ -8,6 +8,7 @@ older checkpoint adds only what was missing. A line that a killed process left h
 import copy
 import math
 import os
+import re
 import statistics
 import time
 import warnings
@@ -65,7 +66,10 @@ class Row(NamedTuple):
 
 
 def _fraction(text: str) -> float | None:
-    return float(text) if text else None
+    value = float(text) if text else None
+    if value is not None and (value < 0 or value > 1):
+        raise ValueError(f"{text} is not a fraction")
+    return value
 
 
 def _whole(text: str) -> int:
@@ -226,7 +230,8 @@ def read_rows(path: Path, after: Sequence[str] = ()) -> tuple[list[Row], bool]:
     columns = lines[0].split(",") if lines else []
     if columns[: len(_FIXED)] != list(_FIXED):
         columns, damaged = [*_FIXED, *after], damaged or bool(lines)
-    names = columns[len(_FIXED) :]
+    names, program = columns[len(_FIXED) :], re.fullmatch(r"m(\d+)_b(\d+)", path.stem)
+    shape = tuple(map(int, program.groups())) if program else None
     scalars = sum(not name.startswith(SPLITS) for name in names)  # scalars come before metrics
     parsers = [*_FIXED.values(), *[float] * len(names)]
     rows = []
@@ -234,7 +239,10 @@ def read_rows(path: Path, after: Sequence[str] = ()) -> tuple[list[Row], bool]:
         try:
             values = [parse(value) for parse, value in zip(parsers, line.split(","), strict=True)]
             further = tuple(zip(names, values[len(_FIXED) :], strict=True))
-            rows.append(Row._make((*values[: len(_FIXED)], further[:scalars], further[scalars:])))
+            row = Row._make((*values[: len(_FIXED)], further[:scalars], further[scalars:]))
+            if shape != (row.batch_size, row.bn_batch_size):
+                raise ValueError("a row of another program")
+            rows.append(row)
         except ValueError:
             damaged |= line != ",".join(columns)
     return rows, damaged
@@ -269,6 +277,9 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
         warnings.warn(f"{', '.join(map(str, missing))}: missing; its runs are treated as not trained", stacklevel=2)
     further = Format.of(experiment).further
     rows = [row for path in found for row in _readable_rows(path, further)]
+    if beyond := sum(row.epoch > experiment.epochs for row in rows):
+        warnings.warn(f"{workdir}: left out rows of epochs beyond {experiment.epochs}: {beyond}", stacklevel=2)
+        rows = [row for row in rows if row.epoch <= experiment.epochs]
     frame = pd.DataFrame([row[: len(_FIXED)] for row in rows], columns=list(_FIXED)).astype(_DTYPES)
     if any(row.scalars or row.metrics for row in rows):
         frame = frame.join(pd.DataFrame([dict(row.scalars + row.metrics) for row in rows]))

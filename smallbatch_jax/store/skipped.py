@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smallbatch_jax.config.fields import expanded_path
-from smallbatch_jax.store.files import append_line
+from smallbatch_jax.store.files import append_line, whole_lines
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +24,7 @@ class SkippedImages:
         self._known = set() if workdir is None else set(load(workdir)["image"])
 
     def add(self, image: str, reason: str) -> None:
-        image = image.encode(errors="backslashreplace").decode()  # a file's name need not be UTF-8
+        image = image.encode(errors="backslashreplace").decode().replace("\n", r"\n")  # a file may have any name
         if image in self._known:
             return
         self._known.add(image)
@@ -36,11 +36,13 @@ class SkippedImages:
 
 
 def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
-    """Loads the images that the runs of a workdir left out, one row each: columns image (its path) and reason."""
+    """Loads the images that the runs of a workdir left out, one row each: columns image (its path) and reason.
+
+    Damaged lines are left out.
+    """
     import pandas as pd
 
     path = Path(expanded_path("workdir", workdir)) / "skipped.csv"
-    if not path.exists():
-        return pd.DataFrame(columns=list(COLUMNS))
-    frame = pd.read_csv(path, on_bad_lines="skip", encoding_errors="replace", dtype=str)
-    return frame.drop_duplicates("image", ignore_index=True)
+    rows = [row for line in (whole_lines(path)[0] if path.is_file() else ()) for row in csv.reader([line])]
+    found = [row for row in rows if len(row) == len(COLUMNS) and row[0] != COLUMNS[0]]
+    return pd.DataFrame(found, columns=list(COLUMNS), dtype=str).drop_duplicates("image", ignore_index=True)

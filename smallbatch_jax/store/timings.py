@@ -61,7 +61,9 @@ def load_timings(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
         warnings.warn(f"{path} left out: {error.strerror}", stacklevel=2)
     for line in lines:
         with suppress(ValueError):
-            rows.append([parse(value) for parse, value in zip(TIMING_COLUMNS.values(), line.split(","), strict=True)])
+            row = [parse(value) for parse, value in zip(TIMING_COLUMNS.values(), line.split(","), strict=True)]
+            if all(not isinstance(value, int) or value < 2**63 for value in row):
+                rows.append(row)
     return timing_frame(rows)
 
 

@@ -138,7 +138,7 @@ def read_workdir(path: Path) -> tuple[Experiment, dict[str, Any]]:
         raise InputError(f"--workdir: {path} is not a workdir, it has no experiment.json.") from None
     except OSError as error:
         raise InputError(f"--workdir: {path}/experiment.json cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"--workdir: {path}/experiment.json is damaged: {error}.") from None
 
 

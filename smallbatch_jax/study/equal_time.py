@@ -52,9 +52,9 @@ def by_time(studies: Sequence[Study]) -> list[Best]:
 def sentence(studies: Sequence[Study]) -> str:
     """Returns a sentence on the best at equal epochs, for each length if there are several, and at equal time.
 
-    Studies of different models or datasets are not compared: the sentence is empty.
+    Studies of different models, datasets or metrics are not compared: the sentence is empty.
     """
-    if len({(study.experiment.model, study.experiment.dataset.name) for study in studies}) > 1:
+    if len({(study.experiment.model, study.experiment.dataset.name, study.metric.column) for study in studies}) > 1:
         return ""
     metric, several = studies[0].metric, len({study.experiment.epochs for study in studies}) > 1
 

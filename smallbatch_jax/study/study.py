@@ -97,13 +97,17 @@ def load(workdir: str | Path) -> Study:
     path = Path(expanded_path("workdir", workdir))
     (experiment, facts), rows = read_workdir(path), results.load(path)
     choosing = rows[rows["seed"].isin(experiment.grid.seeds)]
-    if experiment.search.active:  # a search plans a run only when it starts it
+    if experiment.search.active and len(choosing):  # a search plans a run only when it starts it
         cells = analysis.known_cells(choosing, experiment.metric)
     else:
-        cells = analysis.planned_cells(choosing, experiment.runs(), experiment.name, experiment.metric)
+        planned = [run for run in experiment.runs() if run.seed in experiment.grid.seeds]
+        cells = analysis.planned_cells(choosing, planned, experiment.name, experiment.metric)
     num_classes, examples = facts.get("num_classes"), facts.get("examples")
-    if experiment.task == "classification" and (not isinstance(num_classes, int) or num_classes < 1):
-        raise InputError(f"--workdir: {path}/experiment.json is damaged: its facts do not say num_classes.")
+    counts = [num_classes] * (experiment.task == "classification") + (examples or [])
+    if not all(type(count) is int and count > 0 for count in counts) or len(examples or (1, 1)) != 2:
+        raise InputError(
+            f"--workdir: {path}/experiment.json is damaged: its facts lack num_classes or two numbers of examples."
+        )
     if examples and experiment.schedule.batch_growth > 1:
         of_size = {m: BatchSchedule.of(experiment, examples[0], m) for m in experiment.grid.batch_sizes}
         rows["examples"] = [of_size[m].examples(step) for m, step in zip(rows["batch_size"], rows["step"], strict=True)]

@@ -93,7 +93,9 @@ def hparams(experiment: Experiment, run: Run) -> dict[str, object]:
         "warmup_fraction": experiment.schedule.warmup_fraction,
         **run.to_dict(),
         "log2_base_lr": math.log2(run.base_lr),
-        "learning_rate": run.base_lr * run.batch_size,  # η, of the mean gradient (Eq. 6)
+        "learning_rate": experiment.optimizer.learning_rate(run.base_lr, run.batch_size),  # η, of the mean gradient
+        "optimizer": experiment.optimizer.name,
+        **experiment.optimizer.scalars(run.batch_size, dict(run.scalars)),
         "experiment": experiment.name,
         "dataset": experiment.dataset.name,
         "augment": experiment.dataset.augment,

@@ -170,6 +170,7 @@ def test_a_mistake_is_one_line_exit_status_2_and_nothing_written(tmp_path, argum
 WHAT_TO_DO = [
     ("sweep.py", [QUICKSTART], "--workdir: not given"),
     ("sweep.py", ["--workdir=w"], "--config: not given"),
+    ("sweep.py", [QUICKSTART, "--workdir", "--config.epochs=2"], "--workdir: has no value, the next argument is"),
     ("sweep.py", ["--workdir=w", "--config.epochs=2"], "--config: not given, but --config.epochs is"),
     ("claims.py", ["--workdir=~nobody_here/w"], "--workdir: got '~nobody_here/w', there is no such user"),
     ("figures.py", ["--workdir=w", "--out="], "--out: empty"),
@@ -182,6 +183,9 @@ WHAT_TO_DO = [
     ("figures.py", ["--workdir=configs"], "--workdir: configs is not a workdir"),
     ("launch.py", [QUICKSTART, "--workdir=w", "--config.search.seconds=9"], "search: quickstart is a search"),
     ("search.py", [QUICKSTART, "--workdir=w", "--config.search.budget=0"], "search.budget: got 0"),
+    ("plan.py", [QUICKSTART, "--batch_sizes=8"], "--batch_sizes: belongs to --target"),
+    ("plan.py", [QUICKSTART, "--target=h100", "--elsewhere=x"], "--elsewhere: the time on another device is planned without"),
+    ("benchmark.py", [QUICKSTART, "--batch_sizes=100000"], "100000 is larger than the training set of 1437 examples"),
     ("plan.py", [QUICKSTART, "--probe_seconds=nan"], "--probe_seconds: got nan, accepts a number from 0 to 1e+06"),
     ("plan.py", [QUICKSTART, "--probe_seconds=x"], "--probe_seconds: got 'x', accepts a number from 0 to 1e+06"),
 ]

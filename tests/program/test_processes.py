@@ -105,6 +105,7 @@ def test_processes_that_were_not_started_alike_are_refused(tmp_path):
         (("--coordinator_address=here",), {}, "--coordinator_address: got 'here', accepts HOST:PORT"),
         (("--coordinator_address=here:1",), {}, "--num_processes: not given"),
         (("--coordinator_address=here:1", "--num_processes=2"), {}, "--process_id: not given"),
+        (("--process_id=0",), {}, "--coordinator_address: not given"),
         (("--coordinator_address=here:1", "--num_processes=2", "--process_id=2"), {}, "--process_id: got 2 of 2 processes"),
         ((), {"JAX_COORDINATOR_ADDRESS": "here:1", "JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES: got 'two'"),
         pytest.param(

@@ -220,6 +220,8 @@ def test_a_budget_in_seconds_is_measured_once(tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "examples_in", lambda *_: pytest.fail("measured again"))
     train(tmp_path / "w", **fields)
     assert study.load(tmp_path / "w").experiment.search.budget == budget
+    with pytest.raises(InputError, match=r"^search\.seconds: a search has one budget; "):
+        train(tmp_path / "w", **{**SEARCH, "search": {"seconds": 5.0, "budget": budget}})
 
 
 def test_examples_in_a_time_are_the_mean_over_batch_sizes(monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from smallbatch_jax.config.experiment import InputError
-from smallbatch_jax.store import results, workdir
+from smallbatch_jax.store import results, skipped, workdir
 from smallbatch_jax.store.files import WriteError
 from smallbatch_jax.store.results import ProgramResults, Row
 from smallbatch_jax.store.timings import TIMING_COLUMNS
@@ -89,6 +89,26 @@ def test_a_file_torn_in_its_header_is_begun_anew(store, content):
     (store / "results/m00004_b00004.csv").write_bytes(content)
     append(store, row(1))
     assert list(results.load(store).epoch) == [1]
+
+
+def test_rows_of_another_program_and_of_later_epochs_are_left_out(store):
+    append(store, row(1), row(2), row(3), row(4))
+    path = store / "results/m00004_b00004.csv"
+    path.write_text(path.read_text() + path.read_text().split("\n")[1].replace("4,4,", "64,64,", 1) + "\n")
+    with pytest.warns(UserWarning, match="damaged or incomplete"), pytest.warns(UserWarning, match="epochs beyond 3: 1$"):
+        found = results.load(store)
+    assert (list(found.epoch), set(found.batch_size)) == ([1, 2, 3], {4})
+
+
+@pytest.mark.parametrize("content", [b"", b"image,rea", b"\xff\0\n", b"a,b,c\n", b'image,reason\n"a', b"one,two\nthree,four\n"])
+def test_a_damaged_list_of_skipped_images_is_read_and_continued(store, content):
+    (store / "skipped.csv").write_bytes(content)
+    known = list(skipped.load(store)["image"])
+    assert known == (["one", "three"] if content.startswith(b"one") else [])
+    left_out = skipped.SkippedImages(store)
+    for image in ("a\nb.png", "\udcff.png", "\udcff.png"):
+        left_out.add(image, "is broken")
+    assert list(skipped.load(store)["image"])[len(known) :] == ["a\\nb.png", "\\udcff.png"]
 
 
 def test_a_damaged_line_in_the_middle_costs_that_line_alone(store):
@@ -279,14 +299,15 @@ def open_(path):
     return workdir.open_workdir(path, tiny.grid(), {})
 
 
-def test_a_full_paper_grid_loads_within_two_seconds(store):
+def test_a_full_paper_grid_loads_within_two_seconds(tmp_path):
     """The grid has 143 cells × 164 epochs × 5 seeds."""
     import time
 
-    with ProgramResults(store, 4, 4) as program:
+    experiment = tiny.grid(epochs=164)
+    with workdir.open_workdir(tmp_path, experiment, {"num_classes": 3}), ProgramResults(tmp_path, 4, 4) as program:
         program.append(row(e, base_lr=lr / 1000, seed=s) for lr in range(1, 144) for s in range(5) for e in range(1, 165))
     began = time.process_time()
-    assert len(results.load(store)) == 143 * 164 * 5
+    assert len(results.load(tmp_path)) == 143 * 164 * 5
     assert time.process_time() - began < 2 * SLACK
 
 

@@ -184,7 +184,9 @@ def test_the_best_at_equal_epochs_and_at_equal_time():
     for some in ([untimed], [untimed, timed(2, "short", best=0.8)]):
         assert equal_time.sentence(some).endswith("; the best at equal time is not known, since some runs have no timings.")
     other = dataclasses.replace(timed().experiment, model=dataclasses.replace(timed().experiment.model, norm="batch"))
-    assert equal_time.sentence([timed(), dataclasses.replace(timed(), experiment=other)]) == ""
+    by_loss = dataclasses.replace(timed().experiment, select=("test_loss", "min"))
+    for experiment in (other, by_loss):
+        assert equal_time.sentence([timed(), dataclasses.replace(timed(), experiment=experiment)]) == ""
 
 
 def test_studies_of_several_lengths_are_each_named():

@@ -203,6 +203,18 @@ def test_a_study_without_a_row_yet_has_a_page():
     assert curves_of(parts)[0]["accuracy"] == []
 
 
+def test_a_search_without_a_row_yet_has_a_page(tmp_path):
+    with workdir.open_workdir(tmp_path, tiny.grid(search={"budget": 1e3}), {"num_classes": 3, "examples": [50, 20]}):
+        parts = Parts(report.page([load(tmp_path)]))
+    assert "So far (0 of 3 runs ended): none of them has finished." in parts.text
+
+
+@pytest.mark.parametrize("line", [{"device": "cpu"}, {"versions": [1]}, {"command": 3}])
+def test_damaged_provenance_is_left_out(tmp_path, line):
+    workdir.record_provenance(tmp_path, "start", **line)
+    assert dict(sections.provenance(tmp_path))["started"] == "1 time"
+
+
 def test_text_of_a_users_cannot_break_out_of_its_place():
     bad = "</script><b>&'\""
     found = study("x", {4: 0.5})

@@ -26,7 +26,7 @@ from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.runner.signals import Stop
 from smallbatch_jax.store import results
 from smallbatch_jax.store.results import ProgramResults
-from smallbatch_jax.tracking.trackers import TRACKERS, Trackers, name_of
+from smallbatch_jax.tracking.trackers import TRACKERS, Trackers, hparams, name_of
 
 NAN = float("nan")
 
@@ -55,6 +55,11 @@ def plugin(run, tag):
     return run.SummaryMetadata(tag).plugin_data.content
 
 
+def test_the_learning_rate_follows_the_optimizers_rule_and_its_scalars_are_shown():
+    shown = hparams(tiny.grid(optimizer={"name": "momentum", "rule": "sqrt"}), Run(4, 4, 0.5, 0))
+    assert (shown["learning_rate"], shown["optimizer"], shown["momentum"]) == (1.0, "momentum", 0.9)
+
+
 def test_the_table_of_hyperparameters_says_what_a_run_was_and_how_it_ended(watched):
     shown = runs_shown(watched[0])
     run = shown["m00004_lr0.1_seed1"]
@@ -66,6 +71,7 @@ def test_the_table_of_hyperparameters_says_what_a_run_was_and_how_it_ended(watch
         "bn_batch_size": 4,
         "base_lr": 0.1,
         "learning_rate": 0.4,
+        "optimizer": "sgd",
         "seed": 1,
         "experiment": "experiment",
         "dataset": "digits",

@@ -136,8 +136,9 @@ def _state(run: Mapping[Any, Any], epochs: int, metric: Metric) -> str:
     """Describes the state of a run from its last row."""
     if run["status"] == "diverged":
         return f"seed {run['seed']}: diverged in epoch {run['epoch']}"
-    finished = run["status"] == "finished"
-    went = f"finished, {epochs} epochs" if finished else f"running, {run['epoch']} of {epochs} epochs"
+    went = (
+        f"finished, {epochs} epochs" if run["status"] == "finished" else f"{run['status']}, {run['epoch']} of {epochs} epochs"
+    )
     return f"seed {run['seed']}: {went}, {metric.show(run[metric.column])} after the last"
 
 

@@ -1,6 +1,7 @@
 """The tables, choices, claims, costs and provenance beside a report's charts, as plain values for page.html."""
 
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,7 +135,7 @@ def provenance(workdir: Path) -> list[tuple[str, str]]:
         return [("workdir", workdir.name)]
     ends = [line for line in lines if line.get("event") == "finish"]
     last = starts[-1]
-    device, versions = last.get("device") or {}, last.get("versions") or {}
+    device, versions = (last[name] if isinstance(last.get(name), dict) else {} for name in ("device", "versions"))
     found = {
         "workdir": workdir.name,
         "begun": str(starts[0].get("time", "")),
@@ -144,7 +145,7 @@ def provenance(workdir: Path) -> list[tuple[str, str]]:
         "precision": str(last.get("precision", "")),
         "machine": " ".join(str(last.get(name, "")) for name in ("host", "machine")).strip(),
         "commit": ", ".join(dict.fromkeys(str(line["commit"]) for line in starts if line.get("commit"))),
-        "command": " ".join(map(str, last.get("command") or [])),
+        "command": shlex.join(map(str, last["command"])) if isinstance(last.get("command"), list) else "",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
     return [(name, value) for name, value in found.items() if value]
