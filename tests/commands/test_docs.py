@@ -1,6 +1,9 @@
 """Everything that the documentation points to exists: files, headings, commands and flags, configs and fields."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,8 @@ PAGES = [
     ROOT / "notebooks/results/README.md",
 ]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PYTHON = re.compile(r"```python\n(.*?)```", re.S)
+STORED = {"quickstart": "digits/fig08", "fig01_small": "cifar10/fig01"}  # workdirs that a page's commands would have trained
 NOT_A_VALUE = re.compile(r"[…\[\]<>]|DIR|ROOT|NAME|FILE")  # placeholders that a reader replaces
 
 ids = {"ids": lambda path: str(path.relative_to(ROOT))}
@@ -160,3 +165,17 @@ def test_the_site_lists_every_page_once():
     nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
     pages = [str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")]
     assert sorted(re.findall(r"[\w/]+\.md\b", nav)) == sorted(["index.md", *pages])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if PYTHON.search(page.read_text())], **ids)
+def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path):
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
+    (tmp_path / "runs").mkdir()
+    for name, stored in STORED.items():
+        (tmp_path / "runs" / name).symlink_to(ROOT / "notebooks/results" / stored)
+    (tmp_path / "page.py").write_text("\n".join(PYTHON.findall(page.read_text())))
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": path}, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "page.py"], timeout=900, **options)
+    assert done.returncode == 0, done.stderr[-2000:]
