@@ -124,7 +124,7 @@ def _caveats(study: Study, best: pd.Series, noise: Noise) -> list[str]:
         found.append(f"{int(best['diverged'])} of its {seeds} seeds diverged.")
     if best["finished"] == 1 and study.fresh.empty:
         found.append("One seed: the variation between seeds is not known.")
-    others = cells.drop(index=best.name)
+    others = cells[study.converged].drop(index=best.name, errors="ignore")
     near = [int(cell["batch_size"]) for _, cell in others.iterrows() if noise.reaches(cell, best)]
     if near:
         are, sizes = "cell is" if len(near) == 1 else "cells are", ", ".join(map(str, sorted(set(near))))

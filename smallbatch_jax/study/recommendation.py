@@ -29,7 +29,7 @@ class Recommendation(NamedTuple):
       low, high: interval of its metric, Student's where seeds give its error, else Wilson's for a fraction, or normal; NaN if
         the noise is not known.
       optimism: upper bound on how much choosing the best of many noisy values overstates it.
-      as_good: the best and the cells within its noise, if complete and without diverged seeds.
+      as_good: the best and the cells within its noise, if complete and converged (`analysis.convergent`).
       largest: the largest batch size among them; None if there is none.
       fresh: one row, the test metric of the best cell by fresh seeds (`finished`, `diverged`); None without such seeds.
       rule: the fit of η*(m); None with fewer than three batch sizes.
@@ -56,9 +56,8 @@ def recommend(study: Study) -> Recommendation:
     if best is None or metric.gain(best[metric.column], study.chance) <= 0:
         return Recommendation(best)
     noise = noise_of(study)
-    reaching = [noise.reaches(cell, best) is True for _, cell in study.cells.iterrows()]
-    as_good = study.cells[reaching]
-    as_good = as_good[(as_good["pending"] == 0) & (as_good["diverged"] == 0)]
+    complete = study.cells[study.converged & (study.cells["pending"] == 0)]
+    as_good = complete[[noise.reaches(cell, best) is True for _, cell in complete.iterrows()]]
     sizes = study.cells.groupby("batch_size")["base_lr"].nunique()
     found = Recommendation(
         best,
@@ -101,7 +100,7 @@ def tested(metric: Metric) -> Metric:
 
 def _optimism(study: Study, noise: Noise) -> float:
     """Returns how much choosing the best of the noisy cells overstates its value, on average over draws of the noise."""
-    cells = study.cells[study.cells["finished"] > 0]
+    cells = study.cells[study.converged]  # a seed that collapsed makes the noise of its cell huge
     errors = noise.error(cells) * np.random.default_rng(0).normal(size=(DRAWS, len(cells)))
     drawn = study.metric.gain(cells[study.metric.column].to_numpy(float) + errors, 0.0)
     gained = np.take_along_axis(study.metric.gain(errors, 0.0), drawn.argmax(1)[:, None], 1).mean()

@@ -66,6 +66,11 @@ class Study:
         return self.experiment.metric
 
     @property
+    def converged(self) -> pd.Series:
+        """Whether each row of `cells` converges (`analysis.convergent`)."""
+        return analysis.convergent(self.cells, self.chance, self.metric)
+
+    @property
     def choosing(self) -> pd.DataFrame:
         """The rows of the seeds of the grid, by which cells are compared."""
         return self.rows[self.rows["seed"].isin(self.experiment.grid.seeds)]

@@ -135,6 +135,14 @@ def test_the_best_of_many_noisy_cells_looks_better_than_it_is():
     assert "looks better" not in said({4: 0.9, 8: 0.5})
 
 
+def test_a_cell_with_a_seed_that_collapsed_is_neither_as_good_nor_noise():
+    """Its two seeds differ so much that two standard errors reach the best."""
+    made = study("fig08", {4: [[0.9, 0.902]], 8: [[0.88, 0.1]]}, lrs=LRS[:1], seeds=(0, 1))
+    found = recommend(made)
+    assert (found.largest, found.optimism < 0.01) == (4, True)
+    assert "within the noise of it" not in " ".join(answer(made).caveats)
+
+
 def test_the_largest_batch_size_as_good_has_no_diverged_seed():
     table = {4: [[0.9, 0.9]], 8: [[0.895, 0.9]], 16: [[0.9, LOST]], 32: [[0.5, 0.5]]}
     found = recommend(study("fig08", table, lrs=LRS[:1], seeds=(0, 1)))
