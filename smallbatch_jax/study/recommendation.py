@@ -57,12 +57,12 @@ def recommend(study: Study) -> Recommendation:
         return Recommendation(best)
     noise = noise_of(study)
     complete = study.cells[study.converged & (study.cells["pending"] == 0)]
-    as_good = complete[[noise.reaches(cell, best) is True for _, cell in complete.iterrows()]]
+    as_good = complete.loc[[noise.reaches(cell, best) is True for _, cell in complete.iterrows()]]
     sizes = study.cells.groupby("batch_size")["base_lr"].nunique()
     found = Recommendation(
         best,
         *interval(best, noise),
-        optimism=_optimism(study, noise) if metric.column.startswith("test_") else 0.0,
+        optimism=_optimism(study, best, noise) if metric.column.startswith("test_") else 0.0,
         as_good=as_good,
         largest=int(as_good["batch_size"].max()) if len(as_good) else None,
         fresh=confirmation(study, best),
@@ -98,9 +98,10 @@ def tested(metric: Metric) -> Metric:
     return metric._replace(column=metric.column.replace("validation_", "test_"))
 
 
-def _optimism(study: Study, noise: Noise) -> float:
+def _optimism(study: Study, best: pd.Series, noise: Noise) -> float:
     """Returns how much choosing the best of the noisy cells overstates its value, on average over draws of the noise."""
-    cells = study.cells[study.converged]  # a seed that collapsed makes the noise of its cell huge
+    # A seed that collapsed makes the noise of its cell huge; the best may have a diverged seed.
+    cells = study.cells[study.converged | (study.cells.index == best.name)]
     errors = noise.error(cells) * np.random.default_rng(0).normal(size=(DRAWS, len(cells)))
     drawn = study.metric.gain(cells[study.metric.column].to_numpy(float) + errors, 0.0)
     gained = np.take_along_axis(study.metric.gain(errors, 0.0), drawn.argmax(1)[:, None], 1).mean()

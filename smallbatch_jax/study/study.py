@@ -108,8 +108,9 @@ def load(workdir: str | Path) -> Study:
         planned = [run for run in experiment.runs() if run.seed in experiment.grid.seeds]
         cells = analysis.planned_cells(choosing, planned, experiment.name, experiment.metric)
     num_classes, examples = facts.get("num_classes"), facts.get("examples")
-    counts = [num_classes] * (experiment.task == "classification") + (examples or [])
-    if not all(type(count) is int and count > 0 for count in counts) or len(examples or (1, 1)) != 2:
+    counts: Any = [1, 1] if examples is None else examples
+    needed = [num_classes] * (experiment.task == "classification") + (counts if isinstance(counts, list) else [None])
+    if not all(type(count) is int and count > 0 for count in needed) or len(counts) != 2:
         raise InputError(
             f"--workdir: {path}/experiment.json is damaged: its facts lack num_classes or two numbers of examples."
         )

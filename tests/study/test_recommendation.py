@@ -143,6 +143,13 @@ def test_a_cell_with_a_seed_that_collapsed_is_neither_as_good_nor_noise():
     assert "within the noise of it" not in " ".join(answer(made).caveats)
 
 
+def test_a_best_cell_with_a_diverged_seed_is_recommended_where_no_cell_converged():
+    made = study("fig08", {4: [[0.9, LOST]], 8: [[LOST, LOST]]}, lrs=LRS[:1], seeds=(0, 1))
+    found = recommend(made)
+    assert (found.best["batch_size"], found.largest, len(found.as_good)) == (4, None, 0)
+    assert answer(made).sentence.startswith("Best at m = 4, ")
+
+
 def test_the_largest_batch_size_as_good_has_no_diverged_seed():
     table = {4: [[0.9, 0.9]], 8: [[0.895, 0.9]], 16: [[0.9, LOST]], 32: [[0.5, 0.5]]}
     found = recommend(study("fig08", table, lrs=LRS[:1], seeds=(0, 1)))

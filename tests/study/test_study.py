@@ -203,3 +203,12 @@ def test_the_command_says_in_one_line_what_is_not_there_yet(tmp_path):
     assert missing.stderr.count("\n") == 1
     there = plan(f"--config.grid.base_lrs_from=('{source}',)", "--config.grid.batch_sizes=(2,8)")
     assert there.stdout.startswith("quickstart: 2 runs of 8 epochs in 2 programs"), there.stderr
+
+
+@pytest.mark.parametrize("examples", ["abc", 5, [5], [5, 0], [5, "x"]])
+def test_facts_without_two_numbers_of_examples_are_damaged(tmp_path, examples):
+    with (
+        workdir.open_workdir(tmp_path, tiny.grid(), {"num_classes": 3, "examples": examples}),
+        pytest.raises(InputError, match=r"experiment\.json is damaged: its facts lack"),
+    ):
+        study.load(tmp_path)
