@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from smallbatch_jax.config import catalog
-from smallbatch_jax.config.experiment import Experiment
+from smallbatch_jax.config.experiment import OWN, Experiment
 from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.models.own import OwnModel
 from smallbatch_jax.program import devices, fit, jax_flags, processes
@@ -73,11 +73,11 @@ def train_grid(
     if processes.is_first():
         for warning in checks.data_warnings(experiment, dataset):
             print(f"warning: dataset: {warning}", file=sys.stderr, flush=True)
+    known = facts(experiment, dataset)
     if processes.several():
         processes.require_same(experiment.to_dict(), "config")
-        processes.require_same(dataset.digest(), "dataset")
+        processes.require_same(known, "dataset")
     with ExitStack() as stack:
-        known = facts(experiment, dataset)
         if processes.is_first():
             known |= {"model": fingerprint()} if fingerprint else {}
             if own != NOTHING_OWN:
@@ -124,8 +124,9 @@ def require_trainable(experiment: Experiment, dataset: Dataset | Photographs) ->
 
 def facts(experiment: Experiment, dataset: Dataset | Photographs) -> dict[str, Any]:
     """Returns the data properties that a workdir stores; "guess" is the loss of the best constant prediction, if known."""
-    counts = [dataset.num_train, dataset.num_test]
-    found: dict[str, Any] = {"num_classes": dataset.num_classes, "examples": counts, "digest": dataset.digest()}
+    found: dict[str, Any] = {"num_classes": dataset.num_classes, "examples": [dataset.num_train, dataset.num_test]}
+    if not experiment.dataset.name.startswith(OWN):  # whose name has the digest
+        found["digest"] = dataset.digest()
     if experiment.task == "regression" and isinstance(dataset, Dataset):
         mean = dataset.train_labels.mean(0, dtype=np.float64)
         found["guess"] = {"loss": float(np.square(dataset.test_labels - mean).mean())}

@@ -122,6 +122,13 @@ def append_line(path: Path, line: str, header: str = "") -> None:
         file.append(f"{line}\n", f"{header}\n" if header else "")
 
 
+def count(text: str) -> int:
+    """Parses a number that is not negative; raises ValueError beyond int64."""
+    if not 0 <= (value := int(text)) < 2**63:
+        raise ValueError(f"{text} is not in int64")
+    return value
+
+
 def whole_lines(path: Path) -> tuple[list[str], bool]:
     """Returns the lines of a file that end with a line break, and whether anything follows them."""
     with open(path, newline="", encoding="utf-8", errors="replace") as file:

@@ -24,7 +24,7 @@ from smallbatch_jax.config.fields import expanded_path
 from smallbatch_jax.config.grid import RUN_COLUMNS
 from smallbatch_jax.config.metric import ACCURACY, Metric
 from smallbatch_jax.config.protocol import LAST_EPOCHS
-from smallbatch_jax.store.files import AppendOnly, whole_lines, write_atomically
+from smallbatch_jax.store.files import AppendOnly, count, whole_lines, write_atomically
 from smallbatch_jax.store.timings import Timings as Timings
 from smallbatch_jax.store.timings import load_timings as load_timings
 from smallbatch_jax.store.workdir import is_finished, read_workdir
@@ -72,17 +72,11 @@ def _fraction(text: str) -> float | None:
     return value
 
 
-def _whole(text: str) -> int:
-    if not 0 <= (value := int(text)) < 2**63:
-        raise ValueError(f"{text} is not in int64")
-    return value
-
-
 SPLITS = ("train_", "test_", "validation_")  # prefixes of metric columns
-_PARSERS: dict[Any, Callable[[str], Any]] = {int: _whole, float: float, float | None: _fraction}
+_PARSERS: dict[Any, Callable[[str], Any]] = {int: count, float: float, float | None: _fraction}
 _FIXED = {name: _PARSERS[kind] for name, kind in [*Row.__annotations__.items()][:10]}
 COLUMNS = ("experiment", "batch_size", "base_lr", "bn_batch_size", *list(_FIXED)[3:], "status", "bn_statistics")  # of `load`
-_DTYPES = {name: "int64" if parse is _whole else "float64" for name, parse in _FIXED.items()}
+_DTYPES = {name: "int64" if parse is count else "float64" for name, parse in _FIXED.items()}
 
 
 class Format(NamedTuple):

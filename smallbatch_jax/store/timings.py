@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smallbatch_jax.config.fields import expanded_path
-from smallbatch_jax.store.files import append_line, whole_lines
+from smallbatch_jax.store.files import append_line, count, whole_lines
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,9 +61,8 @@ def load_timings(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
         warnings.warn(f"{path} left out: {error.strerror}", stacklevel=2)
     for line in lines:
         with suppress(ValueError):
-            row = [parse(value) for parse, value in zip(TIMING_COLUMNS.values(), line.split(","), strict=True)]
-            if all(not isinstance(value, int) or value < 2**63 for value in row):
-                rows.append(row)
+            kinds = zip(TIMING_COLUMNS.values(), line.split(","), strict=True)
+            rows.append([count(value) if kind is int else kind(value) for kind, value in kinds])
     return timing_frame(rows)
 
 

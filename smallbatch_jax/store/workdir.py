@@ -123,7 +123,7 @@ def _model_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str 
 
 
 def read_workdir(path: Path) -> tuple[Experiment, dict[str, Any]]:
-    """Returns the experiment of a workdir, and the stored facts about the data: num_classes, examples [training, test]."""
+    """Returns the experiment of a workdir, and the facts about its data: num_classes, examples [training, test], digest."""
     try:
         content = json.loads((path / "experiment.json").read_text())
         if content["format"] != FORMAT:

@@ -33,10 +33,11 @@ def answer(study: Study) -> Answer:
     so_far = f"So far ({ended:,} of {runs:,} runs ended): " if study.unfinished else ""
     found, metric = recommend(study), study.metric
     if (best := found.best) is None:
-        unknown = f"{metric.title} is NaN in every finished run." if study.cells["finished"].any() else ""
-        return Answer(
-            f"{so_far}{unknown or ('none of them has finished.' if so_far else 'Every run diverged.')}", (), None, found
-        )
+        if study.cells["finished"].any():
+            why = f"{metric.title} is NaN in every finished run."
+        else:
+            why = "none of them has finished." if so_far else "Every run diverged."
+        return Answer(f"{so_far}{why}", (), None, found)
     if metric.gain(best[metric.column], study.chance) <= 0:
         return Answer(f"{so_far}No run is better than chance, {metric.show(study.chance)}.", (), best, found)
     named = "" if metric == ACCURACY else f"{metric.title} "

@@ -1,8 +1,9 @@
 """The noise of a cell's metric: its standard error, and whether another cell is within it of the best.
 
-A cell with three or more seeds has the standard error of their mean. With fewer, the error of a fraction is at least the
-sampling error of a split of n examples, √(p(1−p)/n). A loss has no such bound, so the deviation of one run is estimated from
-residuals of a line over its last epochs, and of a parabola in log η̃ over neighbouring base learning rates.
+A cell with three or more seeds has the standard error of their mean, for a fraction at least the rounding error of k/n. With
+fewer, the error of a fraction is at least the sampling error of a split of n examples, √(p(1−p)/n). A loss has no such bound,
+so the deviation of one run is estimated from residuals of a line over its last epochs, and of a parabola in log η̃ over
+neighbouring base learning rates.
 """
 
 import math

@@ -108,9 +108,8 @@ def load(workdir: str | Path) -> Study:
         planned = [run for run in experiment.runs() if run.seed in experiment.grid.seeds]
         cells = analysis.planned_cells(choosing, planned, experiment.name, experiment.metric)
     num_classes, examples = facts.get("num_classes"), facts.get("examples")
-    counts: Any = [1, 1] if examples is None else examples
-    needed = [num_classes] * (experiment.task == "classification") + (counts if isinstance(counts, list) else [None])
-    if not all(type(count) is int and count > 0 for count in needed) or len(counts) != 2:
+    counted = examples is None or _are_counts(examples, 2)
+    if not counted or (experiment.task == "classification" and not _are_counts([num_classes], 1)):
         raise InputError(
             f"--workdir: {path}/experiment.json is damaged: its facts lack num_classes or two numbers of examples."
         )
@@ -119,6 +118,11 @@ def load(workdir: str | Path) -> Study:
         rows["examples"] = [of_size[m].examples(step) for m, step in zip(rows["batch_size"], rows["step"], strict=True)]
     found = path, experiment, rows, cells, num_classes, examples and tuple(examples)
     return Study(*found, results.load_timings(path), facts.get("guess", {}), is_finished(path))
+
+
+def _are_counts(values: Any, number: int) -> bool:
+    """Returns whether stored facts are a list of this many positive integers."""
+    return isinstance(values, list) and len(values) == number and all(type(value) is int and value > 0 for value in values)
 
 
 def load_all(workdirs: Iterable[str | Path]) -> dict[str, Study]:
