@@ -11,7 +11,7 @@ from smallbatch_jax.config import fields
 from smallbatch_jax.config.experiment import Experiment, InputError
 from smallbatch_jax.config.grid import Grid, Search
 from smallbatch_jax.data import Dataset, Photographs
-from smallbatch_jax.runner.sweep import require_dataset, sweep
+from smallbatch_jax.runner.sweep import require_dataset, require_workdir, sweep
 from smallbatch_jax.study import study
 from smallbatch_jax.study.answer import Answer, answer
 from smallbatch_jax.study.recommendation import Recommendation
@@ -83,6 +83,7 @@ def search(
         raise InputError("seconds: a search has one budget; give seconds or budget, not both.")
     images = data.load(dataset, options.get("data_dir"), options.get("image_size")) if isinstance(dataset, str) else dataset
     require_dataset(images)
+    require_workdir(options, workdir)
     if "select" not in options and isinstance(images, Dataset) and "validation" not in images.splits():
         options = {"validation_fraction": VALIDATION_FRACTION} | options
     if batch_sizes is None:

@@ -18,6 +18,10 @@ MOST_CHANNELS = 4  # channels of a picture: grey, RGB or RGBA
 def require_fitting(experiment: Experiment, dataset: Dataset | Photographs) -> None:
     """Raises InputError for options of an experiment that its dataset does not support."""
     experiment.require_examples(dataset.num_train)
+    if experiment.micro_batch_size is not None and experiment.model.name.startswith(OWN):
+        raise InputError(
+            "micro_batch_size: the batches of an own model are not split, since it may use all of a batch; use None."
+        )
     streamed = isinstance(dataset, Photographs)
     suits = "classification" if streamed else dataset.task
     if experiment.task != suits and not experiment.task.startswith(OWN):

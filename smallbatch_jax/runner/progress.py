@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 from smallbatch_jax.config.experiment import Run
 from smallbatch_jax.config.metric import ACCURACY, Metric
@@ -142,6 +142,7 @@ class Status(RunCounts):
         return f"{lanes}, {self.images_per_second:,.0f} images/s, {self.program.counts()}"
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Display of a grid's progress."""
 

@@ -3,6 +3,7 @@
 Every process replays the policy from its start, so that a killed search resumes as if it had not been interrupted.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,8 @@ def search_rounds(jobs: Sequence[Job], status: Status) -> Iterator[Job]:
         job.goals |= {runs[run]: epochs for run, epochs in goals.items()}
         if job.pending():
             stored = [job.results.epochs(run) for job in jobs for run in job.runs]
+            if sum(stored) * num_examples >= (experiment.search.budget or math.inf):  # a smaller budget than before
+                return
             status.runs = sum(map(bool, stored)) + sum(not job.results.epochs(run) for run in job.goals)
             left = (experiment.search.budget or 0.0) - sum(stored) * num_examples
             status.images = status.trained + max(0, round(left))

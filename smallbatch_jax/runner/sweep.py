@@ -84,9 +84,9 @@ def sweep(
           `workers`;
         - of a named model `norm`, `bn_decay`, `bn_statistics`;
         - of the grid `bn_batch_sizes`, for which your own module must have a field `bn_batch_size`;
-        - `weight_decay`, `weight_decay_mask` ("kernels": biases and normalisation do not decay), `precision`, `lanes`,
-          `data_devices`, `micro_batch_size`, `segment_seconds`, `checkpoint_seconds`, `tensorboard`, `wandb`, and the
-          `name` of the experiment;
+        - `weight_decay`, `weight_decay_mask` ("kernels": biases and normalisation do not decay), `lanes`, `data_devices`,
+          `micro_batch_size`, `segment_seconds`, `checkpoint_seconds`, `tensorboard`, `wandb`, and the `name` of the experiment;
+        - `precision`, of matrix products on GPU and TPU, and of a named model's activations; your own chooses its dtypes;
         - `keep_parameters`: "best" keeps the final parameters of the best finished run of each batch size in the workdir, "all"
           those of every one, for `load_parameters`; refused if they would take more than `keep_gib` of disk.
 
@@ -102,9 +102,12 @@ def sweep(
         raise SystemExit("sweep: call it below `if __name__ == '__main__':`, since processes that decode import this script.")
     workdir = None if workdir is None else fields.expanded_path("workdir", workdir)
     sections = _sections(options)
+    require_workdir(options, workdir)
+    if progress is not None and not isinstance(progress, Progress):
+        raise InputError(f"progress: got a {type(progress).__name__}, accepts an object with the methods show and close.")
     devices.use_all_cores()
     own = None if isinstance(model, str) else adapted(model)
-    _require_usable(options, own, workdir)
+    _require_usable(options, own)
     place = [sections["dataset"].pop(name, None) for name in ("data_dir", "image_size")]
     if not isinstance(dataset, str) and place != [None, None]:
         raise InputError("data_dir, image_size: belong to a dataset's name; give them to data.load, which made the dataset.")
@@ -203,11 +206,16 @@ def _names(kind: type) -> list[str]:
     return [field.name for field in dataclasses.fields(kind) if field.name not in _ARGUMENTS]
 
 
-def _require_usable(options: Mapping[str, Any], own: OwnModel | None, workdir: str | None) -> None:
-    """Raises InputError for options that have no meaning for this model or without a workdir."""
-    for name in ("tensorboard", "keep_parameters"):
+def require_workdir(options: Mapping[str, Any], workdir: str | os.PathLike[str] | None) -> None:
+    """Raises InputError for options that write into a workdir if there is none."""
+    offline = ("wandb",) * (os.environ.get("WANDB_MODE") == "offline")
+    for name in ("tensorboard", "keep_parameters", *offline):
         if options.get(name) and workdir is None:
             raise InputError(f"{name}: needs a workdir; give one, or leave {name} out.")
+
+
+def _require_usable(options: Mapping[str, Any], own: OwnModel | None) -> None:
+    """Raises InputError for options that have no meaning for this model."""
     named = experiment.Model()
     for_named = ("norm", "bn_decay", "bn_statistics")
     if own is not None and any(options.get(name, getattr(named, name)) != getattr(named, name) for name in for_named):

@@ -275,8 +275,8 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
         warnings.warn(f"{workdir}: left out rows of epochs beyond {experiment.epochs}: {beyond}", stacklevel=2)
         rows = [row for row in rows if row.epoch <= experiment.epochs]
     frame = pd.DataFrame([row[: len(_FIXED)] for row in rows], columns=list(_FIXED)).astype(_DTYPES)
-    if any(row.scalars or row.metrics for row in rows):
-        frame = frame.join(pd.DataFrame([dict(row.scalars + row.metrics) for row in rows]))
+    others = pd.DataFrame([dict(row.scalars + row.metrics) for row in rows], index=frame.index)
+    frame = frame.join(others.reindex(columns=[*dict.fromkeys([*further, *others])]).astype(float))
     run = [*RUN_COLUMNS, *experiment.grid.axes()]
     has_accuracy = "accuracy" in experiment.metric_names()
     frame["diverged"] = frame["test_accuracy"].isna() if has_accuracy else ~np.isfinite(frame["test_loss"])

@@ -24,7 +24,7 @@ RUN = [*CELL, "seed"]  # the columns that tell runs apart
 
 def convergence_rule(metric: Metric = ACCURACY) -> str:
     """Returns the sentence that says which cells `convergent` marks."""
-    better, start = "above" if metric.best == "max" else "below", "chance" if metric.fraction else "that of a constant guess"
+    better, start = "above" if metric.best == "max" else "below", "chance" if metric.fraction else "that of a guess"
     return (
         f"Converging: no seed diverged, one or more finished, and their {metric.title} is {better} {start} "
         f"and at least half way from {'chance' if metric.fraction else 'there'} to the experiment's best."
@@ -57,6 +57,8 @@ def final_accuracy(df: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
         none.
       - test_accuracy_std: standard deviation over the finished seeds (n − 1); NaN for fewer than two.
       - finished, diverged: numbers of seeds. A seed still running is in neither.
+    Raises:
+      ValueError: if `df` holds two rows of one run and epoch.
     """
     return known_cells(df, metric).drop(columns="pending")
 
@@ -64,14 +66,17 @@ def final_accuracy(df: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
 def known_cells(df: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
     """Returns `final_accuracy` with a column `pending`, the number of seeds that are still running."""
     cell, run = cell_columns(df), [*cell_columns(df), "seed"]
+    if df.duplicated([*run, "epoch"]).any():
+        raise ValueError("results: several rows of one run and epoch; give studies that are put together different names.")
+    by: dict[str, Any] = {"observed": True, "dropna": False}  # an axis is NaN in studies without it
     finished = df[df["status"] == "finished"]
-    epochs = finished.groupby(run, observed=True)["epoch"].transform("max")
+    epochs = finished.groupby(run, **by)["epoch"].transform("max")
     last = finished[finished["epoch"] > epochs - LAST_EPOCHS]
-    final = last.groupby(run, observed=True)[metric.column].median().groupby(cell, observed=True)
+    final = last.groupby(run, **by)[metric.column].median().groupby(cell, **by)
     runs = df.drop_duplicates(run)
     statuses = {"finished": "finished", "diverged": "diverged", "pending": "running"}
     counts = {column: (runs["status"] == status).astype(int) for column, status in statuses.items()}
-    cells = runs[cell].assign(**counts).groupby(cell, observed=True).sum()
+    cells = runs[cell].assign(**counts).groupby(cell, **by).sum()
     cells.insert(0, metric.column, final.mean())
     cells.insert(1, f"{metric.column}_std", final.std())
     return cells.reset_index()
@@ -110,8 +115,8 @@ def convergent(cells: pd.DataFrame, chance: float, metric: Metric = ACCURACY) ->
 
     Args:
       cells: from `final_accuracy`; each experiment is compared to its own best.
-      chance: accuracy of a guess, 1 / num_classes where the test classes are balanced; for a loss, that of the best constant
-        guess, or NaN if unknown, in which case every finished cell converges.
+      chance: accuracy of a guess, 1 / num_classes where the test classes are balanced; for a loss, that of a uniform guess of
+        the class or token, or of the best constant of a regression, or NaN if unknown: then every finished cell converges.
       metric: the metric of `cells`.
     Returns:
       A bool for each row of `cells`, with the same index.
@@ -175,7 +180,7 @@ def best_cells(cells: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
     """
     best = best_first(cells, metric).drop_duplicates(SETUP).rename(columns={"finished": "replicates"})
     chosen = ["base_lr", *axes(cells)]
-    best[chosen] = best[chosen].where(best["replicates"] > 0)
+    best[chosen] = best[chosen].where(best[metric.column].notna())
     totals = cells.groupby(SETUP, observed=True)[["finished", "diverged"]].sum().reset_index()
     columns = [*SETUP, metric.column, f"{metric.column}_std", *chosen, "replicates"]
     return totals.merge(best[columns], on=SETUP)[[*columns, "finished", "diverged"]]

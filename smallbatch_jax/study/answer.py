@@ -52,11 +52,12 @@ def _rest(study: Study, best: pd.Series, noise: Noise) -> str:
     sizes = sorted(set(study.cells["batch_size"].tolist()))
     others = study.cells[study.cells["batch_size"] != best["batch_size"]]
     ended = others[others.groupby("batch_size")["pending"].transform("sum") == 0]
-    tops = best_first(ended, study.metric).drop_duplicates("batch_size").sort_values("batch_size")
-    reached = {int(top["batch_size"]): noise.reaches(top, best) for _, top in tops.iterrows()}
+    tops = best_first(ended[study.converged[ended.index]], study.metric).drop_duplicates("batch_size")
+    reached: dict[int, bool | None] = dict.fromkeys(sorted(set(ended["batch_size"].tolist())), False)
+    reached |= {int(top["batch_size"]): noise.reaches(top, best) for _, top in tops.iterrows()}
     never = [m for m, reaches in reached.items() if reaches is False]
-    all_ended = len(tops) == len(sizes) - 1
-    if tops.empty:
+    all_ended = len(reached) == len(sizes) - 1
+    if not reached:
         return ""
     if None in reached.values():
         unknown = ", ".join(str(m) for m, reaches in reached.items() if reaches is None)

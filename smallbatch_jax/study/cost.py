@@ -5,6 +5,8 @@ measured: it is the number of images that the run has seen, times its program's 
 machine that trained it. Compilation time is excluded.
 """
 
+from typing import Any
+
 import pandas as pd
 
 from smallbatch_jax.config.metric import ACCURACY, Metric
@@ -57,7 +59,7 @@ def with_time(rows: pd.DataFrame, timings: pd.DataFrame) -> pd.DataFrame:
     """Adds a column `seconds`: the run's own time up to the end of the epoch, its share of the program's wall time.
 
     Args:
-      rows: as in `examples_seen`.
+      rows: from `results.load`, or `Study.rows` where batches grow.
       timings: from `results.load_timings`. Without a segment of the row's program, seconds are NaN.
     """
     rate = seconds_per_image(timings).reindex(pd.MultiIndex.from_frame(rows[PROGRAM]))
@@ -80,7 +82,7 @@ def time_to_accuracy(rows: pd.DataFrame, timings: pd.DataFrame, accuracy: float,
     it has finished seeds and all of them do; its time is their mean. Seeds that diverged or still run are left out.
 
     Args:
-      rows: from `results.load`.
+      rows: as in `with_time`.
       timings: from `results.load_timings`.
       accuracy: a fraction, such as `target_accuracy`, or a value of another metric.
       metric: the metric that `accuracy` is a value of.
@@ -97,9 +99,10 @@ def time_to_accuracy(rows: pd.DataFrame, timings: pd.DataFrame, accuracy: float,
     finished = rows[rows["status"] == "finished"]
     cell = cell_columns(rows)
     there = with_time(finished[metric.gain(finished[metric.column], accuracy) >= 0], timings)
-    cells = there.sort_values("epoch").drop_duplicates([*cell, "seed"]).groupby(cell, observed=True)
+    by: dict[str, Any] = {"observed": True, "dropna": False}  # an axis is NaN in studies without it
+    cells = there.sort_values("epoch").drop_duplicates([*cell, "seed"]).groupby(cell, **by)
     found = cells[["seconds", "epoch"]].mean().rename(columns={"epoch": "epochs"}).assign(seeds=cells.size())
-    seeds = finished.drop_duplicates([*cell, "seed"]).groupby(cell, observed=True).size()
+    seeds = finished.drop_duplicates([*cell, "seed"]).groupby(cell, **by).size()
     whole = found[found["seeds"] == seeds.reindex(found.index)].reset_index()
     soonest = whole.sort_values(["epochs", "base_lr"]).drop_duplicates(SETUP)
     setups = rows[SETUP].drop_duplicates().sort_values(SETUP, ignore_index=True)

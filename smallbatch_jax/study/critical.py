@@ -33,7 +33,7 @@ class CriticalBatchSize(NamedTuple):
 
     Attributes:
       table: from `examples_to_target`.
-      target: the target in words, such as "91.2 % test accuracy".
+      target: the target in words, such as "91.2 % test accuracy"; empty if it is not known, since the loss of a guess is not.
       examples: E_min; NaN if it could not be fitted.
       size, low, high: m_crit and the ends of its 90 % interval, 0 and infinity where the data do not bound it.
     """
@@ -63,7 +63,8 @@ class CriticalBatchSize(NamedTuple):
     def sentence(self) -> str:
         """Returns the result of the fit in one sentence."""
         if not len(self.table) or math.isnan(self.size):
-            return "Critical batch size: cannot tell; fewer than three batch sizes reached a target."
+            why = "fewer than three batch sizes reached a target" if self.target else "the loss of a guess is not known"
+            return f"Critical batch size: cannot tell; {why}."
         ends = f"m = {self.table['batch_size'].min()} and {self.table['batch_size'].max()}"
         low, high = two_digits(self.low), two_digits(self.high)
         if self.known:
@@ -86,7 +87,7 @@ def critical_batch_size(study: Study, target: float | None = None) -> CriticalBa
     target = cost.target_accuracy(study.cells, study.chance, metric=study.metric) if target is None else target
     table = examples_to_target(study, target)
     fit = fit_hyperbola(*(table[name].to_numpy() for name in ("batch_size", "examples", "reached")))
-    return CriticalBatchSize(table, f"{study.metric.show(target)} {study.metric.title}", *fit)
+    return CriticalBatchSize(table, "" if math.isnan(target) else f"{study.metric.show(target)} {study.metric.title}", *fit)
 
 
 def examples_to_target(study: Study, target: float) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 A cell with three or more seeds has the standard error of their mean, for a fraction at least the rounding error of k/n. With
 fewer, the error of a fraction is at least the sampling error of a split of n examples, √(p(1−p)/n). A loss has no such bound,
 so the deviation of one run is estimated from residuals of a line over its last epochs, and of a parabola in log η̃ over
-neighbouring base learning rates.
+neighbouring base learning rates that converge.
 """
 
 import math
@@ -91,7 +91,7 @@ def rates_of(cells: pd.DataFrame, top: pd.Series) -> pd.DataFrame:
 def _scatter(study: Study) -> float:
     """Returns the larger of two estimates of one run's standard deviation, from the best cell of each batch size; else NaN."""
     epochs, rates = [], []
-    column, key = study.metric.column, cell_columns(study.cells)
+    column, key, converged = study.metric.column, cell_columns(study.cells), study.converged
     for _, top in best_first(study.cells[study.cells["finished"] > 0], study.metric).drop_duplicates("batch_size").iterrows():
         runs = study.rows[(study.rows[key] == top[key]).all(axis=1) & (study.rows["status"] == "finished")]
         for _, run in runs.groupby("seed"):
@@ -101,7 +101,11 @@ def _scatter(study: Study) -> float:
                 left = last - np.polyval(np.polyfit(x, last, 1), x)
                 epochs.append(np.sqrt((left**2).sum() / (len(last) - 2)))
         same = rates_of(study.cells, top)
-        values, place = same[column].to_numpy(float), same["base_lr"].tolist().index(top["base_lr"])
+        place = same["base_lr"].tolist().index(top["base_lr"])
+        usable = converged[same.index]  # losses of 1e13 are no noise
+        if math.isnan(study.chance):  # every finished cell converges, even if it nearly diverged
+            usable &= same["base_lr"] <= top["base_lr"]
+        values = same[column].where(usable).to_numpy(float)
         third = np.abs(np.diff(values, 3)) / math.sqrt(20)  # zero for a parabola
         rates += third[max(0, place - 3) : place + 1].tolist()
     rates = [value for value in rates if math.isfinite(value)]

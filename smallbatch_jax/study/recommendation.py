@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
+from smallbatch_jax.config.catalog import TASKS
+from smallbatch_jax.config.experiment import OWN
 from smallbatch_jax.config.metric import Metric
 from smallbatch_jax.study import equal_time
 from smallbatch_jax.study.analysis import best_first, cell_columns, final_accuracy, score, setting, with_most_seeds
@@ -30,7 +32,7 @@ class Recommendation(NamedTuple):
         the noise is not known.
       optimism: upper bound on how much choosing the best of many noisy values overstates it.
       as_good: the best and the cells within its noise, if complete and converged (`analysis.convergent`).
-      largest: the largest batch size among them; None if there is none.
+      largest: the largest batch size whose best cell is among them; None if there is none.
       fresh: one row, the test metric of the best cell by fresh seeds (`finished`, `diverged`); None without such seeds.
       rule: the fit of η*(m); None with fewer than three batch sizes.
       critical: the critical batch size; None with fewer than three.
@@ -58,13 +60,15 @@ def recommend(study: Study) -> Recommendation:
     noise = noise_of(study)
     complete = study.cells[study.converged & (study.cells["pending"] == 0)]
     as_good = complete.loc[[noise.reaches(cell, best) is True for _, cell in complete.iterrows()]]
+    tops = best_first(complete, metric).drop_duplicates("batch_size").index
+    largest = as_good.loc[as_good.index.isin(tops), "batch_size"]
     sizes = study.cells.groupby("batch_size")["base_lr"].nunique()
     found = Recommendation(
         best,
         *interval(best, noise),
         optimism=_optimism(study, best, noise) if metric.column.startswith("test_") else 0.0,
         as_good=as_good,
-        largest=int(as_good["batch_size"].max()) if len(as_good) else None,
+        largest=int(largest.max()) if len(largest) else None,
         fresh=confirmation(study, best),
         rule=fit_rule(best_rates(study, noise)) if len(sizes) >= 3 and sizes.max() > 1 else None,
         critical=critical_batch_size(study) if len(sizes) >= 3 else None,
@@ -114,7 +118,8 @@ def _sentences(study: Study, found: Recommendation, noise: Noise) -> list[str]:
     assert best is not None
     said = [f"How good it is cannot be told: the noise of a single seed's {metric.noun} is not known."]
     if not math.isnan(found.low):
-        low, high = (max(0.0, found.low), min(1.0, found.high)) if metric.fraction else (found.low, found.high)
+        named = study.experiment.task in TASKS and f"{OWN}{metric.name}" not in study.experiment.metrics  # hence not negative
+        low, high = max(0.0 if named else -math.inf, found.low), min(1.0, found.high) if metric.fraction else found.high
         between = f"{metric.show(low).removesuffix(' %')} … {metric.show(high)}"
         said = [f"Its {metric.title} is {between} (90 %, by {noise.source(best)})."]
     if found.fresh is None and round(metric.scale * found.optimism, 1 if metric.fraction else 3):
@@ -122,13 +127,14 @@ def _sentences(study: Study, found: Recommendation, noise: Noise) -> list[str]:
         gap = f"{100 * found.optimism:.1f} points" if metric.fraction else f"{found.optimism:.2g}"
         said.append(f"The test set chose it among {many} cells, so it looks better than it is, by up to {gap}.")
     said += _confirmed(found, tested(metric))
-    if found.largest is not None:
+    several = study.cells["batch_size"].nunique() > 1
+    if several and found.largest is not None:
         m, rates = found.largest, found.as_good[found.as_good["batch_size"] == found.largest]
         top = best_first(rates, metric).iloc[0]
         larger = f"m = {m} is the largest batch size within the noise of the best"
         said.append(f"{larger}{f', at {setting(top)}: {score(top, metric)}' if m != best['batch_size'] else ', which it is'}.")
     said += [part.sentence() for part in (found.rule, found.critical) if part is not None]
-    return [*said, equal_time.sentence([study])]
+    return [*said, equal_time.sentence([study])] if several else said
 
 
 def _confirmed(found: Recommendation, metric: Metric) -> list[str]:

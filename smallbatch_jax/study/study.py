@@ -34,7 +34,7 @@ class Study:
       num_classes: number of classes of the data, or of different tokens; None for a regression.
       examples: numbers of training and test examples; None if unknown.
       timings: `results.load_timings`; may have no rows.
-      guess: {"loss": loss of the best constant guess}; empty if unknown.
+      guess: {"loss": that of a uniform guess, or of the best constant for a regression}; empty if unknown.
       finished: whether the last training command completed.
     """
 

@@ -19,6 +19,8 @@ from smallbatch_jax.store.results import ProgramResults
 # Two lanes for three or more runs: lanes are refilled while the parameters of ended runs are still being stored.
 GRID = {"batch_sizes": (4, 8), "bn_batch_sizes": (4, 8), "base_lrs": (2**-9, 2**-6, 1e30), "seeds": (0, 1), "lanes": 2}
 
+DATA = tiny.TinyModel(), tiny.dataset()
+
 
 def train(workdir, keep, **fields):
     """Trains a tiny grid into a workdir and returns its rows."""
@@ -126,9 +128,17 @@ def test_more_parameters_than_may_be_kept_are_refused_before_anything_is_written
     assert not (tmp_path / "w").exists()
 
 
-def test_a_sweep_without_a_workdir_keeps_no_parameters():
-    with pytest.raises(InputError, match=r"^keep_parameters: needs a workdir; give one,"):
-        sbj.sweep(tiny.TinyModel(), tiny.dataset(), (4,), (2**-7,), 1, keep_parameters="best", progress=NoProgress())
+@pytest.mark.parametrize("option", [{"keep_parameters": "best"}, {"tensorboard": True}, {"wandb": "project"}])
+@pytest.mark.parametrize("train", [lambda **o: sbj.sweep(*DATA, (4,), (2**-7,), 1, **o), lambda **o: sbj.search(*DATA, **o)])
+def test_what_writes_into_a_workdir_needs_one(monkeypatch, train, option):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(InputError, match=rf"^{next(iter(option))}: needs a workdir; give one,"):
+        train(**option)
+
+
+def test_a_progress_that_shows_nothing_is_refused():
+    with pytest.raises(InputError, match=r"^progress: got a function, accepts an object with the methods show and close\."):
+        sbj.sweep(*DATA, (4,), (2**-7,), 1, progress=lambda *_: None)
 
 
 def test_a_worker_that_cannot_reach_the_workdir_says_that_it_keeps_no_parameters(tmp_path):

@@ -196,6 +196,12 @@ def test_a_larger_budget_goes_on_with_what_is_there(undisturbed, tmp_path):
     assert len(more.merge(undisturbed, on=[*RUN, "epoch", "test_loss"])) == len(undisturbed)
 
 
+def test_a_smaller_budget_trains_nothing(undisturbed, tmp_path):
+    train(tmp_path / "w", **SEARCH)
+    less = train(tmp_path / "w", **{**SEARCH, "search": {"budget": 20 * 50.0}})
+    assert len(less) == len(undisturbed)
+
+
 def test_a_search_may_confirm_less_and_then_become_the_whole_grid(tmp_path, monkeypatch):
     """A checkpoint may then hold runs that are no longer requested."""
     monkeypatch.setattr(scheduler.Pace, "FIRST_IMAGES", 8)

@@ -143,6 +143,7 @@ def test_each_batch_size_may_have_its_own_rate():
         ),
         ({"drawn_from": ("w",)}, "drawn_from: unknown field"),
         ({"factor": 0.0}, "schedule.factor: got 0.0"),
+        ({"micro_batch_size": 2}, "micro_batch_size: the batches of an own model"),
     ],
 )
 def test_a_mistake_is_named_in_one_line_and_nothing_is_written(tmp_path, change, says):

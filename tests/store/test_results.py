@@ -251,6 +251,14 @@ def test_no_rows_are_an_empty_frame_with_all_columns(store):
     assert list(frame.columns) == list(results.COLUMNS)
 
 
+def test_further_columns_are_there_before_the_first_row(tmp_path):
+    grid = {"weight_decays": (0.0, 0.1), "dataset": {"validation_fraction": 0.5}, "diagnostics": ("noise_scale",)}
+    with workdir.open_workdir(tmp_path / "w", tiny.grid(**grid), {"num_classes": 3}) as folder:
+        frame = results.load(folder)
+    assert {"weight_decay", "validation_accuracy", "train_noise_scale"} <= set(frame.columns)
+    assert frame.dtypes["weight_decay"] == np.float64
+
+
 def test_a_read_only_reader_needs_no_lock(store):
     """Rows can be read although the fixture `store` holds the lock."""
     append(store, row(1))

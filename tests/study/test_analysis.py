@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from rows import cell, cells_of, results, run
+from rows import cell, cells_of, results, run, segment, timings
 
 from smallbatch_jax.config.experiment import Run
-from smallbatch_jax.study import analysis
+from smallbatch_jax.study import analysis, cost
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,21 @@ def test_cells_are_sorted_and_told_apart_by_all_four_columns():
     assert cells["test_accuracy"].tolist() == [0.5, 0.4, 0.3, 0.2, 0.1]
 
 
+def test_studies_with_different_axes_can_be_put_together():
+    plain, decayed = (results(run([0.5, 0.6], experiment=name)) for name in ("plain", "decayed"))
+    both = pd.concat([plain, decayed.assign(weight_decay=0.1), decayed.assign(weight_decay=0.0)], ignore_index=True)
+    cells = analysis.final_accuracy(both)
+    assert cells[["experiment", "finished"]].to_numpy().tolist() == [["decayed", 1], ["decayed", 1], ["plain", 1]]
+    assert analysis.best_cells(cells)["test_accuracy"].tolist() == [0.55, 0.55]
+    assert cost.time_to_accuracy(both, timings(segment(4, 1.0, 80)), 0.6)["seeds"].tolist() == [1, 1]
+
+
+def test_two_rows_of_one_run_and_epoch_are_refused():
+    same = results(run([0.5, 0.6]))
+    with pytest.raises(ValueError, match=r"^results: several rows of one run and epoch; give studies"):
+        analysis.final_accuracy(pd.concat([same, same]))
+
+
 def test_no_results_have_no_cells():
     """Every table of an empty store is empty, with the columns that a filled one has."""
     filled = analysis.summary(results(run([0.5])), chance=0.1)
@@ -128,6 +143,12 @@ def test_best_cell_is_the_most_accurate_then_the_smallest_base_lr():
     best = analysis.best_cells(cells).iloc[0]
     assert (best["test_accuracy"], best["base_lr"], best["replicates"]) == (0.8, 0.5, 2)
     assert (best["finished"], best["diverged"]) == (6, 3)
+
+
+def test_a_metric_that_is_nan_has_no_best_base_lr():
+    best = analysis.best_cells(cells_of(cell(4, 0.5, math.nan), cell(4, 1.0, math.nan)))
+    assert best[["base_lr"]].isna().all(axis=None)
+    assert best["replicates"].tolist() == [1]
 
 
 def test_batch_size_without_a_finished_run_has_no_best_base_lr():

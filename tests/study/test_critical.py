@@ -35,6 +35,14 @@ def test_the_critical_size_is_recovered_and_its_interval_covers_it():
     assert 0.84 <= covered.mean() <= 0.96
 
 
+def test_without_the_loss_of_a_guess_there_is_no_target():
+    experiment = tiny.grid(name="exp", epochs=4, select=("test_loss", "min"))
+    frame = results(*(run([0.5, 0.6, 0.7, 0.8], batch_size=m) for m in (4, 8, 16)))
+    made = Study(Path("exp"), experiment, frame, known_cells(frame, experiment.metric), None, (40, 10))
+    assert critical_batch_size(made).sentence() == "Critical batch size: cannot tell; the loss of a guess is not known."
+    assert "fewer than three" in critical_batch_size(made, 0.01).sentence()
+
+
 def test_batch_sizes_that_never_get_there_are_censored_and_not_dropped():
     """The four largest need more than 300,000 examples, which shows that the curve rises; the others alone hardly show it."""
     draw = np.random.default_rng(1)

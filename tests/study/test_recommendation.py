@@ -157,6 +157,29 @@ def test_the_largest_batch_size_as_good_has_no_diverged_seed():
     assert "m = 8 is the largest batch size within the noise of the best, at m = 8, η̃ = 2^-9: 89.8 ± 0.4 %." in found.sentences
 
 
+def test_the_largest_batch_size_is_one_whose_own_best_reaches_the_best():
+    """A worse cell of m = 8, whose two seeds differ, is within the noise, but the best of m = 8 is not."""
+    made = study("fig08", {4: [[0.9, 0.902]] * 2, 8: [[0.84, 0.842], [0.9, 0.77]]}, lrs=LRS[:2], seeds=(0, 1))
+    found = recommend(made)
+    assert found.as_good["batch_size"].tolist() == [4, 4, 8]
+    assert (found.largest, answer(made).sentence.partition("; ")[2]) == (4, "m = 8 never reaches it.")
+
+
+def test_a_batch_size_without_a_converging_cell_never_reaches_the_best():
+    made = study("fig08", {4: [[0.9, 0.902]], 8: [[0.88, 0.1]]}, lrs=LRS[:1], seeds=(0, 1))
+    assert answer(made).sentence.endswith("; m = 8 never reaches it.")
+
+
+def test_one_batch_size_is_neither_the_largest_nor_the_fastest():
+    assert "batch size within" not in said({4: 0.9})
+    assert "At equal" not in said({4: 0.9})
+
+
+def test_the_interval_of_an_error_does_not_go_below_zero():
+    made = of_losses({4: tuple([0.02, 0.0, 0.06] * 3), 8: tuple([0.3] * 9)}, epochs=9)
+    assert said(made).startswith("Its test loss is 0 … 0.0")
+
+
 def test_a_single_loss_of_unknown_noise_tells_nothing_of_other_batch_sizes():
     made = of_losses({4: 0.30, 8: 0.31, 16: LOST})
     assert answer(made).sentence.endswith(
@@ -176,6 +199,13 @@ def test_the_noise_of_a_loss_comes_from_late_epochs_or_neighbouring_rates():
     assert noise_of(of_losses({4: bowl}, lrs=rates)).scatter == pytest.approx(0, abs=1e-12)
     rough = [v + d for v, d in zip(bowl, np.random.default_rng(0).normal(0, 0.01, 9), strict=True)]
     assert noise_of(of_losses({4: rough}, lrs=rates)).scatter == pytest.approx(0.01, rel=0.6)
+
+
+@pytest.mark.parametrize("guess", [{"loss": 2.3}, {}])
+def test_rates_that_nearly_diverge_are_no_noise(guess):
+    bowl = [0.3 + 0.02 * (k - 5) ** 2 for k in range(7)] + [1e9, 1e13]
+    made = of_losses({4: bowl, 8: bowl}, lrs=tuple(2.0**k for k in range(-12, -3)))
+    assert noise_of(dataclasses.replace(made, guess=guess)).scatter == pytest.approx(0, abs=1e-12)
 
 
 def timed(epochs=4, name="exp", best=0.9):

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from smallbatch_jax.config.fields import InputError, folder_name
 from smallbatch_jax.config.metric import ACCURACY, Metric
-from smallbatch_jax.study.analysis import known_cells
+from smallbatch_jax.study.analysis import axes, known_cells
 from smallbatch_jax.study.figures import style
 from smallbatch_jax.study.figures.grid import accuracy_against_base_lr as accuracy_against_base_lr
 from smallbatch_jax.study.figures.grid import accuracy_against_batch_size as accuracy_against_batch_size
@@ -59,6 +59,7 @@ def draw(df: pd.DataFrame, out_dir: PathLike) -> list[Path]:
     paths = []
     for name, folder in _folders(sorted(set(df["experiment"])), Path(out_dir)).items():
         rows = df[df["experiment"] == name]
+        rows = rows.drop(columns=[axis for axis in axes(rows) if rows[axis].isna().all()])  # of another experiment
         without = rows["test_accuracy"].isna().all() and (rows["status"] == "finished").any()  # of a task without an accuracy
         metric = Metric("test_loss", "min") if without else ACCURACY
         paths += _write_all(_own_figures(rows, known_cells(rows, metric), metric), folder)

@@ -33,7 +33,7 @@ def examples_to_target(study: Study) -> Figure:
       Where the results have a noise scale, a second panel shows it, with its error and m_crit as a line.
     """
     fit, scale = critical_batch_size(study), noise_scale(study)
-    table, title = fit.table, f"{style.plain(study.name)}: examples to {style.plain(fit.target)}"
+    table, title = fit.table, f"{style.plain(study.name)}: examples to {style.plain(fit.target or 'a target')}"
     figure = style.new_figure(style.HEIGHT * (1 if scale is None else 1.6))
     panels = figure.subplots(1 if scale is None else 2, sharex=True, squeeze=False)[:, 0]
     axes, entries = panels[0], {}

@@ -33,7 +33,7 @@ def _examples(study: Study, fit: CriticalBatchSize) -> go.Figure:
         sizes = np.geomspace(fit.table["batch_size"].min(), fit.table["batch_size"].max(), 60)
         name = "E(1 + m / m_crit)" + ", uncertain" * (not fit.known)
         _line(figure, sizes, fit.expected(sizes), name, CATEGORIES[1], fit.known)
-    figure.update_yaxes(type="log", title=f"examples to {fit.target}")
+    figure.update_yaxes(type="log", title=f"examples to {fit.target or 'a target'}")
     return scale_batch_sizes(figure, study.cells)
 
 
