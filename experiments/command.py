@@ -71,7 +71,7 @@ def run(main: Callable[[], int]) -> None:
         logging.set_verbosity(logging.WARNING)  # absl would show every library's INFO lines
         warnings.showwarning = _show_warning
         for signum in signals.handled():
-            signal.signal(signum, _stop)
+            signal.signal(signum, stop)
         if len(argv) > 1:
             raise InputError(f"{argv[1]!r}: unknown argument; every option starts with --")
         status = main()
@@ -101,7 +101,7 @@ def run(main: Callable[[], int]) -> None:
         leave(f"{error.filename or 'output'} cannot be written: {error.strerror}", 1)
 
 
-def _stop(signum: int, frame: object) -> None:
+def stop(signum: int, frame: object) -> NoReturn:
     """Exits on a signal outside training (training saves first); an exception would be lost within JAX's imports."""
     with suppress(OSError):
         os.write(2, b"stopped; the same command goes on\n")
@@ -144,22 +144,38 @@ def start_jax(join: Callable[[], None] = lambda: None) -> None:
     from smallbatch_jax.program import devices, jax_flags
 
     jax_flags.hold(ExitStack())  # for the rest of this process
-    _require_xla_flags(jax_flags.xla_flags())
+    require_xla_flags()
     devices.use_all_cores()
     join()
     jax_flags.require_devices()
 
 
-def _require_xla_flags(given: str) -> None:
+def require_xla_flags() -> None:
     """Tries XLA_FLAGS in another process, since XLA ends a process that has an unknown flag."""
-    if not given:
-        return
-    trial = "import jax; jax.config.update('jax_platforms', 'cpu'); jax.devices()"
-    done = subprocess.run([sys.executable, "-c", trial], capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        said = re.search(r"\] (Unknown flag.*|Couldn't interpret.*)", done.stderr)
-        reason = said.group(1) if said else (done.stderr.strip().split("\n") or [""])[-1]
-        raise InputError(f"XLA_FLAGS={given}: cannot be used: {reason}")
+    from smallbatch_jax.program import jax_flags
+
+    if given := jax_flags.xla_flags():
+        error = _error_of("import jax; jax.config.update('jax_platforms', 'cpu'); jax.devices()")
+        said = re.search(r"\] (Unknown flag.*|Couldn't interpret.*)", error)
+        if error:
+            raise InputError(f"XLA_FLAGS={given}: cannot be used: {said[1] if said else error.split(chr(10))[-1]}")
+
+
+def require_devices() -> None:
+    """Tries the user's devices in another process, so that this one holds none.
+
+    Raises:
+      InputError: if JAX_PLATFORMS asks for something that is not available.
+    """
+    error = _error_of("from smallbatch_jax.program import jax_flags; jax_flags.require_devices()")
+    if error:
+        raise InputError(error.split("InputError: ")[-1])
+
+
+def _error_of(code: str) -> str:
+    """Runs Python code in another process and returns its errors; empty if it ends well."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, errors="replace")
+    return (done.stderr.strip() or "no reason given") if done.returncode else ""
 
 
 def _one_line(error: BaseException | Warning | str) -> str:

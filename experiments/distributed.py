@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+import command
 from absl import flags
 
 from smallbatch_jax.config.fields import InputError
@@ -47,7 +48,8 @@ def asked() -> dict[str, Any] | None:
         if (count or 1) > 1 or PROCESS.value is not None:
             raise InputError("--coordinator_address: not given; several processes need it, for example 10.0.0.1:1234")
         return None
-    if not re.fullmatch(r".+:\d{1,5}", address):
+    port = re.fullmatch(r".+:(\d{1,5})", address)
+    if port is None or int(port[1]) >= 2**16:
         raise InputError(f"--coordinator_address: got {address!r}, accepts HOST:PORT")
     if count is None or number is None:
         raise InputError(f"--{'num_processes' if count is None else 'process_id'}: not given, with a --coordinator_address")
@@ -87,8 +89,15 @@ def supervise() -> None:
 
 
 def _watch(child: int, reader: int, number: int | None) -> NoReturn:
+    def forward(signum: int, frame: object) -> None:
+        if JOINED[0]:
+            os.kill(child, signum)
+        else:  # the child may be waiting in native code, where it handles no signal
+            os.kill(child, signal.SIGKILL)
+            command.stop(signum, frame)
+
     for signum in signals.handled():
-        signal.signal(signum, lambda signum, _: os.kill(child, signum))
+        signal.signal(signum, forward)
     with open(reader, errors="backslashreplace") as lines:
         for line in without_noise(lines):
             print(line, end="", file=sys.stderr, flush=True)

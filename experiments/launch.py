@@ -8,6 +8,7 @@ lanes can use. The same command resumes, and so does sweep.py, on the same workd
 workdir and prints its table, as sweep.py does.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -38,6 +39,9 @@ def main() -> int:
             raise InputError(f"--workdir, --also: {workdir} is given twice; give each config a folder of its own.")
     chosen = [(workdirs.for_workdir(config, workdir), Path(workdir)) for config, workdir in asked]
     command.import_jax()
+    command.require_xla_flags()
+    if not ADDRESS.value and os.environ.get("JAX_PLATFORMS"):  # which workers on this machine inherit
+        command.require_devices()
     from smallbatch_jax.cluster import launcher
     from smallbatch_jax.runner import progress
     from smallbatch_jax.runner.signals import Interrupted

@@ -16,7 +16,6 @@ def train(chosen: Experiment, workdir: str) -> int:
     With several processes, all train and only the first uses the workdir.
     """
     distributed.supervise()
-    chosen, folder = workdirs.for_workdir(chosen, workdir), Path(workdir)
     command.start_jax(join=distributed.join)
     import jax
 
@@ -24,10 +23,12 @@ def train(chosen: Experiment, workdir: str) -> int:
     from smallbatch_jax.program import processes
     from smallbatch_jax.runner import grid, progress
 
-    imported = time.monotonic()
-    dataset = command.load_data(chosen.dataset)
-    loaded = time.monotonic()
+    imported, folder = time.monotonic(), Path(workdir)
     try:
+        processes.require_same(chosen.to_dict(), "config")
+        chosen = processes.on_first(lambda: workdirs.for_workdir(chosen, workdir))
+        dataset = processes.on_every(lambda: command.load_data(chosen.dataset))
+        loaded = time.monotonic()
         grid.train_grid(chosen, folder, dataset, progress.for_stream())
     except grid.Interrupted as interrupted:
         command.leave(f"stopped; everything is saved in {folder}, the same command goes on", 128 + interrupted.signum)

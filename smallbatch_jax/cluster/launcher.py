@@ -132,15 +132,18 @@ def summed(programs: list[LaunchedProgram], started: float) -> Status:
     return status
 
 
-def resources(nodes: Iterable[Mapping[str, float]], runs: int, lanes: int | None) -> dict[str, int]:
-    """Returns the resources of a task: a GPU if any machine has one, else a CPU per lane, within the largest machine."""
+def resources(nodes: Iterable[Mapping[str, float]], runs: int, lanes: int | None, sharing: int = 1) -> dict[str, int]:
+    """Returns the resources of a task: a GPU if any machine has one, else a CPU per lane, within the largest machine.
+
+    `sharing` devices share each batch: a task has as many GPUs, or as many CPUs per lane.
+    """
     from smallbatch_jax.runner.jobs import MOST_LANES
 
     nodes = list(nodes)
     if any(node.get("GPU", 0) >= 1 for node in nodes):
-        return {"num_gpus": 1}
-    largest = max((int(node.get("CPU", 0)) for node in nodes), default=0)
-    return {"num_cpus": max(1, min(runs, lanes or MOST_LANES, largest))}
+        return {"num_gpus": sharing}
+    largest = max((int(node.get("CPU", 0)) // sharing for node in nodes), default=0)
+    return {"num_cpus": sharing * max(1, min(runs, lanes or MOST_LANES, largest))}
 
 
 @contextmanager
@@ -217,6 +220,7 @@ class Launch:
 
     def train(self, progress: Progress) -> None:
         """Returns when each program is trained or has failed; raises `Interrupted` on a signal, once the workers have saved."""
+        self._require_devices()
         with noted_signals() as stop:
             for program in sorted(self._programs, key=lambda program: (-program.steps, -program.pending)):
                 if program.pending:  # the longest programs start first
@@ -240,9 +244,21 @@ class Launch:
         if stop.signum:
             raise Interrupted(stop.signum)
 
+    def _require_devices(self) -> None:
+        """Raises InputError if no machine has the devices that share a program's batches; Ray would wait for one."""
+        sharing = max(program.task.experiment.data_devices or 1 for program in self._programs)
+        if sharing == 1:
+            return
+        most = max((node.get("GPU", 0) or node.get("CPU", 0) for node in self._machines()), default=0)
+        if sharing > most:
+            raise InputError(f"data_devices: got {sharing}, but no machine of the cluster has more than {most:g} devices.")
+
+    def _machines(self) -> list[dict[str, float]]:
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+
     def _resources(self, program: LaunchedProgram) -> dict[str, int]:
-        machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        return resources(machines, program.status.runs, program.task.experiment.lanes)
+        experiment = program.task.experiment
+        return resources(self._machines(), program.status.runs, experiment.lanes, experiment.data_devices or 1)
 
     def _submit(self, program: LaunchedProgram) -> None:
         program.resources = self._resources(program)

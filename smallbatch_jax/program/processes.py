@@ -8,7 +8,7 @@ before they act on them. With one process these functions communicate nothing.
 import functools
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -55,17 +55,38 @@ def on_first(function: Callable[[], T]) -> T:
     return value
 
 
-def require_same(value: Any, field: str) -> None:
-    """Checks that all processes were given the same value, which must be picklable.
+def on_every(function: Callable[[], T]) -> T:
+    """Calls `function()` in every process and returns its value in each.
 
     Raises:
-      InputError: names the field and the first process that differs.
+      InputError: in all processes, if `function` does in one; the message says in which.
+    """
+    if not several():
+        return function()
+    value: Any = None
+    refusal = ""
+    try:
+        value = function()
+    except InputError as error:
+        refusal = str(error)
+    if (failed := _first_where(bool(refusal))) is not None:
+        raise InputError(f"{_broadcast(refusal, failed)} (process {failed})")
+    return value
+
+
+def require_same(values: Mapping[str, Any], section: str) -> None:
+    """Checks that all processes were given the same values, which must be picklable.
+
+    Raises:
+      InputError: names the section, the first value that differs and a process that has another.
     """
     if several():
-        differs = on_first(lambda: value) != value
-        others = np.flatnonzero(multihost_utils.process_allgather(np.int32(differs)))
-        if len(others):
-            raise InputError(f"{field}: process {others[0]} has another value than process 0; start all of them alike.")
+        firsts = on_first(lambda: dict(values))
+        for name, first in firsts.items():
+            if (other := _first_where(values.get(name) != first)) is not None:
+                raise InputError(
+                    f"{section}.{name}: process {other} has another value than process 0; start all of them alike."
+                )
 
 
 def least(value: int) -> int:
@@ -107,9 +128,15 @@ def _replicate(mesh: Any) -> Callable[[PyTree], PyTree]:
     return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))
 
 
-def _broadcast(value: Any) -> Any:
-    """Returns the first process's value in all processes."""
-    content = np.frombuffer(pickle.dumps(value), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(content.size)))
-    padded = content if is_first() else np.zeros(size, np.uint8)
-    return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+def _first_where(condition: bool) -> int | None:
+    """Returns the index of the first process in which the condition holds; None if there is none."""
+    found = np.flatnonzero(multihost_utils.process_allgather(np.int32(condition)))
+    return int(found[0]) if len(found) else None
+
+
+def _broadcast(value: Any, source: int = 0) -> Any:
+    """Returns one process's value in all processes."""
+    content, this = np.frombuffer(pickle.dumps(value), np.uint8), jax.process_index() == source
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(content.size), this))
+    padded = content if this else np.zeros(size, np.uint8)
+    return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded, this)).tobytes())

@@ -68,15 +68,14 @@ def train_grid(
       InputError: if the grid does not fit the data or the workdir holds another experiment; nothing is written then.
       Interrupted: on a signal of `signals`, after the segment in flight ended and all lanes were saved.
     """
+    known = facts(experiment, dataset)
+    processes.require_same(experiment.to_dict(), "config")
+    processes.require_same(known, "dataset")
     setup = _checked_setup(experiment, dataset, model_of, own)
     experiment = setup.experiment = with_budget(setup, workdir)
     if processes.is_first():
         for warning in checks.data_warnings(experiment, dataset):
             print(f"warning: dataset: {warning}", file=sys.stderr, flush=True)
-    known = facts(experiment, dataset)
-    if processes.several():
-        processes.require_same(experiment.to_dict(), "config")
-        processes.require_same(known, "dataset")
     with ExitStack() as stack:
         if processes.is_first():
             known |= {"model": fingerprint()} if fingerprint else {}
@@ -123,7 +122,7 @@ def require_trainable(experiment: Experiment, dataset: Dataset | Photographs) ->
 
 
 def facts(experiment: Experiment, dataset: Dataset | Photographs) -> dict[str, Any]:
-    """Returns the data properties that a workdir stores; "guess" is the loss of the best constant prediction, if known."""
+    """Returns the data properties that a workdir stores; "guess" is the loss of a uniform or constant guess, if known."""
     found: dict[str, Any] = {"num_classes": dataset.num_classes, "examples": [dataset.num_train, dataset.num_test]}
     if not experiment.dataset.name.startswith(OWN):  # whose name has the digest
         found["digest"] = dataset.digest()

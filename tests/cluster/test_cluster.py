@@ -48,6 +48,19 @@ def test_a_program_asks_for_a_gpu_or_for_the_cpus_that_its_lanes_can_use(nodes, 
     assert resources(nodes, runs, lanes) == asked
 
 
+@pytest.mark.parametrize(
+    ("nodes", "runs", "asked"),
+    [
+        ([{"CPU": 2.0}], 1, {"num_cpus": 2}),
+        ([{"CPU": 4.0}, {"CPU": 9.0}], 13, {"num_cpus": 8}),
+        ([{"CPU": 8.0}], 3, {"num_cpus": 6}),
+        ([{"CPU": 8.0, "GPU": 2.0}], 13, {"num_gpus": 2}),
+    ],
+)
+def test_devices_that_share_a_batch_are_asked_for_together(nodes, runs, asked):
+    assert resources(nodes, runs, None, 2) == asked
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Yields a workdir that this process owns, without rows."""

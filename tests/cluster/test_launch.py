@@ -103,6 +103,25 @@ def test_a_mistake_is_one_line_exit_status_2_and_nothing_written(tmp_path, argum
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("XLA_FLAGS", "--xla_foo=1", "XLA_FLAGS=--xla_foo=1: cannot be used: Unknown flag in XLA_FLAGS: --xla_foo=1"),
+        ("XLA_FLAGS", "--xla_cpu_enable_fast_math=true", "no diverged run could be detected"),
+        ("JAX_PLATFORMS", "foo", "JAX_PLATFORMS=foo: cannot be used"),
+    ],
+)
+def test_what_the_environment_asks_for_is_tried_before_anything_is_written(tmp_path, variable, value, says):
+    refused(shell.run("launch.py", QUICKSTART, f"--workdir={tmp_path / 'w'}", environment={variable: value}), says)
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.long
+def test_devices_that_no_machine_has_are_refused(tmp_path):
+    done = shell.run("launch.py", QUICKSTART, f"--workdir={tmp_path / 'w'}", "--config.data_devices=4096")
+    refused(done, "data_devices")
+
+
 def launch(workdir, *arguments, **options):
     line = [sys.executable, "experiments/launch.py", QUICKSTART, f"--workdir={workdir}", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

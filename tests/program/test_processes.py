@@ -1,5 +1,6 @@
 """Several real processes on this machine that run one command together."""
 
+import os
 import re
 import shutil
 import signal
@@ -13,11 +14,15 @@ import compiled
 import jax
 import numpy as np
 import pandas as pd
+import pictures
 import pytest
 import shell
+import tiny
+from PIL import Image
 
 import smallbatch_jax as sbj
 from smallbatch_jax.store import results
+from smallbatch_jax.store.workdir import open_workdir
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -46,13 +51,16 @@ def start(script, *arguments, devices=2, flags="", **environment):
     return shell.start(script, *arguments, environment=flags | environment)
 
 
-def start_two(script, *arguments, others=(), flags=""):
+def start_two(script, *arguments, others=(), flags="", homes=(os.environ["HOME"],) * 2):
     """Starts two processes of two devices each; the second may have other arguments."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"--coordinator_address=localhost:{probe.getsockname()[1]}"
-    of = [start(script, *arguments, address, "--num_processes=2", "--process_id=0", flags=flags)]
-    return [*of, start(script, *(others or arguments), address, "--num_processes=2", "--process_id=1", flags=flags)]
+    each = enumerate(zip((arguments, others or arguments), homes, strict=True))
+    return [
+        start(script, *given, address, "--num_processes=2", f"--process_id={number}", flags=flags, HOME=home)
+        for number, (given, home) in each
+    ]
 
 
 def ended(processes, seconds=240):
@@ -94,8 +102,33 @@ def test_processes_that_were_not_started_alike_are_refused(tmp_path):
     given = (*SMALL, f"--workdir={tmp_path / 'w'}")
     for status, output, errors in ended(start_two("sweep.py", *given, RATES, others=given)):
         assert (status, output) == (2, "")
-        assert errors == "config: process 1 has another value than process 0; start all of them alike.\n"
+        assert errors == "config.grid: process 1 has another value than process 0; start all of them alike.\n"
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.long
+def test_what_one_process_refuses_ends_the_other_too(tmp_path):
+    """The pictures are missing where process 1 runs."""
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        pictures.save(tmp_path / "data" / name / "0.png", Image.new("RGB", (8, 8)))
+    given = (*SMALL, "--config.dataset.name=folder", "--config.dataset.data_dir=~/data", f"--workdir={tmp_path / 'w'}")
+    for status, output, errors in ended(start_two("sweep.py", *given, homes=(str(tmp_path), str(tmp_path / "elsewhere")))):
+        assert (status, output) == (2, "")
+        assert errors.startswith("dataset.data_dir: ")
+        assert errors.endswith(" (process 1)\n")
+        assert errors.count("\n") == 1
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.long
+def test_a_workdir_of_another_experiment_is_read_by_the_first_process_alone_and_refused_by_both(tmp_path):
+    with open_workdir(tmp_path / "w", tiny.grid(), {"num_classes": 3}):
+        pass
+    started = start_two("sweep.py", *SMALL, "--workdir=~/w", homes=(str(tmp_path), str(tmp_path / "elsewhere")))
+    for status, output, errors in ended(started):
+        assert (status, output) == (2, "")
+        assert errors.startswith(f"--workdir: {tmp_path / 'w'} holds ")
+        assert errors.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -103,6 +136,7 @@ def test_processes_that_were_not_started_alike_are_refused(tmp_path):
     [
         (("--num_processes=2",), {}, "--coordinator_address: not given"),
         (("--coordinator_address=here",), {}, "--coordinator_address: got 'here', accepts HOST:PORT"),
+        (("--coordinator_address=here:99999",), {}, "--coordinator_address: got 'here:99999', accepts HOST:PORT"),
         (("--coordinator_address=here:1",), {}, "--num_processes: not given"),
         (("--coordinator_address=here:1", "--num_processes=2"), {}, "--process_id: not given"),
         (("--process_id=0",), {}, "--coordinator_address: not given"),
@@ -122,6 +156,16 @@ def test_a_process_that_cannot_join_says_what_is_missing(tmp_path, arguments, en
     assert (status, output) == (2, "")
     assert errors.startswith(said)
     assert errors.count("\n") == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_process_that_waits_for_the_others(tmp_path, signum):
+    waiting = ("--coordinator_address=127.0.0.1:1", "--num_processes=2", "--process_id=1", "--join_seconds=100")
+    process = start("sweep.py", *SMALL, f"--workdir={tmp_path / 'w'}", *waiting)
+    time.sleep(10)
+    process.send_signal(signum)
+    assert ended([process], 10) == [(128 + signum, "", "stopped; the same command goes on\n")]
 
 
 def test_what_processes_log_of_each_other_is_left_out():
