@@ -158,7 +158,7 @@ def require_xla_flags() -> None:
         error = _error_of("import jax; jax.config.update('jax_platforms', 'cpu'); jax.devices()")
         said = re.search(r"\] (Unknown flag.*|Couldn't interpret.*)", error)
         if error:
-            raise InputError(f"XLA_FLAGS={given}: cannot be used: {said[1] if said else error.split(chr(10))[-1]}")
+            raise InputError(f"XLA_FLAGS={given}: cannot be used: {said[1] if said else error.splitlines()[-1]}")
 
 
 def require_devices() -> None:

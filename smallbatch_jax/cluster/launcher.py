@@ -249,9 +249,11 @@ class Launch:
         sharing = max(program.task.experiment.data_devices or 1 for program in self._programs)
         if sharing == 1:
             return
-        most = max((node.get("GPU", 0) or node.get("CPU", 0) for node in self._machines()), default=0)
+        machines = self._machines()
+        kind = "GPU" if any(node.get("GPU", 0) >= 1 for node in machines) else "CPU"
+        most = max((node.get(kind, 0) for node in machines), default=0)
         if sharing > most:
-            raise InputError(f"data_devices: got {sharing}, but no machine of the cluster has more than {most:g} devices.")
+            raise InputError(f"data_devices: got {sharing}, but no machine of the cluster has more than {most:g} {kind}s.")
 
     def _machines(self) -> list[dict[str, float]]:
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]

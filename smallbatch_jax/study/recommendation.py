@@ -10,8 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from smallbatch_jax.config.catalog import TASKS
-from smallbatch_jax.config.experiment import OWN
+from smallbatch_jax.config.catalog import METRICS, TASKS
 from smallbatch_jax.config.metric import Metric
 from smallbatch_jax.study import equal_time
 from smallbatch_jax.study.analysis import best_first, cell_columns, final_accuracy, score, setting, with_most_seeds
@@ -118,8 +117,8 @@ def _sentences(study: Study, found: Recommendation, noise: Noise) -> list[str]:
     assert best is not None
     said = [f"How good it is cannot be told: the noise of a single seed's {metric.noun} is not known."]
     if not math.isnan(found.low):
-        named = study.experiment.task in TASKS and f"{OWN}{metric.name}" not in study.experiment.metrics  # hence not negative
-        low, high = max(0.0 if named else -math.inf, found.low), min(1.0, found.high) if metric.fraction else found.high
+        positive = study.experiment.task in TASKS and metric.name in ("loss", *METRICS)
+        low, high = max(0.0 if positive else -math.inf, found.low), min(1.0, found.high) if metric.fraction else found.high
         between = f"{metric.show(low).removesuffix(' %')} … {metric.show(high)}"
         said = [f"Its {metric.title} is {between} (90 %, by {noise.source(best)})."]
     if found.fresh is None and round(metric.scale * found.optimism, 1 if metric.fraction else 3):
