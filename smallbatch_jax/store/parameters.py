@@ -122,8 +122,8 @@ def load_parameters(
     Returns:
       {"params": …, "batch_stats": …}, as a linen module's `apply` takes them, of NumPy arrays in nested dicts (and lists, where
       the model has sequences): other trees come back as dicts too, and need a template of the model to be rebuilt. The
-      parameters of a pair of functions are below ["params"]["params"]; those of nnx and Equinox are named by their path in the
-      module, such as "layers.0.weight". batch_stats are the running averages, also where a run was evaluated by precise
+      parameters of a pair of functions are in `variables["params"]["params"]`; those of nnx and Equinox are named by their path
+      in the module, such as "layers.0.weight". batch_stats are the running averages, also where a run was evaluated by precise
       statistics; {} without batch norm.
 
     Raises:
