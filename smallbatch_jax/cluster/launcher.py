@@ -139,11 +139,17 @@ def resources(nodes: Iterable[Mapping[str, float]], runs: int, lanes: int | None
     """
     from smallbatch_jax.runner.jobs import MOST_LANES
 
-    nodes = list(nodes)
-    if any(node.get("GPU", 0) >= 1 for node in nodes):
+    kind, most = largest(nodes)
+    if kind == "GPU":
         return {"num_gpus": sharing}
-    largest = max((int(node.get("CPU", 0)) // sharing for node in nodes), default=0)
-    return {"num_cpus": sharing * max(1, min(runs, lanes or MOST_LANES, largest))}
+    return {"num_cpus": sharing * max(1, min(runs, lanes or MOST_LANES, most // sharing))}
+
+
+def largest(nodes: Iterable[Mapping[str, float]]) -> tuple[str, int]:
+    """Returns the kind of device that trains, GPU if any machine has one, and the most that a machine has."""
+    nodes = list(nodes)
+    most = {kind: max((int(node.get(kind, 0)) for node in nodes), default=0) for kind in ("GPU", "CPU")}
+    return ("GPU", most["GPU"]) if most["GPU"] else ("CPU", most["CPU"])
 
 
 @contextmanager
@@ -249,11 +255,9 @@ class Launch:
         sharing = max(program.task.experiment.data_devices or 1 for program in self._programs)
         if sharing == 1:
             return
-        machines = self._machines()
-        kind = "GPU" if any(node.get("GPU", 0) >= 1 for node in machines) else "CPU"
-        most = max((node.get(kind, 0) for node in machines), default=0)
+        kind, most = largest(self._machines())
         if sharing > most:
-            raise InputError(f"data_devices: got {sharing}, but no machine of the cluster has more than {most:g} {kind}s.")
+            raise InputError(f"data_devices: got {sharing}, but no machine of the cluster has more than {most} {kind}s.")
 
     def _machines(self) -> list[dict[str, float]]:
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]

@@ -20,6 +20,7 @@ from smallbatch_jax.config.text import axis_title, format_base_lr
 SETUP = ["experiment", "batch_size", "bn_batch_size"]
 CELL = [*SETUP, "base_lr"]  # the columns that tell cells apart
 RUN = [*CELL, "seed"]  # the columns that tell runs apart
+BY: dict[str, Any] = {"observed": True, "dropna": False}  # options of groupby: an axis is NaN in studies without it
 
 
 def convergence_rule(metric: Metric = ACCURACY) -> str:
@@ -68,15 +69,14 @@ def known_cells(df: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
     cell, run = cell_columns(df), [*cell_columns(df), "seed"]
     if df.duplicated([*run, "epoch"]).any():
         raise ValueError("results: several rows of one run and epoch; give studies that are put together different names.")
-    by: dict[str, Any] = {"observed": True, "dropna": False}  # an axis is NaN in studies without it
     finished = df[df["status"] == "finished"]
-    epochs = finished.groupby(run, **by)["epoch"].transform("max")
+    epochs = finished.groupby(run, **BY)["epoch"].transform("max")
     last = finished[finished["epoch"] > epochs - LAST_EPOCHS]
-    final = last.groupby(run, **by)[metric.column].median().groupby(cell, **by)
+    final = last.groupby(run, **BY)[metric.column].median().groupby(cell, **BY)
     runs = df.drop_duplicates(run)
     statuses = {"finished": "finished", "diverged": "diverged", "pending": "running"}
     counts = {column: (runs["status"] == status).astype(int) for column, status in statuses.items()}
-    cells = runs[cell].assign(**counts).groupby(cell, **by).sum()
+    cells = runs[cell].assign(**counts).groupby(cell, **BY).sum()
     cells.insert(0, metric.column, final.mean())
     cells.insert(1, f"{metric.column}_std", final.std())
     return cells.reset_index()

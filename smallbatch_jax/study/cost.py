@@ -5,12 +5,10 @@ measured: it is the number of images that the run has seen, times its program's 
 machine that trained it. Compilation time is excluded.
 """
 
-from typing import Any
-
 import pandas as pd
 
 from smallbatch_jax.config.metric import ACCURACY, Metric
-from smallbatch_jax.study.analysis import CELL, SETUP, cell_columns
+from smallbatch_jax.study.analysis import BY, CELL, SETUP, cell_columns
 
 PROGRAM = ["batch_size", "bn_batch_size"]
 TARGET = 0.9  # fraction of the way from chance to the best accuracy
@@ -99,10 +97,9 @@ def time_to_accuracy(rows: pd.DataFrame, timings: pd.DataFrame, accuracy: float,
     finished = rows[rows["status"] == "finished"]
     cell = cell_columns(rows)
     there = with_time(finished[metric.gain(finished[metric.column], accuracy) >= 0], timings)
-    by: dict[str, Any] = {"observed": True, "dropna": False}  # an axis is NaN in studies without it
-    cells = there.sort_values("epoch").drop_duplicates([*cell, "seed"]).groupby(cell, **by)
+    cells = there.sort_values("epoch").drop_duplicates([*cell, "seed"]).groupby(cell, **BY)
     found = cells[["seconds", "epoch"]].mean().rename(columns={"epoch": "epochs"}).assign(seeds=cells.size())
-    seeds = finished.drop_duplicates([*cell, "seed"]).groupby(cell, **by).size()
+    seeds = finished.drop_duplicates([*cell, "seed"]).groupby(cell, **BY).size()
     whole = found[found["seeds"] == seeds.reindex(found.index)].reset_index()
     soonest = whole.sort_values(["epochs", "base_lr"]).drop_duplicates(SETUP)
     setups = rows[SETUP].drop_duplicates().sort_values(SETUP, ignore_index=True)
