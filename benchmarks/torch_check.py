@@ -42,31 +42,30 @@ def main() -> int:
     studies = [study.load(workdir) for workdir in WORKDIRS.value]
     if not studies:
         raise InputError("--workdir: got none; name the folder of a study.")
-    tables = [compared(loaded, Path(workdir)) for loaded, workdir in zip(studies, WORKDIRS.value, strict=True)]
+    tables = [compared(loaded) for loaded in studies]
     scatter = [table.groupby(CELL)[side].var() for table in tables for side in ("ours", "torch")]
     error = math.sqrt(pd.concat(scatter).mean())
     print("| study | m | base_lr | seeds | ours | PyTorch | difference | standard errors |")
     print("|---|---|---|---|---|---|---|---|")
     for loaded, table in zip(studies, tables, strict=True):
-        for _, cell in table.reset_index().groupby(CELL):
-            m, base_lr = cell[CELL].iloc[0]
+        for (m, base_lr), cell in table.groupby(CELL):
             ours, theirs, seeds = 100 * cell["ours"].mean(), 100 * cell["torch"].mean(), len(cell)
             errors = (ours - theirs) / (100 * error * math.sqrt(2 / seeds))
             numbers = f"{ours:.2f} % | {theirs:.2f} % | {ours - theirs:+.2f} | {errors:+.1f} |"
-            print(f"| {loaded.name} | {m:.0f} | {format_base_lr(base_lr)} | {seeds} | {numbers}")
+            print(f"| {loaded.name} | {m} | {format_base_lr(base_lr)} | {seeds} | {numbers}")
     return 0
 
 
-def compared(loaded: study.Study, workdir: Path) -> pd.DataFrame:
+def compared(loaded: study.Study) -> pd.DataFrame:
     """Returns the finished runs of a study with their accuracies, "ours" and "torch"; trains missing ones in PyTorch."""
     chosen = loaded.experiment
     if chosen.schedule.warmup_fraction or chosen.schedule.batch_growth > 1 or chosen.optimizer.name != "sgd":
         raise InputError(
-            f"--workdir: {workdir} has warm-up, growing batches or an optimizer, which PyTorch does not train here."
+            f"--workdir: {loaded.workdir} has warm-up, growing batches or an optimizer, which PyTorch does not train here."
         )
     cells = [analysis.final_accuracy(rows).assign(seed=seed) for seed, rows in loaded.rows.groupby("seed")]
     ours = pd.concat(cells).dropna(subset="test_accuracy").set_index(KEY)["test_accuracy"]
-    stored = workdir / "torch.csv"
+    stored = loaded.workdir / "torch.csv"
     known = pd.read_csv(stored).set_index(KEY)["torch"] if stored.exists() else pd.Series(dtype=float)
     missing = [run for run in chosen.runs() if run_key(run) in ours.index and run_key(run) not in known.index]
     if missing:
@@ -131,7 +130,7 @@ def train(chosen: Experiment, images: Dataset, run: Run) -> float:
             schedule.step()
         with torch.no_grad():
             if chosen.model.bn_statistics == "precise":
-                recompute_statistics(network, train_set.split(m)[: count // m])
+                torch.optim.swa_utils.update_bn(train_set.split(m)[: count // m], network)
             network.eval()
             found = torch.cat([network(batch).argmax(1) for batch in test_set.split(500)])
         accuracies.append((found == test_labels).double().mean().item())
@@ -148,19 +147,6 @@ def crop_and_flip(batch):
     columns = torch.where(torch.rand(n, 1) < 0.5, columns, columns.flip(1))
     padded = torch.nn.functional.pad(batch, (PAD,) * 4).permute(0, 2, 3, 1)
     return padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def recompute_statistics(network, batches):
-    """Replaces the running averages of batch norm by the mean over these batches of training images."""
-    import torch  # pyright: ignore[reportMissingImports]
-
-    network.train()
-    for layer in network.modules():
-        if isinstance(layer, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
-            layer.reset_running_stats()
-            layer.momentum = None  # a cumulative average
-    for batch in batches:
-        network(batch)
 
 
 if __name__ == "__main__":
