@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -79,18 +79,17 @@ def heat_map(study: Study, shown: CellMap, labels: Sequence[str]) -> go.Figure:
     """
     metric = named_metric(study.experiment)
     cells = marked(shown.cells, metric)
-    position = pd.Series(study.cells.index.get_indexer(cells.index), cells.index)
 
     def grid(values: pd.Series, empty: Any = None) -> list[list[Any]]:
-        """Returns the values at the places of their cells, and `empty` elsewhere."""
+        """Returns the values of cells, by index, at the places of this map, and `empty` elsewhere."""
         table = cells.assign(value=values.astype(object)).pivot(index="batch_size", columns=shown.column, values="value")
         return table.where(table.notna(), empty).to_numpy().tolist()
 
     shared = {
         "x": list(map(COLUMNS[shown.column][1], sorted(set(cells[shown.column].tolist())))),
         "y": list(map(str, sorted(set(cells["batch_size"].tolist())))),
-        "customdata": grid(position),
-        "hovertext": grid(position.map(dict(enumerate(labels))), ""),
+        "customdata": grid(pd.Series(range(len(labels)), study.cells.index)),
+        "hovertext": grid(pd.Series(labels, study.cells.index), ""),
         "hovertemplate": "%{hovertext}<extra></extra>",
         "hoverongaps": False,
         "xgap": 1,
@@ -99,7 +98,8 @@ def heat_map(study: Study, shown: CellMap, labels: Sequence[str]) -> go.Figure:
     }
     bar = {"title": {"text": metric.label, "side": "right"}, "thickness": 12}
     written = cells["y"].map(("{:.1f}" if metric.fraction else "{:.3g}").format, na_action="ignore")
-    figure = go.Figure(layout={**LAYOUT, "height": 96 + 34 * len(shared["y"])})
+    # a click chooses a cell, so nothing is dragged
+    figure = go.Figure(layout={**LAYOUT, "height": 96 + 34 * len(shared["y"]), "dragmode": False})
     colours = COLORS if metric.best == "max" else f"{COLORS}_r"  # light is good
     figure.add_heatmap(z=grid(cells["y"].round(4)), text=grid(written, ""), colorscale=colours, colorbar=bar, **shared)
     for mask, colour, sign in (("lost", "#d9d9d9", "×"), ("unknown", "#f7f7f7", "·")):
@@ -107,7 +107,6 @@ def heat_map(study: Study, shown: CellMap, labels: Sequence[str]) -> go.Figure:
             flat = {"colorscale": [[0, colour], [1, colour]], "showscale": False}
             z, text = cells[mask].map({True: 0}), cells[mask].map({True: sign})
             figure.add_heatmap(z=grid(z), text=grid(text, ""), **flat, **shared)
-    figure.update_layout(dragmode=False)  # a click chooses a cell
     figure.update_xaxes(type="category", title=axis_label(study, shown.column), showgrid=False)
     figure.update_yaxes(type="category", title=LABELS["batch_size"], showgrid=False)
     return figure
@@ -115,16 +114,12 @@ def heat_map(study: Study, shown: CellMap, labels: Sequence[str]) -> go.Figure:
 
 def cell_labels(study: Study) -> list[str]:
     """The label of each cell, in the order of `study.cells`: its setting, accuracy, and the state of each seed."""
-    key, metric = cell_columns(study.cells), named_metric(study.experiment)
-    last = study.rows.drop_duplicates([*key, "seed"], keep="last")  # rows are sorted by epoch
-    last = last.assign(state=[_state(run, study.experiment.epochs, metric) for run in last.to_dict("records")])
-    seeds = last.groupby(key, observed=True)["state"].agg(list).to_dict()
-    optimizer, labels = study.experiment.optimizer, []
+    metric, optimizer, labels = named_metric(study.experiment), study.experiment.optimizer, []
     rate = RULES[optimizer.rule][0]
-    for cell in study.cells.to_dict("records"):
+    for cell, runs in _with_runs(study):
         lines = [f"<b>{setting(cell)}</b>", f"η = {rate} = {optimizer.learning_rate(cell['base_lr'], cell['batch_size']):.6g}"]
         lines += [f"{metric.title} {score(cell, metric)}"] * bool(cell["finished"])
-        states = seeds.get(tuple(cell[name] for name in key), [])
+        states = [_state(run.iloc[-1], study.experiment.epochs, metric) for run in runs]
         lines += states[:MOST_SEEDS] + [f"and {len(states) - MOST_SEEDS} more seeds"] * (len(states) > MOST_SEEDS)
         untouched = cell["finished"] + cell["diverged"] + cell["pending"] - len(states)
         lines += [f"{plural(untouched, 'seed')} not begun"] * (untouched > 0)
@@ -132,25 +127,28 @@ def cell_labels(study: Study) -> list[str]:
     return labels
 
 
-def _state(run: Mapping[Any, Any], epochs: int, metric: Metric) -> str:
+def _with_runs(study: Study) -> Iterator[tuple[dict[str, Any], list[pd.DataFrame]]]:
+    """Yields each cell, in the order of `study.cells`, with the rows of each of its runs."""
+    key = cell_columns(study.cells)
+    by_cell: dict[Any, list[pd.DataFrame]] = {}
+    for (*cell, _), run in study.rows.groupby([*key, "seed"], observed=True):
+        by_cell.setdefault(tuple(cell), []).append(run)
+    for cell in study.cells.to_dict("records"):
+        yield cell, by_cell.get(tuple(cell[name] for name in key), [])
+
+
+def _state(run: pd.Series, epochs: int, metric: Metric) -> str:
     """Describes the state of a run from its last row."""
     if run["status"] == "diverged":
         return f"seed {run['seed']}: diverged in epoch {run['epoch']}"
-    went = (
-        f"finished, {epochs} epochs" if run["status"] == "finished" else f"{run['status']}, {run['epoch']} of {epochs} epochs"
-    )
-    return f"seed {run['seed']}: {went}, {metric.show(run[metric.column])} after the last"
+    trained = epochs if run["status"] == "finished" else f"{run['epoch']} of {epochs}"
+    return f"seed {run['seed']}: {run['status']}, {trained} epochs, {metric.show(run[metric.column])} after the last"
 
 
 def learning_curves(study: Study) -> list[dict[str, Any]]:
     """Returns a title and the accuracy and loss traces of all runs for each cell, in the order of `study.cells`."""
-    by_cell: dict[Any, list[pd.DataFrame]] = {}
-    cell_key = cell_columns(study.cells)
-    for key, run in study.rows.groupby([*cell_key, "seed"], observed=True):
-        by_cell.setdefault(key[:-1], []).append(run)
     found = []
-    for cell in study.cells.to_dict("records"):
-        runs = by_cell.get(tuple(cell[name] for name in cell_key), [])
+    for cell, runs in _with_runs(study):
         traces = {
             what: [trace for i, run in enumerate(runs) for trace in _traces(run, i, what)] for what in ("accuracy", "loss")
         }
@@ -213,11 +211,8 @@ def accuracy_by_batch_size(study: Study, shown: CellMap) -> go.Figure:
 def _chart_by_batch_size(cells: pd.DataFrame, metric: Metric, title: str, colors: Sequence[str] | None = None) -> go.Figure:
     """Plots a metric over m with its deviation over seeds; leaves out curves without a finished cell."""
     table = marked(cells[cells.groupby("curve")["finished"].transform("any")], metric)
-    hover = [
-        f"<b>{setting(cell)}</b><br>{score(cell, metric)}" if cell["finished"] else "none has finished"
-        for cell in table.to_dict("records")
-    ]
-    return scale_batch_sizes(_line_chart(table.assign(hover=hover), "batch_size", "y", title, colors), cells)
+    scores = [score(cell, metric) for cell in table.to_dict("records")]
+    return scale_batch_sizes(_line_chart(table.assign(hover=scores), "batch_size", "y", title, colors), cells)
 
 
 def cost_charts(study: Study) -> dict[str, go.Figure]:
@@ -235,10 +230,8 @@ def accuracy_by_time(study: Study) -> go.Figure:
     rows = cost.with_time(study.rows, study.timings).dropna(subset=["seconds"])
     rows = rows[rows["status"] == "finished"].merge(best[key], on=key)
     mean = rows.groupby([*key, "epoch"], observed=True)[["seconds", metric.column]].mean().reset_index()
-    hover = [
-        f"<b>{setting(row)}</b><br>epoch {row['epoch']}, {short_duration(row['seconds'])}: {metric.show(row[metric.column])}"
-        for row in mean.to_dict("records")
-    ]
+    shown = zip(mean["epoch"], mean["seconds"], mean[metric.column], strict=True)
+    hover = [f"epoch {epoch}, {short_duration(seconds)}: {metric.show(value)}" for epoch, seconds, value in shown]
     table = mean.assign(y=metric.scale * mean[metric.column], hover=hover, curve="m = " + mean["batch_size"].astype(str))
     figure = _line_chart(table, "seconds", "y", metric.label)
     return figure.update_xaxes(title="time of a run", **_time_axis(table["seconds"]))
@@ -250,10 +243,7 @@ def time_to_accuracy(study: Study) -> go.Figure:
     target = cost.target_accuracy(cells, study.chance, metric=study.metric)
     times = cost.planned_times(cells, study.rows, study.timings, target, study.metric)
     found, never = times.dropna(subset=["seconds"]), times["epochs"].isna() & (times["pending"] == 0)
-    hover = [
-        f"<b>{setting(row)}</b><br>{short_duration(row['seconds'])}, {row['epochs']:.3g} epochs"
-        for row in found.to_dict("records")
-    ]
+    hover = [f"{short_duration(row['seconds'])}, {row['epochs']:.3g} epochs" for row in found.to_dict("records")]
     shown = "" if math.isnan(target) else f" to {study.metric.show(target)}"
     figure = _line_chart(found.assign(curve="", hover=hover), "batch_size", "seconds", f"time of a run{shown}", CATEGORIES)
     for m in times.loc[never, "batch_size"]:
@@ -264,7 +254,10 @@ def time_to_accuracy(study: Study) -> go.Figure:
 
 
 def _line_chart(table: pd.DataFrame, x: str, y: str, title: str, colors: Sequence[str] | None = None) -> go.Figure:
-    """Plots a line per `curve` of a table, with hover labels `hover` and error bars `std`; says if the table is empty."""
+    """Plots a line per `curve` of a table of cells, with error bars `std`; says if the table is empty.
+
+    The label of a point is the setting of its cell and `hover`.
+    """
     figure = px.line(
         table,
         x=x,
@@ -272,7 +265,7 @@ def _line_chart(table: pd.DataFrame, x: str, y: str, title: str, colors: Sequenc
         error_y="std" if "std" in table else None,
         color="curve",
         symbol="curve",
-        hover_name="hover",
+        hover_name=[f"<b>{setting(row)}</b><br>{row['hover']}" for row in table.to_dict("records")],
         markers=True,
         render_mode="svg",  # px would use WebGL for many points
         color_discrete_sequence=colors or list(map(to_hex, ordered_colors(table["curve"].nunique()))),
