@@ -57,7 +57,7 @@ def convergence(
         left.set_yscale("log")
     left.set_ylabel(metric.noun + " (%)" * metric.fraction)
     figure.suptitle(title)
-    style.foot(figure, {}, style.note(points.run_note(chosen, diverged=True), style.named("no epoch yet", without)))
+    style.foot(figure, {}, points.run_note(chosen, diverged=True), style.named("no epoch yet", without))
     return figure
 
 
@@ -110,7 +110,7 @@ def accuracy_against_time(study: Study) -> Figure:
     else:
         style.say_nothing_finished(axes, "no epoch has been timed")
         axes.set_xticks([])
-    style.foot(figure, {}, style.note(points.run_note(cells), style.named("not timed", without), end=_time_note(study, cells)))
+    style.foot(figure, {}, points.run_note(cells), style.named("not timed", without), end=_time_note(study, cells))
     return figure
 
 
@@ -186,7 +186,7 @@ def time_to_accuracy(study: Study, accuracy: float | None = None) -> Figure:
     style.grid_axis(axes, "x", "batch_size", table["batch_size"])
     rule = f"{metric.name}: {100 * cost.TARGET:.0f} % of the way from chance to the best" if accuracy is None else ""
     untimed = style.named("not timed", table.loc[seconds.isna() & ~never, "batch_size"])
-    style.foot(figure, marks, style.note(rule, points.run_note(cells), untimed, end=_time_note(study, cells)))
+    style.foot(figure, marks, rule, points.run_note(cells), untimed, end=_time_note(study, cells))
     return figure
 
 
@@ -216,8 +216,8 @@ def accuracy_against_memory(study: Study) -> Figure:
         axes.set_xticks([])
     unknown = style.named("memory not known", best.loc[best["y"].notna() & ~here, "batch_size"])
     lost = style.named("diverged", best.loc[best["lost"], "batch_size"])
-    note = style.note(points.run_note(cells), lost, unknown, end="memory of all lanes together, without the dataset")
-    style.foot(figure, points.mark_entries(best[here], pending=points.PROVISIONAL), note)
+    marks, end = points.mark_entries(best[here], pending=points.PROVISIONAL), "memory of all lanes together, without the dataset"
+    style.foot(figure, marks, points.run_note(cells), lost, unknown, end=end)
     return figure
 
 
@@ -238,9 +238,7 @@ def noise_scale(study: Study) -> Figure:
     else:
         style.say_nothing_finished(axes, "no noise scale is larger than its error")
     runs = points.run_note(points.one_bn_batch_size(study.cells, study.metric)[0])
-    style.foot(
-        figure, {}, style.note(runs, style.named("no epoch yet", without), end="without values smaller than their error")
-    )
+    style.foot(figure, {}, runs, style.named("no epoch yet", without), end="without values smaller than their error")
     return figure
 
 

@@ -55,7 +55,7 @@ def examples_to_target(study: Study) -> Figure:
             panels[1].axhspan(fit.low, fit.high, **BAND)
             entries["$m_{crit}$ of the hyperbola"] = panels[1].axhline(fit.size, **HYPERBOLA, linestyle=DASHED)
     style.grid_axis(panels[-1], "x", "batch_size", study.cells["batch_size"])
-    style.foot(figure, entries, style.note(fit.sentence()))
+    style.foot(figure, entries, fit.sentence())
     return figure
 
 
@@ -104,5 +104,5 @@ def best_learning_rates(study: Study) -> Figure:
     rule_text = style.RULE_TEXTS.get(study.experiment.optimizer.rule, r"$\tilde{\eta}\,m$")
     axes.set_ylabel(rf"learning rate $\eta$ = {rule_text}")
     style.grid_axis(axes, "x", "batch_size", study.cells["batch_size"])
-    style.foot(figure, entries, style.note(rule.sentence()), columns=3)
+    style.foot(figure, entries, rule.sentence(), columns=3)
     return figure

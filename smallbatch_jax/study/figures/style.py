@@ -199,8 +199,12 @@ def say_nothing_finished(axes: Axes, text: str = "no run has finished") -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=QUIET)
 
 
-def foot(figure: Figure, entries: Mapping[str, Any], text: str = "", columns: int = 4) -> None:
-    """Adds a legend under all panels, and a small grey text over it, if there are any; `entries` as in `side_legend`."""
+def foot(figure: Figure, entries: Mapping[str, Any], *notes: str, end: str = "", columns: int = 4) -> None:
+    """Adds a legend under all panels, and notes over it, if there are any; `entries` as in `side_legend`.
+
+    Notes are small and grey, joined by semicolons; `end` begins a new line.
+    """
+    text = "\n".join(textwrap.fill(line, NOTE_WIDTH) for line in ("; ".join(filter(None, notes)), end) if line)
     if not entries and not text:
         return
     spacing = {"columnspacing": 1.2, "labelspacing": 0.3, "handletextpad": 0.5, "borderpad": 0.1, "borderaxespad": 0.2}
@@ -214,11 +218,6 @@ def named(what: str, batch_sizes: Iterable[Any]) -> str:
     """Batch sizes as "not timed: $m$ = 2, 8"; empty if there are none."""
     sizes = ", ".join(map(str, batch_sizes))
     return f"{what}: $m$ = {sizes}" if sizes else ""
-
-
-def note(*parts: str, end: str = "") -> str:
-    """Returns the text under a panel; `end` begins a new line."""
-    return "\n".join(textwrap.fill(line, NOTE_WIDTH) for line in ("; ".join(filter(None, parts)), end) if line)
 
 
 def write(figure: Figure, stem: Path) -> list[Path]:

@@ -53,7 +53,7 @@ def best_accuracy(studies: Sequence[Study]) -> Figure:
     entries |= points.mark_entries(everything, "some seeds of the best diverged", points.PROVISIONAL)
     columns = 2 if max(map(len, entries)) <= WIDEST_OF_TWO else 1
     figure.set_figheight(3.0 + 0.16 * -(-len(entries) // columns))
-    style.foot(figure, entries, points.run_note(*(study.cells for study in studies)), columns)
+    style.foot(figure, entries, points.run_note(*(study.cells for study in studies)), columns=columns)
     return figure
 
 
@@ -88,8 +88,8 @@ def convergent_base_lrs(studies: Sequence[Study]) -> Figure:
         axes.tick_params(labelbottom=i + columns >= len(studies))
         axes.set_xlabel(style.COLUMNS["batch_size"].label if i >= columns * (rows - 1) else "")
     entries["limits of the grid"] = Line2D([], [], **LIMIT)
-    text = style.note(convergence_rule(studies[0].metric), end=points.run_note(*(study.cells for study in studies)))
-    style.foot(figure, entries, text, columns=3)
+    runs = points.run_note(*(study.cells for study in studies))
+    style.foot(figure, entries, convergence_rule(studies[0].metric), end=runs, columns=3)
     return figure
 
 
