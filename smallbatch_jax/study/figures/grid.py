@@ -69,14 +69,13 @@ def accuracy_against_bn_batch_size(cells: pd.DataFrame, metric: Metric = ACCURAC
 def _mark_missing(axes: Axes, pairs: pd.DataFrame, missing: list[int]) -> dict[str, Any]:
     """Marks the pairs that have no accuracy, one row per m; returns the legend's entries."""
     places = pairs.assign(row=pairs["batch_size"].map({m: row for row, m in enumerate(missing)}))
-    waiting, lost = (places.loc[places[mask], ["bn_batch_size", "row"]] for mask in ("unknown", "lost"))
     axes.set_yticks(range(len(missing)), [f"$m$ = {m}" for m in missing], fontsize=6.5)
     axes.set_ylim(-0.75, len(missing) - 0.25)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(False)
-    kinds = {"not finished": (waiting, style.NOT_YET), "diverged": (lost, style.LOST)}
-    return points.plot_absent(axes, {label: (x["bn_batch_size"], x["row"], look) for label, (x, look) in kinds.items()})
+    kinds = {"not finished": (places["unknown"], style.NOT_YET), "diverged": (places["lost"], style.LOST)}
+    return points.plot_kinds(axes, places, "bn_batch_size", "row", kinds, color=style.QUIET)
 
 
 @style.styled()

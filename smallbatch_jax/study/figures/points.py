@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -107,11 +106,13 @@ def plot_rows(axes: Axes, cells: pd.DataFrame, rows: str, x: str, labels: list[s
     style.side_legend(axes, {label: line for label, line in lines.items() if line}, legend_title)
 
 
-def plot_absent(axes: Axes, kinds: dict[str, tuple[Any, Any, dict[str, Any]]]) -> dict[str, Any]:
-    """Marks missing values by kind: label → (places, height or heights, look); returns the legend's entries."""
-    for label, (places, heights, look) in kinds.items():
-        axes.plot(places, np.broadcast_to(heights, len(places)), label=label, **look)
-    return {label: style.mark(**{**look, "color": style.QUIET}) for label, (places, _, look) in kinds.items() if len(places)}
+def plot_kinds(
+    axes: Axes, table: pd.DataFrame, x: str, y: str, kinds: dict[str, tuple[pd.Series, dict[str, Any]]], **in_legend: Any
+) -> dict[str, Any]:
+    """Draws the rows of a table by kind: label → (mask, look); returns the legend's entries, whose look `in_legend` changes."""
+    for label, (mask, look) in kinds.items():
+        axes.plot(table.loc[mask, x], table.loc[mask, y], label=label, **look)
+    return {label: style.mark(**{**look, **in_legend}) for label, (mask, look) in kinds.items() if mask.any()}
 
 
 def mark_entries(cells: pd.DataFrame, diverged: str = DIVERGED, pending: str = PENDING) -> dict[str, Any]:

@@ -178,10 +178,10 @@ def time_to_accuracy(study: Study, accuracy: float | None = None) -> Figure:
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * (high / low) ** 0.14 if never.any() else high)
     points.plot_curve(axes, times, "batch_size", "", color=style.CATEGORIES[0], marker="o")
-    lost, waiting = (table.loc[never & where, "batch_size"] for where in (~pending, pending))
-    top = high * (high / low) ** 0.08
-    absent = {"target not reached": (lost, top, style.LOST), "none yet": (waiting, top, style.NOT_YET)}
-    marks = points.mark_entries(times, pending=points.PROVISIONAL) | points.plot_absent(axes, absent)
+    absent = {"target not reached": (never & ~pending, style.LOST), "none yet": (never & pending, style.NOT_YET)}
+    at_top = table.assign(y=high * (high / low) ** 0.08)
+    marks = points.mark_entries(times, pending=points.PROVISIONAL)
+    marks |= points.plot_kinds(axes, at_top, "batch_size", "y", absent, color=style.QUIET)
     axes.set_ylabel("time of a run")
     style.grid_axis(axes, "x", "batch_size", table["batch_size"])
     rule = f"{metric.name}: {100 * cost.TARGET:.0f} % of the way from chance to the best" if accuracy is None else ""
@@ -206,9 +206,8 @@ def accuracy_against_memory(study: Study) -> Figure:
     figure, axes = style.new_axes(title)
     axes.set(xlabel="peak memory of the program", ylabel=f"best {metric.label}")
     labels = [f"{m} ({lanes:g})" for m, lanes in zip(best["batch_size"], best["lanes"], strict=True)]
-    points.plot_rows(
-        axes, best.assign(y=best["y"].where(here)), "batch_size", "peak_bytes", labels, "$m$ (lanes)", linestyle=""
-    )
+    known = best.assign(y=best["y"].where(here))
+    points.plot_rows(axes, known, "batch_size", "peak_bytes", labels, "$m$ (lanes)", linestyle="")
     if here.any():
         style.unit_axis(axes, "x", best.loc[here, "peak_bytes"], style.BYTES)
         axes.margins(y=0.12)
@@ -216,8 +215,8 @@ def accuracy_against_memory(study: Study) -> Figure:
         axes.set_xticks([])
     unknown = style.named("memory not known", best.loc[best["y"].notna() & ~here, "batch_size"])
     lost = style.named("diverged", best.loc[best["lost"], "batch_size"])
-    marks, end = points.mark_entries(best[here], pending=points.PROVISIONAL), "memory of all lanes together, without the dataset"
-    style.foot(figure, marks, points.run_note(cells), lost, unknown, end=end)
+    marks = points.mark_entries(best[here], pending=points.PROVISIONAL)
+    style.foot(figure, marks, points.run_note(cells), lost, unknown, end="memory of all lanes together, without the dataset")
     return figure
 
 

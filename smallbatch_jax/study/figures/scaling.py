@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from smallbatch_jax.config.text import two_digits
 from smallbatch_jax.study.critical import MORE, CriticalBatchSize, critical_batch_size, noise_scale
-from smallbatch_jax.study.figures import style
+from smallbatch_jax.study.figures import points, style
 from smallbatch_jax.study.rates import RULES, best_rates, fit_rule
 from smallbatch_jax.study.study import Study
 
@@ -36,11 +36,10 @@ def examples_to_target(study: Study) -> Figure:
     table, title = fit.table, f"{style.plain(study.name)}: examples to {style.plain(fit.target or 'a target')}"
     figure = style.new_figure(style.HEIGHT * (1 if scale is None else 1.6))
     panels = figure.subplots(1 if scale is None else 2, sharex=True, squeeze=False)[:, 0]
-    axes, entries = panels[0], {}
+    axes = panels[0]
     axes.set(title=title, ylabel="examples")
-    for mask, label, look in ((table["reached"], "reached", POINT), (~table["reached"], "needs more than that", MORE_NEEDED)):
-        axes.plot(table["batch_size"][mask], table["examples"][mask], label=label, **look)
-        entries |= {label: style.mark(**look)} if mask.any() else {}
+    kinds = {"reached": (table["reached"], POINT), "needs more than that": (~table["reached"], MORE_NEEDED)}
+    entries = points.plot_kinds(axes, table, "batch_size", "examples", kinds)
     if not table["reached"].any():
         axes.text(0.5, 0.9, "no batch size has reached it", transform=axes.transAxes, ha="center", color=style.QUIET)
     style.unit_axis(axes, "y", table["examples"].tolist() or (1, 10), NUMBERS)
@@ -82,21 +81,20 @@ def best_learning_rates(study: Study) -> Figure:
       dashed.
     """
     rule = fit_rule(best_rates(study))
-    table, entries = rule.table, {}
+    table = rule.table
     figure, axes = style.new_axes(f"{style.plain(study.name)}: best learning rate of each $m$")
     if len(table):
         axes.set_yscale("log", base=2)
     known = table[table["low"].notna()]
     axes.vlines(known["batch_size"], known["low"], known["high"], color=POINT["color"], linewidth=0.8)
-    for mask, label, look in (
-        (~table["edge"], r"$\eta^*$ with 90 % interval", POINT),
-        (table["edge"], "at the end of the rates tried", {**POINT, **style.HOLLOW}),
-    ):
-        axes.plot(table["batch_size"][mask], table["rate"][mask], label=label, **look)
-        entries |= {label: style.mark(**look)} if mask.any() else {}
-    sizes = np.geomspace(table["batch_size"].min(), table["batch_size"].max(), 100) if len(table) else np.ones(1)
+    kinds = {
+        r"$\eta^*$ with 90 % interval": (~table["edge"], POINT),
+        "at the end of the rates tried": (table["edge"], {**POINT, **style.HOLLOW}),
+    }
+    entries = points.plot_kinds(axes, table, "batch_size", "rate", kinds)
     for i, name in enumerate(RULES):
         if name in rule.likely:
+            sizes = np.geomspace(table["batch_size"].min(), table["batch_size"].max(), 100)
             look = {"color": style.CATEGORIES[i + 1], "linestyle": "-" if rule.supported else DASHED}
             (entries[name],) = axes.plot(sizes, rule.rate(name, sizes), label=f"_{name}", **look)
     if table.empty:

@@ -95,7 +95,7 @@ def convergent_base_lrs(studies: Sequence[Study]) -> Figure:
 
 def _draw_ranges(axes: Axes, cells: pd.DataFrame, study: Study, floor: float) -> dict[str, Any]:
     """Draws one study's ranges, or marks at `floor` where nothing converges; returns the legend's entries."""
-    ranges = convergent_range(cells, study.chance, study.metric).set_index("batch_size")
+    ranges = convergent_range(cells, study.chance, study.metric).set_index("batch_size", drop=False)
     by_size = cells.groupby("batch_size")
     pending, limits = by_size["pending"].sum() > 0, by_size["base_lr"].agg(["min", "max"])
     found = ranges["convergent"] > 0
@@ -109,10 +109,9 @@ def _draw_ranges(axes: Axes, cells: pd.DataFrame, study: Study, floor: float) ->
         axes.vlines(here.index, here["lowest_base_lr"], here["highest_base_lr"], label=label, **bar)
         axes.plot(dotted.index, dotted, label=f"_{label}", **dots)
         entries |= {label: (Line2D([], [], **bar), style.mark(**dots))} if where.any() else {}
-    lost, waiting = ranges.index[~found & ~pending], ranges.index[~found & pending]
     edges = [limits.index[0] / 1.4, *limits.index, limits.index[-1] * 1.4]
     for column in ("min", "max"):
         heights = limits[column].to_numpy()
         axes.plot(edges, [heights[0], *heights, heights[-1]], drawstyle="steps-mid", label=f"_{column}", **LIMIT)
-    absent = {"none converges": (lost, floor, style.LOST), "none yet": (waiting, floor, style.NOT_YET)}
-    return entries | points.plot_absent(axes, absent)
+    absent = {"none converges": (~found & ~pending, style.LOST), "none yet": (~found & pending, style.NOT_YET)}
+    return entries | points.plot_kinds(axes, ranges.assign(y=floor), "batch_size", "y", absent, color=style.QUIET)
