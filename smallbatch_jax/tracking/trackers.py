@@ -92,10 +92,8 @@ def hparams(experiment: Experiment, run: Run) -> dict[str, object]:
         "weight_decay_mask": experiment.weight_decay_mask,
         "warmup_fraction": experiment.schedule.warmup_fraction,
         "optimizer": experiment.optimizer.name,
-        **experiment.optimizer.scalars(
-            run.batch_size, dict(run.scalars)
-        ),  # those of the grid's axes follow as the grid has them
-        **run.to_dict(),
+        **experiment.optimizer.scalars(run.batch_size, dict(run.scalars)),
+        **run.to_dict(),  # scalars of the grid's axes as the grid has them
         "log2_base_lr": math.log2(run.base_lr),
         "learning_rate": experiment.optimizer.learning_rate(run.base_lr, run.batch_size),  # η, of the mean gradient
         "experiment": experiment.name,

@@ -87,8 +87,7 @@ def draw_studies(studies: Iterable[Study], out_dir: PathLike | None = None) -> l
     paths = []
     for study in studies:
         figures = _own_figures(study.rows, study.cells, named_metric(study.experiment), study)
-        rule = study.experiment.optimizer.rule
-        paths += _write_all(((name, style.with_rule(figure, rule)) for name, figure in figures), folders[study.name])
+        paths += _write_all(figures, folders[study.name], study.experiment.optimizer.rule)
     if len(studies) > 1:
         paths += draw_summaries(studies, homes[studies[0].name] if out_dir is None else out_dir)
     return paths
@@ -131,8 +130,8 @@ def _own_figures(
             yield "accuracy_vs_memory", accuracy_against_memory(study)
 
 
-def _write_all(figures: Iterable[tuple[str, Figure]], folder: Path) -> list[Path]:
-    return [path for name, figure in figures for path in style.write(figure, folder / name)]
+def _write_all(figures: Iterable[tuple[str, Figure]], folder: Path, rule: str = "linear") -> list[Path]:
+    return [path for name, figure in figures for path in style.write(style.with_rule(figure, rule), folder / name)]
 
 
 def _require_rows(*frames: pd.DataFrame) -> None:
