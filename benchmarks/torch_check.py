@@ -48,11 +48,12 @@ def main() -> int:
     print("| study | m | base_lr | seeds | ours | PyTorch | difference | standard errors |")
     print("|---|---|---|---|---|---|---|---|")
     for loaded, table in zip(studies, tables, strict=True):
-        for (m, base_lr), cell in table.groupby(CELL):
+        for _, cell in table.reset_index().groupby(CELL):
+            m, base_lr = cell[CELL].iloc[0]
             ours, theirs, seeds = 100 * cell["ours"].mean(), 100 * cell["torch"].mean(), len(cell)
             errors = (ours - theirs) / (100 * error * math.sqrt(2 / seeds))
             numbers = f"{ours:.2f} % | {theirs:.2f} % | {ours - theirs:+.2f} | {errors:+.1f} |"
-            print(f"| {loaded.name} | {m} | {format_base_lr(base_lr)} | {seeds} | {numbers}")
+            print(f"| {loaded.name} | {m:.0f} | {format_base_lr(base_lr)} | {seeds} | {numbers}")
     return 0
 
 

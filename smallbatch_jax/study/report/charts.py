@@ -127,7 +127,7 @@ def cell_labels(study: Study) -> list[str]:
     return labels
 
 
-def _with_runs(study: Study) -> Iterator[tuple[dict[str, Any], list[pd.DataFrame]]]:
+def _with_runs(study: Study) -> Iterator[tuple[dict[Any, Any], list[pd.DataFrame]]]:
     """Yields each cell, in the order of `study.cells`, with the rows of each of its runs."""
     key = cell_columns(study.cells)
     by_cell: dict[Any, list[pd.DataFrame]] = {}
