@@ -116,13 +116,12 @@ def accuracy_against_time(study: Study) -> Figure:
 
 def _plot_cells(panels: dict[str, Axes], rows: pd.DataFrame, chosen: pd.DataFrame, scale: float, x: str = "epoch") -> list[int]:
     """Draws each panel's column, times `scale`, over `x` for the chosen cells; returns the batch sizes without rows."""
-    entries, without, key = {}, [], cell_columns(chosen)[1:]
+    rows = rows.merge(chosen[cell_columns(chosen)[1:]]).sort_values("epoch")
     labels, legend_title = points.setting_labels(chosen)
-    looks, lost = style.ordered_looks(len(chosen)), False
-    for i, (label, look, values) in enumerate(zip(labels, looks, chosen[key].itertuples(index=False), strict=True)):
-        runs = rows[(rows[key] == list(values)).all(axis=1)].sort_values("epoch")
+    looks, entries = style.ordered_looks(len(chosen)), {}
+    for i, (label, look, m) in enumerate(zip(labels, looks, chosen["batch_size"], strict=True)):
+        runs = rows[rows["batch_size"] == m]
         if runs.empty:
-            without.append(values.batch_size)
             continue
         step = max(1, int(runs["epoch"].max()) // 8)
         look["markersize"] = 3
@@ -131,11 +130,10 @@ def _plot_cells(panels: dict[str, Axes], rows: pd.DataFrame, chosen: pd.DataFram
             _plot_runs(axes, shown, x, {**look, "markevery": (i % step, step)})
         finite = runs[list(panels)].notna().any(axis=None)
         entries[label] = style.mark(**(look if finite else {**style.CROSS, "color": look["color"]}))
-        lost = lost or (runs["status"] == "diverged").any()
-    if lost:
+    if (rows["status"] == "diverged").any():
         entries["diverged"] = style.mark(**style.CROSS)
     style.side_legend(list(panels.values())[-1], entries, legend_title)
-    return without
+    return chosen.loc[~chosen["batch_size"].isin(rows["batch_size"]), "batch_size"].tolist()
 
 
 def _plot_runs(axes: Axes, runs: pd.DataFrame, x: str, look: dict[str, Any]) -> None:
