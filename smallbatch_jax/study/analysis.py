@@ -162,6 +162,17 @@ def with_most_seeds(cells: pd.DataFrame) -> pd.DataFrame:
     return cells[seeds == seeds.max()]
 
 
+def best_of_each_size(cells: pd.DataFrame, metric: Metric) -> pd.DataFrame:
+    """Returns the best cell of each batch size that has a finished one, from best to worst."""
+    return best_first(cells[cells["finished"] > 0], metric).drop_duplicates("batch_size")
+
+
+def of_cell(frame: pd.DataFrame, cell: pd.Series) -> pd.DataFrame:
+    """Returns the rows of a cell in results or in a table of cells."""
+    key = cell_columns(frame)
+    return frame[(frame[key] == cell[key]).all(axis=1)]
+
+
 def best_over_axes(cells: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
     """Returns the best cell of each (batch size, BN batch size, base_lr) over the further axes, in the order of `cells`."""
     return best_first(cells, metric).drop_duplicates(CELL).sort_index() if axes(cells) else cells

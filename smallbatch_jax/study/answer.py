@@ -1,5 +1,6 @@
 """The answer of a study in one sentence: the best batch size and base learning rate, and the sizes that never reach it."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import pandas as pd
 from smallbatch_jax.config import catalog
 from smallbatch_jax.config.metric import ACCURACY, Metric
 from smallbatch_jax.config.text import format_base_lr
-from smallbatch_jax.study.analysis import axes, best_first, cell_columns, final_accuracy, score, setting
+from smallbatch_jax.study.analysis import axes, best_first, best_of_each_size, final_accuracy, of_cell, score, setting
 from smallbatch_jax.study.noise import Noise, noise_of
 from smallbatch_jax.study.recommendation import Recommendation, recommend, tested
 from smallbatch_jax.study.study import Study
@@ -52,19 +53,20 @@ def _rest(study: Study, best: pd.Series, noise: Noise) -> str:
     sizes = sorted(set(study.cells["batch_size"].tolist()))
     others = study.cells[study.cells["batch_size"] != best["batch_size"]]
     ended = others[others.groupby("batch_size")["pending"].transform("sum") == 0]
-    tops = best_first(ended[study.converged[ended.index]], study.metric).drop_duplicates("batch_size")
-    reached: dict[int, bool | None] = dict.fromkeys(sorted(set(ended["batch_size"].tolist())), False)
-    reached |= {int(top["batch_size"]): noise.reaches(top, best) for _, top in tops.iterrows()}
-    never = [m for m, reaches in reached.items() if reaches is False]
-    all_ended = len(reached) == len(sizes) - 1
+    tops = best_of_each_size(ended[study.converged[ended.index]], study.metric)
+    reached = dict.fromkeys(sorted(set(ended["batch_size"].tolist())), 0.0)
+    reached |= dict(zip(tops["batch_size"].tolist(), noise.reaches(tops, best), strict=True))
     if not reached:
         return ""
-    if None in reached.values():
-        unknown = ", ".join(str(m) for m, reaches in reached.items() if reaches is None)
+    never = [m for m, reaches in reached.items() if reaches == 0]
+    unknown = [m for m, reaches in reached.items() if math.isnan(reaches)]
+    if unknown:
         worse = f"m = {', '.join(map(str, never))} never reach{'es' * (len(never) == 1)} it; " if never else ""
-        return f"{worse}whether m = {unknown} reach{'es' * (unknown.count(',') == 0)} it cannot be told from single seeds"
+        reach = f"m = {', '.join(map(str, unknown))} reach{'es' * (len(unknown) == 1)} it"
+        return f"{worse}whether {reach} cannot be told from single seeds"
     if not never:
-        return ("every other batch size" if all_ended else "every other whose runs have ended") + " is within the noise of it"
+        others_named = "other batch size" if len(reached) == len(sizes) - 1 else "other whose runs have ended"
+        return f"every {others_named} is within the noise of it"
     if len(never) == len(sizes) - 1 > 1:
         return "no other batch size reaches it"
     tail = [m for i, m in enumerate(sizes) if all(size in never for size in sizes[i:])]
@@ -92,17 +94,6 @@ def _in_words(study: Study, best: pd.Series) -> str:
     return f"In usual terms: learning rate {rate} on the mean gradient, {optimizer.title}{scalars}{decay}{then}{warm_up}."
 
 
-def _confirmed(study: Study, best: pd.Series) -> list[str]:
-    """Returns what the test set says about a cell that a validation split chose."""
-    if not study.metric.column.startswith("validation_"):
-        return []
-    test = tested(study.metric)
-    cells = final_accuracy(study.choosing, test)
-    key = cell_columns(cells)
-    row = cells[(cells[key] == best[key]).all(axis=1)].iloc[0]
-    return [f"The validation split chose it; its {test.title} is {score(row, test)}."]
-
-
 def _edge(value: float, tried: Sequence[float]) -> tuple[str, str] | None:
     """Returns the end at which a value lies among those tried, and the direction beyond it; None if it lies inside."""
     low, high = min(tried), max(tried)
@@ -114,7 +105,11 @@ def _edge(value: float, tried: Sequence[float]) -> tuple[str, str] | None:
 def _caveats(study: Study, best: pd.Series, noise: Noise) -> list[str]:
     cells, m = study.cells, int(best["batch_size"])
     same = cells[(cells["batch_size"] == m) & (cells["bn_batch_size"] == best["bn_batch_size"])]
-    found = [_in_words(study, best), *_confirmed(study, best)]
+    found = [_in_words(study, best)]
+    if study.metric.column.startswith("validation_"):
+        test = tested(study.metric)
+        tested_best = final_accuracy(of_cell(study.choosing, best), test).iloc[0]
+        found.append(f"The validation split chose it; its {test.title} is {score(tested_best, test)}.")
     if edge := _edge(best["base_lr"], same["base_lr"].tolist()):
         end, beyond = edge
         found.append(f"{format_base_lr(best['base_lr'])} is the {end} η̃ tried at m = {m}: a {beyond} one may be better still.")
@@ -127,7 +122,7 @@ def _caveats(study: Study, best: pd.Series, noise: Noise) -> list[str]:
     if best["finished"] == 1 and study.fresh.empty:
         found.append("One seed: the variation between seeds is not known.")
     others = cells[study.converged].drop(index=best.name, errors="ignore")
-    near = [int(cell["batch_size"]) for _, cell in others.iterrows() if noise.reaches(cell, best)]
+    near = others.loc[noise.reaches(others, best) == 1, "batch_size"].tolist()
     if near:
         are, sizes = "cell is" if len(near) == 1 else "cells are", ", ".join(map(str, sorted(set(near))))
         found.append(f"{len(near)} other {are} within the noise of it, at m = {sizes}.")

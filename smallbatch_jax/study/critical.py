@@ -18,7 +18,7 @@ from scipy.special import log_ndtr, stdtrit
 
 from smallbatch_jax.config.text import two_digits
 from smallbatch_jax.study import cost
-from smallbatch_jax.study.analysis import best_first, cell_columns
+from smallbatch_jax.study.analysis import best_of_each_size, cell_columns
 from smallbatch_jax.study.noise import LEVEL
 from smallbatch_jax.study.study import Study
 
@@ -173,7 +173,7 @@ def noise_scale(study: Study) -> pd.DataFrame | None:
     rows = study.choosing
     if "train_noise_scale" not in rows or rows["train_noise_scale"].isna().all():
         return None
-    best = best_first(study.cells[study.cells["finished"] > 0], study.metric).drop_duplicates("batch_size")
+    best = best_of_each_size(study.cells, study.metric)
     late = rows[rows["epoch"] > study.experiment.epochs / 2].merge(best[cell_columns(best)], on=cell_columns(best))
     columns = {"scale": ("train_noise_scale", "median"), "error": ("train_noise_scale_error", "median")}
     return late.groupby("batch_size").agg(**columns).dropna(subset="scale").reset_index()

@@ -15,7 +15,7 @@ import pandas as pd
 
 from smallbatch_jax.config.metric import Metric
 from smallbatch_jax.config.protocol import LAST_EPOCHS
-from smallbatch_jax.study.analysis import axes, best_first, cell_columns
+from smallbatch_jax.study.analysis import axes, best_of_each_size, of_cell
 from smallbatch_jax.study.study import Study
 
 RULE = (
@@ -63,13 +63,12 @@ class Noise:
             return f"{self.examples:,} {self.metric.column.partition('_')[0]} examples"
         return "the scatter of epochs and neighbouring rates"
 
-    def reaches(self, cell: pd.Series, best: pd.Series) -> bool | None:
-        """Returns whether a cell has finished and is within the noise of the best, by `RULE`; None if that cannot be told."""
-        gain = self.metric.gain(best[self.metric.column], cell[self.metric.column])
-        error = math.hypot(self.error(cell), self.error(best))
-        if math.isnan(gain) or gain <= 0:
-            return bool(gain <= 0)
-        return None if math.isnan(error) else bool(gain <= 2 * error)
+    def reaches(self, cells: pd.DataFrame, best: pd.Series) -> pd.Series:
+        """Returns 1.0 for finished cells within the noise of the best, by `RULE`, 0.0 for others, NaN if it cannot be told."""
+        gain = self.metric.gain(best[self.metric.column], cells[self.metric.column])
+        error = np.hypot(self.error(cells), self.error(best))
+        within = (gain <= 2 * error).astype(float).where(~np.isnan(error))
+        return within.mask(gain.isna(), 0.0).mask(gain <= 0, 1.0)
 
 
 def noise_of(study: Study) -> Noise:
@@ -91,10 +90,10 @@ def rates_of(cells: pd.DataFrame, top: pd.Series) -> pd.DataFrame:
 def _scatter(study: Study) -> float:
     """Returns the larger of two estimates of one run's standard deviation, from the best cell of each batch size; else NaN."""
     epochs, rates = [], []
-    column, key, converged = study.metric.column, cell_columns(study.cells), study.converged
-    for _, top in best_first(study.cells[study.cells["finished"] > 0], study.metric).drop_duplicates("batch_size").iterrows():
-        runs = study.rows[(study.rows[key] == top[key]).all(axis=1) & (study.rows["status"] == "finished")]
-        for _, run in runs.groupby("seed"):
+    column, converged = study.metric.column, study.converged
+    finished = study.rows[study.rows["status"] == "finished"]
+    for _, top in best_of_each_size(study.cells, study.metric).iterrows():
+        for _, run in of_cell(finished, top).groupby("seed"):
             last = run.sort_values("epoch")[column].to_numpy(float)[-LAST_EPOCHS:]
             if len(last) > 2:
                 x = np.arange(len(last))

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.special import chdtrc, ndtri
 
 from smallbatch_jax.config.text import and_list, two_digits
-from smallbatch_jax.study.analysis import best_first
+from smallbatch_jax.study.analysis import best_of_each_size
 from smallbatch_jax.study.noise import LEVEL, Noise, noise_of, rates_of
 from smallbatch_jax.study.study import Study
 
@@ -98,7 +98,7 @@ def best_rates(study: Study, noise: Noise | None = None) -> pd.DataFrame:
     """
     noise, rows = noise or noise_of(study), []
     cells = study.cells[study.cells["pending"] == 0]
-    for _, top in best_first(cells[cells["finished"] > 0], noise.metric).drop_duplicates("batch_size").iterrows():
+    for _, top in best_of_each_size(cells, noise.metric).iterrows():
         same = rates_of(cells, top)
         if len(same) < 2:
             continue

@@ -12,8 +12,9 @@ from scipy.special import stdtrit
 
 from smallbatch_jax.config.catalog import METRICS, TASKS
 from smallbatch_jax.config.metric import Metric
-from smallbatch_jax.study import equal_time
-from smallbatch_jax.study.analysis import best_first, cell_columns, final_accuracy, score, setting, with_most_seeds
+from smallbatch_jax.config.text import plural
+from smallbatch_jax.study import analysis, equal_time
+from smallbatch_jax.study.analysis import best_first, best_of_each_size, score, setting
 from smallbatch_jax.study.critical import CriticalBatchSize, critical_batch_size
 from smallbatch_jax.study.noise import LEVEL, Noise, noise_of
 from smallbatch_jax.study.rates import RateRule, Z, best_rates, fit_rule
@@ -52,15 +53,14 @@ class Recommendation(NamedTuple):
 
 def recommend(study: Study) -> Recommendation:
     """Returns the recommendation of a study, finished or not."""
-    metric, cells = study.metric, with_most_seeds(study.cells).dropna(subset=[study.metric.column])
+    metric, cells = study.metric, analysis.with_most_seeds(study.cells).dropna(subset=[study.metric.column])
     best = None if cells.empty else best_first(cells, metric).iloc[0]
     if best is None or metric.gain(best[metric.column], study.chance) <= 0:
         return Recommendation(best)
     noise = noise_of(study)
     complete = study.cells[study.converged & (study.cells["pending"] == 0)]
-    as_good = complete.loc[[noise.reaches(cell, best) is True for _, cell in complete.iterrows()]]
-    tops = best_first(complete, metric).drop_duplicates("batch_size").index
-    largest = as_good.loc[as_good.index.isin(tops), "batch_size"]
+    as_good = complete[noise.reaches(complete, best) == 1]
+    largest = as_good.loc[as_good.index.isin(best_of_each_size(complete, metric).index), "batch_size"]
     sizes = study.cells.groupby("batch_size")["base_lr"].nunique()
     found = Recommendation(
         best,
@@ -68,11 +68,11 @@ def recommend(study: Study) -> Recommendation:
         optimism=_optimism(study, best, noise) if metric.column.startswith("test_") else 0.0,
         as_good=as_good,
         largest=int(largest.max()) if len(largest) else None,
-        fresh=confirmation(study, best),
+        fresh=_confirmation(study, best),
         rule=fit_rule(best_rates(study, noise)) if len(sizes) >= 3 and sizes.max() > 1 else None,
         critical=critical_batch_size(study) if len(sizes) >= 3 else None,
     )
-    return found._replace(sentences=tuple(_sentences(study, found, noise)))
+    return found._replace(sentences=tuple(_sentences(study, best, found, noise)))
 
 
 def interval(cell: pd.Series, noise: Noise) -> tuple[float, float]:
@@ -88,12 +88,10 @@ def interval(cell: pd.Series, noise: Noise) -> tuple[float, float]:
     return value - half, value + half
 
 
-def confirmation(study: Study, best: pd.Series) -> pd.Series | None:
+def _confirmation(study: Study, best: pd.Series) -> pd.Series | None:
     """Returns the row of a cell in `analysis.final_accuracy` of the fresh seeds' test metric; None without such seeds."""
-    fresh, key = study.fresh, cell_columns(study.cells)
-    fresh = fresh[(fresh[key] == best[key]).all(axis=1)]
-    cells = final_accuracy(fresh, tested(study.metric))
-    return cells.iloc[0] if len(cells) and cells[["finished", "diverged"]].to_numpy().any() else None
+    cells = analysis.final_accuracy(analysis.of_cell(study.fresh, best), tested(study.metric))
+    return cells.iloc[0] if cells[["finished", "diverged"]].to_numpy().any() else None
 
 
 def tested(metric: Metric) -> Metric:
@@ -111,40 +109,36 @@ def _optimism(study: Study, best: pd.Series, noise: Noise) -> float:
     return 0.0 if math.isnan(gained) else max(0.0, float(gained))
 
 
-def _sentences(study: Study, found: Recommendation, noise: Noise) -> list[str]:
+def _sentences(study: Study, best: pd.Series, found: Recommendation, noise: Noise) -> list[str]:
     """Returns the recommendation in words."""
-    best, metric = found.best, study.metric
-    assert best is not None
+    metric = study.metric
     said = [f"How good it is cannot be told: the noise of a single seed's {metric.noun} is not known."]
     if not math.isnan(found.low):
         positive = study.experiment.task in TASKS and metric.name in ("loss", *METRICS)
         low, high = max(0.0 if positive else -math.inf, found.low), min(1.0, found.high) if metric.fraction else found.high
         between = f"{metric.show(low).removesuffix(' %')} … {metric.show(high)}"
         said = [f"Its {metric.title} is {between} (90 %, by {noise.source(best)})."]
-    if found.fresh is None and round(metric.scale * found.optimism, 1 if metric.fraction else 3):
+    if found.fresh is not None:
+        said.append(_confirmed(found.fresh, tested(metric)))
+    elif round(metric.scale * found.optimism, 1 if metric.fraction else 3):
         many = int((study.cells["finished"] > 0).sum())
         gap = f"{100 * found.optimism:.1f} points" if metric.fraction else f"{found.optimism:.2g}"
         said.append(f"The test set chose it among {many} cells, so it looks better than it is, by up to {gap}.")
-    said += _confirmed(found, tested(metric))
     several = study.cells["batch_size"].nunique() > 1
     if several and found.largest is not None:
-        m, rates = found.largest, found.as_good[found.as_good["batch_size"] == found.largest]
-        top = best_first(rates, metric).iloc[0]
-        larger = f"m = {m} is the largest batch size within the noise of the best"
-        said.append(f"{larger}{f', at {setting(top)}: {score(top, metric)}' if m != best['batch_size'] else ', which it is'}.")
+        top = best_first(found.as_good[found.as_good["batch_size"] == found.largest], metric).iloc[0]
+        which = f"at {setting(top)}: {score(top, metric)}" if found.largest != best["batch_size"] else "which it is"
+        said.append(f"m = {found.largest} is the largest batch size within the noise of the best, {which}.")
     said += [part.sentence() for part in (found.rule, found.critical) if part is not None]
     return [*said, equal_time.sentence([study])] if several else said
 
 
-def _confirmed(found: Recommendation, metric: Metric) -> list[str]:
+def _confirmed(fresh: pd.Series, metric: Metric) -> str:
     """Returns the result of the fresh seeds in words."""
-    if (fresh := found.fresh) is None:
-        return []
     seeds, lost = int(fresh["finished"]), int(fresh["diverged"])
     if not seeds:
-        return [f"Fresh seeds do not confirm it: all {lost} diverged."]
-    error = fresh[f"{metric.column}_std"] / math.sqrt(seeds)
-    diverged = f"; {lost} more diverged" * bool(lost)
+        return f"Fresh seeds do not confirm it: all {lost} diverged."
+    shown = metric.show(fresh[metric.column], fresh[f"{metric.column}_std"] / math.sqrt(seeds))
     spread = ", mean ± standard error" if seeds > 1 else ""
-    shown = metric.show(fresh[metric.column], error)
-    return [f"{seeds} fresh seed{'s' * (seeds > 1)}, not used for the choice: {metric.title} {shown}{spread}{diverged}."]
+    diverged = f"; {lost} more diverged" if lost else ""
+    return f"{plural(seeds, 'fresh seed')}, not used for the choice: {metric.title} {shown}{spread}{diverged}."
