@@ -101,7 +101,7 @@ def grids(budget: float) -> Iterator[tuple[str, Space, Stored, int]]:
             yield f"{path.parent.parent.name}/{path.parent.name}", space, runs, examples[1]
 
 
-def noise(space: Space, found: Replay, examples: int) -> float:
+def noise(found: Replay, examples: int) -> float:
     """Returns two standard errors of the difference of two accuracies on a test set, as in `study.answer`."""
     return 2 * math.sqrt(sum(value * (1 - value) / examples for value in (found.best_value, found.found_value)))
 
@@ -112,7 +112,7 @@ def main() -> int:
     for name, space, runs, examples in grids(BUDGET.value):
         found = replay(space, runs)
         best, other = _shown(found.best, found.best_value), _shown(found.found, found.found_value)
-        numbers = f"{100 * found.regret:.2f} | {100 * noise(space, found, examples):.2f} | {100 * found.cost:.1f}"
+        numbers = f"{100 * found.regret:.2f} | {100 * noise(found, examples):.2f} | {100 * found.cost:.1f}"
         print(f"| {name} | {', '.join(map(str, space.seeds))} | {best} | {other} | {numbers} |")
     return 0
 
