@@ -50,7 +50,6 @@ def final_accuracy(df: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
 
     Args:
       df: results, one row per run and epoch. `status` is the same on all rows of a run.
-      metric: the metric to aggregate.
     Returns:
       One row per cell that has any row in `df`, sorted, with the columns `cell_columns(df)` and
 
@@ -83,16 +82,14 @@ def known_cells(df: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
 
 
 def planned_cells(df: pd.DataFrame, runs: Iterable[Run], experiment: str, metric: Metric = ACCURACY) -> pd.DataFrame:
-    """Returns `final_accuracy` with a row for every planned cell, and the number of its seeds that have not ended.
+    """Returns `final_accuracy` with a row for every planned cell, and `pending`, the number of its seeds that have not ended.
+
+    A cell with no rows yet has accuracy NaN and no finished or diverged seeds.
 
     Args:
       df: results of one experiment, one row per run and epoch.
       runs: all runs of the experiment.
       experiment: its name.
-      metric: as for `final_accuracy`.
-    Returns:
-      The columns of `final_accuracy`, and `pending`: the number of planned seeds that have not ended. A cell with no
-      rows yet has accuracy NaN and no finished or diverged seeds.
     """
     runs = list(runs)
     columns = list(runs[0].to_dict()) if runs else RUN_COLUMNS
@@ -117,7 +114,6 @@ def convergent(cells: pd.DataFrame, chance: float, metric: Metric = ACCURACY) ->
       cells: from `final_accuracy`; each experiment is compared to its own best.
       chance: accuracy of a guess, 1 / num_classes where the test classes are balanced; for a loss, that of a uniform guess of
         the class or token, or of the best constant of a regression, or NaN if unknown: then every finished cell converges.
-      metric: the metric of `cells`.
     Returns:
       A bool for each row of `cells`, with the same index.
     Raises:
@@ -133,12 +129,8 @@ def convergent(cells: pd.DataFrame, chance: float, metric: Metric = ACCURACY) ->
 
 
 def convergent_range(cells: pd.DataFrame, chance: float, metric: Metric = ACCURACY) -> pd.DataFrame:
-    """Returns the base learning rates that converge for each batch size (Fig. 16).
+    """Returns the base learning rates that converge for each batch size (Fig. 16); arguments as for `convergent`.
 
-    Args:
-      cells: from `final_accuracy`.
-      chance: see `convergent`.
-      metric: the metric of `cells`.
     Returns:
       One row per `SETUP`, sorted: `lowest_base_lr` and `highest_base_lr` that converge (NaN if none does) and
       `convergent`, the number of cells that do, which is smaller than the number in the range if it has gaps.
@@ -179,11 +171,8 @@ def best_over_axes(cells: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFra
 
 
 def best_cells(cells: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
-    """Returns the best cell of each batch size (Fig. 15); ties go to the smallest base_lr.
+    """Returns the best of the cells of each batch size (Fig. 15); ties go to the smallest base_lr.
 
-    Args:
-      cells: from `final_accuracy`.
-      metric: the metric of `cells`.
     Returns:
       One row per `SETUP`, sorted: `test_accuracy`, `test_accuracy_std` (or the metric's columns), `base_lr`, further axes and
       `replicates` (finished seeds) of the best cell, NaN and 0 where nothing finished; `finished` and `diverged`, numbers of
@@ -204,7 +193,6 @@ def summary(df: pd.DataFrame, chance: float, cells: pd.DataFrame | None = None, 
       df: results, one row per run and epoch.
       chance: see `convergent`.
       cells: from `planned_cells`, to include runs that have not begun; by default only cells with rows.
-      metric: the metric to summarise.
     Returns:
       The columns of `best_cells` and `convergent_range`, and `running`, the number of runs that have not ended.
     """

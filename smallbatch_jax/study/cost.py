@@ -15,10 +15,8 @@ TARGET = 0.9  # fraction of the way from chance to the best accuracy
 
 
 def program_costs(timings: pd.DataFrame) -> pd.DataFrame:
-    """Returns the cost of each program, over all processes that took part in training it.
+    """Returns the cost of each program, over all processes that took part in training it, from `results.load_timings`.
 
-    Args:
-      timings: from `results.load_timings`.
     Returns:
       One row per (batch size, BN batch size) that was compiled or trained, sorted, with the columns
 
@@ -54,11 +52,11 @@ def examples_seen(rows: pd.DataFrame) -> pd.Series:
 
 
 def with_time(rows: pd.DataFrame, timings: pd.DataFrame) -> pd.DataFrame:
-    """Adds a column `seconds`: the run's own time up to the end of the epoch, its share of the program's wall time.
+    """Adds `seconds`: the run's own time up to the end of the epoch; NaN without a segment of the row's program.
 
     Args:
       rows: from `results.load`, or `Study.rows` where batches grow.
-      timings: from `results.load_timings`. Without a segment of the row's program, seconds are NaN.
+      timings: from `results.load_timings`.
     """
     rate = seconds_per_image(timings).reindex(pd.MultiIndex.from_frame(rows[PROGRAM]))
     return rows.assign(seconds=examples_seen(rows) * rate.to_numpy(float))
@@ -80,10 +78,8 @@ def time_to_accuracy(rows: pd.DataFrame, timings: pd.DataFrame, accuracy: float,
     it has finished seeds and all of them do; its time is their mean. Seeds that diverged or still run are left out.
 
     Args:
-      rows: as in `with_time`.
-      timings: from `results.load_timings`.
+      rows, timings: as in `with_time`.
       accuracy: a fraction, such as `target_accuracy`, or a value of another metric.
-      metric: the metric that `accuracy` is a value of.
     Returns:
       One row per `SETUP` that has any row, sorted, with the columns
 

@@ -80,9 +80,7 @@ class CriticalBatchSize(NamedTuple):
 def critical_batch_size(study: Study, target: float | None = None) -> CriticalBatchSize:
     """Fits the hyperbola to the examples that each batch size needs for a target, at the cell that reaches it first.
 
-    Args:
-      study: finished or not.
-      target: a value of the study's metric; by default `cost.target_accuracy`, 90 % of the way from chance to the best.
+    The target is a value of the study's metric, by default `cost.target_accuracy`, 90 % of the way from chance to the best.
     """
     target = cost.target_accuracy(study.cells, study.chance, metric=study.metric) if target is None else target
     table = examples_to_target(study, target)
