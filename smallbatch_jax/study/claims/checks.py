@@ -64,7 +64,7 @@ def are_similar(study: Study, other: Study) -> Finding:
 
 def is_better(study: Study, than: Study) -> Finding:
     """One study is better than another at most batch sizes."""
-    own, other = tables.shared(study, than)
+    own, other = tables.shared((study, than), [tables.ordinary(some.cells) for some in (study, than)], least=2)
     better = int((own["accuracy"] > other["accuracy"]).sum())
     text = f"{study.name} is better than {than.name} at {better} of {len(own)} batch sizes"
     return measured(text + tables.edges(own, other), at_share(tables.margins_of(own, other), MOST))
@@ -72,27 +72,25 @@ def is_better(study: Study, than: Study) -> Finding:
 
 def improves_on(study: Study, before: Study) -> Finding:
     """One study is better than another on average over the batch sizes at which both finished."""
-    gain, error, ends, text = _gain(study, before, ALL)
-    return measured(f"{study.name} over {before.name}: {text}", ratio(gain, error), *ends)
+    gain, *bounds = _gain(study, before, ALL)
+    return measured(f"{study.name} over {before.name}: {gain.text}", ratio(gain.accuracy, gain.error), *bounds)
 
 
 def gains_more(long: Study, short: Study, sizes: Sizes, than: Sizes) -> Finding:
     """Longer training gains more at some batch sizes than at others."""
-    (large, error, (over, under), text), (small, small_error, (small_over, small_under), small_text) = (
-        _gain(long, short, some) for some in (sizes, than)
-    )
-    margin = ratio(large - small, math.hypot(error, small_error))
-    words = f"from {short.name} to {long.name}, m {sizes} gain {text}; m {than} {small_text}"
-    return measured(words, margin, over or small_under, under or small_over)
+    (large, over, under), (small, small_over, small_under) = (_gain(long, short, some) for some in (sizes, than))
+    margin = ratio(large.accuracy - small.accuracy, math.hypot(large.error, small.error))
+    text = f"from {short.name} to {long.name}, m {sizes} gain {large.text}; m {than} {small.text}"
+    return measured(text, margin, over or small_under, under or small_over)
 
 
-def _gain(study: Study, before: Study, sizes: Sizes) -> tuple[float, float, tuple[bool, bool], str]:
-    """Returns the mean gain over the batch sizes that both finished, its error, which studies have lower bounds, and a text."""
+def _gain(study: Study, before: Study, sizes: Sizes) -> tuple[Side, bool, bool]:
+    """Returns the mean gain over the batch sizes that both finished, and whether each study has lower bounds there."""
     own, other = tables.shared_finished(study, before, sizes)
     gain = float((own["accuracy"] - other["accuracy"]).mean())
     error = math.sqrt((own["error"] ** 2 + other["error"] ** 2).sum()) / len(own)
     text = f"{points(gain, error)} on average at m = {listed(own.index)}{tables.edges(own, other)}"
-    return gain, error, (any(own["bound"]), any(other["bound"])), text
+    return Side(gain, error, text=text), any(own["bound"]), any(other["bound"])
 
 
 def best_base_lr_is_out_of_reach(study: Study, sizes: Sizes) -> Finding:
@@ -119,45 +117,45 @@ def _need_base_lrs(study: Study) -> None:
 
 def none_converges(study: Study, sizes: Sizes) -> Finding:
     """No base_lr converges at any of the batch sizes."""
-    counts, _, text = _converging(study, sizes)
-    return counted(not counts.any(), text)
+    ranges, text = _converging(study, sizes)
+    return counted(not ranges["convergent"].any(), text)
 
 
 def each_converges(study: Study, sizes: Sizes) -> Finding:
     """Some base_lr converges at each of the batch sizes."""
-    counts, _, text = _converging(study, sizes)
-    return counted(bool(counts.all()), text)
+    ranges, text = _converging(study, sizes)
+    return counted(bool(ranges["convergent"].all()), text)
 
 
 def every_base_lr_converges(study: Study, sizes: Sizes) -> Finding:
     """Each of the batch sizes converges over the full range of base learning rates."""
     _need_base_lrs(study)
-    counts, _, text = _converging(study, sizes)
-    asked = study.cells.groupby("batch_size")["base_lr"].nunique()[counts.index]
-    return counted(bool((counts == asked).all()), f"{text}, of {listed(asked)}")
+    ranges, text = _converging(study, sizes)
+    asked = study.cells.groupby("batch_size")["base_lr"].nunique()[ranges.index]
+    return counted(bool((ranges["convergent"] == asked).all()), f"{text}, of {listed(asked)}")
 
 
 def range_narrows(study: Study) -> Finding:
     """Fewer base learning rates converge as the batch size grows."""
     _need_base_lrs(study)
-    counts, highest, text = _converging(study, least=TREND)
+    ranges, text = _converging(study, least=TREND)
+    counts = ranges["convergent"]
     if not counts.any():
         raise NotEnoughData(f"{study.name}: no base_lr converges at any batch size")
     narrows = bool(counts.iloc[-1] < counts.iloc[0] and not (counts.diff() > WIDENS).any())
-    if not narrows and highest.iloc[0] == study.cells["base_lr"].max():
+    if not narrows and ranges["highest_base_lr"].iloc[0] == study.cells["base_lr"].max():
         return Finding(OPEN, f"{text}; those of m = {counts.index[0]} reach the largest tried")
     return counted(narrows, text)
 
 
-def _converging(study: Study, sizes: Sizes = ALL, least: int = 1) -> tuple[pd.Series, pd.Series, str]:
+def _converging(study: Study, sizes: Sizes = ALL, least: int = 1) -> tuple[pd.DataFrame, str]:
     """Returns by batch size how many base_lrs converge and the highest, and a text; within noise of chance none converges."""
     cells = tables.ordinary(study.cells)
     noise = TELLS * noise_of(study).error(cells)
     cells = cells.assign(test_accuracy=cells["test_accuracy"].where(cells["test_accuracy"] - noise > study.chance))
     ranges = analysis.convergent_range(cells, study.chance).groupby("batch_size")[["convergent", "highest_base_lr"]].max()
     ranges = tables.pick(ranges, f"{study.name} has", sizes, least)
-    counts = ranges["convergent"]
-    return counts, ranges["highest_base_lr"], f"{study.name}: converging base_lrs {by_size(counts)}"
+    return ranges, f"{study.name}: converging base_lrs {by_size(ranges['convergent'])}"
 
 
 def curves_are_similar(study: Study, base_lr: float, sizes: Sizes) -> Finding:

@@ -112,9 +112,9 @@ def best_by_size(study: Study, sizes: Sizes = ALL, least: int = 1, cells: pd.Dat
     low, high = (cells.groupby("batch_size")["base_lr"].agg(end) for end in ("min", "max"))
     if not study.experiment.grid.base_lr_by_batch_size:  # those are the best of other results (§3.6)
         rates, ends = table["base_lr"], ("", "only", "smallest", "largest")
-        table["end"] = np.select([table["finished"] == 0, low == high, rates == low, rates == high], ends, "")
-        inside = {"smallest": low > BASE_LRS[0], "largest": high < BASE_LRS[-1], "only": True}
-        table["bound"] = np.select([table["end"] == end for end in inside], [*inside.values()], False)
+        bounds = False, True, low > BASE_LRS[0], high < BASE_LRS[-1]
+        at = [table["finished"] == 0, low == high, rates == low, rates == high]
+        table["end"], table["bound"] = np.select(at, ends, ""), np.select(at, bounds, False)
     return pick(table, f"{study.name} has", sizes, least)
 
 
@@ -138,11 +138,6 @@ def side(study: Study, sizes: Sizes = ALL) -> Side:
     return Side(top["accuracy"], top["error"], bool(top["bound"] or len(others) or beyond), text)
 
 
-def shared(one: Study, other: Study) -> list[pd.DataFrame]:
-    """Returns the best cells of each study at the batch sizes that both have."""
-    return _at_shared_sizes((one, other), [ordinary(study.cells) for study in (one, other)], "", least=2)
-
-
 def shared_finished(one: Study, other: Study, sizes: Sizes) -> list[pd.DataFrame]:
     """Returns the best cells of each study at the batch sizes at which both finished a run, of the base_lrs that both tried.
 
@@ -153,11 +148,11 @@ def shared_finished(one: Study, other: Study, sizes: Sizes) -> list[pd.DataFrame
     if not rates:
         raise NotEnoughData(f"{one.name} and {other.name} share no base_lr")
     cells = [of[of["base_lr"].isin(rates)] for of in cells]
-    return _at_shared_sizes((one, other), cells, " finished runs at", sizes)
+    return shared((one, other), cells, " finished runs at", sizes)
 
 
-def _at_shared_sizes(
-    studies: tuple[Study, Study], cells: Sequence[pd.DataFrame], what: str, sizes: Sizes = ALL, least: int = 1
+def shared(
+    studies: tuple[Study, Study], cells: Sequence[pd.DataFrame], what: str = "", sizes: Sizes = ALL, least: int = 1
 ) -> list[pd.DataFrame]:
     """Returns the best of some cells of each study at the batch sizes that both have, or have finished runs at."""
     names = " and ".join(study.name for study in studies)
