@@ -95,12 +95,12 @@ def planned_cells(df: pd.DataFrame, runs: Iterable[Run], experiment: str, metric
     columns = list(runs[0].to_dict()) if runs else RUN_COLUMNS
     plan = pd.DataFrame([run.to_dict() for run in runs], columns=columns).assign(experiment=experiment)
     cell = cell_columns(plan)
-    seeds = plan.groupby(cell, observed=True).size().rename("planned").reset_index()
-    cells = seeds.merge(known_cells(df, metric), how="outer", on=cell)
-    counts = ["planned", "finished", "diverged", "pending"]
+    planned = plan.groupby(cell, observed=True).size().rename("pending").reset_index()
+    cells = final_accuracy(df, metric).merge(planned, how="outer", on=cell)
+    counts = ["finished", "diverged", "pending"]
     cells[counts] = cells[counts].fillna(0).astype(int)
-    cells["pending"] = (cells["planned"] - cells["finished"] - cells["diverged"]).clip(lower=0)
-    return cells[[*cell, metric.column, f"{metric.column}_std", "finished", "diverged", "pending"]]
+    cells["pending"] = (cells["pending"] - cells["finished"] - cells["diverged"]).clip(lower=0)
+    return cells
 
 
 def convergent(cells: pd.DataFrame, chance: float, metric: Metric = ACCURACY) -> pd.Series:
@@ -135,10 +135,8 @@ def convergent_range(cells: pd.DataFrame, chance: float, metric: Metric = ACCURA
       One row per `SETUP`, sorted: `lowest_base_lr` and `highest_base_lr` that converge (NaN if none does) and
       `convergent`, the number of cells that do, which is smaller than the number in the range if it has gaps.
     """
-    base_lr = cells["base_lr"].where(convergent(cells, chance, metric))
-    ranges = cells[SETUP].assign(base_lr=base_lr).groupby(SETUP, observed=True)["base_lr"].agg(["min", "max", "count"])
-    ranges.columns = ["lowest_base_lr", "highest_base_lr", "convergent"]
-    return ranges.reset_index()
+    rates = cells.assign(base_lr=cells["base_lr"].where(convergent(cells, chance, metric))).groupby(SETUP, observed=True)
+    return rates["base_lr"].agg(lowest_base_lr="min", highest_base_lr="max", convergent="count").reset_index()
 
 
 def best_first(cells: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
