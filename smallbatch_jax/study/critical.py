@@ -62,7 +62,7 @@ class CriticalBatchSize(NamedTuple):
 
     def sentence(self) -> str:
         """Returns the result of the fit in one sentence."""
-        if not len(self.table) or math.isnan(self.size):
+        if math.isnan(self.size):
             why = "fewer than three batch sizes reached a target" if self.target else "the loss of a guess is not known"
             return f"Critical batch size: cannot tell; {why}."
         ends = f"m = {self.table['batch_size'].min()} and {self.table['batch_size'].max()}"

@@ -61,13 +61,11 @@ class RateRule(NamedTuple):
 
     def sentence(self) -> str:
         """Returns a sentence on the rule that the best rates follow, with the exponent."""
-        fitted = int((~self.table["edge"]).sum()) if len(self.table) else 0
+        fitted = (~self.table["edge"]).sum()
+        unclear = "Rule of the best learning rate η*(m): cannot tell"
         if math.isnan(self.exponent):
-            return "Rule of the best learning rate η*(m): cannot tell" + (
-                f"; {fitted} batch sizes have their best rate inside the range tried; three are needed."
-                if self.table["std"].notna().all()
-                else "; the noise of a single seed is not known."
-            )
+            few = f"{fitted} batch sizes have their best rate inside the range tried; three are needed"
+            return f"{unclear}; {few if self.table['std'].notna().all() else 'the noise of a single seed is not known'}."
         exponent = f"η* ∝ m^{self.exponent:.2f} (90 %: {self.low:.2f} … {self.high:.2f})"
         if self.supported == "another power":
             return f"The best learning rate follows neither the linear nor the √ rule: {exponent} over {fitted} batch sizes."
@@ -75,7 +73,7 @@ class RateRule(NamedTuple):
             turn = f", the turn at m ≈ {two_digits(self.turn)}" if rule == "saturating" else ""
             return f"The best learning rate follows the {rule} rule, {RULES[rule]}{turn}; {exponent} over {fitted} batch sizes."
         among = f" between {and_list(self.likely)}" if self.likely else f", as none of {and_list(list(RULES)[:3])} fits"
-        return f"Rule of the best learning rate η*(m): cannot tell{among}; {exponent} over {fitted} batch sizes."
+        return f"{unclear}{among}; {exponent} over {fitted} batch sizes."
 
 
 def shapes(turn: float, exponent: float) -> dict[str, Callable[[Any], Any]]:
