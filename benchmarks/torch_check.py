@@ -64,6 +64,8 @@ def compared(loaded: study.Study) -> pd.DataFrame:
         raise InputError(
             f"--workdir: {loaded.workdir} has warm-up, growing batches or an optimizer, which PyTorch does not train here."
         )
+    if not (loaded.rows["status"] == "finished").any():
+        raise InputError(f"--workdir: {loaded.workdir} has no finished run to train again.")
     cells = [analysis.final_accuracy(rows).assign(seed=seed) for seed, rows in loaded.rows.groupby("seed")]
     ours = pd.concat(cells).dropna(subset="test_accuracy").set_index(KEY)["test_accuracy"]
     stored = loaded.workdir / "torch.csv"

@@ -60,8 +60,8 @@ def watch(workdirs: list[Path], out: Path) -> None:
 
 
 def _stamp(workdir: Path) -> list[tuple[str, int]]:
-    """Returns names and sizes of the result files, which only grow."""
-    files = [workdir / "experiment.json", *sorted((workdir / "results").glob("*.csv"))]
+    """Returns names and sizes of the files whose content a page shows; they only grow."""
+    files = sorted([*workdir.glob("*.json*"), *workdir.glob("results/*.csv")])
     return [(path.name, path.stat().st_size) for path in files]
 
 

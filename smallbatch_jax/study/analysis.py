@@ -228,9 +228,9 @@ def _format_range(lowest: float, highest: float, count: int) -> str:
 
 
 def setting(cell: Mapping[Any, Any] | pd.Series) -> str:
-    """Formats a cell as "m = 4, η̃ = 2^-7", with its BN batch size where that is not m."""
+    """Formats a cell as "m = 4, η̃ = 2^-7", with its BN batch size where that is not m, and its further axes."""
     m, b = int(cell["batch_size"]), int(cell["bn_batch_size"])
-    others = "".join(f", {axis_title(name)} {cell[name]:g}" for name in axes(cell))
+    others = "".join(f", {axis_title(name)} {cell[name]:g}" for name in axes(cell) if not math.isnan(cell[name]))
     return f"m = {m}, " + (f"BN batch size {b}, " if b != m else "") + f"η̃ = {format_base_lr(cell['base_lr'])}{others}"
 
 

@@ -119,7 +119,7 @@ def _caveats(study: Study, best: pd.Series, noise: Noise) -> list[str]:
     if best["diverged"]:
         seeds = int(best["diverged"] + best["finished"] + best["pending"])
         found.append(f"{int(best['diverged'])} of its {seeds} seeds diverged.")
-    if best["finished"] == 1 and study.fresh.empty:
+    if best["finished"] == 1 and of_cell(study.fresh, best).empty:
         found.append("One seed: the variation between seeds is not known.")
     others = cells[study.converged].drop(index=best.name, errors="ignore")
     near = others.loc[noise.reaches(others, best) == 1, "batch_size"].tolist()

@@ -199,6 +199,10 @@ def choose_base_lrs(experiment: Experiment, workdir: str | Path | None = None) -
     missing = [m for m in grid.batch_sizes if m not in chosen]
     if missing:
         sources = [_source(expanded_path("grid.base_lrs_from", path)) for path in grid.base_lrs_from]
+        columns = {study.metric.column: str(study.workdir) for study in sources}
+        if len(columns) > 1:
+            each = ", ".join(f"{workdir} by {column}" for column, workdir in columns.items())
+            raise InputError(f"grid.base_lrs_from: the best runs are chosen by different columns: {each}.")
         chosen |= {m: _best_base_lr(m, sources) for m in missing}
     pairs = tuple((m, chosen[m]) for m in grid.batch_sizes)
     return dataclasses.replace(experiment, grid=dataclasses.replace(grid, base_lr_by_batch_size=pairs))

@@ -2,9 +2,11 @@
 
 import pandas as pd
 import pytest
-from shell import ROOT, run
+import tiny
+from shell import ROOT, refused, run
 
 from smallbatch_jax.store import results
+from smallbatch_jax.store.workdir import open_workdir
 
 STORED = ROOT / "notebooks" / "results" / "pytorch"
 
@@ -27,3 +29,9 @@ def test_a_stored_check_is_printed_without_images_and_pytorch():
     ours = results.load(STORED / "fig08").query("batch_size == 128").groupby("seed")["test_accuracy"].median().mean()
     theirs = pd.read_csv(STORED / "fig08" / "torch.csv").query("batch_size == 128")["torch"].mean()
     assert table[-1][4:7] == [f"{100 * ours:.2f} %", f"{100 * theirs:.2f} %", f"{100 * (ours - theirs):+.2f}"]
+
+
+def test_a_study_without_a_finished_run_is_refused(tmp_path):
+    with open_workdir(tmp_path / "w", tiny.grid(), {"num_classes": 3, "examples": [50, 20]}):
+        pass
+    refused(run("../benchmarks/torch_check.py", f"--workdir={tmp_path / 'w'}"), "has no finished run to train again")

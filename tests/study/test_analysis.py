@@ -216,3 +216,10 @@ def test_formatted_summary_adds_columns_only_when_they_say_something():
 )
 def test_powers_of_two_are_written_as_powers(base_lr, text):
     assert analysis.format_base_lr(base_lr) == text
+
+
+def test_an_axis_that_a_study_does_not_have_is_not_named():
+    """Cells of studies with different axes have NaN for those of the others."""
+    one = {"batch_size": 4, "bn_batch_size": 4, "base_lr": 0.5}
+    assert analysis.setting(one | {"weight_decay": 0.1}) == "m = 4, η̃ = 2^-1, weight decay 0.1"
+    assert analysis.setting(one | {"weight_decay": math.nan}) == analysis.setting(one) == "m = 4, η̃ = 2^-1"

@@ -83,6 +83,14 @@ def test_only_fresh_seeds_confirm():
     assert "fresh" not in said(with_fresh([]))
 
 
+def test_fresh_seeds_of_another_cell_do_not_say_how_much_the_best_varies():
+    made = with_fresh([0.86, 0.88])
+    other = made.rows["base_lr"].where(~made.rows["seed"].isin([7, 8]), LRS[1])
+    one_seed = "One seed: the variation between seeds is not known."
+    assert one_seed not in answer(made).caveats
+    assert one_seed in answer(dataclasses.replace(made, rows=made.rows.assign(base_lr=other))).caveats
+
+
 def test_fresh_seeds_of_a_workdir_are_in_no_cell(tmp_path):
     experiment = tiny.grid(name="exp", epochs=1)
     facts = {"num_classes": 3, "examples": [50, 20]}

@@ -233,9 +233,9 @@ def test_json_in_a_script_is_itself_and_ends_no_script():
     assert not set("<>&") & set(text)
 
 
-def store(path, rows):
+def store(path, rows, **fields):
     """Writes a workdir of two batch sizes with one base_lr and 3 epochs; `rows` are (batch size, epoch). Returns its path."""
-    experiment = tiny.grid(name="mine", batch_sizes=(2, 4), base_lrs=(2**-6,))
+    experiment = tiny.grid(name="mine", batch_sizes=(2, 4), base_lrs=(2**-6,), **fields)
     with workdir.open_workdir(path, experiment, {"num_classes": 3, "examples": [50, 20]}) as folder:
         for m in (2, 4):
             with ProgramResults(folder, m, m) as program:
@@ -289,6 +289,22 @@ def test_a_watched_page_follows_until_all_runs_have_ended(tmp_path):
         stopped.cancel()
     assert 'data-refresh="1"' not in page.read_text()
     assert "every other batch size is within the noise of it" in page.read_text()
+
+
+@pytest.mark.long
+def test_a_watched_search_ends_when_its_command_does(tmp_path):
+    """The command of a search ends after its last row: until then the search may begin further runs."""
+    rows = [(m, epoch) for m in (2, 4) for epoch in (1, 2, 3)]
+    folder, page = store(tmp_path / "w", rows, search={"budget": 1e3}), tmp_path / "page.html"
+    line, options = command("report.py", f"--workdir={folder}", f"--out={page}", "--watch", "--every_seconds=1")
+    with subprocess.Popen(line, **options, stdout=subprocess.DEVNULL) as watching:
+        stopped = threading.Timer(60, watching.kill)
+        stopped.start()
+        until(lambda: page.exists() and 'data-refresh="1"' in page.read_text())
+        workdir.record_provenance(folder, "finish")
+        assert watching.wait() == 0
+        stopped.cancel()
+    assert 'data-refresh="1"' not in page.read_text()
 
 
 def until(true, seconds=60):

@@ -157,6 +157,15 @@ def test_results_that_do_not_say_which_rate_is_best_are_refused(tmp_path, cells,
         chosen(store(tmp_path / "s", cells))
 
 
+def test_results_that_choose_by_different_columns_are_refused(tmp_path):
+    """Whose rows lack the column of the other would take the smallest base_lr in place of the best."""
+    a, b = whole(tmp_path / "a", {2: RATES[2]}), whole(tmp_path / "b", {8: RATES[1]}, select=("test_loss", "min"))
+    with pytest.raises(
+        InputError, match=r"^grid\.base_lrs_from: .* different columns: .*a by test_accuracy, .*b by test_loss\.$"
+    ):
+        chosen(a, b)
+
+
 def test_a_resumed_workdir_keeps_the_rates_it_began_with(tmp_path):
     """The base_lrs stay the same even when the results that they came from are gone."""
     source = whole(tmp_path / "s", {2: RATES[2], 8: RATES[0]})
