@@ -10,6 +10,7 @@ one lane; and all lanes without command buffers (CUDA graphs) at the two smalles
 import dataclasses
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -61,7 +62,7 @@ def _measure(name: str, sizes: Sequence[int], options: Sequence[str] = (), xla_f
         for row in json.loads(line)["results"]:
             for way, rates in row["rates"].items():
                 column = columns.setdefault(name if way == "ours" else f"PyTorch, {way}", {})
-                column[row["batch_size"]] = sorted(rates)[len(rates) // 2]
+                column[row["batch_size"]] = statistics.median(rates)
     return columns
 
 

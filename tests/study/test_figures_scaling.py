@@ -12,6 +12,8 @@ from drawn import bars, foot, placed
 from smallbatch_jax.study import figures
 from smallbatch_jax.study.critical import critical_batch_size
 from smallbatch_jax.study.rates import best_rates, fit_rule
+from smallbatch_jax.study.recommendation import recommend
+from smallbatch_jax.study.report.scaling import scaling_charts
 from smallbatch_jax.study.study import load
 
 STORED = Path(__file__).parents[2] / "notebooks/results"
@@ -63,6 +65,15 @@ def test_best_learning_rates_have_intervals_and_the_rules_that_fit():
     assert set(styles(figure)) == {f"_{name}" for name in fit_rule(table).likely} >= {"_saturating", "_square-root"}
     assert set(styles(figure).values()) == {"--"}
     assert set(styles(figures.best_learning_rates(stored("cifar10/fig08"))).values()) == {"-"}
+
+
+def test_a_rule_has_one_colour_in_the_figure_and_on_the_page():
+    made = stored("cifar10_subset/fig01")
+    drawn = {line.get_label(): line.get_color() for line in figures.best_learning_rates(made).axes[0].get_lines()}
+    page = scaling_charts(made, recommend(made))["rates"].data
+    shown = {f"_{trace.name}": trace.line.color for trace in page if trace.mode == "lines"}
+    assert len(shown) > 1
+    assert shown.items() <= drawn.items()
 
 
 @pytest.mark.parametrize("table", [{2: None, 4: None, 8: None}, {2: 0.1, 4: 0.1, 8: 0.1}])

@@ -18,6 +18,7 @@ POINT: dict[str, Any] = {"color": style.CATEGORIES[0], "marker": "o", "linestyle
 MORE_NEEDED: dict[str, Any] = {**POINT, "marker": "^", "markerfacecolor": "white", "zorder": 3}
 HYPERBOLA: dict[str, Any] = {"color": style.CATEGORIES[1], "linewidth": 1.2}
 BAND: dict[str, Any] = {"color": style.CATEGORIES[1], "alpha": 0.15, "linewidth": 0}
+RULE_COLORS = dict(zip(RULES, style.CATEGORIES[1:], strict=False))
 DASHED = (0, (3, 2))
 NUMBERS = {count * 10**n: f"{count * 10**n:,}" for n in range(14) for count in (1, 2, 5)}
 LEAST_SIZES = 3  # least number of batch sizes for these figures
@@ -92,10 +93,10 @@ def best_learning_rates(study: Study) -> Figure:
         "at the end of the rates tried": (table["edge"], {**POINT, **style.HOLLOW}),
     }
     entries = points.plot_kinds(axes, table, "batch_size", "rate", kinds)
-    for i, name in enumerate(RULES):
+    for name, color in RULE_COLORS.items():
         if name in rule.likely:
             sizes = np.geomspace(table["batch_size"].min(), table["batch_size"].max(), 100)
-            look = {"color": style.CATEGORIES[i + 1], "linestyle": "-" if rule.supported else DASHED}
+            look = {"color": color, "linestyle": "-" if rule.supported else DASHED}
             (entries[name],) = axes.plot(sizes, rule.rate(name, sizes), label=f"_{name}", **look)
     if table.empty:
         style.say_nothing_finished(axes)

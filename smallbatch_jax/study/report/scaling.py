@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 
 from smallbatch_jax.config.text import format_base_lr
 from smallbatch_jax.study.critical import CriticalBatchSize
+from smallbatch_jax.study.figures.scaling import RULE_COLORS
 from smallbatch_jax.study.figures.style import CATEGORIES
 from smallbatch_jax.study.rates import RateRule
 from smallbatch_jax.study.recommendation import Recommendation
@@ -47,9 +48,9 @@ def _rates(study: Study, rule: RateRule) -> go.Figure:
         above, below = (rows["high"] - rows["rate"]).tolist(), (rows["rate"] - rows["low"]).tolist()
         bars = {"array": above, "arrayminus": below, "thickness": 1, "width": 2} if rows["low"].notna().all() else None
         _points(figure, rows["batch_size"], rows["rate"], hover, name, symbol, bars)
-    for color, name in zip(CATEGORIES[1:], rule.likely, strict=False):
+    for name in rule.likely:
         sizes = np.geomspace(table["batch_size"].min(), table["batch_size"].max(), 60)
-        _line(figure, sizes, rule.rate(name, sizes), name, color, rule.supported is not None)
+        _line(figure, sizes, rule.rate(name, sizes), name, RULE_COLORS[name], rule.supported is not None)
     figure.update_yaxes(type="log", title="best learning rate η")
     return scale_batch_sizes(figure, study.cells)
 
