@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -12,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from scipy.special import entr
 
 from smallbatch_jax.config import catalog
 from smallbatch_jax.config.experiment import OWN, Experiment
@@ -122,7 +122,7 @@ def require_trainable(experiment: Experiment, dataset: Dataset | Photographs) ->
 
 
 def facts(experiment: Experiment, dataset: Dataset | Photographs) -> dict[str, Any]:
-    """Returns the data properties that a workdir stores; "guess" is the loss of a uniform or constant guess, if known."""
+    """Returns the data properties that a workdir stores; "guess" has the metrics of the best constant guess, where known."""
     found: dict[str, Any] = {"num_classes": dataset.num_classes, "examples": [dataset.num_train, dataset.num_test]}
     if not experiment.dataset.name.startswith(OWN):  # whose name has the digest
         found["digest"] = dataset.digest()
@@ -130,8 +130,18 @@ def facts(experiment: Experiment, dataset: Dataset | Photographs) -> dict[str, A
         mean = dataset.train_labels.mean(0, dtype=np.float64)
         found["guess"] = {"loss": float(np.square(dataset.test_labels - mean).mean())}
     elif experiment.task in catalog.TASKS and dataset.num_classes:
-        found["guess"] = {"loss": math.log(dataset.num_classes)}
+        found["guess"] = _class_guess(dataset, dataset.num_classes)
     return found
+
+
+def _class_guess(dataset: Dataset | Photographs, num_classes: int) -> dict[str, float]:
+    """Returns the loss and accuracies of the best constant guess: the frequencies of the test classes, or of later tokens."""
+    shares = np.full(num_classes, 1 / num_classes)  # streamed labels are not counted
+    if isinstance(dataset, Dataset):
+        labels = dataset.test_labels[:, 1:] if dataset.task == "next_token" else dataset.test_labels
+        shares = np.sort(np.bincount(labels.ravel(), minlength=num_classes))[::-1] / labels.size
+    accuracies = {name: shares[: entry.guesses].sum() for name, entry in catalog.METRICS.items() if entry.guesses}
+    return {"loss": float(entr(shares).sum()), **{name: min(1.0, float(value)) for name, value in accuracies.items()}}
 
 
 def _checked_setup(

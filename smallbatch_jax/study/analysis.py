@@ -112,15 +112,15 @@ def convergent(cells: pd.DataFrame, chance: float, metric: Metric = ACCURACY) ->
 
     Args:
       cells: from `final_accuracy`; each experiment is compared to its own best.
-      chance: accuracy of a guess, 1 / num_classes where the test classes are balanced; for a loss, that of a uniform guess of
-        the class or token, or of the best constant of a regression, or NaN if unknown: then every finished cell converges.
+      chance: the metric of the best constant guess, `Study.chance`: an accuracy is the share of the most frequent class, which
+        is 1 / num_classes where the test classes are balanced. NaN if a loss is unknown: then every finished cell converges.
     Returns:
       A bool for each row of `cells`, with the same index.
     Raises:
-      ValueError: the metric is a fraction, and chance is not in [0, 1).
+      ValueError: the metric is a fraction, and chance is not in [0, 1].
     """
-    if metric.fraction and not 0 <= chance < 1:
-        raise ValueError(f"chance: {chance} is not an accuracy; give a fraction in [0, 1), such as 1 / num_classes.")
+    if metric.fraction and not 0 <= chance <= 1:
+        raise ValueError(f"chance: {chance} is not an accuracy; give a fraction in [0, 1], such as 1 / num_classes.")
     value = cells[metric.column]
     best = cells.groupby("experiment", observed=True)[metric.column].transform(cast(Any, metric.best))
     # The half way line alone would lie below chance in an experiment that learnt nothing.

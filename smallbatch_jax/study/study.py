@@ -34,7 +34,7 @@ class Study:
       num_classes: number of classes of the data, or of different tokens; None for a regression.
       examples: numbers of training and test examples; None if unknown.
       timings: `results.load_timings`; may have no rows.
-      guess: {"loss": that of a uniform guess, or of the best constant for a regression}; empty if unknown.
+      guess: metrics of the best constant guess on the test set, by name without the split; empty if unknown.
       finished: whether the last training command completed.
     """
 
@@ -54,11 +54,11 @@ class Study:
 
     @property
     def chance(self) -> float:
-        """The metric of a guess: its accuracy where the test classes are balanced, or its loss; NaN if it is not known."""
-        entry = METRICS.get(self.metric.name)
+        """The metric of the best constant guess; if not known, the accuracy of a uniform guess, and NaN for a loss."""
+        entry, unknown = METRICS.get(self.metric.name), 0.0 if self.metric.fraction else math.nan
         if entry and entry.guesses and self.num_classes:
-            return min(1.0, entry.guesses / self.num_classes)
-        return self.guess.get(self.metric.name, 0.0 if self.metric.fraction else math.nan)
+            unknown = min(1.0, entry.guesses / self.num_classes)
+        return self.guess.get(self.metric.name, unknown)
 
     @property
     def metric(self) -> Metric:

@@ -120,7 +120,12 @@ def test_each_experiment_has_its_own_best():
     assert analysis.convergent(cells, chance=0.1).all()
 
 
-@pytest.mark.parametrize("chance", [10, 1.0, -0.1, math.nan])
+def test_nothing_converges_where_every_guess_is_right():
+    """Among up to five classes top-5 accuracy is 1 whatever was learnt."""
+    assert not analysis.convergent(cells_of(cell(2, 0.5, 1.0)), chance=1.0).any()
+
+
+@pytest.mark.parametrize("chance", [10, 1.1, -0.1, math.nan])
 def test_chance_must_be_a_fraction(chance):
     with pytest.raises(ValueError, match="chance"):
         analysis.convergent(cells_of(cell(2, 0.5, 0.9)), chance)
