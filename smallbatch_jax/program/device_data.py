@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from smallbatch_jax.data import Dataset, order
@@ -71,7 +71,7 @@ def to_device(dataset: Dataset, mesh: Mesh) -> DeviceData:
     shuffled = order.epoch_permutation(0, 0, len(dataset.train_labels))
     splits = {name: _in_batches(images, labels) for name, (images, labels) in dataset.splits().items()}
     data = DeviceData(dataset.train_images, dataset.train_labels, shuffled, mean, deviation, splits)
-    return put(data, NamedSharding(mesh, P()))
+    return put(data, mesh, P())
 
 
 def _in_batches(images: np.ndarray, labels: np.ndarray) -> TestImages:

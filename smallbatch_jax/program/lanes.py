@@ -56,8 +56,9 @@ class LaneProgram:
     lanes: int
     segment_steps: int  # S, maximum number of steps in a segment
     any_length: bool  # whether a shorter segment costs less; resident lanes side by side always take S steps, some masked
-    sharding: NamedSharding
+    mesh: Mesh
     compile_seconds: float
+    peak_bytes: int  # needed on this process's devices for states and streamed pools, without a resident dataset; 0 if unknown
     _segment: Callable[..., Any]
     _data: DeviceData | Pool  # a Pool has shapes and dtypes only
     template: LaneState  # shapes and dtypes of the stacked lanes
@@ -93,8 +94,8 @@ class LaneProgram:
           pool: the images of the segment, if the dataset is streamed.
           test: the test set in batches, if the dataset is streamed; read only if a lane evaluates.
         """
-        shares = NamedSharding(self.mesh, INDICES)
-        sent = Segment(put(segment.indices, shares), self.put(segment.steps), self.put(segment.evaluate))
+        indices = put(segment.indices, self.mesh, INDICES)
+        sent = Segment(indices, self.put(segment.steps), self.put(segment.evaluate))
         state, report = self._segment(state, self.put(settings), sent, self._data if pool is None else pool)
         if self._test is None or pool is None or not np.any(segment.evaluate):
             return state, report
@@ -105,16 +106,7 @@ class LaneProgram:
 
     def put(self, stacked: Any) -> Any:
         """Puts arrays stacked by lane onto the devices of their lanes."""
-        return put(stacked, self.sharding)
-
-    @property
-    def peak_bytes(self) -> int:
-        """Memory that the program needs on this process's devices: states and streamed pools, without a resident dataset."""
-        return needed_bytes(self._segment, self._data, self.mesh)
-
-    @property
-    def mesh(self) -> Mesh:
-        return self.sharding.mesh  # pyright: ignore[reportReturnType]
+        return put(stacked, self.mesh, P(LANE))
 
     @property
     def rows(self) -> int:
@@ -198,9 +190,10 @@ def compile_lanes(
     traced, template = trace_lanes(model, program, data, mesh, lanes, segment_steps, precision, mapping, statistics_model)
     compiled = traced.lower().compile()
     seconds = time.monotonic() - began
-    streamed, sharding = isinstance(data, Pool), NamedSharding(mesh, P(LANE))
+    streamed = isinstance(data, Pool)
     test = _streamed_test(make_test_lanes(model, program, mapping), mesh, precision) if streamed else None
-    return LaneProgram(lanes, segment_steps, streamed or mapping == "map", sharding, seconds, compiled, data, template, test)
+    any_length, needed = streamed or mapping == "map", needed_bytes(compiled, data, mesh)
+    return LaneProgram(lanes, segment_steps, any_length, mesh, seconds, needed, compiled, data, template, test)
 
 
 def trace_lanes(

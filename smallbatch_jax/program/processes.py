@@ -94,8 +94,9 @@ def least(value: int) -> int:
     return int(np.min(multihost_utils.process_allgather(np.float64(value)))) if several() else value
 
 
-def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    """Puts arrays on the host, equal in every process, onto devices; each process feeds its own devices."""
+def put(tree: PyTree, mesh: Mesh, spec: P) -> PyTree:
+    """Puts arrays on the host, equal in every process, onto the devices of a mesh; each process feeds its own devices."""
+    sharding = NamedSharding(mesh, spec)
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), tree)

@@ -117,16 +117,13 @@ class PackedModel(NamedTuple):
         return cls(model, Packing.of(lane.params) if elementwise else Unpacked(), Packing.of(lane.batch_stats))
 
     def pack(self, state: TrainState) -> TrainState:
-        opt_state = _of_each(self.params.structure, self.params.pack, state.opt_state)
-        return state._replace(
-            params=self.params.pack(state.params), batch_stats=self.batch_stats.pack(state.batch_stats), opt_state=opt_state
-        )
+        params, opt_state = _of_each(self.params.structure, self.params.pack, (state.params, state.opt_state))
+        return state._replace(params=params, batch_stats=self.batch_stats.pack(state.batch_stats), opt_state=opt_state)
 
     def unpack(self, state: TrainState) -> TrainState:
-        opt_state = _of_each(jax.tree.structure(state.params), self.params.unpack, state.opt_state)
-        return state._replace(
-            params=self.params.unpack(state.params), batch_stats=self.batch_stats.unpack(state.batch_stats), opt_state=opt_state
-        )
+        packed = jax.tree.structure(state.params)
+        params, opt_state = _of_each(packed, self.params.unpack, (state.params, state.opt_state))
+        return state._replace(params=params, batch_stats=self.batch_stats.unpack(state.batch_stats), opt_state=opt_state)
 
     def apply(self, variables: dict[str, Any], images: jax.Array, **options: Any) -> Any:
         """Calls `model.apply` in training mode, with "batch_stats" mutable."""
@@ -135,10 +132,10 @@ class PackedModel(NamedTuple):
         return logits, {name: self.batch_stats.pack(value) for name, value in updated.items()}
 
 
-def _of_each(structure: Any, function: Callable[[PyTree], PyTree], opt_state: PyTree) -> PyTree:
-    """Applies a function to each subtree of an optimizer's state that has the parameters' structure."""
+def _of_each(structure: Any, function: Callable[[PyTree], PyTree], tree: PyTree) -> PyTree:
+    """Applies a function to each subtree that has this structure."""
 
-    def is_like_params(tree: PyTree) -> bool:
+    def has_structure(tree: PyTree) -> bool:
         return jax.tree.structure(tree) == structure
 
-    return jax.tree.map(lambda tree: function(tree) if is_like_params(tree) else tree, opt_state, is_leaf=is_like_params)
+    return jax.tree.map(lambda part: function(part) if has_structure(part) else part, tree, is_leaf=has_structure)

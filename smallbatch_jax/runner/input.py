@@ -178,7 +178,7 @@ class Streamed:
             jax.make_array_from_process_local_data(like.sharding, np.broadcast_to(x, (like.shape[0], *x.shape)), like.shape)
             for x, like in ((images, shapes.images), (labels, shapes.labels))
         )
-        return Pool(*arrays, *processes.put(self._statistics, NamedSharding(mesh, P())))
+        return Pool(*arrays, *processes.put(self._statistics, mesh, P()))
 
     def _prefetchers_for(self, streams: Sequence[Stream]) -> list[Prefetcher]:
         """Returns a prefetcher at the start of each stream: one that is already there, else an idle one, else a new one."""

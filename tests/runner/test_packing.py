@@ -59,8 +59,8 @@ def test_runs_left_on_one_device_are_spread_over_both_and_no_bit_changes(packed,
 
 
 def test_the_device_with_fewer_lanes_takes_more_steps_of_each():
-    sharding = SimpleNamespace(mesh=SimpleNamespace(shape={"lane": 2}))
-    program = lanes.LaneProgram(6, 40, True, sharding, 0.0, None, None, None)  # pyright: ignore
+    mesh = SimpleNamespace(shape={"lane": 2})
+    program = lanes.LaneProgram(6, 40, True, mesh, 0.0, 0, None, None, None)  # pyright: ignore
     running = [True, True, True, True, False, False]
     assert program.even_steps(running, 10) == [10, 10, 10, 30, 0, 0]
     assert program.even_steps(running, 20) == [20, 20, 20, 40, 0, 0]  # at most the compiled segment length
