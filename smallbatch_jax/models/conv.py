@@ -53,7 +53,7 @@ def conv(
     if isinstance(padding, str):
         image = (len(x) // images, x.shape[1]) if images else x.shape[1:3]
         rows, columns = lax.padtype_to_pads(image, kernel.shape[:2], strides, padding)
-        padding = ((rows[0], rows[1]), (columns[0], columns[1]))
+        padding = (rows, columns)
     if images:
         return _conv_of_rows(x, kernel, strides, padding, images)
     on = {name: partial(f, strides=strides, pads=padding) for name, f in _BY_PLATFORM.items()}

@@ -33,6 +33,8 @@ _TRACED_EXAMPLES = 2
 class OwnModel(ABC):
     """A user's model behind this package's calling convention; `adapters.adapted` chooses the subclass."""
 
+    bn_batch_size: int | None = None  # b, if the model has a field for it
+
     def __init__(self, label: str, modes: Sequence[str]):
         """`label` names the model in messages and results; `modes` are the arguments in MODES that it takes."""
         self.label, self._modes = label, tuple(modes)
@@ -48,11 +50,6 @@ class OwnModel(ABC):
 
         The option `rngs` has the key of the step as "dropout".
         """
-
-    @property
-    def bn_batch_size(self) -> int | None:
-        """b, if the model has a field for it, else None."""
-        return None
 
     def with_bn_batch_size(self, bn_batch_size: int | None, /, axis_name: str | None = None) -> "OwnModel":
         """Returns the model unchanged for None, and refuses a number; its batches are never sharded."""
@@ -146,7 +143,8 @@ class LinenModel(OwnModel):
     def __init__(self, module: Any, modes: Sequence[str] | None = None):
         """`modes` are the arguments in MODES that the module takes; None reads them from its signature."""
         super().__init__(type(module).__name__, modes_among(_parameters(module)) if modes is None else modes)
-        self.module = module
+        self.module, size = module, getattr(module, "bn_batch_size", None)
+        self.bn_batch_size = size if isinstance(size, int) and size > 0 else None
 
     def init(self, key: jax.Array, x: jax.Array) -> Any:
         variables: Any = self.module.init(key, x, **self._mode(False))  # pyright: ignore[reportArgumentType]
@@ -156,11 +154,6 @@ class LinenModel(OwnModel):
 
     def apply(self, variables: Any, x: jax.Array, train: bool = False, **options: Any) -> Any:
         return self.module.apply(variables, x, **self._mode(train), **options)
-
-    @property
-    def bn_batch_size(self) -> int | None:
-        size = getattr(self.module, "bn_batch_size", None)
-        return size if isinstance(size, int) and size > 0 else None
 
     def with_bn_batch_size(self, bn_batch_size: int | None, /, axis_name: str | None = None) -> "OwnModel":
         """Returns the model with its field `bn_batch_size` set, or unchanged for None; its batches are never sharded."""

@@ -10,7 +10,7 @@ import numpy as np
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.config.fields import cut
 from smallbatch_jax.models import identity
-from smallbatch_jax.models.own import errors_explained, used_inputs
+from smallbatch_jax.models.own import abstract_key, batch_of, errors_explained, used_inputs
 from smallbatch_jax.optim import Optimizer
 from smallbatch_jax.program.device_data import DeviceData
 from smallbatch_jax.program.diagnostics import make_diagnose
@@ -25,18 +25,15 @@ def require_model(model: Model, task: Task, data: Any, batch_size: int = 2) -> T
 
     Returns the shapes and dtypes of its state.
     """
-    images, labels = (jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype) for x in (data.example, data.target))
-    batch = Batch(images, labels)
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    setting = Setting(scalar, jax.ShapeDtypeStruct((), jnp.int32), scalar, scalar)
+    batch = Batch(batch_of(data.example, batch_size), batch_of(data.target, batch_size))
     try:
-        state = jax.eval_shape(lambda images: init_state(model, images, jnp.int32(0)), images)
+        state = jax.eval_shape(partial(init_state, model), batch.images, np.int32(0))
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        outputs = jax.eval_shape(partial(model.apply, train=False), variables, images)
+        outputs = jax.eval_shape(partial(model.apply, train=False), variables, batch.images)
     except InputError:
         raise
     except Exception as error:  # of any type: a model may raise anything for a shape that it does not expect
-        raise InputError(f"model: cannot take images of shape {images.shape[1:]}: {error}") from error
+        raise InputError(f"model: cannot take images of shape {batch.images.shape[1:]}: {error}") from error
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         if not jnp.issubdtype(leaf.dtype, jnp.floating) or 0 in leaf.shape:
             place = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -46,7 +43,8 @@ def require_model(model: Model, task: Task, data: Any, batch_size: int = 2) -> T
     _require_outputs(outputs, task, batch, data.num_classes)
     for name, score in {"loss": task.loss, **task.metrics}.items():
         _require_score(name, score, outputs, batch)
-    trained, _ = jax.eval_shape(make_train_step(model, Program(batch_size, 1, task=task)), state, setting, batch)
+    train_step = make_train_step(model, Program(batch_size, 1, task=task))
+    trained, _ = jax.eval_shape(train_step, state, Setting(0.0, 0, 0.0, 0.0), batch)
     if jax.tree.structure(trained) != jax.tree.structure(state):
         raise InputError("model: training creates other variables than init; create the same ones whatever `train` is.")
     return state
@@ -143,7 +141,7 @@ def _shapes(tree: PyTree, dtypes: bool = True) -> Any:
 def fingerprint(model: Model, task: Task, data: Any, optimizer: Optimizer, examples: int = 4) -> dict[str, Any]:
     """Summarises a task's functions and an optimizer on fixed inputs, as `models.identity.fingerprint` summarises a model."""
     draw = partial(identity.drawn, np.random.RandomState(0))
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *data.example.shape), data.example.dtype)))
+    variables = jax.eval_shape(model.init, abstract_key(), batch_of(data.example, 1))
 
     def drawn(count: int) -> tuple[Any, Batch]:
         batch = Batch(*(draw((count, *x.shape), x.dtype) for x in (data.example, data.target)))

@@ -99,7 +99,7 @@ class LaneProgram:
         state, report = self._segment(state, self.put(settings), sent, self._data if pool is None else pool)
         if self._test is None or pool is None or not np.any(segment.evaluate):
             return state, report
-        tested = self.put(jax.tree.map(lambda x: np.zeros(self.lanes, x.dtype), report.tested["test"]))
+        tested = report.tested["test"]  # sums over no examples
         for part in test:
             tested = self._test(state, tested, sent.evaluate, part, pool.mean, pool.deviation)
         return state, report._replace(tested={"test": tested})
