@@ -50,20 +50,15 @@ def require_model(model: Model, task: Task, data: Any, batch_size: int = 2) -> T
     return state
 
 
-def require_diagnostics(model: Model, program: Program, data: Any) -> None:
+def require_diagnostics(model: Model, program: Program, data: Any, state: TrainState) -> None:
     """Refuses a model that a program's diagnostics cannot differentiate (for the sharpness, twice); runs nothing."""
     if not program.diagnostics:
         return
-    example, channels = data.example, jax.ShapeDtypeStruct(data.image_shape[-1:], jnp.float32)
+    channels = jax.ShapeDtypeStruct(data.image_shape[-1:], jnp.float32)
     shuffled = jax.ShapeDtypeStruct((data.num_train,), jnp.int32)
     stored = DeviceData(data.train_images, data.train_labels, shuffled, channels, channels, {})
-
-    def diagnose(data: DeviceData) -> Any:
-        state = init_state(model, jnp.zeros((1, *example.shape), example.dtype), jnp.int32(0))
-        return make_diagnose(model, program)(state, data)
-
     try:
-        jax.jit(diagnose).lower(stored)  # only lowering reveals a gradient that has no derivative
+        jax.jit(make_diagnose(model, program)).lower(state, stored)  # only lowering reveals a gradient that has no derivative
     except Exception as error:  # of any type: the model may be the caller's own
         reason = cut(" ".join(str(error).split()), 200)
         raise InputError(f"diagnostics: {program.diagnostics} cannot be computed for this model: {reason}") from error
@@ -138,7 +133,7 @@ def _shapes(tree: PyTree, dtypes: bool = True) -> Any:
     return structure, [(leaf.shape, leaf.dtype if dtypes else None) for leaf in leaves]
 
 
-def fingerprint(model: Model, task: Task, data: Any, optimizer: Optimizer, examples: int = 4) -> dict[str, Any]:
+def fingerprint(model: Model, task: Task, data: Any, optimizer: Optimizer) -> dict[str, Any]:
     """Summarises a task's functions and an optimizer on fixed inputs, as `models.identity.fingerprint` summarises a model."""
     draw = partial(identity.drawn, np.random.RandomState(0))
     variables = jax.eval_shape(model.init, abstract_key(), batch_of(data.example, 1))
@@ -165,7 +160,7 @@ def fingerprint(model: Model, task: Task, data: Any, optimizer: Optimizer, examp
             found |= {f"classes {name}": value for name, value in scores(*every).items()}
         return jax.tree.map(identity.summary, found)
 
-    few, vector, every = drawn(examples), draw((8,), np.float32), None
+    few, vector, every = drawn(identity.EXAMPLES), draw((8,), np.float32), None
     arrays = jax.tree.map(lambda x: draw([min(size, 2) for size in x.shape], x.dtype), variables["params"])
     try:
         jax.eval_shape(updates, vector)

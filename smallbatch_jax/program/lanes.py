@@ -121,17 +121,11 @@ class LaneProgram:
         """
         if not self.any_length:
             return [pace * runs for runs in running]
-        lanes_of: dict[int, list[int]] = {}
-        for lane, runs in enumerate(running):
-            if runs:
-                lanes_of.setdefault(self.row_of_lane(lane), []).append(lane)
-        steps = [0] * self.lanes
-        most = max(map(len, lanes_of.values()), default=0)
-        for lanes in lanes_of.values():
-            each, more = divmod(pace * most, len(lanes))
-            for position, lane in enumerate(lanes):
-                steps[lane] = min(self.segment_steps, each + (position < more))
-        return steps
+        by_row = np.reshape(running, (self.rows, -1))
+        counts = by_row.sum(1, keepdims=True)
+        each, more = np.divmod(pace * counts.max(), np.maximum(counts, 1))
+        steps = np.minimum(self.segment_steps, each + (by_row.cumsum(1) <= more))
+        return np.where(by_row, steps, 0).ravel().tolist()
 
     def row_of_lane(self, lane: int) -> int:
         """Returns the index of the row of devices that holds a lane."""
@@ -228,7 +222,7 @@ def trace_lanes(
     shape = (lanes, segment_steps, program.batch_size)
     indices = jax.ShapeDtypeStruct(shape, np.int32, sharding=NamedSharding(mesh, INDICES))
     segment = jax.shard_map(
-        make_segment(model, program, segment_steps, mapping, statistics_model, streamed),
+        make_segment(model, program, mapping, statistics_model, streamed),
         mesh=mesh,
         in_specs=(P(LANE), P(LANE), Segment(INDICES, P(LANE), P(LANE)), POOL if streamed else P()),
         out_specs=P(LANE),

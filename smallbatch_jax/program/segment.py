@@ -3,8 +3,6 @@
 Pure functions of the lanes, their settings, the segments and the images; `lanes.py` compiles them. Lanes train one after the
 other ("map") or side by side ("vmap"). With "map" each lane has a loop that ends after its last step or at a loss that is not
 finite: an ended lane costs nothing, and no lane's arithmetic touches another's. With "vmap" ended lanes are masked.
-
-The device holds either the whole dataset or a pool of the images that the segment needs; the steps are the same.
 """
 
 from collections.abc import Callable
@@ -70,7 +68,7 @@ class Examples(NamedTuple):
 
 
 def make_segment(
-    model: Model, program: Program, segment_steps: int, mapping: LaneMapping, statistics_model: Model | None, streamed: bool
+    model: Model, program: Program, mapping: LaneMapping, statistics_model: Model | None, streamed: bool
 ) -> Callable[..., Any]:
     """Returns (lanes, settings, segments, data) → (lanes, reports), for the lanes of one device and its shard of their batches.
 
@@ -88,7 +86,7 @@ def make_segment(
     if mapping == "map":
         run = _one_after_the_other(model, program, None if streamed else evaluate_all)
     else:
-        run = _side_by_side(model, program, segment_steps, None if streamed else evaluate_all)
+        run = _side_by_side(model, program, None if streamed else evaluate_all)
     if not streamed:
         return run
     return lambda states, settings, segments, pool: run(states, settings, segments, pool.on_this_device())
@@ -118,9 +116,7 @@ def _one_after_the_other(model: Model, program: Program, evaluate: Callable[...,
     return run
 
 
-def _side_by_side(
-    model: Model, program: Program, segment_steps: int, evaluate: Callable[..., Any] | None
-) -> Callable[..., Any]:
+def _side_by_side(model: Model, program: Program, evaluate: Callable[..., Any] | None) -> Callable[..., Any]:
     def run(states: LaneState, settings: Setting, segments: Segment, data: DeviceData) -> tuple[LaneState, Report]:
         packed = PackedModel.of(model, states.train, program.optimizer.elementwise)
         advance = jax.vmap(_make_advance(make_train_step(packed, program, summed_value_and_grad)), (0, 0, 0, None))
@@ -139,7 +135,7 @@ def _side_by_side(
             last = jnp.max(segments.steps)
             states = lax.fori_loop(0, last, lambda i, states: step(states, i, take(i, segments.indices[:, i])), states)
         else:  # all batches of the segment at once: within a step a TPU would gather them in a loop
-            steps = jnp.arange(segment_steps)
+            steps = jnp.arange(segments.indices.shape[1])
             batches = jax.vmap(take, (0, 1))(steps, segments.indices)
             states, _ = lax.scan(lambda states, xs: (step(states, *xs), None), states, (steps, batches))
         states = states._replace(train=jax.vmap(packed.unpack)(states.train))

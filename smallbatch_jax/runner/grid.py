@@ -158,7 +158,8 @@ def _checked_setup(
                 model.require_batch(dataset.example, size)
         if place == 0:  # the smallest b, the only one that may be too small for a named model
             state = fit.require_model(model, setup.task, dataset, m)
-            fit.require_diagnostics(model, Program(m, 1, task=setup.task, diagnostics=experiment.diagnostics), dataset)
+            program = Program(m, 1, task=setup.task, diagnostics=experiment.diagnostics)
+            fit.require_diagnostics(model, program, dataset, state)
             fit.require_optimizer(setup.optimizer(m), state.params, experiment.optimizer.title)
             checks.require_disk(experiment, state)
     return setup
