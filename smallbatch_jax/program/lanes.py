@@ -58,7 +58,7 @@ class LaneProgram:
     any_length: bool  # whether a shorter segment costs less; resident lanes side by side always take S steps, some masked
     mesh: Mesh
     compile_seconds: float
-    peak_bytes: int  # needed on this process's devices for states and streamed pools, without a resident dataset; 0 if unknown
+    peak_bytes: int  # `needed_bytes` of its segment
     _segment: Callable[..., Any]
     _data: DeviceData | Pool  # a Pool has shapes and dtypes only
     template: LaneState  # shapes and dtypes of the stacked lanes

@@ -83,10 +83,8 @@ def make_segment(
     def evaluate_all(state: TrainState, data: DeviceData) -> Evaluated:
         return evaluate(state, data), diagnose(state, data)
 
-    if mapping == "map":
-        run = _one_after_the_other(model, program, None if streamed else evaluate_all)
-    else:
-        run = _side_by_side(model, program, None if streamed else evaluate_all)
+    make_run = _one_after_the_other if mapping == "map" else _side_by_side
+    run = make_run(model, program, None if streamed else evaluate_all)
     if not streamed:
         return run
     return lambda states, settings, segments, pool: run(states, settings, segments, pool.on_this_device())

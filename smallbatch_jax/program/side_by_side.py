@@ -117,12 +117,12 @@ class PackedModel(NamedTuple):
         return cls(model, Packing.of(lane.params) if elementwise else Unpacked(), Packing.of(lane.batch_stats))
 
     def pack(self, state: TrainState) -> TrainState:
-        params, opt_state = _of_each(self.params.structure, self.params.pack, (state.params, state.opt_state))
+        opt_state, params = _of_each(self.params.structure, self.params.pack, (state.opt_state, state.params))
         return state._replace(params=params, batch_stats=self.batch_stats.pack(state.batch_stats), opt_state=opt_state)
 
     def unpack(self, state: TrainState) -> TrainState:
         packed = jax.tree.structure(state.params)
-        params, opt_state = _of_each(packed, self.params.unpack, (state.params, state.opt_state))
+        opt_state, params = _of_each(packed, self.params.unpack, (state.opt_state, state.params))
         return state._replace(params=params, batch_stats=self.batch_stats.unpack(state.batch_stats), opt_state=opt_state)
 
     def apply(self, variables: dict[str, Any], images: jax.Array, **options: Any) -> Any:

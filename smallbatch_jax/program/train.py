@@ -96,17 +96,15 @@ def make_train_step(
     axis, optimizer = program.axis_name, program.optimizer
     grad_fn = value_and_grad(make_loss(model, program.task), has_aux=True)
 
-    def means_and_sums(state: TrainState, batch: Batch, dropout: jax.Array) -> tuple[PyTree, dict[str, jax.Array]]:
-        (loss, (sums, batch_stats)), grads = grad_fn(state.params, state.batch_stats, batch, dropout)
-        return (loss, batch_stats, grads), sums
-
     def train_step(state: TrainState, setting: Setting, batch: Batch) -> tuple[TrainState, Metrics]:
+        def means_and_sums(batch: Batch, dropout: jax.Array) -> tuple[PyTree, dict[str, jax.Array]]:
+            (loss, (sums, batch_stats)), grads = grad_fn(state.params, state.batch_stats, batch, dropout)
+            return (loss, batch_stats, grads), sums
+
         dropout = jax.random.fold_in(jax.random.fold_in(jax.random.key(setting.seed), 2), state.step)
         if axis is not None:
             dropout = jax.random.fold_in(dropout, lax.axis_index(axis))
-        (loss, batch_stats, grads), sums = _over_micro_batches(
-            lambda batch, key: means_and_sums(state, batch, key), batch, dropout, program.micro_batch_size
-        )
+        (loss, batch_stats, grads), sums = _over_micro_batches(means_and_sums, batch, dropout, program.micro_batch_size)
         if axis is not None:
             loss, batch_stats, grads = lax.pmean((loss, batch_stats, grads), axis)
             sums = lax.psum(sums, axis)

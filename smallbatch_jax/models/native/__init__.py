@@ -3,10 +3,9 @@
 It makes small networks train fast. XLA:CPU delegates convolutions to libraries tuned for hundreds of features, and inside a
 loop it computes their gradients naively (jax issue 12868); the networks here have 16 to 64 features and train inside loops.
 
-`loops` writes the loops of one shape: a tile of output pixels × features stays in vector registers while taps and channels
-are summed, and nothing is padded, copied or transposed. `routine` holds the instructions that the loops consist of, and
-compiles them with LLVM (llvmlite) in 0.05 to 0.1 s. `ffi` adds the C function that XLA's foreign function interface calls,
-so that a routine is a JAX operation, which uses one core. `processor` lists the vector units: AVX-512, AVX2 and NEON.
+`loops` writes the loops of one shape in the instructions of `routine`, which compiles them with LLVM (llvmlite) in 0.05 to
+0.1 s; nothing is padded, copied or transposed. `ffi` makes a routine a JAX operation, which uses one core. `processor` lists
+the vector units: AVX-512, AVX2 and NEON.
 
 Against XLA's convolutions in their fastest layout, ResNet-8 with batch norm trained 1.59 × as fast at m = 4, 1.52 × at 32 and
 1.29 × at 512 (2 cores of an Intel Xeon with AVX-512, 2026-11-25; docs/speed.md). NEON code is tested but was never timed.
