@@ -232,24 +232,20 @@ def trace_lanes(
     if not streamed:
         everywhere = NamedSharding(mesh, P())
         images = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), data)
-    trace = _at_precision(jax.jit(segment, donate_argnums=0).trace, precision)
-    return trace(template, settings, Segment(indices, steps, evaluate), images), template
+    with jax.default_matmul_precision(MATMUL_PRECISION[precision]):
+        return jax.jit(segment, donate_argnums=0).trace(template, settings, Segment(indices, steps, evaluate), images), template
 
 
 def _streamed_test(test_lanes: Callable[..., Tested], mesh: Mesh, precision: str) -> Callable[..., Tested]:
     specs = P(LANE), P(LANE), P(LANE), P(DATA), P(), P()
     sharded = jax.shard_map(test_lanes, mesh=mesh, in_specs=specs, out_specs=P(LANE), check_vma=False)
-    return _at_precision(jax.jit(sharded, donate_argnums=1), precision)
+    compiled = jax.jit(sharded, donate_argnums=1)
 
-
-def _at_precision(function: Callable[..., Any], precision: str) -> Callable[..., Any]:
-    """Wraps a function so that its matrix products and convolutions are traced at this precision."""
-
-    def call(*args: Any) -> Any:
+    def test(*arguments: Any) -> Tested:
         with jax.default_matmul_precision(MATMUL_PRECISION[precision]):
-            return function(*args)
+            return compiled(*arguments)
 
-    return call
+    return test
 
 
 def initialiser(model: Model, example: jax.ShapeDtypeStruct, optimizer: Optimizer = SGD) -> Callable[[int], TrainState]:
