@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import os
 import statistics
 import sys
 import time
@@ -37,6 +36,7 @@ from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.data import Photographs
 from smallbatch_jax.data.streaming.prefetch import Prefetcher
 from smallbatch_jax.data.streaming.sample_index import SampleIndex
+from smallbatch_jax.program.devices import cores
 
 CONFIG = command.define_config_flag()
 SECONDS = flags.DEFINE_float("seconds", 3.0, "Seconds of each way in each round.", lower_bound=0.1)
@@ -99,7 +99,7 @@ def main() -> int:
     photographs = command.load_data(source, RANDOM.value)
     if not isinstance(photographs, Photographs):
         raise InputError(f"dataset.image_size: got None, so {source.name} is not streamed; use a size in pixels.")
-    workers = source.workers or len(os.sched_getaffinity(0))
+    workers = source.workers or cores()
     index = SampleIndex(photographs, (0,), source)
     print(f"{photographs.num_train:,} photographs to {photographs.image_size} pixels, {workers} processes", flush=True)
     with ExitStack() as stack:

@@ -79,7 +79,8 @@ def supervise() -> None:
         os.close(writer)
         _watch(child, reader, chosen.get("process_id"))
     os.setsid()  # Ctrl-C comes from the watcher, once
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for stream in ("stdout", "stderr"):  # on descriptors that native code does not write to
         own = getattr(sys, stream)
         own.flush()

@@ -161,11 +161,12 @@ def connected(address: str | None) -> Iterator[Any]:
     """
     import ray
 
+    from smallbatch_jax.program.devices import cores
+
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"logging_level": logging.CRITICAL, "log_to_driver": False}
     if address is None:
-        cpus = len(os.sched_getaffinity(0))
-        options |= {"include_dashboard": False, "num_cpus": cpus, "object_store_memory": STORE_BYTES}
+        options |= {"include_dashboard": False, "num_cpus": cores(), "object_store_memory": STORE_BYTES}
     before = signal.getsignal(signal.SIGTERM)
     signal.pthread_sigmask(signal.SIG_BLOCK, handled())  # Ray's processes inherit the mask and survive a signal to the group
     try:

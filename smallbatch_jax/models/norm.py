@@ -16,7 +16,8 @@ class BatchNorm(nn.Module):
     """Batch norm (Eq. 10-11) over BN groups of b consecutive examples of the SGD batch, vectorised.
 
     The statistics of a group are its mean and its variance about that mean, over examples and pixels, in float32: E[x²]-μ²
-    would lose too many digits at b = 2. Each call updates the running averages once, towards the mean over groups of the
+    would lose too many digits at b = 2. (On GPU and TPU it is the variance about the running mean, less the square of the
+    difference; see `_statistics`.) Each call updates the running averages once, towards the mean over groups of the
     groups' means and unbiased variances (divisor n-1, n = b·pixels).
 
     A group may be smaller than a device's shard, or span several devices, which then exchange their statistics (§5). Running

@@ -47,7 +47,14 @@ def use_all_cores(devices: int | None = None) -> None:
     if "xla_force_host_platform_device_count" in chosen:
         return  # the user's choice
     with suppress(RuntimeError):  # a notebook may have started JAX already, and keeps its devices
-        jax.config.update("jax_num_cpu_devices", devices or len(os.sched_getaffinity(0)))
+        jax.config.update("jax_num_cpu_devices", devices or cores())
+
+
+def cores() -> int:
+    """Returns the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # macOS has none
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def keep_compilations() -> None:

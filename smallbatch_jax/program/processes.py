@@ -9,7 +9,7 @@ import functools
 import pickle
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -41,37 +41,35 @@ def on_first(function: Callable[[], T]) -> T:
     """
     if not several():
         return function()
-    value, error = None, None
-    if is_first():
-        try:
-            value = function()
-        except InputError as refusal:  # a subclass may need other arguments when it is unpickled
-            error = InputError(str(refusal))
-        except WriteError as failure:
-            error = failure
-    value, error = _broadcast((value, error))
+    value, error = _broadcast(_attempt(function) if is_first() else None)
     if error is not None:
         raise error
     return value
+
+
+def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """Calls `function()` and returns its value, or the InputError or WriteError that it raised."""
+    try:
+        return function(), None
+    except InputError as refusal:  # a subclass may need other arguments when it is unpickled
+        return None, InputError(str(refusal))
+    except WriteError as failure:
+        return None, failure
 
 
 def on_every(function: Callable[[], T]) -> T:
     """Calls `function()` in every process and returns its value in each.
 
     Raises:
-      InputError: in all processes, if `function` does in one; the message says in which.
+      InputError, WriteError: in all processes, if `function` does in one; an InputError says in which.
     """
     if not several():
         return function()
-    value: Any = None
-    refusal = ""
-    try:
-        value = function()
-    except InputError as error:
-        refusal = str(error)
-    if (failed := _first_where(bool(refusal))) is not None:
-        raise InputError(f"{_broadcast(refusal, failed)} (process {failed})")
-    return value
+    value, error = _attempt(function)
+    if (failed := _first_where(error is not None)) is not None:
+        error = _broadcast(error, failed)
+        raise InputError(f"{error} (process {failed})") if isinstance(error, InputError) else error
+    return cast(T, value)
 
 
 def require_same(values: Mapping[str, Any], section: str) -> None:

@@ -6,7 +6,6 @@ of one segment, which its lanes index like a resident dataset. Lanes with the sa
 are decoded once and sent once to each device.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from smallbatch_jax.data.streaming.prefetch import Prefetcher
 from smallbatch_jax.data.streaming.sample_index import WHOLE, BatchSlice, Decoded, SampleIndex
 from smallbatch_jax.program import processes
 from smallbatch_jax.program.device_data import LARGEST_EVAL_BATCH, POOL, DeviceData, Pool, TestImages, to_device
-from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
+from smallbatch_jax.program.devices import DATA, LANE, cores, lane_mesh
 from smallbatch_jax.program.lanes import LaneProgram, Segment
 
 FIXED_SEGMENT_IMAGES = 4096  # per lane, where a segment's length is compiled in: about a second of 13 lanes
@@ -114,7 +113,7 @@ class Streamed:
         """`skipped` is called with the name of each undecodable picture that is left out, and the reason."""
         self._photographs, self._experiment, self._skipped = photographs, experiment, skipped
         workers = experiment.dataset.workers
-        self._workers = len(os.sched_getaffinity(0)) if workers is None else workers
+        self._workers = cores() if workers is None else workers
         self._statistics = photographs.channel_statistics()
         self._image_bytes = int(np.prod(photographs.image_shape))
         self._prefetchers: list[Prefetcher] = []

@@ -1,6 +1,7 @@
 """Several real processes on this machine that run one command together."""
 
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -21,7 +22,10 @@ import tiny
 from PIL import Image
 
 import smallbatch_jax as sbj
+from smallbatch_jax.config.experiment import InputError
+from smallbatch_jax.program import processes
 from smallbatch_jax.store import results
+from smallbatch_jax.store.files import WriteError
 from smallbatch_jax.store.workdir import open_workdir
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +122,26 @@ def test_what_one_process_refuses_ends_the_other_too(tmp_path):
         assert errors.endswith(" (process 1)\n")
         assert errors.count("\n") == 1
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("error", [InputError("data_dir: missing"), WriteError(Path("cache"), "No space left on device")])
+def test_an_error_in_one_process_is_known_to_all_before_it_is_raised(monkeypatch, error):
+    """The mistake to detect: a process that raised at once would leave the others waiting for it."""
+    told = []
+
+    def raises():
+        raise error
+
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(processes, "_first_where", lambda condition: told.append(condition) or (0 if condition else None))
+    monkeypatch.setattr(processes, "_broadcast", lambda value, source=0: pickle.loads(pickle.dumps(value)))
+    with pytest.raises(type(error), match=str(error)):
+        processes.on_every(raises)
+    assert processes.on_every(lambda: 5) == 5
+    assert told == [True, False]
+    with pytest.raises(type(error), match=str(error)):
+        processes.on_first(raises)
+    assert processes.on_first(lambda: 5) == 5
 
 
 @pytest.mark.long

@@ -307,6 +307,13 @@ def test_loops_are_not_unrolled_unless_the_user_chose(monkeypatch, given, then):
     assert os.environ["XLA_FLAGS"] == then
 
 
+def test_the_cores_are_counted_where_a_process_has_no_affinity(monkeypatch):
+    """As on macOS."""
+    assert devices.cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert devices.cores() == os.cpu_count()
+
+
 def test_a_single_class_is_refused():
     labels = {f"{split}_labels": np.zeros_like(getattr(tiny.dataset(), f"{split}_labels")) for split in ("train", "test")}
     alike = dataclasses.replace(tiny.dataset(), num_classes=1, **labels)
