@@ -73,7 +73,7 @@ def trained(
     chosen = experiment.from_config(config)
     run = chosen.runs()[0]
     dataset = data.random("cifar10") if random_images else data.load(chosen.dataset.name, photographs, image_size)
-    job = jobs.Job(jobs.Setup(chosen, dataset), m, b, None)  # pyright: ignore[reportArgumentType]
+    job = jobs.Job(jobs.Setup(chosen, dataset), m, b)
     with closing(input_pipeline(dataset, chosen)) as pipeline:
         program = job.compile(pipeline)
         state = program.start(program.empty(), {0: lanes.initialiser(job.model_of(None), dataset.example)(0)})

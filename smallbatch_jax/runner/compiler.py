@@ -1,5 +1,6 @@
 """Compiles programs in background threads while another one trains."""
 
+import functools
 import itertools
 import time
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from smallbatch_jax.program.lanes import LaneProgram
-from smallbatch_jax.runner.jobs import Job, Layout, Session
+from smallbatch_jax.runner.jobs import Job, Session
 from smallbatch_jax.runner.signals import Interrupted
 
 SLOW_SECONDS = 30  # a longer compilation is announced
@@ -20,12 +21,12 @@ class Compiler:
         """`jobs` are in the expected order of training."""
         self._session = session
         self._executor = ThreadPoolExecutor(2)
-        self._programs: dict[Job, Future[LaneProgram]] = {}
+        self._begun = functools.cache(self.submit)
         self._following = dict(itertools.pairwise(jobs))
 
-    def submit(self, job: Job, layout: Layout | None = None) -> Future[LaneProgram]:
-        """Starts compiling the job's program; see `Job.compile`."""
-        return self._executor.submit(self._compile, job, layout)
+    def submit(self, job: Job) -> Future[LaneProgram]:
+        """Starts compiling the job's program in its present layout; see `Job.compile`."""
+        return self._executor.submit(self._compile, job)
 
     def program(self, job: Job) -> LaneProgram:
         """Returns a job's program; while the caller trains it, the next job's compiles.
@@ -33,22 +34,21 @@ class Compiler:
         Raises:
           Interrupted: if asked to stop while waiting for the compiler.
         """
-        first = not self._programs
-        compiling = self._programs[job] = self._programs.get(job) or self.submit(job)
-        if first:  # the initialiser, shared by all programs, compiles beside the first one
-            self._result(job, self._executor.submit(self._session.initial, job.runs[0].seed))
-        program, following = self._result(job, compiling), self._following.get(job)
-        if following and following not in self._programs:
-            self._programs[following] = self.submit(following)
+        compiling = self._begun(job)
+        # The initialiser, shared by all programs, compiles beside the first one.
+        self._result(job, self._executor.submit(self._session.initial, job.runs[0].seed))
+        program = self._result(job, compiling)
+        if following := self._following.get(job):
+            self._begun(following)
         return program
 
     def close(self) -> None:
         """Shuts down without waiting for running compilations."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _compile(self, job: Job, layout: Layout | None) -> LaneProgram:
+    def _compile(self, job: Job) -> LaneProgram:
         began = time.monotonic()
-        program = job.compile(self._session.pipeline, layout)
+        program = job.compile(self._session.pipeline)
         seconds = time.monotonic() - began
         self._session.timings.add("compile", seconds, *job.shape, program.lanes, peak_bytes=program.peak_bytes)
         return program

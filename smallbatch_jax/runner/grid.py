@@ -234,7 +234,8 @@ def _train_job(job: Job, rounds: Iterable[object], checkpoints: Checkpoints, ses
                 except jax.errors.JaxRuntimeError as error:
                     if not alone or not lacks_memory(error):
                         raise
-                    smaller[phase] = compiler.submit(phase, phase.smaller(scheduler.lanes.program.peak_bytes)).result()
+                    phase.layout = phase.smaller(scheduler.lanes.program.peak_bytes)
+                    smaller[phase] = compiler.submit(phase).result()
                     scheduler = begun(phase)
                     scheduler.restore()
 

@@ -5,7 +5,7 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from smallbatch_jax.optim import Optimizer, in_float32, is_kernel
 from smallbatch_jax.program import devices, processes
 from smallbatch_jax.program import lanes as lane_programs
 from smallbatch_jax.program.devices import DATA, LANE, lane_mesh
-from smallbatch_jax.program.lanes import COMPUTE_DTYPE, LaneProgram, LaneState
+from smallbatch_jax.program.lanes import COMPUTE_DTYPE, LaneState
 from smallbatch_jax.program.tasks import Score, task_of
 from smallbatch_jax.program.train import Model, Program, Setting, TrainState
 from smallbatch_jax.runner.input import InputPipeline
@@ -38,7 +38,6 @@ SHARED_FROM = 64  # smallest batch size that idle cores share by default
 GIB = 2**30
 # Makes the model for a BN batch size (None: the whole batch) and, as `axis_name`, the mesh axis that shards a batch, if any.
 ModelOf = Callable[..., Model]
-T = TypeVar("T")
 
 
 class Own(NamedTuple):
@@ -158,12 +157,17 @@ class Job:
     """The runs of one (batch size, BN batch size), trained by one compiled program; one phase of them if batches grow."""
 
     def __init__(
-        self, setup: Setup, batch_size: int, bn_batch_size: int, results: ProgramResults, memory_bytes: int | None = None
+        self,
+        setup: Setup,
+        batch_size: int,
+        bn_batch_size: int,
+        results: ProgramResults | None = None,
+        memory_bytes: int | None = None,
     ):
-        """`memory_bytes` is the program's memory limit; None allows all that its devices have."""
+        """`results` may be None if the job is only measured; `memory_bytes` None allows all memory that its devices have."""
         experiment, mesh = setup.experiment, setup.mesh
         self.setup, self.experiment, self.model_of = setup, experiment, setup.model_of
-        self.shape, self.results = (batch_size, bn_batch_size), results
+        self.shape, self.results = (batch_size, bn_batch_size), cast(ProgramResults, results)
         self.batch_size, self.bn_batch_size = self.shape  # batch sizes of the phase
         self.name = f"m{batch_size:05d}_b{bn_batch_size:05d}"
         self.title = title(batch_size, bn_batch_size)
@@ -233,21 +237,18 @@ class Job:
             {name: np.array([of_run[name] for of_run in scalars], np.float32) for name in scalars[0]} or None,
         )
 
-    def compile(self, pipeline: InputPipeline, layout: Layout | None = None) -> LaneProgram:
-        """Compiles the program in `layout`, by default the last one, or in the first smaller one that fits the memory.
+    def compile(self, pipeline: InputPipeline, make: Callable[..., Any] | None = None) -> Any:
+        """Returns the compiled program in the present layout, or in the first smaller one that fits the memory.
+
+        `make` is called like `compile_lanes`, which is the default, and its result is returned; it has a `peak_bytes`.
 
         Raises:
           InputError: if no layout fits.
         """
-        self.layout = layout or self.layout
-        return self.fitted(lane_programs.compile_lanes, pipeline)
-
-    def fitted(self, make: Callable[..., T], pipeline: InputPipeline) -> T:
-        """Calls `make` like `compile_lanes` and returns its result for the first layout whose `peak_bytes` fit the memory."""
         while True:
             needed = None
             try:
-                program: Any = make(**self.arguments(pipeline, self.layout))
+                program = (make or lane_programs.compile_lanes)(**self.arguments(pipeline))
                 if (needed := program.peak_bytes) <= self._memory_bytes:
                     return program
             except jax.errors.JaxRuntimeError as error:  # TPU compilers raise if a program does not fit
@@ -284,7 +285,7 @@ class Job:
         norm, shard = self.experiment.model.norm, self.batch_size // self.data_devices
         return micro_batch_size(norm, shard, self.bn_batch_size, most, self.setup.platform)
 
-    def arguments(self, pipeline: InputPipeline, layout: Layout) -> dict[str, Any]:
+    def arguments(self, pipeline: InputPipeline) -> dict[str, Any]:
         """Returns the arguments of `compile_lanes`."""
         experiment, mesh = self.experiment, self.setup.mesh
         mapping = lane_programs.lane_mapping(self.setup.platform)
@@ -295,7 +296,7 @@ class Job:
             self.batches.schedule_boundaries,
             experiment.schedule.factor,
             axis_name,
-            layout.micro_batch_size,
+            self.layout.micro_batch_size,
             augment=experiment.dataset.augment and isinstance(self.setup.dataset, Dataset),  # photographs come augmented
             optimizer=self.setup.optimizer(self.batch_size),
             task=self.setup.task,
@@ -309,7 +310,7 @@ class Job:
             "program": program,
             "data": pipeline.data(mesh, self.batch_size),
             "mesh": mesh,
-            "lanes": layout.lanes,
+            "lanes": self.layout.lanes,
             "segment_steps": pipeline.most_steps(mesh, self.batch_size, mapping == "map"),
             "precision": experiment.precision,
             "mapping": mapping,

@@ -8,13 +8,11 @@ import bisect
 import itertools
 import math
 import statistics
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,7 +24,6 @@ from smallbatch_jax.runner.input import InputPipeline, input_pipeline
 from smallbatch_jax.runner.jobs import Job, Setup
 from smallbatch_jax.runner.progress import Progress, Status
 from smallbatch_jax.runner.segments import Lanes
-from smallbatch_jax.store.results import Format, ProgramResults
 
 WARM_UP_IMAGES = 512  # per lane in the first segment, which is not timed
 PROBE_SECONDS = 1.0  # training time per probe when fitting a time budget
@@ -107,11 +104,10 @@ class Trial:
 def measure(setup: Setup) -> Iterator[Trial]:
     """Compiles each program of a setup and yields its trial; any dataset of the same shape will do. Stores nothing."""
     initial = setup.initialiser()
-    with tempfile.TemporaryDirectory() as folder, closing(input_pipeline(setup.dataset, setup.experiment)) as pipeline:
-        for m, b in setup.programs:
-            with ProgramResults(Path(folder), m, b, format=Format.of(setup.experiment)) as results:
-                job = Job(setup, m, b, results)
-                yield Trial(job, job.compile(pipeline), pipeline, initial)
+    with closing(input_pipeline(setup.dataset, setup.experiment)) as pipeline:
+        for shape in setup.programs:
+            job = Job(setup, *shape)
+            yield Trial(job, job.compile(pipeline), pipeline, initial)
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,8 @@ class Scheduler:
         seconds_left = (self._job.steps.stop - min(steps)) * self._pace.seconds_per_step
         saved = seconds_left * (1 - fewer / program.lanes)
         if self._compiler and fewer <= program.lanes // 2 and saved > 2 * program.compile_seconds:
-            self._compiling = self._compiler.submit(self._job, self._job.layout._replace(lanes=fewer))
+            self._job.layout = self._job.layout._replace(lanes=fewer)
+            self._compiling = self._compiler.submit(self._job)
         return None
 
     def save(self) -> None:

@@ -7,12 +7,10 @@ import hashlib
 import inspect
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +24,6 @@ from smallbatch_jax.runner.flops import flops_per_image
 from smallbatch_jax.runner.hlo import Cost, Module
 from smallbatch_jax.runner.input import input_pipeline
 from smallbatch_jax.runner.jobs import GIB, Job, ModelOf, Setup, lacks_memory
-from smallbatch_jax.store.results import Format, ProgramResults
 
 ANY_STEPS = 10_000  # steps of a run: a constant with no effect on cost, so that Figs. 8, 17 and 18 share programs
 EVALUATED = 1 / 3  # evaluation time per image relative to training: one forward pass instead of three equal passes
@@ -148,13 +145,12 @@ def estimate(
     if isinstance(dataset, Dataset):
         memory -= dataset.train_images.nbytes + dataset.test_images.nbytes
     per_image = flops_per_image(setup.model_of(None), dataset.image_shape)
-    with tempfile.TemporaryDirectory() as folder, closing(input_pipeline(dataset, experiment)) as pipeline:
+    with closing(input_pipeline(dataset, experiment)) as pipeline:
         for m, b in setup.programs:
             if batch_sizes and m not in batch_sizes:
                 continue
-            with ProgramResults(Path(folder), m, b, format=Format.of(experiment)) as results:
-                job = Job(setup, m, b, results, memory)
-                compiled = job.fitted(partial(_compiled, name), pipeline)
+            job = Job(setup, m, b, memory_bytes=memory)
+            compiled: Compiled = job.compile(pipeline, partial(_compiled, name))
             step = _step_seconds(target, compiled, per_image * m * compiled.lanes, experiment.precision)
             rounds = -(-len(job.runs) // compiled.lanes)
             tested = EVALUATED * experiment.epochs * dataset.num_test / m

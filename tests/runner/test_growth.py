@@ -166,12 +166,12 @@ def test_nothing_is_lost_where_it_is_stopped_while_the_next_program_compiles(und
 def job_of(**fields):
     experiment = tiny.grid(**fields)
     (shape,) = experiment.grid.shapes()
-    return Job(Setup(experiment, tiny.dataset(), lambda b: tiny.TinyModel(b)), *shape, results=None)  # pyright: ignore[reportArgumentType]
+    return Job(Setup(experiment, tiny.dataset(), lambda b: tiny.TinyModel(b)), *shape)
 
 
 def arguments(job):
     with closing(input_pipeline(tiny.dataset(), job.experiment)) as pipeline:
-        return job.arguments(pipeline, job.layout)
+        return job.arguments(pipeline)
 
 
 def test_without_growth_the_program_is_the_one_of_one_batch_size():

@@ -88,7 +88,7 @@ def test_an_own_model_is_not_sharded():
 
 def job(m=4, b=4, model_of=lambda b, axis_name=None: tiny.TinyModel(b), memory_bytes=None, **fields):
     chosen = tiny.grid(base_lrs=(2**-7,), batch_sizes=(m,), bn_batch_sizes=(b,), **fields)
-    return jobs.Job(jobs.Setup(chosen, tiny.dataset(), model_of), m, b, None, memory_bytes=memory_bytes)  # pyright: ignore
+    return jobs.Job(jobs.Setup(chosen, tiny.dataset(), model_of), m, b, memory_bytes=memory_bytes)
 
 
 def test_a_job_has_a_lane_for_each_row_of_devices():
