@@ -64,7 +64,7 @@ class Scheduler:
         Raises:
           Interrupted: on a signal, after the segment in flight ended and all lanes were saved.
         """
-        job, parked = self._job, self.lanes.parked
+        job, parked = self._job, self._job.parked
         pending = job.pending()
         ended = {run for run in parked if run not in job.goals or job.results.complete(run, job.experiment.epochs)}
         for run in ended.difference(pending):
@@ -92,7 +92,7 @@ class Scheduler:
 
     def restore(self) -> None:
         """Replaces the parked runs by those of the last checkpoint, to resume from there."""
-        self.lanes.parked.clear()
+        self._job.parked.clear()
         restored = processes.on_first(lambda: self._checkpoints.restore(self.lanes.program.template))
         if restored is not None:
             state, runs = restored
@@ -100,12 +100,12 @@ class Scheduler:
             for i, run in enumerate(runs):
                 step = int(state.train.step[i])
                 if run is not None and results.epochs(run) >= batches.epoch_of_step(step) - 1:  # a copied workdir may lack rows
-                    self.lanes.parked[run] = jax.tree.map(lambda leaf, i=i: leaf[i], state)
+                    self._job.parked[run] = jax.tree.map(lambda leaf, i=i: leaf[i], state)
                     self._session.status.images -= batches.examples(step)
 
     def _begin(self, pending: list[Run]) -> None:
         """Shows the work that is left, excluding what parked runs have done already."""
-        job, status, parked = self._job, self._session.status, self.lanes.parked
+        job, status, parked = self._job, self._session.status, self._job.parked
         program = ProgramStatus(lanes=self.lanes.program.lanes)
         program.add_program(job.goals, job.results, job.num_examples)
         program.images -= sum(job.batches.examples(int(parked[run].train.step)) for run in pending if run in parked)
@@ -146,19 +146,16 @@ class Scheduler:
                     whole = job.batches.epoch_end(job.goals[row.run])
                     status.spare(job.batches.examples(whole) - job.batches.examples(row.step))
             if i in flight.parked and not (row and row.diverged):
-                self.lanes.parked[lane.run] = job.left(jax.tree.map(np.asarray, flight.parked[i]))
+                job.parked[lane.run] = job.left(jax.tree.map(np.asarray, flight.parked[i]))
         session.trackers.add(job.results, job.results.append(rows))
         for row in rows:
             if row.diverged or row.epoch == job.experiment.epochs:
                 status.end_run(row.diverged, job.results.final(row.run), job.results.format.metric)
         seconds, images = self._pace.measure(trained), trained * job.batch_size
-        self._time("segment", seconds, trained, images)
+        session.timings.add("segment", seconds, *job.shape, self.lanes.program.lanes, trained, images)
         status.add_images(images, seconds)
         status.running = sum(run is not None for run in self.lanes.runs)
         session.show(status, job.title)
-
-    def _time(self, phase: str, seconds: float, *trained: int) -> None:
-        self._session.timings.add(phase, seconds, *self._job.shape, self.lanes.program.lanes, *trained)
 
     def _land(self) -> None:
         """Waits for the segment in flight, if any, and records it."""
@@ -183,7 +180,7 @@ class Scheduler:
         program = self._better_program()
         if program is not None:
             self._land()
-            self.lanes.move(program, self.lanes.read(), self.lanes.runs)
+            self.lanes.move(program)
             self._pace.restart()
 
     def _better_program(self) -> LaneProgram | None:
@@ -216,7 +213,7 @@ class Scheduler:
             self._checkpoints.save(state, runs)
         self._saved = time.monotonic()
         self._save_seconds = self._saved - began
-        self._time("checkpoint", self._save_seconds)
+        self._session.timings.add("checkpoint", self._save_seconds, *self._job.shape, self.lanes.program.lanes)
         self._pace.restart()
 
 

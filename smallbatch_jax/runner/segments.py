@@ -39,7 +39,6 @@ class Lanes:
     def __init__(self, job: Job, program: LaneProgram, pipeline: InputPipeline, initial: Callable[[int], TrainState]):
         """Starts with free lanes; `initial` maps a seed to the state before the first update."""
         self.job, self._pipeline, self._initial = job, pipeline, initial
-        self.parked = job.parked
         self._use(program)
         self.state: LaneState = program.empty()
 
@@ -62,7 +61,7 @@ class Lanes:
             if not queue:
                 break
             run = queue.popleft()
-            parked = self.parked.pop(run, None)
+            parked = self.job.parked.pop(run, None)
             self.runs[lane], self.steps[lane] = run, 0 if parked is None else int(parked.train.step)
             entering[lane] = self._initial(run.seed) if parked is None else parked
         if entering:
@@ -79,15 +78,15 @@ class Lanes:
 
     def read_all(self) -> tuple[LaneState, list[Run | None]]:
         """Returns the state of all lanes and parked runs, stacked as NumPy arrays, and the run of each."""
-        state, parked = self.read(), list(self.parked.values())
+        state, parked = self.read(), self.job.parked.values()
         stacked = jax.tree.map(lambda lanes, *others: np.concatenate([lanes, *(x[None] for x in others)]), state, *parked)
-        return stacked, [*self.runs, *self.parked]
+        return stacked, [*self.runs, *self.job.parked]
 
-    def move(self, program: LaneProgram, state: LaneState, runs: list[Run | None]) -> None:
-        """Moves the runs of `state`, NumPy arrays by lane, into lanes of `program`, evenly over its rows of devices."""
+    def move(self, program: LaneProgram) -> None:
+        """Moves the runs into lanes of `program`, evenly over its rows of devices."""
+        state, packed = self.read(), program.zeros()
+        kept = [(lane, run) for lane, run in enumerate(self.runs) if run is not None]
         self._use(program)
-        packed = program.zeros()
-        kept = [(lane, run) for lane, run in enumerate(runs) if run is not None]
         for (old_lane, run), lane in zip(kept, self._free_lanes(), strict=False):
             for new, old in zip(jax.tree.leaves(packed), jax.tree.leaves(state), strict=True):
                 new[lane] = old[old_lane]

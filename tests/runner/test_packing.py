@@ -38,9 +38,9 @@ def packed(monkeypatch):
     """Returns a list of (runs on each device before, after) of each packing of lanes; segments are short, so there are many."""
     seen, move = [], Lanes.move
 
-    def spy(self, program, state, runs):
+    def spy(self, program):
         before = self.loads() if any(self.runs) else None
-        move(self, program, state, runs)
+        move(self, program)
         seen.append((before, self.loads()))
 
     monkeypatch.setattr(scheduler.Pace, "FIRST_IMAGES", 8)
