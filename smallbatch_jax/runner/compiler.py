@@ -1,6 +1,5 @@
 """Compiles programs in background threads while another one trains."""
 
-import functools
 import itertools
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ class Compiler:
         """`jobs` are in the expected order of training."""
         self._session = session
         self._executor = ThreadPoolExecutor(2)
-        self._begun = functools.cache(self.submit)
+        self._programs: dict[Job, Future[LaneProgram]] = {}
         self._following = dict(itertools.pairwise(jobs))
 
     def submit(self, job: Job) -> Future[LaneProgram]:
@@ -34,13 +33,17 @@ class Compiler:
         Raises:
           Interrupted: if asked to stop while waiting for the compiler.
         """
-        compiling = self._begun(job)
+        compiling = self._programs[job] = self._programs.get(job) or self.submit(job)
         # The initialiser, shared by all programs, compiles beside the first one.
         self._result(job, self._executor.submit(self._session.initial, job.runs[0].seed))
-        program = self._result(job, compiling)
-        if following := self._following.get(job):
-            self._begun(following)
+        program, following = self._result(job, compiling), self._following.get(job)
+        if following and following not in self._programs:
+            self._programs[following] = self.submit(following)
         return program
+
+    def forget(self, job: Job) -> None:
+        """Makes `program` compile the job again, in a layout that has changed."""
+        del self._programs[job]
 
     def close(self) -> None:
         """Shuts down without waiting for running compilations."""

@@ -19,7 +19,6 @@ from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.models.own import OwnModel
 from smallbatch_jax.program import devices, fit, jax_flags, processes
 from smallbatch_jax.program.devices import DATA
-from smallbatch_jax.program.lanes import LaneProgram
 from smallbatch_jax.program.train import Program
 from smallbatch_jax.runner import checks
 from smallbatch_jax.runner.compiler import Compiler
@@ -76,11 +75,10 @@ def train_grid(
     if processes.is_first():
         for warning in checks.data_warnings(experiment, dataset):
             print(f"warning: dataset: {warning}", file=sys.stderr, flush=True)
+        known |= {"model": fingerprint()} if fingerprint else {}
+        if own != NOTHING_OWN:
+            known["own"] = fit.fingerprint(setup.model_of(None), setup.task, dataset, setup.optimizer(1))
     with ExitStack() as stack:
-        if processes.is_first():
-            known |= {"model": fingerprint()} if fingerprint else {}
-            if own != NOTHING_OWN:
-                known["own"] = fit.fingerprint(setup.model_of(None), setup.task, dataset, setup.optimizer(1))
         folder = processes.on_first(lambda: stack.enter_context(open_workdir(workdir, experiment, known)))
         stop = stack.enter_context(noted_signals())
         status = _train(setup, folder, list(setup.programs), progress, stop)
@@ -211,11 +209,9 @@ def _train_job(job: Job, rounds: Iterable[object], checkpoints: Checkpoints, ses
     If memory runs out, the phase gets a smaller layout and the job resumes from the last checkpoint.
     """
     alone = not processes.several()  # several hosts would not agree on when to change the program
-    smaller: dict[Job, LaneProgram] = {}
 
     def begun(phase: Job) -> Scheduler:
-        program = smaller.get(phase) or compiler.program(phase)
-        return Scheduler(phase, program, checkpoints, session, compiler if alone else None)
+        return Scheduler(phase, compiler.program(phase), checkpoints, session, compiler if alone else None)
 
     scheduler = begun(job.phases[0])
     scheduler.restore()
@@ -235,7 +231,7 @@ def _train_job(job: Job, rounds: Iterable[object], checkpoints: Checkpoints, ses
                     if not alone or not lacks_memory(error):
                         raise
                     phase.layout = phase.smaller(scheduler.lanes.program.peak_bytes)
-                    smaller[phase] = compiler.submit(phase).result()
+                    compiler.forget(phase)
                     scheduler = begun(phase)
                     scheduler.restore()
 

@@ -96,8 +96,8 @@ REFUSAL = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, temporaries (32.11G) ex
 
 
 def submit_and_wait(submit):
-    def submitted(self, job, layout=None):
-        future = submit(self, job, layout)
+    def submitted(self, job):
+        future = submit(self, job)
         future.result()
         return future
 
