@@ -3,15 +3,14 @@
 import os
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
-from smallbatch_jax import data
 from smallbatch_jax.config import fields
 from smallbatch_jax.config.experiment import Experiment, InputError
 from smallbatch_jax.config.grid import Grid, Search
 from smallbatch_jax.data import Dataset, Photographs
-from smallbatch_jax.runner.sweep import require_dataset, require_workdir, sweep
+from smallbatch_jax.runner.sweep import loaded, require_workdir, sweep
 from smallbatch_jax.study import study
 from smallbatch_jax.study.answer import Answer, answer
 from smallbatch_jax.study.recommendation import Recommendation
@@ -81,8 +80,7 @@ def search(
     """
     if budget is not None and seconds is not None:
         raise InputError("seconds: a search has one budget; give seconds or budget, not both.")
-    images = data.load(dataset, options.get("data_dir"), options.get("image_size")) if isinstance(dataset, str) else dataset
-    require_dataset(images)
+    images = loaded(dataset, options.get("data_dir"), options.get("image_size"))
     require_workdir(options, workdir)
     if "select" not in options and isinstance(images, Dataset) and "validation" not in images.splits():
         options = {"validation_fraction": VALIDATION_FRACTION} | options
@@ -96,8 +94,7 @@ def search(
     length: int = fields.integer(1, 100_000)("epochs", fields.plain(epochs))
     if budget is None and seconds is None:
         budget = length * per_epoch
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory()) if workdir is None else workdir
+    with tempfile.TemporaryDirectory() if workdir is None else nullcontext(workdir) as folder:
         options = {"name": "search"} | options | {"budget": budget, "seconds": seconds}
         sweep(model, dataset, batch_sizes, base_lrs, length, seeds, folder, **options)
         found = study.load(os.fspath(folder))

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,8 +111,7 @@ def sweep(
     place = [sections["dataset"].pop(name, None) for name in ("data_dir", "image_size")]
     if not isinstance(dataset, str) and place != [None, None]:
         raise InputError("data_dir, image_size: belong to a dataset's name; give them to data.load, which made the dataset.")
-    images = data.load(dataset, *place) if isinstance(dataset, str) else dataset
-    require_dataset(images)
+    images = loaded(dataset, *place)
     division = {name: sections["dataset"][name] for name in ("subset", "validation_fraction") if name in sections["dataset"]}
     asked = fields.parse(experiment.Dataset, division, "dataset")
     images = data.divided(images, asked.subset, asked.validation_fraction)
@@ -129,13 +128,24 @@ def sweep(
     rates = "base_lr_by_batch_size" if isinstance(base_lrs, Mapping) else "base_lrs"
     sections["grid"] |= {"batch_sizes": batch_sizes, rates: base_lrs, "seeds": seeds}
     chosen = from_config(sections | {"epochs": epochs})
-    return _train(chosen, images, own, own_parts, workdir, progress or for_stream())
+    jax_flags.require_devices()
+    with jax_flags.held(), tempfile.TemporaryDirectory() if workdir is None else nullcontext(workdir) as folder:
+        model_of = fingerprint = None
+        if own is not None:
+            own = own.settled(images.example)
+            model_of = own.with_bn_batch_size
+            if workdir is not None:
+                fingerprint = partial(own.fingerprint, images.example)
+        train_grid(chosen, Path(folder), images, progress or for_stream(), model_of, fingerprint, own_parts)
+        return processes.on_first(lambda: results.load(folder))
 
 
-def require_dataset(images: Any) -> None:
-    """Raises InputError if `images` is not a dataset."""
+def loaded(dataset: Any, data_dir: str | None, image_size: int | None) -> Dataset | Photographs:
+    """Returns a dataset, which may be given by name; raises InputError if it is none."""
+    images = data.load(dataset, data_dir, image_size) if isinstance(dataset, str) else dataset
     if not isinstance(images, (Dataset, Photographs)):
         raise InputError(f"dataset: got a {type(images).__name__}; accepts a name, or a data.Dataset of your own arrays.")
+    return images
 
 
 def _own_parts(sections: dict[str, Any], loss: Any, metrics: Any, optimizer: Any) -> Own:
@@ -159,28 +169,6 @@ def _own_parts(sections: dict[str, Any], loss: Any, metrics: Any, optimizer: Any
 
 def _name_of(function: Any) -> str:
     return getattr(function, "__name__", type(function).__name__)
-
-
-def _train(
-    chosen: Experiment,
-    images: Dataset | Photographs,
-    own: OwnModel | None,
-    own_parts: Own,
-    workdir: str | None,
-    progress: Progress,
-) -> "pd.DataFrame":
-    jax_flags.require_devices()
-    with ExitStack() as stack:
-        stack.enter_context(jax_flags.held())
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if workdir is None else workdir)
-        model_of = fingerprint = None
-        if own is not None:
-            own = own.settled(images.example)
-            model_of = own.with_bn_batch_size
-            if workdir is not None:
-                fingerprint = partial(own.fingerprint, images.example)
-        train_grid(chosen, folder, images, progress, model_of, fingerprint, own_parts)
-        return processes.on_first(lambda: results.load(folder))
 
 
 def _sections(options: Mapping[str, Any]) -> dict[str, Any]:
