@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +132,7 @@ def summed(programs: list[LaunchedProgram], started: float) -> Status:
     return status
 
 
-def resources(nodes: Iterable[Mapping[str, float]], runs: int, lanes: int | None, sharing: int = 1) -> dict[str, int]:
+def resources(nodes: Sequence[Mapping[str, float]], runs: int, lanes: int | None, sharing: int = 1) -> dict[str, int]:
     """Returns the resources of a task: a GPU if any machine has one, else a CPU per lane, within the largest machine.
 
     `sharing` devices share each batch: a task has as many GPUs, or as many CPUs per lane.
@@ -145,9 +145,8 @@ def resources(nodes: Iterable[Mapping[str, float]], runs: int, lanes: int | None
     return {"num_cpus": sharing * max(1, min(runs, lanes or MOST_LANES, most // sharing))}
 
 
-def largest(nodes: Iterable[Mapping[str, float]]) -> tuple[str, int]:
+def largest(nodes: Sequence[Mapping[str, float]]) -> tuple[str, int]:
     """Returns the kind of device that trains, GPU if any machine has one, and the most that a machine has."""
-    nodes = list(nodes)
     most = {kind: max((int(node.get(kind, 0)) for node in nodes), default=0) for kind in ("GPU", "CPU")}
     return ("GPU", most["GPU"]) if most["GPU"] else ("CPU", most["CPU"])
 

@@ -140,8 +140,7 @@ class Streamed:
     def steps(self, program: LaneProgram, batch_size: int, wanted: Sequence[LaneSteps | None], pace: int) -> list[int]:
         """Gives all lanes equal step counts, so that lanes that share a stream stay aligned; the furthest behind go first."""
         room = self._batches(program.mesh, batch_size)
-        streams = dict.fromkeys(sorted((lane.position, lane.run.seed) for lane in wanted if lane))
-        taking = list(streams)[:room]
+        taking = sorted({(lane.position, lane.run.seed) for lane in wanted if lane})[:room]
         return [
             min(lane.steps, pace, room // len(taking)) if lane and (lane.position, lane.run.seed) in taking else 0
             for lane in wanted
