@@ -207,10 +207,12 @@ class Job:
 
     def pending(self) -> list[Run]:
         """Returns the runs of this phase that have not reached their goal."""
-        return [run for run, epochs in self.goals.items() if not self.results.complete(run, epochs) and self._has(run)]
+        left = [run for run, epochs in self.goals.items() if not self.results.complete(run, epochs)]
+        return [run for run in left if self.steps_taken(run) in self.steps]
 
-    def _has(self, run: Run) -> bool:
-        return (int(self.parked[run].train.step) if run in self.parked else 0) in self.steps
+    def steps_taken(self, run: Run) -> int:
+        """Returns the number of updates that a parked run has taken; 0 for any other."""
+        return int(self.parked[run].train.step) if run in self.parked else 0
 
     def goal(self, run: Run) -> int:
         """Returns the update number at which a run stops in this phase."""

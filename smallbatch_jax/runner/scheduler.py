@@ -105,11 +105,11 @@ class Scheduler:
 
     def _begin(self, pending: list[Run]) -> None:
         """Shows the work that is left, excluding what parked runs have done already."""
-        job, status, parked = self._job, self._session.status, self._job.parked
+        job = self._job
         program = ProgramStatus(lanes=self.lanes.program.lanes)
         program.add_program(job.goals, job.results, job.num_examples)
-        program.images -= sum(job.batches.examples(int(parked[run].train.step)) for run in pending if run in parked)
-        status.begin(program)
+        program.images -= sum(job.batches.examples(job.steps_taken(run)) for run in pending)
+        self._session.status.begin(program)
 
     def _send(self) -> InFlight | None:
         """Dispatches the next segment, with this host's proposal for what to do after it."""

@@ -61,9 +61,8 @@ class Lanes:
             if not queue:
                 break
             run = queue.popleft()
-            parked = self.job.parked.pop(run, None)
-            self.runs[lane], self.steps[lane] = run, 0 if parked is None else int(parked.train.step)
-            entering[lane] = self._initial(run.seed) if parked is None else parked
+            self.runs[lane], self.steps[lane] = run, self.job.steps_taken(run)
+            entering[lane] = self.job.parked.pop(run, None) or self._initial(run.seed)
         if entering:
             self.state = self.program.start(self.state, entering)
 
