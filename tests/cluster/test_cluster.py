@@ -258,8 +258,9 @@ def test_a_worker_that_is_asked_to_stop_saves(tmp_path, tiny_worker):
         assert list((folder / "checkpoints/m00004_b00004").iterdir())
         begun = results.load(folder)
         stop.signum = signal.SIGTERM
-        at_once = train(given, stop=stop)
-        assert (at_once.failure, at_once.status.trained, len(results.load(folder))) == ("", 0, len(begun))
+        at_once = train(given, stop=stop)  # in which at most one segment is trained, if it compiled within an instant
+        assert (at_once.failure, at_once.status.done) == ("", 0)
+        assert len(results.load(folder)) >= len(begun)
 
 
 def test_a_worker_without_the_data_says_so(tmp_path, tiny_worker, monkeypatch):
