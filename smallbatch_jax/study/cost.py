@@ -78,7 +78,8 @@ def time_to_accuracy(rows: pd.DataFrame, timings: pd.DataFrame, accuracy: float,
     it has finished seeds and all of them do; its time is their mean. Seeds that diverged or still run are left out.
 
     Args:
-      rows, timings: as in `with_time`.
+      rows: as in `with_time`.
+      timings: from `results.load_timings`.
       accuracy: a fraction, such as `target_accuracy`, or a value of another metric.
     Returns:
       One row per `SETUP` that has any row, sorted, with the columns
