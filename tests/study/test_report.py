@@ -4,13 +4,9 @@ import base64
 import dataclasses
 import gzip
 import html
-import html.parser
 import json
 import math
 import re
-import subprocess
-import threading
-import time
 from functools import cache
 
 import pandas as pd
@@ -18,45 +14,17 @@ import plotly.graph_objects as go
 import pytest
 import tiny
 from claimed import LOST, LRS, fig13, study
-from shell import ROOT, command, run
+from pages import Parts, data_of, store
+from shell import ROOT
 
 from smallbatch_jax.config.experiment import Dataset, InputError
 from smallbatch_jax.store import results, workdir
-from smallbatch_jax.store.results import ProgramResults, Row
 from smallbatch_jax.study import analysis, claims, report
 from smallbatch_jax.study.answer import answer
 from smallbatch_jax.study.report import charts, sections
 from smallbatch_jax.study.study import load
 
 STORED = ROOT / "notebooks/results/cifar10_subset/fig02"
-
-
-class Parts(html.parser.HTMLParser):
-    """The elements of a page with their attributes, its visible text, and its scripts."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.elements, self.text, self.scripts, self._open = [], "", [], ""
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        self._open = tag
-        if tag == "script":
-            self.scripts.append([dict(attrs), ""])
-
-    def handle_endtag(self, tag):
-        self._open = ""
-
-    def handle_data(self, data):
-        if self._open == "script":
-            self.scripts[-1][1] += data
-        elif self._open != "style":
-            self.text += data
-
-    def script(self, attribute, value="study0"):
-        (found,) = [content for attrs, content in self.scripts if attribute in attrs and attrs[attribute] == value]
-        return found
 
 
 @cache
@@ -67,10 +35,6 @@ def stored():
 @cache
 def parts_of_stored():
     return Parts(report.page([stored()]))
-
-
-def data_of(parts, identity="study0"):
-    return json.loads(parts.script("data-study", identity))
 
 
 def curves_of(parts, identity="study0"):
@@ -231,87 +195,6 @@ def test_json_in_a_script_is_itself_and_ends_no_script():
     shown = [html.unescape(trace["name"]) for trace in json.loads(text)["data"]]
     assert shown == [f"AlexNet, noBN, noAug ({name})" for name in names]
     assert not set("<>&") & set(text)
-
-
-def store(path, rows, **fields):
-    """Writes a workdir of two batch sizes with one base_lr and 3 epochs; `rows` are (batch size, epoch). Returns its path."""
-    experiment = tiny.grid(name="mine", batch_sizes=(2, 4), base_lrs=(2**-6,), **fields)
-    with workdir.open_workdir(path, experiment, {"num_classes": 3, "examples": [50, 20]}) as folder:
-        for m in (2, 4):
-            with ProgramResults(folder, m, m) as program:
-                program.append(Row(m, m, 2**-6, 0, e, 50 // m * e, 0.5, 0.8, 0.5, 0.9) for size, e in rows if size == m)
-    return folder
-
-
-def test_the_command_writes_the_page_and_says_the_answer(tmp_path):
-    folder = store(tmp_path / "w", [(2, 1), (2, 2), (2, 3)])
-    done = run("report.py", f"--workdir={folder}", f"--out={tmp_path}/new/page.html")
-    sentence = "So far (1 of 2 runs ended): best at m = 2, η̃ = 2^-6: 90.0 %."
-    assert done.stdout.splitlines() == [f"mine: {sentence}", f"report: {tmp_path}/new/page.html"], done.stderr
-    page = Parts((tmp_path / "new/page.html").read_text())
-    assert sentence in page.text
-    assert "data-refresh" not in dict(page.elements)["body"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (["--workdir=W", "--out=OUT"], "--out: OUT is a folder"),
-        (["--workdir=OUT"], "--workdir: OUT is not a workdir"),
-        (["--workdir="], "--workdir: empty"),
-        ([], "--workdir: not given"),
-        (["--workdir=W", "--workdir=W"], "both hold 'mine'"),
-    ],
-)
-def test_bad_input_takes_one_line(tmp_path, flags, says):
-    (tmp_path / "out").mkdir()
-    places = {"OUT": str(tmp_path / "out"), "W": str(store(tmp_path / "w", []))}
-    done = run("report.py", *[re.sub("OUT|W$", lambda match: places[match[0]], flag) for flag in flags])
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert says.replace("OUT", places["OUT"]) in done.stderr
-    assert done.stdout == ""
-
-
-@pytest.mark.long
-def test_a_watched_page_follows_until_all_runs_have_ended(tmp_path):
-    folder, page = tmp_path / "w", tmp_path / "page.html"
-    flags = f"--workdir={folder}", f"--out={page}", "--watch", "--every_seconds=1"
-    line, options = command("report.py", *flags, stdout=subprocess.PIPE, text=True)
-    with subprocess.Popen(line, **options) as watching:
-        stopped = threading.Timer(60, watching.kill)
-        stopped.start()
-        assert watching.stdout.readline() == f"waiting for {folder}\n"
-        store(folder, [(2, 1), (2, 2), (2, 3)])
-        until(lambda: page.exists() and 'data-refresh="1"' in page.read_text())
-        store(folder, [(4, 1), (4, 2), (4, 3)])
-        assert watching.wait() == 0
-        stopped.cancel()
-    assert 'data-refresh="1"' not in page.read_text()
-    assert "every other batch size is within the noise of it" in page.read_text()
-
-
-@pytest.mark.long
-def test_a_watched_search_ends_when_its_command_does(tmp_path):
-    """The command of a search ends after its last row: until then the search may begin further runs."""
-    rows = [(m, epoch) for m in (2, 4) for epoch in (1, 2, 3)]
-    folder, page = store(tmp_path / "w", rows, search={"budget": 1e3}), tmp_path / "page.html"
-    line, options = command("report.py", f"--workdir={folder}", f"--out={page}", "--watch", "--every_seconds=1")
-    with subprocess.Popen(line, **options, stdout=subprocess.DEVNULL) as watching:
-        stopped = threading.Timer(60, watching.kill)
-        stopped.start()
-        until(lambda: page.exists() and 'data-refresh="1"' in page.read_text())
-        workdir.record_provenance(folder, "finish")
-        assert watching.wait() == 0
-        stopped.cancel()
-    assert 'data-refresh="1"' not in page.read_text()
-
-
-def until(true, seconds=60):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 def test_a_folder_is_no_place_for_a_page(tmp_path):
