@@ -34,7 +34,7 @@ class Compiler:
           Interrupted: if asked to stop while waiting for the compiler.
         """
         compiling = self._programs[job] = self._programs.get(job) or self.submit(job)
-        # The initialiser, shared by all programs, compiles beside the first one.
+        # The initialiser, shared by all programs and cached, compiles beside the first one.
         self._result(job, self._executor.submit(self._session.initial, job.runs[0].seed))
         program, following = self._result(job, compiling), self._following.get(job)
         if following and following not in self._programs:

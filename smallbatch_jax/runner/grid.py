@@ -120,7 +120,11 @@ def require_trainable(experiment: Experiment, dataset: Dataset | Photographs) ->
 
 
 def facts(experiment: Experiment, dataset: Dataset | Photographs) -> dict[str, Any]:
-    """Returns the data properties that a workdir stores; "guess" has the metrics of the best constant guess, where known."""
+    """Returns the data properties that a workdir stores.
+
+    Its "guess" has the metrics of a constant guess on the test set, where known: the mean of the training targets for a
+    regression, the frequencies of the test set's own classes or tokens otherwise.
+    """
     found: dict[str, Any] = {"num_classes": dataset.num_classes, "examples": [dataset.num_train, dataset.num_test]}
     if not experiment.dataset.name.startswith(OWN):  # whose name has the digest
         found["digest"] = dataset.digest()
@@ -133,7 +137,7 @@ def facts(experiment: Experiment, dataset: Dataset | Photographs) -> dict[str, A
 
 
 def _class_guess(dataset: Dataset | Photographs, num_classes: int) -> dict[str, float]:
-    """Returns the loss and accuracies of the best constant guess: the frequencies of the test classes, or of later tokens."""
+    """Returns the loss and accuracies of guessing by the frequencies of the test classes, or of all tokens but the first."""
     shares = np.full(num_classes, 1 / num_classes)  # streamed labels are not counted
     if isinstance(dataset, Dataset):
         labels = dataset.test_labels[:, 1:] if dataset.task == "next_token" else dataset.test_labels

@@ -34,7 +34,7 @@ class Study:
       num_classes: number of classes of the data, or of different tokens; None for a regression.
       examples: numbers of training and test examples; None if unknown.
       timings: `results.load_timings`; may have no rows.
-      guess: metrics of the best constant guess on the test set, by name without the split; empty if unknown.
+      guess: metrics of a constant guess on the test set, by name without the split, of `runner.grid.facts`; may be empty.
       finished: whether the last training command completed.
     """
 
@@ -54,11 +54,13 @@ class Study:
 
     @property
     def chance(self) -> float:
-        """The metric of the best constant guess; if not known, the accuracy of a uniform guess, and NaN for a loss."""
-        entry, unknown = METRICS.get(self.metric.name), 0.0 if self.metric.fraction else math.nan
+        """The metric of a constant guess; if it is not known, the accuracy of a uniform guess, and NaN for a loss."""
+        name, entry = self.metric.name, METRICS.get(self.metric.name)
+        if name in self.guess:
+            return self.guess[name]
         if entry and entry.guesses and self.num_classes:
-            unknown = min(1.0, entry.guesses / self.num_classes)
-        return self.guess.get(self.metric.name, unknown)
+            return min(1.0, entry.guesses / self.num_classes)
+        return 0.0 if self.metric.fraction else math.nan
 
     @property
     def metric(self) -> Metric:
