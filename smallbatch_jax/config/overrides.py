@@ -5,6 +5,7 @@
 
 import ast
 import dataclasses
+import re
 import typing
 import warnings
 from collections.abc import Iterator, Mapping
@@ -82,7 +83,9 @@ def _read_literal(text: str) -> Any:
     for written in (text, text.replace("\u2212", "-")):  # the minus sign of a typeset table
         try:
             with warnings.catch_warnings(action="ignore"):
-                return _value(ast.parse(written, mode="eval").body)
+                # Python's ^ binds less tightly than a sign. A text in quotes keeps its own.
+                powers = written if re.search("[\"']", written) else written.replace("^", "**")
+                return _value(ast.parse(powers, mode="eval").body)
         except (SyntaxError, ValueError, TypeError, ArithmeticError, MemoryError, RecursionError):
             pass
     return text
@@ -100,7 +103,7 @@ def _value(node: Any) -> Any:
             return -_value(operand)
         case ast.UnaryOp(ast.UAdd(), operand):
             return +_value(operand)
-        case ast.BinOp(base, ast.Pow() | ast.BitXor(), exponent):
+        case ast.BinOp(base, ast.Pow(), exponent):
             base, exponent = _value(base), _value(exponent)
             power = float(base) ** float(exponent)
             exact = isinstance(base, int) and isinstance(exponent, int) and exponent >= 0 and abs(power) < 2**53
