@@ -11,7 +11,7 @@ import numpy as np
 from smallbatch_jax.config import experiment, extras, fields
 from smallbatch_jax.config.datasets import DATASETS
 from smallbatch_jax.config.experiment import InputError
-from smallbatch_jax.data.dataset import Dataset
+from smallbatch_jax.data.dataset import Dataset, subset_size, validation_size
 from smallbatch_jax.data.streaming.photographs import IMAGENET_STATISTICS, Photographs, SyntheticImages
 
 __all__ = ["DATASETS", "Dataset", "Photographs", "load", "load_section", "num_train_examples", "random"]
@@ -71,8 +71,8 @@ def num_train_examples(chosen: experiment.Dataset) -> int:
     size = DATASETS[chosen.name].size
     if size is None:
         return load_section(chosen).num_train
-    count = size.train if chosen.subset is None else chosen.subset
-    return count - round(chosen.validation_fraction * count)
+    count = subset_size(size.train, chosen.subset)
+    return count - validation_size(count, chosen.validation_fraction)
 
 
 def random(name: str, data_dir: str | os.PathLike | None = None, image_size: int | None = None) -> Dataset | Photographs:

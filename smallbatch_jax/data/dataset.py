@@ -82,8 +82,7 @@ class Dataset:
         """Returns the dataset with `count` training examples: the first of each class, equally many if there are enough."""
         if count is None:
             return self
-        if count > self.num_train:
-            raise InputError(f"dataset.subset: got {count}, but there are only {self.num_train} training examples.")
+        count = subset_size(self.num_train, count)
         import pandas as pd
 
         labels = self.train_labels
@@ -98,9 +97,7 @@ class Dataset:
             return self
         if self.validation_images is not None:
             raise InputError("dataset.validation_fraction: the dataset has a validation split already; use 0")
-        count = round(fraction * self.num_train)
-        if not 0 < count < self.num_train:
-            raise InputError(f"dataset.validation_fraction: {fraction:g} of {self.num_train} examples leaves a split empty")
+        count = validation_size(self.num_train, fraction)
         mixed = order.epoch_permutation(_SPLIT_SEED, 0, self.num_train)
         held, kept = np.sort(mixed[:count]), np.sort(mixed[count:])
         validation = {"validation_images": self.train_images[held], "validation_labels": self._labels(held)}
@@ -152,6 +149,21 @@ class Dataset:
         if self.train_images.dtype != np.uint8:
             return np.zeros(channels, np.float32), np.ones(channels, np.float32)
         return mean_and_deviation(*channel_sums(self.train_images), self.train_images.size // channels)
+
+
+def subset_size(num_train: int, count: int | None) -> int:
+    """Returns how many of the training examples a subset has."""
+    if count is not None and count > num_train:
+        raise InputError(f"dataset.subset: got {count}, but there are only {num_train} training examples.")
+    return num_train if count is None else count
+
+
+def validation_size(num_train: int, fraction: float) -> int:
+    """Returns how many of the training examples become the validation split."""
+    count = round(fraction * num_train)
+    if fraction and not 0 < count < num_train:
+        raise InputError(f"dataset.validation_fraction: {fraction:g} of {num_train} examples leaves a split empty")
+    return count
 
 
 def as_received(shape: Sequence[int], dtype: Any) -> "jax.ShapeDtypeStruct":

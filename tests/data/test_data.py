@@ -258,6 +258,12 @@ def test_a_subset_is_cut_before_the_validation_split():
     assert (counts == 100).all()
 
 
+@pytest.mark.parametrize("wrong", [{"subset": 2000}, {"subset": 1, "validation_fraction": 0.9}])
+def test_the_number_of_training_examples_is_refused_as_loading_refuses_it(wrong):
+    chosen = experiment.Dataset("digits", **wrong)
+    assert error_line(data.num_train_examples, chosen) == error_line(data.load_section, chosen)
+
+
 def test_digest_is_that_of_values_types_and_classes():
     changes = ({}, {"num_classes": 4}, {"test_labels": np.array([0, 0])}, {"train_images": np.ones((4, 5, 5, 3), np.uint8)})
     floats = {f"{split}_images": arrays()[f"{split}_images"].astype(np.float32) for split in ("train", "test")}
