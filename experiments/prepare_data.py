@@ -29,7 +29,7 @@ def main() -> int:
 
     name = fields.choice(DATASETS, "dataset to prepare")("--dataset", command.given(DATASET, "cifar10"))
     folder = Path(DATA_DIR.value or prepared.default_data_dir()).expanduser()
-    if not any((folder / name).glob("[0-9]*/dataset_info.json")):
+    if not prepared.versions(folder / name):
         if name == "imagenet2012":
             require_archives(folder)
         extras.require("prepare", f"--dataset={name}")

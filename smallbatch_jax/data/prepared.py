@@ -75,15 +75,20 @@ def newest_version(name: str, data_dir: str | os.PathLike | None) -> Path:
         raise InputError(f"dataset.data_dir: got {data_dir!r}; {name!r} accepts the path of a folder")
     root = default_data_dir() if data_dir is None else Path(os.path.expanduser(os.fsdecode(data_dir)))
     try:
-        folders = [info.parent for info in (root / name).glob("*/dataset_info.json")]
+        found = versions(root / name)
     except OSError as error:
         raise InputError(f"dataset.data_dir: cannot list {str(root / name)!r} ({error.strerror})") from error
-    versions = [folder for folder in folders if re.fullmatch(r"\d+\.\d+\.\d+", folder.name)]  # not incomplete.XXX_3.0.2
-    if not versions:
-        other = nearby(root, lambda path: any((path / name).glob("[0-9]*/dataset_info.json")))
+    if not found:
+        other = nearby(root, lambda path: bool(versions(path / name)))
         way = f"Give {str(other)!r}, where it is." if other else f"Prepare it, with a network: {_command(name, root)}"
         raise InputError(f"dataset.data_dir: {name} is not in {str(root)!r}. {way}")
-    return max(versions, key=lambda folder: tuple(map(int, folder.name.split("."))))
+    return max(found, key=lambda folder: tuple(map(int, folder.name.split("."))))
+
+
+def versions(folder: Path) -> list[Path]:
+    """Returns the folders of a dataset's complete versions, such as 3.0.2 but not incomplete.XXX_3.0.2."""
+    found = [info.parent for info in folder.glob("*/dataset_info.json")]
+    return [version for version in found if re.fullmatch(r"\d+\.\d+\.\d+", version.name)]
 
 
 def _command(name: str, root: Path) -> str:

@@ -103,7 +103,7 @@ def test_data_that_is_not_there_is_one_line_with_the_command_that_prepares_it(tm
 
 
 def test_the_newest_complete_version_is_taken(tmp_path):
-    for version in ("3.0.2", "3.0.10", "incomplete.XY_4.0.0"):
+    for version in ("3.0.2", "3.0.10", "3.0.11-old", "incomplete.XY_4.0.0"):
         (tmp_path / "cifar10" / version).mkdir(parents=True)
         (tmp_path / "cifar10" / version / "dataset_info.json").write_text("{}")
     (tmp_path / "cifar10" / "9.0.0").mkdir()
@@ -142,6 +142,13 @@ def test_a_folder_above_or_below_is_answered_with_the_right_one(data_dir, tmp_pa
     line = error_line(data.load, "cifar10", tmp_path if wrong == ".." else folder / wrong)
     assert f"Give {str(folder)!r}, where it is." in line
     assert "prepare_data.py" not in line
+
+
+def test_prepare_data_takes_a_renamed_version_for_none(tmp_path):
+    """The loader ignores it too; each would else send the user to the other."""
+    (tmp_path / "imagenet2012" / "5.1.0-old").mkdir(parents=True)
+    (tmp_path / "imagenet2012" / "5.1.0-old" / "dataset_info.json").write_text("{}")
+    refused(run("prepare_data.py", "--dataset=imagenet2012", f"--data_dir={tmp_path}"), "ILSVRC2012_img_train.tar")
 
 
 def test_prepare_data_refuses_what_it_does_not_know():
