@@ -83,7 +83,8 @@ def refuse_difference(path: Path, experiment: Experiment, facts: Mapping[str, An
     stored, known = read_workdir(path)
     found = differences(stored, experiment)
     if stored.model.name != experiment.model.name and stored.model.name.startswith(OWN) and "model" not in known:
-        found[0] += " (an earlier version made this workdir and named own models in another way)"
+        hint = " (an earlier version made this workdir and named own models in another way)"
+        found = [phrase + hint * phrase.startswith("model.name ") for phrase in found]
     found = found or _differing_facts(known, facts or {})
     if found:
         raise InputError(f"--workdir: {path} holds a different experiment: {'; '.join(found)}. Use another folder.")

@@ -198,9 +198,11 @@ def test_a_workdir_of_an_earlier_version_is_refused_in_one_line(tmp_path):
     quiet(Mlp(), table(), (8,), (2**-8,), epochs=1, workdir=tmp_path / "w")
     stored = json.loads((tmp_path / "w" / "experiment.json").read_text())
     stored["experiment"]["model"]["name"] = "own:Mlp-0123456789ab"
+    stored["experiment"]["dataset"]["name"] = "own:0123456789ab"
     del stored["facts"]["model"]
     (tmp_path / "w" / "experiment.json").write_text(json.dumps(stored))
-    assert "(an earlier version made this workdir" in refused(batch_sizes=(8,), workdir=tmp_path / "w")
+    line = refused(batch_sizes=(8,), workdir=tmp_path / "w")
+    assert " here; model.name is 'own:Mlp-0123456789ab' there and 'own:Mlp' here (an earlier version made this" in line
 
 
 def test_a_workdir_that_has_a_digest_in_its_models_name_is_resumed(tmp_path):
