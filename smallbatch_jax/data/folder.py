@@ -64,7 +64,8 @@ def stream_folder(data_dir: str | os.PathLike | None, image_size: int) -> Photog
     """
     listing = _list_folder(data_dir)
     train, test = (Files(listing.root, *split) for split in zip(listing.paths, listing.labels, strict=True))
-    return Photographs(train, test, image_size, len(listing.classes), listing.classes, listing=listing.files)
+    classes = listing.classes
+    return Photographs(train, test, image_size, len(classes), classes, listing=listing.files, test_labels=listing.labels[1])
 
 
 def _list_folder(data_dir: str | os.PathLike | None) -> Listing:

@@ -138,9 +138,9 @@ def facts(experiment: Experiment, dataset: Dataset | Photographs) -> dict[str, A
 
 def _class_guess(dataset: Dataset | Photographs, num_classes: int) -> dict[str, float]:
     """Returns the loss and accuracies of guessing by the frequencies of the test classes, or of all tokens but the first."""
-    shares = np.full(num_classes, 1 / num_classes)  # streamed labels are not counted
-    if isinstance(dataset, Dataset):
-        labels = dataset.test_labels[:, 1:] if dataset.task == "next_token" else dataset.test_labels
+    shares, labels = np.full(num_classes, 1 / num_classes), dataset.test_labels
+    if labels is not None:  # else ImageNet's, where all classes have as many
+        labels = labels[:, 1:] if labels.ndim == 2 else labels
         shares = np.sort(np.bincount(labels.ravel(), minlength=num_classes))[::-1] / labels.size
     accuracies = {name: shares[: entry.guesses].sum() for name, entry in catalog.METRICS.items() if entry.guesses}
     return {"loss": float(entr(shares).sum()), **{name: min(1.0, float(value)) for name, value in accuracies.items()}}

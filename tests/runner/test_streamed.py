@@ -17,6 +17,7 @@ from smallbatch_jax.runner import input as streamed
 from smallbatch_jax.runner import scheduler as feeder
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results, skipped
+from smallbatch_jax.store.workdir import read_workdir
 
 RATES = (2**-9, 2**-7, 1e30, 2**-8, 2**-6)
 
@@ -50,6 +51,8 @@ def test_streamed_images_train_as_the_same_images_in_memory_do(root, tmp_path, m
     pd.testing.assert_frame_equal(found, train(tmp_path / "w", photos.in_memory(root), model=model), rtol=1e-5)
     assert model is tiny.TinyModel or set(found.status) == {"finished", "diverged"}
     assert found.test_accuracy.max() > 0.6
+    guess = [read_workdir(tmp_path / name)[1]["guess"] for name in ("streamed", "w")]
+    assert guess[0] == guess[1]  # the classes of the test set are counted, not taken to be balanced
 
 
 def test_an_augmented_run_is_the_same_alone_and_beside_others(root, augmented, tmp_path):

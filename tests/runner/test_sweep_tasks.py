@@ -257,6 +257,10 @@ def test_the_guess_to_be_beaten_is_the_best_constant_for_the_test_labels():
     chosen = from_config({"name": "guess", "dataset": {"name": "own:0"}})
     guess = facts(chosen, classes([1, 1, 2, 1]))["guess"]
     assert guess == {"loss": pytest.approx(np.log(4) - 0.75 * np.log(3)), "accuracy": 0.75, "top5_accuracy": 1}
+    streamed = sbj.data.Photographs((), (), 32, 3, (), test_labels=np.array([1, 1, 2, 1]))
+    assert facts(chosen, streamed)["guess"] == guess
+    balanced = facts(chosen, dataclasses.replace(streamed, test_labels=None))["guess"]
+    assert balanced == {"loss": pytest.approx(np.log(3)), "accuracy": pytest.approx(1 / 3), "top5_accuracy": 1}
     assert facts(chosen, classes([1, 1]))["guess"] == {"loss": 0, "accuracy": 1, "top5_accuracy": 1}
     assert facts(chosen, classes(range(10), 10))["guess"]["top5_accuracy"] == 0.5
     tokens = np.array([[0, 1, 2], [0, 1, 2]])

@@ -135,6 +135,7 @@ class Photographs:
     class_names: tuple[str, ...]
     statistics: tuple[np.ndarray, np.ndarray] | None = None  # mean and deviation of the channels in 0 … 255, if known
     listing: str = ""  # the names of the files, or a digest of them
+    test_labels: np.ndarray | None = None  # int32[N]; None if known only from the records
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
