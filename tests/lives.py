@@ -27,7 +27,7 @@ SOAK_SECONDS = 350  # time limit of one soak
 LIFE_SECONDS = 120  # time limit of one process outside a soak
 
 # Saves a checkpoint after every segment; by default checkpoints may take a fiftieth of the time.
-OFTEN = "from smallbatch_jax.runner import scheduler as feeder; feeder.CHECKPOINT_SHARE = 1e9"
+OFTEN = "from smallbatch_jax.runner import scheduler; scheduler.CHECKPOINT_SHARE = 1e9"
 # Kills the process before it renames its nth temporary file.
 DIES = """
 import os, signal

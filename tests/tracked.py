@@ -7,7 +7,7 @@ import tiny
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
 from smallbatch_jax.config.experiment import Run
-from smallbatch_jax.runner import grid as driver
+from smallbatch_jax.runner.grid import train_grid
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results
 from smallbatch_jax.store.results import ProgramResults, Row
@@ -23,7 +23,7 @@ TAGS = {name.replace("_", "/"): name for name in ("train_loss", "train_accuracy"
 def train(workdir, progress=None, **fields):
     """Trains a tiny grid, whose highest base_lr diverges, into a workdir and returns its rows."""
     grid = tiny.grid(**{"tensorboard": True, **GRID, **fields})
-    driver.train_grid(grid, workdir, tiny.dataset(), progress or NoProgress(), lambda b: tiny.PlainModel())
+    train_grid(grid, workdir, tiny.dataset(), progress or NoProgress(), lambda b: tiny.PlainModel())
     return results.load(workdir)
 
 

@@ -18,7 +18,7 @@ from smallbatch_jax.cluster import launcher, worker
 from smallbatch_jax.cluster.launcher import Launch, LaunchedProgram, Reports, _store, resources, summed
 from smallbatch_jax.cluster.worker import Outcome, ProgramTask
 from smallbatch_jax.config.experiment import InputError
-from smallbatch_jax.runner import grid as driver
+from smallbatch_jax.runner.grid import train_grid
 from smallbatch_jax.runner.progress import NoProgress, Status
 from smallbatch_jax.runner.signals import Stop
 from smallbatch_jax.store import results
@@ -205,7 +205,7 @@ def owner(folder):
 
 
 def locally(workdir, **fields):
-    driver.train_grid(tiny.grid(**fields), workdir, tiny.dataset(), NoProgress(), tiny.TinyModel)
+    train_grid(tiny.grid(**fields), workdir, tiny.dataset(), NoProgress(), tiny.TinyModel)
     return results.load(workdir)
 
 

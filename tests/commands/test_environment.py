@@ -122,7 +122,7 @@ def test_a_sweep_on_a_full_disk_says_so_and_goes_on_once_there_is_room(small_dis
     """A checkpoint of an AlexNet's lanes does not fit on it."""
     folder, resize = small_disk
     often = ("--config.checkpoint_seconds=0", "--config.segment_seconds=0.05")
-    limit = "from smallbatch_jax.runner import scheduler as feeder; feeder.CHECKPOINT_SHARE = 1e9; "
+    limit = "from smallbatch_jax.runner import scheduler; scheduler.CHECKPOINT_SHARE = 1e9; "
     unlimited = limit + RUN_SWEEP
     asked = (QUICKSTART, *TWO_RATES, f"--workdir={folder / 'w'}")
     status, _, errors = run(None, "-c", unlimited, *asked, *often)

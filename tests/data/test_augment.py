@@ -8,7 +8,7 @@ import tiny
 
 from smallbatch_jax.config.experiment import from_config
 from smallbatch_jax.data.augment import crop_and_flip, draw_crops, inside
-from smallbatch_jax.runner import grid as driver
+from smallbatch_jax.runner.grid import train_grid
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results
 
@@ -65,7 +65,7 @@ def test_a_run_sees_the_same_crops_in_any_lane_and_segment_and_others_than_witho
         config = tiny.grid(base_lrs=(2**-7,), **fields).to_dict()
         config["dataset"]["augment"] = augment
         experiment = from_config(config)
-        driver.train_grid(experiment, tmp_path / name, tiny.dataset(), NoProgress(), tiny.TinyModel)
+        train_grid(experiment, tmp_path / name, tiny.dataset(), NoProgress(), tiny.TinyModel)
         return tiny.rows(tmp_path / name, seed=0)
 
     plain, cropped = train("plain", False), train("cropped", True)

@@ -10,7 +10,6 @@ import tiny
 
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.program import devices, lanes
-from smallbatch_jax.runner import input as pipeline
 from smallbatch_jax.runner import scheduler
 from smallbatch_jax.runner.compiler import Compiler
 from smallbatch_jax.runner.grid import train_grid
@@ -73,7 +72,7 @@ def test_the_device_with_fewer_lanes_takes_more_steps_of_each():
 @pytest.mark.long
 def test_side_by_side_the_program_shrinks_once_half_of_it_is_empty(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(lanes, "lane_mapping", lambda platform: "vmap")
-    monkeypatch.setattr(pipeline, "FIXED_SEGMENT_IMAGES", 8)
+    monkeypatch.setattr("smallbatch_jax.runner.input.FIXED_SEGMENT_IMAGES", 8)
     whole = train(tmp_path / "whole", lanes=4)
     assert packed == []  # compiling would take longer than what is left
     compiled, compile_lanes = [], lanes.compile_lanes

@@ -12,9 +12,9 @@ import tiny
 from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.data.streaming.prefetch import Prefetcher
 from smallbatch_jax.program import lanes
-from smallbatch_jax.runner import grid as driver
-from smallbatch_jax.runner import input as streamed
-from smallbatch_jax.runner import scheduler as feeder
+from smallbatch_jax.runner import scheduler
+from smallbatch_jax.runner.grid import train_grid
+from smallbatch_jax.runner.input import Streamed
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results, skipped
 from smallbatch_jax.store.workdir import read_workdir
@@ -31,7 +31,7 @@ def train(workdir, dataset, progress=None, lanes=2, seeds=(0,), base_lrs=RATES, 
     """Trains a tiny grid into a workdir and returns its rows; uses no worker processes, which take seconds to start."""
     chosen = tiny.grid(base_lrs=base_lrs, lanes=lanes, seeds=seeds, segment_seconds=1e-9)
     chosen = dataclasses.replace(chosen, dataset=dataclasses.replace(chosen.dataset, **{"workers": 0, **streaming}))
-    driver.train_grid(chosen, workdir, dataset, progress or NoProgress(), lambda b: model())
+    train_grid(chosen, workdir, dataset, progress or NoProgress(), lambda b: model())
     return results.load(workdir)
 
 
@@ -80,8 +80,8 @@ def out_of_step(root, tmp_path_factory):
 @pytest.mark.parametrize("room", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_lanes_out_of_step_wait_for_each_other_where_there_is_no_room(root, out_of_step, tmp_path, monkeypatch, room):
     """The pool has room for one or two batches; each device has two lanes, which are refilled."""
-    monkeypatch.setattr(streamed, "POOL_BYTES", room * photos.SIZE**2 * 3)
-    streams, load, steps = [], streamed.Streamed.prepare, streamed.Streamed.steps
+    monkeypatch.setattr("smallbatch_jax.runner.input.POOL_BYTES", room * photos.SIZE**2 * 3)
+    streams, load, steps = [], Streamed.prepare, Streamed.steps
 
     def spy(self, program, batch_size, spans):
         streams.append({(span.run.seed, span.first_step) for span in spans if span})
@@ -94,8 +94,8 @@ def test_lanes_out_of_step_wait_for_each_other_where_there_is_no_room(root, out_
         assert not waited or max(went) < min(waited)
         return chosen
 
-    monkeypatch.setattr(streamed.Streamed, "prepare", spy)
-    monkeypatch.setattr(streamed.Streamed, "steps", behind_first)
+    monkeypatch.setattr(Streamed, "prepare", spy)
+    monkeypatch.setattr(Streamed, "steps", behind_first)
     same(train(tmp_path / "w", photos.load(root), augment=True, lanes=4, base_lrs=OUT_OF_STEP), out_of_step)
     assert {len(found) for found in streams} == set(range(1, room // 4 + 1))
 
@@ -126,7 +126,7 @@ def test_side_by_side_as_one_after_the_other(root, augmented, tmp_path, monkeypa
 def test_a_batch_shared_by_two_devices(root, augmented, tmp_path):
     chosen = tiny.grid(base_lrs=RATES, segment_seconds=1e-9, data_devices=2)
     chosen = dataclasses.replace(chosen, dataset=dataclasses.replace(chosen.dataset, workers=0, augment=True))
-    driver.train_grid(chosen, tmp_path / "w", photos.load(root), NoProgress(), shared_model)
+    train_grid(chosen, tmp_path / "w", photos.load(root), NoProgress(), shared_model)
     pd.testing.assert_frame_equal(results.load(tmp_path / "w"), augmented, rtol=1e-4)
 
 
@@ -149,7 +149,7 @@ class Killed(NoProgress):
 @pytest.mark.long
 def test_killed_and_resumed_the_next_image_is_the_next(root, augmented, tmp_path, monkeypatch):
     """Killed every six segments, with a checkpoint after each, a sweep has the same rows and decodes few images twice."""
-    monkeypatch.setattr(feeder, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(scheduler, "CHECKPOINT_SHARE", 1e9)
     monkeypatch.setattr(tiny, "grid", lambda grid=tiny.grid, **fields: grid(checkpoint_seconds=0, **fields))
     lives = 0
     while lives < 50:

@@ -16,8 +16,8 @@ from pictures import Bomb, error_line, load
 from PIL import Image
 
 from smallbatch_jax import data
-from smallbatch_jax.runner import grid as driver
-from smallbatch_jax.runner import scheduler as feeder
+from smallbatch_jax.runner import scheduler
+from smallbatch_jax.runner.grid import Interrupted, train_grid
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.store import results
 from smallbatch_jax.store.checkpoint import Checkpoints
@@ -237,8 +237,8 @@ def stopped(tmp_path_factory, restored_with):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoints, "__init__", noted_begin)
         patch.setattr(Checkpoints, "restore", noted_restore)
-        patch.setattr(feeder.Pace, "FIRST_IMAGES", 8)
-        with pytest.raises(driver.Interrupted):
+        patch.setattr(scheduler.Pace, "FIRST_IMAGES", 8)
+        with pytest.raises(Interrupted):
             train(workdir, tiny.StopAfter(14, signal.SIGINT))
     assert set(results.load(workdir).epoch) == {1}
     return workdir
@@ -246,7 +246,7 @@ def stopped(tmp_path_factory, restored_with):
 
 def train(workdir, progress=None):
     grid = tiny.grid(base_lrs=(2**-9, 2**-7), segment_seconds=1e-9)
-    driver.train_grid(grid, workdir, tiny.dataset(), progress or NoProgress(), lambda b: tiny.TinyModel(b))
+    train_grid(grid, workdir, tiny.dataset(), progress or NoProgress(), lambda b: tiny.TinyModel(b))
 
 
 @pytest.fixture

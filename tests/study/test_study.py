@@ -8,8 +8,8 @@ import tiny
 from shell import QUICKSTART, run
 
 from smallbatch_jax.config.experiment import InputError, from_config
-from smallbatch_jax.runner import grid as driver
 from smallbatch_jax.runner import progress
+from smallbatch_jax.runner.grid import train_grid
 from smallbatch_jax.store import workdir
 from smallbatch_jax.store.results import ProgramResults, Row, Timings
 from smallbatch_jax.study import cost, study
@@ -182,10 +182,10 @@ def test_a_resumed_workdir_keeps_the_rates_it_began_with(tmp_path):
 
 
 def test_a_grid_at_the_best_rates_trains(tmp_path):
-    driver.train_grid(tiny.grid(), tmp_path / "s", tiny.dataset(), progress.for_stream(), tiny.TinyModel)
+    train_grid(tiny.grid(), tmp_path / "s", tiny.dataset(), progress.for_stream(), tiny.TinyModel)
     best = study.load(tmp_path / "s").cells.sort_values("test_accuracy", ascending=False).iloc[0]["base_lr"]
     experiment = study.choose_base_lrs(fig13(tmp_path / "s", batch_sizes=(4,), bn_batch_sizes=(4,)), tmp_path / "w")
-    driver.train_grid(experiment, tmp_path / "w", tiny.dataset(), progress.for_stream(), tiny.TinyModel)
+    train_grid(experiment, tmp_path / "w", tiny.dataset(), progress.for_stream(), tiny.TinyModel)
     ours, theirs = tiny.rows(tmp_path / "w"), tiny.rows(tmp_path / "s", base_lr=best)
     assert ours.equals(theirs)
 

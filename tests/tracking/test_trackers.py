@@ -20,8 +20,8 @@ import smallbatch_jax as sbj
 from smallbatch_jax.cluster import launcher, worker
 from smallbatch_jax.config.experiment import InputError, Run
 from smallbatch_jax.program import processes
-from smallbatch_jax.runner import grid as driver
-from smallbatch_jax.runner import scheduler as feeder
+from smallbatch_jax.runner import scheduler
+from smallbatch_jax.runner.grid import Interrupted
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.runner.signals import Stop
 from smallbatch_jax.store import results
@@ -130,8 +130,8 @@ def test_tensorboard_sees_each_epoch_as_it_ends(tmp_path):
 @pytest.mark.long
 def test_a_stopped_grid_shows_each_row_once_when_it_goes_on(watched, tmp_path, monkeypatch, segments, checkpoint):
     """Rows that are trained again because the checkpoint is lost appear once, too."""
-    monkeypatch.setattr(feeder.Pace, "FIRST_IMAGES", 24)
-    with pytest.raises(driver.Interrupted):
+    monkeypatch.setattr(scheduler.Pace, "FIRST_IMAGES", 24)
+    with pytest.raises(Interrupted):
         train(tmp_path / "w", tiny.StopAfter(segments), segment_seconds=1e-9)
     assert_all_shown(tmp_path / "w")
     assert 0 < len(results.load(tmp_path / "w")) < len(watched[1])
@@ -259,7 +259,7 @@ def test_a_sweep_from_python_is_shown(tmp_path):
 def test_what_a_worker_trained_elsewhere_is_shown_in_the_launchers_workdir(tmp_path, monkeypatch):
     """A worker that cannot see the workdir runs no trackers, because its own folder would be lost."""
     asked, grid = [], tiny.grid(tensorboard=True, wandb="p")
-    monkeypatch.setattr(driver, "train_program", lambda experiment, *_: asked.append(experiment))
+    monkeypatch.setattr("smallbatch_jax.runner.grid.train_program", lambda experiment, *_: asked.append(experiment))
     monkeypatch.setattr(sys, "argv", sys.argv)
     task = worker.ProgramTask(grid, tmp_path / "w", (4, 4), "another machine", [], [])
     worker.train(task, None, Stop(), lambda status: None)
