@@ -76,8 +76,9 @@ def newest_version(name: str, data_dir: str | os.PathLike | None) -> Path:
     root = default_data_dir() if data_dir is None else Path(os.path.expanduser(os.fsdecode(data_dir)))
     try:
         found = versions(root / name)
-    except OSError as error:
-        raise InputError(f"dataset.data_dir: cannot list {str(root / name)!r} ({error.strerror})") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"dataset.data_dir: cannot list {str(root / name)!r} ({reason})") from error
     if not found:
         other = nearby(root, lambda path: bool(versions(path / name)))
         way = f"Give {str(other)!r}, where it is." if other else f"Prepare it, with a network: {_command(name, root)}"

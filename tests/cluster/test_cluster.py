@@ -138,8 +138,8 @@ def test_of_each_task_the_last_report_is_kept():
     reports = Reports()
     reports.add("a", None)
     reports.add("b", None)
-    reports.add("a", Status(1, 1, started=0.0))
-    assert reports.last() == {"a": Status(1, 1, started=0.0), "b": None}
+    reports.add("a", Status(1, 1, best=0.5, started=0.0))
+    assert reports.last() == {"a": Status(1, 1, best=0.5, started=0.0), "b": None}
 
 
 def test_the_rows_of_a_program_have_one_writer(tmp_path):

@@ -84,7 +84,7 @@ OBJECTS = [
         Unprintable,
     ),
     *(ConfigDict({"name": "alexnet"}), config_dict.placeholder(int), {}, {"norm": "batch"}, {2: 0.1, 8: 0.1, 32: 0.1}),
-    *(nested(5000, lambda v: [v]), nested(5000, lambda v: {"name": v}), nested(5000, lambda v: (v, v))),
+    *(nested(5000, lambda v: [v]), nested(5000, lambda v: {"name": v})),
 ]
 SPECIMENS = [*PLAUSIBLE, *NUMBERS, *TEXTS, *OBJECTS]
 
