@@ -50,7 +50,7 @@ def expected(frame):
         if status == "finished":
             values.append(("final/test_accuracy", last, analysis.final_accuracy(rows)["test_accuracy"].item()))
         kept = [(tag, epoch, float(np.float32(value))) for tag, epoch, value in values if math.isfinite(value)]
-        shown[name_of(Run(m, b, base_lr, seed))] = sorted(kept)
+        shown[name_of(Run(m, b, float(base_lr), seed))] = sorted(kept)  # pandas 2 groups by NumPy scalars
     return shown
 
 
