@@ -8,6 +8,7 @@ With several hosts, each has a scheduler, and all take the same actions. Each ho
 clock and signals, along with a segment; all hosts act on the proposals when they read that segment's report.
 """
 
+import copy
 import time
 from collections import deque
 from concurrent.futures import Future
@@ -51,6 +52,7 @@ class Scheduler:
         """`compiler` compiles the same program with fewer lanes, where that is faster; None keeps the program."""
         self._job, self._checkpoints, self._session, self._compiler = job, checkpoints, session, compiler
         self.lanes = Lanes(job, program, session.pipeline, session.initial)
+        self._whole = program  # with as many lanes as the job's layout; `lanes.program` may have fewer
         self._pace = Pace(job.experiment.segment_seconds, job.batch_size, program)
         self._saved, self._save_seconds = time.monotonic(), FIRST_SAVE_SECONDS  # when the last checkpoint ended, and its cost
         self._queue: deque[Run] = deque()
@@ -70,6 +72,8 @@ class Scheduler:
         for run in ended.difference(pending):
             del parked[run]
         self._queue = deque(sorted(pending, key=lambda run: run not in parked))  # runs that have begun come first
+        if len(pending) > self.lanes.program.lanes and self.lanes.program is not self._whole:
+            self.lanes.move(self._whole)
         self._begin(pending)
         self._pace.restart()
         while True:
@@ -190,18 +194,19 @@ class Scheduler:
             return None
         if program.any_length:  # an empty lane costs nothing, an idle device does
             return program if max(loads) - min(loads) > 1 else None
+        fewer = max(loads) * len(loads)
         if self._compiling is not None:
-            if not self._compiling.done():
+            if not self._compiling.done() or self._compiling.result().lanes < fewer:  # asked for in a round with fewer runs
                 return None
             compiled, self._compiling = self._compiling.result(), None
             return compiled
-        fewer = max(loads) * len(loads)
         steps = (step for step, run in zip(self.lanes.steps, self.lanes.runs, strict=True) if run)
         seconds_left = (self._job.steps.stop - min(steps)) * self._pace.seconds_per_step
         saved = seconds_left * (1 - fewer / program.lanes)
         if self._compiler and fewer <= program.lanes // 2 and saved > 2 * program.compile_seconds:
-            self._job.layout = self._job.layout._replace(lanes=fewer)
-            self._compiling = self._compiler.submit(self._job)
+            smaller = copy.copy(self._job)  # memory may run out meanwhile, which halves the job's own layout
+            smaller.layout = smaller.layout._replace(lanes=fewer)
+            self._compiling = self._compiler.submit(smaller)
         return None
 
     def save(self) -> None:

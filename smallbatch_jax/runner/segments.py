@@ -86,7 +86,9 @@ class Lanes:
         state, packed = self.read(), program.zeros()
         kept = [(lane, run) for lane, run in enumerate(self.runs) if run is not None]
         self._use(program)
-        for (old_lane, run), lane in zip(kept, self._free_lanes(), strict=False):
+        free = self._free_lanes()
+        for old_lane, run in kept:
+            lane = next(free)
             for new, old in zip(jax.tree.leaves(packed), jax.tree.leaves(state), strict=True):
                 new[lane] = old[old_lane]
             self.runs[lane], self.steps[lane] = run, int(packed.train.step[lane])

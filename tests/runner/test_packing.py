@@ -1,6 +1,7 @@
 """Packing of a program's last runs: evenly over the devices, into a smaller program, or into one that fits the memory."""
 
 import dataclasses
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -8,11 +9,12 @@ import pandas as pd
 import pytest
 import tiny
 
-from smallbatch_jax.config.experiment import InputError
+from smallbatch_jax.config.experiment import InputError, Run
 from smallbatch_jax.program import devices, lanes
-from smallbatch_jax.runner import scheduler
+from smallbatch_jax.runner import policy, scheduler
 from smallbatch_jax.runner.compiler import Compiler
 from smallbatch_jax.runner.grid import train_grid
+from smallbatch_jax.runner.policy import Round
 from smallbatch_jax.runner.progress import NoProgress
 from smallbatch_jax.runner.segments import Lanes
 from smallbatch_jax.store import results
@@ -69,12 +71,12 @@ def test_the_device_with_fewer_lanes_takes_more_steps_of_each():
     assert side_by_side.even_steps(running, 10) == [10, 10, 10, 10, 0, 0]
 
 
-@pytest.mark.long
-def test_side_by_side_the_program_shrinks_once_half_of_it_is_empty(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(lanes, "lane_mapping", lambda platform: "vmap")
-    monkeypatch.setattr("smallbatch_jax.runner.input.FIXED_SEGMENT_IMAGES", 8)
-    whole = train(tmp_path / "whole", lanes=4)
-    assert packed == []  # compiling would take longer than what is left
+@pytest.fixture
+def shrinking(packed, monkeypatch):
+    """Trains lanes side by side and makes compiling free, so that half of the lanes are enough reason for a smaller program.
+
+    Returns the lanes of each compiled program.
+    """
     compiled, compile_lanes = [], lanes.compile_lanes
 
     def at_once(*args, **kwargs):
@@ -82,13 +84,82 @@ def test_side_by_side_the_program_shrinks_once_half_of_it_is_empty(packed, tmp_p
         compiled.append(program.lanes)
         return program
 
+    monkeypatch.setattr(lanes, "lane_mapping", lambda platform: "vmap")
+    monkeypatch.setattr("smallbatch_jax.runner.input.FIXED_SEGMENT_IMAGES", 8)
     monkeypatch.setattr(lanes, "compile_lanes", at_once)
+    return compiled
+
+
+RATES_OF_8 = (2**-7, 2e30, 2**-8, 3e30, 4e30, 5e30, 6e30, 7e30)  # two of which converge
+
+
+@pytest.mark.long
+def test_side_by_side_the_program_shrinks_once_half_of_it_is_empty(packed, shrinking, tmp_path, monkeypatch):
+    whole = train(tmp_path / "whole", lanes=2, base_lrs=(2**-7, 2**-8))
+    assert (shrinking, packed) == ([2], [])
     monkeypatch.setattr(Compiler, "submit", submit_and_wait(Compiler.submit))
-    shrunk = train(tmp_path / "shrunk", lanes=8, base_lrs=(2**-7, 2e30, 2**-8, 3e30, 4e30, 5e30, 6e30, 7e30))
-    assert compiled == [8, 2]
+    shrunk = train(tmp_path / "shrunk", lanes=8, base_lrs=RATES_OF_8)
+    assert shrinking == [2, 8, 2]
     assert packed == [([1, 1], [1, 1])]
     kept = shrunk[shrunk.base_lr < 1].reset_index(drop=True)
-    pd.testing.assert_frame_equal(kept, whole[whole.base_lr < 1].reset_index(drop=True), rtol=1e-5)
+    pd.testing.assert_frame_equal(kept, whole, rtol=1e-5)
+
+
+@pytest.mark.long
+def test_a_smaller_program_is_used_only_while_all_runs_fit_into_it(packed, shrinking, tmp_path, monkeypatch):
+    """Two runs of the first round ask for it; it is ready in the second, which has four runs, and fits the last two of them."""
+    second, ready, compiling = threading.Event(), threading.Event(), Compiler._compile
+
+    def compile_until_the_second_round(self, job):
+        if not shrinking:
+            return compiling(self, job)
+        second.wait()
+        program = compiling(self, job)
+        ready.set()
+        return program
+
+    def three_rounds(space):
+        (shape,) = space.shapes
+        runs = [Run(*shape, base_lr, seed) for base_lr in RATES_OF_8 if base_lr < 1 for seed in (0, 1)]
+        yield Round(shape, {Run(*shape, base_lr, 0): 2 for base_lr in space.base_lrs})
+        second.set()
+        ready.wait()
+        yield Round(shape, {run: 4 + 2 * run.seed for run in runs})
+        yield Round(shape, dict.fromkeys(runs, 8))
+
+    monkeypatch.setattr(Compiler, "_compile", compile_until_the_second_round)
+    monkeypatch.setattr(policy, "search", three_rounds)
+    searched = {"lanes": 8, "base_lrs": RATES_OF_8, "seeds": (0, 1), "epochs": 8, "search": {"budget": 1e9, "confirm": 0}}
+    frame = train(tmp_path / "w", **searched)
+    assert shrinking[:2] == [8, 2]
+    assert packed[:2] == [([1, 1], [1, 1]), (None, [0, 0])]  # the third round has eight lanes again
+    ended = frame[frame.base_lr < 1].groupby(["base_lr", "seed"])["epoch"]
+    assert ended.max().tolist() == ended.count().tolist() == [8] * 4
+
+
+@pytest.mark.long
+def test_memory_that_runs_out_while_a_smaller_program_compiles_costs_half_the_lanes(shrinking, tmp_path, monkeypatch):
+    compiles, over, run, compiling = threading.Event(), threading.Event(), lanes.LaneProgram.run, Compiler._compile
+
+    def compile_for_ever(self, job):
+        if job.layout.lanes == 2:
+            compiles.set()
+            over.wait(60)
+        return compiling(self, job)
+
+    def short_of_memory(self, *args):
+        if self.lanes == 8 and compiles.is_set():
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes")
+        return run(self, *args)
+
+    monkeypatch.setattr(Compiler, "_compile", compile_for_ever)
+    monkeypatch.setattr(lanes.LaneProgram, "run", short_of_memory)
+    try:
+        frame = train(tmp_path / "w", lanes=8, base_lrs=RATES_OF_8)
+    finally:
+        over.set()
+    assert shrinking[:2] == [8, 4]
+    assert (frame.status != "running").all()
 
 
 REFUSAL = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, temporaries (32.11G) exceed available HBM (15.75G)."  # as on a TPU
