@@ -9,15 +9,13 @@ figures into WORKDIR/figures and prints the recommendation.
 
 import command
 import training
+from ml_collections import ConfigDict
 
 from smallbatch_jax.config import experiment
 
-CONFIG = command.define_config_flag()
-WORKDIR = command.DEFINE_path("workdir", "Folder of the results; made if it is not there.")
 
-
-def main() -> int:
-    config = command.given_config(CONFIG)
+def with_budget(config: ConfigDict) -> experiment.Experiment:
+    """Returns the experiment of a config, with the default budget if the config has none."""
     chosen = experiment.from_config(config)
     if not chosen.search.active:
         command.import_jax()
@@ -26,8 +24,8 @@ def main() -> int:
         budget = chosen.search.default_budget(chosen.grid, chosen.epochs, data.num_train_examples(chosen.dataset))
         config.update_from_flattened_dict({"search.budget": budget})
         chosen = experiment.from_config(config)
-    return training.train(chosen, command.given(WORKDIR, "runs/search"))
+    return chosen
 
 
 if __name__ == "__main__":
-    command.run(main)
+    training.run(with_budget, "runs/search")

@@ -1,13 +1,25 @@
 """Trains an experiment into a workdir, alone or as one of several processes; shared by sweep.py, train.py and search.py."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import command
 import distributed
 import workdirs
+from absl import flags
+from ml_collections import ConfigDict
 
 from smallbatch_jax.config.experiment import Experiment
+
+flags.disclaim_key_flags()  # the flags defined in `run` belong to the command
+
+
+def run(make: Callable[[ConfigDict], Experiment], example: str) -> None:
+    """Runs a command that trains the experiment which `make` returns for --config; `example` is a workdir for an error."""
+    config = command.define_config_flag()
+    workdir = command.DEFINE_path("workdir", "Folder of the results; made if it is not there.")
+    command.run(lambda: train(make(command.given_config(config)), command.given(workdir, example)))
 
 
 def train(chosen: Experiment, workdir: str) -> int:
