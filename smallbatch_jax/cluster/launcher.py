@@ -28,7 +28,7 @@ from smallbatch_jax.config.experiment import Experiment, InputError, programs
 from smallbatch_jax.runner.progress import Progress, Status, title
 from smallbatch_jax.runner.signals import Interrupted, Stop, handled, noted_signals
 from smallbatch_jax.store.files import append_line
-from smallbatch_jax.store.results import Format, ProgramResults
+from smallbatch_jax.store.results import ProgramResults
 from smallbatch_jax.store.workdir import open_workdir, record_provenance
 from smallbatch_jax.tracking.trackers import Trackers
 
@@ -109,7 +109,7 @@ def _programs(experiment: Experiment, workdir: Path, num_examples: int) -> list[
         sent = dataclasses.replace(experiment, dataset=absolute)
     epochs, owner, found = experiment.epochs, (workdir / "lock").read_text(), []
     for (m, b), runs in programs(experiment.runs()).items():
-        with ProgramResults(workdir, m, b, OWNER_SECONDS, Format.of(experiment)) as stored:
+        with ProgramResults(workdir, m, b, OWNER_SECONDS, experiment) as stored:
             status = Status()
             status.add_program(dict.fromkeys(runs, epochs), stored, num_examples)
             pending = status.runs - status.done
@@ -305,7 +305,7 @@ class Launch:
 def _store(task: ProgramTask, outcome: Outcome) -> None:
     """Adds the files that a worker wrote elsewhere to the workdir."""
     if outcome.rows:
-        with ProgramResults(task.workdir, *task.shape, format=Format.of(task.experiment)) as stored:
+        with ProgramResults(task.workdir, *task.shape, experiment=task.experiment) as stored:
             stored.append(outcome.rows)
             with Trackers(task.experiment, task.workdir, [stored]):
                 pass

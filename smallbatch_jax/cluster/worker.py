@@ -16,7 +16,7 @@ from smallbatch_jax.config.experiment import Experiment, InputError
 from smallbatch_jax.runner.progress import Status
 from smallbatch_jax.runner.signals import Interrupted, Stop
 from smallbatch_jax.store.files import WriteError
-from smallbatch_jax.store.results import Format, ProgramResults, Row
+from smallbatch_jax.store.results import ProgramResults, Row
 from smallbatch_jax.tracking.trackers import TRACKERS
 
 OWNER_SECONDS = 60.0  # time to wait for a dead worker's lock: the death of a machine is noticed late
@@ -68,12 +68,12 @@ def train(task: ProgramTask, cpu_devices: int | None, stop: Stop, report: Report
                 return Outcome(None, f"keep_parameters: {task.workdir}, which keeps them, is not reached from here; {needs}.")
             folder = Path(scratch)
             experiment = dataclasses.replace(experiment, **dict.fromkeys(TRACKERS))  # the launcher's workdir has the trackers
-            with ProgramResults(folder, *task.shape, format=Format.of(experiment)) as stored:
+            with ProgramResults(folder, *task.shape, experiment=experiment) as stored:
                 stored.append(task.rows)
         try:
             devices.use_all_cores(cpu_devices)
             dataset = data.load_section(experiment.dataset)
-            ProgramResults(folder, *task.shape, OWNER_SECONDS, Format.of(experiment)).close()
+            ProgramResults(folder, *task.shape, OWNER_SECONDS, experiment).close()
             grid.train_program(experiment, folder, task.shape, dataset, progress, stop)
         except Interrupted:
             pass  # everything is saved
@@ -81,7 +81,7 @@ def train(task: ProgramTask, cpu_devices: int | None, stop: Stop, report: Report
             failure = str(error)
         if reached:
             return Outcome(progress.status, failure)
-        with ProgramResults(folder, *task.shape, format=Format.of(experiment)) as stored:
+        with ProgramResults(folder, *task.shape, experiment=experiment) as stored:
             logs = {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
             return Outcome(progress.status, failure, stored.rows(), logs)
 

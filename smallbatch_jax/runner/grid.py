@@ -31,7 +31,7 @@ from smallbatch_jax.runner.scheduler import Scheduler
 from smallbatch_jax.runner.signals import Interrupted, Stop, noted_signals
 from smallbatch_jax.store.checkpoint import Checkpoints
 from smallbatch_jax.store.parameters import Parameters
-from smallbatch_jax.store.results import Format, ProgramResults
+from smallbatch_jax.store.results import ProgramResults
 from smallbatch_jax.store.skipped import SkippedImages
 from smallbatch_jax.store.timings import Timings
 from smallbatch_jax.store.workdir import open_workdir, record_provenance, surroundings
@@ -180,7 +180,7 @@ def _train(setup: Setup, folder: Path, shapes: list[tuple[int, int]], progress: 
         skipped = SkippedImages(folder if first else None)
         pipeline = input_pipeline(setup.dataset, setup.experiment, skipped.add)
         stack.callback(pipeline.close)
-        stored = _open_results(folder, shapes, Format.of(setup.experiment), stack)
+        stored = _open_results(folder, shapes, setup, stack)
         tracked = setup.experiment if first else dataclasses.replace(setup.experiment, **dict.fromkeys(TRACKERS))
         shown = stack.enter_context(Trackers(tracked, folder, stored))
         jobs = [Job(setup, *shape, rows, memory) for shape, rows in zip(shapes, stored, strict=True)]
@@ -240,12 +240,12 @@ def _train_job(job: Job, rounds: Iterable[object], checkpoints: Checkpoints, ses
                     scheduler.restore()
 
 
-def _open_results(folder: Path, shapes: list[tuple[int, int]], format: Format, stack: ExitStack) -> list[ProgramResults]:
+def _open_results(folder: Path, shapes: list[tuple[int, int]], setup: Setup, stack: ExitStack) -> list[ProgramResults]:
     """Opens the results of each program in the first process until `stack` unwinds; the other processes hold copies."""
     opened: list[ProgramResults] = []
 
     def open_all() -> list[ProgramResults]:
-        opened.extend(stack.enter_context(ProgramResults(folder, *shape, format=format)) for shape in shapes)
+        opened.extend(stack.enter_context(ProgramResults(folder, *shape, experiment=setup.experiment)) for shape in shapes)
         return [results.followed() for results in opened] if processes.several() else []
 
     followed = processes.on_first(open_all)

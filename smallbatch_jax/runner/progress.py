@@ -52,7 +52,7 @@ class RunCounts:
         for run, epochs in goals.items():
             self.runs += 1
             if stored.complete(run, epochs):
-                self.add_run(stored.diverged(run), stored.final(run), stored.format.metric)
+                self.add_run(stored.diverged(run), stored.final(run), stored.metric)
             else:
                 self.images += epochs * num_examples
 

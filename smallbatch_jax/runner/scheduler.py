@@ -154,7 +154,7 @@ class Scheduler:
         session.trackers.add(job.results, job.results.append(rows))
         for row in rows:
             if row.diverged or row.epoch == job.experiment.epochs:
-                status.end_run(row.diverged, job.results.final(row.run), job.results.format.metric)
+                status.end_run(row.diverged, job.results.final(row.run), job.results.metric)
         seconds, images = self._pace.measure(trained), trained * job.batch_size
         session.timings.add("segment", seconds, *job.shape, self.lanes.program.lanes, trained, images)
         status.add_images(images, seconds)
@@ -241,7 +241,7 @@ def _row(job: Job, lane: LaneSteps, found: Report) -> Row | None:
         losses = {name for name in values if name.endswith("_loss")} if has_accuracy else {"train_loss"}
         values = {name: value if name in losses else float("nan") for name, value in values.items()}
     fixed: list[Any] = [values.pop(name, None) for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy")]
-    further = tuple((name, values[name]) for name in job.results.format.further if name in values)
+    further = tuple((name, values[name]) for name in job.results.further if name in values)
     key = run.batch_size, run.bn_batch_size, run.base_lr, run.seed
     return Row(*key, lane.epoch, step, *fixed, scalars=run.scalars, metrics=further)
 

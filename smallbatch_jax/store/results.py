@@ -22,7 +22,6 @@ from smallbatch_jax.config import catalog
 from smallbatch_jax.config.experiment import Experiment, InputError, Run, programs
 from smallbatch_jax.config.fields import expanded_path
 from smallbatch_jax.config.grid import RUN_COLUMNS
-from smallbatch_jax.config.metric import ACCURACY, Metric
 from smallbatch_jax.config.protocol import LAST_EPOCHS
 from smallbatch_jax.store.files import AppendOnly, count, whole_lines, write_atomically
 from smallbatch_jax.store.timings import Timings as Timings
@@ -79,22 +78,15 @@ COLUMNS = ("experiment", "batch_size", "base_lr", "bn_batch_size", *list(_FIXED)
 _DTYPES = {name: "int64" if parse is count else "float64" for name, parse in _FIXED.items()}
 
 
-class Format(NamedTuple):
-    """Further columns of an experiment's results, and the metric that ranks its runs."""
-
-    further: tuple[str, ...] = ()
-    metric: Metric = ACCURACY
-
-    @classmethod
-    def of(cls, experiment: Experiment) -> "Format":
-        names = ("loss", *experiment.metric_names())
-        columns = [f"{split}_{name}" for split in ("train", *experiment.splits()) for name in names]
-        columns += catalog.diagnostic_columns(experiment.diagnostics)
-        further = (*experiment.grid.axes(), *(name for name in columns if name not in _FIXED))
-        return cls(further, experiment.metric)
+PAPER = Experiment()  # its results have the fixed columns alone
 
 
-PAPER = Format()  # for classification on the paper's grid
+def further_columns(experiment: Experiment) -> tuple[str, ...]:
+    """Returns the columns of an experiment's results after the fixed ones."""
+    names = ("loss", *experiment.metric_names())
+    columns = [f"{split}_{name}" for split in ("train", *experiment.splits()) for name in names]
+    columns += catalog.diagnostic_columns(experiment.diagnostics)
+    return (*experiment.grid.axes(), *(name for name in columns if name not in _FIXED))
 
 
 def path_of(workdir: Path, batch_size: int, bn_batch_size: int) -> Path:
@@ -114,8 +106,11 @@ class ProgramResults(AbstractContextManager["ProgramResults"]):
       WriteError, InputError: if they cannot be written.
     """
 
-    def __init__(self, workdir: Path, batch_size: int, bn_batch_size: int, wait_seconds: float = 0.0, format: Format = PAPER):
-        self.format, self._header = format, ",".join([*_FIXED, *format.further]) + "\n"
+    def __init__(
+        self, workdir: Path, batch_size: int, bn_batch_size: int, wait_seconds: float = 0.0, experiment: Experiment = PAPER
+    ):
+        self.metric, self.further = experiment.metric, further_columns(experiment)
+        self._header = ",".join([*_FIXED, *self.further]) + "\n"
         self.path = path_of(workdir, batch_size, bn_batch_size)
         self._deadline = time.monotonic() + wait_seconds
         self._curves: dict[Run, array[float]] = {}  # the metric of each run by epoch; NaN in the last if it diverged
@@ -124,7 +119,7 @@ class ProgramResults(AbstractContextManager["ProgramResults"]):
         try:
             if not self.path.stat().st_size:
                 self._file.append(self._header)
-            found, damaged = read_rows(self.path, format.further)
+            found, damaged = read_rows(self.path, self.further)
             kept = []
             for row in found:  # a run is trained again from its first missing epoch
                 if row.epoch == self.epochs(row.run) + 1 and not self.diverged(row.run):
@@ -158,11 +153,11 @@ class ProgramResults(AbstractContextManager["ProgramResults"]):
             self._diverged.add(row.run)
 
     def _value(self, row: Row) -> float:
-        return math.nan if row.diverged else row.to_dict()[self.format.metric.column]
+        return math.nan if row.diverged else row.to_dict()[self.metric.column]
 
     def rows(self) -> list[Row]:
         """Returns all stored rows, sorted by epoch; only for the process that writes them."""
-        return sorted(read_rows(self.path, self.format.further)[0], key=lambda row: row.epoch)
+        return sorted(read_rows(self.path, self.further)[0], key=lambda row: row.epoch)
 
     def append(self, rows: Iterable[Row]) -> list[Row]:
         """Writes the rows that are not stored yet, all or none, and returns them.
@@ -269,7 +264,7 @@ def load(workdir: str | os.PathLike[str]) -> "pd.DataFrame":
     missing = sorted({path_of(workdir, m, b) for m, b in programs(experiment.runs())} - set(found))
     if found and missing:  # a sweep makes all files as it begins
         warnings.warn(f"{', '.join(map(str, missing))}: missing; its runs are treated as not trained", stacklevel=2)
-    further = Format.of(experiment).further
+    further = further_columns(experiment)
     rows = [row for path in found for row in _readable_rows(path, further)]
     if beyond := sum(row.epoch > experiment.epochs for row in rows):
         warnings.warn(f"{workdir}: left out rows of epochs beyond {experiment.epochs}: {beyond}", stacklevel=2)

@@ -121,4 +121,4 @@ def outcome(stored: ProgramResults, run: Run, epochs: int) -> dict[str, float]:
     """Returns how a run ended: 1 if it diverged, else 0 and its final accuracy or other metric (§3.1); {} while it trains."""
     if stored.diverged(run):
         return {DIVERGED: 1.0}
-    return {DIVERGED: 0.0, f"final/{stored.format.metric.column}": stored.final(run)} if stored.complete(run, epochs) else {}
+    return {DIVERGED: 0.0, f"final/{stored.metric.column}": stored.final(run)} if stored.complete(run, epochs) else {}
