@@ -77,10 +77,8 @@ class Parameters:
             with _locked(self._folder, "a"):
                 for abandoned in (*self._folder.glob(".*"), *self._folder.glob("*.orbax-checkpoint-tmp*")):
                     shutil.rmtree(abandoned, ignore_errors=True)
-                others = (
-                    [kept for kept in _stored(self._folder, self._metric) if kept.run != run] if self._keep == "best" else []
-                )
-                rivals = [kept for kept in others if kept.run.batch_size == run.batch_size]
+                stored = _stored(self._folder, self._metric) if self._keep == "best" else []
+                rivals = [kept for kept in stored if kept.run != run and kept.run.batch_size == run.batch_size]
                 first = best_first([new, *rivals])[0]
                 if new.folder.exists():
                     _remove(new.folder)
