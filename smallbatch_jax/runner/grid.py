@@ -227,7 +227,6 @@ def _train_job(job: Job, rounds: Iterable[object], checkpoints: Checkpoints, ses
                 except Interrupted:  # while the program of a larger batch compiles
                     if alone:
                         scheduler.save()
-                        checkpoints.close()
                     raise
                 try:
                     scheduler.train()

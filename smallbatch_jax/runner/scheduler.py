@@ -89,7 +89,6 @@ class Scheduler:
                 self._land()
                 self.save()
                 if self._agreed.signum:
-                    self._checkpoints.close()
                     processes.leave_together()
                     raise Interrupted(self._agreed.signum)
                 self._agreed = self._agreed._replace(save=0)
@@ -125,7 +124,6 @@ class Scheduler:
             donated = any(leaf.is_deleted() for leaf in jax.tree.leaves(self.lanes.state))  # to a segment that did not return
             if not donated and not processes.several():  # the other hosts do not know of the failure
                 self.save()
-                self._checkpoints.close()
             raise
         if flight is None:
             return None

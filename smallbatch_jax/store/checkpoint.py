@@ -18,8 +18,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from functools import cached_property
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,6 @@ class Checkpoints:
     def __init__(self, folder: Path, experiment: Experiment):
         self._folder, self._experiment = folder, experiment
 
-    @cached_property
     def _manager(self) -> ocp.CheckpointManager:
         self._folder.mkdir(parents=True, exist_ok=True)
         options: Any = ocp.CheckpointManagerOptions(
@@ -72,12 +70,11 @@ class Checkpoints:
         }
         description["seal"] = _seal(description)
         try:
-            with quietly():
-                manager, content = self._manager, ocp.args.StandardSave(lanes)  # pyright: ignore[reportCallIssue]
+            with quietly(), self._manager() as manager:
                 latest = manager.latest_step()
+                content = ocp.args.StandardSave(lanes)  # pyright: ignore[reportCallIssue]
                 manager.save(0 if latest is None else latest + 1, args=content, custom_metadata=description, force=True)
         except Exception as error:  # Orbax passes on whatever its storage raises
-            self.close()
             raise WriteError(self._folder, reason(error)) from error
 
     def restore(self, template: PyTree) -> tuple[PyTree, list[Run | None]] | None:
@@ -92,9 +89,12 @@ class Checkpoints:
         if not self._folder.is_dir():
             return None
         with quietly():
-            for step in sorted(self._manager.all_steps(), reverse=True):
+            with self._manager() as manager:
+                steps = sorted(manager.all_steps(), reverse=True)
+            for step in steps:
                 try:
-                    return self._load(step, template)
+                    with self._manager() as manager:  # one that has met damage reads no other checkpoint
+                        return self._load(manager, step, template)
                 except InputError:
                     raise
                 except Exception as error:  # whatever reading a damaged file raises
@@ -102,8 +102,8 @@ class Checkpoints:
                     gc.collect()
         return None
 
-    def _load(self, step: int, template: PyTree) -> tuple[PyTree, list[Run | None]]:
-        description: Any = self._manager.metadata(step).custom_metadata
+    def _load(self, manager: ocp.CheckpointManager, step: int, template: PyTree) -> tuple[PyTree, list[Run | None]]:
+        description: Any = manager.metadata(step).custom_metadata
         if _seal(description) != description["seal"]:
             raise ValueError("its description does not match its checksum")
         self._require_same(description, template)
@@ -111,7 +111,7 @@ class Checkpoints:
         here = SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(runs), *x.shape[1:]), x.dtype, sharding=here), template)
         content = ocp.args.StandardRestore(abstract)  # pyright: ignore[reportCallIssue]
-        lanes = jax.tree.map(np.asarray, self._manager.restore(step, args=content))
+        lanes = jax.tree.map(np.asarray, manager.restore(step, args=content))
         if crc32(jax.tree.leaves(lanes)) != description["checksum"]:
             raise ValueError("its arrays do not match their checksum")
         return lanes, runs
@@ -131,7 +131,6 @@ class Checkpoints:
             raise InputError(f"checkpoints: {self._folder} is of another experiment or model: {'; '.join(found)}.")
 
     def _put_aside(self, step: int) -> Path:
-        self.close()
         aside = self._folder.with_name(f"{self._folder.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
@@ -139,14 +138,7 @@ class Checkpoints:
 
     def delete(self) -> None:
         """Removes the checkpoints of a completed program."""
-        self.close()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def close(self) -> None:
-        if "_manager" in vars(self):  # it is open
-            with quietly(), suppress(Exception):  # raises the error of a failed save once more
-                self._manager.close()
-            del self._manager
 
 
 def _arrays(lanes: PyTree) -> dict[str, str]:

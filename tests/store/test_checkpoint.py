@@ -32,7 +32,6 @@ def saved(tmp_path_factory):
     checkpoints = Checkpoints(folder, tiny.grid())
     for value in (0, 1, 2):
         checkpoints.save(lanes(value), RUNS)
-    checkpoints.close()
     return folder
 
 
@@ -50,7 +49,6 @@ def restored(folder, experiment=None, template=None):
         warnings.simplefilter("always")
         checkpoints = Checkpoints(folder, experiment or tiny.grid())
         found = checkpoints.restore(template or lanes(0))
-        checkpoints.close()
     return found, [str(warning.message) for warning in caught]
 
 
@@ -70,7 +68,6 @@ def of_model(name):
 def test_a_checkpoint_of_an_own_model_whose_name_has_the_digest_of_earlier_versions_is_resumed(tmp_path, name, resumed):
     checkpoints = Checkpoints(tmp_path / "own", of_model(name))
     checkpoints.save(lanes(1), RUNS)
-    checkpoints.close()
     if resumed:
         assert equal(restored(tmp_path / "own", of_model("own:Net"))[0], lanes(1))
     else:
@@ -143,7 +140,6 @@ def test_after_damage_two_good_ones_are_kept_again(folder):
     with pytest.warns(UserWarning, match="put aside"):
         checkpoints.restore(lanes(0))
     checkpoints.save(lanes(3), RUNS)
-    checkpoints.close()
     assert steps(folder) == ["1", "2"]
     assert equal(restored(folder)[0], lanes(3))
 

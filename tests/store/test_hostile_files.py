@@ -308,11 +308,7 @@ def test_no_file_of_a_checkpoint_is_unpickled(stopped, restored_with, mark, tmp_
 
     def restore(workdir):
         (folder,) = (workdir / "checkpoints").iterdir()
-        checkpoints = Checkpoints(folder, *restored_with["rest"])
-        try:
-            return checkpoints.restore(restored_with["template"])
-        finally:
-            checkpoints.close()
+        return Checkpoints(folder, *restored_with["rest"]).restore(restored_with["template"])
 
     assert restore(shutil.copytree(stopped, tmp_path / "sound")) is not None
     files = [path.relative_to(stopped) for path in checkpoint_files(stopped)]
