@@ -93,8 +93,7 @@ class Checkpoints:
                 steps = sorted(manager.all_steps(), reverse=True)
             for step in steps:
                 try:
-                    with self._manager() as manager:  # one that has met damage reads no other checkpoint
-                        return self._load(manager, step, template)
+                    return self._load(step, template)
                 except InputError:
                     raise
                 except Exception as error:  # whatever reading a damaged file raises
@@ -102,16 +101,17 @@ class Checkpoints:
                     gc.collect()
         return None
 
-    def _load(self, manager: ocp.CheckpointManager, step: int, template: PyTree) -> tuple[PyTree, list[Run | None]]:
-        description: Any = manager.metadata(step).custom_metadata
-        if _seal(description) != description["seal"]:
-            raise ValueError("its description does not match its checksum")
-        self._require_same(description, template)
-        runs = [None if run is None else Run.from_json(run) for run in description["runs"]]
-        here = SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(runs), *x.shape[1:]), x.dtype, sharding=here), template)
-        content = ocp.args.StandardRestore(abstract)  # pyright: ignore[reportCallIssue]
-        lanes = jax.tree.map(np.asarray, manager.restore(step, args=content))
+    def _load(self, step: int, template: PyTree) -> tuple[PyTree, list[Run | None]]:
+        with self._manager() as manager:  # one that has met damage reads no other checkpoint
+            description: Any = manager.metadata(step).custom_metadata
+            if _seal(description) != description["seal"]:
+                raise ValueError("its description does not match its checksum")
+            self._require_same(description, template)
+            runs = [None if run is None else Run.from_json(run) for run in description["runs"]]
+            here = SingleDeviceSharding(jax.local_devices()[0])
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(runs), *x.shape[1:]), x.dtype, sharding=here), template)
+            content = ocp.args.StandardRestore(abstract)  # pyright: ignore[reportCallIssue]
+            lanes = jax.tree.map(np.asarray, manager.restore(step, args=content))
         if crc32(jax.tree.leaves(lanes)) != description["checksum"]:
             raise ValueError("its arrays do not match their checksum")
         return lanes, runs
