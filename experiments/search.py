@@ -7,7 +7,6 @@ batch size (three with several seeds) plus the confirming runs. The same command
 figures into WORKDIR/figures and prints the recommendation.
 """
 
-import command
 import training
 from ml_collections import ConfigDict
 
@@ -18,7 +17,6 @@ def with_budget(config: ConfigDict) -> experiment.Experiment:
     """Returns the experiment of a config, with the default budget if the config has none."""
     chosen = experiment.from_config(config)
     if not chosen.search.active:
-        command.import_jax()
         from smallbatch_jax import data
 
         budget = chosen.search.default_budget(chosen.grid, chosen.epochs, data.num_train_examples(chosen.dataset))
