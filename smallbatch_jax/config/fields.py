@@ -98,8 +98,7 @@ def refuse_unknown(values: Iterable[Any], known: Iterable[str], prefix: str) -> 
     """Raises InputError for the first name that is not a known field, and suggests the nearest one."""
     for name in values:
         if name not in known:
-            hint = nearest(name, known) if isinstance(name, str) else "."
-            raise InputError(f"{prefix}{label(name)}: unknown field{hint} Known: {', '.join(known)}.")
+            raise InputError(f"{prefix}{label(name)}: unknown field{nearest(name, known)} Known: {', '.join(known)}.")
 
 
 def label(name: Any) -> str:
@@ -107,9 +106,9 @@ def label(name: Any) -> str:
     return name if isinstance(name, str) and name.isidentifier() and len(name) <= 100 else shown(name)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: Any, known: Iterable[str]) -> str:
     """Returns `; did you mean 'x'?`, or a full stop."""
-    close = difflib.get_close_matches(name[:100], list(known), n=1)
+    close = difflib.get_close_matches(name[:100], list(known), n=1) if isinstance(name, str) else []
     return f"; did you mean {close[0]!r}?" if close else "."
 
 
@@ -200,8 +199,7 @@ def choice(known: Iterable[str], what: str, prefix: str | None = None) -> Check:
         if isinstance(value, str) and prefix and value.startswith(prefix):
             return text(name, value)
         if not isinstance(value, str) or value not in known:
-            hint = nearest(value, known) if isinstance(value, str) else "."
-            raise InputError(f"{name}: unknown {what} {shown(value)}{hint} Known: {', '.join(known)}.")
+            raise InputError(f"{name}: unknown {what} {shown(value)}{nearest(value, known)} Known: {', '.join(known)}.")
         return value
 
     return check
