@@ -94,15 +94,11 @@ def path_of(workdir: Path, batch_size: int, bn_batch_size: int) -> Path:
     return workdir / "results" / f"m{batch_size:05d}_b{bn_batch_size:05d}.csv"
 
 
-class Owned(InputError):
-    """Raised if another process writes the rows of this program."""
-
-
 class ProgramResults(AbstractContextManager["ProgramResults"]):
     """Rows of one program, open for appending by one process at a time; a context manager.
 
     Raises:
-      Owned: if another process has them open, and does not close them within `wait_seconds`.
+      InputError: if another process has them open, and does not close them within `wait_seconds`.
       WriteError, InputError: if they cannot be written.
     """
 
@@ -137,7 +133,7 @@ class ProgramResults(AbstractContextManager["ProgramResults"]):
         while not (file := AppendOnly(self.path)).lock(wait=False):
             file.close()
             if time.monotonic() >= self._deadline:
-                raise Owned(f"{self.path} belongs to another process, which trains this program.")
+                raise InputError(f"{self.path} belongs to another process, which trains this program.")
             time.sleep(0.2)
         return file
 

@@ -23,7 +23,7 @@ from smallbatch_jax.runner.progress import NoProgress, Status
 from smallbatch_jax.runner.signals import Stop
 from smallbatch_jax.store import results
 from smallbatch_jax.store.files import AppendOnly
-from smallbatch_jax.store.results import Owned, ProgramResults
+from smallbatch_jax.store.results import ProgramResults
 from smallbatch_jax.store.timings import TIMING_COLUMNS
 from smallbatch_jax.store.workdir import open_workdir
 
@@ -143,13 +143,13 @@ def test_of_each_task_the_last_report_is_kept():
 
 
 def test_the_rows_of_a_program_have_one_writer(tmp_path):
-    with ProgramResults(tmp_path, 4, 4), pytest.raises(Owned, match=r"m00004_b00004.csv belongs to another process"):
+    with ProgramResults(tmp_path, 4, 4), pytest.raises(InputError, match=r"m00004_b00004.csv belongs to another process"):
         ProgramResults(tmp_path, 4, 4)
     with ProgramResults(tmp_path, 4, 4) as stored:
         stored.append([results.Row(4, 4, 2**-9, 0, 1, 1, 1.0, 0.5, 1.0, 0.5)])
     with open(stored.path, "a") as torn:
         torn.write("4,4,")
-    with ProgramResults(tmp_path, 4, 4), pytest.raises(Owned):  # repaired, which made it another file
+    with ProgramResults(tmp_path, 4, 4), pytest.raises(InputError, match="belongs to"):  # repaired, which made it another file
         ProgramResults(tmp_path, 4, 4)
 
 
@@ -159,7 +159,7 @@ def test_a_worker_waits_for_the_rows_until_its_predecessor_is_dead(tmp_path):
     hold = "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); time.sleep(0.5)"
     with subprocess.Popen([sys.executable, "-c", hold, stored.path], stdout=subprocess.PIPE) as predecessor:
         predecessor.stdout.readline()
-        with pytest.raises(Owned):
+        with pytest.raises(InputError, match="belongs to"):
             ProgramResults(tmp_path, 4, 4)
         with ProgramResults(tmp_path, 4, 4, worker.OWNER_SECONDS):
             assert predecessor.wait() == 0
