@@ -85,8 +85,7 @@ class Dataset:
         count = subset_size(self.num_train, count)
         import pandas as pd
 
-        labels = self.train_labels
-        classes = labels if self.task == "classification" else np.zeros(self.num_train, int)
+        classes = self.train_labels if self.task == "classification" else np.zeros(self.num_train, int)
         rank = pd.Series(classes).groupby(classes).cumcount()  # index of an example within its class
         kept = np.sort(np.argsort(rank, kind="stable")[:count])
         return replace(self, train_images=self.train_images[kept], train_labels=self._labels(kept))
