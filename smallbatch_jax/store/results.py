@@ -9,6 +9,7 @@ import copy
 import math
 import os
 import re
+import shutil
 import statistics
 import time
 import warnings
@@ -122,6 +123,9 @@ class ProgramResults(AbstractContextManager["ProgramResults"]):
                     self._note(row)
                     kept.append(row)
             if damaged or len(kept) < len(found):
+                if len(kept) < len(whole_lines(self.path)[0]) - 1:  # else only a line that a kill left half written
+                    aside = shutil.copyfile(self.path, f"{self.path}.damaged")
+                    warnings.warn(f"{self.path}: lines that cannot be used were removed; {aside} has them", stacklevel=2)
                 write_atomically(self.path, self._header + "".join(map(_line, kept)))
                 self._file.close()  # its path belongs to the new file now
                 self._file = self._opened()
