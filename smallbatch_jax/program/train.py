@@ -124,7 +124,9 @@ def _over_micro_batches(
     function: Callable[[Batch, jax.Array], tuple[PyTree, PyTree]], batch: Batch, key: jax.Array, size: int | None
 ) -> tuple[PyTree, PyTree]:
     """Returns the (means, sums) of `function` for a whole batch, computed by micro-batches."""
-    parts = len(batch.labels) // (size or len(batch.labels))
+    parts, rest = divmod(len(batch.labels), size or len(batch.labels))
+    if rest:
+        raise ValueError(f"micro_batch_size: {size} does not divide the {len(batch.labels)} examples of a device")
     if parts == 1:
         return function(batch, key)
     micro_batches = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)

@@ -134,6 +134,12 @@ def test_micro_batches_are_the_same_step(batch, on_one_device, parts):
     assert_trees_close(step(state_at(model), SETTING, batch), on_one_device)
 
 
+def test_a_micro_batch_that_does_not_divide_the_batch_is_refused(batch):
+    step = make_train_step(Tiny(1), Program(EXAMPLES, 20, micro_batch_size=EXAMPLES - 1))
+    with pytest.raises(ValueError, match=f"micro_batch_size: {EXAMPLES - 1} does not divide the {EXAMPLES} examples"):
+        jax.eval_shape(step, state_at(Tiny(1)), SETTING, batch)
+
+
 def test_micro_batches_drop_other_units_each():
     """Each micro-batch has its own dropout key, so that equal images in two of them do not lose the same units."""
 
