@@ -245,6 +245,9 @@ class Launch:
                 deadline = time.monotonic() + STOP_SECONDS
                 while self._running and time.monotonic() < deadline:
                     self._follow()
+                for program in self._programs:
+                    if not (stop.signum or program.failure) and program.status.done < program.status.runs:
+                        _fail(program, "its worker was interrupted; the same command goes on")
             finally:
                 progress.close(summed(self._programs, self._started))
         if stop.signum:
@@ -296,10 +299,14 @@ class Launch:
         except errors.RayError as error:
             outcome = Outcome(None, f"its worker died {RETRIES + 1} times, at last with {type(error).__name__}: {error}")
         program.status = dataclasses.replace(outcome.status or program.status, running=0, images_per_second=0.0)
-        program.failure = _one_line(outcome.failure)
         _store(program.task, outcome)
-        if program.failure:
-            print(f"{program.name}: {program.failure}", file=sys.stderr, flush=True)
+        if outcome.failure:
+            _fail(program, outcome.failure)
+
+
+def _fail(program: LaunchedProgram, reason: str) -> None:
+    program.failure = _one_line(reason)
+    print(f"{program.name}: {program.failure}", file=sys.stderr, flush=True)
 
 
 def _store(task: ProgramTask, outcome: Outcome) -> None:

@@ -21,7 +21,8 @@ from smallbatch_jax.study.figures import COST_FIGURES as COST_STEMS
 
 SECONDS = 300  # for a single command
 
-# What workers do here instead of training. m = 2: sees no workdir; 4: dies once; 8: has no data; 16: a bug; 32: always dies.
+# What workers do here instead of training. m = 2: sees no workdir; 4: dies once; 8: has no data; 16: a bug; 32: always dies;
+# 64: is interrupted after one of three runs.
 STANDS_IN = """
 import os, runpy, signal, sys
 import jax
@@ -31,6 +32,7 @@ def train(task, cpu_devices, reports):
     from smallbatch_jax.store.files import append_line
     from smallbatch_jax.store.results import ProgramResults, Row
     from smallbatch_jax.cluster.worker import Outcome
+    from smallbatch_jax.runner.progress import Status
     m, b = task.shape
     append_line(task.workdir.parent / "tries", f"{m} {os.getpid()}")
     tries = (task.workdir.parent / "tries").read_text().split("\\n")
@@ -42,10 +44,10 @@ def train(task, cpu_devices, reports):
         return Outcome(None, "dataset.data_dir: cannot list '/data'")
     rows = [Row(m, b, run.base_lr, run.seed, 1, 1, 0.5, 0.5, 0.5, 0.5) for run in task.experiment.runs() if run.batch_size == m]
     if m == 2:
-        return Outcome(None, "", rows)
+        return Outcome(Status(3, 3, finished=3), "", rows)
     with ProgramResults(task.workdir, m, b) as stored:
-        stored.append(rows)
-    return Outcome(None)
+        stored.append(rows[: 1 if m == 64 else 3])
+    return Outcome(Status(3, 3, finished=1 if m == 64 else 3))
 
 launcher._train, launcher.RETRIES = train, 1
 launcher._facts = lambda experiment: jax.devices() and {"num_classes": 3, "examples": [50, 20]}  # JAX has its threads then
@@ -68,20 +70,23 @@ def run(*line, **options):
 
 @pytest.mark.long
 def test_a_worker_that_dies_has_a_successor_and_one_that_fails_keeps_nobody_from_going_on(tmp_path):
-    fields = ("epochs=1", "grid.batch_sizes=(2,4,8,16,32)", "grid.base_lrs=(0.001,0.002,0.004)")
+    fields = ("epochs=1", "grid.batch_sizes=(2,4,8,16,32,64)", "grid.base_lrs=(0.001,0.002,0.004)")
     done = run("-c", STANDS_IN, QUICKSTART, f"--workdir={tmp_path / 'w'}", *(f"--config.{field}" for field in fields))
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
-    no_data, bug, dead, summary, last = [line for line in done.stderr.splitlines() if "programs at work" not in line]
+    no_data, bug, dead, interrupted, summary, last = [
+        line for line in done.stderr.splitlines() if "programs at work" not in line
+    ]
     assert no_data == "quickstart, m = 8: dataset.data_dir: cannot list '/data'"
     assert bug == "quickstart, m = 16: ZeroDivisionError: two lines"
     assert re.match(r"quickstart, m = 32: its worker died 2 times, at last with \w+: ", dead)
-    assert summary.startswith("0/15 runs done")
+    assert interrupted == "quickstart, m = 64: its worker was interrupted; the same command goes on"
+    assert summary.startswith("7/18 runs done")
     assert last == "some programs failed; the same command tries them again"
-    assert results.load(tmp_path / "w").batch_size.tolist() == [2] * 3 + [4] * 3
+    assert results.load(tmp_path / "w").batch_size.tolist() == [2] * 3 + [4] * 3 + [64]
     tries = [line.split() for line in (tmp_path / "tries").read_text().splitlines()]
     first_tries = list(dict.fromkeys(int(m) for m, _ in tries))
-    assert first_tries == [2, 4, 8, 16, 32]  # the most updates first
-    assert sorted(int(m) for m, _ in tries) == [2, 4, 4, 8, 16, 32, 32]
+    assert first_tries == [2, 4, 8, 16, 32, 64]  # the most updates first
+    assert sorted(int(m) for m, _ in tries) == [2, 4, 4, 8, 16, 32, 32, 64]
     assert len({process for _, process in tries}) == len(tries)  # one process each
     assert not [path for path in (tmp_path / "w").iterdir() if path.name.startswith(".")]
 
