@@ -28,9 +28,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Stop:
-    """A request to save and stop: the number of the signal that arrived, 0 before any."""
+    """A request to save and stop: the number of the signal that ends the process, 0 before any."""
 
     signum: int = 0
+
+    def note(self, signum: int) -> None:
+        """Notes a signal; a warning does not replace one that has been noted."""
+        if signum in ENDING or not self.signum:
+            self.signum = signum
 
 
 @contextmanager
@@ -42,7 +47,7 @@ def noted_signals() -> Iterator[Stop]:
     stop = Stop()
 
     def note(signum: int, frame: object) -> None:
-        stop.signum = signum
+        stop.note(signum)
         if signum == signal.SIGHUP:
             _leave_closed_terminal()
 
@@ -80,10 +85,10 @@ def _leave_closed_terminal() -> None:
 def _end_at_second(reader: int, stop: Stop) -> None:
     first = 0.0
     while number := os.read(reader, 1)[0]:
-        if number in WARNING:
-            stop.signum = stop.signum or number
+        if number in ENDING + WARNING:
+            stop.note(number)
         if number in ENDING:
-            stop.signum, first = number, first or time.monotonic()
+            first = first or time.monotonic()
             # A batch system may send one signal twice: directly, and through a process that watches this one.
             if time.monotonic() - first > SAME_SIGNAL_SECONDS:
                 os._exit(128 + number)

@@ -24,6 +24,7 @@ from smallbatch_jax.program import devices
 from smallbatch_jax.runner import compiler, scheduler
 from smallbatch_jax.runner.grid import Interrupted, require_trainable, train_grid
 from smallbatch_jax.runner.progress import NoProgress, PlainProgress
+from smallbatch_jax.runner.signals import Stop
 from smallbatch_jax.store import results
 from smallbatch_jax.store.files import WriteError
 
@@ -182,6 +183,17 @@ def test_provenance_says_with_what_the_results_were_made(tmp_path):
     assert {"compile", "segment"} <= set(timings.phase)
     assert timings[timings.phase == "segment"].images.sum() == 38 * 4
     assert (timings.peak_bytes > 0).equals(timings.phase == "compile")
+
+
+@pytest.mark.parametrize(
+    ("arrive", "noted"),
+    [((signal.SIGTERM, signal.SIGUSR1), signal.SIGTERM), ((signal.SIGUSR1, signal.SIGINT, signal.SIGHUP), signal.SIGINT)],
+)
+def test_a_warning_signal_does_not_replace_the_one_that_ends_the_process(arrive, noted):
+    stop = Stop()
+    for signum in arrive:
+        stop.note(signum)
+    assert stop.signum == noted
 
 
 @pytest.mark.parametrize(
