@@ -104,7 +104,7 @@ def run(main: Callable[[], int]) -> None:
 def stop(signum: int, frame: object) -> NoReturn:
     """Exits on a signal outside training (training saves first); an exception would be lost within JAX's imports."""
     with suppress(OSError):
-        os.write(2, b"stopped; the same command goes on\n")
+        os.write(2, b"stopped; the same command resumes\n")
     os._exit(128 + signum)
 
 

@@ -109,7 +109,7 @@ def _watch(child: int, reader: int, number: int | None) -> NoReturn:
         which = "" if number is None else f" {number}"
         lost = status == -signal.SIGABRT
         cause = "another process was lost" if lost else f"it was ended by {signal.Signals(-status).name}"
-        print(f"process{which} stopped: {cause}; the same command goes on", file=sys.stderr, flush=True)
+        print(f"process{which} stopped: {cause}; the same command resumes", file=sys.stderr, flush=True)
     os._exit(status if status >= 0 else 1)
 
 
@@ -157,4 +157,4 @@ def failure(error: Exception) -> str:
     reason = " ".join(str(error).split())[:200]
     lost = re.search(r"gloo|nccl|connection|socket|heartbeat", reason, re.IGNORECASE)
     cause = f"another process was lost ({reason})" if lost else reason
-    return f"process {jax.process_index()} stopped: {cause}; the same command goes on"
+    return f"process {jax.process_index()} stopped: {cause}; the same command resumes"

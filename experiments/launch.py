@@ -51,7 +51,7 @@ def main() -> int:
         complete = launcher.train_grids(chosen, ADDRESS.value or None, progress.for_stream())
     except Interrupted as interrupted:
         named = ", ".join(str(folder) for _, folder in chosen)
-        command.leave(f"stopped; everything is saved in {named}, the same command goes on", 128 + interrupted.signum)
+        command.leave(f"stopped; everything is saved in {named}, the same command resumes", 128 + interrupted.signum)
     for (_, folder), whole in zip(chosen, complete, strict=True):
         if whole:
             workdirs.show_and_time(folder, {"import": imported - command.STARTED})

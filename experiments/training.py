@@ -43,9 +43,9 @@ def train(chosen: Experiment, workdir: str) -> int:
         loaded = time.monotonic()
         grid.train_grid(chosen, folder, dataset, progress.for_stream())
     except grid.Interrupted as interrupted:
-        command.leave(f"stopped; everything is saved in {folder}, the same command goes on", 128 + interrupted.signum)
+        command.leave(f"stopped; everything is saved in {folder}, the same command resumes", 128 + interrupted.signum)
     except WorkerDied as died:
-        command.leave(f"{died}; the same command goes on", 1)
+        command.leave(f"{died}; the same command resumes", 1)
     except jax.errors.JaxRuntimeError as error:
         if not processes.several():
             raise

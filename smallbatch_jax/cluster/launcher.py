@@ -247,7 +247,7 @@ class Launch:
                     self._follow()
                 for program in self._programs:
                     if not (stop.signum or program.failure) and program.status.done < program.status.runs:
-                        _fail(program, "its worker was interrupted; the same command goes on")
+                        _fail(program, "its worker was interrupted; the same command resumes")
             finally:
                 progress.close(summed(self._programs, self._started))
         if stop.signum:

@@ -61,9 +61,9 @@ class Phase(NamedTuple):
 class BatchSchedule:
     """Batches of a run: m examples each, multiplied by `growth` at each boundary of the learning rate's schedule.
 
-    A boundary is the fraction f of training at which the learning rate is reduced. In a phase that began after p examples and
-    has batches of m, the run would have p + R·m examples in all, R = round((E·N - p)/m), and the boundary is the first update
-    with at least f of these before it: without growth, the first update k ≥ f·T. A boundary does not enlarge the batch if less
+    A boundary is the fraction f of training at which the learning rate is reduced. Let p be the examples before a phase, m its
+    batch size, and R = round((E·N - p)/m) the updates left if m stayed fixed. The boundary is the first update with at least
+    f·(p + R·m) examples before it: without growth, the first update k ≥ f·T. A boundary does not enlarge the batch if less
     than half a larger batch is left to train, so that the run has E·N examples to within half of its last batch.
     """
 

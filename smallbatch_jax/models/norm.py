@@ -16,8 +16,8 @@ class BatchNorm(nn.Module):
     """Batch norm (Eq. 10-11) over BN groups of b consecutive examples of the SGD batch, vectorised.
 
     The statistics of a group are its mean and its variance about that mean, over examples and pixels, in float32: E[x²]-μ²
-    would lose too many digits at b = 2. (On GPU and TPU it is the variance about the running mean, less the square of the
-    difference; see `_statistics`.) Each call updates the running averages once, towards the mean over groups of the
+    would lose too many digits at b = 2. (On GPU and TPU one pass computes E[(x-s)²] - (μ-s)², s the running mean; see
+    `_statistics`.) Each call updates the running averages once, towards the mean over groups of the
     groups' means and unbiased variances (divisor n-1, n = b·pixels).
 
     A group may be smaller than a device's shard, or span several devices, which then exchange their statistics (§5). Running
@@ -206,9 +206,9 @@ def _means_of_group(over: Over, *values: jax.Array) -> list[jax.Array]:
     return list(values) if over.span == 1 else [v.mean(0) for v in _of_group(over, *values)]
 
 
-# Above this many values XLA:GPU sums in two stages, the second in a separate kernel. Summing dy·x̂ instead of dy·(x - μ) then
-# avoids another kernel for dx: ResNet-20's step of 13 lanes has 252 kernels instead of 271 at m = 128. Below it dy·(x - μ) is
-# better: 223 kernels instead of 228 at m = 4 (compiled for an H100 by jax 0.10.2, 2026-11-26).
+# Number of values per group above which summing dy·x̂ gives fewer kernels than summing dy·(x - μ), because XLA:GPU then sums in
+# two kernels. A step of 13 lanes of ResNet-20 has 252 kernels instead of 271 at m = 128; at m = 4 dy·(x - μ) gives 223 instead
+# of 228 (compiled for an H100 by jax 0.10.2, 2026-11-26).
 ONE_STAGE = 4096
 
 

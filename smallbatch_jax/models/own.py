@@ -42,7 +42,7 @@ class OwnModel(ABC):
 
     @abstractmethod
     def init(self, key: jax.Array, x: jax.Array) -> Any:
-        """Returns the variables: "params", and as "batch_stats" all else that changes in training."""
+        """Returns the variables: "params", and "batch_stats", every other array that training changes."""
 
     @abstractmethod
     def apply(self, variables: Any, x: jax.Array, train: bool = False, **options: Any) -> Any:

@@ -46,8 +46,8 @@ def _max_pool_forward(x, pads, sizes):
 def _max_pool_backward(pads, sizes, winner, dy):
     """Sums, for each pixel, the dy of the windows whose maximum it is; at most ⌈k/s⌉² windows contain a pixel.
 
-    Padded pixel s·t + r is at offset s·d + r of the window that begins d windows before t. All pixels of one remainder r
-    therefore use the same offsets, and remainders form a separate axis.
+    Write a padded pixel as s·t + r. Window t - d contains it at offset s·d + r, so that all pixels of one remainder r have the
+    same offsets; remainders form a separate axis.
     """
     k, s = WINDOW, STRIDE
     tiles = [-(-(size + low) // s) for size, (low, _) in zip(sizes, pads, strict=True)]

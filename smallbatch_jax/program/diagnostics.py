@@ -110,8 +110,8 @@ def sample_shape(
 ) -> tuple[int, int]:
     """Returns the number of sub-batches k (0 if none fits) and the size of each, b, a whole number of BN groups.
 
-    Both are independent of how many devices share a batch. `batch_stats` are the state's; a model without them has BN groups
-    of one example.
+    Both are independent of how many devices share a batch. `batch_stats` are the state's; without any, every split is valid, as
+    with BN groups of one example.
     """
     examples = len(data.shuffled)
     wanted = min(max(entry.examples, examples // entry.share), examples)

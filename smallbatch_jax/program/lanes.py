@@ -48,14 +48,14 @@ def lane_mapping(platform: str) -> LaneMapping:
 
 @dataclass(frozen=True)
 class LaneProgram:
-    """A compiled program of many lanes. Every method is one dispatch and donates the states it is given.
+    """A compiled program of many lanes. `start` and `run` are one dispatch each, and donate the states they are given.
 
     If there are several processes, all must call the same methods with the same arguments.
     """
 
     lanes: int
     segment_steps: int  # S, maximum number of steps in a segment
-    any_length: bool  # whether a shorter segment costs less; resident lanes side by side always take S steps, some masked
+    any_length: bool  # whether fewer than S steps cost less; resident lanes side by side run S steps and mask the rest
     mesh: Mesh
     compile_seconds: float
     peak_bytes: int  # `needed_bytes` of its segment
@@ -249,12 +249,12 @@ def _streamed_test(test_lanes: Callable[..., Tested], mesh: Mesh, precision: str
 
 
 def initialiser(model: Model, example: jax.ShapeDtypeStruct, optimizer: Optimizer = SGD) -> Callable[[int], TrainState]:
-    """Returns seed → the state before the first update, as NumPy arrays; compiles once and caches each seed's state.
+    """Returns seed → the state before the first update, as NumPy arrays; compiles once and caches the states of eight seeds.
 
     Initialisation depends on the seed alone, not on batch sizes or base learning rates.
     """
     init = jax.jit(lambda seed: init_state(model, _one(example), seed, optimizer))
-    return functools.cache(lambda seed: jax.tree.map(np.asarray, init(np.int32(seed))))
+    return functools.lru_cache(8)(lambda seed: jax.tree.map(np.asarray, init(np.int32(seed))))
 
 
 def _one(example: jax.ShapeDtypeStruct) -> jax.Array:

@@ -88,7 +88,7 @@ def require_same(values: Mapping[str, Any], section: str) -> None:
 
 
 def least(value: int) -> int:
-    """Returns the smallest value of all processes."""
+    """Returns the smallest value of all processes, to float32 rounding: JAX has no integers beyond int32 here."""
     return int(np.min(multihost_utils.process_allgather(np.float64(value)))) if several() else value
 
 

@@ -60,7 +60,7 @@ class Report(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """The batch of one step in the dataset's dtypes; images are already cropped, but their padding is not yet zero."""
+    """The batch of one step in the dataset's dtypes; images are cropped, and their padding becomes zero after normalisation."""
 
     images: Array  # uint8, float32 or int32 [n, …]
     labels: Array  # [n, …]

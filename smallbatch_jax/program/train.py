@@ -25,7 +25,7 @@ class Program:
     """Constants of one compiled program, shared by its runs; the model and the data are passed separately."""
 
     batch_size: int  # m, over all devices
-    total_steps: int  # T of the learning rate's schedule, updates in a run (if batches grow, `BatchSchedule.schedule_steps`)
+    total_steps: int  # T of the learning rate's schedule: a run's updates; if batches grow, `BatchSchedule.schedule_steps`
     boundaries: tuple[float | Fraction, ...] = (0.5, 0.75)
     factor: float = 0.1
     axis_name: str | None = None  # mesh axis over which each batch is sharded; None if one device holds all of it

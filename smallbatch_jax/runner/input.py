@@ -25,7 +25,7 @@ from smallbatch_jax.program.devices import DATA, LANE, cores, lane_mesh
 from smallbatch_jax.program.lanes import LaneProgram, Segment
 
 FIXED_SEGMENT_IMAGES = 4096  # per lane, where a segment's length is compiled in: about a second of 13 lanes
-# Memory for the images of a segment: per device if streamed, with two or three segments at a time; otherwise per lane.
+# Limits of one segment's images, in bytes: per device if streamed (a device holds up to three segments), otherwise per lane.
 POOL_BYTES = 2**27
 MOST_SKIPPED = 1000  # undecodable images in a row
 
@@ -73,7 +73,7 @@ class Resident:
         return self._data
 
     def most_steps(self, mesh: Mesh, batch_size: int, any_length: bool) -> int:
-        """Returns the most steps in a segment: an epoch, or an even fraction of one if a segment's length is compiled in."""
+        """Returns the most steps in a segment: an epoch, divided into equal segments if their length is compiled in."""
         longest_epoch = self._num_train // batch_size + 1
         if any_length:
             return longest_epoch

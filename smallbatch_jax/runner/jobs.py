@@ -79,7 +79,7 @@ class Setup:
 
     @cached_property
     def mesh(self) -> Mesh:
-        """Mesh of the devices; `experiment.data_devices` of them share each batch, by default only otherwise idle CPU cores.
+        """Mesh of the devices. `experiment.data_devices` share a batch; by default one, or more where CPU cores would idle.
 
         Raises:
           InputError: if `data_devices` does not divide the number of devices, or is above 1 with the user's own model.

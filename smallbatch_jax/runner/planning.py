@@ -131,7 +131,7 @@ def plan_program(trial: Trial, flops_per_image: float, seconds: float) -> Progra
     evaluation = trial.evaluate() / max(1, trial.alive.sum())
     job, program, diverged = trial.job, trial.program, trial.diverged()
     diverging = sum(run.base_lr in diverged for run in job.runs)
-    surviving, images = len(job.runs) - diverging, job.total_steps * job.batch_size
+    surviving, images = len(job.runs) - diverging, job.batches.examples(job.total_steps)
     return ProgramPlan(
         flops=flops_per_image * images * len(job.runs),
         diverging=diverging,

@@ -5,9 +5,9 @@ At each batch size, learning rates are bracketed by short runs, and the promisin
 
 High rates gain most when the schedule reduces them. In the grids that the policy was tuned on
 (docs/choose_a_batch_size.md), the best rate after one epoch is below the final best at 38 of 57 batch sizes (mostly by one or
-two powers of two) and above it at 3. So each rate is scored together with the next lower one, the highest of nearly tied
-rates continues first, and about half of the survivors train to the middle of the schedule, where the best rate so far is within
-the noise of the final best at all 57.
+two powers of two) and above it at 3. So the score of a rate is the mean of its value and that of the next lower rate, and among
+nearly tied rates the highest continues first. About half of the survivors train to the middle of the schedule, where the best
+rate so far is within the noise of the final best at all 57.
 """
 
 import math
@@ -55,8 +55,8 @@ def search(space: Space) -> Generator[Round, Curves, None]:
     The rounds of a shape follow each other until its halving ends; its later rounds start new runs only. A run that a round of
     its shape leaves out never returns with a higher goal. The same curves give the same rounds.
 
-    The epochs trained, including the whole last epoch of a diverged run, exceed the budget only to complete the first run that
-    finishes, and by less than `space.epochs`.
+    The epochs trained exceed the budget only so that at least one run finishes, and by less than `space.epochs`. A diverged run
+    is charged its whole last epoch.
     """
     state = _Search(space, space.budget - min(len(space.fresh), space.budget // (4 * space.epochs)) * space.epochs)
     yield from state.find()

@@ -1,8 +1,8 @@
 """Trains the pending runs of one program: refills lanes, dispatches segments, records them, retires runs, saves.
 
-The host stays one segment ahead of the reports: it dispatches segment k+1, then reads the report of segment k. A run that
-reaches its last epoch is known to end without reading anything, so its lane is refilled at once; the lane of a run that
-diverged in segment k is refilled in k+2, and computes nothing in k+1.
+The host stays one segment ahead of the reports: it dispatches segment k+1, then reads the report of segment k. It knows in
+advance when a run finishes, and refills that lane at once. It learns of a divergence one segment late, and the lane idles for
+that segment.
 
 With several hosts, each has a scheduler, and all take the same actions. Each host sends a proposal, which depends on its own
 clock and signals, along with a segment; all hosts act on the proposals when they read that segment's report.
@@ -140,7 +140,7 @@ class Scheduler:
             row = _row(job, lane, jax.tree.map(lambda values, i=i: values[i], report))
             if row is not None:
                 rows.append(row)
-                if i in flight.final and not row.diverged:  # stored before the last row: a kill in between repeats the run
+                if i in flight.final and not row.diverged:  # before the last row: after a kill in between, the run is repeated
                     value = job.results.final(row.run, row)
                     session.parameters.save(name_of(row.run), row.run, value, flight.final[i])
                 if row.diverged:

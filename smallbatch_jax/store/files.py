@@ -26,7 +26,7 @@ class WriteError(Exception):
 
     def __str__(self) -> str:  # built from the arguments, so that the error can be pickled
         path, reason = self.args
-        return f"{path} cannot be written: {' '.join(reason.split())}; the same command goes on once it can."
+        return f"{path} cannot be written: {' '.join(reason.split())}; the same command resumes once it can."
 
 
 @contextmanager

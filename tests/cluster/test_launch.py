@@ -79,7 +79,7 @@ def test_a_worker_that_dies_has_a_successor_and_one_that_fails_keeps_nobody_from
     assert no_data == "quickstart, m = 8: dataset.data_dir: cannot list '/data'"
     assert bug == "quickstart, m = 16: ZeroDivisionError: two lines"
     assert re.match(r"quickstart, m = 32: its worker died 2 times, at last with \w+: ", dead)
-    assert interrupted == "quickstart, m = 64: its worker was interrupted; the same command goes on"
+    assert interrupted == "quickstart, m = 64: its worker was interrupted; the same command resumes"
     assert summary.startswith("7/18 runs done")
     assert last == "some programs failed; the same command tries them again"
     assert results.load(tmp_path / "w").batch_size.tolist() == [2] * 3 + [4] * 3 + [64]
@@ -272,7 +272,7 @@ def test_a_signal_stops_the_workers_which_save_and_the_same_command_goes_on(tmp_
     os.killpg(process.pid, signum)  # as a terminal does
     _, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 128 + signum, errors
-    assert errors.splitlines()[-1] == f"stopped; everything is saved in {workdir}, the same command goes on"
+    assert errors.splitlines()[-1] == f"stopped; everything is saved in {workdir}, the same command resumes"
     rows = len(results.load(workdir))
     assert 0 < rows < len(results.load(swept))
     assert saved(workdir) == {"m00016_b00016"}

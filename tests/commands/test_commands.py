@@ -122,7 +122,7 @@ def test_a_signal_saves_and_says_that_the_same_command_goes_on(tmp_path, signum)
         process.send_signal(signum)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
-    assert errors.splitlines()[-1].endswith("the same command goes on")
+    assert errors.splitlines()[-1].endswith("the same command resumes")
     assert list((tmp_path / "w/checkpoints/m00512_b00512").iterdir())
 
 

@@ -147,7 +147,7 @@ def test_a_signal_while_the_first_program_compiles_ends_the_command_soon(tmp_pat
         process.send_signal(signum)
         _, errors = process.communicate(timeout=15)
     assert process.returncode == 128 + signum
-    assert errors.splitlines()[-1].endswith("the same command goes on")
+    assert errors.splitlines()[-1].endswith("the same command resumes")
     assert "Traceback" not in errors
 
 

@@ -189,7 +189,7 @@ def test_a_signal_ends_a_process_that_waits_for_the_others(tmp_path, signum):
     process = start("sweep.py", *SMALL, f"--workdir={tmp_path / 'w'}", *waiting)
     time.sleep(10)
     process.send_signal(signum)
-    assert ended([process], 10) == [(128 + signum, "", "stopped; the same command goes on\n")]
+    assert ended([process], 10) == [(128 + signum, "", "stopped; the same command resumes\n")]
 
 
 def test_what_processes_log_of_each_other_is_left_out():
@@ -248,7 +248,7 @@ def test_when_one_process_is_killed_the_other_ends_and_both_go_on_later(tmp_path
     assert (status, output) == (1, "")
     last = errors.splitlines()[-1]
     assert last.startswith(f"process {1 - lost} stopped: another process was lost")
-    assert last.count("the same command goes on") == errors.count("stopped") == 1
+    assert last.count("the same command resumes") == errors.count("stopped") == 1
     before = rows(tmp_path / "w")
     assert 0 < before.count(b"\n") < 51
     assert [status for status, *_ in ended(start_two(*arguments))] == [0, 0]

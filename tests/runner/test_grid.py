@@ -241,7 +241,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(undisturbed, tmp_p
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        with pytest.raises(WriteError, match=r"cannot be written: File too large; the same command goes on") as error:
+        with pytest.raises(WriteError, match=r"cannot be written: File too large; the same command resumes") as error:
             train(tmp_path / "w", **GRID, checkpoint_seconds=0.0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))

@@ -126,7 +126,7 @@ def test_a_signal_at_any_moment_ends_in_one_line_and_the_same_command_goes_on(tm
         said = f"{moment.__name__}: {errors}"
         assert "Traceback" not in errors, said
         assert process.returncode == 128 + signum, said
-        assert errors.endswith("the same command goes on\n"), said
+        assert errors.endswith("the same command resumes\n"), said
     finish(workdir, SMALL)
     assert_as_if_undisturbed(workdir, small)
 

@@ -184,7 +184,7 @@ def test_a_broken_image_ends_the_sweep_with_its_path(root, tmp_path, split):
 
 @pytest.mark.long
 def test_what_was_trained_before_a_broken_image_is_kept(root, augmented, tmp_path, monkeypatch):
-    """Once the file is repaired, the same command goes on from the last segment before it."""
+    """Once the file is repaired, the same command resumes from the last segment before it."""
     copy, (path,) = broken_root(root, tmp_path, "train")
     with pytest.raises(InputError):
         train(tmp_path / "w", photos.load(copy), augment=True)
