@@ -134,7 +134,7 @@ def test_a_program_that_ended_adds_no_speed():
     assert (ended.status.running, ended.status.images_per_second, ended.status.trained) == (0, 0.0, 450)
 
 
-def test_of_each_task_the_last_report_is_kept():
+def test_reports_keep_the_last_status_of_each_task():
     reports = Reports()
     reports.add("a", None)
     reports.add("b", None)
@@ -165,7 +165,7 @@ def test_a_worker_waits_for_the_rows_until_its_predecessor_is_dead(tmp_path):
             assert predecessor.wait() == 0
 
 
-def test_who_adds_a_line_to_a_shared_file_waits_for_its_turn(tmp_path):
+def test_appending_to_a_shared_file_waits_for_its_lock(tmp_path):
     """Otherwise two that begin the file at once would both write a header."""
     path = tmp_path / "timings.csv"
     add = "import sys; from pathlib import Path; from smallbatch_jax.store.results import Timings;"
@@ -224,9 +224,7 @@ def test_a_worker_that_sees_the_workdir_writes_there(tmp_path, tiny_worker, undi
     assert json.loads((folder / "provenance.jsonl").read_text())["command"] == ["experiments/launch.py"]
 
 
-def test_a_worker_that_does_not_goes_on_from_the_rows_that_came_along_and_hands_back_what_it_wrote(
-    tmp_path, tiny_worker, undisturbed
-):
+def test_a_worker_without_the_workdir_resumes_from_the_tasks_rows_and_returns_new_rows(tmp_path, tiny_worker, undisturbed):
     before = locally(tmp_path / "w", base_lrs=(2**-7,))
     with open_workdir(tmp_path / "w", tiny.grid(), FACTS) as folder:
         listed, stored = sorted(os.listdir(folder)), results.load_timings(folder)

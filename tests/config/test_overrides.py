@@ -138,7 +138,7 @@ def test_switches_and_spaces():
     assert from_command_line("--config.dataset.augment", "no", "--config.epochs", "3").epochs == 3
 
 
-def test_a_section_keeps_the_fields_of_which_nothing_was_said_and_a_field_counts_after_its_section():
+def test_a_section_keeps_its_other_fields_and_is_set_before_its_fields():
     found = from_command_line("--config.grid.seeds=(1,)", "--config.grid={'seeds': (5, 6), 'batch_sizes': (4,)}").grid
     assert (found.batch_sizes, found.seeds) == ((4,), (1,))
     assert found.base_lrs == from_command_line().grid.base_lrs

@@ -76,7 +76,7 @@ def test_a_workdir_of_an_older_version_decays_every_parameter():
     assert parse_stored(stored) == experiment(weight_decay_mask="all")
 
 
-def test_where_it_is_watched_and_what_is_kept_may_change_and_was_not_stored_by_older_versions():
+def test_trackers_and_kept_parameters_may_change_and_older_versions_did_not_store_them():
     watched = experiment(tensorboard=True, wandb="project", keep_parameters="best", keep_gib=1.0)
     stored = experiment().to_dict()
     del stored["tensorboard"], stored["wandb"], stored["keep_parameters"], stored["keep_gib"]

@@ -29,7 +29,7 @@ def test_alpha_of_other_kinds_is_dropped(load_one, kind):
     np.testing.assert_array_equal(load_one(encoded(rgba, kind, **options), "0.png"), NOISE)
 
 
-def test_only_of_a_png_a_byte_is_the_colour_type(load_one):
+def test_the_colour_type_byte_is_read_of_png_files_only(load_one):
     """In a TIFF the byte at that offset can have the same value: here its height is a LONG, type 4."""
     tags = [
         (256, 3, 2),

@@ -130,7 +130,7 @@ def test_a_window_of_one_pixel_is_one_matrix_product_on_cpu_and_all_others_machi
         ("tpu", "highest", 2, False),
     ],
 )
-def test_off_cpu_small_batches_are_a_matrix_product_on_gpu_and_all_others_one_convolution(
+def test_small_batches_on_gpu_are_a_matrix_product_and_all_else_off_cpu_is_one_convolution(
     platform, precision, batch_size, product
 ):
     with jax.default_matmul_precision(precision):

@@ -66,7 +66,7 @@ def gradients_of_training(model, size):
     ids=["examples", "batches", "BN groups"],
 )
 @pytest.mark.long
-def test_it_is_that_of_the_gradients_that_training_would_take_of_its_sub_batches(model, size):
+def test_noise_scale_is_that_of_the_training_gradients_of_its_sub_batches(model, size):
     program = Program(M, 6, diagnostics=("noise_scale",))
     found = jax.jit(diagnostics.make_diagnose(model, program))(fresh(model), on_device())
     value, error = estimates(gradients_of_training(model, size), size)

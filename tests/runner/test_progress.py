@@ -30,14 +30,14 @@ def training():
     return status
 
 
-def test_the_line_tells_of_the_program_and_of_the_grid():
+def test_the_status_line_shows_the_program_and_the_grid():
     assert training().line() == (
         "10 of 14 lanes at work, 1,000 images/s, 3/13 runs done (2 diverged), best run 90.0 %, 10 s left; "
         "grid: 3/65 runs done (2 diverged), best run 90.0 %, 1 min 00 s left"
     )
 
 
-def test_the_next_program_begins_at_nothing_and_the_grid_goes_on():
+def test_a_new_program_resets_its_own_counts_and_keeps_those_of_the_grid():
     status = training()
     status.begin(ProgramStatus(13, 13_000, lanes=14))
     assert math.isnan(status.program_seconds)

@@ -130,7 +130,7 @@ def test_the_final_accuracy_of_a_run_is_the_median_of_its_last_five_epochs(store
         assert math.isnan(program.final(row(1, seed=1).run))
 
 
-def test_who_reads_is_told_of_rows_that_are_lost(store):
+def test_readers_are_warned_of_lost_rows(store):
     append(store, row(1), row(2), row(1, seed=1), row(2, seed=1))
     path = store / "results/m00004_b00004.csv"
     lines = path.read_text().splitlines(keepends=True)
@@ -142,7 +142,7 @@ def test_who_reads_is_told_of_rows_that_are_lost(store):
 @pytest.mark.parametrize(
     "damage", ["a line lost", "a line damaged", "a number beyond int64", "the header lost", "a line twice", "no UTF-8"]
 )
-def test_the_next_writer_mends_the_file_and_drops_what_counts_on_lost_rows(store, damage):
+def test_the_next_writer_repairs_the_file_and_drops_rows_that_follow_lost_ones(store, damage):
     """A run with lost rows is trained again from the first of them; a run without is not."""
     append(store, row(1), row(1, seed=1), row(2), row(2, seed=1), row(3), row(3, seed=1, test_accuracy=NAN))
     path = store / "results/m00004_b00004.csv"

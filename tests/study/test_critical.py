@@ -73,7 +73,7 @@ def test_examples_of_batches_that_grow_are_as_many_as_were_trained_on():
     assert examples_to_target(made, 0.65)["examples"].tolist() == pytest.approx([120 + 160 / 2])
 
 
-def test_only_whole_cells_get_there_and_the_others_are_known_as_far_as_they_went():
+def test_incomplete_cells_are_censored_at_their_last_epoch():
     half = [run([0.5, 0.6], seed=0), run([0.2, 0.3], seed=1)]
     lost = run([0.6, 0.7], "diverged", batch_size=8)
     stopped = run([0.2, 0.5], "stopped", batch_size=16)

@@ -103,7 +103,7 @@ def test_the_target_is_90_percent_of_the_way_from_chance_to_the_best_unless_it_i
     assert "from chance" not in foot(times(THREE, known(2, 4, 8)))[0]
 
 
-def test_what_never_gets_there_is_a_cross_above_all_times_and_what_has_not_yet_a_dot():
+def test_an_unreachable_target_is_a_cross_above_all_times_and_an_unfinished_one_a_dot():
     figure = times([*THREE, run([0.1], batch_size=16)], known(2, 4, 8), (32, 0.5))
     (cross,), (dot,) = placed(figure, marker="x"), placed(figure, marker=".")
     assert (cross[0], dot[0]) == (16, 32)
@@ -112,7 +112,7 @@ def test_what_never_gets_there_is_a_cross_above_all_times_and_what_has_not_yet_a
     assert foot(figure)[1] == ["target not reached", "none yet"]
 
 
-def test_a_time_is_hollow_while_runs_of_its_batch_size_may_be_faster_and_crossed_where_seeds_diverged():
+def test_a_time_is_hollow_while_faster_runs_may_follow_and_crossed_where_seeds_diverged():
     lost = run([0.1], "diverged", batch_size=8, seed=1)
     figure = times([*THREE, lost], known(2, 4, 8), (4, 0.25))
     assert placed(figure, markerfacecolor="white").tolist() == [near((4, 8))[0], near((8, 8))[0]]
