@@ -50,7 +50,7 @@ class Dataset:
     broken_images: str = config_field("fail", fields.choice(BROKEN_IMAGES, "way"))
     workers: int | None = config_field(None, fields.integer(0, 1024))  # decoding processes; None: one per core
     subset: int | None = config_field(None, fields.integer(1))  # number of training examples; None: all of them
-    validation_fraction: float = config_field(0.0, fields.number(0, 0.9))  # of the training examples, held out for selection
+    validation_fraction: float = config_field(0.0, fields.decay)  # of the training examples, held out for selection
 
 
 @dataclass(frozen=True)

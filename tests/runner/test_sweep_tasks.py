@@ -208,7 +208,7 @@ def test_a_workdir_recognises_own_functions_by_what_they_compute(tmp_path):
         ({"metrics": {"loss": bias}}, "metrics: 'loss' cannot name a metric of your own"),
         ({"metrics": {"a,b": bias}}, "metrics: 'a,b' cannot name a metric of your own"),
         ({"metrics": 3}, "metrics: got 3, accepts a tuple of values"),
-        ({"validation_fraction": "half"}, "dataset.validation_fraction: got 'half', accepts a number from 0 to 0.9."),
+        ({"validation_fraction": "half"}, "dataset.validation_fraction: got 'half', accepts a number from 0 to below 1."),
         ({"select": "test_loss"}, "select: got 'test_loss', accepts a column and"),
         ({"optimizer": optax.adam(1e-3)}, "optimizer: got a GradientTransformationExtraArgs, accepts a name or a function"),
         ({"optimizer": "adma"}, "optimizer.name: unknown optimizer 'adma'; did you mean 'adam'?"),
@@ -302,3 +302,8 @@ def test_a_validation_split_may_be_given_whole():
     frame = quiet(Linear(), split, (4,), (2**-6,), epochs=1)
     assert jnp.isfinite(frame["validation_loss"].iloc[0])
     assert error_line(split.with_validation, 0.1).startswith("dataset.validation_fraction: the dataset has a validation split")
+
+
+def test_a_validation_split_may_be_nearly_all_examples(tmp_path):
+    quiet(Linear(), table(), (2,), (2**-6,), epochs=1, validation_fraction=0.9, subset=34, workdir=tmp_path)  # 31 of 34
+    assert study.load(tmp_path).experiment.dataset.validation_fraction == 31 / 34
