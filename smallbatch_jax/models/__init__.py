@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from smallbatch_jax.config import fields
 from smallbatch_jax.config.catalog import MODELS, NORMS, require_norm
+from smallbatch_jax.config.experiment import InputError, Model
 
 EXAMPLES_AT_ONCE = 32  # on CPU; the activations of so few examples stay in the cache
 
@@ -66,13 +67,17 @@ def create_model(
       float32[N, num_classes]. Images are float32[N, H, W, C], normalised by the training set's channel mean and deviation.
 
     Raises:
-      InputError: if there is no such model, or the model has no such norm.
+      InputError: if there is no such model, the model has no such norm, or bn_batch_size or bn_decay is given for a norm
+        without batch statistics.
     """
     fields.choice(MODELS, "model")("model.name", name)
     require_norm(name, norm)
     fields.integer(1)("num_classes", num_classes)
     if bn_batch_size is not None:
         fields.integer(1)("bn_batch_size", bn_batch_size)
+    for field, value, default in (("bn_batch_size", bn_batch_size, None), ("bn_decay", bn_decay, Model.bn_decay)):
+        if value != default and not NORMS[norm].batch_statistics:
+            raise InputError(f"{field}: got {value}, but the norm {norm!r} has no batch statistics; leave it {default}.")
     entry = MODELS[name]
     return pkgutil.resolve_name(entry.module)(
         **entry.arguments,

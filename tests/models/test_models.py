@@ -134,7 +134,7 @@ def test_resnet50_has_a_norm_or_a_bias_after_each_convolution(norm, leaves):
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_train_defaults_to_false(norm):
     """`apply(variables, images)` equals train=False: nothing is mutable, and any number of images is accepted."""
-    model = create_model("alexnet", 10, norm=norm, bn_batch_size=2)
+    model = create_model("alexnet", 10, norm=norm, bn_batch_size=2 if norm == "batch" else None)
     variables, _ = shapes_of(model, 8, 8)
     images = jax.ShapeDtypeStruct((3, 8, 8, 3), jnp.float32)  # b = 2 does not divide it: only training cares
     by_default = jax.make_jaxpr(model.apply)(variables, images)
@@ -162,6 +162,14 @@ def test_bfloat16_model_has_float32_variables_and_logits():
         ({"num_classes": 0}, r"^num_classes: got 0, accepts an integer from 1"),
         ({"bn_batch_size": 0}, r"^bn_batch_size: got 0, accepts an integer from 1"),
         ({"bn_batch_size": 2.0}, r"^bn_batch_size: got 2\.0, accepts an integer from 1"),
+        (
+            {"norm": "none", "bn_batch_size": 8},
+            r"^bn_batch_size: got 8, but the norm 'none' has no batch statistics; leave it None",
+        ),
+        (
+            {"norm": "group", "bn_decay": 0.9},
+            r"^bn_decay: got 0\.9, but the norm 'group' has no batch statistics; leave it 0\.99",
+        ),
     ],
 )
 def test_create_model_refuses_what_there_is_not(arguments, message):

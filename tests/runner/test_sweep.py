@@ -133,6 +133,10 @@ def test_each_batch_size_may_have_its_own_rate():
         ({"model": "alexnet"}, "model.name: alexnet takes images [N, H, W, C]"),
         ({"model": nn.Dense(4)}, "model: gives (4,) logits per image, the dataset has 3 classes"),
         ({"bn_batch_sizes": (2,)}, "bn_batch_sizes: Mlp has no field bn_batch_size"),
+        (
+            {"model": "resnet8", "dataset": "digits", "norm": "group", "bn_batch_sizes": (2, 4)},
+            "bn_batch_size: got 2, but the norm 'group' has no batch statistics; leave it None.",
+        ),
         ({"base_lrs": {8: 0.1}}, "grid.base_lr_by_batch_size: has no base_lr for batch size 4"),
         ({"bn_statistics": "precise"}, "norm, bn_decay, bn_statistics: belong to the named models"),
         ({"norm": "batch"}, "norm, bn_decay, bn_statistics: belong to the named models"),
