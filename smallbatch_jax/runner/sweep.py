@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from smallbatch_jax import data
 from smallbatch_jax.config import experiment, fields
+from smallbatch_jax.config.catalog import AXES
 from smallbatch_jax.config.experiment import OWN, Experiment, InputError, from_config
 from smallbatch_jax.data import Dataset, Photographs
 from smallbatch_jax.models.adapters import adapted
@@ -128,6 +129,9 @@ def sweep(
     rates = "base_lr_by_batch_size" if isinstance(base_lrs, Mapping) else "base_lrs"
     sections["grid"] |= {"batch_sizes": batch_sizes, rates: base_lrs, "seeds": seeds}
     chosen = from_config(sections | {"epochs": epochs})
+    for name, value in {"weight_decay": chosen.weight_decay, "warmup_fraction": chosen.schedule.warmup_fraction}.items():
+        if value and name in chosen.grid.axes():  # a config's own value is a default, which an axis replaces
+            raise InputError(f"grid.{AXES[name]}: {name}={value:g} says what {name} is; leave one of them out.")
     jax_flags.require_devices()
     with jax_flags.held(), tempfile.TemporaryDirectory() if workdir is None else nullcontext(workdir) as folder:
         model_of = fingerprint = None

@@ -218,6 +218,14 @@ def test_a_workdir_recognises_own_functions_by_what_they_compute(tmp_path):
             "grid.momenta: optimizer.momentum or another",
         ),
         (
+            {"weight_decay": 5, "weight_decays": (0.0,)},
+            "grid.weight_decays: weight_decay=5 says what weight_decay is; leave one",
+        ),
+        (
+            {"schedule": sbj.experiment.Schedule(warmup_fraction=0.1), "warmup_fractions": (0.2,)},
+            "grid.warmup_fractions: warmup_fraction=0.1 says",
+        ),
+        (
             {"optimizer": "adam", "beta2s": (0.9,), "beta2_half_lives": (9.0,)},
             "grid.beta2_half_lives: optimizer.beta2",
         ),
