@@ -82,7 +82,6 @@ class AppendOnly(io.FileIO):
 
     def __init__(self, path: Path):
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
             super().__init__(path, "a+")
         self._path = path
 
@@ -90,13 +89,20 @@ class AppendOnly(io.FileIO):
         """Locks the file until it is closed; returns False if another process holds it, or another file has taken the path."""
         try:
             fcntl.flock(self, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return os.path.samestat(os.fstat(self.fileno()), os.stat(self._path))
+            self._require_in_place()
         except OSError:
             return False
+        return True
+
+    def _require_in_place(self) -> None:
+        """Raises FileNotFoundError if the file was removed or replaced since it was opened."""
+        if not os.path.samestat(os.fstat(self.fileno()), os.stat(self._path)):
+            raise FileNotFoundError(errno.ENOENT, "it was replaced by another file")
 
     def append(self, lines: str, header: str = "") -> None:
         """Adds lines, each with its line break, after `header` if the file is empty."""
         with writing(self._path):
+            self._require_in_place()
             size = self.seek(0, os.SEEK_END)
             self.seek(max(0, size - 1))
             torn = self.read(1) not in (b"", b"\n")  # a killed process left half a line
@@ -113,6 +119,7 @@ class AppendOnly(io.FileIO):
         """Waits until the lines are on the disk."""
         with writing(self._path):
             os.fsync(self)
+            self._require_in_place()
 
 
 def append_line(path: Path, line: str, header: str = "") -> None:

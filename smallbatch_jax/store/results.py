@@ -24,7 +24,7 @@ from smallbatch_jax.config.experiment import Experiment, InputError, Run, progra
 from smallbatch_jax.config.fields import expanded_path
 from smallbatch_jax.config.grid import RUN_COLUMNS
 from smallbatch_jax.config.protocol import LAST_EPOCHS
-from smallbatch_jax.store.files import AppendOnly, count, whole_lines, write_atomically
+from smallbatch_jax.store.files import AppendOnly, count, whole_lines, write_atomically, writing
 from smallbatch_jax.store.timings import Timings as Timings
 from smallbatch_jax.store.timings import load_timings as load_timings
 from smallbatch_jax.store.workdir import is_finished, read_workdir
@@ -134,6 +134,8 @@ class ProgramResults(AbstractContextManager["ProgramResults"]):
             raise
 
     def _opened(self) -> AppendOnly:
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         while not (file := AppendOnly(self.path)).lock(wait=False):
             file.close()
             if time.monotonic() >= self._deadline:

@@ -24,6 +24,7 @@ from smallbatch_jax.config.experiment import OWN, Experiment, InputError, differ
 from smallbatch_jax.store.files import append_line, remove_abandoned, write_atomically
 
 FORMAT = 1
+LOGS = ("lock", "provenance.jsonl", "timings.csv")  # a folder that holds nothing else counts as empty
 
 
 @contextmanager
@@ -60,7 +61,7 @@ def open_workdir(path: Path, experiment: Experiment, facts: dict[str, Any]) -> I
 
 
 def refuse_difference(path: Path, experiment: Experiment, facts: Mapping[str, Any] | None = None) -> None:
-    """Refuses a folder that holds anything but this experiment; a missing or empty one is accepted.
+    """Refuses a folder that holds anything but this experiment; a missing or empty one is accepted, and one with `LOGS` alone.
 
     Only facts present in both are compared.
 
@@ -76,7 +77,7 @@ def refuse_difference(path: Path, experiment: Experiment, facts: Mapping[str, An
     except OSError as error:
         raise InputError(f"--workdir: {path} cannot be read: {error.strerror}.") from None
     if "experiment.json" not in names:
-        if foreign := sorted(name for name in names if name != "lock" and not name.startswith(".experiment.json.")):
+        if foreign := sorted(name for name in names if name not in LOGS and not name.startswith(".experiment.json.")):
             lack = f"holds {foreign[0]!r} but no experiment"
             raise InputError(f"--workdir: {path} {lack}; give a new or empty folder, or a workdir.")
         return

@@ -63,6 +63,7 @@ class Trackers(AbstractContextManager):
         if run not in self._open[name]:
             if complete.exists() and entry in complete.read_text().split("\n"):
                 return
+            complete.parent.mkdir(exist_ok=True)
             self._open[name][run] = TRACKERS[name](experiment, self._workdir, name_of(run), hparams(experiment, run))
         self._open[name][run].show(points)
         if ended:

@@ -287,6 +287,34 @@ def test_a_folder_that_is_no_workdir_is_refused_in_one_line(tmp_path):
         results.load(tmp_path)
 
 
+@pytest.mark.parametrize("lost", ["results", "results/m00004_b00004.csv", "."])
+def test_rows_of_a_file_that_was_removed_or_replaced_are_refused_in_one_line(store, lost):
+    with ProgramResults(store, 4, 4) as program:
+        program.append([row(1)])
+        program.sync()
+        os.rename(store / lost, store.parent / "elsewhere")
+        for store_more in (lambda: program.append([row(2)]), program.sync):
+            with pytest.raises(InputError, match=r"m00004_b00004.csv cannot be written: No such file or directory\."):
+                store_more()
+        program.path.parent.mkdir(parents=True, exist_ok=True)
+        program.path.write_text("")
+        with pytest.raises(InputError, match=r"m00004_b00004.csv cannot be written: it was replaced by another file\."):
+            program.append([row(2)])
+
+
+def test_logs_do_not_bring_back_a_workdir_that_was_removed_and_alone_count_as_none(tmp_path):
+    gone = tmp_path / "gone"
+    for log in (lambda: results.Timings(gone).add("segment", 1.5), lambda: workdir.record_provenance(gone, "finish")):
+        with pytest.raises(InputError, match=r"gone/.* cannot be written: No such file or directory\."):
+            log()
+    assert not gone.exists()
+    gone.mkdir()
+    results.Timings(gone).add("segment", 1.5)
+    workdir.record_provenance(gone, "finish")
+    with open_(gone):
+        assert (gone / "experiment.json").exists()
+
+
 def test_a_folder_of_something_else_is_never_made_a_workdir(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match=r"holds 'thesis.tex' but no experiment"), open_(tmp_path):
