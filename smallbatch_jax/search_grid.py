@@ -82,6 +82,7 @@ def search(
         raise InputError("seconds: a search has one budget; give seconds or budget, not both.")
     images = loaded(dataset, options.get("data_dir"), options.get("image_size"))
     require_workdir(options, workdir)
+    workdir = None if workdir is None else os.path.abspath(fields.expanded_path("workdir", workdir))
     if "select" not in options and isinstance(images, Dataset) and "validation" not in images.splits():
         options = {"validation_fraction": VALIDATION_FRACTION} | options
     if batch_sizes is None:
@@ -97,5 +98,5 @@ def search(
     with tempfile.TemporaryDirectory() if workdir is None else nullcontext(workdir) as folder:
         options = {"name": "search"} | options | {"budget": budget, "seconds": seconds}
         sweep(model, dataset, batch_sizes, base_lrs, length, seeds, folder, **options)
-        found = study.load(os.fspath(folder))
+        found = study.load(folder)
     return Found(answer(found), found)

@@ -1,5 +1,7 @@
 """Tests `search`, the public function that takes data and a budget and returns a recommendation."""
 
+import os
+
 import numpy as np
 import pytest
 import tiny
@@ -50,6 +52,19 @@ def test_the_same_call_trains_nothing_more(found):
     assert str(again) == str(result)
     assert (workdir / "timings.csv").read_text().count("segment") == before
     assert len(results.load(workdir)) == len(result.study.rows)
+
+
+@pytest.mark.long
+def test_a_relative_workdir_stays_where_it_is_when_a_callback_changes_the_folder(tmp_path, monkeypatch):
+    class Moves(NoProgress):
+        def show(self, *args, **options):
+            os.chdir(tmp_path)
+
+    (tmp_path / "w").mkdir()
+    monkeypatch.chdir(tmp_path / "w")
+    one_run = {"batch_sizes": (4,), "base_lrs": (2**-7,), "confirm": 0}
+    assert len(sbj.search(tiny.TinyModel(), tiny.dataset(), 1, workdir="rel", progress=Moves(), **one_run).study.rows)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["w"]
 
 
 @pytest.mark.long

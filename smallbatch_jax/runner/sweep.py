@@ -101,7 +101,7 @@ def sweep(
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # in a worker process that decodes photographs
         raise SystemExit("sweep: call it below `if __name__ == '__main__':`, since processes that decode import this script.")
-    workdir = None if workdir is None else fields.expanded_path("workdir", workdir)
+    workdir = None if workdir is None else os.path.abspath(fields.expanded_path("workdir", workdir))
     sections = _sections(options)
     require_workdir(options, workdir)
     if progress is not None and not isinstance(progress, Progress):
