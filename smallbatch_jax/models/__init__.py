@@ -65,6 +65,7 @@ def create_model(
     Returns:
       A linen Module: `init(key, images)` gives the variables, `apply(variables, images, train=False)` the logits
       float32[N, num_classes]. Images are float32[N, H, W, C], normalised by the training set's channel mean and deviation.
+      Gradients and second derivatives are supported; forward mode (`jax.jvp` of the model itself) is not.
 
     Raises:
       InputError: if there is no such model, the model has no such norm, or bn_batch_size or bn_decay is given for a norm

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from smallbatch_jax.config.fields import InputError
 from smallbatch_jax.models import native
 from smallbatch_jax.models.pool import Pads, windows
 
@@ -30,8 +31,8 @@ IMAGES_AT_ONCE = 16  # images that im2col copies at a time, k² shifted copies o
 def conv(
     x: jax.Array,
     kernel: jax.Array,
-    strides: Sequence[int] = (1, 1),
-    padding: str | Pads = "SAME",
+    strides: int | Sequence[int] = (1, 1),
+    padding: str | int | Pads = "SAME",
     platform: str | None = None,
     images: int | None = None,
 ) -> jax.Array:
@@ -40,20 +41,31 @@ def conv(
     Args:
       x: float[N, H, W, C].
       kernel: float[kh, kw, C, O].
-      strides: along H and W.
-      padding: "SAME", "VALID", or ((top, bottom), (left, right)) in pixels.
+      strides: along H and W, or one for both.
+      padding: "SAME", "VALID", or ((top, bottom), (left, right)) in pixels, or one number for all.
       platform: "cpu", "gpu" or "tpu", the target of compilation; None decides at compile time.
       images: N, if x is float[N·H, W, C], the concatenated rows of images, and H' = H / stride. A TPU stores few images in
         tiles that are mostly padding, but their rows in full tiles.
 
     Returns:
-      float[N, H', W', O], or float[N·H', W', O].
+      float[N, H', W', O], or float[N·H', W', O]. On CPU the gradient is written out (`jax.custom_vjp`): reverse mode and second
+      derivatives are supported, forward mode (`jax.jvp` of the convolution itself) is not.
+
+    Raises:
+      InputError: if x is not images, or the kernel is larger than the padded image.
     """
-    strides = (strides[0], strides[1])
-    if isinstance(padding, str):
-        image = (len(x) // images, x.shape[1]) if images else x.shape[1:3]
+    if x.ndim != (3 if images else 4):
+        raise InputError(f"Conv: got an input of shape {list(x.shape)}, accepts images [N, H, W, C].")
+    strides = (strides, strides) if isinstance(strides, int) else (strides[0], strides[1])
+    image = (len(x) // images, x.shape[1]) if images else x.shape[1:3]
+    if isinstance(padding, int):
+        padding = ((padding, padding), (padding, padding))
+    elif isinstance(padding, str):
         rows, columns = lax.padtype_to_pads(image, kernel.shape[:2], strides, padding)
         padding = (rows, columns)
+    padded = [size + sum(pads) for size, pads in zip(image, padding, strict=True)]
+    if padded[0] < kernel.shape[0] or padded[1] < kernel.shape[1]:
+        raise InputError(f"Conv: got a kernel of {list(kernel.shape[:2])} pixels, accepts at most the padded image, {padded}.")
     if images:
         return _conv_of_rows(x, kernel, strides, padding, images)
     on = {name: partial(f, strides=strides, pads=padding) for name, f in _BY_PLATFORM.items()}

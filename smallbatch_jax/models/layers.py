@@ -32,12 +32,15 @@ relu.defvjp(_relu_forward, lambda y, dy: (materialised(jnp.where(y > 0, dy, 0)),
 
 
 class Conv(nn.Module):
-    """2-D convolution [N, H, W, C] → [N, H', W', features]; float32 parameters, computed in `dtype` (see `models.conv`)."""
+    """2-D convolution [N, H, W, C] → [N, H', W', features]; float32 parameters, computed in `dtype` (see `models.conv`).
+
+    Gradients and second derivatives are supported; forward mode (`jax.jvp` of the layer itself) is not.
+    """
 
     features: int
     kernel_size: tuple[int, int]
-    strides: Sequence[int] = (1, 1)
-    padding: str | Pads = "SAME"
+    strides: int | Sequence[int] = (1, 1)
+    padding: str | int | Pads = "SAME"
     use_bias: bool = True
     dtype: Any = jnp.float32
     platform: str | None = None

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from arrays import assert_all_close, normal, with_gradients
 from jax import lax
+from pictures import error_line
 
 from smallbatch_jax.models.conv import conv
+from smallbatch_jax.models.layers import Conv
 from smallbatch_jax.models.pool import max_pool
 
 # Image, kernel, strides, padding.
@@ -83,6 +85,31 @@ def test_rows_of_images_are_convolved_as_the_images_are(window, strides, padding
 
     shapes = (3, (8, 6), 2, window, 4)
     assert_all_close(with_gradients(by_rows, *images_and_kernel(*shapes)), of_lax(shapes, strides, padding))
+
+
+def test_a_layer_takes_one_number_for_strides_and_padding_as_that_of_flax():
+    x, layer = normal(2, 8, 8, 3), partial(Conv, 16, (5, 5))
+    one, each = layer(strides=2, padding=1), layer(strides=(2, 2), padding=((1, 1), (1, 1)))
+    of_one, of_each = (conv.init_with_output(jax.random.key(0), x)[0] for conv in (one, each))
+    assert of_one.shape == (2, 3, 3, 16)
+    assert jnp.array_equal(of_one, of_each)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "says"),
+    [
+        ((8, 8, 3), {}, "an input of shape [8, 8, 3], accepts images [N, H, W, C]."),
+        ((2, 5, 8, 8, 3), {}, "an input of shape [2, 5, 8, 8, 3], accepts images [N, H, W, C]."),
+        ((2, 8, 3, 3), {"padding": "VALID"}, "a kernel of [3, 5] pixels, accepts at most the padded image, [8, 3]."),
+        (
+            (2, 8, 2, 3),
+            {"padding": ((0, 0), (1, 1))},
+            "a kernel of [3, 5] pixels, accepts at most the padded image, [8, 4].",
+        ),
+    ],
+)
+def test_what_is_no_image_or_smaller_than_the_kernel_is_refused_in_one_line(shape, options, says):
+    assert error_line(Conv(16, (3, 5), **options).init, jax.random.key(0), jnp.ones(shape)) == f"Conv: got {says}"
 
 
 @pytest.mark.parametrize("examples", [19, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 16))])
