@@ -210,7 +210,11 @@ def distinct(element: Check, least: int = 0, most: int = MOST_VALUES) -> Check:
 
     def check(name: str, value: Any) -> tuple:
         if not isinstance(value, (tuple, list)):
-            raise InputError(f"{name}: got {shown(value)}, accepts a tuple of values such as (2, 8).")
+            try:
+                example = f" such as {shown((element(name, plain(value)),))}"
+            except InputError:
+                example = ""
+            raise InputError(f"{name}: got {shown(value)}, accepts a tuple of values{example}.")
         if len(value) < least:
             raise InputError(f"{name}: got {shown(value)}, accepts a tuple of at least {least} value(s).")
         if len(value) > most:

@@ -160,7 +160,7 @@ def _own_parts(sections: dict[str, Any], loss: Any, metrics: Any, optimizer: Any
             raise InputError(f"{name}: got a {type(function).__name__}, accepts a function (outputs, batch) → [n].")
     if loss is not None:
         sections["task"] = f"{OWN}{_name_of(loss)}"
-    sections["metrics"] = [f"{OWN}{name}" for name in functions] if functions else metrics
+    sections["metrics"] = [f"{OWN}{name}" for name in functions] if isinstance(metrics, Mapping) else metrics
     own: Any = optimizer if callable(optimizer) else None
     if isinstance(optimizer, experiment.Optimizer):
         sections["optimizer"] = dataclasses.asdict(optimizer) | sections["optimizer"]

@@ -207,7 +207,9 @@ def test_a_workdir_recognises_own_functions_by_what_they_compute(tmp_path):
         ({"metrics": {"bias": "x"}}, "metrics: bias: got a str, accepts a function (outputs, batch) → [n]."),
         ({"metrics": {"loss": bias}}, "metrics: 'loss' cannot name a metric of your own"),
         ({"metrics": {"a,b": bias}}, "metrics: 'a,b' cannot name a metric of your own"),
-        ({"metrics": 3}, "metrics: got 3, accepts a tuple of values"),
+        ({"metrics": 3}, "metrics: got 3, accepts a tuple of values."),
+        ({"metrics": "top5_accuracy"}, "metrics: got 'top5_accuracy', accepts a tuple of values such as ('top5_accuracy',)."),
+        ({"batch_sizes": 8}, "grid.batch_sizes: got 8, accepts a tuple of values such as (8,)."),
         ({"validation_fraction": "half"}, "dataset.validation_fraction: got 'half', accepts a number from 0 to below 1."),
         ({"select": "test_loss"}, "select: got 'test_loss', accepts a column and"),
         ({"optimizer": optax.adam(1e-3)}, "optimizer: got a GradientTransformationExtraArgs, accepts a name or a function"),
@@ -247,7 +249,8 @@ def test_a_workdir_recognises_own_functions_by_what_they_compute(tmp_path):
 )
 def test_a_mistake_is_named_in_one_line(options, says, tmp_path):
     folder = tmp_path / "w"
-    assert error_line(quiet, Linear(), table(), (4,), (2**-7,), 1, workdir=folder, **options).startswith(says)
+    grid = {"batch_sizes": (4,), "base_lrs": (2**-7,), "epochs": 1}
+    assert error_line(quiet, Linear(), table(), workdir=folder, **grid | options).startswith(says)
     assert not folder.exists()
 
 
@@ -307,7 +310,7 @@ def test_sequences_predict_their_next_token_with_adamw(tmp_path):
 def test_a_validation_split_may_be_given_whole():
     x, y = table().train_images, table().train_labels
     split = sbj.data.Dataset(x[:60], y[:60], x[80:], y[80:], validation_images=x[60:80], validation_labels=y[60:80])
-    frame = quiet(Linear(), split, (4,), (2**-6,), epochs=1)
+    frame = quiet(Linear(), split, (4,), (2**-6,), epochs=1, metrics={})
     assert jnp.isfinite(frame["validation_loss"].iloc[0])
     assert error_line(split.with_validation, 0.1).startswith("dataset.validation_fraction: the dataset has a validation split")
 
