@@ -11,6 +11,7 @@ where it is decoupled: in AdamW and Lion the update has -ηλθ.
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +42,8 @@ def summed_sgd(
     Args:
       base_lr: η̃, step length per example; scalar, may be traced.
       batch_size: m, examples per update; scalar, may be traced.
-      schedule: s(k), a unitless multiplier of η̃ at update k (from 0), 1 at its peak; None keeps 1.
+      schedule: s(k), a unitless multiplier of η̃ at update k (from 0), 1 at its peak; None keeps 1. `optax.inject_hyperparams`
+        needs static_args=("schedule",).
       weight_decay: λ of the penalty (λ/2)‖θ‖² added to the mean loss; scalar, may be traced.
 
     Returns:
@@ -49,13 +51,17 @@ def summed_sgd(
       ``weight_decay`` is the number 0.
 
     Raises:
-      ValueError: if base_lr or batch_size is a number (not traced) that is not positive and finite, or if weight_decay
-        is negative; from ``update``, if there is weight decay and no parameters are given.
+      ValueError: if base_lr or batch_size is not a number, or one (not traced) that is not positive and finite, if
+        weight_decay is negative or schedule no function; from ``update``, if there is weight decay and no parameters are given.
     """
+    if not (schedule is None or callable(schedule)):
+        raise ValueError(
+            'schedule: got no function of the update count; with optax.inject_hyperparams give static_args=("schedule",)'
+        )
     _require(base_lr, "base_lr", lambda v: v > 0, "a positive, finite number")
     _require(batch_size, "batch_size", lambda v: v >= 1, "at least 1")
     _require(weight_decay, "weight_decay", lambda v: v >= 0, "a number that is not negative")
-    decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
+    decays = not (isinstance(weight_decay, (int, float, np.number)) and weight_decay == 0)
 
     def init(params: optax.Params) -> SummedSgdState:
         return SummedSgdState(count=jnp.zeros([], jnp.int32))
@@ -212,6 +218,8 @@ def _first_step_from(fraction: float | Fraction, total_steps: Any) -> Any:
 
 
 def _require(value: Any, name: str, accepts: Any, what: str) -> None:
-    """Raises ValueError for a concrete number out of range; traced values and arrays pass."""
+    """Raises ValueError for a concrete number out of range, and for what is no number; traced values and arrays pass."""
+    if not isinstance(value, (Real, np.number, np.ndarray, jax.Array)):
+        raise ValueError(f"{name}: got a {type(value).__name__}, must be {what}")
     if isinstance(value, (int, float, np.number)) and not (math.isfinite(value) and accepts(value)):
         raise ValueError(f"{name}: got {value}, must be {what}")

@@ -162,9 +162,13 @@ def test_updates_keep_the_dtype_of_the_gradients():
         ({"batch_size": 0.5}, "batch_size"),
         ({"weight_decay": -1e-4}, "weight_decay"),
         ({"weight_decay": math.nan}, "weight_decay"),
+        ({"base_lr": optax.constant_schedule(0.1)}, "base_lr"),
+        ({"base_lr": None}, "base_lr"),
+        ({"base_lr": "0.1"}, "base_lr"),
+        ({"schedule": jnp.float32(1.0)}, "schedule"),
     ],
 )
-def test_number_out_of_range_is_refused_by_name(arguments, name):
+def test_number_out_of_range_or_no_number_is_refused_by_name(arguments, name):
     with pytest.raises(ValueError, match=f"^{name}: got "):
         summed_sgd(**{"base_lr": 0.1, "batch_size": 2, **arguments})
 
@@ -174,6 +178,7 @@ def test_decay_without_parameters_is_refused():
     with pytest.raises(ValueError, match="params"):
         updates(summed_sgd(0.1, 2, weight_decay=0.1), GRADS)
     updates(summed_sgd(0.1, 2), GRADS)
+    updates(summed_sgd(0.1, 2, weight_decay=np.float32(0)), GRADS)
 
 
 @pytest.mark.parametrize("total_steps", [1, 2, 3, 4, 7, 20, 39, 82 * 25, 10_001, 2_050_000, 41_000_003])
