@@ -138,6 +138,7 @@ class OptimizerEntry:
     scalars: Mapping[str, float] = field(default_factory=dict)  # fields of `optimizer` that it takes, and their defaults
 
 
+DECAY_RATES = ("momentum", "beta1", "beta2")  # scalars in [0, 1) that weight an old average, to which `beta_rule` applies
 ADAM = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8}
 OPTIMIZERS = {
     "sgd": OptimizerEntry("SGD without momentum", "smallbatch_jax.optim:sgd"),

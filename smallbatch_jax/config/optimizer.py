@@ -26,11 +26,11 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         known = () if self.name.startswith(OWN) else catalog.OPTIMIZERS[self.name].scalars
-        for name in ("momentum", "beta1", "beta2", "epsilon"):
-            if getattr(self, name) is not None and name not in known:
+        for name in (name for entry in catalog.OPTIMIZERS.values() for name in entry.scalars):
+            if getattr(self, name, None) is not None and name not in known:
                 has = " and ".join(known) or "no scalars"
                 raise InputError(f"optimizer.{name}: {self.name} has none, it has {has}; leave it None.")
-        if self.beta_rule != "constant" and not known:
+        if self.beta_rule != "constant" and not set(known) & set(catalog.DECAY_RATES):
             raise InputError(f"optimizer.beta_rule: {self.name} has neither momentum nor betas; use 'constant'.")
         if self.beta_rule != "constant" and self.beta_batch_size is None:
             raise InputError(
@@ -71,20 +71,22 @@ class Optimizer:
         found = {}
         ratio = batch_size / (self.beta_batch_size or batch_size)
         for name, default in catalog.OPTIMIZERS[self.name].scalars.items():
-            field = getattr(self, name)
+            field, decays = getattr(self, name, None), name in catalog.DECAY_RATES
             value = axes.get(name, default if field is None else field)
             if f"{name}_half_life" in axes:
                 value = 0.5 ** (batch_size / axes[f"{name}_half_life"])
-            elif self.beta_rule == "sde":
-                value = value / math.sqrt(ratio) if name == "epsilon" else 1 - (1 - value) * ratio
+            elif self.beta_rule == "sde" and name == "epsilon":
+                value = value / math.sqrt(ratio)
+            elif self.beta_rule == "sde" and decays:
+                value = 1 - (1 - value) * ratio
                 if value < 0:
                     raise InputError(
                         f"optimizer.beta_rule: 'sde' makes {name} {value:.3g} at batch size {batch_size}; use larger betas, "
                         "a larger beta_batch_size or smaller batch sizes."
                     )
-            elif self.beta_rule == "half_life" and name != "epsilon":
+            elif self.beta_rule == "half_life" and decays:
                 value = value**ratio
-            if name != "epsilon" and value > BELOW_ONE:
+            if decays and value > BELOW_ONE:
                 raise InputError(
                     f"optimizer.{name}: is {value:.10g} at batch size {batch_size}, which is 1 in float32; use less, at most "
                     f"{BELOW_ONE:.8f}, a shorter half-life or larger batch sizes."

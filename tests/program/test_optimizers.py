@@ -193,6 +193,14 @@ def test_betas_keep_their_half_life_in_examples_or_follow_the_square_root_rule()
     assert sde.learning_rate(2**-8, 64) == 2**-5
 
 
+@pytest.mark.parametrize("rule", ["half_life", "sde"])
+def test_a_new_scalar_that_is_no_decay_rate_needs_one_entry_and_keeps_its_value(rule, monkeypatch):
+    entry = catalog.OptimizerEntry("clipped", "smallbatch_jax.optim:sgd", {"clip": 2.0, "momentum": 0.9})
+    monkeypatch.setitem(catalog.OPTIMIZERS, "clipped", entry)
+    found = experiment.Optimizer("clipped", beta_rule=rule, beta_batch_size=4).scalars(8)
+    assert found == {"clip": 2.0, "momentum": pytest.approx({"half_life": 0.81, "sde": 0.8}[rule])}
+
+
 def test_a_beta_that_is_1_in_float32_is_refused():
     assert refused(name="adam", beta2=0.99999998).startswith("optimizer.beta2: is 0.99999998 at batch size 64, which is 1")
     with pytest.raises(experiment.InputError, match=r"beta2: is 0\.9999999931 at batch size 1, .* shorter half-life"):
