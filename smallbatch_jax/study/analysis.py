@@ -58,13 +58,14 @@ def final_accuracy(df: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
       - test_accuracy_std: standard deviation over the finished seeds (n − 1); NaN for fewer than two.
       - finished, diverged: numbers of seeds. A seed still running is in neither.
     Raises:
-      ValueError: if `df` holds two rows of one run and epoch.
+      ValueError: if `df` lacks a column or holds two rows of one run and epoch.
     """
     return known_cells(df, metric).drop(columns="pending")
 
 
 def known_cells(df: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
     """Returns `final_accuracy` with a column `pending`, the number of seeds that are still running."""
+    require_columns(df, metric)
     cell, run = cell_columns(df), [*cell_columns(df), "seed"]
     if df.duplicated([*run, "epoch"]).any():
         raise ValueError("results: several rows of one run and epoch; give studies that are put together different names.")
@@ -79,6 +80,12 @@ def known_cells(df: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
     cells.insert(0, metric.column, final.mean())
     cells.insert(1, f"{metric.column}_std", final.std())
     return cells.reset_index()
+
+
+def require_columns(df: pd.DataFrame, metric: Metric = ACCURACY) -> None:
+    """Raises ValueError if results lack a column that tells runs apart, their epoch or status, or the metric."""
+    if missing := [name for name in (*RUN, "epoch", "status", metric.column) if name not in df]:
+        raise ValueError(f"results: have no column {', '.join(missing)}; give a DataFrame as results.load returns it.")
 
 
 def planned_cells(df: pd.DataFrame, runs: Iterable[Run], experiment: str, metric: Metric = ACCURACY) -> pd.DataFrame:

@@ -127,14 +127,14 @@ def _are_counts(values: Any, number: int) -> bool:
     return isinstance(values, list) and len(values) == number and all(type(value) is int and value > 0 for value in values)
 
 
-def load_all(workdirs: Iterable[str | Path]) -> dict[str, Study]:
-    """Returns the studies of several workdirs by name, in the order given.
+def load_all(workdirs: str | Path | Iterable[str | Path]) -> dict[str, Study]:
+    """Returns the studies of several workdirs, or of one, by name, in the order given.
 
     Raises:
       InputError: if a folder is not a workdir, or two hold an experiment of one name.
     """
     studies: dict[str, Study] = {}
-    for workdir in workdirs:
+    for workdir in [workdirs] if isinstance(workdirs, (str, Path)) else workdirs:
         study = load(workdir)
         if study.name in studies:
             both = f"{studies[study.name].workdir} and {workdir} both hold {study.name!r}"

@@ -1,6 +1,7 @@
 """Tests the analysis: which epochs and seeds are used, and which cells converge."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,7 @@ import pytest
 from rows import cell, cells_of, results, run, segment, timings
 
 from smallbatch_jax.config.experiment import Run
-from smallbatch_jax.study import analysis, cost
+from smallbatch_jax.study import analysis, cost, figures
 
 
 @pytest.mark.parametrize(
@@ -221,6 +222,12 @@ def test_formatted_summary_adds_columns_only_when_they_say_something():
 )
 def test_powers_of_two_are_written_as_powers(base_lr, text):
     assert analysis.format_base_lr(base_lr) == text
+
+
+@pytest.mark.parametrize("use", [analysis.final_accuracy, partial(figures.draw, out_dir="never written")])
+def test_results_without_a_column_that_is_needed_are_refused_by_its_name(use):
+    with pytest.raises(ValueError, match=r"^results: have no column experiment, status; give a DataFrame as results.load"):
+        use(results(run([0.8])).drop(columns=["experiment", "status"]))
 
 
 def test_an_axis_that_a_study_does_not_have_is_not_named():

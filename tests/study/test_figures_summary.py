@@ -145,6 +145,12 @@ def test_best_accuracy_names_a_study_of_which_nothing_has_finished(resnet):
     assert foot(figure)[1][0] == f"{ALEXNET} (none yet)"
 
 
+@pytest.mark.parametrize("draw", [figures.best_accuracy, figures.convergent_base_lrs])
+def test_no_studies_are_refused_in_one_line(draw):
+    with pytest.raises(ValueError, match=r"^studies: got none, accepts one or more\.$"):
+        draw([])
+
+
 def test_best_accuracy_leaves_out_bn_batch_sizes_other_than_m():
     varied = study(cell(4, 0.5, 0.9, bn_batch_size=2), cell(4, 0.5, 0.6))
     figure = figures.best_accuracy([varied])

@@ -87,6 +87,7 @@ def test_two_workdirs_of_one_name_are_refused(tmp_path):
     a, b = (whole(tmp_path / name, {2: RATES[0]}) for name in "ab")
     c = whole(tmp_path / "c", {2: RATES[0]}, name="other")
     assert list(study.load_all([c, a])) == ["other", "experiment"]
+    assert list(study.load_all(c)) == list(study.load_all(str(c))) == ["other"]
     with pytest.raises(InputError, match="both hold 'experiment'"):
         study.load_all([a, c, b])
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from smallbatch_jax.config.fields import InputError, folder_name
 from smallbatch_jax.config.metric import ACCURACY, Metric
-from smallbatch_jax.study.analysis import axes, known_cells
+from smallbatch_jax.study.analysis import axes, known_cells, require_columns
 from smallbatch_jax.study.figures import style
 from smallbatch_jax.study.figures.grid import accuracy_against_base_lr as accuracy_against_base_lr
 from smallbatch_jax.study.figures.grid import accuracy_against_batch_size as accuracy_against_batch_size
@@ -54,7 +54,9 @@ def draw(df: pd.DataFrame, out_dir: PathLike) -> list[Path]:
       The paths written.
     Raises:
       InputError: there is nothing to draw, an experiment's name cannot name a folder, or a file cannot be written.
+      ValueError: `df` lacks a column.
     """
+    require_columns(df)
     _require_rows(df)
     paths = []
     for name, folder in _folders(sorted(set(df["experiment"])), Path(out_dir)).items():

@@ -32,6 +32,7 @@ def best_accuracy(studies: Sequence[Study]) -> Figure:
       A figure in which the error bars are over the seeds of the best cell, a hollow point is provisional (some runs of
       its m, at whatever η̃, have not ended) and a line breaks where an m has no finished run.
     """
+    _require_some(studies)
     experiments = [study.experiment for study in studies]
     metric, datasets = named_metric(*experiments), set(map(dataset_name, experiments))
     figure, axes = style.new_axes(f"{datasets.pop()}: best {metric.title}" if len(datasets) == 1 else f"best {metric.title}")
@@ -67,6 +68,7 @@ def convergent_base_lrs(studies: Sequence[Study]) -> Figure:
       runs of that m have not ended. Below the bars stands a × where no η̃ converges, a grey dot where none does yet.
       Dashed lines are the limits of the grid: a bar that reaches one may go on beyond it.
     """
+    _require_some(studies)
     columns = min(len(studies), 2 if len(studies) <= 4 else 3)
     rows, (height, width, size) = -(-len(studies) // columns), PANELS[columns]
     figure = style.new_figure(1.2 + height * rows)
@@ -91,6 +93,11 @@ def convergent_base_lrs(studies: Sequence[Study]) -> Figure:
     runs = points.run_note(*(study.cells for study in studies))
     style.foot(figure, entries, convergence_rule(studies[0].metric), end=runs, columns=3)
     return figure
+
+
+def _require_some(studies: Sequence[Study]) -> None:
+    if not studies:
+        raise ValueError("studies: got none, accepts one or more.")
 
 
 def _draw_ranges(axes: Axes, cells: pd.DataFrame, study: Study, floor: float) -> dict[str, Any]:
