@@ -63,11 +63,11 @@ class Noise:
             return f"{self.examples:,} {self.metric.column.partition('_')[0]} examples"
         return "the scatter of epochs and neighbouring rates"
 
-    def reaches(self, cells: pd.DataFrame, best: pd.Series) -> pd.Series:
+    def reaches(self, cells: pd.DataFrame, best: pd.Series, errors: float = 2.0) -> pd.Series:
         """Returns 1.0 for finished cells within the noise of the best, by `RULE`, 0.0 for others, NaN if it cannot be told."""
         gain = self.metric.gain(best[self.metric.column], cells[self.metric.column])
         error = np.hypot(self.error(cells), self.error(best))
-        within = (gain <= 2 * error).astype(float).where(~np.isnan(error))
+        within = (gain <= errors * error).astype(float).where(~np.isnan(error))
         return within.mask(gain.isna(), 0.0).mask(gain <= 0, 1.0)
 
 
