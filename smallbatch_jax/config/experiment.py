@@ -161,7 +161,7 @@ class Experiment:
         return Metric(column.replace("test_", f"{self.splits()[-1]}_"), best)
 
     def _require_task(self) -> None:
-        """Raises InputError for metrics, label smoothing or a selection that the task does not have."""
+        """Raises InputError for metrics, label smoothing or a selection that the task does not have, or the wrong direction."""
         entry = catalog.TASKS.get(self.task)
         always = entry.metrics if entry else ()
         known = [name for name, metric in catalog.METRICS.items() if self.task in metric.functions and name not in always]
@@ -178,6 +178,9 @@ class Experiment:
             columns = [f"{split}_{name}" for split in ("train", *self.splits()) for name in ("loss", *self.metric_names())]
             if self.select[0] not in columns:
                 raise InputError(f"select: {self.select[0]!r} is no column of the results; use one of {', '.join(columns)}.")
+            name, best = self.metric.name, "max" if self.metric.fraction else "min"
+            if name in ("loss", *catalog.METRICS) and OWN + name not in self.metrics and self.select[1] != best:
+                raise InputError(f"select: got {self.select}, accepts {(self.select[0], best)}.")
 
     def _base_lrs(self, batch_size: int, chosen: Mapping[int, float]) -> tuple[float, ...]:
         if batch_size in chosen:

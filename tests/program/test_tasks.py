@@ -124,6 +124,8 @@ def test_models_losses_and_metrics_that_do_not_fit_are_refused_in_one_line(width
             {"select": ("test_top5_accuracy", "max")},
             "select: 'test_top5_accuracy' is no column of the results; use ",
         ),
+        ({"select": ("test_loss", "max")}, "select: got ('test_loss', 'max'), accepts ('test_loss', 'min')."),
+        ({"select": ("test_accuracy", "min")}, "select: got ('test_accuracy', 'min'), accepts ('test_accuracy', 'max')."),
         ({"select": ("validation_loss", "min")}, "select: 'validation_loss' is no column of the results; use "),
     ],
 )
