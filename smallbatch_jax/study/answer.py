@@ -36,8 +36,10 @@ def answer(study: Study) -> Answer:
     if (best := found.best) is None:
         if study.cells["finished"].any():
             why = f"{metric.title} is NaN in every finished run."
+        elif so_far:
+            why = "none of them has finished."
         else:
-            why = "none of them has finished." if so_far else "Every run diverged."
+            why = "Every run diverged." if study.cells["diverged"].all() else "No run has finished within the budget."
         return Answer(f"{so_far}{why}", (), None, found)
     if metric.gain(best[metric.column], study.chance) <= 0:
         return Answer(f"{so_far}No run is better than chance, {metric.show(study.chance)}.", (), best, found)
@@ -48,11 +50,20 @@ def answer(study: Study) -> Answer:
     return Answer(f"{sentence}{'; ' * bool(rest)}{rest}.", tuple(_caveats(study, best, noise)), best, found)
 
 
+def _sizes(study: Study) -> tuple[list[int], list[int], list[int]]:
+    """Returns all batch sizes, those whose runs have ended, and those that a search has not trained to the last epoch."""
+    sizes = sorted({m for m, _ in study.experiment.grid.shapes()} | set(study.cells["batch_size"].tolist()))
+    diverged = study.cells["diverged"] > 0
+    known = study.cells.assign(lost=diverged).groupby("batch_size").agg({"pending": "sum", "finished": "sum", "lost": "all"})
+    ended = known.index[(known["pending"] == 0) & ((known["finished"] > 0) | known["lost"])].tolist()
+    return sizes, ended, [m for m in sizes if m not in ended and not known["pending"].get(m)]
+
+
 def _rest(study: Study, best: pd.Series, noise: Noise) -> str:
     """Compares the other batch sizes whose runs have ended to the best."""
-    sizes = sorted(set(study.cells["batch_size"].tolist()))
+    sizes, of_ended, _ = _sizes(study)
     others = study.cells[study.cells["batch_size"] != best["batch_size"]]
-    ended = others[others.groupby("batch_size")["pending"].transform("sum") == 0]
+    ended = others[others["batch_size"].isin(of_ended)]
     tops = best_of_each_size(ended[study.converged[ended.index]], study.metric)
     reached = dict.fromkeys(sorted(set(ended["batch_size"].tolist())), 0.0)
     reached |= dict(zip(tops["batch_size"].tolist(), noise.reaches(tops, best), strict=True))
@@ -116,6 +127,8 @@ def _caveats(study: Study, best: pd.Series, noise: Noise) -> list[str]:
     if edge := _edge(m, cells["batch_size"].tolist()):
         end, beyond = edge
         found.append(f"{m} is the {end} batch size tried" + (f": a {beyond} one may be better still." if m > 1 else "."))
+    if untrained := _sizes(study)[2]:
+        found.append(f"Not trained to the last epoch, so not compared: m = {', '.join(map(str, untrained))}.")
     if best["diverged"]:
         seeds = int(best["diverged"] + best["finished"] + best["pending"])
         found.append(f"{int(best['diverged'])} of its {seeds} seeds diverged.")

@@ -56,6 +56,19 @@ def test_while_runs_are_to_come_only_what_has_ended_is_judged(table, says):
     assert says in sentence(table)
 
 
+def test_batch_sizes_for_which_a_budget_was_too_small_are_named_and_not_compared():
+    made = study("fig08", dict.fromkeys((2, 8, 32, 128), 0.9))
+
+    def searched(rows):
+        return answer(dataclasses.replace(made, rows=rows, cells=analysis.known_cells(rows)))
+
+    rows = made.rows[made.rows["batch_size"] != 8]
+    found = searched(rows.assign(status=rows["status"].where(rows["batch_size"] != 32, "stopped")))
+    assert found.sentence.endswith("; every other whose runs have ended is within the noise of it.")
+    assert "Not trained to the last epoch, so not compared: m = 8, 32." in found.caveats
+    assert searched(rows.assign(status="stopped")).sentence == "No run has finished within the budget."
+
+
 def test_a_metric_without_a_value_has_no_best():
     made = study("fig08", {4: 0.9, 8: 0.8})
     said = answer(dataclasses.replace(made, cells=made.cells.assign(test_accuracy=float("nan"))))
