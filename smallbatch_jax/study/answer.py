@@ -10,7 +10,7 @@ from smallbatch_jax.config import catalog
 from smallbatch_jax.config.metric import ACCURACY, Metric
 from smallbatch_jax.config.text import format_base_lr
 from smallbatch_jax.study.analysis import axes, best_first, best_of_each_size, final_accuracy, of_cell, score, setting
-from smallbatch_jax.study.noise import Noise, noise_of
+from smallbatch_jax.study.noise import Noise, comparable, noise_of
 from smallbatch_jax.study.recommendation import Recommendation, recommend, tested
 from smallbatch_jax.study.study import Study
 
@@ -41,8 +41,11 @@ def answer(study: Study) -> Answer:
         else:
             why = "Every run diverged." if study.cells["diverged"].all() else "No run has finished within the budget."
         return Answer(f"{so_far}{why}", (), None, found)
-    if metric.gain(best[metric.column], study.chance) <= 0:
-        return Answer(f"{so_far}No run is better than chance, {metric.show(study.chance)}.", (), best, found)
+    if not found.sentences:
+        chance, why = metric.show(study.chance), "better than chance"
+        if metric.gain(best[metric.column], study.chance) > 0:
+            chance, why = f"{chance}: the best has {score(best, metric)}", "distinguishable from chance"
+        return Answer(f"{so_far}No run is {why}, {chance}.", (), best, found)
     named = "" if metric == ACCURACY else f"{metric.title} "
     sentence = f"{so_far}{'best' if so_far else 'Best'} at {setting(best)}: {named}{score(best, metric)}"
     noise = noise_of(study)
@@ -64,7 +67,7 @@ def _rest(study: Study, best: pd.Series, noise: Noise) -> str:
     sizes, of_ended, _ = _sizes(study)
     others = study.cells[study.cells["batch_size"] != best["batch_size"]]
     ended = others[others["batch_size"].isin(of_ended)]
-    tops = best_of_each_size(ended[study.converged[ended.index]], study.metric)
+    tops = best_of_each_size(ended[comparable(study, best, noise)[ended.index]], study.metric)
     reached = dict.fromkeys(sorted(set(ended["batch_size"].tolist())), 0.0)
     reached |= dict(zip(tops["batch_size"].tolist(), noise.reaches(tops, best), strict=True))
     if not reached:
@@ -134,7 +137,7 @@ def _caveats(study: Study, best: pd.Series, noise: Noise) -> list[str]:
         found.append(f"{int(best['diverged'])} of its {seeds} seeds diverged.")
     if best["finished"] == 1 and of_cell(study.fresh, best).empty:
         found.append("One seed: the variation between seeds is not known.")
-    others = cells[study.converged].drop(index=best.name, errors="ignore")
+    others = cells[comparable(study, best, noise)].drop(index=best.name, errors="ignore")
     near = others.loc[noise.reaches(others, best) == 1, "batch_size"].tolist()
     if near:
         are, sizes = "cell is" if len(near) == 1 else "cells are", ", ".join(map(str, sorted(set(near))))

@@ -81,6 +81,15 @@ def noise_of(study: Study) -> Noise:
     return Noise(metric, examples, math.nan if metric.fraction and examples else _scatter(study))
 
 
+def comparable(study: Study, best: pd.Series, noise: Noise) -> pd.Series:
+    """Marks the cells without a diverged seed that converge, or are near the best by the noise of the best alone.
+
+    A seed that collapsed makes the noise of its own cell huge, so that it would reach any best.
+    """
+    gain = noise.metric.gain(best[noise.metric.column], study.cells[noise.metric.column])
+    return (study.cells["diverged"] == 0) & (study.converged | (gain <= 3 * math.sqrt(2) * noise.error(best)))
+
+
 def rates_of(cells: pd.DataFrame, top: pd.Series) -> pd.DataFrame:
     """Returns the cells that differ from `top` in their base learning rate alone, by rising rate."""
     same = [cells[name].to_numpy() == top[name] for name in ("batch_size", "bn_batch_size", *axes(cells))]

@@ -16,7 +16,7 @@ from smallbatch_jax.config.text import plural
 from smallbatch_jax.study import analysis, equal_time
 from smallbatch_jax.study.analysis import best_first, best_of_each_size, score, setting
 from smallbatch_jax.study.critical import CriticalBatchSize, critical_batch_size
-from smallbatch_jax.study.noise import LEVEL, Noise, noise_of
+from smallbatch_jax.study.noise import LEVEL, Noise, comparable, noise_of
 from smallbatch_jax.study.rates import RateRule, Z, best_rates, fit_rule
 from smallbatch_jax.study.study import Study
 
@@ -31,12 +31,12 @@ class Recommendation(NamedTuple):
       low, high: interval of its metric, Student's where seeds give its error, else Wilson's for a fraction, or normal; NaN if
         the noise is not known.
       optimism: how much choosing the best of many noisy values overstates it, on average and at most.
-      as_good: the best and the cells within its noise, if complete and converged (`analysis.convergent`).
+      as_good: the best and the cells within its noise, if complete and `noise.comparable`.
       largest: the largest batch size whose best cell is among them; None if there is none.
       fresh: one row, the test metric of the best cell by fresh seeds (`finished`, `diverged`); None without such seeds.
       rule: the fit of η*(m); None with fewer than three batch sizes.
       critical: the critical batch size; None with fewer than three.
-      sentences: the recommendation in words.
+      sentences: the recommendation in words; none if no cell is distinguishable from chance.
     """
 
     best: pd.Series | None
@@ -55,10 +55,10 @@ def recommend(study: Study) -> Recommendation:
     """Returns the recommendation of a study, finished or not."""
     metric, cells = study.metric, analysis.with_most_seeds(study.cells).dropna(subset=[study.metric.column])
     best = None if cells.empty else best_first(cells, metric).iloc[0]
-    if best is None or metric.gain(best[metric.column], study.chance) <= 0:
-        return Recommendation(best)
     noise = noise_of(study)
-    complete = study.cells[study.converged & (study.cells["pending"] == 0)]
+    if best is None or metric.gain(best[metric.column], study.chance) <= np.nan_to_num(2 * noise.error(best)):
+        return Recommendation(best)
+    complete = study.cells[comparable(study, best, noise) & (study.cells["pending"] == 0)]
     as_good = complete[noise.reaches(complete, best) == 1]
     largest = as_good.loc[as_good.index.isin(best_of_each_size(complete, metric).index), "batch_size"]
     sizes = study.cells.groupby("batch_size")["base_lr"].nunique()
@@ -104,8 +104,7 @@ def _optimism(study: Study, best: pd.Series, noise: Noise) -> float:
 
     A cell within three errors of the best may be it. With two, the mean of 24 equal cells is 5 % too small.
     """
-    # A seed that collapsed makes the noise of its cell huge; the best may have a diverged seed.
-    cells = study.cells[study.converged | (study.cells.index == best.name)]
+    cells = study.cells[comparable(study, best, noise) | (study.cells.index == best.name)]  # it may have a diverged seed
     errors = noise.error(cells[noise.reaches(cells, best, 3) == 1])
     gained = (errors * np.random.default_rng(0).normal(size=(DRAWS, len(errors)))).max(1).mean()
     return 0.0 if math.isnan(gained) else max(0.0, float(gained))

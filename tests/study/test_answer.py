@@ -34,6 +34,8 @@ def caveats(table, **options):
         ({4: 0.9}, "Best at m = 4, η̃ = 2^-9: 90.0 %."),
         ({4: LOST, 8: LOST}, "Every run diverged."),
         ({4: 0.1, 8: 0.05}, "No run is better than chance, 10.0 %."),
+        ({4: 0.11, 8: 0.05}, "No run is distinguishable from chance, 10.0 %: the best has 11.0 %."),
+        ({4: 0.15, 8: 0.124}, "Best at m = 4, η̃ = 2^-9: 15.0 %; every other batch size is within the noise of it."),
     ],
 )
 def test_the_sentence(table, says):
