@@ -48,6 +48,8 @@ def answer(study: Study) -> Answer:
         return Answer(f"{so_far}No run is {why}, {chance}.", (), best, found)
     named = "" if metric == ACCURACY else f"{metric.title} "
     sentence = f"{so_far}{'best' if so_far else 'Best'} at {setting(best)}: {named}{score(best, metric)}"
+    if lost := int(best["diverged"]):
+        sentence += f", though {lost} of its {int(lost + best['finished'] + best['pending'])} seeds diverged"
     noise = noise_of(study)
     rest = _rest(study, best, noise)
     return Answer(f"{sentence}{'; ' * bool(rest)}{rest}.", tuple(_caveats(study, best, noise)), best, found)
@@ -128,14 +130,11 @@ def _caveats(study: Study, best: pd.Series, noise: Noise) -> list[str]:
         end, beyond = edge
         found.append(f"{format_base_lr(best['base_lr'])} is the {end} η̃ tried at m = {m}: a {beyond} one may be better still.")
     if edge := _edge(m, cells["batch_size"].tolist()):
-        end, beyond = edge
-        found.append(f"{m} is the {end} batch size tried" + (f": a {beyond} one may be better still." if m > 1 else "."))
+        (end, beyond), most = edge, study.examples[0] if study.examples else math.inf
+        found.append(f"{m} is the {end} batch size tried" + f": a {beyond} one may be better still" * (1 < m < most) + ".")
     if untrained := _sizes(study)[2]:
         found.append(f"Not trained to the last epoch, so not compared: m = {', '.join(map(str, untrained))}.")
-    if best["diverged"]:
-        seeds = int(best["diverged"] + best["finished"] + best["pending"])
-        found.append(f"{int(best['diverged'])} of its {seeds} seeds diverged.")
-    if best["finished"] == 1 and of_cell(study.fresh, best).empty:
+    if best["finished"] + best["diverged"] == 1 and of_cell(study.fresh, best).empty:
         found.append("One seed: the variation between seeds is not known.")
     others = cells[comparable(study, best, noise)].drop(index=best.name, errors="ignore")
     near = others.loc[noise.reaches(others, best) == 1, "batch_size"].tolist()

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import chdtrc, ndtri
 
-from smallbatch_jax.config.text import and_list, two_digits
+from smallbatch_jax.config.text import and_list, plural, two_digits
 from smallbatch_jax.study.analysis import best_of_each_size
 from smallbatch_jax.study.noise import LEVEL, Noise, noise_of, rates_of
 from smallbatch_jax.study.study import Study
@@ -64,7 +64,7 @@ class RateRule(NamedTuple):
         fitted = (~self.table["edge"]).sum()
         unclear = "Rule of the best learning rate η*(m): cannot tell"
         if math.isnan(self.exponent):
-            few = f"{fitted} batch sizes have their best rate inside the range tried; three are needed"
+            few = f"the best rate is inside the range tried at {plural(fitted, 'batch size')}; three are needed"
             return f"{unclear}; {few if self.table['std'].notna().all() else 'the noise of a single seed is not known'}."
         exponent = f"η* ∝ m^{self.exponent:.2f} (90 %: {self.low:.2f} … {self.high:.2f})"
         if self.supported == "another power":

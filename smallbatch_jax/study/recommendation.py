@@ -126,7 +126,7 @@ def _sentences(study: Study, best: pd.Series, found: Recommendation, noise: Nois
         gap = f"{100 * found.optimism:.1f} points" if metric.fraction else f"{found.optimism:.2g}"
         said.append(f"The test set chose it among {many} cells, so it looks better than it is, by up to {gap} on average.")
     several = study.cells["batch_size"].nunique() > 1
-    if several and found.largest is not None:
+    if several and found.largest is not None and not study.unfinished:
         top = best_first(found.as_good[found.as_good["batch_size"] == found.largest], metric).iloc[0]
         which = f"at {setting(top)}: {score(top, metric)}" if found.largest != best["batch_size"] else "which it is"
         said.append(f"m = {found.largest} is the largest batch size within the noise of the best, {which}.")

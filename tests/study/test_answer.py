@@ -156,7 +156,19 @@ def test_a_best_inside_the_grid_that_stands_alone_needs_no_caveat_but_its_seed()
     assert caveats == ["One seed: the variation between seeds is not known."]
     lost = [[0.2] * 3, [0.3] * 3, [0.2] * 3]
     three = {2: lost, 4: [[0.5] * 3, [0.9, 0.89, LOST], [0.4] * 3], 8: lost}
-    assert answer(study("fig08", three, seeds=(0, 1, 2))).caveats[1:] == ("1 of its 3 seeds diverged.",)
+    said = answer(study("fig08", three, seeds=(0, 1, 2)))
+    assert said.sentence.startswith("Best at m = 4, η̃ = 2^-8: 89.5 ± 0.7 %, though 1 of its 3 seeds diverged; ")
+    assert len(said.caveats) == 1
+
+
+def test_one_finished_seed_of_several_is_not_called_a_single_seed():
+    said = answer(study("fig08", {4: [[0.9, LOST, LOST]], 8: [[0.5] * 3]}, lrs=LRS[:1], seeds=(0, 1, 2)))
+    assert "though 2 of its 3 seeds diverged" in said.sentence
+    assert "One seed" not in " ".join(said.caveats)
+
+
+def test_no_batch_larger_than_the_training_set_is_suggested():
+    assert "4 is the largest batch size tried. " in caveats({2: 0.3, 4: 0.9}, examples=(4, 1000))
 
 
 def test_the_learning_rate_is_told_with_its_schedule():

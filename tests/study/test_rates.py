@@ -80,7 +80,7 @@ def test_a_best_at_the_end_of_the_rates_is_not_fitted():
     assert rule.supported == "linear"
     assert "over 7 batch sizes" in rule.sentence()
     two = fit_rule(rule.table.assign(edge=[False] * 2 + [True] * 6))
-    assert two.sentence().endswith("cannot tell; 2 batch sizes have their best rate inside the range tried; three are needed.")
+    assert two.sentence().endswith("cannot tell; the best rate is inside the range tried at 2 batch sizes; three are needed.")
 
 
 def test_a_flat_top_leaves_the_rate_uncertain():
