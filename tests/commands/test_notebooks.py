@@ -1,5 +1,6 @@
 """Notebooks of stored results never train and have no outputs; the others train, as .ci/run tests, and some keep outputs."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -60,6 +61,22 @@ def test_the_notebook_of_one_sweep_runs_on_its_stored_results(stored, monkeypatc
     assert len(names["cells"]) == 6
     assert np.isnan(names["cells"]["test_accuracy"]).sum() == 1
     assert before == content(stored)
+
+
+def test_the_notebook_of_one_sweep_reads_a_regression_with_a_further_axis(tmp_path, monkeypatch, capsys):
+    experiment = tiny.grid(task="regression", base_lrs=(2**-9,), weight_decays=(0.0, 0.1))
+    facts = {"guess": {"loss": 1.5}}
+    with (
+        workdir.open_workdir(tmp_path / "w", experiment, facts),
+        ProgramResults(tmp_path / "w", 4, 4, 0, experiment) as program,
+    ):
+        for decay, epoch in itertools.product((0.0, 0.1), (1, 2, 3)):
+            axis = (("weight_decay", decay),)
+            program.append([Row(4, 4, 2**-9, 0, epoch, 10 * epoch, 1.0, None, (0.3 + decay) / epoch, None, axis)])
+    monkeypatch.setenv("WORKDIR", str(tmp_path / "w"))
+    names = execute(FOLDER / "results.ipynb", monkeypatch)
+    assert names["table"].to_numpy().tolist() == [[pytest.approx(0.15)]]
+    assert "best test loss" in capsys.readouterr().out
 
 
 def test_the_notebook_of_one_sweep_falls_back_on_a_stored_table_and_says_so(monkeypatch, capsys):
