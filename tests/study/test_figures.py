@@ -1,6 +1,7 @@
 """Tests that figures show every cell at its place and with the right status."""
 
 import io
+import itertools
 import math
 
 import numpy as np
@@ -165,6 +166,19 @@ def test_wide_grid_shows_fewer_labels_and_no_numbers():
     axes = figures.heat_map(many).axes[0]
     assert len(axes.get_xticks()) == 10
     assert not axes.texts
+
+
+@pytest.mark.parametrize("draw", [figures.accuracy_against_batch_size, figures.accuracy_against_base_lr, figures.heat_map])
+def test_labels_legend_and_colours_of_many_uneven_rates_can_be_seen(draw):
+    cells = table(*(cell(m, rate, 0.5) for m in (4, 8) for rate in np.geomspace(1e-5, 1, 80)))
+    figure = draw(cells)
+    figure.draw_without_rendering()
+    places = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(places))
+    for legend in filter(None, [figure.axes[0].get_legend()]):
+        assert legend.get_window_extent().height < figure.bbox.height
+    for mesh in figure.axes[0].collections:
+        assert not same_color(mesh.get_edgecolor()[:1], "white")  # it would cover the colours of so narrow cells
 
 
 def test_bn_batch_sizes_other_than_m_are_left_out_and_said_so(cells):

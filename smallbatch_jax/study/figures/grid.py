@@ -12,6 +12,7 @@ from smallbatch_jax.config.metric import ACCURACY, Metric
 from smallbatch_jax.study.figures import points, style
 
 ROW = 0.13  # inches, the height of one row of marks
+MOST_EDGED = 60  # columns of a heat map whose white edges leave their colours visible
 
 
 @style.styled()
@@ -106,8 +107,9 @@ def heat_map(cells: pd.DataFrame, metric: Metric = ACCURACY) -> Figure:
     edges = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
     colors = style.COLORS if metric.best == "max" else f"{style.COLORS}_r"  # light is good
     # A mesh, not an image: PDF viewers blur small images.
-    mesh = axes.pcolormesh(*edges, values, cmap=colors, norm=norm, edgecolor="white", linewidth=0.5)
-    axes.pcolormesh(*edges, grey, cmap=ListedColormap(["0.85"]), edgecolor="white", linewidth=0.5)
+    look: dict[str, Any] = {"edgecolor": "white" if columns <= MOST_EDGED else "face", "linewidth": 0.5}
+    mesh = axes.pcolormesh(*edges, values, cmap=colors, norm=norm, **look)
+    axes.pcolormesh(*edges, grey, cmap=ListedColormap(["0.85"]), **look)
     # places of a pivot are sorted by value, as dense ranks are
     ranked = cells.assign(x=cells["base_lr"].rank(method="dense") - 1, row=cells["batch_size"].rank(method="dense") - 1)
     style.foot(figure, _mark_cells(axes, ranked))
@@ -119,9 +121,10 @@ def heat_map(cells: pd.DataFrame, metric: Metric = ACCURACY) -> Figure:
             text = axes.text(x, row, shown, ha="center", va="center", color=color, fontsize=6.5)
             text.set_in_layout(False)  # it lies inside its cell; measuring it would take most of the drawing time
     for which, column, places in (("x", "base_lr", grids["y"].columns), ("y", "batch_size", grids.index)):
-        step, names = style.tick_step(len(places)), style.COLUMNS[column]
-        getattr(axes, f"set_{which}ticks")(range(0, len(places), step), list(map(names.text, places[::step])))
-        axes.set(**{f"{which}label": names.label})
+        labels = list(map(style.COLUMNS[column].text, places))
+        step = style.tick_step(labels)
+        getattr(axes, f"set_{which}ticks")(range(0, len(places), step), labels[::step])
+        axes.set(**{f"{which}label": style.COLUMNS[column].label})
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.colorbar(mesh, ax=axes, label=metric.label, pad=0.02).outline.set_visible(False)

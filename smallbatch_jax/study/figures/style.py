@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +46,8 @@ WIDTH, HEIGHT = 5.4, 3.3  # inches; still legible when shrunk to one column of a
 QUIET = "0.4"  # the grey of notes and of marks in a legend
 NOTEBOOK_DPI = 120
 MOST_SPREAD = 20  # largest ratio of losses on a linear axis
-MOST_TICKS = 14  # more labels than this would touch
+MOST_TICKS, TICKS_WIDTH = 14, 70  # more labels, or more characters and spaces in all of them, would touch
+LEGEND_ROWS, LEGEND_SAMPLE = 20, 12  # a longer legend beside a panel would leave the figure; it then has about 12 entries
 NOTE_WIDTH = 110  # characters
 
 # The same marks in every figure: × diverged, hollow for provisional, a dot for what has not finished.
@@ -132,9 +133,10 @@ def with_rule(figure: Figure, rule: str) -> Figure:
 def grid_axis(axes: Axes, which: str, column: str, values: Iterable[float], most_ticks: int = MOST_TICKS) -> None:
     """Sets up a log2 axis, "x" or "y", with ticks at `values` of a column; y has room for a mark below the lowest."""
     values, (below, above) = sorted(set(values)), {"x": (1.4, 1.4), "y": (4, 2)}[which]
-    ticks = values[:: tick_step(len(values), most_ticks)]
+    labels = list(map(COLUMNS[column].text, values))
+    step = tick_step(labels, most_ticks)
     getattr(axes, f"set_{which}scale")("log", base=2)
-    getattr(axes, f"set_{which}ticks")(ticks, list(map(COLUMNS[column].text, ticks)))
+    getattr(axes, f"set_{which}ticks")(values[::step], labels[::step])
     axes.minorticks_off()
     axes.set(**{f"{which}lim": (values[0] / below, values[-1] * above), f"{which}label": COLUMNS[column].label})
 
@@ -168,12 +170,13 @@ def unit_ticks(values: Iterable[float], units: Mapping[float, str]) -> tuple[flo
         below = max((tick for tick in units if tick <= low), default=below) / 1.1
         above = min((tick for tick in units if tick >= high and tick > below * 1.2), default=above) * 1.1
     ticks = [tick for tick in sorted(units) if below <= tick <= above]
-    return below, above, ticks[:: tick_step(max(1, len(ticks)), 7)]
+    return below, above, ticks[:: -(-len(ticks) // 7) or 1]
 
 
-def tick_step(count: int, most: int = MOST_TICKS) -> int:
-    """The step that labels at most `most` of `count` values."""
-    return -(-count // most)
+def tick_step(labels: Sequence[str], most: int = MOST_TICKS) -> int:
+    """The step that keeps at most `most` labels, or fewer if they are too long to stand side by side."""
+    widest = max(len(label) - 5 * label.startswith("$") for label in labels)  # a power is "$2^{-7}$"
+    return -(-len(labels) // max(1, min(most, TICKS_WIDTH // (widest + 1))))
 
 
 def plain(text: str) -> str:
@@ -187,7 +190,10 @@ def mark(**look: Any) -> Artist:
 
 
 def side_legend(axes: Axes, entries: Mapping[str, Any], title: str) -> None:
-    """Adds a legend to the right of the panel, if there are entries: artists, or tuples of them, by label."""
+    """Adds a legend to the right of the panel, if there are entries: artists, or tuples of them, by label; not all of many."""
+    if len(entries) > LEGEND_ROWS:
+        step = -(-len(entries) // LEGEND_SAMPLE)
+        entries, title = dict(list(entries.items())[::step]), f"{title}, 1 in {step}"
     if entries:
         place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
         axes.legend(list(entries.values()), list(entries), title=title, labelspacing=0.3, **place)
