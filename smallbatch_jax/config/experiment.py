@@ -50,7 +50,7 @@ class Dataset:
     broken_images: str = config_field("fail", fields.choice(BROKEN_IMAGES, "way"))
     workers: int | None = config_field(None, fields.integer(0, 1024))  # decoding processes; None: one per core
     subset: int | None = config_field(None, fields.integer(1))  # number of training examples; None: all of them
-    validation_fraction: float = config_field(0.0, fields.decay)  # of the training examples, held out for selection
+    validation_fraction: float = config_field(0.0, fields.below_one)  # of the training examples, held out for selection
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Model:
 
     name: str = config_field("alexnet", fields.choice(catalog.MODELS, "model", OWN))  # an entry of `config.catalog.MODELS`
     norm: str = config_field("none", fields.choice(catalog.NORMS, "norm"))  # an entry of `config.catalog.NORMS`
-    bn_decay: float = config_field(0.99, fields.decay)  # weight of the old running average of batch norm at each step
+    bn_decay: float = config_field(0.99, fields.below_one)  # weight of the old running average of batch norm at each step
     # At evaluation: "running" averages, or "precise" statistics recomputed over training images.
     bn_statistics: str = config_field("running", fields.choice(BN_STATISTICS, "kind of statistics"))
 
@@ -76,7 +76,7 @@ class Experiment:
     weight_decay: float = config_field(0.0, fields.number(0, 1e6))  # λ of the penalty (λ/2)‖θ‖² in the loss
     weight_decay_mask: str = config_field("all", fields.choice(WEIGHT_DECAY_MASKS, "mask"))
     task: str = config_field("classification", fields.choice(catalog.TASKS, "task", OWN))  # the loss
-    label_smoothing: float = config_field(0.0, fields.decay)  # in training only; evaluation uses the plain loss
+    label_smoothing: float = config_field(0.0, fields.below_one)  # in training only; evaluation uses the plain loss
     metrics: tuple[str, ...] = config_field((), fields.distinct(fields.choice(catalog.METRICS, "metric", OWN)))  # further ones
     # Further columns that help explain training: names in `config.catalog.DIAGNOSTICS`.
     diagnostics: tuple[str, ...] = config_field((), fields.distinct(fields.choice(catalog.DIAGNOSTICS, "diagnostic")))

@@ -169,7 +169,7 @@ selection = where(
     'a column and "min" or "max" such as ("test_loss", "min")',
     tuple,
 )
-decay = where(lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1", float)
+below_one = where(lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1", float)
 
 
 def integer(low: int, high: int = 2**31 - 1) -> Check:

@@ -27,9 +27,9 @@ class Grid:
     # Further axes, none by default: values of `weight_decay`, `schedule.warmup_fraction` and of the optimizer's scalars.
     weight_decays: tuple[float, ...] = config_field((), fields.distinct(fields.number(0, 1e6)))
     warmup_fractions: tuple[float, ...] = config_field((), fields.distinct(fields.number(0, 1)))
-    momenta: tuple[float, ...] = config_field((), fields.distinct(fields.decay))
-    beta1s: tuple[float, ...] = config_field((), fields.distinct(fields.decay))
-    beta2s: tuple[float, ...] = config_field((), fields.distinct(fields.decay))
+    momenta: tuple[float, ...] = config_field((), fields.distinct(fields.below_one))
+    beta1s: tuple[float, ...] = config_field((), fields.distinct(fields.below_one))
+    beta2s: tuple[float, ...] = config_field((), fields.distinct(fields.below_one))
     beta1_half_lives: tuple[float, ...] = config_field((), fields.distinct(fields.positive()))  # in examples
     beta2_half_lives: tuple[float, ...] = config_field((), fields.distinct(fields.positive()))  # in examples
     epsilons: tuple[float, ...] = config_field((), fields.distinct(fields.positive(1)))

@@ -17,9 +17,9 @@ class Optimizer:
 
     name: str = config_field("sgd", fields.choice(catalog.OPTIMIZERS, "optimizer", OWN))  # in `config.catalog.OPTIMIZERS`
     rule: str = config_field("linear", fields.choice(catalog.RULES, "rule"))  # the learning rate at m: η̃·m, η̃·√m or η̃
-    momentum: float | None = config_field(None, fields.decay)  # None: the optimizer's default, or it has no momentum
-    beta1: float | None = config_field(None, fields.decay)  # None: as momentum
-    beta2: float | None = config_field(None, fields.decay)  # None: as momentum
+    momentum: float | None = config_field(None, fields.below_one)  # None: the optimizer's default, or it has no momentum
+    beta1: float | None = config_field(None, fields.below_one)  # None: as momentum
+    beta2: float | None = config_field(None, fields.below_one)  # None: as momentum
     epsilon: float | None = config_field(None, fields.positive(1))  # None: as momentum
     beta_rule: str = config_field("constant", fields.choice(BETA_RULES, "rule"))  # how momentum and betas depend on m
     beta_batch_size: int | None = config_field(None, fields.integer(1))  # m′, where they have the given values

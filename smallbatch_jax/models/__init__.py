@@ -85,7 +85,7 @@ def create_model(
         num_classes=num_classes,
         norm=norm,
         bn_batch_size=bn_batch_size,
-        bn_decay=fields.decay("bn_decay", bn_decay),
+        bn_decay=fields.below_one("bn_decay", bn_decay),
         axis_name=axis_name,
         dtype=dtype,
         platform=platform,
