@@ -1,11 +1,9 @@
-"""Tests the store: rows are appended once and read back bit for bit, whatever a crash left behind."""
+"""Tests the results: rows are appended once and read back bit for bit, whatever a crash left behind."""
 
-import json
 import math
 import os
 import resource
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from smallbatch_jax.config.experiment import InputError
 from smallbatch_jax.store import results, skipped, workdir
 from smallbatch_jax.store.files import WriteError
 from smallbatch_jax.store.results import ProgramResults, Row
-from smallbatch_jax.store.timings import TIMING_COLUMNS
 
 NAN = float("nan")
 
@@ -207,49 +204,6 @@ def test_rows_that_do_not_fit_leave_the_file_whole_and_are_not_counted(store, un
     assert list(results.load(store).epoch) == [1, 2, 3]
 
 
-def test_what_a_killed_writer_left_half_written_is_removed_by_the_next_owner(tmp_path):
-    with workdir.open_workdir(tmp_path / "w", tiny.grid(), {"num_classes": 3}) as folder:
-        pass
-    left = [folder / name for name in (".experiment.json.x.tmp", "results/.m.csv.x.tmp", "figures/.heat_map.png.x.tmp")]
-    for path in left:
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("half")
-        os.utime(path, (0, 0))
-    left[2].with_name(".runs.png.x.tmp").write_text("being written")
-    with workdir.open_workdir(folder, tiny.grid(), {"num_classes": 3}):
-        assert not any(path.exists() for path in left)
-        assert (folder / "figures/.runs.png.x.tmp").exists()
-
-
-def test_a_timing_torn_by_a_crash_costs_that_line_alone(tmp_path):
-    timings = results.Timings(tmp_path)
-    timings.add("compile", 1.0, 4, 4)
-    with open(tmp_path / "timings.csv", "a") as torn:
-        torn.write("segment,2.")
-    timings.add("segment", 3.0, 4, 4, 2, 10, 40)
-    frame = results.load_timings(tmp_path)
-    assert list(frame[frame.images == 40].seconds) == [3.0]
-    assert list(frame[frame.phase == "compile"].seconds) == [1.0]
-    assert len(frame) == 2
-
-
-def test_a_timing_that_lost_its_end_is_left_out(tmp_path):
-    timings = results.Timings(tmp_path)
-    timings.add("segment", 1.0, 4, 4, 2, 10, 4000)
-    path = tmp_path / "timings.csv"
-    path.write_text(path.read_text()[: -len("00,0\n")])
-    assert results.load_timings(tmp_path).empty
-    timings.add("segment", 3.0, 4, 4, 2, 10, 40)
-    assert list(results.load_timings(tmp_path).images) == [40]
-
-
-def test_timings_that_cannot_be_read_are_none_and_named(tmp_path):
-    assert list(results.load_timings(tmp_path).columns) == list(TIMING_COLUMNS)
-    (tmp_path / "timings.csv").mkdir()
-    with pytest.warns(UserWarning, match=r"timings.csv left out: Is a directory"):
-        assert results.load_timings(tmp_path).empty
-
-
 def test_no_rows_are_an_empty_frame_with_all_columns(store):
     frame = results.load(store)
     assert frame.empty
@@ -276,17 +230,6 @@ def test_complete_says_which_runs_need_no_more_training(store):
         assert [program.complete(row(1, seed=s).run, 3) for s in (0, 1, 2, 3)] == [True, False, True, False]
 
 
-def test_a_folder_that_is_no_workdir_is_refused_in_one_line(tmp_path):
-    with pytest.raises(InputError, match="is not a workdir"):
-        results.load(tmp_path)
-    (tmp_path / "experiment.json").write_text("{")
-    with pytest.raises(InputError, match=r"experiment.json is damaged"):
-        results.load(tmp_path)
-    (tmp_path / "experiment.json").write_text(json.dumps({"format": 999}))
-    with pytest.raises(InputError, match="has format 999"):
-        results.load(tmp_path)
-
-
 @pytest.mark.parametrize("lost", ["results", "results/m00004_b00004.csv", "."])
 def test_rows_of_a_file_that_was_removed_or_replaced_are_refused_in_one_line(store, lost):
     with ProgramResults(store, 4, 4) as program:
@@ -300,44 +243,6 @@ def test_rows_of_a_file_that_was_removed_or_replaced_are_refused_in_one_line(sto
         program.path.write_text("")
         with pytest.raises(InputError, match=r"m00004_b00004.csv cannot be written: it was replaced by another file\."):
             program.append([row(2)])
-
-
-def test_logs_do_not_bring_back_a_workdir_that_was_removed_and_alone_count_as_none(tmp_path):
-    gone = tmp_path / "gone"
-    for log in (lambda: results.Timings(gone).add("segment", 1.5), lambda: workdir.record_provenance(gone, "finish")):
-        with pytest.raises(InputError, match=r"gone/.* cannot be written: No such file or directory\."):
-            log()
-    assert not gone.exists()
-    gone.mkdir()
-    results.Timings(gone).add("segment", 1.5)
-    workdir.record_provenance(gone, "finish")
-    with open_(gone):
-        assert (gone / "experiment.json").exists()
-
-
-def test_a_folder_of_something_else_is_never_made_a_workdir(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match=r"holds 'thesis.tex' but no experiment"), open_(tmp_path):
-        pass
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-@pytest.mark.parametrize("path", ["file", "file/below", "/proc/none"])
-def test_a_workdir_that_cannot_be_written_is_refused_in_one_line(tmp_path, path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"--workdir: .*(is a file|cannot be written)"), open_(tmp_path / path):
-        pass
-
-
-def test_a_workdir_without_permission_is_refused_in_one_line(forbidden):
-    """An ordinary user is refused in root's folders and in one without permission."""
-    for path in (Path("/root/runs/w"), forbidden / "w"):
-        with pytest.raises(InputError, match=r"^--workdir: .* cannot be (read|written): Permission denied\.$"), open_(path):
-            pass
-
-
-def open_(path):
-    return workdir.open_workdir(path, tiny.grid(), {})
 
 
 def test_a_full_paper_grid_loads_within_two_seconds(tmp_path):
