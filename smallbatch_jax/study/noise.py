@@ -82,9 +82,10 @@ def noise_of(study: Study) -> Noise:
 
 
 def comparable(study: Study, best: pd.Series, noise: Noise) -> pd.Series:
-    """Marks the cells without a diverged seed that converge, or are near the best by the noise of the best alone.
+    """Marks the cells without a diverged seed that converge, or are within three errors of the best.
 
-    A seed that collapsed makes the noise of its own cell huge, so that it would reach any best.
+    The error is that of a difference between two cells as noisy as the best: a seed that collapsed makes the noise of its own
+    cell huge, so that it would reach any best.
     """
     gain = noise.metric.gain(best[noise.metric.column], study.cells[noise.metric.column])
     return (study.cells["diverged"] == 0) & (study.converged | (gain <= 3 * math.sqrt(2) * noise.error(best)))

@@ -30,7 +30,7 @@ class Recommendation(NamedTuple):
       best: the best row of `study.cells` among those `analysis.with_most_seeds`; None until a run has finished.
       low, high: interval of its metric, Student's where seeds give its error, else Wilson's for a fraction, or normal; NaN if
         the noise is not known.
-      optimism: how much choosing the best of many noisy values overstates it, on average and at most.
+      optimism: upper bound on the mean overstatement that comes from choosing the best of many noisy values.
       as_good: the best and the cells within its noise, if complete and `noise.comparable`.
       largest: the largest batch size whose best cell is among them; None if there is none.
       fresh: one row, the test metric of the best cell by fresh seeds (`finished`, `diverged`); None without such seeds.
@@ -100,9 +100,9 @@ def tested(metric: Metric) -> Metric:
 
 
 def _optimism(study: Study, best: pd.Series, noise: Noise) -> float:
-    """Returns the mean over draws of the largest error among the cells that may be the best: their noise if they were equal.
+    """Returns the mean over draws of the largest error among the cells within three errors of the best, as if all were equal.
 
-    A cell within three errors of the best may be it. With two, the mean of 24 equal cells is 5 % too small.
+    With two errors, the mean of 24 equal cells is 5 % too small.
     """
     cells = study.cells[comparable(study, best, noise) | (study.cells.index == best.name)]  # it may have a diverged seed
     errors = noise.error(cells[noise.reaches(cells, best, 3) == 1])
